@@ -1,0 +1,92 @@
+"""Tokenizer, sources and their mixture. No torch here."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from moetrain.errors import ConfigError
+
+
+class SourceKind(StrEnum):
+    """Where documents come from."""
+
+    stdlib_code = "stdlib_code"
+    stdlib_english = "stdlib_english"
+    maths = "maths"
+    dialogues = "dialogues"
+    hub = "hub"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+
+
+class Overlong(StrEnum):
+    """What happens to a document longer than a row: cut into rows, cut at the end, or left out. Always counted."""
+
+    split = "split"
+    truncate = "truncate"
+    drop = "drop"
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of documents."""
+
+    kind: SourceKind = SourceKind.stdlib_code
+    """stdlib_*: the running Python's own library, on every machine; maths: made by procedure; dialogues: the task
+    family's demonstrations; hub, jsonl, parquet, text: through `datasets`."""
+    weight: float = 1.0
+    """Share of the tokens in the mixture, relative to the other sources."""
+    path: str | None = None
+    """Hub name, or a local file, glob or folder (hub, jsonl, parquet, text)."""
+    split: str = "train"
+    """Split of a hub data set."""
+    field: str = "text"
+    """Column that holds the text."""
+    format: str = "text"
+    """Format of a record: text, messages (chat), or one that a plugin registered."""
+    num_documents: int = 4000
+    """Documents made by procedure (maths, dialogues)."""
+
+    def __post_init__(self) -> None:
+        """Check that a source that needs a path has one."""
+        if self.kind in (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text) and not self.path:
+            raise ConfigError(f"data.sources.*.path is {self.path}: a source of kind {self.kind} needs one")
+        if self.weight < 0:
+            raise ConfigError(f"data.sources.*.weight is {self.weight}: give 0 or more")
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Byte-level BPE, trained on the mixture, or one that exists."""
+
+    path: str | None = None
+    """Folder of an existing tokenizer; null trains one."""
+    vocab_size: int = 1024
+    """Tokens, special ones included; must equal model.vocab_size."""
+    max_characters: int = 4_000_000
+    """Characters of the mixture that it is trained on."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    seq_len: int = 512
+    """Tokens a row (T)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sources by name."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokenizer."""
+    validation_fraction: float = 0.02
+    """Share of the documents of each source held out for validation, chosen by a hash of the document."""
+    validation_rows: int = 16
+    """Rows of validation tokens a source."""
+    overlong: Overlong = Overlong.split
+    """Policy for documents longer than a row."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.seq_len < 8:
+            raise ConfigError(f"data.seq_len is {self.seq_len}: give at least 8 tokens")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: give a share between 0 and 1")

@@ -1,0 +1,82 @@
+"""Optimizer and learning-rate schedule. No torch here."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from moetrain.errors import ConfigError
+
+
+class OptimizerName(StrEnum):
+    """Which rule updates the hidden matrices; embeddings, head, norms and router are always on AdamW."""
+
+    muon = "muon"
+    adamw = "adamw"
+
+
+class NewtonSchulz(StrEnum):
+    """Coefficients of the orthogonalisation: Keller Jordan's five steps, or DeepSeek-V4's eight and two."""
+
+    five = "five"
+    hybrid_8_2 = "hybrid_8_2"
+
+
+class ScheduleName(StrEnum):
+    """Shape of the learning rate over steps."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+    constant = "constant"
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    name: ScheduleName = ScheduleName.wsd
+    """wsd: warmup, stable, linear decay. cosine: warmup, then cosine. constant: warmup, then flat."""
+    warmup_steps: int = 10
+    """Steps of linear warmup from 0."""
+    decay_fraction: float = 0.4
+    """Share of all steps that the decay of wsd takes."""
+    final_ratio: float = 0.05
+    """Learning rate at the end, relative to the peak."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optim.schedule.warmup_steps is {self.warmup_steps}: give 0 or more")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(f"optim.schedule.decay_fraction is {self.decay_fraction}: give a share from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """MuonClip's family: Muon with RMS matching (arXiv 2502.16982) for hidden matrices, AdamW for the rest."""
+
+    name: OptimizerName = OptimizerName.muon
+    """Rule for the hidden matrices."""
+    lr: float = 3e-3
+    """Peak learning rate; RMS matching lets Muon and AdamW share it."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay, on every parameter."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's momentum (Nesterov)."""
+    newton_schulz: NewtonSchulz = NewtonSchulz.five
+    """Coefficients of the orthogonalisation."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; raw gradients are clipped, before orthogonalisation."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over steps."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr is {self.lr}: give a positive learning rate")
+        if self.clip_norm <= 0:
+            raise ConfigError(f"optim.clip_norm is {self.clip_norm}: give a positive norm (a large one never clips)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas is {self.betas}: give two numbers from 0 to below 1")

@@ -1,0 +1,29 @@
+"""Named, seeded random streams: every draw is a function of (seed, name, index...), never of rank or arrival order."""
+
+import hashlib
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_SEED_BITS = 63  # the largest seed that torch, numpy and random all take
+
+
+def seed_of(seed: int, name: str, *index: int) -> int:
+    """Return the 63-bit seed of the stream `name` at `index`, e.g. `seed_of(run.seed, "rollout", step, task, sample)`."""
+    text = ":".join([str(seed), name, *map(str, index)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
+
+
+def python_stream(seed: int, name: str, *index: int) -> random.Random:
+    """Return a standard-library generator for the stream `name` at `index`."""
+    return random.Random(seed_of(seed, name, *index))
+
+
+def torch_stream(seed: int, name: str, *index: int) -> "torch.Generator":
+    """Return a CPU torch generator for the stream `name` at `index`."""
+    import torch  # config and planning code stays free of torch
+
+    return torch.Generator().manual_seed(seed_of(seed, name, *index))
