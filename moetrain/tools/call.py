@@ -1,0 +1,34 @@
+"""From the JSON text of a call to checked arguments, and from a value to the text of an observation."""
+
+import json
+from typing import Any
+
+import jsonschema
+
+from moetrain.chat.tool_schema import ToolSpec
+from moetrain.errors import ToolError
+
+_SHOWN = 40  # characters of a bad value that an error message repeats
+
+
+def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
+    """Return the arguments of a call, checked against the tool's schema; ToolError says what is wrong."""
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ToolError(f"arguments are not JSON: {error.msg}") from None
+    try:
+        jsonschema.validate(arguments, spec.parameters)
+    except jsonschema.ValidationError as error:
+        raise ToolError(error.message[: 2 * _SHOWN]) from None
+    if not isinstance(arguments, dict):
+        raise ToolError("arguments are not a JSON object")
+    return arguments
+
+
+def cap_output(text: str, *, max_characters: int) -> str:
+    """Return `text`, its middle replaced by a note when it is longer than `max_characters`."""
+    if len(text) <= max_characters:
+        return text
+    half = max_characters // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
