@@ -1,5 +1,6 @@
 """From the JSON text of a call to checked arguments, and from a value to the text of an observation."""
 
+import functools
 import json
 from typing import Any
 
@@ -17,13 +18,17 @@ def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
         raise ToolError(f"arguments are not JSON: {error.msg}") from None
-    try:
-        jsonschema.validate(arguments, spec.parameters)
-    except jsonschema.ValidationError as error:
-        raise ToolError(error.message[: 2 * _SHOWN]) from None
+    error = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
+    if error is not None:
+        raise ToolError(error.message[: 2 * _SHOWN])
     if not isinstance(arguments, dict):
         raise ToolError("arguments are not a JSON object")
     return arguments
+
+
+@functools.lru_cache(maxsize=256)
+def _validator(schema: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(schema))
 
 
 def cap_output(text: str, *, max_characters: int) -> str:

@@ -1,0 +1,40 @@
+"""Sampling that depends on nothing but (stream, position): not on the batch, the slot or the order of arrival.
+
+B sequences, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_UNIT = 2.0**-53
+
+
+def uniforms(streams_B: NDArray[np.uint64], positions_B: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return one number from [0, 1) for each (stream, position) by SplitMix64 (Steele et al., OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        z_B = streams_B + _GOLDEN * (positions_B + np.uint64(1))
+        z_B = (z_B ^ (z_B >> np.uint64(30))) * _MIX_1
+        z_B = (z_B ^ (z_B >> np.uint64(27))) * _MIX_2
+        z_B = z_B ^ (z_B >> np.uint64(31))
+    return (z_B >> np.uint64(11)).astype(np.float64) * _UNIT
+
+
+def sample(
+    logits_BV: torch.Tensor, *, temperatures_B: torch.Tensor, uniforms_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and their logprobs, both [B].
+
+    Temperature 0 takes the likeliest token (the first of equals) and gives its logprob at temperature 1. Otherwise the
+    logprob is that of the distribution sampled from, by inverting its cumulative sum at the given uniform.
+    """
+    is_greedy_B = temperatures_B == 0
+    scaled_BV = logits_BV.float() / torch.where(is_greedy_B, 1.0, temperatures_B)[:, None]
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
+    cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+    thresholds_B1 = (uniforms_B.double() * cumulative_BV[:, -1])[:, None]
+    drawn_B = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0].clamp_max(logits_BV.shape[-1] - 1)
+    tokens_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), drawn_B)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]

@@ -1,0 +1,84 @@
+"""The world of one trajectory: a fresh SQLite database behind five tools, and a grader that looks at what is left.
+
+The grader never looks at what the model claims to have done: it compares every row of the final database with the rows
+that the right solution leaves, and the answer with the right value.
+"""
+
+import json
+import random
+import sqlite3
+
+from moetrain.errors import ToolError
+from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.database.program import Program
+from moetrain.tasks.database.schema import Table, dump, open_database
+from moetrain.tasks.database.steps import StepKind
+from moetrain.tasks.protocol import Grade, Observation
+from moetrain.tools.sql import SqlTools
+
+_FAILURES = ["busy", "timeout"]
+
+
+class DatabaseEnvironment:
+    """One trajectory's database; used once."""
+
+    def __init__(self, tables: dict[str, Table], program: Program, *, config: TaskConfig, stream: int) -> None:
+        """Open a fresh database; `stream` seeds the failures of its tools."""
+        self._tables = tables
+        self._program = program
+        self._config = config
+        self._failures = random.Random(stream)
+        self._connection = open_database(tables)
+        self._tools = _tools(self._connection, config)
+
+    def call(self, name: str, arguments: str) -> Observation:
+        """Carry out one call; failures that were no fault of the caller come before it has any effect."""
+        if self._failures.random() < self._config.tool_failure:
+            text = f"error: {self._failures.choice(_FAILURES)}"
+            return Observation(text=text, is_error=True, is_transient=True)
+        try:
+            return Observation(text=self._tools.call(name, arguments))
+        except ToolError as error:
+            return Observation(text=f"error: {error}", is_error=True)
+
+    def grade(self, answer: str) -> Grade:
+        """Compare the final database and the answer with those of the right solution."""
+        expected_rows, expected_value = solve(self._tables, self._program, self._config)
+        rows = dump(self._connection)
+        if rows != expected_rows:
+            untouched = rows == {name: table.rows for name, table in sorted(self._tables.items())}
+            return Grade(success=False, reason="unchanged" if untouched else "wrong_rows")
+        if _read_answer(answer) != expected_value:
+            return Grade(success=False, reason="wrong_answer" if answer.strip() else "no_answer")
+        return Grade(success=True, reason="right")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+
+def _tools(connection: sqlite3.Connection, config: TaskConfig) -> SqlTools:
+    return SqlTools(connection, deadline_s=config.deadline_s, max_characters=config.max_output_characters)
+
+
+def _read_answer(answer: str) -> str | int | float | None:
+    try:
+        value = json.loads(answer.strip())
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+def solve(
+    tables: dict[str, Table], program: Program, config: TaskConfig
+) -> tuple[dict[str, list[tuple[str | int, ...]]], str | int]:
+    """Return all rows that the right solution leaves, and the right answer, by carrying it out on a fresh database."""
+    connection = open_database(tables)
+    tools = _tools(connection, config)
+    value: str | int = program.start
+    for step in program.steps:
+        result = json.loads(tools.call(step.kind.value, step.arguments(value)))
+        value = value if step.kind is StepKind.update else result
+    rows = dump(connection)
+    connection.close()
+    return rows, value

@@ -1,0 +1,83 @@
+"""The scripted expert: carries a program out call by call, with the slips that its config gives it.
+
+What it thinks before a call names the step it is at (`step 3`), or that it tries again (`retry step 3`), so that its
+place in the question can be read from its last thought, however many calls failed on the way.
+"""
+
+import json
+import random
+
+from moetrain.chat.messages import Message, Role, ToolCall, call_id
+from moetrain.tasks.config import DemonstratorConfig
+from moetrain.tasks.database.program import Program
+from moetrain.tasks.database.schema import Table
+from moetrain.tasks.database.steps import Step, StepKind
+from moetrain.tasks.protocol import Environment
+
+_MAX_ATTEMPTS = 6  # of one step; then it reports what it has
+PERFECT = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=0, retry=1)
+
+
+def demonstrate(
+    environment: Environment,
+    program: Program,
+    *,
+    tables: dict[str, Table],
+    slips: DemonstratorConfig,
+    stream: random.Random,
+) -> list[Message]:
+    """Return the expert's turns and the tools' answers, its final answer last."""
+    messages: list[Message] = []
+    value: str | int = program.start
+    for number, step in enumerate(program.steps, 1):
+        if stream.random() < slips.stop_early:
+            break
+        if stream.random() < slips.skip_step:
+            continue
+        result = _attempts(environment, step, number, value, tables=tables, slips=slips, stream=stream, messages=messages)
+        if result is None:
+            break
+        value = value if step.kind is StepKind.update else result
+    return [*messages, Message(role=Role.assistant, reasoning="done", content=json.dumps(value))]
+
+
+def _attempts(
+    environment: Environment,
+    step: Step,
+    number: int,
+    value: str | int,
+    *,
+    tables: dict[str, Table],
+    slips: DemonstratorConfig,
+    stream: random.Random,
+    messages: list[Message],
+) -> str | int | None:
+    tried = _slipped(step, tables=tables, slips=slips, stream=stream)
+    for attempt in range(_MAX_ATTEMPTS if slips.retry < 1 else 10**6):
+        name = tried.kind.value
+        identity = call_id(name, sum(len(message.tool_calls) for message in messages))
+        call = ToolCall(name=name, arguments=tried.arguments(value), id=identity)
+        thought = f"retry step {number}" if attempt else f"step {number}"
+        messages.append(Message(role=Role.assistant, reasoning=thought, tool_calls=[call]))
+        observation = environment.call(name, call.arguments)
+        messages.append(Message(role=Role.tool, name=name, tool_call_id=identity, content=observation.text))
+        if not observation.is_error:
+            result: str | int = json.loads(observation.text)
+            return result
+        if stream.random() >= slips.retry:
+            return None
+        tried = step
+    return None
+
+
+def _slipped(step: Step, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random) -> Step:
+    draw = stream.random()
+    if step.kind is StepKind.calculate or draw >= slips.wrong_name + slips.unknown_name:
+        return step
+    columns = tables[step.table].columns[1:]
+    if draw < slips.wrong_name:
+        column = stream.choice([name for name in columns if name != step.column])
+    else:
+        cut = stream.randrange(len(step.column))
+        column = step.column[:cut] + step.column[cut + 1 :]
+    return Step(**{**vars(step), "column": column})

@@ -1,0 +1,82 @@
+"""Database tasks by number: each has its own names, rows, links, steps and phrasing, a function of (seed, split, index)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moetrain.chat.messages import Message, Role
+from moetrain.chat.tool_schema import ToolSpec
+from moetrain.errors import DataError
+from moetrain.runtime import python_stream
+from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.database.environment import DatabaseEnvironment
+from moetrain.tasks.database.expert import PERFECT, demonstrate
+from moetrain.tasks.database.program import Program, draw_program
+from moetrain.tasks.database.schema import Table, draw_tables
+from moetrain.tasks.database.steps import question
+from moetrain.tasks.protocol import Grade, Split, Task
+from moetrain.tools.sql import SQL_TOOLS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseTask:
+    """One question over one database."""
+
+    tables: dict[str, Table]
+    program: Program
+    text: str
+    config: TaskConfig
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that the right solution takes."""
+        return len(self.program.steps)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The question."""
+        return [Message(role=Role.user, content=self.text)]
+
+    def environment(self, stream: int) -> DatabaseEnvironment:
+        """Return a fresh database; `stream` seeds its tools' failures."""
+        return DatabaseEnvironment(self.tables, self.program, config=self.config, stream=stream)
+
+
+class DatabaseFamily:
+    """All database tasks of one seed."""
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        """Keep what every task is a function of."""
+        self._config = config
+        self._seed = seed
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """get, find, aggregate, calculate, update."""
+        return SQL_TOOLS
+
+    def task(self, split: Split, index: int, *, num_calls: int | None = None) -> DatabaseTask:
+        """Return task `index` of `split`; lengths go round from min_calls to max_calls unless `num_calls` fixes one."""
+        stream = python_stream(self._seed, f"database/{split.value}", index, num_calls or 0)
+        low, high = self._config.min_calls, self._config.max_calls
+        calls = num_calls or low + index % (high - low + 1)
+        tables = draw_tables(stream, split)
+        program = draw_program(stream, tables, num_calls=calls)
+        text = question(program.start, program.steps, split=split, stream=stream)
+        return DatabaseTask(tables=tables, program=program, text=text, config=self._config)
+
+    def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+        """Return the expert's conversation, question included, and its grade; `perfect` makes no slips and retries."""
+        if not isinstance(task, DatabaseTask):
+            raise DataError(f"a {type(task).__name__} is no task of this family: give one that its task() returned")
+        environment = task.environment(stream)
+        messages = demonstrate(
+            environment,
+            task.program,
+            tables=task.tables,
+            slips=PERFECT if perfect else self._config.demonstrator,
+            stream=random.Random(stream + 1),
+        )
+        grade = environment.grade(messages[-1].content)
+        environment.close()
+        return [*task.prompt, *messages], grade

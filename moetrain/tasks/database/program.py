@@ -1,0 +1,87 @@
+"""Draws the steps of a question over a database, and says what a right solution leaves behind."""
+
+import random
+from dataclasses import dataclass
+
+from moetrain.tasks.database.schema import Table
+from moetrain.tasks.database.steps import Step, StepKind
+
+_FIND_SHARE = 0.3  # of the hops from row to row, those that go against the direction of a link
+_ID_ANSWER_SHARE = 0.25  # of the questions, those that never come to a number
+_UPDATE_SHARE = 0.4
+_AGGREGATE_SHARE = 0.5
+_LARGEST_OPERAND = 9
+_AGGREGATES = ["sum", "max", "min", "count"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Where a question starts and what it does."""
+
+    start: str
+    steps: list[Step]
+
+
+def draw_program(stream: random.Random, tables: dict[str, Table], *, num_calls: int) -> Program:
+    """Return a program of exactly `num_calls` steps: hops from row to row, then to a number, arithmetic, an update."""
+    num_updates = int(num_calls >= 2 and stream.random() < _UPDATE_SHARE)
+    num_left = num_calls - num_updates
+    ends_in_number = stream.random() >= _ID_ANSWER_SHARE
+    num_calculations = stream.randint(0, min(2, num_left - 1)) if ends_in_number else 0
+    num_hops = num_left - num_calculations - int(ends_in_number)
+    table = stream.choice(sorted(tables))
+    start = row = stream.choice(tables[table].ids)
+    steps: list[Step] = []
+    for _ in range(num_hops):
+        step, table, row = _hop(stream, tables, table=table, row=row)
+        steps.append(step)
+    if ends_in_number:
+        steps.append(_to_number(stream, tables, table=table, row=row))
+    for _ in range(num_calculations):
+        operand = stream.randint(2, _LARGEST_OPERAND)
+        steps.append(Step(kind=StepKind.calculate, op=stream.choice("+-*"), number=operand))
+    if num_updates:
+        steps.append(_update(stream, tables, sets_number=ends_in_number))
+    return Program(start=start, steps=steps)
+
+
+def _pointing(tables: dict[str, Table], row: str) -> list[tuple[str, str]]:
+    return [
+        (name, column)
+        for name, table in sorted(tables.items())
+        for position, column in enumerate(table.links, 1)
+        if any(values[position] == row for values in table.rows)
+    ]
+
+
+def _hop(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> tuple[Step, str, str]:
+    pointing = _pointing(tables, row)
+    if pointing and stream.random() < _FIND_SHARE:
+        name, column = stream.choice(pointing)
+        position = tables[name].columns.index(column)
+        found = next(str(values[0]) for values in tables[name].rows if values[position] == row)
+        return Step(kind=StepKind.find, table=name, column=column), name, found
+    column = stream.choice(list(tables[table].links))
+    values = next(values for values in tables[table].rows if values[0] == row)
+    target = str(values[tables[table].columns.index(column)])
+    return Step(kind=StepKind.get, table=table, column=column), tables[table].links[column], target
+
+
+def _to_number(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> Step:
+    pointing = _pointing(tables, row)
+    if pointing and stream.random() < _AGGREGATE_SHARE:
+        name, where = stream.choice(pointing)
+        return Step(
+            kind=StepKind.aggregate,
+            op=stream.choice(_AGGREGATES),
+            table=name,
+            column=stream.choice(tables[name].numbers),
+            where=where,
+        )
+    return Step(kind=StepKind.get, table=table, column=stream.choice(tables[table].numbers))
+
+
+def _update(stream: random.Random, tables: dict[str, Table], *, sets_number: bool) -> Step:
+    table = tables[stream.choice(sorted(tables))]
+    column = stream.choice(table.numbers if sets_number else list(table.links))
+    return Step(kind=StepKind.update, table=table.name, column=column, row=stream.choice(table.ids))
