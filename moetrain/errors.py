@@ -41,3 +41,7 @@ class BoundError(MoetrainError, AssertionError):
     """A bound promised by `moetrain verify` was missed."""
 
     exit_code = 3
+
+
+class DivergenceError(MoetrainError, FloatingPointError):
+    """The loss or the gradient stopped being a finite number."""
