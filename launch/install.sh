@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Makes .venv beside the repository's files and installs moetrain into it, at the tested versions.
+# The second call is fast: it does nothing when neither pyproject.toml nor the constraints changed.
+# PYTHON=python3.12 chooses the interpreter, VENV=/path the folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv="${VENV:-.venv}"
+stamp="$venv/.moetrain-installed"
+
+took() { printf '%-44s %4d s\n' "$1" "$((SECONDS - since))"; since=$SECONDS; }
+since=$SECONDS
+
+fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+if [[ ! -x "$venv/bin/python" ]]; then
+    python=""
+    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+        if fits "$candidate"; then python="$candidate"; break; fi
+    done
+    if [[ -z "$python" ]]; then
+        echo "install: no Python 3.11 or newer found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); name one with PYTHON=" >&2
+        exit 2
+    fi
+    "$python" -m venv "$venv"
+    took "environment ($("$venv/bin/python" --version))"
+fi
+
+wanted="$(cat pyproject.toml launch/constraints.txt launch/install.sh | sha256sum | cut -d' ' -f1) $PWD"
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    echo "install: $venv is up to date"
+    exit 0
+fi
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+
+# torch comes first and alone: a machine that offers a CPU build of this version then keeps it.
+pip install "$(grep '^torch==' launch/constraints.txt)"
+took "torch"
+pip install -c launch/constraints.txt -e '.[dev]'
+took "moetrain and its dependencies"
+
+# DeepSpeed compiles a small shared-memory op when a CPU process group starts; done here, it is done once.
+if command -v g++ >/dev/null; then
+    log="$venv/shm_op.log"
+    if PATH="$PWD/$venv/bin:$venv/bin:$PATH" "$venv/bin/python" -c \
+        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)' \
+        >"$log" 2>&1; then
+        took "DeepSpeed's shared-memory op"
+    else
+        tail -n 5 "$log" >&2
+        echo "install: DeepSpeed's shared-memory op was not built (log: $log); runs use gloo alone, which is slower" >&2
+    fi
+else
+    echo "install: no g++ here, so DeepSpeed's shared-memory op is not built; runs use gloo alone, which is slower" >&2
+fi
+
+echo "$wanted" >"$stamp"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From a fresh clone to an INT4 agent: installs, then runs every stage of recipes/k2_nano.
+# Arguments go to `moetrain run`, e.g. `bash launch/quickstart.sh pretrain.train.steps=100`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/install.sh
+echo "installed after ${SECONDS} s"
+"${VENV:-.venv}/bin/moetrain" run recipe=k2_nano "$@"
+printf 'quickstart: %d min %d s in all\n' "$((SECONDS / 60))" "$((SECONDS % 60))"

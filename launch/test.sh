@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs, then lint, types and tests. Arguments go to pytest, e.g. `bash launch/test.sh tests/quant`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/install.sh
+bin="${VENV:-.venv}/bin"
+# Two test processes of one thread each: tests start ranks of their own, and threads would fight over the cores.
+export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+
+timed() {
+    local start=$SECONDS name=$1
+    shift
+    "$@"
+    printf '%-14s %4d s\n' "$name" "$((SECONDS - start))"
+}
+timed "ruff check" "$bin/ruff" check
+timed "ruff format" "$bin/ruff" format --check
+timed "mypy" "$bin/mypy"
+timed "pytest" "$bin/python" -m pytest -x -q -n 2 --dist loadfile --durations 15 "$@"
+printf 'test: %d s in all\n' "$SECONDS"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# bash launch/torchrun.sh 2 pretrain model=k2_nano parallel.expert=2
+# Starts that many ranks on this machine. Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each.
+set -euo pipefail
+if [[ $# -lt 2 ]]; then
+    echo "usage: bash launch/torchrun.sh RANKS COMMAND [OVERRIDE...]" >&2
+    exit 2
+fi
+ranks=$1
+shift
+bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
+[[ -n "${VENV:-}" ]] && bin="$VENV/bin"
+[[ -x "$bin/python" ]] && PATH="$bin:$PATH"
+
+# A mistake in the input is one line here, not one a rank.
+python -m moetrain.cli check "$@"
+if [[ "${NNODES:-1}" == 1 ]]; then
+    place=(--standalone)
+else
+    place=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec python -m torch.distributed.run "${place[@]}" --nproc-per-node "$ranks" -m moetrain.cli "$@"
