@@ -1,0 +1,123 @@
+"""The embedded default: code and English of the running Python's standard library. Every machine has it.
+
+Nothing is downloaded and nothing is shipped; the text differs between Python versions, so the digest of the documents
+goes into every result. Code and English of one file share a key, so that the train/validation split keeps them
+together: else the docstrings held out as English would be read as code in training.
+"""
+
+import ast
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+_LEFT_OUT = frozenset(
+    {
+        *("test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "turtledemo", "lib2to3"),
+        *("encodings", "pydoc_data", "__pycache__"),
+    }
+)
+"""Folders with tests, other people's packages, examples, or tables of characters (the English of pydoc_data is used)."""
+_BUILD_PREFIXES = ("config-", "_sysconfigdata")
+"""Names of files and folders that differ between builds of one Python version."""
+_TOPICS = "pydoc_data/topics.py"
+"""The language reference as `help()` shows it: a dict of plain English."""
+_MIN_PARAGRAPH = 40
+"""Characters below which a docstring or comment is a label, not English."""
+_MIN_LETTERS = 0.6
+"""Share of letters and spaces below which a paragraph is a table, a prompt session or a banner."""
+_MAX_WORD = 20
+"""Mean characters a word above which a paragraph is a list of names."""
+
+
+@cache
+def stdlib_code() -> dict[str, str]:
+    """Return the text of each .py file by its path in the library, sorted; empty and non-UTF-8 files are left out."""
+    root = _root()
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_wanted(path.relative_to(root)))
+    texts = {path: _read(root / path) for path in paths}
+    return {path: text for path, text in texts.items() if text.strip()}
+
+
+@cache
+def stdlib_english() -> dict[str, str]:
+    """Return the docstrings and long comments of each file as paragraphs, and the topics of `help()`.
+
+    A paragraph that stands in several files is left out: it could not be held out of one without being read in another.
+    """
+    by_file = {path: list(dict.fromkeys(_paragraphs(text))) for path, text in stdlib_code().items()}
+    num_files = Counter(paragraph for paragraphs in by_file.values() for paragraph in paragraphs)
+    documents = {}
+    for path, paragraphs in by_file.items():
+        own = [paragraph for paragraph in paragraphs if num_files[paragraph] == 1]
+        if own:
+            documents[path] = "\n\n".join(own) + "\n"
+    return documents | _topics()
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _is_wanted(path: Path) -> bool:
+    is_build = any(part.startswith(_BUILD_PREFIXES) for part in path.parts)
+    return not is_build and _LEFT_OUT.isdisjoint(path.parts[:-1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return ""  # a file in another encoding
+
+
+def _topics() -> dict[str, str]:
+    path = _root() / _TOPICS
+    if not path.is_file():  # left out by some distributions
+        return {}
+    last = ast.parse(_read(path)).body[-1]
+    topics = ast.literal_eval(last.value) if isinstance(last, ast.Assign) else {}
+    return {f"{_TOPICS}/{name}": text for name, text in sorted(topics.items())}
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # a template, or a file for another version
+        return
+    for node in _definitions(tree):
+        docstring = ast.get_docstring(node, clean=True) or ""
+        yield from (part.strip() for part in docstring.split("\n\n") if _is_english(part))
+    yield from (comment for comment in _comments(text) if _is_english(comment))
+
+
+def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield everything that can have a docstring, in the order of the text; expressions are not walked."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        children = (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler))
+        stack += reversed(list(children))
+
+
+def _comments(text: str) -> Iterator[str]:
+    """Yield runs of whole-line comments, the `#` taken off."""
+    run: list[str] = []
+    for line in text.splitlines():
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            run.append(stripped.lstrip("#").removeprefix(" "))
+        elif run:
+            yield "\n".join(run).strip()
+            run = []
+
+
+def _is_english(paragraph: str) -> bool:
+    stripped = paragraph.strip()
+    if len(stripped) < _MIN_PARAGRAPH or ">>>" in stripped:
+        return False
+    letters = sum(map(str.isalpha, stripped)) + stripped.count(" ")
+    return letters >= _MIN_LETTERS * len(stripped) and len(stripped) <= _MAX_WORD * len(stripped.split())
