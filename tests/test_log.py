@@ -1,0 +1,105 @@
+"""Metrics survive a stop, W&B's offline file holds what was written, progress does without a terminal."""
+
+import io
+import logging
+import struct
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moetrain.errors import CheckpointError
+from moetrain.log import Fanout, JsonlMetrics, WandbMetrics, WandbMode, progress, read_metrics
+
+
+def test_a_run_that_goes_on_writes_each_number_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for steps in (range(1, 6), range(4, 8), range(8, 8)):
+        metrics = JsonlMetrics(path)
+        for step in steps:
+            metrics.write(step, {"reward": 0.5})
+            metrics.write(step, {"loss": 5.0 - step})
+        metrics.write(7, {"validation/loss": 2.0})
+        metrics.close()
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[-1] == {"step": 7, "validation/loss": 2.0} and len(rows) == 15
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
+    metrics.write(0, {"train/loss": 0.1})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "train/loss": 0.1}]
+    metrics.close()
+
+
+def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a"')
+    assert read_metrics(path) == [{"step": 0, "a": 1.0}]
+    resumed = JsonlMetrics(path)
+    resumed.write(1, {"a": 2.0})
+    resumed.close()
+    assert path.read_text() == '{"step": 0, "a": 1.0}\n{"step": 1, "a": 2.0}\n'
+    path.write_text('{"step": 0,\n{"step": 1, "a": 1.0}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1 is not JSON"):
+        JsonlMetrics(path)
+    assert path.read_text() == '{"step": 0,\n{"step": 1, "a": 1.0}\n'
+
+
+def test_wandb_offline_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    offline = WandbMetrics(tmp_path, project="p", name="n", mode=WandbMode.auto, config={"lr": 0.5})
+    lines = JsonlMetrics(tmp_path / "metrics.jsonl")
+    both = Fanout([lines, offline])
+    both.write(0, {"train/loss": 5.25})
+    both.write(1, {"train/loss": 4.5})
+    both.close()
+
+    records = _records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+    history = [
+        {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [float(row["train/loss"]) for row in history] == [5.25, 4.5]
+    assert [int(row["_step"]) for row in history] == [0, 1]
+    config = {item.key: item.value_json for record in records for item in record.run.config.update}
+    assert config["lr"] == "0.5"
+
+
+def _records(path: Path) -> list:
+    """W&B's file is a LevelDB log: blocks of 32 KiB of (crc, length, type) + data, after a head of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole, records = path.read_bytes(), 7, b"", []
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def test_progress_without_a_terminal_is_plain_lines_with_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("moetrain").propagate = True
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with caplog.at_level(logging.INFO, logger="moetrain"), progress(3, "sft", console=console) as advance:
+        for loss in (3.0, 2.0, 1.0):
+            advance(f"loss {loss}")
+    assert [record.message for record in caplog.records] == ["sft 3/3 loss 1.0, 0:00 left"]
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    out = io.StringIO()
+    with progress(2, "sft", console=Console(file=out, force_terminal=True, width=100)) as advance:
+        advance("loss 3.0")
+        advance("loss 2.0")
+    assert "2/2" in out.getvalue() and "loss 2.0" in out.getvalue()
