@@ -1,9 +1,9 @@
-"""Checkpoint folders: atomic, checksummed, free of the layout that wrote them. Files only; knows no engine and no ranks.
+"""Checkpoint folders: atomic, checksummed, free of the layout that wrote them. Files only; no engine and no ranks.
 
-A checkpoint is a folder `step_00000100` with sharded safetensors (`model-*` for parameters and buffers, `optimizer-*` for
-what the optimizer holds), `state.json` (step, configuration, position in the data, digests) and `index.json` (which file
-holds which tensor; size and sha256 of every file, and of the index itself). It is written as `.step_00000100.tmp`, synced
-to disk and renamed, so that a folder with the final name is whole. Nothing is pickled.
+A checkpoint is a folder `step_00000100` with sharded safetensors (`model-*` for parameters and buffers, `optimizer-*`
+for what the optimizer holds), `state.json` (step, configuration, position in the data, digests) and `index.json` (which
+file holds which tensor; size and sha256 of every file, and of the index itself). It is written as `.step_00000100.tmp`,
+synced to disk and renamed, so that a folder with the final name is whole. Nothing is pickled.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class Latest:
-    """The newest good checkpoint of a folder (None: there is none at all), and how many damaged ones were passed over."""
+    """The newest good checkpoint of a folder (None: it has none), and how many damaged ones were passed over."""
 
     path: Path | None
     num_damaged: int

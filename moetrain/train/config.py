@@ -36,7 +36,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("steps", "rows_per_step", "rows_per_micro_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in (
+            "steps",
+            "rows_per_step",
+            "rows_per_micro_batch",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give at least 1")
         if self.rows_per_step % self.rows_per_micro_batch and self.rows_per_step > self.rows_per_micro_batch:
