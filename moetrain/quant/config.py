@@ -26,4 +26,6 @@ class QuantConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.group_size < 8 or self.group_size % 8:
-            raise ConfigError(f"quant.group_size is {self.group_size}: give a multiple of 8 (8 codes fill one int32 word)")
+            raise ConfigError(
+                f"quant.group_size is {self.group_size}: give a multiple of 8 (8 codes fill one int32 word)"
+            )

@@ -1,0 +1,43 @@
+"""Switches fake quantisation on: attaches quantisers to the experts modules that the model itself lists.
+
+The quantised set is what the caller hands over, the routed experts; no name is matched against a pattern.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from moetrain.errors import ConfigError
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.fake_quant import FakeQuantizer
+from moetrain.quant.grids import check_group_size
+
+
+class QuantizableExperts(Protocol):
+    """What `apply` needs of an experts module; `model.moe.Experts` is one."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    fake_quant: FakeQuantizer | None
+
+
+def apply(experts_modules: Iterable[QuantizableExperts], config: QuantConfig) -> list[FakeQuantizer]:
+    """Attach a quantiser to each module, or remove it when `config.enabled` is false; return those attached.
+
+    Raises ConfigError when there is nothing to quantise, or when groups do not fit the matrices.
+    """
+    modules = list(experts_modules)
+    if not config.enabled:
+        for module in modules:
+            module.fake_quant = None
+        return []
+    if not modules:
+        raise ConfigError("quant.enabled is true, but the model has no routed experts: set it to false")
+    for module in modules:
+        for weight_EOI in (module.gate_up_proj, module.down_proj):
+            check_group_size(weight_EOI.shape[-1], group_size=config.group_size)
+    quantizers = [FakeQuantizer(grid=config.grid, group_size=config.group_size) for _ in modules]
+    for module, quantizer in zip(modules, quantizers, strict=True):
+        module.fake_quant = quantizer
+    return quantizers

@@ -1,0 +1,64 @@
+"""Codes and scales to the tensors of a `pack-quantized` file, and back: bits and names, no rounding.
+
+The layout is that of compressed-tensors: eight codes an int32 word along the inputs, code j of a word in bits 4j to
+4j + 3, stored as code + 8. Words are written through their bytes, least significant first.
+
+Shape letters as in `grids`; W words (I / 8), B bytes (I / 2).
+"""
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from moetrain.errors import CheckpointError
+from moetrain.quant.grids import Quantized
+
+CODES_PER_WORD = 8
+CODE_OFFSET = 8
+PACKED_SUFFIX = ".weight_packed"
+SCALE_SUFFIX = ".weight_scale"
+SHAPE_SUFFIX = ".weight_shape"
+
+
+def pack(codes_XOI: Tensor) -> Tensor:
+    """Return int8 codes [..., in] of -8 to 7 as int32 words [..., in / 8]; `in` must be a multiple of 8."""
+    assert sys.byteorder == "little", "words are built from bytes, least significant first"
+    nibbles_XOB2 = rearrange((codes_XOI + CODE_OFFSET).to(torch.uint8), "... (B two) -> ... B two", two=2)
+    bytes_XOB = nibbles_XOB2[..., 0] | (nibbles_XOB2[..., 1] << 4)
+    words_XOW: Tensor = bytes_XOB.contiguous().view(torch.int32)
+    return words_XOW
+
+
+def unpack(words_XOW: Tensor) -> Tensor:
+    """Return the int8 codes [..., 8 * words] of int32 words: the inverse of `pack`."""
+    assert sys.byteorder == "little", "words are read as bytes, least significant first"
+    bytes_XOB = words_XOW.contiguous().view(torch.uint8)
+    nibbles_XOB2 = torch.stack((bytes_XOB & 0xF, bytes_XOB >> 4), dim=-1)
+    return rearrange(nibbles_XOB2, "... B two -> ... (B two)").to(torch.int8) - CODE_OFFSET
+
+
+def encode(prefix: str, quantized: Quantized) -> dict[str, Tensor]:
+    """Return one matrix [out, in] as the three tensors that a file holds, named after the module `prefix`."""
+    shape = torch.tensor(quantized.codes_XOI.shape, dtype=torch.int32)
+    return {
+        prefix + PACKED_SUFFIX: pack(quantized.codes_XOI),
+        prefix + SCALE_SUFFIX: quantized.scales_XOG.contiguous(),
+        prefix + SHAPE_SUFFIX: shape,
+    }
+
+
+def decode(prefix: str, tensors: Mapping[str, Tensor]) -> Quantized:
+    """Return the matrix of the module `prefix` from a file's tensors. Raises CheckpointError when they do not agree."""
+    for suffix in (PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX):
+        if prefix + suffix not in tensors:
+            raise CheckpointError(f"{prefix + suffix} is missing: a packed weight is three tensors")
+    codes_OI, scales_OG = unpack(tensors[prefix + PACKED_SUFFIX]), tensors[prefix + SCALE_SUFFIX]
+    shape = tensors[prefix + SHAPE_SUFFIX].tolist()
+    if list(codes_OI.shape) != shape:
+        raise CheckpointError(f"{prefix}: {list(codes_OI.shape)} codes are packed but weight_shape says {shape}")
+    if scales_OG.shape[:-1] != codes_OI.shape[:-1] or codes_OI.shape[-1] % scales_OG.shape[-1]:
+        raise CheckpointError(f"{prefix}: scales of shape {list(scales_OG.shape)} do not fit codes of shape {shape}")
+    return Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)

@@ -1,0 +1,119 @@
+"""The numerics of record: how a weight matrix becomes codes and scales, and back.
+
+Training, rollout, export and evaluation all call these functions; nothing else in the package rounds a weight. Packing
+into words is `codec`, the straight-through gradient is `fake_quant`. The order of roundings is part of the contract and
+stands in docs/numerics.md.
+
+Shape letters: X any leading axes (experts), O outputs, I inputs, G groups of consecutive inputs, S inputs in a group.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from moetrain.errors import ConfigError
+from moetrain.quant.config import GridName
+
+SMALLEST_SCALE = 2.0**-17
+"""A group whose scale is below this becomes zero. From this power of two on every bf16 scale is also an fp16 number, so
+that no reader flushes a group that another keeps."""
+
+ZERO_GROUP_SCALE = 1.0
+"""The scale stored for a group that became zero: any value serves, and 1 is exact in every format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A row of `GRIDS`: which codes there are, and the scale of a group."""
+
+    num_bits: int
+    """Bits of a stored code."""
+    min_code: int
+    """Smallest code."""
+    max_code: int
+    """Largest code."""
+    scales_of: Callable[[Tensor], Tensor]
+    """bf16 groups [X, O, G, S] -> bf16 scales [X, O, G], before the policy for groups near zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A matrix, or a stack of them, as codes and scales. A scale times its codes, rounded to bf16, is the weight."""
+
+    codes_XOI: Tensor
+    """int8, each within the grid's range."""
+    scales_XOG: Tensor
+    """bf16; group g covers inputs g * group_size to (g + 1) * group_size - 1."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.codes_XOI.shape[-1] // self.scales_XOG.shape[-1]
+
+    def __getitem__(self, expert: int) -> "Quantized":
+        """Return the part at index `expert` of the first axis."""
+        return Quantized(codes_XOI=self.codes_XOI[expert], scales_XOG=self.scales_XOG[expert])
+
+
+def _grouped(x_XOI: Tensor, *, group_size: int) -> Tensor:
+    return rearrange(x_XOI, "... (G S) -> ... G S", S=group_size)
+
+
+def _ungrouped(x_XOGS: Tensor) -> Tensor:
+    return rearrange(x_XOGS, "... G S -> ... (G S)")
+
+
+def _kimi7_scales(weight_XOGS: Tensor) -> Tensor:
+    amax_XOG = weight_XOGS.abs().amax(dim=-1)
+    return (amax_XOG.float() / 7).to(torch.bfloat16)
+
+
+GRIDS: Mapping[GridName, Grid] = MappingProxyType(
+    {
+        # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes, and a grid that re-quantises to itself.
+        GridName.kimi7: Grid(num_bits=4, min_code=-7, max_code=7, scales_of=_kimi7_scales),
+    }
+)
+"""Every grid that can be named in a config."""
+
+
+def quantize(weight_XOI: Tensor, *, grid: GridName, group_size: int) -> Quantized:
+    """Return the codes and scales of `weight_XOI` [..., out, in], fp32 or bf16, on the grid.
+
+    The bf16 cast of the weight is what is quantised, so that codes taken from the fp32 master and from the dequantised
+    weight agree. Raises ConfigError when `group_size` does not divide the inputs.
+    """
+    rule = GRIDS[grid]
+    check_group_size(weight_XOI.shape[-1], group_size=group_size)
+    weight_XOGS = _grouped(weight_XOI.detach().to(torch.bfloat16), group_size=group_size)
+    raw_scales_XOG = rule.scales_of(weight_XOGS)
+    is_zero_XOG = raw_scales_XOG.abs() < SMALLEST_SCALE
+    scales_XOG = raw_scales_XOG.masked_fill(is_zero_XOG, ZERO_GROUP_SCALE)
+    codes_XOGS = (weight_XOGS / scales_XOG.unsqueeze(-1)).round().clamp(rule.min_code, rule.max_code)
+    codes_XOGS = codes_XOGS.masked_fill(is_zero_XOG.unsqueeze(-1), 0)
+    return Quantized(codes_XOI=_ungrouped(codes_XOGS.to(torch.int8)), scales_XOG=scales_XOG)
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """Return the bf16 weight [..., out, in] that codes and scales stand for: one rounding of code times scale."""
+    codes_XOGS = _grouped(quantized.codes_XOI, group_size=quantized.group_size).to(torch.bfloat16)
+    return _ungrouped(codes_XOGS * quantized.scales_XOG.unsqueeze(-1))
+
+
+def num_zero_groups(quantized: Quantized) -> int:
+    """Return how many groups have only zero codes: all-zero weights, or a scale below `SMALLEST_SCALE`."""
+    codes_XOGS = _grouped(quantized.codes_XOI, group_size=quantized.group_size)
+    return int((codes_XOGS == 0).all(dim=-1).sum())
+
+
+def check_group_size(num_inputs: int, *, group_size: int) -> None:
+    """Raise ConfigError when rows of `num_inputs` weights cannot be cut into groups of `group_size`."""
+    if num_inputs % group_size:
+        raise ConfigError(
+            f"quant.group_size is {group_size}: it must divide the {num_inputs} inputs of an expert matrix "
+            "(model.hidden_size and model.moe_intermediate_size)"
+        )
