@@ -1,0 +1,246 @@
+"""The engine of every real run: DeepSpeed's ZeRO 1 or 2 over any number of processes, one included.
+
+DeepSpeed runs in float32: parameters are the masters, and the model casts them in its products. Its JSON is made here
+from checked values. Gradient accumulation is ours, so that the number of micro-batches may differ from step to step.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moetrain.data.batch import TokenBatch
+from moetrain.model.transformer import Transformer
+from moetrain.optim.config import OptimConfig, OptimizerName
+from moetrain.optim.muon import parameter_rule
+from moetrain.parallel.engine import (
+    Objective,
+    ObjectiveResult,
+    StepReport,
+    clip_factor_of,
+    forget_rounded,
+    on_device,
+)
+from moetrain.parallel.expert import ExpertAdapter, group_name
+from moetrain.parallel.optimizer import Partition, PartitionedOptimizer, Slot, slots_of
+from moetrain.parallel.state import (
+    STATE_NAMES,
+    STEP,
+    check,
+    expert_parameter_names,
+    global_shapes,
+    optimizer_key,
+    persistent_buffers,
+)
+from moetrain.parallel.topology import Topology
+
+_LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
+
+
+def _quieten() -> None:
+    """Let DeepSpeed say what is wrong, but not that our optimizer is new to it: this package's tests vouch for that."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()
+
+
+class _ObjectiveModule(nn.Module):
+    """What DeepSpeed wraps: its forward is the objective, so that DeepSpeed's hooks see all of it."""
+
+    def __init__(self, model: Transformer, *, adapter: ExpertAdapter | None, num_ranks: int) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter = adapter
+        self.num_ranks = num_ranks
+
+    def forward(self, objective: Objective, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
+        """Return the loss that DeepSpeed differentiates, whose mean over ranks is the sum of shares, and the result."""
+        result = objective(self.model, batch)
+        return result.loss * self.num_ranks, result.detached()
+
+
+class DeepSpeedEngine:
+    """Implements `Engine` on DeepSpeed."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        topology: Topology,
+        *,
+        optim_config: OptimConfig,
+        zero_stage: int,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.topology = topology
+        self.config = optim_config
+        self.experts = expert_parameter_names(model) if topology.expert_size > 1 else set()
+        _quieten()
+        self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=_ObjectiveModule(model, adapter=self._adapter(), num_ranks=topology.world_size),
+            optimizer=self.optimizer,
+            config=self._deepspeed_config(zero_stage),
+            dist_init_required=False,
+        )
+        self.zero = self.engine.optimizer
+        self.optimizer.bind(self._partitions())
+
+    def _adapter(self) -> ExpertAdapter | None:
+        if not self.experts:
+            return None
+        return ExpertAdapter(
+            [layer.experts for _, layer in self.model.moe_layers()],
+            num_experts=self.model.config.num_experts,
+            expert_size=self.topology.expert_size,
+            expert_rank=self.topology.expert_rank,
+        )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return one parameter group for each rule and kind (split over ranks by experts, or not) that occurs."""
+        members: dict[tuple[bool, OptimizerName], list[tuple[str, nn.Parameter]]] = {}
+        for name, param in self.model.named_parameters():
+            rule = parameter_rule(name, param.shape, hidden_rule=self.config.name)
+            members.setdefault((name in self.experts, rule), []).append((name, param))
+        groups = []
+        for (is_expert, rule), named in members.items():
+            group = {"params": [param for _, param in named], "slots": slots_of(named), "rule": rule}
+            if is_expert:
+                group |= {"moe": True, "name": group_name(self.topology.expert_size)}
+            groups.append(group)
+        return groups
+
+    def _deepspeed_config(self, zero_stage: int) -> dict[str, Any]:
+        num_elements = sum(param.numel() for param in self.model.parameters())
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.config.clip_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": zero_stage,
+                "contiguous_gradients": True,
+                "overlap_comm": False,
+                "reduce_scatter": True,
+                "round_robin_gradients": False,
+                "reduce_bucket_size": min(num_elements, _LARGEST_BUCKET),
+            },
+            "steps_per_print": None,
+        }
+
+    def _partitions(self) -> Iterator[Partition]:
+        """Yield how DeepSpeed cut each group; checks that it laid the parameters as `slots_of` says."""
+        params = dict(self.model.named_parameters())
+        for index, group in enumerate(self.optimizer.param_groups):
+            flat = self.zero.bit16_groups_flat[index]
+            for slot in group["slots"]:
+                offset = (params[slot.name].data_ptr() - flat.data_ptr()) // flat.element_size()
+                assert offset == slot.offset, f"DeepSpeed laid {slot.name} at {offset}, not at {slot.offset}"
+            process_group = self.zero.real_dp_process_group[index]
+            num_ranks = dist.get_world_size(process_group)
+            (partition_P,) = group["params"]
+            assert partition_P.numel() * num_ranks == flat.numel()
+            yield Partition(
+                size=partition_P.numel(),
+                index=dist.get_rank(process_group),
+                process_group=process_group if num_ranks > 1 else None,
+            )
+
+    def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
+        """Add the gradient of one micro-batch, and return its numbers, detached."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        loss, result = self.engine(objective, on_device(batch, self.topology.device))
+        self.engine.backward(loss)
+        assert isinstance(result, ObjectiveResult)
+        return result
+
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip the accumulated gradient, update the parameters, clear the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        forget_rounded(self.model)
+        grad_norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            return StepReport(grad_norm=math.inf, clip_factor=0.0)
+        return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
+
+    @torch.no_grad()
+    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
+        """Return the whole state on the main rank, on its CPU; None elsewhere. One tensor travels at a time."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, buffer in persistent_buffers(self.model).items():
+            tensors[name] = buffer.to("cpu", copy=True)
+        for name, param in self.model.named_parameters():
+            holds_it = self.topology.rank < (self.topology.expert_size if name in self.experts else 1)
+            piece = param.data.reshape(-1)
+            tensors[name] = self._assemble(piece if holds_it else piece[:0], name=name, first=0)
+        if with_optimizer:
+            for group, slot in self._slots():
+                first, _ = group["partition"].piece(slot, group["partition"].index)
+                for state in STATE_NAMES[group["rule"]]:
+                    piece = self.optimizer.state_piece(group, slot, name=state)
+                    tensors[optimizer_key(slot.name, state)] = self._assemble(piece, name=slot.name, first=first)
+            tensors[STEP] = torch.tensor(self.optimizer.param_groups[0]["step"])
+        return tensors if self.topology.is_main else None
+
+    def _slots(self) -> Iterator[tuple[dict[str, Any], Slot]]:
+        for group in self.optimizer.param_groups:
+            for slot in group["slots"]:
+                yield group, slot
+
+    def _assemble(self, piece: torch.Tensor, *, name: str, first: int) -> torch.Tensor:
+        """Return, on the main rank, the global tensor of which each rank holds `piece`, from its element `first` on.
+
+        Pieces do not overlap; they are added as integers, so that every bit arrives, signs of zeros included.
+        """
+        shape = self.model.get_parameter(name).shape
+        num_parts = self.topology.expert_size if name in self.experts else 1
+        start = first + (self.topology.expert_rank * shape.numel() if name in self.experts else 0)
+        if self.topology.world_size == 1:
+            return piece.reshape(shape).to("cpu", copy=True)
+        bits = torch.zeros(num_parts * shape.numel(), dtype=torch.int32, device=piece.device)
+        bits[start : start + piece.numel()] = piece.view(torch.int32)
+        dist.reduce(bits, dst=0)
+        return bits.view(torch.float32).view(num_parts * shape[0], *shape[1:]).cpu()
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
+        """Take over a whole state; every rank is handed all of it. See `Engine.load_state`."""
+        shapes = global_shapes(
+            self.model,
+            num_ranks=self.topology.expert_size,
+            hidden_rule=self.config.name,
+            with_optimizer=with_optimizer,
+        )
+        check(tensors, shapes)
+        for name, buffer in persistent_buffers(self.model).items():
+            buffer.copy_(tensors[name])
+        for name, param in self.model.named_parameters():
+            param.data.copy_(self._local_part(tensors[name], name=name))
+        self.zero.refresh_fp32_params()
+        if with_optimizer:
+            for group, slot in self._slots():
+                first, last = group["partition"].piece(slot, group["partition"].index)
+                for state in STATE_NAMES[group["rule"]]:
+                    whole = self._local_part(tensors[optimizer_key(slot.name, state)], name=slot.name)
+                    self.optimizer.state_piece(group, slot, name=state).copy_(whole.reshape(-1)[first:last])
+            for group in self.optimizer.param_groups:
+                group["step"] = int(tensors[STEP])
+        forget_rounded(self.model)
+
+    def _local_part(self, tensor: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return this rank's experts of a global tensor, or all of it where it is not split."""
+        if name not in self.experts:
+            return tensor
+        num_local = tensor.shape[0] // self.topology.expert_size
+        return tensor[self.topology.expert_rank * num_local : (self.topology.expert_rank + 1) * num_local]

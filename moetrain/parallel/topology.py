@@ -1,0 +1,128 @@
+"""Which process this is, among how many, and the few collectives that training asks for directly.
+
+One process needs no launcher: without torchrun's variables a group of one is made in memory, without a port or a file.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from moetrain.errors import ConfigError
+from moetrain.parallel.config import EngineName, ParallelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Topology:
+    """The place of this process on the grid of ranks.
+
+    Data-parallel: all ranks. Consecutive ranks share the experts of a layer (`expert_group`, parallel.expert of them);
+    ranks that hold the same experts form `expert_data_group`. Groups are None where nothing is split.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    expert_size: int = 1
+    device: torch.device
+    expert_group: dist.ProcessGroup | None = None
+    expert_data_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def expert_rank(self) -> int:
+        """Place among the ranks that share a layer's experts."""
+        return self.rank % self.expert_size
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `tensor` over all ranks, on the device of `tensor`, which stays as it is."""
+        return self._all_reduce(tensor, op=dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise maximum of `tensor` over all ranks; `tensor` stays as it is."""
+        return self._all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def _all_reduce(self, tensor: torch.Tensor, *, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        if self.world_size == 1:
+            return tensor.clone()
+        on_device = tensor.to(self.device, copy=True)
+        dist.all_reduce(on_device, op=op)
+        return on_device.to(tensor.device)
+
+    def gather_objects(self, value: T) -> list[T] | None:
+        """Return every rank's picklable `value` in rank order on the main rank, None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[T] | None = [value] * self.world_size if self.is_main else None
+        dist.gather_object(value, gathered)
+        return gathered
+
+    def broadcast_object(self, value: T) -> T:
+        """Return the main rank's picklable `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def setup(parallel: ParallelConfig) -> Topology:
+    """Return this process's place; joins the other ranks when torchrun started several. May be called again.
+
+    Raises ConfigError when the number of processes does not fit the layout.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if parallel.engine == EngineName.torch:
+        if world_size > 1:
+            raise ConfigError(f"parallel.engine is torch, which runs in one process, not {world_size}: use deepspeed")
+        if parallel.expert > 1:
+            raise ConfigError(f"parallel.expert is {parallel.expert}: parallel.engine=torch runs in one process, use 1")
+        return Topology(device=_local_device())
+    if world_size % parallel.expert:
+        raise ConfigError(f"parallel.expert is {parallel.expert}: it must divide the number of processes, {world_size}")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
+    device = _local_device()
+    if not dist.is_initialized():
+        _join(parallel, device=device)
+    from moetrain.parallel.expert import expert_groups  # deepspeed reads DS_ACCELERATOR when it is imported
+
+    expert_group, expert_data_group = expert_groups(parallel.expert)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        expert_size=parallel.expert,
+        device=device,
+        expert_group=expert_group,
+        expert_data_group=expert_data_group,
+    )
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=parallel.timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,105 @@
+"""The plain engine: one process, whole parameters, torch's own clipping. The reference of every other layout."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.model.transformer import Transformer
+from moetrain.optim.adamw import adamw_update
+from moetrain.optim.config import OptimConfig, OptimizerName
+from moetrain.optim.muon import apply_update, logical_matrices, nesterov, orthogonal_update, parameter_rule
+from moetrain.parallel.engine import Objective, ObjectiveResult, StepReport, clip_factor_of, forget_rounded, on_device
+from moetrain.parallel.state import STATE_NAMES, STEP, check, global_shapes, optimizer_key, persistent_buffers
+from moetrain.parallel.topology import Topology
+
+
+class TorchEngine:
+    """Implements `Engine` with a loop over parameters."""
+
+    def __init__(
+        self, model: Transformer, topology: Topology, *, optim_config: OptimConfig, compute_dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        self.topology = topology
+        self.config = optim_config
+        self.compute_dtype = compute_dtype
+        self.num_steps = 0
+        self.rules = {
+            name: parameter_rule(name, param.shape, hidden_rule=optim_config.name)
+            for name, param in model.named_parameters()
+        }
+        self.state = {
+            name: {state: torch.zeros_like(param) for state in STATE_NAMES[self.rules[name]]}
+            for name, param in model.named_parameters()
+        }
+
+    def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
+        """Add the gradient of one micro-batch, and return its numbers, detached."""
+        del is_last  # one process has nothing to reduce
+        result = objective(self.model, on_device(batch, self.topology.device))
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        return result.detached()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip the accumulated gradient, update the parameters, clear the gradient."""
+        params = list(self.model.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, self.config.clip_norm).item()
+        if math.isfinite(grad_norm):
+            self.num_steps += 1
+            for name, param in self.model.named_parameters():
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)  # decays and keeps its momentum going, as in a flat partition
+                self._update(name, param, learning_rate=learning_rate)
+        for param in params:
+            param.grad = None
+        forget_rounded(self.model)
+        if not math.isfinite(grad_norm):
+            return StepReport(grad_norm=math.inf, clip_factor=0.0)
+        return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
+
+    def _update(self, name: str, param: torch.nn.Parameter, *, learning_rate: float) -> None:
+        grad, state, config = param.grad, self.state[name], self.config
+        assert grad is not None
+        if self.rules[name] == OptimizerName.adamw:
+            adamw_update(
+                param,
+                grad,
+                **state,
+                step=self.num_steps,
+                learning_rate=learning_rate,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            )
+            return
+        direction_BMN = logical_matrices(name, nesterov(grad, state["momentum"], decay=config.momentum))
+        update_BMN = orthogonal_update(direction_BMN, schedule=config.newton_schulz, dtype=self.compute_dtype)
+        apply_update(
+            param, update_BMN.reshape(param.shape), learning_rate=learning_rate, weight_decay=config.weight_decay
+        )
+
+    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
+        """Return copies of the whole state, on the CPU."""
+        tensors = {**persistent_buffers(self.model), **dict(self.model.named_parameters())}
+        if with_optimizer:
+            for name, states in self.state.items():
+                tensors |= {optimizer_key(name, state): tensor for state, tensor in states.items()}
+            tensors[STEP] = torch.tensor(self.num_steps)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
+        """Take over a whole state; see `Engine.load_state`."""
+        shapes = global_shapes(self.model, num_ranks=1, hidden_rule=self.config.name, with_optimizer=with_optimizer)
+        check(tensors, shapes)
+        for name, target in {**persistent_buffers(self.model), **dict(self.model.named_parameters())}.items():
+            target.copy_(tensors[name])
+        if with_optimizer:
+            for name, states in self.state.items():
+                for state, target in states.items():
+                    target.copy_(tensors[optimizer_key(name, state)])
+            self.num_steps = int(tensors[STEP])
+        forget_rounded(self.model)
