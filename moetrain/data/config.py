@@ -22,7 +22,7 @@ class SourceKind(StrEnum):
 class Overlong(StrEnum):
     """What happens to a document longer than a row: cut into rows, cut at the end, or left out. Always counted."""
 
-    split = "split"
+    split = "split"  # type: ignore[assignment]  # name == value; the method of str is not used on it
     truncate = "truncate"
     drop = "drop"
 
@@ -46,6 +46,8 @@ class SourceConfig:
     """Format of a record: text, messages (chat), or one that a plugin registered."""
     num_documents: int = 4000
     """Documents made by procedure (maths, dialogues)."""
+    max_characters: int | None = None
+    """Characters read of this source at most, whole documents; null reads all. A hub source then streams."""
 
     def __post_init__(self) -> None:
         """Check that a source that needs a path has one."""

@@ -18,7 +18,7 @@ _LEFT_OUT = frozenset(
         *("encodings", "pydoc_data", "__pycache__"),
     }
 )
-"""Folders with tests, other people's packages, examples, or tables of characters (the English of pydoc_data is used)."""
+"""Folders with tests, other people's packages, examples, or tables of characters."""
 _BUILD_PREFIXES = ("config-", "_sysconfigdata")
 """Names of files and folders that differ between builds of one Python version."""
 _TOPICS = "pydoc_data/topics.py"
@@ -35,7 +35,8 @@ _MAX_WORD = 20
 def stdlib_code() -> dict[str, str]:
     """Return the text of each .py file by its path in the library, sorted; empty and non-UTF-8 files are left out."""
     root = _root()
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_wanted(path.relative_to(root)))
+    relative = (path.relative_to(root) for path in root.rglob("*.py"))
+    paths = sorted(path.as_posix() for path in relative if _is_wanted(path))
     texts = {path: _read(root / path) for path in paths}
     return {path: text for path, text in texts.items() if text.strip()}
 

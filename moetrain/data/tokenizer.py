@@ -31,12 +31,13 @@ class Tokenizer:
     """Text to ids and back. Text never yields a special id; ids of special tokens decode to their names."""
 
     def __init__(self, inner: HFTokenizer) -> None:
-        missing = [name for name in SPECIAL_TOKENS if inner.token_to_id(name) is None]
+        found = {name: inner.token_to_id(name) for name in SPECIAL_TOKENS}
+        self.special_ids: dict[str, int] = {name: id_ for name, id_ in found.items() if id_ is not None}
+        missing = [name for name in SPECIAL_TOKENS if name not in self.special_ids]
         if missing:
-            raise DataError(f"the tokenizer lacks the special tokens {', '.join(missing)}: the chat template needs them")
+            raise DataError(f"the tokenizer lacks the special tokens {', '.join(missing)} of the chat template")
         inner.encode_special_tokens = True  # a file that spells "<|im_end|>" must not end a message
         self._inner = inner
-        self.special_ids: dict[str, int] = {name: inner.token_to_id(name) for name in SPECIAL_TOKENS}
         self.special_names: dict[int, str] = {id_: name for name, id_ in self.special_ids.items()}
         self.bos_id = self.special_ids[BOS]
         self.eos_id = self.special_ids[EOS]

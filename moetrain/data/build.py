@@ -1,0 +1,269 @@
+"""From a data section to what a stage reads: tokenizer, training rows, validation rows, digests and counts.
+
+The validation split depends on the documents alone, never on the run's seed, so that runs of several seeds are measured
+on the same tokens. The seed decides the order in which documents are packed and rows are read.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moetrain.chat.template import pieces_to_tokens
+from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.formats import Document
+from moetrain.data.loader import Loader
+from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
+from moetrain.data.sources import digest_of, key_hash, read_documents
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
+from moetrain.errors import ConfigError, DataError
+from moetrain.log import progress
+from moetrain.runtime import python_stream
+
+_log = logging.getLogger(__name__)
+
+_DIALOGUE_SHARE = 0.25
+"""Share of the tokenizer's training text that dialogues may take."""
+_VALIDATION_SEED = 0
+"""Of the order in which validation documents are packed and their rows chosen: the same for all runs."""
+_DOCUMENTS_A_CALL = 64
+"""Documents tokenized at once, between two steps of the progress bar."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What a stage reads."""
+
+    loader: Loader
+    validation: dict[str, ValidationRows]
+    tokenizer: Tokenizer
+    digests: dict[str, str]
+    """sha256 of each source's documents and of the tokenizer; they go into every result."""
+    counts: dict[str, PackingCounts]
+    """What became of each source's training documents."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the counts as metrics, `data/<source>/num_rows` and so on."""
+        return {
+            f"data/{name}/{key}": float(value)
+            for name, counts in self.counts.items()
+            for key, value in asdict(counts).items()
+        }
+
+
+def build_data(
+    config: DataConfig,
+    seed: int,
+    *,
+    tokenizer_folder: Path,
+    dialogues: Mapping[str, Iterable[TokenizedDocument]] | None = None,
+    dialogue_texts: Iterable[str] = (),
+) -> Data:
+    """Return the data of a stage; the tokenizer is `prepare_tokenizer`'s.
+
+    `dialogues` holds the documents of each source of kind dialogues. Raises DataError and ConfigError before anything
+    is written.
+    """
+    given = dict(dialogues or {})
+    _check_dialogues(config, given)
+    texts = _read_texts(config)
+    tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, dialogue_texts=dialogue_texts)
+    digests = {name: digest_of(documents) for name, documents in texts.items()}
+    tokenized = {name: _tokenize(documents, tokenizer, name=name) for name, documents in texts.items()}
+    keys = {name: [document.key for document in documents] for name, documents in texts.items()}
+    for name, documents in given.items():
+        tokenized[name] = _distinct(documents)
+        if not tokenized[name]:
+            raise DataError(f"data.sources.{name} has no dialogues")
+        keys[name] = [_identity(document) for document in tokenized[name]]
+        digests[name] = hashlib.sha256("".join(keys[name]).encode()).hexdigest()
+    training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)
+    rows = {name: _packed(documents, config, seed=seed, tokenizer=tokenizer) for name, documents in training.items()}
+    weights = {name: source.weight for name, source in config.sources.items()}
+    for name, packed in rows.items():
+        _tell(name, packed)
+    return Data(
+        loader=Loader(rows, weights=weights, seed=seed, pad_id=tokenizer.pad_id),
+        validation={
+            name: _validation_rows(documents, config, tokenizer) for name, documents in held_out.items() if documents
+        },
+        tokenizer=tokenizer,
+        digests=digests | {"tokenizer": tokenizer.digest},
+        counts={name: packed.counts for name, packed in rows.items()},
+    )
+
+
+def prepare_tokenizer(config: DataConfig, *, folder: Path, dialogue_texts: Iterable[str] = ()) -> Tokenizer:
+    """Return the tokenizer of `config.tokenizer.path`, else of `folder`, else train one and save it there.
+
+    It is trained on the training split of the mixture, each source up to its weight's share of `max_characters`, and on
+    `dialogue_texts`, rendered dialogues whose special tokens are replaced by newlines here. Dialogues are made with a
+    tokenizer, so a stage that has some calls this first and then `build_data`.
+    """
+    is_there = config.tokenizer.path is not None or (folder / TOKENIZER_FILE).exists()
+    texts = {} if is_there else _read_texts(config)
+    return _tokenizer(config, texts, folder=folder, dialogue_texts=dialogue_texts)
+
+
+def is_held_out(keys: Sequence[str], *, fraction: float) -> list[bool]:
+    """Return which documents are for validation: those whose key's hash is below `fraction`.
+
+    Of several documents at least the one with the smallest hash, so that a small source has validation rows too; a
+    single document is for training.
+    """
+    hashes = [key_hash(key) for key in keys]
+    if len(hashes) == 1:
+        return [False]
+    smallest = min(hashes)
+    return [value < fraction or value == smallest for value in hashes]
+
+
+def _check_dialogues(config: DataConfig, dialogues: Mapping[str, object]) -> None:
+    if not config.sources:
+        raise ConfigError("data.sources is empty: name at least one source")
+    wanted = {name for name, source in config.sources.items() if source.kind is SourceKind.dialogues}
+    if wanted != set(dialogues):
+        raise ConfigError(f"data.sources of kind dialogues are {sorted(wanted)}, the stage makes {sorted(dialogues)}")
+
+
+def _read_texts(config: DataConfig) -> dict[str, list[Document]]:
+    return {
+        name: read_documents(source, name=name)
+        for name, source in config.sources.items()
+        if source.kind is not SourceKind.dialogues
+    }
+
+
+def _tokenizer(
+    config: DataConfig, texts: Mapping[str, list[Document]], *, folder: Path, dialogue_texts: Iterable[str]
+) -> Tokenizer:
+    is_given = config.tokenizer.path is not None
+    if is_given or (folder / TOKENIZER_FILE).exists():
+        source = Path(config.tokenizer.path) if config.tokenizer.path is not None else folder
+        tokenizer = Tokenizer.load(source)
+        if tokenizer.vocab_size != config.tokenizer.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}, the tokenizer in {source} has "
+                f"{tokenizer.vocab_size} tokens: set vocab_size (and model.vocab_size) to that"
+            )
+        _log.info("tokenizer of %d tokens read from %s", tokenizer.vocab_size, source)
+        return tokenizer
+    chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
+    tokenizer = train_tokenizer(chosen, vocab_size=config.tokenizer.vocab_size)
+    tokenizer.save(folder)
+    num_characters = sum(map(len, chosen))
+    _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
+    return tokenizer
+
+
+def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:
+    total = sum(config.sources[name].weight for name in texts)
+    chosen = []
+    for name, documents in texts.items():
+        budget = config.tokenizer.max_characters * config.sources[name].weight / total if total else 0.0
+        held_out = is_held_out([document.key for document in documents], fraction=config.validation_fraction)
+        training = [document for document, is_out in zip(documents, held_out, strict=True) if not is_out]
+        for document in sorted(training, key=lambda document: key_hash(document.key)):
+            if budget <= 0:
+                break
+            chosen.append(without_specials(document.text)[: int(budget) + 1])
+            budget -= len(document.text)
+    return chosen
+
+
+def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
+    budget = config.tokenizer.max_characters * _DIALOGUE_SHARE
+    chosen = []
+    for text in texts:
+        if budget <= 0:
+            break
+        chosen.append(without_specials(text))
+        budget -= len(text)
+    return chosen
+
+
+def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str) -> list[TokenizedDocument]:
+    """Return the documents as tokens behind a `[BOS]`; texts are encoded many at once."""
+    tokenized = []
+    chunks = range(0, len(documents), _DOCUMENTS_A_CALL)
+    with progress(len(chunks), f"tokenize {name}") as advance:
+        for begin in chunks:
+            chunk = documents[begin : begin + _DOCUMENTS_A_CALL]
+            texts = [piece.text for document in chunk for piece in document.pieces if not piece.is_special]
+            encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+            for document in chunk:
+                tokens, mask = pieces_to_tokens(
+                    document.pieces, encode=encoded.__getitem__, special_ids=tokenizer.special_ids
+                )
+                if tokens[:1] != [tokenizer.bos_id]:
+                    tokens, mask = [tokenizer.bos_id, *tokens], [False, *mask]
+                tokens_N, mask_N = np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
+                tokenized.append(TokenizedDocument(tokens=tokens_N, loss_mask=mask_N, source=name))
+            advance("")
+    return tokenized
+
+
+def _identity(document: TokenizedDocument) -> str:
+    return hashlib.sha256(np.asarray(document.tokens, dtype=np.int64).tobytes()).hexdigest()
+
+
+def _distinct(documents: Iterable[TokenizedDocument]) -> list[TokenizedDocument]:
+    return list({_identity(document): document for document in documents}.values())
+
+
+def _split(
+    tokenized: Mapping[str, list[TokenizedDocument]], keys: Mapping[str, list[str]], *, fraction: float
+) -> tuple[dict[str, list[TokenizedDocument]], dict[str, list[TokenizedDocument]]]:
+    """Return training and validation documents; what is held out of one source is read in no other."""
+    held_out: dict[str, list[TokenizedDocument]] = {}
+    training: dict[str, list[TokenizedDocument]] = {}
+    for name, documents in tokenized.items():
+        is_out = is_held_out(keys[name], fraction=fraction)
+        held_out[name] = [document for document, out in zip(documents, is_out, strict=True) if out]
+        training[name] = [document for document, out in zip(documents, is_out, strict=True) if not out]
+        if not held_out[name]:
+            _log.warning("data.sources.%s is a single document: nothing of it is held out for validation", name)
+    secret = {_identity(document) for documents in held_out.values() for document in documents}
+    for name, documents in training.items():
+        kept = [document for document in documents if _identity(document) not in secret]
+        if len(kept) < len(documents):
+            num_left_out = len(documents) - len(kept)
+            _log.info("data.sources.%s: %d documents are held out of another source", name, num_left_out)
+        training[name] = kept
+    return training, held_out
+
+
+def _packed(documents: list[TokenizedDocument], config: DataConfig, *, seed: int, tokenizer: Tokenizer) -> PackedRows:
+    order = list(documents)
+    python_stream(seed, "data/pack").shuffle(order)
+    return pack(order, seq_len=config.seq_len, overlong=config.overlong, bos_id=tokenizer.bos_id)
+
+
+def _validation_rows(documents: list[TokenizedDocument], config: DataConfig, tokenizer: Tokenizer) -> ValidationRows:
+    packed = _packed(documents, config, seed=_VALIDATION_SEED, tokenizer=tokenizer)
+    chosen = list(range(packed.num_rows))
+    python_stream(_VALIDATION_SEED, "data/validation").shuffle(chosen)
+    batch = packed.batch(sorted(chosen[: config.validation_rows]), pad_id=tokenizer.pad_id)
+    num_characters = 0
+    specials = list(tokenizer.special_names)
+    for tokens, mask, segments in zip(
+        batch.tokens_BT.numpy(), batch.loss_mask_BT.numpy(), batch.segments_BT.numpy(), strict=True
+    ):
+        for segment in range(1, int(segments.max()) + 1):
+            predicted = tokens[mask & (segments == segment)]
+            num_characters += len(tokenizer.decode(predicted[~np.isin(predicted, specials)].tolist()))
+    return ValidationRows(batch=batch, num_characters=num_characters)
+
+
+def _tell(name: str, packed: PackedRows) -> None:
+    counts = packed.counts
+    fill = counts.num_tokens / max(1, packed.num_rows * packed.seq_len)
+    _log.info(
+        "data.sources.%s: %d documents, %d tokens in %d rows (%.1f%% full); longer than a row: %d split, %d truncated, "
+        "%d dropped; %d left out with nothing to learn",
+        *(name, counts.num_documents, counts.num_tokens, packed.num_rows, 100 * fill),
+        *(counts.num_split, counts.num_truncated, counts.num_dropped, counts.num_dropped_untrainable),
+    )

@@ -1,0 +1,202 @@
+"""Documents into rows of T tokens, so that little is padding and no document spans two rows.
+
+A document longer than a row is cut into documents of their own, truncated or dropped, as the policy says, and counted.
+Rows keep documents back to back and are made into tensors only when a batch is asked for. Loss, attention and
+positions know documents by `segments_BT`, so it does not matter to the loss which documents share a row.
+
+R rows, B rows of a batch, T tokens a row.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.data.config import Overlong
+
+
+@dataclass(kw_only=True)
+class TokenizedDocument:
+    """One document as tokens; `loss_mask` is True where the model learns to predict the token. `source` names it."""
+
+    tokens: Sequence[int] | np.ndarray
+    loss_mask: Sequence[bool] | np.ndarray
+    source: str
+
+
+@dataclass(kw_only=True)
+class PackingCounts:
+    """What became of the documents of a source."""
+
+    num_documents: int = 0
+    """Documents given."""
+    num_pieces: int = 0
+    """Documents in rows, the parts of cut ones counted each."""
+    num_split: int = 0
+    """Documents cut into several."""
+    num_truncated: int = 0
+    """Documents cut at the end."""
+    num_dropped: int = 0
+    """Documents left out because they are longer than a row."""
+    num_dropped_untrainable: int = 0
+    """Documents, or parts of cut ones, left out because nothing in them is predicted."""
+    num_tokens: int = 0
+    """Tokens in rows, padding excluded."""
+    num_targets: int = 0
+    """Tokens that are predicted."""
+    num_rows: int = 0
+    """Rows."""
+
+
+@dataclass(kw_only=True)
+class PackedRows:
+    """The rows of one source.
+
+    tokens: int32, all documents back to back in the order of the rows; loss_mask: bool, the same; document_ends: int64,
+    where each document ends in them; row_ends: int64, the number of documents in all rows up to and with row r.
+    """
+
+    seq_len: int
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    document_ends: np.ndarray
+    row_ends: np.ndarray
+    counts: PackingCounts = field(default_factory=PackingCounts)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.row_ends)
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield tokens and loss mask of each document."""
+        begin = 0
+        for end in self.document_ends.tolist():
+            yield self.tokens[begin:end], self.loss_mask[begin:end]
+            begin = end
+
+    def batch(self, rows: Sequence[int], *, pad_id: int) -> TokenBatch:
+        """Return the rows of these numbers as a batch."""
+        shape = (len(rows), self.seq_len)
+        tokens_BT = np.full(shape, pad_id, dtype=np.int64)
+        segments_BT, positions_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        loss_mask_BT = np.zeros(shape, dtype=bool)
+        for place, row in enumerate(rows):
+            first = int(self.row_ends[row - 1]) if row else 0
+            column = 0
+            for segment, document in enumerate(range(first, int(self.row_ends[row])), start=1):
+                begin = int(self.document_ends[document - 1]) if document else 0
+                end = int(self.document_ends[document])
+                span = slice(column, column + end - begin)
+                tokens_BT[place, span] = self.tokens[begin:end]
+                loss_mask_BT[place, span] = self.loss_mask[begin:end]
+                segments_BT[place, span] = segment
+                positions_BT[place, span] = np.arange(end - begin)
+                column += end - begin
+        return TokenBatch(
+            tokens_BT=torch.from_numpy(tokens_BT),
+            segments_BT=torch.from_numpy(segments_BT),
+            positions_BT=torch.from_numpy(positions_BT),
+            loss_mask_BT=torch.from_numpy(loss_mask_BT),
+            weights_BT=torch.ones(shape, dtype=torch.float32),
+        )
+
+
+@dataclass(kw_only=True)
+class ValidationRows:
+    """Held-out rows of one source.
+
+    `num_characters` counts the text of the tokens that are predicted, special tokens left out: total nats over them is
+    nats a character, which does not depend on the tokenizer.
+    """
+
+    batch: TokenBatch
+    num_characters: int
+
+
+def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Overlong, bos_id: int) -> PackedRows:
+    """Return rows of `documents`: each goes, in the order given, where it leaves the least room (best fit).
+
+    Parts of a cut document begin with `bos_id`, as every document does.
+    """
+    counts = PackingCounts()
+    pieces = [piece for document in documents for piece in _fitted(document, seq_len, overlong, bos_id, counts)]
+    rows = best_fit([len(tokens) for tokens, _ in pieces], seq_len=seq_len)
+    order = [index for row in rows for index in row]
+    lengths = [len(pieces[index][0]) for index in order]
+    packed = PackedRows(
+        seq_len=seq_len,
+        tokens=_joined([pieces[index][0] for index in order], np.int32),
+        loss_mask=_joined([pieces[index][1] for index in order], np.bool_),
+        document_ends=np.cumsum(lengths, dtype=np.int64),
+        row_ends=np.cumsum([len(row) for row in rows], dtype=np.int64),
+        counts=counts,
+    )
+    counts.num_pieces, counts.num_rows = len(pieces), len(rows)
+    counts.num_tokens, counts.num_targets = len(packed.tokens), int(packed.loss_mask.sum())
+    return packed
+
+
+def best_fit(lengths: Sequence[int], *, seq_len: int) -> list[list[int]]:
+    """Return the items of each row: each item, in order, in the open row with the least room that holds it.
+
+    Ties go to the older row; an item that fits nowhere opens a row.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
+    for index, length in enumerate(lengths):
+        place = bisect.bisect_left(open_rows, (length, -1))
+        if place < len(open_rows):
+            room, row = open_rows.pop(place)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            bisect.insort(open_rows, (room - length, row))
+    return rows
+
+
+_Piece = tuple[np.ndarray, np.ndarray]
+
+
+def _fitted(
+    document: TokenizedDocument, seq_len: int, overlong: Overlong, bos_id: int, counts: PackingCounts
+) -> Iterator[_Piece]:
+    """Yield the document, or its parts by the policy; what has no target is left out."""
+    tokens = np.asarray(document.tokens, dtype=np.int32)
+    loss_mask = np.asarray(document.loss_mask, dtype=np.bool_).copy()
+    if len(tokens) != len(loss_mask):
+        raise ValueError(f"a document of {document.source} has {len(tokens)} tokens and {len(loss_mask)} mask values")
+    loss_mask[:1] = False  # nothing precedes the first token
+    counts.num_documents += 1
+    parts = [(tokens, loss_mask)]
+    if len(tokens) > seq_len and overlong is Overlong.drop:
+        counts.num_dropped += 1
+        return
+    if len(tokens) > seq_len and overlong is Overlong.truncate:
+        counts.num_truncated += 1
+        parts = [(tokens[:seq_len], loss_mask[:seq_len])]
+    elif len(tokens) > seq_len:
+        counts.num_split += 1
+        parts = _cut(tokens, loss_mask, seq_len, bos_id)
+    for part in parts:
+        if part[1].any():
+            yield part
+        else:
+            counts.num_dropped_untrainable += 1
+
+
+def _cut(tokens: np.ndarray, loss_mask: np.ndarray, seq_len: int, bos_id: int) -> list[_Piece]:
+    parts = [(tokens[:seq_len], loss_mask[:seq_len])]
+    for begin in range(seq_len, len(tokens), seq_len - 1):
+        span = slice(begin, begin + seq_len - 1)
+        parts.append((np.concatenate(([bos_id], tokens[span])), np.concatenate(([False], loss_mask[span]))))
+    return parts
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype=dtype)

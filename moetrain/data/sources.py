@@ -1,0 +1,208 @@
+"""Documents of each source, before tokenization, and their digest.
+
+A local path is a file, a glob or a folder. Of JSONL each line is a record, and every line is checked before anything
+is used; parquet and hub data sets are read by `datasets`, one record a row; a text file is cut at blank lines into
+documents of 4,000 characters or more, so that a single large file can be split into training and validation too.
+
+JSONL is read here and not by `datasets`, which would fit one schema to all records: a tool call's arguments then gain
+the keys of all other calls. Dialogues do not pass through this module; they come as tokens.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.formats import Document, Record, document_of, format_named, text_document
+from moetrain.data.maths import maths_problems
+from moetrain.data.stdlib import stdlib_code, stdlib_english
+from moetrain.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+_ENDINGS = {
+    SourceKind.jsonl: (".jsonl", ".json"),
+    SourceKind.parquet: (".parquet",),
+    SourceKind.text: (".txt", ".md", ".rst", ".py"),
+}
+"""Files of a folder that count, by kind."""
+_MIN_TEXT = 4000
+"""Characters from which a text file is cut at the next blank line."""
+_MATHS_SEED = 0
+"""The problems are a data set like any other: the run's seed changes their order, not what they are."""
+
+
+def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
+    """Return the documents of one source, each text once, up to `max_characters`.
+
+    Raises DataError that names file and line, path or column, or the source when it holds nothing.
+    """
+    documents = _without_duplicates(_READERS[config.kind](config), name=name)
+    if config.max_characters is not None:
+        documents = _up_to(documents, config.max_characters)
+    if not documents:
+        raise DataError(f"data.sources.{name} has no documents (max_characters is {config.max_characters})")
+    return documents
+
+
+def key_hash(key: str) -> float:
+    """Return a number in [0, 1) that depends on the key alone."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
+
+
+def digest_of(documents: Iterable[Document]) -> str:
+    """Return the sha256 over the documents' texts, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def local_files(config: SourceConfig) -> list[Path]:
+    """Return the files that `path` names, sorted. Raises DataError that names the path when there are none."""
+    assert config.path is not None  # SourceConfig checks it
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        endings = _ENDINGS[config.kind]
+        files = sorted(item for item in path.rglob("*") if item.is_file() and item.suffix in endings)
+        if not files:
+            raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}")
+        return files
+    files = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
+    if not files:
+        raise DataError(f"{path} does not exist: give a file, a glob or a folder of {config.kind} files")
+    return files
+
+
+def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Callable[[SourceConfig], Iterator[Document]]:
+    def read(config: SourceConfig) -> Iterator[Document]:
+        return (text_document(text, key=f"stdlib:{path}") for path, text in texts().items())
+
+    return read
+
+
+def _maths(config: SourceConfig) -> Iterator[Document]:
+    texts = maths_problems(seed=_MATHS_SEED, num_documents=config.num_documents)
+    return (text_document(text) for text in texts)
+
+
+def _jsonl(config: SourceConfig) -> Iterator[Document]:
+    records = [record for path in local_files(config) for record in _json_lines(path)]
+    return _documents(records, config)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is not UTF-8 at byte {error.start} of the line") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where} holds {type(record).__name__} where an object is wanted")
+        yield where, record
+
+
+def _text(config: SourceConfig) -> Iterator[Document]:
+    for path in local_files(config):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 at byte {error.start}") from error
+        yield from map(text_document, _cut(text))
+
+
+def _cut(text: str) -> Iterator[str]:
+    begin = 0
+    for blank in re.finditer(r"\n\s*\n", text):
+        if blank.end() - begin >= _MIN_TEXT:
+            yield text[begin : blank.end()]
+            begin = blank.end()
+    if text[begin:].strip():
+        yield text[begin:]
+
+
+def _parquet(config: SourceConfig) -> Iterator[Document]:
+    files = [str(path) for path in local_files(config)]
+    return _documents(_load("parquet", config, data_files=files, split="train", streaming=True), config)
+
+
+def _hub(config: SourceConfig) -> Iterator[Document]:
+    assert config.path is not None  # SourceConfig checks it
+    name, _, subset = config.path.partition(":")
+    is_capped = config.max_characters is not None
+    records = _load(name, config, name=subset or None, split=config.split, streaming=is_capped)
+    num_characters = 0
+    for document in _documents(records, config):
+        num_characters += len(document.text)
+        if config.max_characters is not None and num_characters > config.max_characters:
+            return
+        yield document
+
+
+def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[str, Record]]:
+    import datasets  # two seconds of import time that only users of it pay
+    import pyarrow
+
+    try:
+        for number, record in enumerate(datasets.load_dataset(builder, **options)):
+            yield f"{config.path} row {number}", record
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{config.path} cannot be read: {lines[0]}") from error
+
+
+def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> Iterator[Document]:
+    format = format_named(config.format)
+    for where, record in records:
+        yield document_of(record, column=config.field, format=format, where=where)
+
+
+def _without_duplicates(documents: Iterable[Document], *, name: str) -> list[Document]:
+    seen: set[bytes] = set()
+    kept = []
+    num_dropped = 0
+    for document in documents:
+        identity = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if identity in seen:
+            num_dropped += 1
+            continue
+        seen.add(identity)
+        kept.append(document)
+    if num_dropped:
+        _log.info("data.sources.%s: %d identical documents dropped", name, num_dropped)
+    return kept
+
+
+def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
+    """Return whole documents up to the limit, chosen by hash so that they come from all over the source."""
+    chosen: set[int] = set()
+    num_characters = 0
+    for index in sorted(range(len(documents)), key=lambda index: key_hash(documents[index].key)):
+        length = len(documents[index].text)
+        if num_characters + length <= max_characters:
+            num_characters += length
+            chosen.add(index)
+    return [document for index, document in enumerate(documents) if index in chosen]
+
+
+_READERS: dict[SourceKind, Callable[[SourceConfig], Iterator[Document]]] = {
+    SourceKind.stdlib_code: _from_stdlib(stdlib_code),
+    SourceKind.stdlib_english: _from_stdlib(stdlib_english),
+    SourceKind.maths: _maths,
+    SourceKind.hub: _hub,
+    SourceKind.jsonl: _jsonl,
+    SourceKind.parquet: _parquet,
+    SourceKind.text: _text,
+}
