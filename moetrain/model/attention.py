@@ -1,0 +1,98 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over packed rows, for training: no cache here.
+
+B rows, T tokens, D hidden, H heads, N width without position, R rotary width, Q = N + R, V value width, C kv_lora.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moetrain.model.config import ModelConfig
+from moetrain.model.layers import Linear, RMSNorm
+from moetrain.model.rope import Rotation, rotate
+
+LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without the config's epsilon
+EXPLICIT_MAX_TOKENS = 512
+"""Longest rows for which written-out products beat the fused CPU kernel in bf16 forward and backward."""
+
+
+def document_bias(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return [B, T, T] of 0 where a token (row) sees a token (column), minus infinity elsewhere.
+
+    A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
+    """
+    num_tokens = segments_BT.shape[1]
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BT.device).tril()
+    bias_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=segments_BT.device)
+    return bias_BTT.masked_fill_(~(same_BTT & causal_TT), float("-inf"))
+
+
+def attend_explicit(
+    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, bias_BTT: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return attention outputs [B, H, T, V] by batched products; softmax accumulates in float32."""
+    num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
+    bias = bias_BTT[:, None].expand(-1, num_heads, -1, -1).reshape(-1, num_tokens, num_tokens)
+    scores = torch.baddbmm(bias, q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v_BHTV.flatten(0, 1)).unflatten(0, (num_rows, num_heads))
+
+
+def attend_fused(
+    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, bias_BTT: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return attention outputs [B, H, T, V] by torch's fused kernel.
+
+    Values are padded to the query width, without which the kernel falls back to a slow path.
+    """
+    value_width = v_BHTV.shape[-1]
+    missing = q_BHTQ.shape[-1] - value_width
+    padded = F.pad(v_BHTV, (0, missing)) if missing > 0 else v_BHTV
+    out = F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, padded, attn_mask=bias_BTT[:, None], scale=scale)
+    return out[..., :value_width]
+
+
+class Attention(nn.Module):
+    """Queries, and one latent from which keys and values of all heads are made; a rotary key shared by the heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, heads = config.hidden_size, config.num_heads
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
+
+    def _queries(self, x_BTD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        config = self.config
+        if config.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope, q_rope = q.unflatten(-1, (config.num_heads, -1)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], -1
+        )
+        return torch.cat([q_nope.transpose(1, 2), rotate(q_rope, rotation).transpose(1, 2)], -1)
+
+    def forward(self, x_BTD: torch.Tensor, *, rotation: Rotation, bias_BTT: torch.Tensor) -> torch.Tensor:
+        """Return the attention output [B, T, D]."""
+        config = self.config
+        q_BHTQ = self._queries(x_BTD, rotation)
+        latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], -1
+        )
+        k_rope_B1TR = rotate(k_rope_BTR[:, :, None], rotation).transpose(1, 2)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        k_nope_BHTN, v_BHTV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        k_BHTQ = torch.cat([k_nope_BHTN, k_rope_B1TR.expand(-1, config.num_heads, -1, -1)], -1)
+        attend = attend_explicit if x_BTD.shape[1] <= EXPLICIT_MAX_TOKENS else attend_fused
+        out_BHTV = attend(q_BHTQ, k_BHTQ, v_BHTV, bias_BTT=bias_BTT, scale=config.softmax_scale)
+        out: torch.Tensor = self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
+        return out

@@ -1,0 +1,215 @@
+"""Between this package and Hugging Face folders of DeepseekV3ForCausalLM: config.json and tensor names, both ways.
+
+In memory transformers v5 fuses a layer's experts into `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj`
+[E, D, F]; on disk each expert is three matrices. Needs neither transformers nor the network. E experts, F expert width,
+D hidden.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
+from moetrain.model.gate_scale import routed_scaling_factor
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_heads": "num_attention_heads",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "num_groups": "n_group",
+    "num_groups_per_token": "topk_group",
+    "normalize_weights": "norm_topk_prob",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "rms_norm_eps": "rms_norm_eps",
+    "initializer_range": "initializer_range",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_REQUIRED_VALUES = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "topk_method": "noaux_tc",
+}
+_FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+_SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the model's part of a config.json. Token ids and dtype are the exporter's to add."""
+    values = {theirs: vars(config)[ours] for ours, theirs in _FIELDS.items()}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    yarn = config.yarn
+    if yarn.factor > 1:
+        rope = {
+            "rope_type": "yarn",
+            "rope_theta": config.rope_theta,
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **values,
+        "num_key_value_heads": config.num_heads,
+        "routed_scaling_factor": routed_scaling_factor(config),
+        "scoring_func": config.score_function.value,
+        "rope_parameters": rope,
+        "num_nextn_predict_layers": 0,
+        "aux_loss_alpha": config.balance.sequence_loss,
+        "seq_aux": True,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **_REQUIRED_VALUES,
+    }
+
+
+def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Return the config of a config.json of the DeepSeek-V3 family, transformers 4's rope fields included.
+
+    Raises CheckpointError where the file asks for what this model does not compute.
+    """
+    for name, required in _REQUIRED_VALUES.items():
+        if values.get(name, required) != required:
+            raise CheckpointError(f"config.json: {name} is {values[name]!r}: only {required!r} is supported")
+    heads = values.get("num_attention_heads")
+    if values.get("num_key_value_heads", heads) != heads:
+        raise CheckpointError(
+            f"config.json: num_key_value_heads is {values['num_key_value_heads']}: only num_attention_heads ({heads})"
+        )
+    missing = [name for name in _FIELDS.values() if name not in values and name != "initializer_range"]
+    if missing:
+        raise CheckpointError(f"config.json: {', '.join(missing)} missing: is this a DeepSeek-V3 shaped model?")
+    try:
+        score_function = ScoreFunction(values.get("scoring_func", "sigmoid"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: scoring_func is {values['scoring_func']!r}: give one of {', '.join(ScoreFunction)}"
+        ) from error
+    rope = values.get("rope_parameters") or {
+        "rope_theta": values.get("rope_theta", 10000.0),
+        **(values.get("rope_scaling") or {}),
+    }
+    fields = {ours: values[theirs] for ours, theirs in _FIELDS.items() if theirs in values}
+    return ModelConfig(
+        **fields, score_function=score_function, rope_theta=float(rope["rope_theta"]), yarn=_yarn_of(rope)
+    )
+
+
+def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
+    """Return the YaRN fields of rope parameters, with transformers' defaults where a field is missing."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return YarnConfig()
+    if kind != "yarn":
+        raise CheckpointError(f"config.json: rope_type is {kind!r}: only default and yarn are supported")
+    for name in ("mscale", "mscale_all_dim", "factor", "original_max_position_embeddings"):
+        if not rope.get(name):
+            raise CheckpointError(
+                f"config.json: {name} of the yarn parameters is missing or 0: only with it is yarn supported"
+            )
+    return YarnConfig(
+        factor=float(rope["factor"]),
+        original_max_position=int(rope["original_max_position_embeddings"]),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=float(rope["mscale"]),
+        mscale_all_dim=float(rope["mscale_all_dim"]),
+    )
+
+
+def hf_disk_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors under their names on disk, experts one by one; views, nothing is copied."""
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            yield name, tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            prefix = f"{match['prefix']}.{expert}"
+            if match["kind"] == "down_proj":
+                yield f"{prefix}.down_proj.weight", weight
+            else:
+                gate, up = weight.chunk(2)
+                yield f"{prefix}.gate_proj.weight", gate
+                yield f"{prefix}.up_proj.weight", up
+
+
+def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors under their names in memory, from those on disk: the inverse of `hf_disk_tensors`.
+
+    Raises CheckpointError when an expert lacks one of its matrices.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _SINGLE.fullmatch(name)
+        if match is None:
+            fused[name] = tensor
+        else:
+            experts.setdefault(match["prefix"], {})[int(match["expert"]), match["kind"]] = tensor
+    for prefix, matrices in experts.items():
+        num_experts = max(expert for expert, _ in matrices) + 1
+        for expert in range(num_experts):
+            for kind in ("gate", "up", "down"):
+                if (expert, kind) not in matrices:
+                    raise CheckpointError(f"{prefix}.{expert}.{kind}_proj.weight is missing")
+        fused[f"{prefix}.gate_up_proj"] = torch.stack(
+            [torch.cat([matrices[expert, "gate"], matrices[expert, "up"]]) for expert in range(num_experts)]
+        )
+        fused[f"{prefix}.down_proj"] = torch.stack([matrices[expert, "down"] for expert in range(num_experts)])
+    return fused
+
+
+def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Return config and fp32 tensors, under their names in memory, of a folder with config.json and safetensors.
+
+    Layers beyond the last (the multi-token-prediction head of DeepSeek-V3) are left out. Raises CheckpointError for a
+    missing or unreadable file, and for weights that are quantised.
+    """
+    config_path = path / "config.json"
+    try:
+        values = json.loads(config_path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_path}: cannot be read ({error}): give a Hugging Face model folder") from error
+    if "quantization_config" in values:
+        raise CheckpointError(f"{config_path}: the weights are quantised: give a folder of bf16 or fp32 weights")
+    config = from_hf_config(values)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: holds no .safetensors file")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    layer = _LAYER.match(name)
+                    if layer is None or int(layer[1]) < config.num_layers:
+                        tensors[name] = opened.get_tensor(name).float()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    return config, fused_tensors(tensors)

@@ -1,0 +1,182 @@
+"""The Mixture-of-Experts layer: router, routed experts behind a dispatcher, shared experts, balance loss.
+
+Knows one device: a dispatcher that reaches experts on other ranks is handed in. N tokens, S = N * K rows (a token times
+a chosen expert), D hidden, E experts, L local experts, F expert width, K chosen experts, M documents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moetrain.model.config import ModelConfig
+from moetrain.model.layers import FeedForward
+from moetrain.model.router import Router, Routing
+from moetrain.quant.fake_quant import FakeQuantizer
+
+ROW_MULTIPLE = 64
+"""Rows of a batched product are padded to it: oneDNN builds a kernel for every new shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Which document each token of a batch is in: `ids_N` int64 in 0..count-1; `is_token_N` False on padding."""
+
+    ids_N: torch.Tensor
+    is_token_N: torch.Tensor
+    lengths_M: torch.Tensor
+    """Tokens of each document, padding not counted; documents of length 0 may occur."""
+
+    @classmethod
+    def of(cls, segments_BT: torch.Tensor) -> "Documents":
+        """Return the documents of packed rows."""
+        num_segments = int(segments_BT.max()) + 1
+        rows_B1 = torch.arange(segments_BT.shape[0], device=segments_BT.device)[:, None]
+        ids_N = (rows_B1 * num_segments + segments_BT).flatten()
+        is_token_N = (segments_BT > 0).flatten()
+        lengths_M = torch.bincount(ids_N[is_token_N], minlength=segments_BT.shape[0] * num_segments)
+        return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M)
+
+
+class Experts(nn.Module):
+    """The routed experts of a layer that live here: SwiGLU, gate rows first, as transformers stores them."""
+
+    def __init__(self, config: ModelConfig, *, num_local: int, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.compute_dtype = compute_dtype
+        self.fake_quant: FakeQuantizer | None = None
+        self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * width, hidden, dtype=torch.float32))
+        self.down_proj = nn.Parameter(torch.empty(num_local, hidden, width, dtype=torch.float32))
+
+    def compute_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through the INT4 grid."""
+        if self.fake_quant is None:
+            return self.gate_up_proj.to(self.compute_dtype), self.down_proj.to(self.compute_dtype)
+        return (
+            self.fake_quant(self.gate_up_proj, self.compute_dtype),
+            self.fake_quant(self.down_proj, self.compute_dtype),
+        )
+
+    def forward(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
+        """Return outputs of rows sorted by local expert, `counts_L` int64 rows each, in the dtype of x.
+
+        Rows of every expert are padded to the longest, so that one batched product serves all, and an expert without
+        rows still has a gradient (zero).
+        """
+        gate_up_LED, down_LDF = self.compute_weights()
+        num_local, hidden = gate_up_LED.shape[0], x_SD.shape[1]
+        capacity = max(-(-int(counts_L.max()) // ROW_MULTIPLE), 1) * ROW_MULTIPLE
+        first_L = counts_L.cumsum(0) - counts_L
+        shift_L = torch.arange(num_local, device=x_SD.device) * capacity - first_L
+        slots_S = torch.arange(x_SD.shape[0], device=x_SD.device) + shift_L.repeat_interleave(
+            counts_L, output_size=x_SD.shape[0]
+        )
+        padded = x_SD.new_zeros(num_local * capacity, hidden).index_copy(0, slots_S, x_SD)
+        gate, up = torch.bmm(padded.view(num_local, capacity, hidden), gate_up_LED.transpose(1, 2)).chunk(2, -1)
+        out = torch.bmm(F.silu(gate) * up, down_LDF.transpose(1, 2))
+        return out.flatten(0, 1).index_select(0, slots_S)
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and the weighted sum of the outputs back."""
+
+    def __call__(
+        self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """Return y_ND in the dtype of x: sum over k of weight * expert(x), accumulated in float32.
+
+        `expert_ids_NK` are global ids; `experts` holds the experts of this rank and takes rows sorted by expert.
+        """
+
+
+class LocalDispatcher:
+    """All experts are here: sort rows by expert, compute, put back."""
+
+    def __call__(
+        self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """Return y_ND; see Dispatcher."""
+        ids_S = expert_ids_NK.flatten()
+        order_S = ids_S.argsort(stable=True)
+        counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
+        y_SD = experts(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
+        return combine(y_SD, order_S, weights_NK)
+
+
+def combine(y_SD: torch.Tensor, order_S: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum [N, D] of a token's K rows; row i of `y_SD` is (token, k) number `order_S[i]`."""
+    inverse_S = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    y_NKD = y_SD.index_select(0, inverse_S).unflatten(0, weights_NK.shape)
+    return (y_NKD * weights_NK[..., None]).sum(1).to(y_SD.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterStatistics:
+    """What a layer reports of its routing; padding is left out.
+
+    `counts_E` int64: tokens that chose each expert. `balance_loss`: float32, see `sequence_balance_loss`. `entropy`:
+    float32, detached, mean entropy in nats of a token's normalised scores.
+    """
+
+    counts_E: torch.Tensor
+    balance_loss: torch.Tensor
+    entropy: torch.Tensor
+
+
+def sequence_balance_loss(
+    normalized_NE: torch.Tensor, expert_ids_NK: torch.Tensor, documents: Documents
+) -> torch.Tensor:
+    """Return the sum over documents of length * sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+
+    f_e is the document's share of choices times E (1 when even), P_e its mean normalised score. The factor length makes
+    the sum over any split into batches, divided by the number of tokens, the same number.
+    """
+    num_experts, num_documents = normalized_NE.shape[1], documents.lengths_M.shape[0]
+    kept_N = documents.is_token_N
+    ids_N = documents.ids_N[kept_N]
+    pairs = ids_N[:, None] * num_experts + expert_ids_NK[kept_N]
+    counts_ME = torch.bincount(pairs.flatten(), minlength=num_documents * num_experts).view(num_documents, num_experts)
+    scores_ME = normalized_NE.new_zeros(num_documents, num_experts).index_add(0, ids_N, normalized_NE[kept_N])
+    even_M1 = (documents.lengths_M * expert_ids_NK.shape[1]).clamp(min=1)[:, None] / num_experts
+    return (counts_ME / even_M1 * scores_ME).sum()
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one layer; weights of the experts in `expert_slice` only."""
+
+    def __init__(
+        self, config: ModelConfig, *, compute_dtype: torch.dtype, dispatcher: Dispatcher, expert_slice: slice
+    ) -> None:
+        super().__init__()
+        num_local = len(range(*expert_slice.indices(config.num_experts)))
+        self.gate = Router(config)
+        self.experts = Experts(config, num_local=num_local, compute_dtype=compute_dtype)
+        self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+        self.dispatcher: Callable[..., torch.Tensor] = dispatcher
+
+    def forward(self, x_BTD: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, RouterStatistics]:
+        """Return the layer's output [B, T, D] and what the router did."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND)
+        routed_ND = self.dispatcher(x_ND, routing.expert_ids_NK, routing.weights_NK, self.experts)
+        y_BTD = routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
+        return y_BTD, _statistics(routing, documents)
+
+
+def _statistics(routing: Routing, documents: Documents) -> RouterStatistics:
+    normalized_NE = routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)
+    kept_N = documents.is_token_N
+    with torch.no_grad():
+        chosen = routing.expert_ids_NK[kept_N].flatten()
+        counts_E = torch.bincount(chosen, minlength=normalized_NE.shape[1])
+        entropy_N = torch.special.entr(normalized_NE).sum(-1)
+        entropy = (entropy_N * kept_N).sum() / kept_N.sum().clamp(min=1)
+    return RouterStatistics(
+        counts_E=counts_E,
+        balance_loss=sequence_balance_loss(normalized_NE, routing.expert_ids_NK, documents),
+        entropy=entropy,
+    )

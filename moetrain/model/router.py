@@ -1,0 +1,96 @@
+"""Which experts each token visits, with what weight, and how the balance bias moves. Everything in float32.
+
+N tokens, E experts, K chosen experts a token, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moetrain.errors import ConfigError
+from moetrain.model.config import BiasRule, ModelConfig, ScoreFunction
+from moetrain.model.gate_scale import routed_scaling_factor
+
+_NORM_EPS = 1e-20  # as in DeepSeek-V3's code
+_SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best (arXiv 2412.19437, section 2.1.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where tokens go: `scores_NE` of all experts, `expert_ids_NK` int64, `weights_NK` of the chosen, float32."""
+
+    scores_NE: torch.Tensor
+    expert_ids_NK: torch.Tensor
+    weights_NK: torch.Tensor
+
+
+def score(logits_NE: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
+    """Return the scores of float32 logits."""
+    if function == ScoreFunction.sigmoid:
+        return logits_NE.sigmoid()
+    if function == ScoreFunction.softmax:
+        return logits_NE.softmax(-1)
+    return F.softplus(logits_NE).sqrt()
+
+
+@torch.no_grad()
+def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Return ids [N, K] of the experts with the largest biased scores, inside the best groups only."""
+    biased_NE = scores_NE + bias_E
+    if config.num_groups > 1:
+        grouped_NGE = biased_NE.unflatten(-1, (config.num_groups, -1))
+        num_best = min(_SCORES_OF_A_GROUP, grouped_NGE.shape[-1])
+        best_NG = grouped_NGE.topk(num_best, dim=-1).values.sum(-1).topk(config.num_groups_per_token, dim=-1).indices
+        closed_NG = torch.ones(grouped_NGE.shape[:2], dtype=torch.bool, device=biased_NE.device)
+        closed_NG.scatter_(1, best_NG, False)
+        biased_NE = grouped_NGE.masked_fill(closed_NG[..., None], float("-inf")).flatten(1)
+    return biased_NE.topk(config.num_experts_per_token, dim=-1).indices
+
+
+def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> Routing:
+    """Return the routing of float32 logits; the bias moves the choice, never the weights (arXiv 2408.15664)."""
+    scores_NE = score(logits_NE, config.score_function)
+    expert_ids_NK = choose(scores_NE, bias_E, config)
+    weights_NK = scores_NE.gather(1, expert_ids_NK)
+    if config.normalize_weights:
+        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + _NORM_EPS)
+    return Routing(
+        scores_NE=scores_NE,
+        expert_ids_NK=expert_ids_NK,
+        weights_NK=weights_NK * routed_scaling_factor(config),
+    )
+
+
+class Router(nn.Module):
+    """The gate of a layer: an fp32 weight [E, D] over all experts and the balance bias, a buffer that no gradient moves."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.e_score_correction_bias: torch.Tensor
+
+    def forward(self, x_ND: torch.Tensor) -> Routing:
+        """Return the routing of tokens."""
+        return route(F.linear(x_ND.float(), self.weight), self.e_score_correction_bias, self.config)
+
+
+@torch.no_grad()
+def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rule: BiasRule, rate: float) -> None:
+    """Move the bias in place after a step, towards experts with fewer than the mean of `counts_E` tokens.
+
+    `sign` is arXiv 2408.15664, algorithm 1; `centred` also subtracts the mean move (Moonlight, appendix C), so that the
+    bias keeps its sum. Raises ConfigError for `quantile`, which needs scores, not counts.
+    """
+    if rule == BiasRule.none:
+        return
+    if rule == BiasRule.quantile:
+        raise ConfigError("model.balance.bias_rule is quantile: not offered yet, give none, sign or centred")
+    counts_E = counts_E.to(bias_E.device, torch.float32)
+    direction_E = torch.sign(counts_E.mean() - counts_E)
+    if rule == BiasRule.centred:
+        direction_E = direction_E - direction_E.mean()
+    bias_E.add_(direction_E, alpha=rate)

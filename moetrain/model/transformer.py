@@ -1,0 +1,188 @@
+"""The transformer: tokens of packed rows to hidden states, and hidden states to logits. One device, no ranks, no loss.
+
+State-dict names and shapes are those of transformers v5's DeepseekV3ForCausalLM in memory. B rows, T tokens, N tokens,
+D hidden, V vocabulary, L layers with routed experts, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moetrain.model.attention import Attention, document_bias
+from moetrain.model.config import ModelConfig
+from moetrain.model.gate_scale import routed_scaling_factor
+from moetrain.model.layers import FeedForward, Linear, RMSNorm
+from moetrain.model.moe import Dispatcher, Documents, LocalDispatcher, MoE, RouterStatistics
+from moetrain.model.rope import RopeTable, Rotation, build_rope
+from moetrain.runtime import torch_stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOutput:
+    """Hidden states after the last norm, and the routers' doings; padding (segment 0) is left out of the latter.
+
+    `counts_LE` int64: tokens that chose each expert. `balance_loss`: float32 scalar, summed over layers and documents,
+    each document weighted by its tokens. `entropy_L`: float32, detached, mean entropy of the routers' scores in nats.
+    """
+
+    hidden_BTD: torch.Tensor
+    counts_LE: torch.Tensor
+    balance_loss: torch.Tensor
+    entropy_L: torch.Tensor
+
+
+class Block(nn.Module):
+    """Attention, then a dense feed-forward layer or experts, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, mlp: FeedForward | MoE) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BTD: torch.Tensor, *, rotation: Rotation, bias_BTT: torch.Tensor, documents: Documents
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Return the residual stream after this block, and the router's statistics where it has one."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation=rotation, bias_BTT=bias_BTT)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            y_BTD, statistics = self.mlp(normed_BTD, documents)
+            return x_BTD + y_BTD, statistics
+        return x_BTD + self.mlp(normed_BTD), None
+
+
+class Embedding(nn.Module):
+    """A row of fp32 weights for every token id."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width, dtype=torch.float32))
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the tokens, float32."""
+        return F.embedding(tokens_BT, self.weight)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and last norm: what transformers calls `model`."""
+
+    def __init__(
+        self, config: ModelConfig, *, compute_dtype: torch.dtype, dispatcher: Dispatcher, expert_slice: slice
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        for index in range(config.num_layers):
+            mlp: FeedForward | MoE
+            if index < config.num_dense_layers:
+                mlp = FeedForward(config.hidden_size, config.intermediate_size)
+            else:
+                mlp = MoE(config, compute_dtype=compute_dtype, dispatcher=dispatcher, expert_slice=expert_slice)
+            self.layers.append(Block(config, mlp))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A model of the DeepSeek-V3 / Kimi K2 shape. Parameters are fp32 masters and are left unset: see `initialize`.
+
+    Products run in `compute_dtype`. `expert_slice` says which of the routed experts live here (all by default); then
+    `dispatcher` must reach the others.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        dispatcher: Dispatcher | None = None,
+        expert_slice: slice | None = None,
+    ) -> None:
+        super().__init__()
+        routed_scaling_factor(config)  # a shape without a derived factor is met here, not in the first step
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.expert_slice = expert_slice or slice(0, config.num_experts)
+        self.model = Decoder(
+            config,
+            compute_dtype=compute_dtype,
+            dispatcher=dispatcher or LocalDispatcher(),
+            expert_slice=self.expert_slice,
+        )
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self._rope: RopeTable | None = None
+
+    def forward(
+        self, tokens_BT: torch.Tensor, *, segments_BT: torch.Tensor, positions_BT: torch.Tensor
+    ) -> ForwardOutput:
+        """Return hidden states of packed rows: ids, segments (0 is padding) and positions in each document, int64."""
+        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        rotation = self._rotation(positions_BT)
+        bias_BTT = document_bias(segments_BT, self.compute_dtype)
+        documents = Documents.of(segments_BT)
+        statistics: list[RouterStatistics] = []
+        for block in self.model.layers:
+            x_BTD, router = block(x_BTD, rotation=rotation, bias_BTT=bias_BTT, documents=documents)
+            if router is not None:
+                statistics.append(router)
+        return _output(self.model.norm(x_BTD), statistics, num_experts=self.config.num_experts)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [N, V]; the product runs in the dtype of the hidden states."""
+        logits: torch.Tensor = self.lm_head(hidden_ND).float()
+        return logits
+
+    def moe_layers(self) -> list[tuple[str, MoE]]:
+        """Return name and module of each layer with routed experts, in order."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, MoE)]
+
+    def _rotation(self, positions_BT: torch.Tensor) -> Rotation:
+        """Look up the rotation in a table that grows to the longest row seen; it is no part of the state."""
+        num_positions = max(positions_BT.shape[1], int(positions_BT.max()) + 1)
+        if self._rope is None or len(self._rope.cos_SP) < num_positions:
+            self._rope = build_rope(self.config, num_positions)
+        if self._rope.cos_SP.device != positions_BT.device:
+            device = positions_BT.device
+            self._rope = RopeTable(cos_SP=self._rope.cos_SP.to(device), sin_SP=self._rope.sin_SP.to(device))
+        return self._rope.at(positions_BT)
+
+
+def _output(hidden_BTD: torch.Tensor, statistics: list[RouterStatistics], *, num_experts: int) -> ForwardOutput:
+    device = hidden_BTD.device
+    if not statistics:
+        return ForwardOutput(
+            hidden_BTD=hidden_BTD,
+            counts_LE=torch.zeros(0, num_experts, dtype=torch.int64, device=device),
+            balance_loss=torch.zeros((), device=device),
+            entropy_L=torch.zeros(0, device=device),
+        )
+    return ForwardOutput(
+        hidden_BTD=hidden_BTD,
+        counts_LE=torch.stack([layer.counts_E for layer in statistics]),
+        balance_loss=torch.stack([layer.balance_loss for layer in statistics]).sum(),
+        entropy_L=torch.stack([layer.entropy for layer in statistics]),
+    )
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Set every tensor to a function of (seed, name, global expert id): the same values for every layout.
+
+    Norm gains are 1, balance biases 0, matrices Gaussian with the config's standard deviation.
+    """
+    std = model.config.initializer_range
+    first_expert = model.expert_slice.indices(model.config.num_experts)[0]
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif parameter.ndim == 2:
+            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=torch_stream(seed, name)))
+        else:
+            for local, weight in enumerate(parameter):
+                stream = torch_stream(seed, name, first_expert + local)
+                weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=stream))
+    for _, buffer in model.named_buffers():
+        buffer.zero_()
