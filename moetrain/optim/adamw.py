@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) as one pure function, element by element, so that any slice of a parameter can be stepped."""
+"""AdamW (arXiv 1711.05101) as one pure function, element by element: any slice of a parameter can be stepped alone."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step `param`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1. The arithmetic is torch.optim.AdamW's."""
+    """Step `param`, `exp_avg` and `exp_avg_sq` in place, as torch.optim.AdamW does; `step` counts from 1."""
     beta1, beta2 = betas
     param.mul_(1.0 - learning_rate * weight_decay)
     exp_avg.lerp_(grad, 1.0 - beta1)

@@ -1,6 +1,7 @@
-"""Muon with RMS matching (arXiv 2502.16982), as pure functions of matrices: no ranks, no ownership, no state of their own.
+"""Muon with RMS matching (arXiv 2502.16982), as pure functions of matrices: no ranks, no ownership, no state.
 
-Who holds which part of which matrix is the business of `parallel.optimizer`. B matrices of one shape, M rows, N columns.
+Who holds which part of which matrix is the business of `parallel.optimizer`.
+B matrices of one shape, M rows, N columns.
 """
 
 import math
@@ -65,7 +66,7 @@ def newton_schulz(x_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.d
         gram_BMM = torch.bmm(y_BMN, y_BMN.mT)
         polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
         y_BMN = torch.baddbmm(y_BMN, polynomial_BMM, y_BMN, beta=a)
-    return y_BMN.mT if is_tall else y_BMN
+    return y_BMN.transpose(-1, -2) if is_tall else y_BMN
 
 
 def nesterov(grad: torch.Tensor, momentum: torch.Tensor, *, decay: float) -> torch.Tensor:

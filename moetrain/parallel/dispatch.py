@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.moe import Experts
+from moetrain.model.moe import Experts, combine
 from moetrain.parallel.topology import Topology
 
 
@@ -63,8 +63,7 @@ class AllToAllDispatcher:
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
     ) -> torch.Tensor:
         """Return y_ND, the weighted sum of what each token's experts give, summed in float32. Collective."""
-        num_tokens, num_choices = expert_ids_NK.shape
-        ids_S = expert_ids_NK.reshape(-1)
+        ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
         counts_GL = torch.bincount(ids_S, minlength=self.num_experts).view(self.num_ranks, -1)
         received_GL = torch.empty_like(counts_GL)
@@ -72,17 +71,10 @@ class AllToAllDispatcher:
         send, receive = torch.stack([counts_GL.sum(dim=1), received_GL.sum(dim=1)]).tolist()
         splits = Splits(send=send, receive=receive, group=self.group)
 
-        rows_RD = _AllToAll.apply(x_ND[order_S // num_choices], splits)
-        local_ids_R = torch.arange(received_GL.shape[1], device=x_ND.device).repeat(self.num_ranks)
-        by_expert_R = local_ids_R.repeat_interleave(received_GL.flatten()).argsort(stable=True)
-        y_RD = experts(rows_RD[by_expert_R], received_GL.sum(dim=0))
-        y_SD = _AllToAll.apply(y_RD[_inverse(by_expert_R)], splits.reversed())
-        y_NKD = y_SD[_inverse(order_S)].view(num_tokens, num_choices, -1)
-        return torch.einsum("nkd,nk->nd", y_NKD.float(), weights_NK).to(x_ND.dtype)
-
-
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    """Return the permutation that undoes indexing by `order`."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+        rows_RD = _AllToAll.apply(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), splits)
+        local_ids_GL = torch.arange(received_GL.shape[1], device=x_ND.device).expand_as(received_GL)
+        by_expert_R = local_ids_GL.flatten().repeat_interleave(received_GL.flatten()).argsort(stable=True)
+        y_RD = experts(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
+        by_source_R = by_expert_R.argsort()  # the inverse permutation
+        y_SD = _AllToAll.apply(y_RD.index_select(0, by_source_R), splits.reversed())
+        return combine(y_SD, order_S, weights_NK)
