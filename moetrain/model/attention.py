@@ -35,7 +35,8 @@ def attend_explicit(
     num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
     bias = bias_BTT[:, None].expand(-1, num_heads, -1, -1).reshape(-1, num_tokens, num_tokens)
     scores = torch.baddbmm(bias, q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), v_BHTV.flatten(0, 1)).unflatten(0, (num_rows, num_heads))
+    out = torch.bmm(scores.softmax(-1), v_BHTV.flatten(0, 1))
+    return out.view(num_rows, num_heads, num_tokens, -1)
 
 
 def attend_fused(

@@ -16,7 +16,7 @@ class ScoreFunction(StrEnum):
 
 
 class BiasRule(StrEnum):
-    """How the aux-loss-free balance bias moves after a step (arXiv 2408.15664; `centred` is Moonlight's, appendix C)."""
+    """How the aux-loss-free balance bias moves after a step (arXiv 2408.15664; `centred`: Moonlight, appendix C)."""
 
     none = "none"
     sign = "sign"
@@ -97,7 +97,7 @@ class ModelConfig:
     normalize_weights: bool = True
     """Divide the chosen scores by their sum."""
     routed_scaling_factor: float | None = None
-    """Factor on the routed output; null derives it from (num_experts, num_experts_per_token) (Moonlight, appendix C)."""
+    """Factor on the routed output; null derives it from num_experts and num_experts_per_token (Moonlight, app. C)."""
     rope_theta: float = 50000.0
     """Base of the rotary frequencies."""
     yarn: YarnConfig = field(default_factory=YarnConfig)
@@ -155,4 +155,4 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         """Scale of the attention logits, YaRN's correction included."""
         mscale = 0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0 if self.yarn.factor > 1 else 1.0
-        return self.qk_head_dim**-0.5 * mscale * mscale
+        return float(self.qk_head_dim**-0.5) * mscale * mscale

@@ -206,7 +206,7 @@ def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping and cannot be iterated
                     layer = _LAYER.match(name)
                     if layer is None or int(layer[1]) < config.num_layers:
                         tensors[name] = opened.get_tensor(name).float()

@@ -69,7 +69,7 @@ def rotate(x_BTHR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     The result holds all first members, then all second ones, as transformers' `rope_interleave` leaves them; queries
     and keys are permuted alike, so their products are unchanged.
     """
-    first, second = x_BTHR.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x_BTHR.float().view(*x_BTHR.shape[:-1], -1, 2).unbind(-1)
     cos, sin = rotation.cos, rotation.sin
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTHR.dtype)
 

@@ -40,7 +40,7 @@ def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -
     """Return ids [N, K] of the experts with the largest biased scores, inside the best groups only."""
     biased_NE = scores_NE + bias_E
     if config.num_groups > 1:
-        grouped_NGE = biased_NE.unflatten(-1, (config.num_groups, -1))
+        grouped_NGE = biased_NE.view(-1, config.num_groups, config.num_experts // config.num_groups)
         num_best = min(_SCORES_OF_A_GROUP, grouped_NGE.shape[-1])
         best_NG = grouped_NGE.topk(num_best, dim=-1).values.sum(-1).topk(config.num_groups_per_token, dim=-1).indices
         closed_NG = torch.ones(grouped_NGE.shape[:2], dtype=torch.bool, device=biased_NE.device)
@@ -64,7 +64,7 @@ def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) ->
 
 
 class Router(nn.Module):
-    """The gate of a layer: an fp32 weight [E, D] over all experts and the balance bias, a buffer that no gradient moves."""
+    """The gate of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer that no gradient moves."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

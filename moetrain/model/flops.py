@@ -1,0 +1,73 @@
+"""Parameters and floating-point operations of a shape, by arithmetic alone. No torch: planning runs anywhere."""
+
+from dataclasses import dataclass
+
+from moetrain.model.config import ModelConfig
+
+_MATRICES_OF_SWIGLU = 3
+_FORWARD_AND_BACKWARD = 3  # the backward pass makes two products for each of the forward pass
+_FLOPS_OF_A_MULTIPLY_ADD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Parameters of a model; balance biases are buffers and not counted."""
+
+    total: int
+    """Everything, both embeddings included."""
+    routed: int
+    """Of all routed experts."""
+    active: int
+    """That one token passes through, input embedding and head left out."""
+    active_with_head: int
+    """The same with the head."""
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Return parameters of one attention layer, its two latent norms included."""
+    hidden, heads = config.hidden_size, config.num_heads
+    if config.q_lora_rank is None:
+        queries = hidden * heads * config.qk_head_dim
+    else:
+        queries = config.q_lora_rank * (hidden + 1 + heads * config.qk_head_dim)
+    latent = hidden * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
+    keys_and_values = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return queries + latent + keys_and_values + heads * config.v_head_dim * hidden
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Return parameters of one routed expert."""
+    return _MATRICES_OF_SWIGLU * config.hidden_size * config.moe_intermediate_size
+
+
+def num_parameters(config: ModelConfig) -> ParameterCounts:
+    """Return the parameter counts of a shape, exact to the unit."""
+    hidden = config.hidden_size
+    norms = (2 * config.num_layers + 1) * hidden
+    attention = config.num_layers * attention_parameters(config)
+    dense = config.num_dense_layers * _MATRICES_OF_SWIGLU * hidden * config.intermediate_size
+    expert, router = expert_parameters(config), config.num_experts * hidden
+    always = norms + attention + dense + config.num_moe_layers * (router + config.num_shared_experts * expert)
+    routed = config.num_moe_layers * config.num_experts * expert
+    active = always + config.num_moe_layers * config.num_experts_per_token * expert
+    head = config.vocab_size * hidden
+    return ParameterCounts(
+        total=always + routed + 2 * head, routed=routed, active=active, active_with_head=active + head
+    )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return FLOPs of forward and backward for one token of documents of `seq_len` tokens.
+
+    6 for each active parameter (head included, input embedding not), and causal attention over half the document on
+    average. Norms, softmax and rotations are left out, as is usual for MFU.
+    """
+    products = _FLOPS_OF_A_MULTIPLY_ADD * num_parameters(config).active_with_head
+    attention = (
+        config.num_layers
+        * config.num_heads
+        * (config.qk_head_dim + config.v_head_dim)
+        * _FLOPS_OF_A_MULTIPLY_ADD
+        * (seq_len / 2)
+    )
+    return _FORWARD_AND_BACKWARD * (products + attention)
