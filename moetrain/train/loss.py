@@ -1,0 +1,132 @@
+"""Log-probabilities of the tokens that are predicted, and the objective of pretraining and SFT.
+
+The head runs only where the next token is in the loss mask, a few rows at a time, and again in the backward pass: the
+logits of all tokens never exist at once. Log-softmax is in float32. Objectives return this micro-batch's share of a
+global mean, so that neither packing nor micro-batches nor ranks change the sum.
+
+Letters: B rows, T tokens a row, N predicted tokens, C rows of one chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.engine import Objective, ObjectiveResult
+
+_CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
+
+
+@dataclass(kw_only=True)
+class TokenLogprobs:
+    """What the model gives the predicted tokens, in the order of `batch.loss_mask_BT.nonzero()`.
+
+    logprobs_N: float32, with gradient. entropies_N: float32, without.
+    """
+
+    logprobs_N: torch.Tensor
+    entropies_N: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class GlobalCounts:
+    """Totals of one optimizer step over all micro-batches and ranks: what losses are normalised by.
+
+    target_weight: sum of the weights of the predicted tokens.
+    """
+
+    tokens: int
+    targets: int
+    target_weight: float
+
+
+def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, batch: TokenBatch) -> TokenLogprobs:
+    """Return the float32 log-probability of every token in the loss mask, predicted from the token before it."""
+    row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
+    hidden_ND = hidden_BTD[row_N, column_N - 1]
+    targets_N = batch.tokens_BT[row_N, column_N]
+    weight_VD = model.lm_head.weight
+    logprobs_N, entropies_N = _ChunkedLogprobs.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+    return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
+
+
+def language_model_objective(counts: GlobalCounts, *, balance_coefficient: float) -> Objective:
+    """Return the objective of pretraining and SFT for a step with these global counts.
+
+    loss = -sum(weight * logprob) / global target weight + balance_coefficient * balance loss / global tokens.
+    """
+
+    def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
+        output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+        predicted = token_logprobs(model, output.hidden_BTD, batch)
+        weights_N = batch.weights_BT[batch.loss_mask_BT]
+        cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
+        balance = balance_coefficient * output.balance_loss / counts.tokens
+        metrics = {
+            "cross_entropy": cross_entropy.detach(),
+            "balance_loss": balance.detach(),
+            "entropy": predicted.entropies_N.sum() / counts.targets,
+            "router_entropy": output.entropy_L.sum() / max(len(output.entropy_L), 1) * batch.num_tokens / counts.tokens,
+        }
+        return ObjectiveResult(loss=cross_entropy + balance, counts_LE=output.counts_LE, metrics=metrics)
+
+    return objective
+
+
+ObjectiveFor = Callable[[GlobalCounts], Objective]
+"""Makes the objective of one step once the step's global counts are known."""
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Head, log-softmax and choice of the target in one, chunk by chunk; the backward pass makes the logits again.
+
+    Products run in the dtype of the hidden states; the head's gradient is summed over chunks in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logprobs_N and entropies_N."""
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
+        entropies_N = torch.empty_like(logprobs_N)
+        normalizers_N = torch.empty_like(logprobs_N)
+        for chunk in _chunks(len(targets_N), len(weight_VD)):
+            logits_CV = (hidden_ND[chunk] @ cast_VD.T).float()
+            target_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
+            largest_C = logits_CV.amax(dim=-1)
+            terms_CV = torch.exp(logits_CV - largest_C[:, None])
+            sum_C = terms_CV.sum(dim=-1)
+            normalizers_N[chunk] = largest_C + sum_C.log()
+            logprobs_N[chunk] = target_C - normalizers_N[chunk]
+            entropies_N[chunk] = normalizers_N[chunk] - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, normalizers_N)
+        ctx.mark_non_differentiable(entropies_N)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        """Return the gradients of the hidden states and of the head: d logprob / d logits = onehot(target) - p."""
+        hidden_ND, weight_VD, targets_N, normalizers_N = ctx.saved_tensors
+        grad_N = grads[0]
+        cast_VD = weight_VD.to(hidden_ND.dtype)
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for chunk in _chunks(len(targets_N), len(weight_VD)):
+            hidden_CD = hidden_ND[chunk]
+            grad_CV = (hidden_CD @ cast_VD.T).float().sub_(normalizers_N[chunk, None]).exp_()
+            grad_CV.mul_(-grad_N[chunk, None]).scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
+            cast_CV = grad_CV.to(hidden_ND.dtype)
+            grad_hidden_ND[chunk] = cast_CV @ cast_VD
+            grad_weight_VD += cast_CV.T @ hidden_CD
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None
+
+
+def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
+    """Return slices of rows whose logits have about `_CHUNK_ELEMENTS` elements."""
+    size = max(64, _CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

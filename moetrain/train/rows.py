@@ -1,0 +1,31 @@
+"""Which rows of a global batch a rank works on, and in which pieces. Pure functions of sizes."""
+
+from dataclasses import replace
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+
+
+def padded(batch: TokenBatch, num_rows: int) -> TokenBatch:
+    """Return `batch` with rows of padding added up to `num_rows`; they hold no tokens and change no number."""
+    missing = num_rows - len(batch.tokens_BT)
+    if missing <= 0:
+        return batch
+    columns = {
+        name: torch.cat([value, value.new_zeros(missing, value.shape[1])])
+        for name, value in vars(batch).items()
+        if value is not None
+    }
+    return replace(batch, **columns)
+
+
+def rank_rows(batch: TokenBatch, *, rank: int, world_size: int) -> TokenBatch:
+    """Return the rows of one rank: consecutive, the same number on each, padded where they do not divide evenly."""
+    rows = -(-len(batch.tokens_BT) // world_size)
+    return padded(batch, rows * world_size).rows(rank * rows, (rank + 1) * rows)
+
+
+def micro_batches(batch: TokenBatch, *, rows: int) -> list[TokenBatch]:
+    """Return `batch` cut into pieces of at most `rows` rows, in order."""
+    return [batch.rows(start, start + rows) for start in range(0, len(batch.tokens_BT), rows)]

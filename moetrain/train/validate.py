@@ -1,0 +1,33 @@
+"""How well a model predicts held-out rows: nats a character by source, comparable across tokenizers and to the bigram."""
+
+from collections.abc import Mapping
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.data.packing import ValidationRows
+from moetrain.parallel.engine import Engine, on_device
+from moetrain.train.loss import token_logprobs
+from moetrain.train.rows import micro_batches, rank_rows
+
+
+def validate(engine: Engine, held_out: Mapping[str, ValidationRows], *, rows_per_micro_batch: int) -> dict[str, float]:
+    """Return `validation/<source>`, nats a character, for each source. A collective; the same on every rank."""
+    nats = [total_nats(engine, source.batch, rows_per_micro_batch=rows_per_micro_batch) for source in held_out.values()]
+    return {
+        f"validation/{name}": total / source.num_characters
+        for (name, source), total in zip(held_out.items(), nats, strict=True)
+    }
+
+
+@torch.no_grad()
+def total_nats(engine: Engine, batch: TokenBatch, *, rows_per_micro_batch: int) -> float:
+    """Return the nats of all predicted tokens of a global batch, weights aside. A collective."""
+    topology = engine.topology
+    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
+    nats = torch.zeros((), dtype=torch.float64)
+    for part in micro_batches(rows, rows=rows_per_micro_batch):
+        part = on_device(part, topology.device)
+        output = engine.model(part.tokens_BT, segments_BT=part.segments_BT, positions_BT=part.positions_BT)
+        nats -= token_logprobs(engine.model, output.hidden_BTD, part).logprobs_N.double().sum().cpu()
+    return float(topology.all_reduce_sum(nats))
