@@ -58,12 +58,12 @@ def newton_schulz(x_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.d
     them to 1 within 1e-3. A matrix of zeros stays zero.
     """
     norm_B11 = torch.linalg.matrix_norm(x_BMN.float(), keepdim=True)
-    y_BMN = (x_BMN.float() / (norm_B11 + _NORM_EPS)).to(dtype)
+    y_BMN: torch.Tensor = (x_BMN.float() / (norm_B11 + _NORM_EPS)).to(dtype)
     is_tall = y_BMN.shape[-2] > y_BMN.shape[-1]
     if is_tall:
-        y_BMN = y_BMN.mT.contiguous()
+        y_BMN = y_BMN.transpose(-1, -2).contiguous()
     for a, b, c in COEFFICIENTS[schedule]:
-        gram_BMM = torch.bmm(y_BMN, y_BMN.mT)
+        gram_BMM = torch.bmm(y_BMN, y_BMN.transpose(-1, -2))
         polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
         y_BMN = torch.baddbmm(y_BMN, polynomial_BMM, y_BMN, beta=a)
     return y_BMN.transpose(-1, -2) if is_tall else y_BMN

@@ -44,10 +44,15 @@ class _AllToAll(torch.autograd.Function):
         return exchange(rows_SD, send=splits.send, receive=splits.receive, group=splits.group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the gradient of rows_SD."""
         back = ctx.splits.reversed()
         return exchange(grads[0], send=back.send, receive=back.receive, group=back.group), None
+
+
+def _all_to_all(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
+    rows_RD: torch.Tensor = _AllToAll.apply(rows_SD, splits)  # type: ignore[no-untyped-call]
+    return rows_RD
 
 
 class AllToAllDispatcher:
@@ -71,10 +76,10 @@ class AllToAllDispatcher:
         send, receive = torch.stack([counts_GL.sum(dim=1), received_GL.sum(dim=1)]).tolist()
         splits = Splits(send=send, receive=receive, group=self.group)
 
-        rows_RD = _AllToAll.apply(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), splits)
+        rows_RD = _all_to_all(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), splits)
         local_ids_GL = torch.arange(received_GL.shape[1], device=x_ND.device).expand_as(received_GL)
         by_expert_R = local_ids_GL.flatten().repeat_interleave(received_GL.flatten()).argsort(stable=True)
         y_RD = experts(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
         by_source_R = by_expert_R.argsort()  # the inverse permutation
-        y_SD = _AllToAll.apply(y_RD.index_select(0, by_source_R), splits.reversed())
+        y_SD = _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
         return combine(y_SD, order_S, weights_NK)

@@ -123,7 +123,7 @@ def whole_matrices(
         receive=[sum(row) for row in lengths],
         group=partition.process_group,
     )
-    pieces = iter(received.split([length for row in lengths for length in row]))
+    pieces = iter(torch.split(received, [length for row in lengths for length in row]))
     whole = {m: flat_P.new_empty(m.rows * m.columns) if len(partition.owners(m)) > 1 else own[m] for m in held}
     for peer in range(num_ranks):
         for matrix in shared[peer]:
@@ -189,6 +189,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def _step_muon(self, flat_P: torch.Tensor, group: Mapping[str, Any]) -> None:
         partition = group["partition"]
+        assert flat_P.grad is not None
         direction_P = nesterov(flat_P.grad, self.state[flat_P]["momentum"], decay=self.config.momentum)
         whole = whole_matrices(direction_P, group["matrices"], partition=partition)
         by_shape: dict[tuple[int, int], list[Matrix]] = defaultdict(list)

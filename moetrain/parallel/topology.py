@@ -125,4 +125,5 @@ def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)

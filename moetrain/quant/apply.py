@@ -17,9 +17,15 @@ from moetrain.quant.grids import check_group_size
 class QuantizableExperts(Protocol):
     """What `apply` needs of an experts module; `model.moe.Experts` is one."""
 
-    gate_up_proj: Tensor
-    down_proj: Tensor
     fake_quant: FakeQuantizer | None
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """Master weights of gate and up."""
+
+    @property
+    def down_proj(self) -> Tensor:
+        """Master weights of down."""
 
 
 def apply(experts_modules: Iterable[QuantizableExperts], config: QuantConfig) -> list[FakeQuantizer]:
