@@ -1,0 +1,141 @@
+"""Folders of weights as Hugging Face lays them out: written whole or not at all, and checked against their digests.
+
+Knows files and bytes; what the tensors mean is `compressed_tensors`. `moetrain.json` holds size and sha256 of every
+other file, and of its own content.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetrain.errors import CheckpointError
+from moetrain.train.checkpoint import TensorFiles, read_json
+
+RECORD_FILE = "moetrain.json"
+CONFIG_FILE = "config.json"
+WEIGHT_INDEX_FILE = "model.safetensors.index.json"
+_FORMAT = 1
+_REPAIR = "export again, or copy the folder again from where it is whole"
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `final` when the block ends well, and disappears when it does not.
+
+    Raises CheckpointError when `final` is there and is not an export.
+    """
+    if final.exists() and not (final / RECORD_FILE).is_file():
+        raise CheckpointError(f"{final}: exists and has no {RECORD_FILE}, so it is not an export: give another folder")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        if final.exists():
+            replaced = final.with_name(f".{final.name}.{os.getpid()}.replaced.tmp")
+            final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> int:
+    """Write named tensors as shards with an index, one shard in memory at a time; return the bytes of the tensors."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        save_file(pending, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor.detach().cpu().contiguous()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file_name)
+        file_of.update(dict.fromkeys(names, file_name))
+    write_json(folder / WEIGHT_INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
+    return total
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `moetrain.json` with `record` and the digest of every file in `folder`; call last."""
+    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    content = {"format": _FORMAT, **record, "files": files}
+    write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Check every file of an export against its digest and return what `moetrain.json` says.
+
+    Raises CheckpointError that names the file which is missing or not as it was written.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; give the folder of an export")
+    record = read_json(folder / RECORD_FILE)
+    stated = record.pop("sha256", None)
+    if record.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{folder / RECORD_FILE}: format is {record.get('format')}, this version reads {_FORMAT}; {_REPAIR}"
+        )
+    if stated != _digest(record):
+        raise CheckpointError(f"{folder / RECORD_FILE}: its content does not have the sha256 it states; {_REPAIR}")
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
+        if _fingerprint(path) != expected:
+            raise CheckpointError(f"{path}: not as it was written, its size or sha256 differs; {_REPAIR}")
+    return record
+
+
+def open_weights(folder: Path) -> TensorFiles:
+    """Return the tensors of a folder by name, each read when it is asked for."""
+    return TensorFiles(folder, read_json(folder / WEIGHT_INDEX_FILE)["weight_map"])
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

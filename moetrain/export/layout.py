@@ -1,0 +1,65 @@
+"""Which of a model's tensors an export quantises, and in which dtype it stores the others.
+
+Asked of the model itself, built without memory, so that no pattern over names decides what is quantised.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig
+from moetrain.model.transformer import Transformer
+
+_EMBEDDING = "model.embed_tokens.weight"
+_OPTIMIZER_PREFIX = "optimizer/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Names in memory of the tensors of a model, with their shapes, sorted by how an export stores them."""
+
+    shapes: Mapping[str, torch.Size]
+    """Every tensor of the model."""
+    experts: frozenset[str]
+    """Fused matrices of the routed experts."""
+    float32: frozenset[str]
+    """What the forward pass uses in float32: gains of norms, router weights, balance biases."""
+    unquantized_linears: list[str]
+    """Modules with a matrix that is not a routed expert's nor the embedding."""
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that is not quantised as it is stored: bf16, or fp32 where the forward pass reads fp32."""
+        return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError when `tensors` are not those of the model: a name, a shape, or a value not finite."""
+        names = {name for name in tensors if not name.startswith(_OPTIMIZER_PREFIX)}
+        for name in sorted(self.shapes.keys() - names):
+            raise CheckpointError(f"{name} is missing: the weights do not fit this model")
+        for name in sorted(names - self.shapes.keys()):
+            raise CheckpointError(f"{name} is no tensor of this model: the weights do not fit it")
+        for name, shape in self.shapes.items():
+            tensor = tensors[name]
+            if tensor.shape != shape:
+                raise CheckpointError(f"{name} has shape {list(tensor.shape)}, this model's has {list(shape)}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{name} holds numbers that are not finite: take an earlier checkpoint")
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """Return the layout of a model of this shape."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    routers = {f"{name}.gate.weight" for name, _ in model.moe_layers()}
+    experts = {f"{name}.experts.{kind}" for name, _ in model.moe_layers() for kind in ("gate_up_proj", "down_proj")}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name != _EMBEDDING]
+    return Layout(
+        shapes=shapes,
+        experts=frozenset(experts),
+        float32=frozenset(routers | {name for name, shape in shapes.items() if len(shape) == 1}),
+        unquantized_linears=[name.removesuffix(".weight") for name in matrices],
+    )

@@ -1,0 +1,76 @@
+"""An export read back: checked against its digests, then its model, its weights, and its codes and scales."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moetrain.errors import CheckpointError
+from moetrain.export.compressed_tensors import is_packed, unpacked_experts
+from moetrain.export.config import ExportFormat
+from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
+from moetrain.export.layout import layout_of
+from moetrain.model.config import ModelConfig
+from moetrain.model.hf import from_hf_config, fused_tensors
+from moetrain.quant.config import GridName, QuantConfig
+from moetrain.quant.grids import Quantized, dequantize
+from moetrain.train.checkpoint import read_json
+
+
+@dataclass(kw_only=True)
+class Export:
+    """An export in memory. Names are those of the model in memory, experts fused."""
+
+    path: Path
+    format: ExportFormat
+    model: ModelConfig
+    quant: QuantConfig
+    """The grid of the experts; not enabled where the file holds cast masters."""
+    step: int
+    record: dict[str, Any]
+    """What moetrain.json says."""
+    dense: dict[str, Tensor]
+    """What the file holds as plain numbers, bf16 or fp32: for the bf16 formats this is everything."""
+    experts: dict[str, Quantized]
+    """Codes and scales of the routed experts, empty for the bf16 formats."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return every tensor of the model as numbers: bf16 or fp32 as stored, experts dequantised to bf16."""
+        return self.dense | {name: dequantize(quantized) for name, quantized in self.experts.items()}
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether `folder` has the form of an export, good or not."""
+    return (folder / RECORD_FILE).is_file()
+
+
+def read_export(folder: Path) -> Export:
+    """Return an export whose every file has the digest that it was written with and whose tensors fit its model.
+
+    Raises CheckpointError that names the file or tensor.
+    """
+    record = read_record(folder)
+    model = from_hf_config(read_json(folder / CONFIG_FILE))
+    files = open_weights(folder)
+    experts = unpacked_experts({name: files[name] for name in files if is_packed(name)})
+    dense = fused_tensors({name: files[name] for name in files if not is_packed(name)})
+    grid = record["grid"]
+    export = Export(
+        path=folder,
+        format=ExportFormat(record["report"]["format"]),
+        model=model,
+        quant=QuantConfig()
+        if grid is None
+        else QuantConfig(enabled=True, grid=GridName(grid["name"]), group_size=grid["group_size"]),
+        step=record["step"],
+        record=record,
+        dense=dense,
+        experts=experts,
+    )
+    layout = layout_of(model)
+    layout.check(export.weights())
+    for name, quantized in experts.items():
+        if name not in layout.experts or quantized.group_size != export.quant.group_size:
+            raise CheckpointError(f"{folder}: {name} is quantised in groups of {quantized.group_size}: not as recorded")
+    return export

@@ -1,0 +1,148 @@
+"""A checkpoint's masters to a folder that transformers and other engines load: weights, config, tokenizer, template."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moetrain.chat.template import BOS, EOS, IM_END, PAD
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.export.compressed_tensors import packed_tensors, quantization_config
+from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_json, write_record, write_weights
+from moetrain.export.layout import Layout, layout_of
+from moetrain.model.config import ModelConfig
+from moetrain.model.hf import hf_disk_tensors, to_hf_config
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.grids import dequantize, num_zero_groups, quantize
+
+_log = logging.getLogger(__name__)
+
+_BYTES_PER_MEGABYTE = 1 << 20
+_BYTES_PER_BF16 = 2
+
+
+@dataclass(kw_only=True)
+class ExportReport:
+    """What was written. Bytes are those of the tensors, without the files' headers."""
+
+    format: ExportFormat
+    num_bytes: int = 0
+    """Bytes of the weights as stored."""
+    num_bytes_bf16: int = 0
+    """Bytes of the same weights with experts in bf16."""
+    num_quantized: int = 0
+    """Parameters that went through codes and scales."""
+    num_groups: int = 0
+    """Scales of those parameters."""
+    num_zero_groups: int = 0
+    """Groups whose codes are all zero: their weights were zero, or too small for a scale."""
+
+
+def export_model(
+    tensors: Mapping[str, Tensor],
+    *,
+    folder: Path,
+    model: ModelConfig,
+    quant: QuantConfig,
+    export: ExportConfig,
+    tokenizer: Tokenizer,
+    step: int,
+    sources: Mapping[str, str],
+) -> ExportReport:
+    """Write a checkpoint's fp32 parameters and buffers, by name in memory, as the Hugging Face folder `folder`.
+
+    Experts go through `quant`'s grid and group size in every format but bf16, whether or not they were trained so.
+    `step` and `sources` (say, the path of the checkpoint and the digest of the data) are kept in moetrain.json. The
+    folder appears whole or not at all, and replaces an older export. Raises CheckpointError when the weights do not fit
+    the model or the tokenizer.
+    """
+    layout = layout_of(model)
+    layout.check(tensors)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
+            "export with the tokenizer that the model was trained with"
+        )
+    report = ExportReport(format=export.format)
+    with atomic_folder(folder) as partial:
+        written = _disk_tensors(tensors, layout=layout, quant=quant, report=report)
+        report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
+        write_json(partial / CONFIG_FILE, _config(model, quant, export=export, layout=layout, tokenizer=tokenizer))
+        write_json(partial / "generation_config.json", _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)})
+        tokenizer.save(partial)
+        write_record(partial, _record(quant, report, tokenizer=tokenizer, step=step, sources=sources))
+    _log.info(
+        "exported %s as %s: %.1f MB (%.1f MB in bf16), %d parameters quantised, %d of %d groups zero",
+        folder,
+        export.format.value,
+        report.num_bytes / _BYTES_PER_MEGABYTE,
+        report.num_bytes_bf16 / _BYTES_PER_MEGABYTE,
+        report.num_quantized,
+        report.num_zero_groups,
+        report.num_groups,
+    )
+    return report
+
+
+def _disk_tensors(
+    tensors: Mapping[str, Tensor], *, layout: Layout, quant: QuantConfig, report: ExportReport
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the files hold, tensor by tensor, and count it in `report`."""
+    for name in layout.shapes:
+        tensor = tensors[name]
+        if name not in layout.experts:
+            stored = layout.stored(name, tensor)
+            report.num_bytes_bf16 += stored.nbytes
+            yield name, stored
+            continue
+        report.num_bytes_bf16 += tensor.numel() * _BYTES_PER_BF16
+        if report.format is ExportFormat.bf16:
+            yield from hf_disk_tensors({name: layout.stored(name, tensor)})
+            continue
+        quantized = quantize(tensor, grid=quant.grid, group_size=quant.group_size)
+        report.num_quantized += tensor.numel()
+        report.num_groups += quantized.scales_XOG.numel()
+        report.num_zero_groups += num_zero_groups(quantized)
+        if report.format is ExportFormat.int4:
+            yield from packed_tensors(name, quantized)
+        else:
+            yield from hf_disk_tensors({name: dequantize(quantized)})
+
+
+def _config(
+    model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, layout: Layout, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    config = {**to_hf_config(model), "dtype": "bfloat16", **_token_ids(tokenizer)}
+    if export.format is ExportFormat.int4:
+        config["quantization_config"] = quantization_config(
+            grid=quant.grid, group_size=quant.group_size, ignore=layout.unquantized_linears
+        )
+    return config
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = tokenizer.special_ids
+    return {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
+
+
+def _end_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return what ends a generation: the end of a turn, or of a document."""
+    return [tokenizer.special_ids[IM_END], tokenizer.special_ids[EOS]]
+
+
+def _record(
+    quant: QuantConfig, report: ExportReport, *, tokenizer: Tokenizer, step: int, sources: Mapping[str, str]
+) -> dict[str, Any]:
+    grid = None if report.format is ExportFormat.bf16 else {"name": quant.grid.value, "group_size": quant.group_size}
+    return {
+        "step": step,
+        "sources": dict(sources),
+        "grid": grid,
+        "tokenizer": tokenizer.digest,
+        "report": asdict(report),
+    }
