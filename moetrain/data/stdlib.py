@@ -88,9 +88,9 @@ def _paragraphs(text: str) -> Iterator[str]:
     except SyntaxError:  # a template, or a file for another version
         return
     for node in _definitions(tree):
-        docstring = ast.get_docstring(node, clean=True) or ""
-        yield from (part.strip() for part in docstring.split("\n\n") if _is_english(part))
-    yield from (comment for comment in _comments(text) if _is_english(comment))
+        yield from _english_parts(ast.get_docstring(node, clean=True) or "")
+    for comment in _comments(text):
+        yield from _english_parts(comment)
 
 
 def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -112,13 +112,16 @@ def _comments(text: str) -> Iterator[str]:
         if stripped.startswith("#"):
             run.append(stripped.lstrip("#").removeprefix(" "))
         elif run:
-            yield "\n".join(run).strip()
+            yield "\n".join(run)
             run = []
 
 
-def _is_english(paragraph: str) -> bool:
-    stripped = paragraph.strip()
-    if len(stripped) < _MIN_PARAGRAPH or ">>>" in stripped:
-        return False
-    letters = sum(map(str.isalpha, stripped)) + stripped.count(" ")
-    return letters >= _MIN_LETTERS * len(stripped) and len(stripped) <= _MAX_WORD * len(stripped.split())
+def _english_parts(text: str) -> Iterator[str]:
+    """Yield the paragraphs of `text` that read as English."""
+    for paragraph in text.split("\n\n"):
+        stripped = paragraph.strip()
+        if len(stripped) < _MIN_PARAGRAPH or ">>>" in stripped:
+            continue
+        letters = sum(map(str.isalpha, stripped)) + stripped.count(" ")
+        if letters >= _MIN_LETTERS * len(stripped) and len(stripped) <= _MAX_WORD * len(stripped.split()):
+            yield stripped

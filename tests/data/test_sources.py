@@ -1,0 +1,161 @@
+import re
+
+import pytest
+
+from moetrain.chat.template import EOS, IM_END, Piece
+from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.formats import format_named, register_format
+from moetrain.data.sources import digest_of, read_documents
+from moetrain.errors import ConfigError, DataError
+
+
+def jsonl(path, **options) -> SourceConfig:
+    return SourceConfig(kind=SourceKind.jsonl, path=str(path), **options)
+
+
+def test_jsonl_records_become_documents_that_end_with_eos(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "one"}, {"text": "two"}])
+    documents = read_documents(jsonl(path), name="mine")
+    assert [document.text for document in documents] == [f"one{EOS}", f"two{EOS}"]
+
+
+def test_a_broken_jsonl_line_is_named_by_file_and_line(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "one"}])
+    with path.open("a") as file:
+        file.write('\n{"text": "two"\n')
+    with pytest.raises(DataError, match=re.escape(f"{path}:3 is not JSON")):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_bytes_that_are_not_utf8_are_named_by_file_and_line(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=re.escape(f"{path}:2 is not UTF-8")):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_a_line_that_is_no_object_is_refused(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "one"}, ["two"]])
+    with pytest.raises(DataError, match=re.escape(f"{path}:2 holds list where an object")):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_a_wrong_column_is_answered_with_those_there_are(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"body": "one", "title": "x"}])
+    with pytest.raises(DataError, match="has no column text: it has body, title"):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_a_column_that_holds_no_text_is_refused(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": 5}])
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: column text holds int")):
+        read_documents(jsonl(path), name="mine")
+
+
+@pytest.mark.parametrize("kind", [SourceKind.jsonl, SourceKind.text, SourceKind.parquet])
+def test_a_missing_file_is_named(kind: SourceKind) -> None:
+    with pytest.raises(DataError, match=r"/nowhere/x\* does not exist"):
+        read_documents(SourceConfig(kind=kind, path="/nowhere/x*"), name="mine")
+
+
+def test_an_empty_source_is_refused(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"data.sources.mine has no documents"):
+        read_documents(jsonl(tmp_path), name="mine")
+
+
+def test_a_folder_without_fitting_files_is_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl"):
+        read_documents(jsonl(tmp_path), name="mine")
+
+
+def test_identical_documents_are_read_once(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "one"}, {"text": "two"}, {"text": "one"}])
+    assert len(read_documents(jsonl(path), name="mine")) == 2
+
+
+def test_a_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path) -> None:
+    text = "".join(f"{number} " + "word " * 300 + "\n\n" for number in range(20))
+    (tmp_path / "a.txt").write_text(text)
+    documents = read_documents(SourceConfig(kind=SourceKind.text, path=str(tmp_path / "*.txt")), name="mine")
+    assert "".join(document.pieces[0].text for document in documents) == text
+    assert len(documents) > 2
+    assert all(len(document.pieces[0].text) >= 4000 for document in documents[:-1])
+
+
+def test_parquet_is_read_and_a_broken_file_is_named(tmp_path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), path)
+    config = SourceConfig(kind=SourceKind.parquet, path=str(path))
+    assert [document.pieces[0].text for document in read_documents(config, name="mine")] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=re.escape(f"{path} cannot be read")):
+        read_documents(config, name="mine")
+
+
+def test_the_limit_of_characters_keeps_whole_documents(write_jsonl) -> None:
+    path = write_jsonl("a.jsonl", [{"text": f"{number:04d}" * 10} for number in range(50)])
+    documents = read_documents(jsonl(path, max_characters=500), name="mine")
+    assert 0 < sum(len(document.text) for document in documents) <= 500
+    assert {len(document.pieces[0].text) for document in documents} == {40}
+    assert documents == read_documents(jsonl(path, max_characters=500), name="mine")
+
+
+def test_messages_are_rendered_by_the_template_and_only_assistants_are_learned(write_jsonl) -> None:
+    call = {"id": "functions.get:0", "type": "function", "function": {"name": "get", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "reasoning_content": "R", "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "functions.get:0", "name": "get"},
+        {"role": "assistant", "content": "A"},
+    ]
+    path = write_jsonl("chat.jsonl", [{"messages": messages}])
+    (document,) = read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+    learned = "".join(piece.text for piece in document.pieces if piece.is_sampled)
+    assert learned.startswith("<think>R</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get:0")
+    assert learned.endswith(f"<think></think>A{IM_END}")
+    assert "42" in document.text and "42" not in learned
+    assert "Q" in document.text and "Q" not in learned
+
+
+def test_arguments_of_a_call_do_not_gain_the_keys_of_other_calls(write_jsonl) -> None:
+    def record(arguments: dict[str, int]) -> dict[str, object]:
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        return {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    path = write_jsonl("chat.jsonl", [record({"a": 1}), record({"b": 2})])
+    first, second = read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+    assert '{"a": 1}' in first.text and '{"b": 2}' in second.text
+
+
+def test_an_unknown_role_and_a_conversation_without_assistant_are_refused(write_jsonl) -> None:
+    path = write_jsonl("chat.jsonl", [{"messages": [{"role": "robot", "content": "x"}]}])
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: a message has the role 'robot'")):
+        read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+    path = write_jsonl("chat.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(DataError, match="has nothing to learn"):
+        read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+
+
+def test_a_plugin_registers_a_format_once(write_jsonl) -> None:
+    def question_and_answer(record, column):
+        return [Piece(text=record["q"]), Piece(text=record[column], is_sampled=True)]
+
+    register_format("test_question_and_answer", question_and_answer)
+    path = write_jsonl("a.jsonl", [{"q": "why", "a": "so"}])
+    (document,) = read_documents(jsonl(path, field="a", format="test_question_and_answer"), name="mine")
+    assert document.text == "whyso"
+    with pytest.raises(ConfigError, match="is registered already"):
+        register_format("test_question_and_answer", question_and_answer)
+    with pytest.raises(ConfigError, match=r"format is nope: known are messages, .*text"):
+        format_named("nope")
+
+
+def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
+    one = read_documents(jsonl(write_jsonl("a.jsonl", [{"text": "ab"}, {"text": "c"}])), name="mine")
+    two = read_documents(jsonl(write_jsonl("b.jsonl", [{"text": "a"}, {"text": "bc"}])), name="mine")
+    assert digest_of(one) == digest_of(list(one))
+    assert len({digest_of(one), digest_of(two), digest_of(one[::-1])}) == 3
