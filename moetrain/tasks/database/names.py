@@ -6,26 +6,18 @@ import random
 from moetrain.tasks.protocol import Split
 
 _NOUNS = """
-account agent album anchor animal area artist asset author award badge barrel basket battery beacon bill board boat bond
-book border bottle branch bridge broker bucket budget builder bundle cabin cable camera canal card cargo carrier case
-cashier castle center chain channel chapter charge circle city claim client clinic coach code coin college colour company
-contract corner cost country county courier course cousin cover crew crop customer dealer debt degree depot desk device
-director district doctor domain donor driver editor engine estate event expert factory farm father fee field film fleet
-flight floor forest fund garage garden gate goods grade grant group guard guest guide harbor height holder hotel house
-income index island item judge keeper label lake land lawyer leader league length lesson level license limit line loan
-lodge machine manager margin market mayor meal member mentor metal mile mine mission model module mother motor museum
-network note nurse object office officer option orbit order owner packet page parcel parent park partner party patient
-payment permit person phone pilot plan planet plant plate player plot pool port price prize project province pupil rack
-ranch range rank rate ratio reader region rent report review rider ring river road robot room root route ruler sale
-salary sample scale school score scout seat sector seller sensor server session shelf shelter shift ship shop signer site
-size skill source speaker sponsor spouse stage staff station stock store street student studio suite supply survey
-system target tax teacher team temple tenant term ticket tower town track trader trail train trainer tribe trip truck
-tunnel tutor unit user valley value vehicle vendor venue vessel village visit voyage wage ward warden weight wheel width
-window winner worker yard year zone
+agent album area asset award badge bill board boat bond book cabin cable canal card cargo case chain city claim coach
+code coin cost cover crew crop debt depot desk donor event farm fee field film fleet floor fund gate goods grade grant
+group guard guest guide hotel house index item judge label lake land level limit line loan lodge mayor meal metal mile
+mine model motor note nurse orbit order owner page park party phone pilot plan plant plate plot pool port price prize
+pupil rack ranch range rank rate ratio rent rider ring river road robot room root route ruler sale scale score scout
+seat shelf shift ship shop site size skill stage staff stock store suite tax team term tower town track trail train
+tribe trip truck tutor unit user value venue visit wage ward wheel width yard year zone
 """.split()
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 _HELD_OUT_EVERY = 5  # every fifth noun is held out, and made-up words by a rule on their letters
 _MADE_UP_SHARE = 0.5
+_SYLLABLES = 2
 
 
 def _is_held_out_word(word: str) -> bool:
@@ -40,8 +32,7 @@ def nouns(split: Split) -> list[str]:
 
 def _made_up(stream: random.Random, split: Split) -> str:
     while True:
-        syllables = stream.randint(2, 3)
-        word = "".join(stream.choice(_CONSONANTS) + stream.choice(_VOWELS) for _ in range(syllables))
+        word = "".join(stream.choice(_CONSONANTS) + stream.choice(_VOWELS) for _ in range(_SYLLABLES))
         if _is_held_out_word(word) == (split is Split.held_out):
             return word
 

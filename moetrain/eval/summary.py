@@ -1,0 +1,43 @@
+"""Tables of an evaluation: trajectories of one mode to rates by number of calls, after tool errors, and by ending."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moetrain.eval.rates import Difference, Rate, paired_difference, wilson
+from moetrain.rollout.types import Trajectory
+
+
+def rate_row(rate: Rate) -> dict[str, float | int]:
+    """Return a rate as plain numbers."""
+    return {**asdict(rate), "value": rate.value}
+
+
+def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return rates of one mode: overall, by calls needed, with and without a tool failure, and endings as counts.
+
+    `outcomes` lists success by task number, for pairing with another evaluation of the same tasks.
+    """
+    by_calls = sorted({trajectory.num_calls_needed for trajectory in trajectories})
+    return {
+        "all": rate_row(wilson([t.grade.success for t in trajectories])),
+        "by_calls": {
+            str(calls): rate_row(wilson([t.grade.success for t in trajectories if t.num_calls_needed == calls]))
+            for calls in by_calls
+        },
+        "after_tool_error": rate_row(wilson([t.grade.success for t in trajectories if t.num_transient_errors])),
+        "without_tool_error": rate_row(wilson([t.grade.success for t in trajectories if not t.num_transient_errors])),
+        "endings": dict(sorted(Counter(t.ending.value for t in trajectories).items())),
+        "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
+        "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
+        "outcomes": {str(t.task): bool(t.grade.success) for t in trajectories},
+    }
+
+
+def paired(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference | None:
+    """Return the paired difference over the tasks that both have; None where there is none."""
+    tasks = [task for task in before if task in after]
+    if not tasks:
+        return None
+    return paired_difference([before[task] for task in tasks], [after[task] for task in tasks])

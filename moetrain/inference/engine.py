@@ -1,0 +1,134 @@
+"""Generation of many sequences in lock step: continuous batching over slots of a latent KV cache.
+
+A sequence is an append-only list of tokens. What must be fed (prompts, tool results) waits in it; once all is fed, each
+step samples one token. Prompts are prefilled in one pass when slots are filled; later forced tokens ride along in the
+decode step. Knows tokens only: no text, tools or tasks.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moetrain.errors import RolloutError
+from moetrain.inference.forward import forward
+from moetrain.inference.sampling import sample, uniforms
+from moetrain.inference.weights import InferenceWeights
+from moetrain.model.rope import RopeTable, build_rope
+
+_REFILL_SHARE = 0.25  # of the slots; fewer free ones wait, so that prompts are prefilled together
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """One sequence: `tokens` are all tokens so far, the first `num_fed` of them in the cache.
+
+    `stream` seeds its sampling; `logprobs[i]` belongs to tokens[i], 0.0 where the token was given; `is_sampled[i]` tells
+    which were sampled.
+    """
+
+    tokens: list[int]
+    stream: int
+    temperature: float = 1.0
+    num_fed: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    is_sampled: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Mark the prompt as given."""
+        self.logprobs = [0.0] * len(self.tokens)
+        self.is_sampled = [False] * len(self.tokens)
+
+    def append(self, tokens: list[int]) -> None:
+        """Add given tokens, to be fed before the next one is sampled."""
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.is_sampled += [False] * len(tokens)
+
+
+class GenerationEngine:
+    """Slots of a KV cache and the sequences in them."""
+
+    def __init__(self, weights: InferenceWeights, *, num_slots: int, max_tokens: int) -> None:
+        """Hold a cache for `num_slots` sequences of at most `max_tokens` tokens."""
+        config = weights.config
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self._weights = weights
+        self._max_tokens = max_tokens
+        self._num_slots = num_slots
+        self._cache_LBSC = torch.zeros(config.num_layers, num_slots, max_tokens, width, dtype=weights.dtype)
+        self._rope: RopeTable = build_rope(config, max_tokens)
+        self._active: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is active or waits for a slot."""
+        return bool(self._active or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence for a slot."""
+        if not 0 < len(sequence.tokens) < self._max_tokens:
+            raise RolloutError(f"a prompt has {len(sequence.tokens)} tokens: the cache holds {self._max_tokens} a sequence")
+        self._waiting.append(sequence)
+
+    def has_room(self, sequence: Sequence, num_tokens: int = 1) -> bool:
+        """Whether `num_tokens` more tokens fit the sequence's slot."""
+        return len(sequence.tokens) + num_tokens <= self._max_tokens
+
+    def remove(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence that is finished; the last slot moves into its place."""
+        slot = self._active.index(sequence)
+        last = self._active.pop()
+        if last is not sequence:
+            self._active[slot] = last
+            self._cache_LBSC[:, slot, : last.num_fed] = self._cache_LBSC[:, len(self._active), : last.num_fed]
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Advance every active sequence by one token; return those that now end in a newly sampled token."""
+        free = self._num_slots - len(self._active)
+        if self._waiting and (free >= self._num_slots * _REFILL_SHARE or not self._active):
+            self._prefill([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+        tokens_B1 = torch.tensor([[sequence.tokens[sequence.num_fed]] for sequence in self._active])
+        starts_B = torch.tensor([sequence.num_fed for sequence in self._active])
+        cache = self._cache_LBSC[:, : len(self._active)]
+        hidden_B1D = forward(self._weights, tokens_BT=tokens_B1, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
+        rows = []
+        for row, sequence in enumerate(self._active):
+            sequence.num_fed += 1
+            if sequence.num_fed == len(sequence.tokens):
+                rows.append(row)
+        return self._sample(hidden_B1D[:, 0], rows) if rows else []
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """Feed all but the last token of new sequences; decode feeds that one and samples from it."""
+        first = len(self._active)
+        self._active += sequences
+        width = max(len(sequence.tokens) for sequence in sequences) - 1
+        if width == 0:
+            return
+        tokens_BT = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            sequence.num_fed = len(sequence.tokens) - 1
+            tokens_BT[row, : sequence.num_fed] = torch.tensor(sequence.tokens[:-1], dtype=torch.long)
+        starts_B = torch.zeros(len(sequences), dtype=torch.long)
+        cache = self._cache_LBSC[:, first : len(self._active)]
+        forward(self._weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
+
+    def _sample(self, hidden_BD: torch.Tensor, rows: list[int]) -> list[Sequence]:
+        sequences = [self._active[row] for row in rows]
+        hidden_BD = hidden_BD if len(rows) == len(self._active) else hidden_BD[rows]
+        logits_BV = torch.nn.functional.linear(hidden_BD, self._weights.head_VD).float()
+        uniforms_B = uniforms(
+            np.array([sequence.stream for sequence in sequences], dtype=np.uint64),
+            np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64),
+        )
+        temperatures_B = torch.tensor([sequence.temperature for sequence in sequences])
+        tokens_B, logprobs_B = sample(logits_BV, temperatures_B=temperatures_B, uniforms_B=torch.from_numpy(uniforms_B))
+        for sequence, token, logprob in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.is_sampled.append(True)
+        return sequences

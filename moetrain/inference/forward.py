@@ -1,0 +1,124 @@
+"""One forward pass of generation over a latent KV cache: some new tokens for each of a run of slots.
+
+B slots, T new tokens, S cached positions, D hidden, H heads, C kv_lora, R rope width, E experts, K chosen experts.
+Plain and batched; knows no sequences, sampling or scheduling.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from moetrain.inference.weights import InferenceWeights, LayerWeights
+from moetrain.model.config import ModelConfig
+from moetrain.model.rope import RopeTable, apply_rope
+from moetrain.model.router import route
+
+_LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without passing the config's epsilon
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Return the RMS norm over the last axis, computed in float32, in the dtype of `x`."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def forward(
+    weights: InferenceWeights,
+    *,
+    tokens_BT: torch.Tensor,
+    starts_B: torch.Tensor,
+    cache_LBSC: torch.Tensor,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Return hidden states [B, T, D] after the last norm; writes positions starts_B .. starts_B+T-1 of the cache.
+
+    `cache_LBSC` is [layers, B, S, C+R] with S > every position that is written; positions beyond a row's own are never
+    read, so rows of one call may hold padding at their end.
+    """
+    config = weights.config
+    num_new = tokens_BT.shape[1]
+    positions_BT = starts_B[:, None] + torch.arange(num_new)
+    last = int(positions_BT.max()) + 1
+    blocked_BTS = torch.arange(last) > positions_BT[:, :, None]
+    x_BTD = F.embedding(tokens_BT, weights.embed_VD)
+    for layer, cache_BSC in zip(weights.layers, cache_LBSC, strict=True):
+        normed_BTD = rms_norm(x_BTD, layer.input_norm_D, eps=config.rms_norm_eps)
+        x_BTD = x_BTD + _attention(
+            layer,
+            config,
+            x_BTD=normed_BTD,
+            positions_BT=positions_BT,
+            blocked_BTS=blocked_BTS,
+            cache_BSC=cache_BSC,
+            rope=rope,
+        )
+        normed_BTD = rms_norm(x_BTD, layer.post_norm_D, eps=config.rms_norm_eps)
+        x_BTD = x_BTD + _feed_forward(layer, config, normed_BTD)
+    return rms_norm(x_BTD, weights.norm_D, eps=config.rms_norm_eps)
+
+
+def _attention(
+    layer: LayerWeights,
+    config: ModelConfig,
+    *,
+    x_BTD: torch.Tensor,
+    positions_BT: torch.Tensor,
+    blocked_BTS: torch.Tensor,
+    cache_BSC: torch.Tensor,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Attend in the latent space: queries absorb the key up-projection, outputs the value up-projection."""
+    num_rows, num_new, _ = x_BTD.shape
+    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+    if layer.q_a is None or layer.q_a_norm is None:
+        q = F.linear(x_BTD, layer.q_b)
+    else:
+        q = F.linear(rms_norm(F.linear(x_BTD, layer.q_a), layer.q_a_norm, eps=_LATENT_NORM_EPS), layer.q_b)
+    q_BTHQ = q.view(num_rows, num_new, config.num_heads, config.qk_head_dim)
+    latent_BTC = F.linear(x_BTD, layer.kv_a)
+    key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT)[..., 0, :]
+    new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=_LATENT_NORM_EPS), key_rope_BTR], -1)
+    cache_BSC[torch.arange(num_rows)[:, None], positions_BT] = new_BTC
+    q_nope_HBN = q_BTHQ[..., :nope].permute(2, 0, 1, 3).reshape(config.num_heads, -1, nope)
+    q_latent_HBC = torch.bmm(q_nope_HBN, layer.up_k_HNC).view(config.num_heads, num_rows, num_new, rank)
+    q_rope_HBTR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT).permute(2, 0, 1, 3)
+    query = torch.cat([q_latent_HBC, q_rope_HBTR], -1).permute(1, 2, 0, 3).reshape(num_rows, -1, cache_BSC.shape[-1])
+    keys_BSC = cache_BSC[:, : blocked_BTS.shape[-1]]
+    scores = torch.bmm(query, keys_BSC.transpose(1, 2)).view(num_rows, num_new, config.num_heads, -1).float()
+    scores = (scores * config.softmax_scale).masked_fill(blocked_BTS[:, :, None], float("-inf"))
+    probabilities = torch.softmax(scores, -1).to(x_BTD.dtype).view(num_rows, num_new * config.num_heads, -1)
+    mixed = torch.bmm(probabilities, keys_BSC[..., :rank]).view(num_rows * num_new, config.num_heads, rank)
+    values_HBV = torch.bmm(mixed.transpose(0, 1), layer.up_v_HCV)
+    return F.linear(values_HBV.transpose(0, 1).reshape(num_rows, num_new, -1), layer.o_proj)
+
+
+def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def _feed_forward(layer: LayerWeights, config: ModelConfig, x_BTD: torch.Tensor) -> torch.Tensor:
+    y_BTD = _swiglu(x_BTD, layer.dense_gate_up, layer.dense_down)
+    if layer.router_ED is None:
+        return y_BTD
+    return y_BTD + _routed(layer, config, x_BTD.flatten(0, 1)).view_as(x_BTD)
+
+
+def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
+    """Sum the chosen experts' outputs; every expert's rows are padded to the longest, in one batched product."""
+    assert layer.router_ED is not None and layer.router_bias_E is not None
+    assert layer.experts_gate_up_EDF is not None and layer.experts_down_EFD is not None
+    routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config)
+    num_tokens, num_chosen = routing.expert_ids_NK.shape
+    ids = routing.expert_ids_NK.flatten()
+    order = torch.argsort(ids, stable=True)
+    counts_E = torch.bincount(ids, minlength=config.num_experts)
+    first_E = counts_E.cumsum(0) - counts_E
+    rows = torch.arange(ids.numel()) - first_E[ids[order]]
+    padded = x_ND.new_zeros(config.num_experts, int(counts_E.max()), x_ND.shape[1])
+    padded[ids[order], rows] = x_ND[order // num_chosen]
+    gate, up = torch.bmm(padded, layer.experts_gate_up_EDF).chunk(2, -1)
+    out = torch.bmm(F.silu(gate) * up, layer.experts_down_EFD)
+    y = torch.empty(ids.numel(), x_ND.shape[1], dtype=torch.float32)
+    y[order] = out[ids[order], rows].float()
+    y_NKD = y.view(num_tokens, num_chosen, -1)
+    return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)

@@ -1,0 +1,111 @@
+"""Weights as generation reads them: everything cast once, experts from codes and scales, MLA absorbed into the latent.
+
+D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.grids import dequantize, quantize
+
+
+@dataclass(kw_only=True)
+class LayerWeights:
+    """One block. Matrices are [out, in]; `up_k_HCN` and `up_v_HCN` are kv_b_proj split by head and use, to be absorbed
+    into the query and the output (arXiv 2405.04434, section 2.1.2)."""
+
+    input_norm_D: torch.Tensor
+    post_norm_D: torch.Tensor
+    q_a: torch.Tensor | None
+    q_a_norm: torch.Tensor | None
+    q_b: torch.Tensor
+    kv_a: torch.Tensor
+    kv_a_norm_C: torch.Tensor
+    up_k_HNC: torch.Tensor
+    up_v_HCV: torch.Tensor
+    o_proj: torch.Tensor
+    dense_gate_up: torch.Tensor
+    dense_down: torch.Tensor
+    router_ED: torch.Tensor | None = None
+    router_bias_E: torch.Tensor | None = None
+    experts_gate_up_EDF: torch.Tensor | None = None
+    experts_down_EFD: torch.Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class InferenceWeights:
+    """A whole model for generation; `dtype` is that of the matrix products."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    embed_VD: torch.Tensor
+    norm_D: torch.Tensor
+    head_VD: torch.Tensor
+    layers: list[LayerWeights]
+
+
+def expert_weight(weight: torch.Tensor, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Return expert weights as they are multiplied with: through codes and scales when quantised, else cast."""
+    if not quant.enabled:
+        return weight.to(dtype)
+    return dequantize(quantize(weight, grid=quant.grid, group_size=quant.group_size)).to(dtype)
+
+
+def build_weights(
+    tensors: Mapping[str, torch.Tensor], *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16
+) -> InferenceWeights:
+    """Return generation weights from global tensors under the training names (fp32 masters or an export's values)."""
+    layers = [_layer(tensors, i, config=config, quant=quant, dtype=dtype) for i in range(config.num_layers)]
+    return InferenceWeights(
+        config=config,
+        dtype=dtype,
+        embed_VD=tensors["model.embed_tokens.weight"].to(dtype),
+        norm_D=tensors["model.norm.weight"].float(),
+        head_VD=tensors["lm_head.weight"].to(dtype),
+        layers=layers,
+    )
+
+
+def _layer(
+    tensors: Mapping[str, torch.Tensor], index: int, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
+) -> LayerWeights:
+    prefix = f"model.layers.{index}."
+
+    def matrix(name: str) -> torch.Tensor:
+        return tensors[f"{prefix}{name}.weight"].to(dtype)
+
+    def vector(name: str) -> torch.Tensor:
+        return tensors[f"{prefix}{name}.weight"].float()
+
+    nope, heads = config.qk_nope_head_dim, config.num_heads
+    kv_b = matrix("self_attn.kv_b_proj").view(heads, nope + config.v_head_dim, config.kv_lora_rank)
+    has_q_lora = config.q_lora_rank is not None
+    is_dense = index < config.num_dense_layers
+    feed_forward = "mlp" if is_dense else "mlp.shared_experts"
+    layer = LayerWeights(
+        input_norm_D=vector("input_layernorm"),
+        post_norm_D=vector("post_attention_layernorm"),
+        q_a=matrix("self_attn.q_a_proj") if has_q_lora else None,
+        q_a_norm=vector("self_attn.q_a_layernorm") if has_q_lora else None,
+        q_b=matrix("self_attn.q_b_proj" if has_q_lora else "self_attn.q_proj"),
+        kv_a=matrix("self_attn.kv_a_proj_with_mqa"),
+        kv_a_norm_C=vector("self_attn.kv_a_layernorm"),
+        up_k_HNC=kv_b[:, :nope].contiguous(),
+        up_v_HCV=kv_b[:, nope:].transpose(1, 2).contiguous(),
+        o_proj=matrix("self_attn.o_proj"),
+        dense_gate_up=torch.cat([matrix(f"{feed_forward}.gate_proj"), matrix(f"{feed_forward}.up_proj")]),
+        dense_down=matrix(f"{feed_forward}.down_proj"),
+    )
+    if not is_dense:
+        experts = f"{prefix}mlp.experts."
+        layer.router_ED = tensors[f"{prefix}mlp.gate.weight"].float()
+        layer.router_bias_E = tensors[f"{prefix}mlp.gate.e_score_correction_bias"].float()
+        gate_up_EFD = expert_weight(tensors[f"{experts}gate_up_proj"], quant=quant, dtype=dtype)
+        down_EDF = expert_weight(tensors[f"{experts}down_proj"], quant=quant, dtype=dtype)
+        layer.experts_gate_up_EDF = gate_up_EFD.transpose(1, 2).contiguous()
+        layer.experts_down_EFD = down_EDF.transpose(1, 2).contiguous()
+    return layer

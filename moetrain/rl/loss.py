@@ -1,0 +1,53 @@
+"""The policy objective: K2.5's token-level loss over sampled tokens (arXiv 2602.02276, eq. 1).
+
+N predicted tokens of a micro-batch.
+"""
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.engine import Objective, ObjectiveResult
+from moetrain.rl.config import RlConfig
+from moetrain.train.loss import token_logprobs
+
+
+def policy_terms(
+    logprobs_N: torch.Tensor, *, sampled_N: torch.Tensor, advantages_N: torch.Tensor, config: RlConfig
+) -> torch.Tensor:
+    """Return each token's loss: -(clip(ratio) * advantage - tau * log(ratio)^2).
+
+    ratio is the policy's probability over the one the token was sampled with. Outside [ratio_low, ratio_high] the
+    clipped ratio is constant, so that the token has no policy gradient, whatever the sign of its advantage.
+    """
+    log_ratio_N = logprobs_N - sampled_N
+    ratio_N = log_ratio_N.exp().clamp(config.ratio_low, config.ratio_high)
+    return -(ratio_N * advantages_N - config.tau * log_ratio_N.square())
+
+
+def policy_objective(config: RlConfig, *, num_tokens: float) -> Objective:
+    """Return the objective of an RL step; `num_tokens` is the number of all sampled tokens of the step, on all ranks."""
+
+    def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
+        assert batch.advantages_BT is not None and batch.logprobs_BT is not None
+        output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+        predicted = token_logprobs(model, output.hidden_BTD, batch)
+        sampled_N = batch.logprobs_BT[batch.loss_mask_BT]
+        terms_N = policy_terms(
+            predicted.logprobs_N,
+            sampled_N=sampled_N,
+            advantages_N=batch.advantages_BT[batch.loss_mask_BT],
+            config=config,
+        )
+        gap_N = (predicted.logprobs_N.detach() - sampled_N).abs()
+        ratio_N = (predicted.logprobs_N.detach() - sampled_N).exp()
+        outside_N = (ratio_N < config.ratio_low) | (ratio_N > config.ratio_high)
+        metrics = {
+            "logprob_gap": gap_N.sum(),
+            "outside_window": outside_N.sum(),
+            "entropy": predicted.entropies_N.sum(),
+            "trained_tokens": torch.tensor(float(gap_N.numel())),
+        }
+        return ObjectiveResult(loss=terms_N.sum() / num_tokens, counts_LE=output.counts_LE, metrics=metrics)
+
+    return objective

@@ -1,0 +1,37 @@
+"""Limits and sampling of trajectories. No torch here."""
+
+from dataclasses import dataclass
+
+from moetrain.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How trajectories are generated. Every limit that fires is recorded in the trajectory and counted."""
+
+    num_slots: int = 128
+    """Sequences that are decoded together."""
+    max_tokens: int = 896
+    """Tokens of a trajectory, prompt and tool results included."""
+    max_turns: int = 16
+    """Turns of a trajectory."""
+    max_turn_tokens: int = 80
+    """Tokens that the model may produce in one turn."""
+    max_repeats: int = 6
+    """The same call this many times in a row ends a trajectory (a stall)."""
+    max_seconds: float = 0.0
+    """Wall-clock seconds of a trajectory; 0 is no limit. One that fires makes a run's numbers irreproducible."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_slots", "max_tokens", "max_turns", "max_turn_tokens", "max_repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name} is {getattr(self, name)}: give at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.temperature is {self.temperature}: give 0 (greedy) or more")
+        if self.max_turn_tokens >= self.max_tokens:
+            raise ConfigError(
+                f"rollout.max_turn_tokens is {self.max_turn_tokens}: give less than rollout.max_tokens={self.max_tokens}"
+            )

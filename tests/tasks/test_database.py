@@ -1,0 +1,116 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from moetrain.errors import ConfigError
+from moetrain.tasks import registry
+from moetrain.tasks.config import DemonstratorConfig, TaskConfig
+from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
+from moetrain.tasks.database.names import nouns
+from moetrain.tasks.database.steps import StepKind
+from moetrain.tasks.protocol import Split
+
+_SURE = TaskConfig(tool_failure=0.0)
+
+
+def _solve(task: DatabaseTask, *, keep_last: bool = True) -> tuple[object, str]:
+    environment = task.environment(0)
+    value: str | int = task.program.start
+    for step in task.program.steps if keep_last else task.program.steps[:-1]:
+        result = json.loads(environment.call(step.kind.value, step.arguments(value)).text)
+        value = value if step.kind is StepKind.update else result
+    return environment, json.dumps(value)
+
+
+def _updating_task() -> DatabaseTask:
+    family = DatabaseFamily(_SURE, 0)
+    tasks = (family.task(Split.train, index) for index in range(100))
+    return next(task for task in tasks if task.program.steps[-1].kind is StepKind.update)
+
+
+def test_the_perfect_expert_solves_every_task_and_the_null_policy_none() -> None:
+    family = DatabaseFamily(TaskConfig(), 3)
+    for index in range(200):
+        task = family.task(Split.held_out, index)
+        assert family.demonstrate(task, index, perfect=True)[1].success
+        assert not task.environment(index).grade("").success
+
+
+def test_a_task_is_a_function_of_seed_split_and_index() -> None:
+    first, again = (DatabaseFamily(TaskConfig(), 5).task(Split.train, 17) for _ in range(2))
+    assert first == again
+    assert first != DatabaseFamily(TaskConfig(), 6).task(Split.train, 17)
+
+
+def test_a_task_needs_as_many_calls_as_it_says() -> None:
+    family = DatabaseFamily(_SURE, 0)
+    for calls in range(1, 11):
+        task = family.task(Split.train, 4, num_calls=calls)
+        messages, grade = family.demonstrate(task, 0, perfect=True)
+        assert grade.success and sum(len(message.tool_calls) for message in messages) == calls == task.num_calls
+
+
+def test_held_out_tasks_share_no_noun_and_no_phrase_with_training() -> None:
+    assert not set(nouns(Split.train)) & set(nouns(Split.held_out))
+    family = DatabaseFamily(_SURE, 0)
+    names = {
+        split: {name for i in range(100) for t in family.task(split, i).tables.values() for name in (t.name, *t.columns[1:])}
+        for split in Split
+    }
+    assert not names[Split.train] & names[Split.held_out]
+
+
+def test_the_grader_fails_a_row_that_should_not_have_changed() -> None:
+    task = DatabaseFamily(_SURE, 0).task(Split.train, 0)
+    environment, answer = _solve(task)
+    table = next(iter(task.tables.values()))
+    link = next(iter(table.links))
+    call = {"table": table.name, "id": table.ids[0], "column": link, "value": "zzz"}
+    environment.call("update", json.dumps(call))  # type: ignore[attr-defined]
+    grade = environment.grade(answer)  # type: ignore[attr-defined]
+    assert not grade.success and grade.reason == "wrong_rows"
+
+
+def test_the_grader_fails_a_claim_without_the_update() -> None:
+    task = _updating_task()
+    environment, answer = _solve(task, keep_last=False)
+    grade = environment.grade(answer)  # type: ignore[attr-defined]
+    assert not grade.success and grade.reason == "unchanged"
+
+
+def test_the_grader_fails_a_wrong_answer_and_takes_the_right_one() -> None:
+    environment, answer = _solve(DatabaseFamily(_SURE, 0).task(Split.train, 1))
+    assert not environment.grade('"nothing"').success  # type: ignore[attr-defined]
+    assert environment.grade(answer).success  # type: ignore[attr-defined]
+
+
+def test_tool_failures_have_the_stated_rate_and_no_effect() -> None:
+    family = DatabaseFamily(replace(_SURE, tool_failure=0.3), 0)
+    task = family.task(Split.train, 2)
+    environment = task.environment(9)
+    step = task.program.steps[0]
+    failed = sum(environment.call(step.kind.value, step.arguments(task.program.start)).is_transient for _ in range(1000))
+    assert 250 < failed < 350
+
+
+def test_slips_are_as_frequent_as_the_config_says() -> None:
+    slips = DemonstratorConfig(stop_early=1.0, skip_step=0, wrong_name=0, unknown_name=0, retry=1)
+    family = DatabaseFamily(replace(_SURE, demonstrator=slips), 0)
+    messages, grade = family.demonstrate(family.task(Split.train, 3), 0)
+    assert not grade.success and len(messages) == 2
+
+
+def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
+    slips = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=1.0, retry=1)
+    family = DatabaseFamily(replace(_SURE, demonstrator=slips), 0)
+    task = family.task(Split.train, 0, num_calls=1)
+    messages, grade = family.demonstrate(task, 0)
+    assert grade.success
+    assert [m.reasoning for m in messages if m.reasoning] == ["step 1", "retry step 1", "done"]
+    assert "error: no column" in messages[2].content
+
+
+def test_an_unknown_family_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"task.name is nope: there are database"):
+        registry.build(replace(_SURE, name="nope"), 0)
