@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+
+from moetrain.errors import RolloutError
+from moetrain.inference.engine import GenerationEngine, Sequence
+from moetrain.inference.forward import forward
+from moetrain.inference.sampling import sample, uniforms
+from moetrain.inference.weights import InferenceWeights, build_weights
+from moetrain.model.config import ModelConfig, YarnConfig
+from moetrain.model.rope import build_rope
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.quant.apply import apply
+from moetrain.quant.config import QuantConfig
+
+_SHAPE = {"vocab_size": 40, "hidden_size": 64, "num_layers": 3, "moe_intermediate_size": 32, "initializer_range": 0.2}
+
+
+def _model(*, quantised: bool = False, **fields: object) -> tuple[Transformer, InferenceWeights]:
+    config = ModelConfig(**{**_SHAPE, **fields})  # type: ignore[arg-type]
+    quant = QuantConfig(enabled=quantised)
+    model = Transformer(config, compute_dtype=torch.float32)
+    initialize(model, 1)
+    if quantised:
+        apply([layer.experts for _, layer in model.moe_layers()], quant)
+    return model, build_weights(model.state_dict(), config=config, quant=quant, dtype=torch.float32)
+
+
+def _full_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
+    tokens_1T = torch.tensor([tokens])
+    positions_1T = torch.arange(len(tokens))[None]
+    with torch.no_grad():
+        hidden = model(tokens_1T, segments_BT=torch.ones_like(tokens_1T), positions_BT=positions_1T).hidden_BTD
+        return model.logits(hidden[0])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"q_lora_rank": None}, {"yarn": YarnConfig(factor=4.0)}, {"num_experts": 4, "num_groups": 2}]
+)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_cached_forward_equals_the_training_forward(fields: dict[str, object], quantised: bool) -> None:
+    model, weights = _model(quantised=quantised, **fields)
+    tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = torch.zeros(3, 2, 9, weights.config.kv_lora_rank + weights.config.qk_rope_head_dim)
+    rope = build_rope(weights.config, 9)
+    first = forward(weights, tokens_BT=tokens[:, :6], starts_B=torch.tensor([0, 0]), cache_LBSC=cache, rope=rope)
+    parts = [first]
+    for position in range(6, 9):
+        starts_B = torch.tensor([position, position])
+        parts.append(
+            forward(weights, tokens_BT=tokens[:, position : position + 1], starts_B=starts_B, cache_LBSC=cache, rope=rope)
+        )
+    logits = torch.nn.functional.linear(torch.cat(parts, 1), weights.head_VD)
+    for row in range(2):
+        torch.testing.assert_close(logits[row], _full_logits(model, tokens[row].tolist()), rtol=0, atol=2e-5)
+
+
+def _generate(weights: InferenceWeights, prompts: list[list[int]], *, slots: int, length: int) -> list[Sequence]:
+    engine = GenerationEngine(weights, num_slots=slots, max_tokens=32)
+    sequences = [Sequence(tokens=list(prompt), stream=index + 5) for index, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        for sequence in engine.step():
+            if len(sequence.tokens) == 6:
+                sequence.append([3, 4, 5])
+            if len(sequence.tokens) >= length:
+                engine.remove(sequence)
+    return sequences
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours_slots_or_arrival() -> None:
+    _, weights = _model()
+    prompts = [[1, 2, 3], [7], [9, 8, 7, 6], [2, 2], [5, 6, 7]]
+    together = _generate(weights, prompts, slots=5, length=14)
+    two_by_two = _generate(weights, prompts, slots=2, length=14)
+    assert [s.tokens for s in together] == [s.tokens for s in two_by_two]
+
+
+def test_recorded_logprobs_are_those_of_the_training_forward() -> None:
+    model, weights = _model()
+    for sequence in _generate(weights, [[1, 2, 3], [4, 4]], slots=2, length=14):
+        logprobs = torch.log_softmax(_full_logits(model, sequence.tokens), -1)
+        for position in range(1, len(sequence.tokens)):
+            if sequence.is_sampled[position]:
+                expected = float(logprobs[position - 1, sequence.tokens[position]])
+                assert abs(sequence.logprobs[position] - expected) < 1e-4
+            else:
+                assert sequence.logprobs[position] == 0.0
+
+
+def test_sampling_follows_the_distribution_and_greedy_takes_its_mode() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
+    draws = uniforms(np.full(20_000, 7, dtype=np.uint64), np.arange(20_000, dtype=np.uint64))
+    tokens, logprobs = sample(logits, temperatures_B=torch.ones(20_000), uniforms_B=torch.from_numpy(draws))
+    shares = torch.bincount(tokens, minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.02)
+    torch.testing.assert_close(logprobs, logits[0][tokens], rtol=0, atol=1e-6)
+    greedy, _ = sample(logits, temperatures_B=torch.zeros(20_000), uniforms_B=torch.from_numpy(draws))
+    assert (greedy == 0).all()
+
+
+def test_a_prompt_longer_than_the_cache_is_refused() -> None:
+    _, weights = _model()
+    with pytest.raises(RolloutError, match="the cache holds 32"):
+        GenerationEngine(weights, num_slots=1, max_tokens=32).add(Sequence(tokens=[1] * 40, stream=0))
