@@ -23,6 +23,7 @@ LAYERS = [
     ["rl", "eval", "export"],
     ["plan", "report", "serve"],
     ["config"],
+    ["compose"],
     ["verify", "bench"],
     ["cli"],
 ]
@@ -31,8 +32,8 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 # Heavy or peculiar libraries have few doors. A prefix ending in "/" is a folder of the package.
 DOORS = {
     "deepspeed": ["parallel/"],
-    "hydra": ["config.py"],
-    "omegaconf": ["config.py"],
+    "hydra": ["compose.py"],
+    "omegaconf": ["compose.py"],
     "wandb": ["log.py", "report/wandb_space.py"],
     "transformers": ["model/hf.py", "verify/", "bench/"],
     "compressed_tensors": ["export/", "verify/", "bench/"],
@@ -40,7 +41,7 @@ DOORS = {
     "datasets": ["data/"],
     "matplotlib": ["report/"],
 }
-TORCH_FREE = ["errors.py", "config.py", "model/flops.py", "plan/"]
+TORCH_FREE = ["errors.py", "log.py", "config.py", "compose.py", "model/flops.py", "plan/"]
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

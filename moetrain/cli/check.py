@@ -1,0 +1,46 @@
+"""`moetrain check`: composes and checks every config and recipe, or one command line. Runs nothing, needs no torch."""
+
+from collections.abc import Sequence
+from typing import get_type_hints
+
+from moetrain.cli import recipe, run
+from moetrain.cli.command_line import composed, split_command
+from moetrain.cli.stage import check_inputs
+from moetrain.compose import compose, data_folder
+from moetrain.config import SCHEMAS
+from moetrain.errors import ConfigError
+
+
+def main(words: Sequence[str]) -> int:
+    """Check everything, or the command line `words`; return the exit code."""
+    if words:
+        _check_line(list(words))
+        return 0
+    for command in SCHEMAS:
+        compose(command, [])
+        print(f"ok  {command}")
+    for group in sorted(path for path in data_folder("configs").iterdir() if path.is_dir()):
+        for choice in sorted(group.glob("*.yaml")):
+            _check_choice(group.name, choice.stem)
+            print(f"ok  {group.name}={choice.stem}")
+    for path in sorted(data_folder("recipes").glob("*/recipe.yaml")):
+        stages = recipe.compose_stages(recipe.load(str(path.parent)), compose("run", []), [])
+        print(f"ok  recipe={path.parent.name}: {', '.join(stage.name for stage in stages)}")
+    return 0
+
+
+def _check_line(words: list[str]) -> None:
+    command, rest = split_command(words)
+    if command == "run":
+        run.prepare(rest)
+    elif command != "check":
+        check_inputs(composed(command, rest))
+
+
+def _check_choice(group: str, choice: str) -> None:
+    """Compose a choice of a config group with the first command that has the group."""
+    for command, schema in SCHEMAS.items():
+        if group in get_type_hints(schema):
+            compose(command, [f"{group}={choice}"])
+            return
+    raise ConfigError(f"configs/{group} is no section of any command")

@@ -1,0 +1,106 @@
+"""`--help`: every field of a command with its type, its default and the docstring that stands under it."""
+
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, get_args, get_origin, get_type_hints
+
+from moetrain.compose import compose, data_folder
+from moetrain.config import SCHEMAS
+
+_WIDTH = 110
+
+
+def overview() -> str:
+    """Return the page of `moetrain --help`."""
+    lines = ["moetrain COMMAND [key=value ...]      moetrain COMMAND --help lists every key", ""]
+    summaries = {name: _summary(schema) for name, schema in SCHEMAS.items()}
+    summaries["check"] = "Compose and check every config and recipe, or the command line that follows; runs nothing."
+    lines += [f"  {name:<16}{summary}" for name, summary in summaries.items()]
+    recipes = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
+    lines += ["", f"recipes: {', '.join(recipes)}"]
+    return "\n".join(lines)
+
+
+def command_page(command: str) -> str:
+    """Return the page of `moetrain COMMAND --help`."""
+    if command == "check":
+        return (
+            "moetrain check                      compose and check every config and recipe\n"
+            "moetrain check COMMAND [key=value]  check one command line\n"
+        )
+    schema = SCHEMAS[command]
+    lines = [f"moetrain {command} [key=value ...]", "", inspect.cleandoc(schema.__doc__ or ""), ""]
+    groups = {path.name: path for path in sorted(data_folder("configs").iterdir()) if path.is_dir()}
+    for name in get_type_hints(schema):
+        if name in groups:
+            choices = sorted(path.stem for path in groups[name].glob("*.yaml"))
+            lines.append(f"  {name}={{{','.join(choices)}}}")
+    lines.append("")
+    for key, kind, default, doc in _fields(schema, compose_defaults(command), ""):
+        lines.append(f"  {key} ({kind}) = {default}")
+        lines += textwrap.wrap(doc, width=_WIDTH, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def compose_defaults(command: str) -> Any:
+    """Return the config of a command without overrides: the defaults that its help shows."""
+    return compose(command, [])
+
+
+def _summary(schema: type) -> str:
+    return inspect.cleandoc(schema.__doc__ or "").split("\n")[0]
+
+
+def _fields(schema: Any, values: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, docstring) of every value; of a dict of sections, the section's own fields as `*`."""
+    docs = field_docs(schema)
+    for name, hint in get_type_hints(schema).items():
+        key = prefix + name
+        value = getattr(values, name) if values is not None else None
+        if get_origin(hint) is dict:
+            entry = get_args(hint)[1]
+            yield key, "sections by name", ", ".join(value or {}) or "none", docs[name]
+            yield from _fields(entry, entry(), f"{key}.*.")
+        elif is_dataclass(hint):
+            yield from _fields(hint, value, f"{key}.")
+        else:
+            yield key, _type_name(hint), _shown(value), docs[name]
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """Return the string that stands under each field in the source of a dataclass and of its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, below in zip(body.body, [*body.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                said = below.value if isinstance(below, ast.Expr) else None
+                text = said.value if isinstance(said, ast.Constant) and isinstance(said.value, str) else ""
+                docs[statement.target.id] = " ".join(text.split())
+    return docs
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "|".join(member.value for member in hint)
+    if isinstance(hint, types.GenericAlias):
+        return f"{hint.__origin__.__name__} of {_type_name(get_args(hint)[0])}"
+    if isinstance(hint, types.UnionType):
+        return " or ".join("null" if kind is types.NoneType else _type_name(kind) for kind in get_args(hint))
+    return str(hint.__name__)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return str(value.value)
+    return repr(value) if value == "" else str(value)

@@ -1,0 +1,49 @@
+"""The `moetrain` command: finds the command, has its input checked, and turns errors into one line and an exit code.
+
+A command is a module of this package with a function `main`. That of a stage gets its checked config, before its
+body imports torch.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from moetrain.cli import check, help_page, run
+from moetrain.cli.command_line import composed, split_command
+from moetrain.cli.stage import check_inputs, load_plugins, rank
+from moetrain.errors import MoetrainError
+from moetrain.log import setup_logging
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 ours, 2 the user's input, 3 a bound of verify missed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    setup_logging(rank=rank())
+    try:
+        return _dispatch(words)
+    except MoetrainError as error:
+        print(f"moetrain: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("moetrain: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_page.overview())
+        return 0
+    command, rest = split_command(words)
+    if any(word in ("-h", "--help") for word in rest):
+        print(help_page.command_page(command))
+        return 0
+    if command == "check":
+        return check.main(rest)
+    if command == "run":
+        return run.main(rest)
+    config = composed(command, rest)
+    check_inputs(config)
+    load_plugins(config.plugins)
+    code: int = importlib.import_module(f"moetrain.cli.{command.replace(' ', '_')}").main(config)
+    return code

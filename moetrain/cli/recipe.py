@@ -1,0 +1,172 @@
+"""Recipes: `recipe.yaml` into stages, each with its own checked config. Nothing runs here.
+
+    plugins: [my_task.py]            # optional; a path is relative to the recipe's folder
+    stages:
+      - name: pretrain
+        command: pretrain
+        overrides: [model=k2_nano, train.steps=300]
+      - name: sft
+        command: sft
+        overrides: [model=k2_nano, "init_from=${stage:pretrain}"]
+
+`${stage:NAME}` is the folder of an earlier stage. A folder `configs/` beside recipe.yaml adds choices to config groups.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.compose import compose, data_folder, quoted, suggestion
+from moetrain.config import SCHEMAS, RecipeRun
+from moetrain.errors import ConfigError
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
+_OWN = {field.name for field in fields(RecipeRun)}
+
+
+@dataclass(kw_only=True)
+class RecipeStage:
+    """One stage as the recipe states it."""
+
+    name: str
+    command: str
+    overrides: list[str]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A checked recipe.yaml."""
+
+    name: str
+    folder: Path
+    plugins: list[str]
+    stages: list[RecipeStage]
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A stage that can run: its checked config, and the earlier stages whose folders it takes."""
+
+    name: str
+    command: str
+    config: Any
+    inputs: list[str]
+
+
+def load(recipe: str) -> Recipe:
+    """Return the recipe of a name or of the path of a folder. `ConfigError` says which file and what is wrong in it."""
+    folder = Path(recipe).expanduser()
+    own = data_folder("recipes") / recipe
+    if (own / "recipe.yaml").is_file():
+        folder = own
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        names = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
+        raise ConfigError(f"recipe is {recipe!r}: no folder with a recipe.yaml; {suggestion(recipe, names)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line} is not YAML: {error.problem}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
+        raise ConfigError(f"{path} has no list of stages")
+    _check_keys(content, ["plugins", "stages"], str(path))
+    stages: list[RecipeStage] = []
+    for number, item in enumerate(content["stages"], start=1):
+        stages.append(_stage(item, where=f"{path}, stage {number}", earlier=[stage.name for stage in stages]))
+    plugins = [_beside(folder, plugin) for plugin in _strings(content, "plugins", str(path))]
+    return Recipe(name=folder.resolve().name, folder=folder, plugins=plugins, stages=stages)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (overrides of the run itself, overrides of stages): the latter begin with a name that no run field has."""
+    own: list[str] = []
+    of_stages: list[str] = []
+    for word in words:
+        match = _OVERRIDE.fullmatch(word)
+        is_own = match is None or match.group(2) in _OWN
+        (own if is_own else of_stages).append(word)
+    return own, of_stages
+
+
+def compose_stages(recipe: Recipe, run: RecipeRun, stage_overrides: Sequence[str]) -> list[Stage]:
+    """Return every stage of a recipe, composed and checked on its own; errors name the stage."""
+    names = [stage.name for stage in recipe.stages]
+    extra: dict[str, list[str]] = {name: [] for name in names}
+    for override in stage_overrides:
+        match = _OVERRIDE.fullmatch(override)
+        assert match
+        if match.group(2) not in extra:
+            raise ConfigError(f"{override}: {match.group(2)!r} is no stage; {suggestion(match.group(2), names)}")
+        extra[match.group(2)].append((match.group(1) or "") + match.group(3))
+    folder = Path(run.folder) / (run.name or recipe.name)
+    stages: list[Stage] = []
+    for stage in recipe.stages:
+        inputs: list[str] = []
+
+        def path_of(name: str, inputs: list[str] = inputs, done: Sequence[Stage] = tuple(stages)) -> str:
+            earlier = [stage.name for stage in done]
+            if name not in earlier:
+                raise ConfigError(f"${{stage:{name}}} is no earlier stage; {suggestion(name, earlier)}")
+            inputs.append(name)
+            return str(folder / name)
+
+        overrides = [*stage.overrides, *_of_run(recipe, run, stage.name), *extra[stage.name]]
+        search = [recipe.folder / "configs"] if (recipe.folder / "configs").is_dir() else []
+        try:
+            config = compose(stage.command, overrides, stage_folder=path_of, search=search)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None
+        stages.append(Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(set(inputs))))
+    return stages
+
+
+def _of_run(recipe: Recipe, run: RecipeRun, name: str) -> list[str]:
+    """Return what the run says to each of its stages, as overrides."""
+    plugins = [*recipe.plugins, *run.plugins]
+    return [
+        f"run.folder={quoted(run.folder)}",
+        f"run.name={quoted(run.name or recipe.name)}",
+        f"run.stage={name}",
+        f"run.seed={run.seed}",
+        f"run.wandb.project={quoted(run.wandb.project)}",
+        f"run.wandb.mode={run.wandb.mode}",
+        *([f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else []),
+    ]
+
+
+def _stage(item: Any, *, where: str, earlier: Sequence[str]) -> RecipeStage:
+    if not isinstance(item, dict):
+        raise ConfigError(f"{where} is {item!r}: give name, command and overrides")
+    _check_keys(item, ["name", "command", "overrides"], where)
+    command = item.get("command")
+    name = item.get("name", command)
+    commands = [command for command in SCHEMAS if command not in ("run", "generate")]
+    if command not in commands:
+        raise ConfigError(f"{where}: command is {command!r}; {suggestion(str(command), commands)}")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN or name in earlier:
+        raise ConfigError(f"{where}: name is {name!r}; give a new one of small letters, digits and _")
+    return RecipeStage(name=name, command=command, overrides=_strings(item, "overrides", where))
+
+
+def _check_keys(content: dict[Any, Any], keys: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in keys:
+            raise ConfigError(f"{where}: there is no key {key!r}; {suggestion(str(key), keys)}")
+
+
+def _strings(content: dict[str, Any], key: str, where: str) -> list[str]:
+    value = content.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{where}: {key} is {value!r}: give a list of strings, such as [train.steps=10]")
+    return list(value)
+
+
+def _beside(folder: Path, plugin: str) -> str:
+    """Return a plugin's path from the recipe's folder; a module's name stays as it is."""
+    return str((folder / plugin).resolve()) if plugin.endswith(".py") else plugin

@@ -1,0 +1,124 @@
+"""What the commands of all stages share: plugins, input that must be there, the stage's folder and its metrics."""
+
+import fcntl
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from moetrain.compose import save_config, to_mapping
+from moetrain.config import StageRun
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode
+
+PLUGINS = "moetrain.plugins"
+"""Group of entry points through which an installed package offers tasks, tools or formats."""
+
+
+def rank() -> int:
+    """Return this process's number among the ranks that a launcher started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_inputs(run: StageRun) -> None:
+    """Raise the user's error when what the config names is not there; ranks and files come after this."""
+    if run.init_from is not None and not Path(run.init_from).expanduser().exists():
+        raise CheckpointError(f"init_from is {run.init_from}: there is no such folder")
+    for plugin in run.plugins:
+        _spec(plugin)
+
+
+def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
+    """Import the plugins that are named, and those of installed packages (entry points); return the modules."""
+    modules = [entry.load() for entry in sorted(entry_points(group=PLUGINS), key=lambda entry: entry.name)]
+    for plugin in plugins:
+        spec = _spec(plugin)
+        if spec.name in sys.modules:
+            modules.append(sys.modules[spec.name])
+            continue
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        assert spec.loader is not None
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a plugin's own code
+            del sys.modules[spec.name]
+            raise ConfigError(
+                f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {error}"
+            ) from error
+        modules.append(module)
+    return modules
+
+
+def _spec(plugin: str) -> importlib.machinery.ModuleSpec:
+    """Return where a plugin is: the path of a .py file, or a module on the path or in the current folder."""
+    if plugin.endswith(".py"):
+        path = Path(plugin).expanduser().resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    else:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            spec = importlib.util.find_spec(plugin)
+        except ModuleNotFoundError:
+            spec = None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"plugins: there is no {plugin}; give a module that Python finds, or the path of a .py file")
+    return spec
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; `ConfigError` when another process holds it. It falls when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or give another run name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def stage_folder(run: StageRun) -> Iterator[Path]:
+    """Yield the stage's folder; rank 0 locks it and writes `config.yaml` there."""
+    folder = run.run.path
+    if rank() > 0:
+        yield folder
+        return
+    with lock(folder):
+        scratch = folder / ".config.yaml.tmp"
+        save_config(run, scratch)
+        os.replace(scratch, folder / "config.yaml")
+        yield folder
+
+
+@contextmanager
+def stage_metrics(run: StageRun) -> Iterator[Metrics]:
+    """Yield where rank 0 writes its metrics: metrics.jsonl and W&B; other ranks get one that writes nowhere."""
+    sinks: list[Metrics] = []
+    if rank() == 0:
+        folder, wandb = run.run.path, run.run.wandb
+        sinks.append(JsonlMetrics(folder / "metrics.jsonl"))
+        if wandb.mode is not WandbMode.disabled:
+            name = f"{run.run.name}/{run.run.stage}"
+            sinks.append(
+                WandbMetrics(folder, project=wandb.project, name=name, mode=wandb.mode, config=to_mapping(run))
+            )
+    metrics = Fanout(sinks)
+    try:
+        yield metrics
+    finally:
+        metrics.close()

@@ -1,0 +1,198 @@
+"""YAML files and the command line into a checked root dataclass: the only door to Hydra.
+
+The root dataclass of a command is registered in Hydra's ConfigStore and stands first in the defaults of
+`configs/<command>.yaml`, so every key has a type and a default, and unknown keys are refused while composing.
+Everything that is wrong becomes one line that names the key. Nothing behind this door sees a Hydra or OmegaConf object.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
+
+from moetrain.config import SCHEMAS
+from moetrain.errors import ConfigError
+
+_Resolver = Callable[[str], str]
+
+
+def data_folder(name: str) -> Path:
+    """Return the folder `configs` or `recipes`: the repository's in a checkout, else the one in the package."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / name
+    return beside if (package.parent / "pyproject.toml").is_file() and beside.is_dir() else package / f"_{name}"
+
+
+def compose(
+    command: str, overrides: Sequence[str], *, stage_folder: _Resolver | None = None, search: Sequence[Path] = ()
+) -> Any:
+    """Return the checked root dataclass of `command`: its primary config with the overrides on top.
+
+    `${stage:<name>}` in a value becomes `stage_folder(name)`. `search` has further folders of config groups. Raises
+    `ConfigError`, of one line, for everything that is wrong.
+    """
+    schema = SCHEMAS[command]
+    name = command.replace(" ", "_")
+    try:
+        direct, entries = _split(schema, OverridesParser.create().parse_overrides(list(overrides)))
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
+        if search:
+            direct.append(
+                f"hydra.searchpath=[{','.join(f'{chr(34)}file://{path.resolve()}{chr(34)}' for path in search)}]"
+            )
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(data_folder("configs"))):
+            tree = hydra.compose(name, overrides=direct)
+        for entry in entries:
+            _set_entry(tree, schema, entry)
+        return OmegaConf.to_object(tree)
+    except OverrideParseException as error:
+        reason = str(error).split("\n")[-2 if "See https" in str(error) else -1]
+        raise ConfigError(
+            f"{error.override}: not key=value ({reason}); quote a value that has special characters: 'key=\"a=b\"'"
+        ) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_one_line(error, schema)) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}:{mark.line + 1}" if mark else "a config file"
+        raise ConfigError(f"{where} is not YAML: {error.problem}") from None
+
+
+def save_config(run: Any, path: Path) -> None:
+    """Write every value of a checked config as YAML, for `load_config`."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
+
+
+def load_config(command: str, path: Path) -> Any:
+    """Return the checked root dataclass of `command` that `save_config` wrote."""
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    schema = SCHEMAS[command]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error.problem}") from None
+
+
+def to_mapping(run: Any) -> dict[str, Any]:
+    """Return a checked config as plain dicts, lists, strings and numbers."""
+    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)  # type: ignore[assignment]
+    return plain
+
+
+def suggestion(word: str, options: Sequence[str]) -> str:
+    """Return `did you mean X?` when an option is near, else the list of options."""
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(options))}"
+
+
+def quoted(text: str) -> str:
+    """Return a string as an override's value, whatever characters it has."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def leaf_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every value of a schema; an entry of a dict of sections is written `*`."""
+    for name, hint in get_type_hints(schema).items():
+        kind, key = _without_none(hint), prefix + name
+        if get_origin(kind) is dict:
+            kind, key = get_args(kind)[1], f"{key}.*"
+        if is_dataclass(kind):
+            yield from leaf_keys(kind, f"{key}.")
+        else:
+            yield key, hint
+
+
+def _without_none(hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) else hint
+
+
+def _check_key(schema: type, key: str) -> list[Any]:
+    """Return the types along a dotted key; raise with a suggestion where it leaves the schema."""
+    kinds: list[Any] = [schema]
+    for depth, part in enumerate(key.split(".")):
+        above = ".".join(key.split(".")[:depth])
+        if is_dataclass(kinds[-1]):
+            hints = get_type_hints(kinds[-1])
+            if part not in hints:
+                leaves = [leaf for leaf, _ in leaf_keys(schema)]
+                elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
+                said = f"did you mean {elsewhere[0]}?" if elsewhere else suggestion(part, list(hints))
+                place = f"in {above}" if above else "here"
+                raise ConfigError(f"{key}: there is no {part!r} {place}; {said}")
+            kinds.append(_without_none(hints[part]))
+        elif get_origin(kinds[-1]) is dict:
+            kinds.append(get_args(kinds[-1])[1])
+        else:
+            raise ConfigError(f"{key}: {above} is one value and has no {part!r}")
+    return kinds
+
+
+def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
+    """Check the keys of overrides; return those for Hydra, and those that set an entry of a dict of sections."""
+    direct: list[str] = []
+    entries: list[Override] = []
+    for override in overrides:
+        key = override.key_or_group
+        assert override.input_line is not None
+        if key.startswith("hydra."):
+            direct.append(override.input_line)
+            continue
+        kinds = _check_key(schema, key)
+        in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
+        if in_dict and not override.is_delete():
+            entries.append(override)
+        else:
+            direct.append(override.input_line)
+    return direct, entries
+
+
+def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
+    """Set a value inside a dict of sections, making the entry when it is new: `data.sources.mine.path=x.jsonl`."""
+    key = override.key_or_group
+    kinds = _check_key(schema, key)
+    parts = key.split(".")
+    depth = next(depth for depth, kind in enumerate(kinds) if get_origin(kind) is dict) + 1
+    sections = OmegaConf.select(tree, ".".join(parts[: depth - 1]))
+    with open_dict(sections):
+        if parts[depth - 1] not in sections:
+            sections[parts[depth - 1]] = OmegaConf.structured(kinds[depth])
+    OmegaConf.update(tree, key, override.value(), force_add=True)
+
+
+def _no_stages(name: str) -> str:
+    raise ConfigError(f"${{stage:{name}}} has a meaning in a recipe only: give a path")
+
+
+def _in_one_line(error: Exception, schema: type) -> str:
+    """Return what a Hydra or OmegaConf error says, in one line that names the key."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} is {choice!r}: {suggestion(choice, error.options or [])}"
+    text = str(error.__cause__ or error)
+    found = re.search(r"full_key: (\S+)", text)
+    what = re.sub(r"^In '(\S+)': \w+ raised while composing config:\n", r"config \1: ", text).split("\n")[0]
+    if not found:
+        return what
+    key = found.group(1)
+    if " not in '" in what:
+        _check_key(schema, key)
+    if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", what):
+        return f"{key} is {wrong.group(1)!r}: {suggestion(wrong.group(1), wrong.group(2).split(', '))}"
+    return f"{key}: {what}"

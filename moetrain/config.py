@@ -1,0 +1,247 @@
+"""What each command can be told: one root dataclass a command, its sections, and the checks that span sections.
+
+`moetrain.compose` fills them from YAML and the command line. No torch here, and no Hydra.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moetrain.data.config import DataConfig
+from moetrain.errors import ConfigError
+from moetrain.eval.config import EvalConfig
+from moetrain.export.config import ExportConfig
+from moetrain.log import WandbMode
+from moetrain.model.config import ModelConfig
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.rl.config import RlConfig
+from moetrain.rollout.config import RolloutConfig
+from moetrain.tasks.config import TaskConfig
+from moetrain.train.config import TrainConfig
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Where Weights & Biases writes; metrics.jsonl is written in any case."""
+
+    project: str = "moetrain"
+    """W&B project."""
+    mode: WandbMode = WandbMode.auto
+    """auto is online when WANDB_API_KEY is set and offline otherwise; offline, online and disabled force it."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Name, place and seed of a run."""
+
+    folder: str = "runs"
+    """Folder of all runs."""
+    name: str = "default"
+    """Name of the run: its stages lie in <folder>/<name>/."""
+    stage: str = "stage"
+    """Name of the stage's folder in it."""
+    seed: int = 0
+    """Seed of every random stream."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        """Check that the names are names of folders."""
+        for name, value in (("name", self.name), ("stage", self.stage)):
+            if not value or "/" in value or value.startswith("."):
+                raise ConfigError(f"run.{name} is {value!r}: give the name of a folder, without a slash")
+
+    @property
+    def path(self) -> Path:
+        """Folder of the stage: <folder>/<name>/<stage>."""
+        return Path(self.folder) / self.name / self.stage
+
+
+@dataclass(kw_only=True)
+class StageRun:
+    """What every stage has."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Name, place and seed."""
+    init_from: str | None = None
+    """Where the weights come from: the folder of a stage, a checkpoint, an export, or a Hugging Face folder."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules, or paths of .py files, that register tasks, tools or data formats of one's own."""
+    dry_run: bool = False
+    """Print parameters, memory, tokens and expected time, and stop."""
+
+
+@dataclass(kw_only=True)
+class TrainingRun(StageRun):
+    """What the stages that train have in common."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batch and checkpoints."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over processes."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """INT4 quantisation-aware training."""
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        if self.model.num_experts % self.parallel.expert:
+            raise ConfigError(
+                f"parallel.expert is {self.parallel.expert}: it must divide model.num_experts={self.model.num_experts}"
+            )
+        if self.parallel.engine is EngineName.torch and self.parallel.expert > 1:
+            raise ConfigError(f"parallel.expert is {self.parallel.expert}: the plain engine is one process, give 1")
+        if self.quant.enabled:
+            for name in ("hidden_size", "moe_intermediate_size"):
+                width = getattr(self.model, name)
+                if width % self.quant.group_size:
+                    raise ConfigError(
+                        f"quant.group_size is {self.quant.group_size}: it must divide model.{name}={width}"
+                    )
+
+
+@dataclass(kw_only=True)
+class ReadingRun(TrainingRun):
+    """What the stages that learn from documents have in common."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the model reads."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks whose demonstrations are the sources of kind dialogues."""
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        super().__post_init__()
+        check_length("data.seq_len", self.data.seq_len, self.model)
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size != self.model.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size is {self.data.tokenizer.vocab_size}: "
+                f"give model.vocab_size={self.model.vocab_size}"
+            )
+        if not any(source.weight > 0 for source in self.data.sources.values()):
+            raise ConfigError("data.sources has no source with a weight above 0: choose some, such as data=pretrain")
+
+
+@dataclass(kw_only=True)
+class PretrainRun(ReadingRun):
+    """Pretraining: from random weights, or going on with a longer context."""
+
+
+@dataclass(kw_only=True)
+class SftRun(ReadingRun):
+    """Supervised fine-tuning on dialogues, with INT4 quantisation-aware training."""
+
+
+@dataclass(kw_only=True)
+class RlRun(TrainingRun):
+    """Reinforcement learning on multi-step tool use, rolled out from the quantised weights."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks to solve."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Limits and sampling of trajectories."""
+    rl: RlConfig = field(default_factory=RlConfig)
+    """How trajectories become an update."""
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        super().__post_init__()
+        check_length("rollout.max_tokens", self.rollout.max_tokens, self.model)
+
+
+def check_length(name: str, length: int, model: ModelConfig) -> None:
+    """Raise `ConfigError` when sequences are longer than the model is declared for."""
+    longest = model.max_position_embeddings
+    if length > longest:
+        raise ConfigError(f"{name} is {length}: give at most model.max_position_embeddings={longest}")
+
+
+@dataclass(kw_only=True)
+class ExportRun(StageRun):
+    """Export to a folder that transformers loads: routed experts in INT4, tokenizer, chat template and config."""
+
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Grid of the experts, for weights that were trained without one; others keep theirs."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """What is written."""
+
+
+@dataclass(kw_only=True)
+class EvalRun(StageRun):
+    """Evaluation of exported weights on held-out tasks."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks to solve."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Limits of trajectories; eval.temperatures takes the place of rollout.temperature."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is evaluated."""
+
+
+@dataclass(kw_only=True)
+class GenerateRun(StageRun):
+    """What a checkpoint or an export says to a prompt."""
+
+    prompt: str = ""
+    """Text to go on with."""
+    chat: bool = False
+    """Take the prompt as a user's message and answer it."""
+    max_new_tokens: int = 64
+    """Tokens to generate at most."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 is greedy."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+
+
+@dataclass(kw_only=True)
+class RecipeRun:
+    """All stages of a recipe, one after the other; a stage that is done and unchanged is skipped.
+
+    `<stage>.<key>=<value>` overrides a key of one stage.
+    """
+
+    recipe: str = "k2_nano"
+    """Name of a recipe that comes with moetrain, or the path of a folder with a recipe.yaml."""
+    folder: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Name of the run; null takes the recipe's."""
+    seed: int = 0
+    """Seed of every random stream of every stage."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases, for every stage."""
+    plugins: list[str] = field(default_factory=list)
+    """Plugins of every stage, beside those that the recipe names."""
+    num_processes: int = 1
+    """Ranks on this machine for the stages that train."""
+    again_from: str | None = None
+    """Run this stage and those after it again, though nothing changed."""
+    dry_run: bool = False
+    """Print what each stage would take, and stop."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.num_processes < 1:
+            raise ConfigError(f"num_processes is {self.num_processes}: give at least 1")
+
+
+SCHEMAS: dict[str, type] = {
+    "run": RecipeRun,
+    "pretrain": PretrainRun,
+    "sft": SftRun,
+    "rl": RlRun,
+    "export": ExportRun,
+    "eval": EvalRun,
+    "generate": GenerateRun,
+}
+"""Root schema of each command; `configs/<command>.yaml` is its primary config."""
