@@ -110,7 +110,7 @@ class LocalDispatcher:
 def combine(y_SD: torch.Tensor, order_S: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum [N, D] of a token's K rows; row i of `y_SD` is (token, k) number `order_S[i]`."""
     inverse_S = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    y_NKD = y_SD.index_select(0, inverse_S).view(*weights_NK.shape, -1)
+    y_NKD = y_SD.index_select(0, inverse_S).view(*weights_NK.shape, y_SD.shape[1])
     return (y_NKD * weights_NK[..., None]).sum(1).to(y_SD.dtype)
 
 
