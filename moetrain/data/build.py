@@ -38,6 +38,8 @@ class Data:
     """What a stage reads."""
 
     loader: Loader
+    training: dict[str, PackedRows]
+    """Rows of each source, those of weight 0 included."""
     validation: dict[str, ValidationRows]
     tokenizer: Tokenizer
     digests: dict[str, str]
@@ -87,6 +89,7 @@ def build_data(
         _tell(name, packed)
     return Data(
         loader=Loader(rows, weights=weights, seed=seed, pad_id=tokenizer.pad_id),
+        training=rows,
         validation={
             name: _validation_rows(documents, config, tokenizer) for name, documents in held_out.items() if documents
         },
