@@ -44,11 +44,16 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         """Return one tensor, on the CPU; `CheckpointError` when its file does not hold it."""
         path = self._folder / self._file_of[name]
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot read tensor {name} ({error}): {_REPAIR}") from error
         return tensor
+
+    def of_model(self) -> "TensorFiles":
+        """Return parameters and buffers alone, without what the optimizer holds."""
+        kept = {name: file for name, file in self._file_of.items() if not name.startswith(_OPTIMIZER_PREFIX)}
+        return TensorFiles(self._folder, kept)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""

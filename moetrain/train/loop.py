@@ -70,10 +70,8 @@ class Outcome:
     checkpoint: Path
 
 
-def run_training(training: Training, config: TrainConfig, *, folder: Path, metrics: Metrics | None) -> Outcome:
+def run_training(training: Training, config: TrainConfig, *, folder: Path, metrics: Metrics) -> Outcome:
     """Train for `config.steps` steps, from the last good checkpoint in `folder` if there is one. A collective.
-
-    metrics is None on all ranks but the main one.
 
     SIGTERM and SIGUSR1 save at the end of the step and return `Status.interrupted`; started again, the run goes on to
     the numbers it would have had. Raises `DivergenceError` at a loss that is not finite.
@@ -82,11 +80,12 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     checkpoints = folder / CHECKPOINTS
     resumed = resume(engine, checkpoints, identity=training.identity)
     counters = Counters(**resumed.state)
-    record = metrics.write if metrics else _ignore
+    is_main = engine.topology.is_main
+    record = metrics.write if is_main else _ignore
     if resumed.num_damaged:
         record(resumed.step, {"checkpoint/damaged": float(resumed.num_damaged)})
     step = resumed.step
-    shown = progress(config.steps, folder.name, completed=step) if metrics else nullcontext(_ignore)
+    shown = progress(config.steps, folder.name, completed=step) if is_main else nullcontext(_ignore)
     with StopSignals() as signals, shown as advance:
         while step < config.steps:
             values = _one_step(training, config, step=step, counters=counters)

@@ -109,7 +109,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logprobs_N, entropies_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Return the gradients of the hidden states and of the head: d logprob / d logits = onehot(target) - p."""
         hidden_ND, weight_VD, targets_N, normalizers_N = ctx.saved_tensors
         grad_N = grads[0]

@@ -1,26 +1,35 @@
 """The speed that this machine reaches in a plain matrix product: the denominator of MFU. Measured, not looked up."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 
+from moetrain.parallel.topology import Topology
+
 _SIZE = 1024  # large enough to reach the ceiling on a CPU, small enough to stay short
 _SECONDS = 0.3
 
 
-def measured_peak(path: Path, *, dtype: torch.dtype, device: torch.device) -> float:
-    """Return this process's matmul peak in FLOP/s, measured once and kept in the JSON file `path`."""
-    key = f"{dtype}".removeprefix("torch.") + f" {device.type} {torch.get_num_threads()} threads"
-    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-    if key not in known:
-        known[key] = measure_peak(dtype=dtype, device=device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps(known, indent=1) + "\n")
-        partial.replace(path)
-    return known[key]
+def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology) -> float:
+    """Return the matmul peak of all ranks together in FLOP/s, measured at the same time, kept in the JSON file `path`.
+
+    A collective.
+    """
+    key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}"
+    known: dict[str, float] = json.loads(path.read_text()) if topology.is_main and path.is_file() else {}
+    peak = topology.broadcast_object(known.get(key))
+    if peak is None:
+        own = torch.tensor(measure_peak(dtype=dtype, device=topology.device), dtype=torch.float64)
+        peak = float(topology.all_reduce_sum(own))
+        if topology.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.tmp")
+            partial.write_text(json.dumps(known | {key: peak}, indent=1) + "\n")
+            os.replace(partial, path)
+    return peak
 
 
 def measure_peak(*, dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:

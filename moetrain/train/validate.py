@@ -1,4 +1,4 @@
-"""How well a model predicts held-out rows: nats a character by source, comparable across tokenizers and to the bigram."""
+"""How well a model predicts held-out rows: nats a character by source, comparable across tokenizers."""
 
 from collections.abc import Mapping
 

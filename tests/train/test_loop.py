@@ -117,9 +117,7 @@ def test_a_checkpoint_of_one_engine_is_continued_by_the_other(tmp_path: Path) ->
     with pytest.raises(ConnectionError):
         _run(stopped, batch_at=_killed_at(4))
     _run(stopped, engine=EngineName.deepspeed)
-    torch.testing.assert_close(
-        losses(stopped / "metrics.jsonl"), losses(whole / "metrics.jsonl"), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(losses(stopped / "metrics.jsonl"), losses(whole / "metrics.jsonl"), rtol=1e-4, atol=1e-5)
 
 
 def test_sigkill_in_the_middle_of_a_run_changes_nothing_but_the_time(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Where weights come from: the folder of a stage, one checkpoint, or a Hugging Face folder (`init_from`)."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig
+from moetrain.model.hf import load_hf_folder
+from moetrain.parallel.engine import Engine
+from moetrain.quant.config import QuantConfig
+from moetrain.train import checkpoint
+from moetrain.train.identity import model_of, quant_of
+from moetrain.train.loop import CHECKPOINTS
+from moetrain.train.resume import differences
+
+_log = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a stage's folder."""
+_FREE = ("balance.", "yarn.", "max_position_embeddings")
+"""Fields of the model that a stage may change without changing what the weights mean."""
+
+
+@dataclass(kw_only=True)
+class Origin:
+    """Weights to start from, checked.
+
+    tensors: parameters and buffers, float32, under their names in memory. quant: the grid they were trained on, None
+    when that is not known. tokenizer: its folder, None when there is none beside the weights. digest: sha256 that
+    changes with the weights. step: steps trained, 0 for a Hugging Face folder.
+    """
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor]
+    model: ModelConfig
+    quant: QuantConfig | None
+    tokenizer: Path | None
+    digest: str
+    step: int
+
+
+def read_origin(path: Path) -> Origin:
+    """Return the weights that `path` names.
+
+    A stage's folder gives its newest good checkpoint; a checkpoint that is named itself must be good. Raises
+    `CheckpointError` that names the file or folder and says what would do.
+    """
+    if checkpoint.is_checkpoint(path):
+        return _of_checkpoint(path)
+    if (path / CHECKPOINTS).is_dir():
+        newest = checkpoint.latest(path / CHECKPOINTS).path
+        if newest is None:
+            raise CheckpointError(f"{path / CHECKPOINTS}: holds no checkpoint; let the stage write one first")
+        return _of_checkpoint(newest)
+    if (path / "config.json").is_file():
+        return _of_hf_folder(path)
+    raise CheckpointError(
+        f"{path}: neither the folder of a stage (with {CHECKPOINTS}/), nor a checkpoint (step_*), "
+        "nor a Hugging Face folder (with config.json)"
+    )
+
+
+def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
+    """Load the weights of `origin` into an engine whose model has the config `model`; optimizer and step start anew.
+
+    Raises `CheckpointError` when a field of the model differs that says what the weights mean.
+    """
+    changed = differences(vars_of(origin.model), vars_of(model))
+    unfit = [line for line in changed if not line.startswith(_FREE)]
+    if unfit:
+        raise CheckpointError(
+            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
+        )
+    for line in changed:
+        _log.info("model.%s (from %s)", line, origin.path)
+    tensors = {name: origin.tensors[name].float() for name in origin.tensors}
+    engine.load_state(tensors, with_optimizer=False)
+    _log.info("weights from %s (step %d)", origin.path, origin.step)
+
+
+def vars_of(model: ModelConfig) -> dict[str, object]:
+    """Return the fields of a model config as a nested mapping."""
+    return {**vars(model), "yarn": vars(model.yarn), "balance": vars(model.balance)}
+
+
+def _of_checkpoint(path: Path) -> Origin:
+    loaded = checkpoint.load(path)
+    identity = loaded.state["identity"]
+    stage = path.resolve().parent.parent
+    return Origin(
+        path=path,
+        tensors=loaded.tensors.of_model(),
+        model=model_of(identity),
+        quant=quant_of(identity),
+        tokenizer=_tokenizer_in(stage / TOKENIZER),
+        digest=_digest(loaded.tensors.of_model()),
+        step=loaded.step,
+    )
+
+
+def _of_hf_folder(path: Path) -> Origin:
+    model, tensors = load_hf_folder(path)
+    return Origin(
+        path=path,
+        tensors=tensors,
+        model=model,
+        quant=None,
+        tokenizer=_tokenizer_in(path),
+        digest=_digest(tensors),
+        step=0,
+    )
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

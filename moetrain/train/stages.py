@@ -1,0 +1,209 @@
+"""Pretraining and SFT: sections of a config in, a trained folder out. The two differ in data and settings alone.
+
+A stage's folder gets `tokenizer/`, `checkpoints/` and, at the end, `summary.json`. Everything that lies above this
+package comes in as a function: dialogues, metrics, an evaluation.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.data.bigram import bigram_baseline
+from moetrain.data.build import Data, build_data, prepare_tokenizer
+from moetrain.data.config import DataConfig
+from moetrain.data.packing import TokenizedDocument
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.errors import MoetrainError
+from moetrain.log import Metrics
+from moetrain.model.config import ModelConfig
+from moetrain.model.flops import flops_per_token, num_parameters
+from moetrain.optim.config import OptimConfig
+from moetrain.optim.schedule import learning_rate
+from moetrain.parallel.config import ParallelConfig
+from moetrain.parallel.engine import Engine, build_engine
+from moetrain.parallel.topology import Topology, setup
+from moetrain.quant.config import QuantConfig
+from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.identity import identity_of
+from moetrain.train.interrupt import Status
+from moetrain.train.loop import Outcome, Training, run_training
+from moetrain.train.loss import language_model_objective
+from moetrain.train.origin import TOKENIZER, Origin, start_from
+from moetrain.train.peak import total_peak
+from moetrain.train.validate import validate
+
+_log = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+"""What a finished stage says of itself; absent until then."""
+DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
+
+Dialogues = Callable[[Tokenizer], Mapping[str, Iterable[TokenizedDocument]]]
+"""Makes the documents of each source of kind dialogues, once there is a tokenizer."""
+Evaluate = Callable[[Engine, Tokenizer], Mapping[str, float]]
+"""Measures a model beyond its validation loss; a collective."""
+
+
+@dataclass(kw_only=True)
+class Sections:
+    """The sections of a run's config that a training stage takes."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    parallel: ParallelConfig
+    quant: QuantConfig
+    seed: int
+
+
+def train_stage(
+    sections: Sections,
+    *,
+    folder: Path,
+    metrics: Metrics,
+    origin: Origin | None = None,
+    dialogues: Dialogues | None = None,
+    dialogue_texts: Iterable[str] = (),
+    evaluate: Evaluate | None = None,
+) -> Status:
+    """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
+
+    A collective. origin: weights to start from (`train.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too. evaluate: called with each
+    validation. Raises the errors of data, checkpoints and layout; an interrupted stage goes on when it is run again.
+    """
+    topology = setup(sections.parallel)
+    tokenizer = main_rank_first(
+        topology, lambda: stage_tokenizer(sections.data, folder, origin=origin, dialogue_texts=dialogue_texts)
+    )
+    made = dialogues(tokenizer) if dialogues else None
+    data = build_data(sections.data, sections.seed, tokenizer_folder=folder / TOKENIZER, dialogues=made)
+    engine = build_engine(
+        sections.model,
+        sections.parallel,
+        optim_config=sections.optim,
+        quant_config=sections.quant,
+        compute_dtype=DTYPES[sections.train.compute_dtype],
+        seed=sections.seed,
+    )
+    if origin is not None:
+        start_from(engine, origin, model=sections.model)
+    training = _training(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
+    outcome = run_training(training, sections.train, folder=folder, metrics=metrics)
+    if outcome.status is Status.finished and topology.is_main:
+        _write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
+    topology.barrier()
+    return outcome.status
+
+
+def stage_tokenizer(
+    config: DataConfig, folder: Path, *, origin: Origin | None, dialogue_texts: Iterable[str] = ()
+) -> Tokenizer:
+    """Return the tokenizer of a stage: the one named, else the one beside the weights, else one trained on the data.
+
+    It is kept in `folder/tokenizer`, so that what comes after needs the stage's folder alone.
+    """
+    own = folder / TOKENIZER
+    if config.tokenizer.path is None and origin is not None and origin.tokenizer is not None:
+        if not (own / TOKENIZER_FILE).is_file():
+            Tokenizer.load(origin.tokenizer).save(own)
+    elif config.tokenizer.path is None and origin is not None:
+        _log.warning("there is no tokenizer beside %s: one is trained, and the weights do not know it", origin.path)
+    tokenizer = prepare_tokenizer(config, folder=own, dialogue_texts=dialogue_texts)
+    if not (own / TOKENIZER_FILE).is_file():
+        tokenizer.save(own)
+    return tokenizer
+
+
+def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """Return what `make` gives, run on the main rank before the others; its error is raised on every rank."""
+    made: Tokenizer | None = None
+    failure: MoetrainError | None = None
+    if topology.is_main:
+        try:
+            made = make()
+        except MoetrainError as error:
+            failure = error
+    failure = topology.broadcast_object(failure)
+    if failure is not None:
+        raise failure
+    return made if made is not None else make()
+
+
+def _training(
+    sections: Sections,
+    *,
+    engine: Engine,
+    data: Data,
+    origin: Origin | None,
+    folder: Path,
+    evaluate: Evaluate | None,
+) -> Training:
+    train, optim, coefficient = sections.train, sections.optim, sections.model.balance.sequence_loss
+
+    def measure() -> dict[str, float]:
+        figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
+        return {**figures, **(evaluate(engine, data.tokenizer) if evaluate else {})}
+
+    dtype = DTYPES[train.compute_dtype]
+    return Training(
+        engine=engine,
+        objective_for=lambda counts: language_model_objective(counts, balance_coefficient=coefficient),
+        batch_at=lambda step: data.loader.batch(step, train.rows_per_step),
+        learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
+        balance=sections.model.balance,
+        validate=measure,
+        identity=identity_of(
+            model=sections.model,
+            quant=sections.quant,
+            optim=optim,
+            train=train,
+            seed=sections.seed,
+            origin=origin.digest if origin else None,
+            others={"data": asdict(sections.data), "digests": data.digests},
+        ),
+        flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
+        peak_flops=total_peak(folder / "machine.json", dtype=dtype, topology=engine.topology),
+    )
+
+
+def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) -> dict[str, Any]:
+    """Return what `summary.json` holds: figures that repeat to the last digit, and apart from them the times."""
+    bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
+    sources = {
+        name: {
+            "nats_per_character": outcome.validation[f"validation/{name}"],
+            "bigram_nats_per_character": bigram.get(name),
+            "characters": rows.num_characters,
+            "targets": rows.batch.num_targets,
+        }
+        for name, rows in data.validation.items()
+    }
+    rows_read = outcome.step * sections.train.rows_per_step
+    seconds = outcome.counters.seconds
+    return {
+        "stage": folder.name,
+        "steps": outcome.step,
+        "tokens": outcome.counters.tokens,
+        "targets": outcome.counters.targets,
+        "epochs": data.loader.epochs(rows_read),
+        "parameters": asdict(num_parameters(sections.model)),
+        "validation": sources,
+        "figures": {name: value for name, value in outcome.validation.items() if not name.startswith("validation/")},
+        "digests": data.digests,
+        "documents": {name: asdict(counts) for name, counts in data.counts.items()},
+        "checkpoint": str(outcome.checkpoint.relative_to(folder)),
+        "time": {"seconds": seconds, "tokens_per_s": outcome.counters.tokens / seconds if seconds else None},
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
