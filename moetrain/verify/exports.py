@@ -1,0 +1,198 @@
+"""Whether an INT4 export is what was trained: against the masters, against transformers, and against our own model.
+
+transformers reads the folder with its stock classes and compressed-tensors; nothing of this package is between the file
+and its logits. B rows, T tokens, V vocabulary.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moetrain.errors import ConfigError
+from moetrain.export.config import ExportFormat
+from moetrain.export.folder import RECORD_FILE, read_record, write_record
+from moetrain.export.layout import layout_of
+from moetrain.export.read import Export, read_export
+from moetrain.model.hf import to_hf_config
+from moetrain.model.transformer import Transformer
+from moetrain.quant.codec import PACKED_SUFFIX, SCALE_SUFFIX
+from moetrain.quant.grids import Quantized, dequantize, quantize
+from moetrain.runtime import torch_stream
+from moetrain.verify.table import Row
+
+FP32_BOUND = 1e-5
+"""Largest difference of fp32 logits, over the larger of 1 and the largest logit: two orders of summation, no more."""
+
+_NORM_FAULT = 1.001
+
+
+class ExportFault(StrEnum):
+    """A fault to plant, to see that it is found."""
+
+    none = "none"
+    code = "code"
+    """One code of the first expert is another one, the digests made to agree."""
+    scale = "scale"
+    """The sign of one scale of the first expert is turned, the digests made to agree."""
+    norm = "norm"
+    """Our model's last norm is larger by a thousandth."""
+
+
+def verify_exports(
+    folder: Path,
+    *,
+    masters: Mapping[str, Tensor],
+    seed: int = 0,
+    num_rows: int = 4,
+    num_tokens: int = 64,
+    fault: ExportFault = ExportFault.none,
+) -> list[Row]:
+    """Return the promises about the INT4 export `folder` of the fp32 `masters` (by name in memory), measured.
+
+    Logits are of `num_rows` rows of `num_tokens` random tokens. Raises CheckpointError for a damaged folder, and
+    ConfigError for one that holds no codes.
+    """
+    with _planted(folder, fault=fault) as read_folder:
+        export = read_export(read_folder)
+        if export.format is not ExportFormat.int4:
+            raise ConfigError(f"{folder} is an export of format {export.format.value}: verify one of format=int4")
+        quantized = {
+            name: quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
+            for name in layout_of(export.model).experts
+        }
+        tokens_BT = torch.randint(
+            export.model.vocab_size, (num_rows, num_tokens), generator=torch_stream(seed, "verify.exports")
+        )
+        expected = _expected_weights(export, masters=masters, quantized=quantized)
+        rows = [*_file_rows(export, expected=expected, quantized=quantized)]
+        for dtype in (torch.bfloat16, torch.float32):
+            loaded = _transformers_model(read_folder, dtype=dtype)
+            theirs_BTV = _transformers_logits(loaded, tokens_BT)
+            reference_BTV = _transformers_logits(_reference_model(export, loaded=loaded, weights=expected), tokens_BT)
+            differing = int((theirs_BTV != reference_BTV).sum() + theirs_BTV.isnan().sum())
+            name = str(dtype).removeprefix("torch.")
+            note = f"of {theirs_BTV.numel()} logits of transformers"
+            rows.append(Row(name=f"{name}: INT4 file against dequantised weights", value=differing, bound=0, note=note))
+        ours_BTV = _our_logits(export, tokens_BT=tokens_BT, fault=fault)  # the last dtype was float32
+        rows.append(_agreement_row(ours_BTV, theirs_BTV))
+        rows.append(_size_row(export))
+    return rows
+
+
+def _expected_weights(
+    export: Export, *, masters: Mapping[str, Tensor], quantized: Mapping[str, Quantized]
+) -> dict[str, Tensor]:
+    """Return the model's weights as the trainer computes with them, made from the masters and not from the file."""
+    layout = layout_of(export.model)
+    return {
+        name: dequantize(quantized[name]) if name in quantized else layout.stored(name, masters[name])
+        for name in layout.shapes
+    }
+
+
+def _file_rows(export: Export, *, expected: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> Iterator[Row]:
+    pairs = [(quantized[name], export.experts[name]) for name in quantized]
+    codes = sum(int((ours.codes_XOI != file.codes_XOI).sum()) for ours, file in pairs)
+    scales = sum(int((ours.scales_XOG != file.scales_XOG).sum()) for ours, file in pairs)
+    num_codes = sum(ours.codes_XOI.numel() for ours, _ in pairs)
+    num_scales = sum(ours.scales_XOG.numel() for ours, _ in pairs)
+    yield Row(name="codes that differ from the masters'", value=codes, bound=0, note=f"of {num_codes} in the file")
+    yield Row(name="scales that differ from the masters'", value=scales, bound=0, note=f"of {num_scales} in the file")
+    others = [name for name in expected if name not in quantized]
+    differing = sum(not torch.equal(expected[name], export.dense[name]) for name in others)
+    yield Row(name="other tensors that differ", value=differing, bound=0, note=f"of {len(others)} in the file")
+
+
+def _agreement_row(ours_BTV: Tensor, theirs_BTV: Tensor) -> Row:
+    largest = float(theirs_BTV.abs().max())
+    difference = float((ours_BTV - theirs_BTV).abs().max())
+    return Row(
+        name="our fp32 logits against transformers'",
+        value=difference / max(1.0, largest),
+        bound=FP32_BOUND,
+        note=f"largest difference {difference:.2e}, largest logit {largest:.2f}",
+    )
+
+
+def _size_row(export: Export) -> Row:
+    report = export.record["report"]
+    num_int4, num_bf16 = int(report["num_bytes"]), int(report["num_bytes_bf16"])
+    return Row(
+        name="bytes of INT4 over bytes of bf16",
+        value=num_int4 / num_bf16,
+        bound=1.0,
+        note=f"{num_int4} over {num_bf16}; {report['num_zero_groups']} of {report['num_groups']} groups are zero",
+    )
+
+
+def _transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
+    """Return transformers' model of the folder, every weight in `dtype`.
+
+    transformers leaves unpacked experts in the dtype of their scales, bf16, whatever is asked for: hence the last cast.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _reference_model(export: Export, *, loaded: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Return transformers' model on `weights`, each in the dtype that `loaded` computes with."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(export.model)))
+    model.load_state_dict({name: weights[name].to(dtypes[name]) for name in dtypes}, assign=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def _transformers_logits(model: Any, tokens_BT: Tensor) -> Tensor:
+    logits_BTV: Tensor = model(tokens_BT).logits
+    return logits_BTV
+
+
+@torch.no_grad()
+def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Tensor:
+    model = Transformer(export.model, compute_dtype=torch.float32)
+    model.load_state_dict(export.weights())
+    if fault is ExportFault.norm:
+        model.model.norm.weight.mul_(_NORM_FAULT)
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    output = model(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT)
+    return model.logits(output.hidden_BTD)
+
+
+@contextmanager
+def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
+    """Give the folder, or a copy of it whose first packed tensor or scale carries the fault."""
+    suffix = {ExportFault.code: PACKED_SUFFIX, ExportFault.scale: SCALE_SUFFIX}.get(fault)
+    if suffix is None:
+        yield folder
+        return
+    record = read_record(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "export"
+        shutil.copytree(folder, copy)
+        path = min(copy.glob("*.safetensors"))
+        tensors = load_file(path)
+        name = min(name for name in tensors if name.endswith(suffix))
+        changed = tensors[name].clone()
+        first = changed.view(-1)
+        first[0] = first[0] ^ 1 if fault is ExportFault.code else -first[0]
+        save_file(tensors | {name: changed}, path, metadata={"format": "pt"})
+        (copy / RECORD_FILE).unlink()
+        write_record(copy, record)
+        yield copy
