@@ -10,14 +10,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0  # a launch takes 10 s on an idle machine; a hang must end all the same
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
     """Return `function(**arguments)` of each rank, in rank order.
 
     `function` is importable by name; what goes in and out is picklable. Raises AssertionError with the trace of the
-    first rank that failed, or when the ranks are not done in 60 s; no process is left behind.
+    first rank that failed, or when the ranks are not done in 180 s; no process is left behind.
     """
     context = multiprocessing.get_context("spawn")
     port = _free_port()

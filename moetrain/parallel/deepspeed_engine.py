@@ -6,6 +6,7 @@ from checked values. Gradient accumulation is ours, so that the number of micro-
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,10 +44,11 @@ _LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
 
 
 def _quieten() -> None:
-    """Let DeepSpeed say what is wrong, but not that our optimizer is new to it: this package's tests vouch for that."""
+    """Let DeepSpeed say what is wrong, but not that our optimizer is new to it or that torch renames what it calls."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,0 +1,155 @@
+"""Both engines in one process: the same numbers, a state that goes from one to the other, and errors at the door."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.optim.config import OptimizerName
+from moetrain.parallel.config import EngineName
+from moetrain.parallel.engine import Engine, ObjectiveResult
+from tests.parallel.nano import LEARNING_RATE, batch_of, build, difference, identical, largest_gap, objective_for, train
+
+FP32_ROUNDING = 1e-6  # relative, on loss, gradient norm and clip factor
+STATE_ROUNDING = 5e-5  # absolute, after steps of LEARNING_RATE
+ADAMW_ROUNDING = 1e-3  # AdamW divides by its size a gradient that is itself little more than rounding
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _state(engine: Engine, *, with_optimizer: bool = True) -> dict[str, torch.Tensor]:
+    state = engine.gather_state(with_optimizer=with_optimizer)
+    assert state is not None
+    return state
+
+
+@pytest.mark.parametrize(("optimizer", "zero"), [("muon", 1), ("muon", 2), ("adamw", 1), ("adamw", 2)])
+def test_deepspeed_in_one_process_gives_the_numbers_of_the_plain_loop(optimizer: str, zero: int) -> None:
+    name = OptimizerName(optimizer)
+    plain, sharded = build(EngineName.torch, optimizer=name), build(EngineName.deepspeed, optimizer=name, zero=zero)
+    expected, found = train(plain, range(4)), train(sharded, range(4))
+    assert all(trace.report.clip_factor < 1 for trace in expected)
+    assert difference(found, expected) < FP32_ROUNDING
+    bound = STATE_ROUNDING if name == OptimizerName.muon else ADAMW_ROUNDING
+    assert largest_gap(_state(sharded), _state(plain)) < bound
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_the_number_of_micro_batches_may_change_from_step_to_step_and_changes_nothing(engine: EngineName) -> None:
+    once, varied = build(engine), build(engine)
+    expected = train(once, range(3), rows_per_micro_batch=4)
+    found = [
+        *train(varied, range(1), rows_per_micro_batch=1),
+        *train(varied, range(1, 2), rows_per_micro_batch=4),
+        *train(varied, range(2, 3), rows_per_micro_batch=2),
+    ]
+    assert difference(found, expected) < 3 * FP32_ROUNDING
+
+
+def test_a_large_clip_norm_never_clips() -> None:
+    (trace,) = train(build(EngineName.torch, clip_norm=1e6), range(1))
+    assert trace.report.clip_factor == 1.0
+
+
+@pytest.mark.parametrize("source", list(EngineName))
+@pytest.mark.parametrize("target", list(EngineName))
+def test_a_state_goes_bit_for_bit_from_any_engine_to_any(source: EngineName, target: EngineName) -> None:
+    first, second = build(source), build(target, seed=2)
+    train(first, range(2))
+    state = _state(first)
+    second.load_state(state, with_optimizer=True)
+    assert identical(_state(second), state)
+    assert state["optimizer/step"].item() == 2
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_a_run_goes_on_from_its_state_to_the_same_bits(engine: EngineName) -> None:
+    straight, stopped = build(engine), build(engine)
+    expected = train(straight, range(4))[2:]
+    train(stopped, range(2))
+    resumed = build(engine, seed=3)
+    resumed.load_state(_state(stopped), with_optimizer=True)
+    assert train(resumed, range(2, 4)) == expected
+    assert identical(_state(resumed), _state(straight))
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_weights_load_without_the_optimizer_which_stays_new(engine: EngineName) -> None:
+    trained, fresh = build(engine), build(engine, seed=2)
+    train(trained, range(1))
+    fresh.load_state(_state(trained), with_optimizer=False)
+    assert identical(_state(fresh, with_optimizer=False), _state(trained, with_optimizer=False))
+    assert _state(fresh)["optimizer/step"].item() == 0
+
+
+def test_a_state_holds_what_its_optimizer_needs_by_name() -> None:
+    state = _state(build(EngineName.torch))
+    assert state["optimizer/model.layers.1.mlp.experts.gate_up_proj/momentum"].shape == (4, 64, 32)
+    assert state["optimizer/model.layers.1.mlp.gate.weight/exp_avg"].shape == (4, 32)
+    assert state["model.layers.1.mlp.gate.e_score_correction_bias"].shape == (4,)
+    assert "optimizer/lm_head.weight/momentum" not in state
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine: EngineName) -> None:
+    loaded = build(engine)
+    before = _state(loaded)
+    other = _state(build(EngineName.torch, seed=2))
+    missing = {name: tensor for name, tensor in other.items() if name != "model.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is missing"):
+        loaded.load_state(missing, with_optimizer=True)
+    with pytest.raises(CheckpointError, match=r"model.mtp.weight is not in this model"):
+        loaded.load_state({**other, "model.mtp.weight": torch.zeros(1)}, with_optimizer=True)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \(3,\), this model has \(32,\)"):
+        loaded.load_state({**other, "model.norm.weight": torch.zeros(3)}, with_optimizer=True)
+    adamw = _state(build(EngineName.torch, optimizer=OptimizerName.adamw))
+    with pytest.raises(CheckpointError, match=r"momentum .*is missing"):
+        loaded.load_state(adamw, with_optimizer=True)
+    assert identical(_state(loaded), before)
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_a_gradient_that_is_not_finite_skips_the_step(engine: EngineName) -> None:
+    built = build(engine)
+    before = _state(built)
+    whole = batch_of(0)
+
+    def explode(model: torch.nn.Module, batch: object) -> ObjectiveResult:
+        result = objective_for(whole)(model, batch)  # type: ignore[arg-type]
+        return ObjectiveResult(loss=result.loss * math.inf, counts_LE=result.counts_LE)
+
+    built.accumulate(explode, whole, is_last=True)  # type: ignore[arg-type]
+    report = built.step(LEARNING_RATE)
+    assert (report.grad_norm, report.clip_factor) == (math.inf, 0.0)
+    assert identical(_state(built), before)
+    assert math.isfinite(train(built, range(1))[0].report.grad_norm)
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_quantised_weights_follow_their_masters(engine: EngineName) -> None:
+    built = build(engine, quantize=True)
+    ((_, layer),) = built.model.moe_layers()
+    train(built, range(1))
+    in_use, _ = layer.experts.compute_weights()
+    layer.experts.fake_quant.invalidate()
+    anew, _ = layer.experts.compute_weights()
+    assert torch.equal(in_use, anew)
+    other = _state(build(EngineName.torch, seed=2))
+    built.load_state(other, with_optimizer=True)
+    loaded, _ = layer.experts.compute_weights()
+    assert not torch.equal(loaded, anew)
+
+
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel.expert is 2: parallel.engine=torch runs in one process"):
+        build(EngineName.torch, expert=2)
+    with pytest.raises(ConfigError, match=r"parallel.expert is 2: it must divide the number of processes, 1"):
+        build(EngineName.deepspeed, expert=2)

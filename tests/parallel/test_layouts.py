@@ -1,0 +1,242 @@
+"""Two gloo processes against the plain loop in this one. One launch serves all tests of this file."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.model.moe import Experts, LocalDispatcher
+from moetrain.optim.config import OptimizerName
+from moetrain.parallel.config import EngineName
+from moetrain.parallel.dispatch import AllToAllDispatcher
+from moetrain.parallel.engine import Engine
+from moetrain.parallel.optimizer import Matrix, Partition, matrices_of, slots_of, whole_matrices
+from moetrain.parallel.topology import Topology
+from moetrain.runtime import torch_stream
+from tests.distributed import run_ranks
+from tests.parallel.nano import (
+    Trace,
+    build,
+    difference,
+    identical,
+    largest_gap,
+    model_config,
+    padding,
+    train,
+)
+
+FP32_ROUNDING = 1e-6  # relative, on loss, gradient norm and clip factor
+STATE_ROUNDING = 5e-5  # absolute, after steps of LEARNING_RATE
+ADAMW_ROUNDING = 1e-3  # AdamW divides by its size a gradient that is itself little more than rounding
+MUON_LAYOUTS = list(product((1, 2), (1, 2)))  # (zero, expert)
+ADAMW_LAYOUT = (1, 2)
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What one rank saw of a layout."""
+
+    traces: list[Trace]
+    state: dict[str, torch.Tensor] | None
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(_both_ranks, 2)
+
+
+def _both_ranks() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    seen: dict[str, Any] = {}
+    with _captured_output() as output:
+        for zero, expert in MUON_LAYOUTS:
+            seen[f"muon {zero} {expert}"] = _see(build(zero=zero, expert=expert))
+        zero, expert = ADAMW_LAYOUT
+        seen["adamw"] = _see(build(zero=zero, expert=expert, optimizer=OptimizerName.adamw))
+        split = build(zero=2, expert=2)
+        seen["resumed"] = _resumed(split, build(zero=1, expert=1, seed=2))
+        seen["tokens on one rank"] = _see_unbalanced(build(zero=2, expert=2))
+        seen["dispatch"] = [_dispatch(split.topology, num_tokens=counts) for counts in ((5, 3), (0, 4), (0, 0))]
+        seen["whole matrices"] = _whole_matrices(split.topology)
+    seen["output"] = output.read_text()
+    return seen
+
+
+@contextmanager
+def _captured_output() -> Iterator[Path]:
+    """Send this process's standard output and error to a file."""
+    path = Path(tempfile.mkstemp()[1])
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield path
+
+
+def _see(engine: Engine) -> Seen:
+    return Seen(traces=train(engine, range(3)), state=engine.gather_state(with_optimizer=True))
+
+
+def _resumed(split: Engine, whole: Engine) -> dict[str, Any]:
+    """Train with split experts, go on without, and go on with split experts again from the same state."""
+    train(split, range(2))
+    state = split.topology.broadcast_object(split.gather_state(with_optimizer=True))
+    assert state is not None
+    whole.load_state(state, with_optimizer=True)
+    arrived = whole.gather_state(with_optimizer=True)
+    returned = build(zero=1, expert=2, seed=3)
+    returned.load_state(state, with_optimizer=True)
+    back = returned.gather_state(with_optimizer=True)
+    return {
+        "state": state,
+        "identical": [identical(other, state) for other in (arrived, back) if other is not None],
+        "whole": train(whole, range(2, 3)),
+        "split": train(split, range(2, 3)),
+    }
+
+
+def _force_first_experts(engine: Engine) -> None:
+    """Let the balance bias send every token to experts 0 and 1, which live on the first of two ranks."""
+    for _, layer in engine.model.moe_layers():
+        layer.gate.e_score_correction_bias.copy_(torch.tensor([10.0, 10.0, 0.0, 0.0]))
+
+
+def _see_unbalanced(engine: Engine) -> Seen:
+    """Give all rows to rank 0 and only padding to rank 1, and all tokens to the experts of rank 0."""
+
+    def micro_batches_of(whole: TokenBatch, rank: int, world_size: int) -> list[TokenBatch]:
+        return [whole if rank == 0 else padding()]
+
+    _force_first_experts(engine)
+    traces = train(engine, range(2), micro_batches_of=micro_batches_of)
+    return Seen(traces=traces, state=engine.gather_state(with_optimizer=True))
+
+
+def _dispatch(topology: Topology, *, num_tokens: tuple[int, int]) -> dict[str, float]:
+    """Return the largest gaps of output and gradients between both dispatchers; tokens are those of both ranks."""
+    config = model_config()
+    stream = torch_stream(0, "dispatch")
+    whole = Experts(config, num_local=4, compute_dtype=torch.float32)
+    for param in whole.parameters():
+        param.data.normal_(std=0.3, generator=stream)
+    part = Experts(config, num_local=2, compute_dtype=torch.float32)
+    mine = slice(2 * topology.rank, 2 * topology.rank + 2)
+    part.gate_up_proj.data.copy_(whole.gate_up_proj[mine].detach())
+    part.down_proj.data.copy_(whole.down_proj[mine].detach())
+    total = sum(num_tokens)
+    x_ND = torch.randn(total, config.hidden_size, generator=stream)
+    ids_NK = torch.rand(total, 4, generator=stream).argsort(dim=1)[:, :2]
+    weights_NK = torch.rand(total, 2, generator=stream)
+    pull_ND = torch.randn(total, config.hidden_size, generator=stream)
+    first = 0 if topology.rank == 0 else num_tokens[0]
+    rows = slice(first, first + num_tokens[topology.rank])
+
+    x_whole, x_part = x_ND.clone().requires_grad_(), x_ND[rows].clone().requires_grad_()
+    w_whole, w_part = weights_NK.clone().requires_grad_(), weights_NK[rows].clone().requires_grad_()
+    y_whole = LocalDispatcher()(x_whole, ids_NK, w_whole, whole)
+    y_part = AllToAllDispatcher(topology, num_experts=4)(x_part, ids_NK[rows], w_part, part)
+    (y_whole * pull_ND).sum().backward()
+    (y_part * pull_ND[rows]).sum().backward()
+    pairs = {
+        "output": (y_part, y_whole[rows]),
+        "x": (x_part.grad, x_whole.grad[rows]),
+        "weights": (w_part.grad, w_whole.grad[rows]),
+        "gate_up": (part.gate_up_proj.grad, whole.gate_up_proj.grad[mine]),
+        "down": (part.down_proj.grad, whole.down_proj.grad[mine]),
+    }
+    return {name: (a - b).abs().sum().item() for name, (a, b) in pairs.items()}
+
+
+def _whole_matrices(topology: Topology) -> bool:
+    """Cut a vector of matrices in two at odd places and return whether each rank sees its matrices whole."""
+    shapes = {"a.weight": (3, 5), "experts.gate_up_proj": (2, 4, 3), "b.weight": (7, 2), "c.weight": (1, 1)}
+    slots = slots_of([(name, torch.empty(shape)) for name, shape in shapes.items()])
+    flat = torch.arange(slots[-1].end).float()
+    matrices = matrices_of(slots)
+    assert topology.expert_group is not None
+    for size in range((slots[-1].end + 1) // 2, slots[-1].end):
+        partition = Partition(size=size, index=topology.rank, process_group=topology.expert_group)
+        padded = torch.cat([flat, torch.zeros(2 * size - flat.numel())])
+        whole = whole_matrices(padded[partition.start : partition.stop], matrices, partition=partition)
+        expected = {m: flat[m.offset : m.end] for m in matrices if topology.rank in partition.owners(m)}
+        if whole.keys() != expected.keys() or any(not torch.equal(whole[m], expected[m]) for m in whole):
+            return False
+    return True
+
+
+def _plain(optimizer: OptimizerName = OptimizerName.muon) -> Engine:
+    torch.set_num_threads(1)
+    return build(EngineName.torch, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("zero", "expert"), MUON_LAYOUTS)
+def test_muon_gives_the_numbers_of_one_process_in_every_layout(
+    ranks: list[dict[str, Any]], zero: int, expert: int
+) -> None:
+    expected = _see(_plain())
+    main, other = (rank[f"muon {zero} {expert}"] for rank in ranks)
+    assert all(trace.report.clip_factor < 1 for trace in main.traces)
+    assert difference(main.traces, expected.traces) < FP32_ROUNDING
+    assert other.traces == main.traces
+    assert other.state is None
+    assert main.state is not None and expected.state is not None
+    assert largest_gap(main.state, expected.state) < STATE_ROUNDING
+
+
+def test_adamw_gives_the_numbers_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    expected = _see(_plain(OptimizerName.adamw))
+    main = ranks[0]["adamw"]
+    assert difference(main.traces, expected.traces) < FP32_ROUNDING
+    assert main.state is not None and expected.state is not None
+    assert largest_gap(main.state, expected.state) < ADAMW_ROUNDING
+
+
+def test_a_state_goes_bit_for_bit_from_split_experts_to_whole_ones_and_back(ranks: list[dict[str, Any]]) -> None:
+    resumed = ranks[0]["resumed"]
+    assert resumed["identical"] == [True, True]
+    plain = _plain()
+    plain.load_state(resumed["state"], with_optimizer=True)
+    state = plain.gather_state(with_optimizer=True)
+    assert state is not None and identical(state, resumed["state"])
+    following = train(plain, range(2, 3))
+    assert difference(resumed["whole"], following) < FP32_ROUNDING
+    assert difference(resumed["split"], following) < FP32_ROUNDING
+
+
+def test_a_rank_without_tokens_and_one_without_chosen_experts_change_nothing(ranks: list[dict[str, Any]]) -> None:
+    plain = _plain()
+    _force_first_experts(plain)
+    expected = train(plain, range(2), rows_per_micro_batch=4)
+    main = ranks[0]["tokens on one rank"]
+    assert all(counts_E[2:] == [0, 0] for trace in main.traces for counts_E in trace.counts_LE)
+    assert difference(main.traces, expected) < FP32_ROUNDING
+    state = plain.gather_state(with_optimizer=True)
+    assert state is not None and largest_gap(main.state, state) < STATE_ROUNDING
+
+
+def test_dispatch_over_ranks_equals_dispatch_in_one_place(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for gaps in rank["dispatch"]:
+            assert max(gaps.values()) < 1e-4, gaps
+
+
+def test_matrices_that_are_cut_anywhere_arrive_whole(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["whole matrices"] for rank in ranks] == [True, True]
+
+
+def test_a_partition_knows_the_pieces_of_a_matrix() -> None:
+    matrix = Matrix(offset=5, rows=2, columns=6)
+    assert list(Partition(size=8).owners(matrix)) == [0, 1, 2]
+    assert [Partition(size=8).piece(matrix, index) for index in range(4)] == [(0, 3), (3, 11), (11, 12), (19, 19)]
+    assert list(Partition(size=5).owners(matrix)) == [1, 2, 3]
+
+
+def test_training_is_silent(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["output"] for rank in ranks] == ["", ""]
