@@ -3,6 +3,8 @@
 B rows, T tokens, D hidden, H heads, N width without position, R rotary width, Q = N + R, V value width, C kv_lora.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,37 +12,39 @@ from torch.nn import functional as F
 from moetrain.model.config import ModelConfig
 from moetrain.model.layers import Linear, RMSNorm
 from moetrain.model.rope import Rotation, rotate
+from moetrain.model.tiled_attention import Tile, attend_tiled, plan_tiles
 
 LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without the config's epsilon
-EXPLICIT_MAX_TOKENS = 512
-"""Longest rows for which written-out products beat the fused CPU kernel in bf16 forward and backward."""
+TILED_MAX_TOKENS = 512
+"""Longest rows for which tiled products beat the fused CPU kernel in bf16 forward and backward."""
 
 
-def document_bias(segments_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return [B, T, T] of 0 where a token (row) sees a token (column), minus infinity elsewhere.
+@dataclass(frozen=True, kw_only=True)
+class FusedMask:
+    """[B, 1, T, T], True where a token (row) sees a token (column)."""
+
+    seen_B1TT: torch.Tensor
+
+
+Mask = FusedMask | list[Tile]
+"""What a row's tokens see, in the form of the path that attends: made once for all layers."""
+
+
+def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype) -> Mask:
+    """Return the mask of packed rows: tiles for short rows, one square for torch's fused kernel otherwise.
 
     A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
+    if num_tokens <= TILED_MAX_TOKENS:
+        return plan_tiles(segments_BT, dtype)
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BT.device).tril()
-    bias_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=segments_BT.device)
-    return bias_BTT.masked_fill_(~(same_BTT & causal_TT), float("-inf"))
-
-
-def attend_explicit(
-    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, bias_BTT: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Return attention outputs [B, H, T, V] by batched products; softmax accumulates in float32."""
-    num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
-    bias = bias_BTT[:, None].expand(-1, num_heads, -1, -1).reshape(-1, num_tokens, num_tokens)
-    scores = torch.baddbmm(bias, q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1).transpose(1, 2), alpha=scale)
-    out = torch.bmm(scores.softmax(-1), v_BHTV.flatten(0, 1))
-    return out.view(num_rows, num_heads, num_tokens, -1)
+    return FusedMask(seen_B1TT=(same_BTT & causal_TT)[:, None])
 
 
 def attend_fused(
-    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, bias_BTT: torch.Tensor, scale: float
+    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, mask: FusedMask, scale: float
 ) -> torch.Tensor:
     """Return attention outputs [B, H, T, V] by torch's fused kernel.
 
@@ -49,7 +53,7 @@ def attend_fused(
     value_width = v_BHTV.shape[-1]
     missing = q_BHTQ.shape[-1] - value_width
     padded = F.pad(v_BHTV, (0, missing)) if missing > 0 else v_BHTV
-    out = F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, padded, attn_mask=bias_BTT[:, None], scale=scale)
+    out = F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, padded, attn_mask=mask.seen_B1TT, scale=scale)
     return out[..., :value_width]
 
 
@@ -82,7 +86,7 @@ class Attention(nn.Module):
         )
         return torch.cat([q_nope.transpose(1, 2), rotate(q_rope, rotation).transpose(1, 2)], -1)
 
-    def forward(self, x_BTD: torch.Tensor, *, rotation: Rotation, bias_BTT: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask) -> torch.Tensor:
         """Return the attention output [B, T, D]."""
         config = self.config
         q_BHTQ = self._queries(x_BTD, rotation)
@@ -93,7 +97,9 @@ class Attention(nn.Module):
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         k_nope_BHTN, v_BHTV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         k_BHTQ = torch.cat([k_nope_BHTN, k_rope_B1TR.expand(-1, config.num_heads, -1, -1)], -1)
-        attend = attend_explicit if x_BTD.shape[1] <= EXPLICIT_MAX_TOKENS else attend_fused
-        out_BHTV = attend(q_BHTQ, k_BHTQ, v_BHTV, bias_BTT=bias_BTT, scale=config.softmax_scale)
+        if isinstance(mask, FusedMask):
+            out_BHTV = attend_fused(q_BHTQ, k_BHTQ, v_BHTV, mask=mask, scale=config.softmax_scale)
+        else:
+            out_BHTV = attend_tiled(q_BHTQ, k_BHTQ, v_BHTV, tiles=mask, scale=config.softmax_scale)
         out: torch.Tensor = self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
         return out

@@ -64,7 +64,7 @@ def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) ->
 
 
 class Router(nn.Module):
-    """The gate of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer that no gradient moves."""
+    """The gate of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer without gradient."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetrain.model.attention import Attention, document_bias
+from moetrain.model.attention import Attention, Mask, plan_attention
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.layers import FeedForward, Linear, RMSNorm
@@ -44,10 +44,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: torch.Tensor, *, rotation: Rotation, bias_BTT: torch.Tensor, documents: Documents
+        self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, documents: Documents
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Return the residual stream after this block, and the router's statistics where it has one."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation=rotation, bias_BTT=bias_BTT)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation=rotation, mask=mask)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, statistics = self.mlp(normed_BTD, documents)
@@ -121,11 +121,11 @@ class Transformer(nn.Module):
         """Return hidden states of packed rows: ids, segments (0 is padding) and positions in each document, int64."""
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
-        bias_BTT = document_bias(segments_BT, self.compute_dtype)
+        mask = plan_attention(segments_BT, self.compute_dtype)
         documents = Documents.of(segments_BT)
         statistics: list[RouterStatistics] = []
         for block in self.model.layers:
-            x_BTD, router = block(x_BTD, rotation=rotation, bias_BTT=bias_BTT, documents=documents)
+            x_BTD, router = block(x_BTD, rotation=rotation, mask=mask, documents=documents)
             if router is not None:
                 statistics.append(router)
         return _output(self.model.norm(x_BTD), statistics, num_experts=self.config.num_experts)

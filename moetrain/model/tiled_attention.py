@@ -1,0 +1,106 @@
+"""Attention over packed rows by tiles of queries, forward and backward written out; made for short rows on CPUs.
+
+A tile of queries meets only the keys from the first that any of its documents may see to its own end, which skips
+the upper half of the square and most of what lies in other documents. In bf16 with rows up to a few hundred tokens the
+products reach several times what torch's fused CPU kernel does.
+
+B rows, H heads, Z = B * H, T tokens, I queries of a tile, J keys it meets, Q query-key width, V value width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+TILE = 128
+"""Queries of a tile, and the step in which its first key moves: few distinct shapes, for each of which oneDNN builds a
+kernel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Queries start..end and the keys first_key..end that they meet; the bias is 0 where seen, -inf elsewhere."""
+
+    start: int
+    end: int
+    first_key: int
+    bias_B1IJ: torch.Tensor
+
+
+def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
+    """Return the tiles of packed rows, for all layers of a forward pass.
+
+    A token sees itself and earlier tokens of its own segment; segments are runs, padding is a segment like any other.
+    """
+    num_tokens = segments_BT.shape[1]
+    index_T = torch.arange(num_tokens, device=segments_BT.device)
+    starts_run_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_run_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    first_seen_BT = torch.where(starts_run_BT, index_T, 0).cummax(1).values
+    tiles = []
+    for start in range(0, num_tokens, TILE):
+        end = min(start + TILE, num_tokens)
+        first_key = int(first_seen_BT[:, start].min()) // TILE * TILE
+        queries_I1, keys_J = index_T[start:end, None], index_T[first_key:end]
+        seen_BIJ = (keys_J <= queries_I1) & (keys_J >= first_seen_BT[:, start:end, None])
+        bias_BIJ = torch.zeros(seen_BIJ.shape, dtype=dtype, device=segments_BT.device)
+        bias_BIJ.masked_fill_(~seen_BIJ, float("-inf"))
+        tiles.append(Tile(start=start, end=end, first_key=first_key, bias_B1IJ=bias_BIJ[:, None]))
+    return tiles
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Keeps the probabilities of every tile for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_ZTQ: torch.Tensor, k_ZTQ: torch.Tensor, v_ZTV: torch.Tensor, tiles: list[Tile], scale: float
+    ) -> torch.Tensor:
+        """Return the outputs [Z, T, V]."""
+        out_ZTV = v_ZTV.new_empty(v_ZTV.shape)
+        probabilities = []
+        for tile in tiles:
+            num_rows, _, num_queries, num_keys = tile.bias_B1IJ.shape
+            scores_BHIJ = q_ZTQ.new_empty(num_rows, len(q_ZTQ) // num_rows, num_queries, num_keys)
+            scores_ZIJ = scores_BHIJ.copy_(tile.bias_B1IJ).view(-1, num_queries, num_keys)
+            queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
+            scores_ZIJ.baddbmm_(q_ZTQ[:, queries], k_ZTQ[:, keys].transpose(1, 2), alpha=scale)
+            probabilities.append(scores_ZIJ.softmax(-1))
+            out_ZTV[:, queries] = torch.bmm(probabilities[-1], v_ZTV[:, keys])
+        ctx.save_for_backward(q_ZTQ, k_ZTQ, v_ZTV, *probabilities)
+        ctx.tiles, ctx.scale = tiles, scale
+        return out_ZTV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of queries, keys and values; sums over tiles are kept in float32."""
+        q_ZTQ, k_ZTQ, v_ZTV, *probabilities = ctx.saved_tensors
+        grad_q_ZTQ = torch.empty_like(q_ZTQ)
+        grad_k_ZTQ = torch.zeros_like(k_ZTQ, dtype=torch.float32)
+        grad_v_ZTV = torch.zeros_like(v_ZTV, dtype=torch.float32)
+        for tile, p_ZIJ in zip(ctx.tiles, probabilities, strict=True):
+            queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
+            grad_ZIV = grads[0][:, queries]
+            grad_v_ZTV[:, keys] += torch.bmm(p_ZIJ.transpose(1, 2), grad_ZIV)
+            grad_p_ZIJ = torch.bmm(grad_ZIV, v_ZTV[:, keys].transpose(1, 2))
+            grad_scores_ZIJ = torch.ops.aten._softmax_backward_data(grad_p_ZIJ, p_ZIJ, -1, p_ZIJ.dtype)
+            grad_q_ZTQ[:, queries] = torch.bmm(grad_scores_ZIJ, k_ZTQ[:, keys])
+            grad_k_ZTQ[:, keys] += torch.bmm(grad_scores_ZIJ.transpose(1, 2), q_ZTQ[:, queries])
+        return (
+            grad_q_ZTQ.mul_(ctx.scale),
+            grad_k_ZTQ.mul_(ctx.scale).to(k_ZTQ.dtype),
+            grad_v_ZTV.to(v_ZTV.dtype),
+            None,
+            None,
+        )
+
+
+def attend_tiled(
+    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, tiles: list[Tile], scale: float
+) -> torch.Tensor:
+    """Return attention outputs [B, H, T, V]; softmax accumulates in float32."""
+    q_ZTQ, k_ZTQ, v_ZTV = q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1), v_BHTV.flatten(0, 1)
+    out_ZTV: torch.Tensor = _TiledAttention.apply(q_ZTQ, k_ZTQ, v_ZTV, tiles, scale)  # type: ignore[no-untyped-call]
+    return out_ZTV.view(v_BHTV.shape)
