@@ -35,8 +35,9 @@ class Training:
     """What a stage hands to the loop.
 
     batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. validate: figures by name, the
-    same on every rank (collective). identity: what must be equal for a stopped run to go on (see `train.resume`).
-    flops_per_token: forward and backward. peak_flops: matmul peak of all ranks together, in FLOP/s.
+    same on every rank (collective). opening: metrics of a run that begins. identity: what must be equal for a stopped
+    run to go on (see `train.resume`). flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
+    together, in FLOP/s.
     """
 
     engine: Engine
@@ -45,6 +46,7 @@ class Training:
     learning_rate: Callable[[int], float]
     balance: BalanceConfig
     validate: Callable[[], Mapping[str, float]]
+    opening: Mapping[str, float]
     identity: Mapping[str, Any]
     flops_per_token: float
     peak_flops: float
@@ -85,6 +87,8 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     if resumed.num_damaged:
         record(resumed.step, {"checkpoint/damaged": float(resumed.num_damaged)})
     step = resumed.step
+    if step == 0 and training.opening:
+        record(step, training.opening)
     shown = progress(config.steps, folder.name, completed=step) if is_main else nullcontext(_ignore)
     with StopSignals() as signals, shown as advance:
         while step < config.steps:

@@ -75,8 +75,9 @@ def train_stage(
 ) -> Status:
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
-    A collective. origin: weights to start from (`train.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too. evaluate: called with each
-    validation. Raises the errors of data, checkpoints and layout; an interrupted stage goes on when it is run again.
+    A collective. origin: weights to start from (`train.origin.read_origin`). dialogue_texts: rendered dialogues that a
+    tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data, checkpoints and
+    layout; an interrupted stage goes on when it is run again.
     """
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
@@ -159,6 +160,7 @@ def _training(
         learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
         balance=sections.model.balance,
         validate=measure,
+        opening=data.metrics(),
         identity=identity_of(
             model=sections.model,
             quant=sections.quant,

@@ -87,6 +87,7 @@ def toy_training(
         learning_rate=lambda step: learning_rate(step, steps, lr=1e-2, schedule=schedule),
         balance=BalanceConfig(),
         validate=lambda: {"validation/toy": 1.0},
+        opening={},
         identity={"name": identity},
         flops_per_token=1e6,
         peak_flops=1e11,

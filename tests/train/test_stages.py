@@ -1,0 +1,144 @@
+"""A stage from its config sections to its folder: what it leaves, what it starts from, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.errors import CheckpointError
+from moetrain.log import JsonlMetrics, read_metrics
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.train import checkpoint
+from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.interrupt import Status
+from moetrain.train.loop import CHECKPOINTS
+from moetrain.train.origin import Origin, read_origin
+from moetrain.train.stages import SUMMARY, Sections, train_stage
+from tests.distributed import run_ranks
+from tests.train.toy import losses, toy_model
+
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 8
+
+
+def write_texts(folder: Path) -> None:
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
+    folder.mkdir(parents=True)
+    for number in range(24):
+        line = " ".join(words[(number + i * i) % 8] for i in range(30))
+        (folder / f"{number:02d}.txt").write_text(f"text {number}: {line}.\n")
+
+
+def sections(texts: Path, *, engine: EngineName = EngineName.torch, expert: int = 1) -> Sections:
+    return Sections(
+        model=replace(toy_model(), vocab_size=VOCAB_SIZE),
+        data=DataConfig(
+            seq_len=64,
+            sources={"words": SourceConfig(kind=SourceKind.text, path=str(texts))},
+            tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
+            validation_fraction=0.2,
+            validation_rows=3,
+        ),
+        optim=OptimConfig(lr=1e-2),
+        train=TrainConfig(steps=3, rows_per_step=4, rows_per_micro_batch=2, compute_dtype=ComputeDtype.float32),
+        parallel=ParallelConfig(engine=engine, expert=expert),
+        quant=QuantConfig(),
+        seed=5,
+    )
+
+
+def run(folder: Path, settings: Sections, *, origin: Origin | None = None) -> Status:
+    metrics = JsonlMetrics(folder / "metrics.jsonl")
+    try:
+        return train_stage(settings, folder=folder, metrics=metrics, origin=origin)
+    finally:
+        metrics.close()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_texts(folder / "texts")
+    assert run(folder / "pretrain", sections(folder / "texts")) is Status.finished
+    return folder
+
+
+def test_a_finished_stage_says_how_well_it_predicts_beside_a_bigram(pretrained: Path) -> None:
+    summary = json.loads((pretrained / "pretrain" / SUMMARY).read_text())
+    words = summary["validation"]["words"]
+    assert 0 < words["nats_per_character"] < 10
+    assert 0 < words["bigram_nats_per_character"] < 10
+    assert summary["steps"] == 3
+    assert set(summary["digests"]) == {"words", "tokenizer"}
+    assert summary["parameters"]["total"] > summary["parameters"]["routed"] > 0
+    last = read_metrics(pretrained / "pretrain" / "metrics.jsonl")[-1]
+    assert last["validation/words"] == words["nats_per_character"]
+
+
+def test_a_stage_run_twice_gives_the_same_summary_but_for_the_time(pretrained: Path, tmp_path: Path) -> None:
+    write_texts(tmp_path / "elsewhere")
+    run(tmp_path / "pretrain", sections(tmp_path / "elsewhere"))
+    one, other = (json.loads((folder / "pretrain" / SUMMARY).read_text()) for folder in (pretrained, tmp_path))
+    assert one.pop("time").keys() == other.pop("time").keys()
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["pretrain", f"pretrain/{CHECKPOINTS}/step_00000003"])
+def test_a_stage_starts_from_another_stages_weights_and_tokenizer(pretrained: Path, tmp_path: Path, name: str) -> None:
+    origin = read_origin(pretrained / name)
+    assert origin.step == 3
+    assert origin.model == sections(pretrained / "texts").model
+    settings = replace(sections(pretrained / "texts"), quant=QuantConfig(enabled=True))
+    run(tmp_path / "sft", settings, origin=origin)
+    tokenizer = (pretrained / "pretrain" / "tokenizer" / "tokenizer.json").read_text()
+    assert (tmp_path / "sft" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
+    before, after = losses(pretrained / "pretrain" / "metrics.jsonl"), losses(tmp_path / "sft" / "metrics.jsonl")
+    assert after[0] < before[0] - 0.05
+    identity = checkpoint.load(tmp_path / "sft" / CHECKPOINTS / "step_00000003").state["identity"]
+    assert identity["origin"] == origin.digest
+    assert read_origin(tmp_path / "sft").quant == settings.quant
+
+
+def test_weights_of_another_shape_are_refused_with_the_field(pretrained: Path, tmp_path: Path) -> None:
+    settings = sections(pretrained / "texts")
+    other = replace(settings, model=replace(settings.model, rope_theta=1e4))
+    with pytest.raises(CheckpointError, match=r"does not fit \(rope_theta: 50000.0 -> 10000.0\)"):
+        run(tmp_path / "sft", other, origin=read_origin(pretrained / "pretrain"))
+    assert not (tmp_path / "sft" / CHECKPOINTS).exists()
+
+
+def test_a_named_checkpoint_with_a_flipped_byte_is_the_users_error(pretrained: Path, tmp_path: Path) -> None:
+    settings = replace(sections(pretrained / "texts"), seed=6)
+    run(tmp_path / "pretrain", settings)
+    path = tmp_path / "pretrain" / CHECKPOINTS / "step_00000003"
+    shard = path / "model-00001-of-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00001.safetensors: sha256 is") as raised:
+        read_origin(path)
+    assert raised.value.exit_code == 2
+
+
+def test_a_folder_without_weights_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither the folder of a stage"):
+        read_origin(tmp_path)
+
+
+def train_on_ranks(folder: str, expert: int) -> list[float]:
+    root = Path(folder)
+    engine = sections(root / "texts", engine=EngineName.deepspeed, expert=expert)
+    run(root / f"expert_{expert}", engine)
+    return losses(root / f"expert_{expert}" / "metrics.jsonl")
+
+
+def test_two_ranks_that_share_the_experts_give_the_losses_of_one_process(pretrained: Path) -> None:
+    one, other = run_ranks(train_on_ranks, 2, folder=str(pretrained), expert=2)
+    assert one == other
+    torch.testing.assert_close(one, losses(pretrained / "pretrain" / "metrics.jsonl"), rtol=1e-5, atol=1e-5)
+    summaries = [json.loads((pretrained / name / SUMMARY).read_text()) for name in ("pretrain", "expert_2")]
+    alone, shared = (summary["validation"]["words"]["nats_per_character"] for summary in summaries)
+    assert shared == pytest.approx(alone, rel=1e-5)
