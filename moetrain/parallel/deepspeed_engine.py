@@ -19,7 +19,9 @@ from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
-from moetrain.parallel.engine import (
+from moetrain.parallel.expert import ExpertAdapter, group_name
+from moetrain.parallel.optimizer import Partition, PartitionedOptimizer, Slot, slots_of
+from moetrain.parallel.protocol import (
     Objective,
     ObjectiveResult,
     StepReport,
@@ -27,8 +29,6 @@ from moetrain.parallel.engine import (
     forget_rounded,
     on_device,
 )
-from moetrain.parallel.expert import ExpertAdapter, group_name
-from moetrain.parallel.optimizer import Partition, PartitionedOptimizer, Slot, slots_of
 from moetrain.parallel.state import (
     STATE_NAMES,
     STEP,

@@ -1,16 +1,7 @@
-"""What every training engine promises, and the door that builds one.
-
-An engine owns the model's parameters, their gradients and the optimizer's state. It knows neither losses nor data: it
-is handed an objective. `TorchEngine` is the plain twin that `DeepSpeedEngine` is tested against.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+"""The door that builds a training engine, and the names that its users need."""
 
 import torch
 
-from moetrain.data.batch import TokenBatch
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.model.moe import LocalDispatcher
@@ -18,91 +9,13 @@ from moetrain.model.transformer import Transformer, initialize
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.dispatch import AllToAllDispatcher
+from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepReport, on_device
 from moetrain.parallel.topology import Topology, setup
+from moetrain.parallel.torch_engine import TorchEngine
 from moetrain.quant.apply import apply
 from moetrain.quant.config import QuantConfig
 
-CLIP_EPS = 1e-6  # DeepSpeed's and torch's, added to the norm
-
-
-@dataclass(kw_only=True)
-class StepReport:
-    """What an optimizer step says about its gradients.
-
-    grad_norm: global L2 norm of the summed gradient before clipping. clip_factor: what the gradient was multiplied by,
-    min(1, clip_norm / grad_norm). A norm that is not finite skips the update: grad_norm is inf and clip_factor is 0.
-    """
-
-    grad_norm: float
-    clip_factor: float
-
-
-@dataclass(kw_only=True)
-class ObjectiveResult:
-    """What an objective makes of one micro-batch.
-
-    loss: float32 scalar with a graph, this micro-batch's share; the objective is the sum over micro-batches and ranks.
-    counts_LE: int64 tokens that each expert of each MoE layer was chosen by. metrics: detached sums.
-    """
-
-    loss: torch.Tensor
-    counts_LE: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def detached(self) -> "ObjectiveResult":
-        """Return the same numbers without the graph."""
-        return replace(self, loss=self.loss.detach())
-
-
-Objective = Callable[[Transformer, TokenBatch], ObjectiveResult]
-
-
-class Engine(Protocol):
-    """Parameters, gradients and optimizer state of one model, on however many ranks."""
-
-    model: Transformer
-    topology: Topology
-
-    def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
-        """Add the gradient of one micro-batch, and return its numbers, detached. Collective.
-
-        Every rank makes the same number of calls before a step, and says `is_last` at the last one.
-        """
-
-    def step(self, learning_rate: float) -> StepReport:
-        """Clip the accumulated gradient, update the parameters, clear the gradient. Collective."""
-
-    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return the whole state on the main rank, None elsewhere. Collective.
-
-        Global float32 tensors by name, whatever the layout: parameters, persistent buffers, and with the optimizer
-        `optimizer/<parameter>/momentum` (Muon) or `exp_avg` and `exp_avg_sq` (AdamW), and `optimizer/step` (int64).
-        """
-
-    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
-        """Take over what `gather_state` of any layout returned; without the optimizer its state stays as it is.
-
-        Raises CheckpointError when a tensor is missing, left over or of another shape; then nothing has changed.
-        """
-
-
-def clip_factor_of(grad_norm: float, *, clip_norm: float) -> float:
-    """Return what a gradient of norm `grad_norm` is multiplied by."""
-    return min(1.0, clip_norm / (grad_norm + CLIP_EPS))
-
-
-def forget_rounded(model: Transformer) -> None:
-    """Drop the quantised weights that were made from masters that have changed since."""
-    for _, layer in model.moe_layers():
-        if layer.experts.fake_quant is not None:
-            layer.experts.fake_quant.invalidate()
-
-
-def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    """Return `batch` with its columns on `device`."""
-    if batch.tokens_BT.device == device:
-        return batch
-    return replace(batch, **{name: value.to(device) for name, value in vars(batch).items() if value is not None})
+__all__ = ["Engine", "Objective", "ObjectiveResult", "StepReport", "build_engine", "on_device"]
 
 
 def build_engine(
@@ -125,8 +38,6 @@ def build_engine(
         )
     model = _build_model(model_config, topology, quant_config=quant_config, compute_dtype=compute_dtype, seed=seed)
     if parallel_config.engine == EngineName.torch:
-        from moetrain.parallel.torch_engine import TorchEngine
-
         return TorchEngine(model, topology, optim_config=optim_config, compute_dtype=compute_dtype)
     from moetrain.parallel.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 

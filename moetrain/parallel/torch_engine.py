@@ -10,7 +10,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.adamw import adamw_update
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import apply_update, logical_matrices, nesterov, orthogonal_update, parameter_rule
-from moetrain.parallel.engine import Objective, ObjectiveResult, StepReport, clip_factor_of, forget_rounded, on_device
+from moetrain.parallel.protocol import Objective, ObjectiveResult, StepReport, clip_factor_of, forget_rounded, on_device
 from moetrain.parallel.state import STATE_NAMES, STEP, check, global_shapes, optimizer_key, persistent_buffers
 from moetrain.parallel.topology import Topology
 
