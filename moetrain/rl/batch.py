@@ -11,7 +11,7 @@ import torch
 from moetrain.data.batch import TokenBatch
 from moetrain.rollout.types import Trajectory
 
-_ROW_MULTIPLE = 64  # row lengths are rounded up to it, so that kernels meet few shapes
+_LENGTH_MULTIPLE, _ROW_MULTIPLE = 128, 4  # rows and their lengths are rounded up, so that kernels meet few shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Scored:
 
 
 def _rounded(length: int) -> int:
-    return -(-length // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
 def micro_batches(scored: Sequence[Scored], *, max_tokens: int, pad_id: int) -> list[TokenBatch]:
@@ -45,7 +45,7 @@ def micro_batches(scored: Sequence[Scored], *, max_tokens: int, pad_id: int) -> 
 
 def _columns(rows: Sequence[Scored], *, pad_id: int) -> TokenBatch:
     width = _rounded(max(len(row.trajectory.tokens) for row in rows))
-    shape = (len(rows), width)
+    shape = (-(-len(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, width)
     batch = TokenBatch(
         tokens_BT=torch.full(shape, pad_id),
         segments_BT=torch.zeros(shape, dtype=torch.long),

@@ -31,7 +31,7 @@ def policy_objective(config: RlConfig, *, num_tokens: float) -> Objective:
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         assert batch.advantages_BT is not None and batch.logprobs_BT is not None
         output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-        predicted = token_logprobs(model, output.hidden_BTD, batch)
+        predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
         sampled_N = batch.logprobs_BT[batch.loss_mask_BT]
         terms_N = policy_terms(
             predicted.logprobs_N,

@@ -1,0 +1,66 @@
+"""How far two sets of weights are apart: KL divergence on the same tokens, and codes that differ.
+
+B rows, T tokens, N sampled tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from moetrain.inference.forward import forward
+from moetrain.inference.weights import InferenceWeights
+from moetrain.model.rope import build_rope
+from moetrain.rollout.types import Trajectory
+
+_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL(reference || other) in nats a sampled token, the share of tokens with another likeliest token, their number."""
+
+    mean_kl: float
+    max_kl: float
+    top1_changed: float
+    num_tokens: int
+
+
+@torch.inference_mode()
+def divergence(
+    reference: InferenceWeights, other: InferenceWeights, trajectories: Sequence[Trajectory]
+) -> Divergence:
+    """Return how `other` departs from `reference` on the sampled tokens of `trajectories`."""
+    kls: list[torch.Tensor] = []
+    changed: list[torch.Tensor] = []
+    for start in range(0, len(trajectories), _ROWS):
+        rows = trajectories[start : start + _ROWS]
+        first, second = (_logprobs(weights, rows) for weights in (reference, other))
+        kls.append((first.exp() * (first - second)).sum(-1))
+        changed.append(first.argmax(-1) != second.argmax(-1))
+    kl_N, changed_N = torch.cat(kls), torch.cat(changed)
+    return Divergence(
+        mean_kl=float(kl_N.mean()),
+        max_kl=float(kl_N.max()),
+        top1_changed=float(changed_N.float().mean()),
+        num_tokens=kl_N.numel(),
+    )
+
+
+def _logprobs(weights: InferenceWeights, rows: Sequence[Trajectory]) -> torch.Tensor:
+    config = weights.config
+    length = max(len(row.tokens) for row in rows)
+    tokens_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    is_sampled_BT = torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        is_sampled_BT[index, : len(row.tokens)] = torch.tensor(row.is_sampled)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    cache = torch.zeros(config.num_layers, len(rows), length, width, dtype=weights.dtype)
+    starts_B = torch.zeros(len(rows), dtype=torch.long)
+    rope = build_rope(config, length)
+    hidden_BTD = forward(weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=rope)
+    row_N, column_N = is_sampled_BT.nonzero(as_tuple=True)
+    logits_NV = F.linear(hidden_BTD[row_N, column_N - 1], weights.head_VD).float()
+    return torch.log_softmax(logits_NV, -1)
