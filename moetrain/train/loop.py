@@ -16,7 +16,7 @@ from typing import Any
 from moetrain.data.batch import TokenBatch
 from moetrain.log import Metrics, progress
 from moetrain.model.config import BalanceConfig
-from moetrain.parallel.engine import Engine
+from moetrain.parallel.protocol import Engine
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loss import ObjectiveFor

@@ -15,7 +15,7 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer
-from moetrain.parallel.engine import Objective, ObjectiveResult
+from moetrain.parallel.protocol import Objective, ObjectiveResult
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
 
@@ -43,7 +43,7 @@ class GlobalCounts:
     target_weight: float
 
 
-def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, batch: TokenBatch) -> TokenLogprobs:
+def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch) -> TokenLogprobs:
     """Return the float32 log-probability of every token in the loss mask, predicted from the token before it."""
     row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, column_N - 1]
@@ -61,7 +61,7 @@ def language_model_objective(counts: GlobalCounts, *, balance_coefficient: float
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-        predicted = token_logprobs(model, output.hidden_BTD, batch)
+        predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
         weights_N = batch.weights_BT[batch.loss_mask_BT]
         cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
         balance = balance_coefficient * output.balance_loss / counts.tokens

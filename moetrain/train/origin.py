@@ -11,7 +11,7 @@ import torch
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.hf import load_hf_folder
-from moetrain.parallel.engine import Engine
+from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint
 from moetrain.train.identity import model_of, quant_of

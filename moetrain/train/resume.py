@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.errors import CheckpointError
-from moetrain.parallel.engine import Engine
+from moetrain.parallel.protocol import Engine
 from moetrain.train import checkpoint
 
 _log = logging.getLogger(__name__)

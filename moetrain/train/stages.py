@@ -26,7 +26,8 @@ from moetrain.model.flops import flops_per_token, num_parameters
 from moetrain.optim.config import OptimConfig
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.config import ParallelConfig
-from moetrain.parallel.engine import Engine, build_engine
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
 from moetrain.train.config import ComputeDtype, TrainConfig

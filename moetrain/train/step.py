@@ -13,7 +13,7 @@ from moetrain.data.batch import TokenBatch
 from moetrain.errors import DivergenceError
 from moetrain.model.config import BalanceConfig
 from moetrain.model.router import update_bias
-from moetrain.parallel.engine import Engine, ObjectiveResult
+from moetrain.parallel.protocol import Engine, ObjectiveResult
 from moetrain.parallel.topology import Topology
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
 

@@ -6,7 +6,7 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.data.packing import ValidationRows
-from moetrain.parallel.engine import Engine, on_device
+from moetrain.parallel.protocol import Engine, on_device
 from moetrain.train.loss import token_logprobs
 from moetrain.train.rows import micro_batches, rank_rows
 
@@ -29,5 +29,5 @@ def total_nats(engine: Engine, batch: TokenBatch, *, rows_per_micro_batch: int) 
     for part in micro_batches(rows, rows=rows_per_micro_batch):
         part = on_device(part, topology.device)
         output = engine.model(part.tokens_BT, segments_BT=part.segments_BT, positions_BT=part.positions_BT)
-        nats -= token_logprobs(engine.model, output.hidden_BTD, part).logprobs_N.double().sum().cpu()
+        nats -= token_logprobs(engine.model, output.hidden_BTD, batch=part).logprobs_N.double().sum().cpu()
     return float(topology.all_reduce_sum(nats))

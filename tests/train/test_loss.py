@@ -7,7 +7,7 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer, initialize
-from moetrain.parallel.engine import ObjectiveResult
+from moetrain.parallel.protocol import ObjectiveResult
 from moetrain.train import loss as loss_module
 from moetrain.train.loss import GlobalCounts, language_model_objective, token_logprobs
 from moetrain.train.rows import micro_batches, padded, rank_rows
@@ -49,7 +49,7 @@ def _gradients(model: Transformer, batches: list[TokenBatch], counts: GlobalCoun
     return total | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=2e-4, atol=2e-6, msg=name)
@@ -78,7 +78,7 @@ def test_logprobs_and_their_gradients_are_those_of_a_plain_log_softmax(
     upstream_N = torch.randn(batch.num_targets)
     naive_N = _naive_logprobs(model, hidden_BTD, batch)
     expected = torch.autograd.grad((naive_N * upstream_N).sum(), (hidden_BTD, head))
-    found_N = token_logprobs(model, hidden_BTD, batch).logprobs_N
+    found_N = token_logprobs(model, hidden_BTD, batch=batch).logprobs_N
     found = torch.autograd.grad((found_N * upstream_N).sum(), (hidden_BTD, head))
     torch.testing.assert_close(found_N, naive_N)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -87,7 +87,7 @@ def test_logprobs_and_their_gradients_are_those_of_a_plain_log_softmax(
 def test_bf16_logits_are_those_of_the_model_and_the_softmax_is_in_float32() -> None:
     model, batch = _model(compute_dtype=torch.bfloat16), toy_batch(0)
     hidden_BTD = _hidden(model, batch)
-    found_N = token_logprobs(model, hidden_BTD, batch).logprobs_N
+    found_N = token_logprobs(model, hidden_BTD, batch=batch).logprobs_N
     assert hidden_BTD.dtype == torch.bfloat16
     assert found_N.dtype == torch.float32
     torch.testing.assert_close(found_N, _naive_logprobs(model, hidden_BTD, batch), rtol=1e-5, atol=1e-5)
@@ -98,7 +98,7 @@ def test_entropies_are_those_of_the_predicting_distributions() -> None:
     hidden_BTD = _hidden(model, batch)
     rows, columns = batch.loss_mask_BT.nonzero(as_tuple=True)
     expected_N = torch.distributions.Categorical(logits=model.logits(hidden_BTD[rows, columns - 1])).entropy()
-    torch.testing.assert_close(token_logprobs(model, hidden_BTD, batch).entropies_N, expected_N)
+    torch.testing.assert_close(token_logprobs(model, hidden_BTD, batch=batch).entropies_N, expected_N)
 
 
 def test_the_objective_is_the_weighted_mean_over_predicted_tokens_plus_the_balance_loss() -> None:
@@ -115,15 +115,15 @@ def test_the_objective_is_the_weighted_mean_over_predicted_tokens_plus_the_balan
 def test_loss_and_gradients_do_not_depend_on_micro_batches() -> None:
     model, batch = _model(), toy_batch(3)
     whole = _gradients(model, [batch], _counts(batch))
-    _assert_same(_gradients(model, micro_batches(batch, rows=1), _counts(batch)), whole)
-    _assert_same(_gradients(model, micro_batches(batch, rows=3), _counts(batch)), whole)
+    assert_same(_gradients(model, micro_batches(batch, rows=1), _counts(batch)), whole)
+    assert_same(_gradients(model, micro_batches(batch, rows=3), _counts(batch)), whole)
 
 
 def test_loss_and_gradients_do_not_depend_on_how_documents_are_packed() -> None:
     model, batch = _model(), toy_batch(4)
     alone = _one_document_a_row(batch)
     assert alone.num_tokens == batch.num_tokens
-    _assert_same(_gradients(model, [alone], _counts(batch)), _gradients(model, [batch], _counts(batch)))
+    assert_same(_gradients(model, [alone], _counts(batch)), _gradients(model, [batch], _counts(batch)))
 
 
 def test_rows_of_padding_change_nothing() -> None:
@@ -131,8 +131,8 @@ def test_rows_of_padding_change_nothing() -> None:
     split = [rank_rows(batch, rank=rank, world_size=3) for rank in range(3)]
     assert {len(part.tokens_BT) for part in split} == {2}
     whole = _gradients(model, [batch], _counts(batch))
-    _assert_same(_gradients(model, split, _counts(batch)), whole)
-    _assert_same(_gradients(model, [padded(batch, 7)], _counts(batch)), whole)
+    assert_same(_gradients(model, split, _counts(batch)), whole)
+    assert_same(_gradients(model, [padded(batch, 7)], _counts(batch)), whole)
 
 
 def test_a_batch_without_targets_has_loss_and_gradients_of_zero() -> None:

@@ -10,7 +10,8 @@ from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.optim.config import OptimConfig, ScheduleConfig
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.config import EngineName, ParallelConfig
-from moetrain.parallel.engine import Engine, build_engine
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import torch_stream
 from moetrain.train.loop import Training
