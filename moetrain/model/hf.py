@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
@@ -210,6 +210,6 @@ def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
                     layer = _LAYER.match(name)
                     if layer is None or int(layer[1]) < config.num_layers:
                         tensors[name] = opened.get_tensor(name).float()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from error
     return config, fused_tensors(tensors)

@@ -1,0 +1,70 @@
+"""Attention paths against a reference that loops over queries."""
+
+import pytest
+import torch
+
+from moetrain.model import attention
+from moetrain.model.attention import FusedMask, attend_fused, plan_attention
+from moetrain.model.tiled_attention import TILE, attend_tiled, plan_tiles
+
+SCALE = 0.3
+
+
+def packed_segments(num_tokens: int) -> torch.Tensor:
+    """Rows of one document, of three, of many short ones with padding at the end, and of padding only."""
+    rows = torch.zeros(4, num_tokens, dtype=torch.int64)
+    rows[0] = 1
+    rows[1] = 1 + torch.arange(num_tokens) * 3 // num_tokens
+    rows[2] = 1 + torch.arange(num_tokens) // 7
+    rows[2, -num_tokens // 4 :] = 0
+    return rows
+
+
+def slow_attention(q, k, v, segments_BT):
+    out = torch.zeros_like(v)
+    for row in range(q.shape[0]):
+        for query in range(q.shape[2]):
+            seen = (segments_BT[row, : query + 1] == segments_BT[row, query]).nonzero()[:, 0]
+            weights = (SCALE * torch.einsum("hq,htq->ht", q[row, :, query], k[row, :, seen])).softmax(-1)
+            out[row, :, query] = torch.einsum("ht,htv->hv", weights, v[row, :, seen])
+    return out
+
+
+def random_heads(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    shapes = [(4, 2, num_tokens, 12), (4, 2, num_tokens, 12), (4, 2, num_tokens, 8)]
+    return [torch.randn(shape, generator=stream, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 70, TILE, 2 * TILE + 20])
+def test_tiled_and_fused_attention_equal_a_loop_over_queries_forward_and_backward(num_tokens: int) -> None:
+    segments_BT = packed_segments(num_tokens)
+    heads = random_heads(num_tokens, torch.float64)
+    reference = slow_attention(*heads, segments_BT)
+    upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.autograd.grad(reference, heads, upstream)
+
+    tiled = attend_tiled(*heads, tiles=plan_tiles(segments_BT, torch.float64), scale=SCALE)
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    fused = attend_fused(*heads, mask=FusedMask(seen_B1TT=same.tril()[:, None]), scale=SCALE)
+    for out in (tiled, fused):
+        torch.testing.assert_close(out, reference)
+        # The tiles add up gradients of keys and values in float32.
+        torch.testing.assert_close(torch.autograd.grad(out, heads, upstream), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments_BT = packed_segments(40)
+    assert isinstance(plan_attention(segments_BT, torch.float32), list)
+    monkeypatch.setattr(attention, "TILED_MAX_TOKENS", 32)
+    mask = plan_attention(segments_BT, torch.float32)
+    assert isinstance(mask, FusedMask)
+    heads = random_heads(40, torch.float32)
+    tiled = attend_tiled(*heads, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
+    torch.testing.assert_close(attend_fused(*heads, mask=mask, scale=SCALE), tiled, atol=1e-6, rtol=1e-5)
+
+
+def test_a_tile_leaves_out_keys_of_documents_that_ended_before_it() -> None:
+    segments_BT = torch.ones(2, 4 * TILE, dtype=torch.int64)
+    segments_BT[:, 2 * TILE + 3 :] = 2
+    assert [tile.first_key for tile in plan_tiles(segments_BT, torch.float32)] == [0, 0, 0, 2 * TILE]

@@ -1,0 +1,76 @@
+"""Routing and the bias update against references written token by token."""
+
+import math
+
+import pytest
+import torch
+
+from moetrain.errors import ConfigError
+from moetrain.model.config import BiasRule, ModelConfig, ScoreFunction
+from moetrain.model.router import route, update_bias
+
+
+def slow_route(logits: list[float], bias: list[float], config: ModelConfig) -> dict[int, float]:
+    """Return expert -> weight of one token, as DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) says it."""
+    if config.score_function == ScoreFunction.sigmoid:
+        scores = [1 / (1 + math.exp(-z)) for z in logits]
+    elif config.score_function == ScoreFunction.softmax:
+        scores = [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
+    else:
+        scores = [math.sqrt(math.log(1 + math.exp(z))) for z in logits]
+    biased = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = config.num_experts // config.num_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(config.num_groups)]
+    groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:2]))
+    allowed = [e for group in groups[: config.num_groups_per_token] for e in group]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[: config.num_experts_per_token]
+    total = sum(scores[e] for e in chosen) if config.normalize_weights else 1.0
+    return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
+
+
+@pytest.mark.parametrize("function", ScoreFunction)
+@pytest.mark.parametrize(("num_groups", "num_open"), [(1, 1), (4, 2), (12, 5)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing_equals_a_reference_written_token_by_token(
+    function: ScoreFunction, num_groups: int, num_open: int, normalize: bool
+) -> None:
+    config = ModelConfig(
+        num_experts=12,
+        num_experts_per_token=3,
+        num_groups=num_groups,
+        num_groups_per_token=num_open,
+        score_function=function,
+        normalize_weights=normalize,
+        routed_scaling_factor=1.3,
+    )
+    stream = torch.Generator().manual_seed(0)
+    logits_NE, bias_E = torch.randn(50, 12, generator=stream), 0.2 * torch.randn(12, generator=stream)
+    routing = route(logits_NE, bias_E, config)
+    for token in range(50):
+        got = dict(zip(routing.expert_ids_NK[token].tolist(), routing.weights_NK[token].tolist(), strict=True))
+        assert got == pytest.approx(slow_route(logits_NE[token].tolist(), bias_E.tolist(), config), rel=1e-5)
+
+
+def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
+    config = ModelConfig(num_experts=4, num_experts_per_token=1, normalize_weights=False, routed_scaling_factor=1.0)
+    logits_NE = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    routing = route(logits_NE, torch.tensor([0.0, 0.0, 0.0, 5.0]), config)
+    assert routing.expert_ids_NK.item() == 3
+    assert routing.weights_NK.item() == pytest.approx(1 / (1 + math.e))
+
+
+def test_the_bias_rises_for_experts_with_few_tokens() -> None:
+    counts_E = torch.tensor([10, 2, 3, 5])  # mean 5
+    for rule, expected in (
+        (BiasRule.none, [0.0, 0.0, 0.0, 0.0]),
+        (BiasRule.sign, [-0.1, 0.1, 0.1, 0.0]),
+        (BiasRule.centred, [-0.125, 0.075, 0.075, -0.025]),
+    ):
+        bias_E = torch.zeros(4)
+        update_bias(bias_E, counts_E, rule, 0.1)
+        torch.testing.assert_close(bias_E, torch.tensor(expected))
+
+
+def test_the_quantile_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bias_rule is quantile"):
+        update_bias(torch.zeros(2), torch.ones(2), BiasRule.quantile, 0.1)
