@@ -68,8 +68,8 @@ def _ungrouped(x_XOGS: Tensor) -> Tensor:
 
 
 def _kimi7_scales(weight_XOGS: Tensor) -> Tensor:
-    amax_XOG = weight_XOGS.abs().amax(dim=-1)
-    return (amax_XOG.float() / 7).to(torch.bfloat16)
+    amax_XOG = weight_XOGS.abs().float().amax(dim=-1)
+    return (amax_XOG / 7).to(torch.bfloat16)
 
 
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
@@ -92,9 +92,9 @@ def quantize(weight_XOI: Tensor, *, grid: GridName, group_size: int) -> Quantize
     weight_XOGS = _grouped(weight_XOI.detach().to(torch.bfloat16), group_size=group_size)
     raw_scales_XOG = rule.scales_of(weight_XOGS)
     is_zero_XOG = raw_scales_XOG.abs() < SMALLEST_SCALE
+    divisors_XOG1 = raw_scales_XOG.masked_fill(is_zero_XOG, torch.inf).unsqueeze(-1)  # gives codes 0
+    codes_XOGS = (weight_XOGS / divisors_XOG1).round().clamp(rule.min_code, rule.max_code)
     scales_XOG = raw_scales_XOG.masked_fill(is_zero_XOG, ZERO_GROUP_SCALE)
-    codes_XOGS = (weight_XOGS / scales_XOG.unsqueeze(-1)).round().clamp(rule.min_code, rule.max_code)
-    codes_XOGS = codes_XOGS.masked_fill(is_zero_XOG.unsqueeze(-1), 0)
     return Quantized(codes_XOI=_ungrouped(codes_XOGS.to(torch.int8)), scales_XOG=scales_XOG)
 
 
