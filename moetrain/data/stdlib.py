@@ -6,6 +6,7 @@ together: else the docstrings held out as English would be read as code in train
 """
 
 import ast
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -31,13 +32,15 @@ _MAX_WORD = 20
 """Mean characters a word above which a paragraph is a list of names."""
 
 
+_BLOCKS = ("body", "handlers", "orelse", "finalbody")
+"""Fields of a statement that hold statements."""
+
+
 @cache
 def stdlib_code() -> dict[str, str]:
     """Return the text of each .py file by its path in the library, sorted; empty and non-UTF-8 files are left out."""
     root = _root()
-    relative = (path.relative_to(root) for path in root.rglob("*.py"))
-    paths = sorted(path.as_posix() for path in relative if _is_wanted(path))
-    texts = {path: _read(root / path) for path in paths}
+    texts = {path: _read(root / path) for path in sorted(_paths(root))}
     return {path: text for path, text in texts.items() if text.strip()}
 
 
@@ -61,9 +64,12 @@ def _root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _is_wanted(path: Path) -> bool:
-    is_build = any(part.startswith(_BUILD_PREFIXES) for part in path.parts)
-    return not is_build and _LEFT_OUT.isdisjoint(path.parts[:-1])
+def _paths(root: Path) -> Iterator[str]:
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _LEFT_OUT and not name.startswith(_BUILD_PREFIXES)]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(_BUILD_PREFIXES):
+                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def _read(path: Path) -> str:
@@ -94,14 +100,14 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield everything that can have a docstring, in the order of the text; expressions are not walked."""
+    """Yield everything that can have a docstring, in the order of the text; only statements with a block are walked."""
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
-        children = (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler))
-        stack += reversed(list(children))
+        fields = vars(node)
+        stack += reversed([child for block in _BLOCKS for child in fields.get(block, ()) if "body" in vars(child)])
 
 
 def _comments(text: str) -> Iterator[str]:
