@@ -4,19 +4,24 @@ import fcntl
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from moetrain.compose import save_config, to_mapping
 from moetrain.config import StageRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode
 
+INTERRUPTED = 128 + signal.SIGTERM
+"""Exit code of a stage that saved and stopped on a signal; the same command goes on."""
 PLUGINS = "moetrain.plugins"
 """Group of entry points through which an installed package offers tasks, tools or formats."""
 
@@ -122,3 +127,10 @@ def stage_metrics(run: StageRun) -> Iterator[Metrics]:
         yield metrics
     finally:
         metrics.close()
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write what a finished stage says of itself as `summary.json`, whole or not at all."""
+    scratch = folder / ".summary.json.tmp"
+    scratch.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / "summary.json")

@@ -1,0 +1,31 @@
+"""`moetrain export`."""
+
+from dataclasses import asdict
+
+from moetrain.cli.stage import stage_folder, write_summary
+from moetrain.config import ExportRun
+from moetrain.errors import ConfigError
+
+
+def main(run: ExportRun) -> int:
+    """Run the stage; return its exit code."""
+    if run.init_from is None:
+        raise ConfigError("init_from is null: give the stage or checkpoint to export")
+    # These bring torch in, so only now.
+    from moetrain.cli.weights import EXPORT, read_weights, tokenizer_of
+    from moetrain.export.write import export_model
+
+    with stage_folder(run) as folder:
+        origin = read_weights(run.init_from)
+        report = export_model(
+            origin.tensors,
+            folder=folder / EXPORT,
+            model=origin.model,
+            quant=origin.quant if origin.quant is not None and origin.quant.enabled else run.quant,
+            export=run.export,
+            tokenizer=tokenizer_of(origin),
+            step=origin.step,
+            sources={"weights": origin.digest},
+        )
+        write_summary(folder, {"stage": "export", **asdict(report)})
+    return 0

@@ -1,0 +1,38 @@
+"""`moetrain generate`."""
+
+from moetrain.config import GenerateRun
+from moetrain.errors import ConfigError
+
+
+def main(run: GenerateRun) -> int:
+    """Print what the weights say to the prompt; return the exit code."""
+    if run.init_from is None or not run.prompt:
+        raise ConfigError("give init_from=FOLDER and prompt='...'")
+    # These bring torch in, so only now.
+    from moetrain.chat.messages import Message, Role
+    from moetrain.chat.template import BOS, EOS, IM_END, conversation_pieces, generation_prompt, pieces_to_tokens
+    from moetrain.cli.weights import read_weights, tokenizer_of
+    from moetrain.inference.engine import GenerationEngine, Sequence
+    from moetrain.inference.weights import build_weights
+    from moetrain.quant.config import QuantConfig
+    from moetrain.runtime import seed_of
+
+    origin = read_weights(run.init_from)
+    tokenizer = tokenizer_of(origin)
+    special = tokenizer.special_ids
+    if run.chat:
+        pieces = [*conversation_pieces([Message(role=Role.user, content=run.prompt)]), *generation_prompt()]
+        prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=special)[0]
+    else:
+        prompt = [special[BOS], *tokenizer.encode(run.prompt)]
+    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
+    engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
+    stream = seed_of(run.run.seed, "generate")
+    sequence = Sequence(tokens=list(prompt), stream=stream, temperature=run.temperature)
+    engine.add(sequence)
+    while engine.has_room(sequence):
+        engine.step()
+        if sequence.tokens[-1] in (special[EOS], special[IM_END]):
+            break
+    print(tokenizer.decode(sequence.tokens[len(prompt) :]))
+    return 0

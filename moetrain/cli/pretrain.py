@@ -1,0 +1,10 @@
+"""`moetrain pretrain`."""
+
+from moetrain.config import PretrainRun
+
+
+def main(run: PretrainRun) -> int:
+    """Run the stage; return its exit code."""
+    from moetrain.cli.documents import train  # brings torch in, so only now
+
+    return train(run)

@@ -1,0 +1,10 @@
+"""`moetrain sft`."""
+
+from moetrain.config import SftRun
+
+
+def main(run: SftRun) -> int:
+    """Run the stage; return its exit code."""
+    from moetrain.cli.documents import train  # brings torch in, so only now
+
+    return train(run)

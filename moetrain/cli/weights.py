@@ -1,0 +1,41 @@
+"""Where weights come from, exports included. Imported by commands once their input is checked: it brings torch in."""
+
+from pathlib import Path
+
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.export.read import is_export, read_export
+from moetrain.train.origin import Origin, read_origin
+
+EXPORT = "model"
+"""Folder of the export in the folder of an export stage."""
+
+
+def read_weights(init_from: str) -> Origin:
+    """Return the weights of a stage's folder, a checkpoint, an export or a Hugging Face folder.
+
+    Those of an INT4 export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
+    what is missing or damaged.
+    """
+    path = Path(init_from).expanduser()
+    if is_export(path / EXPORT):
+        path = path / EXPORT
+    if not is_export(path):
+        return read_origin(path)
+    export = read_export(path)
+    return Origin(
+        path=path,
+        tensors=export.weights(),
+        model=export.model,
+        quant=export.quant,
+        tokenizer=path,
+        digest=str(export.record["sources"]),
+        step=export.step,
+    )
+
+
+def tokenizer_of(origin: Origin) -> Tokenizer:
+    """Return the tokenizer that lies beside the weights."""
+    if origin.tokenizer is None:
+        raise CheckpointError(f"{origin.path}: there is no {TOKENIZER_FILE} beside the weights; copy theirs there")
+    return Tokenizer.load(origin.tokenizer)
