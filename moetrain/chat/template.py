@@ -1,4 +1,4 @@
-"""The chat template of the released Kimi K2 Thinking: messages to pieces and tokens, a model's tokens back to a message.
+"""The chat template of the released Kimi K2 Thinking: messages to pieces and tokens, and a turn's tokens back.
 
 Not a Jinja engine: training renders pieces, so that every token is known to be a marker, text that was given, or text
 that the model is to produce. `JINJA` says the same for other programs; a test holds the two together.
@@ -42,15 +42,24 @@ SPECIAL_TOKENS: list[str] = [
     THINK_END,
 ]
 
-JINJA = """{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>{%- endif -%}
+JINJA = """{%- if tools -%}
+<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
+{%- endif -%}
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}<|im_system|>system<|im_middle|>{{ message.content }}<|im_end|>
 {%- elif message.role == 'user' -%}<|im_user|>user<|im_middle|>{{ message.content }}<|im_end|>
-{%- elif message.role == 'tool' -%}<|im_system|>{{ message.name or 'tool' }}<|im_middle|>## Return of {{ message.tool_call_id }}
+{%- elif message.role == 'tool' -%}
+<|im_system|>{{ message.name or 'tool' }}<|im_middle|>## Return of {{ message.tool_call_id }}
 {{ message.content }}<|im_end|>
-{%- else -%}<|im_assistant|>assistant<|im_middle|><think>{{ message.reasoning_content or '' }}</think>{{ message.content or '' }}
+{%- else -%}
+<|im_assistant|>assistant<|im_middle|><think>{{ message.reasoning_content or '' }}</think>{{ message.content or '' }}
 {%- if message.tool_calls -%}<|tool_calls_section_begin|>
-{%- for call in message.tool_calls -%}<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>{% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}<|tool_call_end|>{%- endfor -%}
+{%- for call in message.tool_calls -%}
+<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>
+{%- if call.function.arguments is string -%}{{ call.function.arguments }}
+{%- else -%}{{ call.function.arguments | tojson }}{%- endif -%}
+<|tool_call_end|>
+{%- endfor -%}
 <|tool_calls_section_end|>{%- endif -%}<|im_end|>
 {%- endif -%}
 {%- endfor -%}
@@ -100,7 +109,13 @@ def message_pieces(message: Message) -> list[Piece]:
     if message.role is Role.assistant:
         return [*generation_prompt(), *turn_pieces(message)]
     if message.role is Role.user:
-        return [_special(IM_USER), Piece(text="user"), _special(IM_MIDDLE), Piece(text=message.content), _special(IM_END)]
+        return [
+            _special(IM_USER),
+            Piece(text="user"),
+            _special(IM_MIDDLE),
+            Piece(text=message.content),
+            _special(IM_END),
+        ]
     name, content = "system", message.content
     if message.role is Role.tool:
         name, content = message.name or "tool", f"## Return of {message.tool_call_id}\n{message.content}"

@@ -19,7 +19,7 @@ _ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL(reference || other) in nats a sampled token, the share of tokens with another likeliest token, their number."""
+    """KL(reference || other) in nats a sampled token, how often the likeliest token differs."""
 
     mean_kl: float
     max_kl: float
@@ -28,9 +28,7 @@ class Divergence:
 
 
 @torch.inference_mode()
-def divergence(
-    reference: InferenceWeights, other: InferenceWeights, trajectories: Sequence[Trajectory]
-) -> Divergence:
+def divergence(reference: InferenceWeights, other: InferenceWeights, trajectories: Sequence[Trajectory]) -> Divergence:
     """Return how `other` departs from `reference` on the sampled tokens of `trajectories`."""
     kls: list[torch.Tensor] = []
     changed: list[torch.Tensor] = []

@@ -11,7 +11,6 @@ from typing import Any
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
-from moetrain.eval.summary import summarize
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import progress
 from moetrain.rollout.collect import RolloutRequest, collect
@@ -104,8 +103,3 @@ def check_graders(family: TaskFamily, *, num_tasks: int) -> dict[str, Any]:
         environment.close()
         expert += family.demonstrate(task, index, perfect=True)[1].success
     return {"null_policy": null / num_tasks, "perfect_expert": expert / num_tasks, "num_tasks": num_tasks}
-
-
-def table(results: dict[str, list[Trajectory]]) -> dict[str, Any]:
-    """Return the summary of each mode's trajectories."""
-    return {name: summarize(trajectories) for name, trajectories in results.items()}

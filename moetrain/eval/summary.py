@@ -17,7 +17,7 @@ def rate_row(rate: Rate) -> dict[str, float | int]:
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return rates of one mode: overall, by calls needed, with and without a tool failure, and endings as counts.
 
-    `outcomes` lists success by task number, for pairing with another evaluation of the same tasks.
+    `outcomes` lists success by task number and length, for pairing with another evaluation of the same tasks.
     """
     by_calls = sorted({trajectory.num_calls_needed for trajectory in trajectories})
     return {
@@ -31,7 +31,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "endings": dict(sorted(Counter(t.ending.value for t in trajectories).items())),
         "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
         "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
-        "outcomes": {str(t.task): bool(t.grade.success) for t in trajectories},
+        "outcomes": {f"{t.task}/{t.num_calls_needed}": bool(t.grade.success) for t in trajectories},
     }
 
 

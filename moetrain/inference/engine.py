@@ -24,8 +24,7 @@ _REFILL_SHARE = 0.25  # of the slots; fewer free ones wait, so that prompts are 
 class Sequence:
     """One sequence: `tokens` are all tokens so far, the first `num_fed` of them in the cache.
 
-    `stream` seeds its sampling; `logprobs[i]` belongs to tokens[i], 0.0 where the token was given; `is_sampled[i]` tells
-    which were sampled.
+    `stream` seeds its sampling. `logprobs[i]` and `is_sampled[i]` belong to tokens[i]; given tokens have logprob 0.0.
     """
 
     tokens: list[int]
@@ -70,7 +69,9 @@ class GenerationEngine:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence for a slot."""
         if not 0 < len(sequence.tokens) < self._max_tokens:
-            raise RolloutError(f"a prompt has {len(sequence.tokens)} tokens: the cache holds {self._max_tokens} a sequence")
+            raise RolloutError(
+                f"a prompt has {len(sequence.tokens)} tokens: the cache holds {self._max_tokens} a sequence"
+            )
         self._waiting.append(sequence)
 
     def has_room(self, sequence: Sequence, num_tokens: int = 1) -> bool:

@@ -75,12 +75,12 @@ def _attention(
         q = F.linear(rms_norm(F.linear(x_BTD, layer.q_a), layer.q_a_norm, eps=_LATENT_NORM_EPS), layer.q_b)
     q_BTHQ = q.view(num_rows, num_new, config.num_heads, config.qk_head_dim)
     latent_BTC = F.linear(x_BTD, layer.kv_a)
-    key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT)[..., 0, :]
+    key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT=positions_BT)[..., 0, :]
     new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=_LATENT_NORM_EPS), key_rope_BTR], -1)
     cache_BSC[torch.arange(num_rows)[:, None], positions_BT] = new_BTC
     q_nope_HBN = q_BTHQ[..., :nope].permute(2, 0, 1, 3).reshape(config.num_heads, -1, nope)
     q_latent_HBC = torch.bmm(q_nope_HBN, layer.up_k_HNC).view(config.num_heads, num_rows, num_new, rank)
-    q_rope_HBTR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT).permute(2, 0, 1, 3)
+    q_rope_HBTR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT).permute(2, 0, 1, 3)
     query = torch.cat([q_latent_HBC, q_rope_HBTR], -1).permute(1, 2, 0, 3).reshape(num_rows, -1, cache_BSC.shape[-1])
     keys_BSC = cache_BSC[:, : blocked_BTS.shape[-1]]
     scores = torch.bmm(query, keys_BSC.transpose(1, 2)).view(num_rows, num_new, config.num_heads, -1).float()
@@ -107,7 +107,7 @@ def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> tor
     """Sum the chosen experts' outputs; every expert's rows are padded to the longest, in one batched product."""
     assert layer.router_ED is not None and layer.router_bias_E is not None
     assert layer.experts_gate_up_EDF is not None and layer.experts_down_EFD is not None
-    routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config)
+    routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config=config)
     num_tokens, num_chosen = routing.expert_ids_NK.shape
     ids = routing.expert_ids_NK.flatten()
     order = torch.argsort(ids, stable=True)

@@ -19,7 +19,8 @@ def uniforms(streams_B: NDArray[np.uint64], positions_B: NDArray[np.uint64]) -> 
         z_B = (z_B ^ (z_B >> np.uint64(30))) * _MIX_1
         z_B = (z_B ^ (z_B >> np.uint64(27))) * _MIX_2
         z_B = z_B ^ (z_B >> np.uint64(31))
-    return (z_B >> np.uint64(11)).astype(np.float64) * _UNIT
+    units_B: NDArray[np.float64] = (z_B >> np.uint64(11)).astype(np.float64) * _UNIT
+    return units_B
 
 
 def sample(

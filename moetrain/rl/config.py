@@ -39,7 +39,9 @@ class RlConfig:
         if self.tasks_per_step < 1:
             raise ConfigError(f"rl.tasks_per_step is {self.tasks_per_step}: give at least 1")
         if self.group_size < 2:
-            raise ConfigError(f"rl.group_size is {self.group_size}: a group baseline needs at least 2 trajectories a task")
+            raise ConfigError(
+                f"rl.group_size is {self.group_size}: a group baseline needs at least 2 trajectories a task"
+            )
         if not 0 < self.ratio_low < 1 < self.ratio_high:
             raise ConfigError(
                 f"rl.ratio_low, rl.ratio_high are {self.ratio_low}, {self.ratio_high}: give numbers below and above 1"

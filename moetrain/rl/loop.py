@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RlTraining:
-    """What an RL stage hands to the loop. `first_task` is the number of the first training task, beyond those of SFT."""
+    """What an RL stage hands to the loop. `first_task`: number of the first task, beyond those of SFT."""
 
     engine: Engine
     family: TaskFamily
@@ -118,9 +118,7 @@ def _one_step(training: RlTraining, *, step: int) -> dict[str, float]:
     ]
     counted = scored if training.rl.algorithm is Algorithm.policy else [s for s in scored if s.advantage]
     num_tokens = sum(sum(s.trajectory.is_sampled) for s in counted)
-    batches = micro_batches(
-        scored, max_tokens=training.rl.tokens_per_micro_batch, pad_id=training.tokenizer.pad_id
-    )
+    batches = micro_batches(scored, max_tokens=training.rl.tokens_per_micro_batch, pad_id=training.tokenizer.pad_id)
     if not batches:
         _log.warning("step %d: every group is all right or all wrong; no update", step + 1)
         return values

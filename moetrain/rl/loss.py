@@ -26,7 +26,7 @@ def policy_terms(
 
 
 def policy_objective(config: RlConfig, *, num_tokens: float) -> Objective:
-    """Return the objective of an RL step; `num_tokens` is the number of all sampled tokens of the step, on all ranks."""
+    """Return the objective of an RL step; `num_tokens` counts the sampled tokens of the step on all ranks."""
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         assert batch.advantages_BT is not None and batch.logprobs_BT is not None

@@ -33,5 +33,5 @@ class RolloutConfig:
             raise ConfigError(f"rollout.temperature is {self.temperature}: give 0 (greedy) or more")
         if self.max_turn_tokens >= self.max_tokens:
             raise ConfigError(
-                f"rollout.max_turn_tokens is {self.max_turn_tokens}: give less than rollout.max_tokens={self.max_tokens}"
+                f"rollout.max_turn_tokens is {self.max_turn_tokens}: give less than max_tokens={self.max_tokens}"
             )

@@ -7,7 +7,7 @@ from moetrain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class DemonstratorConfig:
-    """Chances that the scripted expert errs, a call; all 0 and retry 1 makes it perfect. Fixed before RL is looked at."""
+    """Chances of the scripted expert's slips, a call; fixed before RL is looked at. All 0 and retry 1 is perfect."""
 
     stop_early: float = 0.03
     """It reports what it has and stops."""

@@ -18,9 +18,9 @@ def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
         raise ToolError(f"arguments are not JSON: {error.msg}") from None
-    error = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
-    if error is not None:
-        raise ToolError(error.message[: 2 * _SHOWN])
+    problem = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
+    if problem is not None:
+        raise ToolError(problem.message[: 2 * _SHOWN])
     if not isinstance(arguments, dict):
         raise ToolError("arguments are not a JSON object")
     return arguments

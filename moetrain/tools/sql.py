@@ -34,7 +34,9 @@ def _spec(name: str, description: str, **properties: dict[str, Any]) -> ToolSpec
 
 SQL_TOOLS: tuple[ToolSpec, ...] = (
     _spec("get", "Read one column of the row with this id.", table=_NAME, id=_NAME, column=_NAME),
-    _spec("find", "Return the id of the first row whose column has this value.", table=_NAME, column=_NAME, value=_VALUE),
+    _spec(
+        "find", "Return the id of the first row whose column has this value.", table=_NAME, column=_NAME, value=_VALUE
+    ),
     _spec(
         "aggregate",
         "Count rows, or take sum, max or min of a column, over the rows where another column has this value.",
@@ -144,8 +146,8 @@ def calculate(expression: str) -> int | float:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) <= _MAX_NUMBER:
-        return node.value  # type: ignore[return-value]  # the line above has narrowed it
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and abs(node.value) <= _MAX_NUMBER:
+        return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

@@ -110,6 +110,4 @@ def test_a_tool_result_cannot_forge_a_role() -> None:
 )
 def test_markers_that_do_not_nest_are_refused(names: list[str]) -> None:
     with pytest.raises(RolloutError):
-        parse_turn(
-            [_SPECIAL_IDS[name] for name in names], decode=_decode, special_names=_SPECIAL_NAMES, first_index=0
-        )
+        parse_turn([_SPECIAL_IDS[name] for name in names], decode=_decode, special_names=_SPECIAL_NAMES, first_index=0)

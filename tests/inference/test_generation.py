@@ -48,7 +48,9 @@ def test_the_cached_forward_equals_the_training_forward(fields: dict[str, object
     for position in range(6, 9):
         starts_B = torch.tensor([position, position])
         parts.append(
-            forward(weights, tokens_BT=tokens[:, position : position + 1], starts_B=starts_B, cache_LBSC=cache, rope=rope)
+            forward(
+                weights, tokens_BT=tokens[:, position : position + 1], starts_B=starts_B, cache_LBSC=cache, rope=rope
+            )
         )
     logits = torch.nn.functional.linear(torch.cat(parts, 1), weights.head_VD)
     for row in range(2):

@@ -14,9 +14,7 @@ from moetrain.tasks.protocol import Grade
 
 def _gradient(log_ratio: float, advantage: float, config: RlConfig) -> float:
     logprob = torch.tensor([log_ratio - 1.0], requires_grad=True)
-    terms = policy_terms(
-        logprob, sampled_N=torch.tensor([-1.0]), advantages_N=torch.tensor([advantage]), config=config
-    )
+    terms = policy_terms(logprob, sampled_N=torch.tensor([-1.0]), advantages_N=torch.tensor([advantage]), config=config)
     terms.sum().backward()
     assert logprob.grad is not None
     return float(logprob.grad)

@@ -43,7 +43,9 @@ def _say(episode: Episode, message: Message, tokenizer: Tokenizer) -> None:
 def _solve(task: DatabaseTask, episode: Episode, tokenizer: Tokenizer) -> Trajectory:
     value: str | int = task.program.start
     for number, step in enumerate(task.program.steps):
-        call = ToolCall(name=step.kind.value, arguments=step.arguments(value), id=f"functions.{step.kind.value}:{number}")
+        call = ToolCall(
+            name=step.kind.value, arguments=step.arguments(value), id=f"functions.{step.kind.value}:{number}"
+        )
         _say(episode, Message(role=Role.assistant, reasoning=f"step {number}", tool_calls=[call]), tokenizer)
         text = tokenizer.decode(episode.sequence.tokens)
         result = json.loads(text.split("\n")[-1].split("<|im_end|>")[0])
@@ -58,11 +60,14 @@ def test_a_right_trajectory_is_graded_right_and_its_columns_line_up(tokenizer: T
     assert trajectory.grade.success and trajectory.ending is Ending.answered
     assert trajectory.num_calls == task.num_calls and trajectory.num_errors == 0
     assert len(trajectory.tokens) == len(trajectory.is_sampled) == len(trajectory.logprobs)
-    assert all(logprob == (-1.0 if sampled else 0.0) for logprob, sampled in zip(trajectory.logprobs, trajectory.is_sampled, strict=True))
+    assert all(
+        logprob == (-1.0 if sampled else 0.0)
+        for logprob, sampled in zip(trajectory.logprobs, trajectory.is_sampled, strict=True)
+    )
 
 
 def test_what_the_model_said_is_never_rendered_again(tokenizer: Tokenizer) -> None:
-    task, episode = _begin(tokenizer)
+    _, episode = _begin(tokenizer)
     odd = ToolCall(name="get", arguments='{ "table" : 1 }', id="functions.get:0")
     message = Message(role=Role.assistant, reasoning="x", tool_calls=[odd])
     start = len(episode.sequence.tokens)
@@ -89,7 +94,9 @@ def test_a_bad_call_becomes_an_observation(tokenizer: Tokenizer) -> None:
         ({"max_tokens": 300, "max_turn_tokens": 299}, Ending.max_tokens),
     ],
 )
-def test_a_limit_ends_the_trajectory_and_is_recorded(tokenizer: Tokenizer, limits: dict[str, int], ending: Ending) -> None:
+def test_a_limit_ends_the_trajectory_and_is_recorded(
+    tokenizer: Tokenizer, limits: dict[str, int], ending: Ending
+) -> None:
     _, episode = _begin(tokenizer, **limits)
     call = ToolCall(name="get", arguments="{}", id="functions.get:0")
     for _ in range(20):

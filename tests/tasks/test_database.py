@@ -55,7 +55,9 @@ def test_held_out_tasks_share_no_noun_and_no_phrase_with_training() -> None:
     assert not set(nouns(Split.train)) & set(nouns(Split.held_out))
     family = DatabaseFamily(_SURE, 0)
     names = {
-        split: {name for i in range(100) for t in family.task(split, i).tables.values() for name in (t.name, *t.columns[1:])}
+        split: {
+            name for i in range(100) for t in family.task(split, i).tables.values() for name in (t.name, *t.columns[1:])
+        }
         for split in Split
     }
     assert not names[Split.train] & names[Split.held_out]
@@ -90,7 +92,9 @@ def test_tool_failures_have_the_stated_rate_and_no_effect() -> None:
     task = family.task(Split.train, 2)
     environment = task.environment(9)
     step = task.program.steps[0]
-    failed = sum(environment.call(step.kind.value, step.arguments(task.program.start)).is_transient for _ in range(1000))
+    failed = sum(
+        environment.call(step.kind.value, step.arguments(task.program.start)).is_transient for _ in range(1000)
+    )
     assert 250 < failed < 350
 
 

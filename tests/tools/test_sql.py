@@ -32,7 +32,9 @@ def test_the_tools_read_search_and_aggregate() -> None:
 def test_an_update_changes_one_row_only() -> None:
     tools = _tools()
     assert tools.call("update", '{"table":"order","id":"c2d","column":"price","value":50}') == '"ok"'
-    prices = [tools.call("get", json.dumps({"table": "order", "id": i, "column": "price"})) for i in ("a1b", "c2d", "e3f")]
+    prices = [
+        tools.call("get", json.dumps({"table": "order", "id": i, "column": "price"})) for i in ("a1b", "c2d", "e3f")
+    ]
     assert prices == ["3", "50", "9"]
 
 

@@ -34,7 +34,9 @@ def demonstrate(
             break
         if stream.random() < slips.skip_step:
             continue
-        result = _attempts(environment, step, number, value, tables=tables, slips=slips, stream=stream, messages=messages)
+        result = _attempts(
+            environment, step, number, value, tables=tables, slips=slips, stream=stream, messages=messages
+        )
         if result is None:
             break
         value = value if step.kind is StepKind.update else result

@@ -1,4 +1,4 @@
-"""Database tasks by number: each has its own names, rows, links, steps and phrasing, a function of (seed, split, index)."""
+"""Database tasks by number: names, rows, links, steps and phrasing are a function of (seed, split, index)."""
 
 import random
 from collections.abc import Sequence

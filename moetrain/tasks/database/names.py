@@ -1,4 +1,4 @@
-"""Words that tables and columns are named with, and row ids. The held-out split uses words that training never shows."""
+"""Words that tables and columns are named with, and row ids. Training never shows the words of the held-out split."""
 
 import functools
 import random
@@ -6,14 +6,15 @@ import random
 from moetrain.tasks.protocol import Split
 
 _NOUNS = """
-agent album area asset award badge bill board boat bond book cabin cable canal card cargo case chain city claim coach
-code coin cost cover crew crop debt depot desk donor event farm fee field film fleet floor fund gate goods grade grant
-group guard guest guide hotel house index item judge label lake land level limit line loan lodge mayor meal metal mile
-mine model motor note nurse orbit order owner page park party phone pilot plan plant plate plot pool port price prize
-pupil rack ranch range rank rate ratio rent rider ring river road robot room root route ruler sale scale score scout
-seat shelf shift ship shop site size skill stage staff stock store suite tax team term tower town track trail train
-tribe trip truck tutor unit user value venue visit wage ward wheel width yard year zone
-""".split()
+agent album area asset award badge bill board boat bond book cabin cable canal card cargo case chain city claim
+coach code coin cost cover crew crop debt depot desk donor event farm fee field film fleet floor fund gate goods
+grade grant group guard guest guide hotel house index item judge label lake land level limit line loan lodge
+mayor meal metal mile mine model motor note nurse orbit order owner page park party phone pilot plan plant plate
+plot pool port price prize pupil rack ranch range rank rate ratio rent rider ring river road robot room root
+route ruler sale scale score scout seat shelf shift ship shop site size skill stage staff stock store suite tax
+team term tower town track trail train tribe trip truck tutor unit user value venue visit wage ward wheel width
+yard year zone
+""".split()  # noqa: SIM905  # a list of words reads better so
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 _HELD_OUT_EVERY = 5  # every fifth noun is held out, and made-up words by a rule on their letters
 _MADE_UP_SHARE = 0.75  # few nouns are soon known by heart; names that are always new teach copying

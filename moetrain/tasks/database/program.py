@@ -60,7 +60,7 @@ def _hop(stream: random.Random, tables: dict[str, Table], *, table: str, row: st
         name, column = stream.choice(pointing)
         position = tables[name].columns.index(column)
         found = next(str(values[0]) for values in tables[name].rows if values[position] == row)
-        return Step(kind=StepKind.find, table=name, column=column), name, found
+        return Step(kind=StepKind.find_row, table=name, column=column), name, found
     column = stream.choice(list(tables[table].links))
     values = next(values for values in tables[table].rows if values[0] == row)
     target = str(values[tables[table].columns.index(column)])

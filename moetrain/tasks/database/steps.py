@@ -15,7 +15,7 @@ class StepKind(StrEnum):
     """What a step does; its value is the name of the tool it calls."""
 
     get = "get"
-    find = "find"
+    find_row = "find"
     aggregate = "aggregate"
     calculate = "calculate"
     update = "update"
@@ -39,7 +39,7 @@ class Step:
         match self.kind:
             case StepKind.get:
                 fields: dict[str, str | int] = {"table": self.table, "id": value, "column": self.column}
-            case StepKind.find:
+            case StepKind.find_row:
                 fields = {"table": self.table, "column": self.column, "value": value}
             case StepKind.aggregate:
                 fields = {
@@ -65,9 +65,13 @@ _PHRASES: dict[StepKind, dict[Split, list[str]]] = {
             'from "{table}" get the "{column}"',
             'look up "{column}" in "{table}"',
         ],
-        Split.held_out: ['from "{table}" read "{column}"', 'in "{table}" look up its "{column}"', 'get the "{column}" of "{table}"'],
+        Split.held_out: [
+            'from "{table}" read "{column}"',
+            'in "{table}" look up its "{column}"',
+            'get the "{column}" of "{table}"',
+        ],
     },
-    StepKind.find: {
+    StepKind.find_row: {
         Split.train: [
             'find "{table}" by "{column}"',
             'find the "{table}" with this "{column}"',
@@ -96,13 +100,22 @@ _PHRASES: dict[StepKind, dict[Split, list[str]]] = {
             'in "{table}" set the "{column}" of "{row}" to it',
             'save it as "{column}" of "{row}" in "{table}"',
         ],
-        Split.held_out: ['in "{table}" write it to the "{column}" of "{row}"', 'save it in "{table}" as "{column}" of "{row}"'],
+        Split.held_out: [
+            'in "{table}" write it to the "{column}" of "{row}"',
+            'save it in "{table}" as "{column}" of "{row}"',
+        ],
     },
 }
 _OPERATOR_PHRASES: dict[str, dict[Split, list[str]]] = {
     "+": {Split.train: ["add {number}", "plus {number}", "add {number} to it"], Split.held_out: ["it plus {number}"]},
-    "-": {Split.train: ["minus {number}", "take {number} off", "take {number} off it"], Split.held_out: ["it minus {number}"]},
-    "*": {Split.train: ["times {number}", "multiply by {number}", "multiply it by {number}"], Split.held_out: ["it times {number}"]},
+    "-": {
+        Split.train: ["minus {number}", "take {number} off", "take {number} off it"],
+        Split.held_out: ["it minus {number}"],
+    },
+    "*": {
+        Split.train: ["times {number}", "multiply by {number}", "multiply it by {number}"],
+        Split.held_out: ["it times {number}"],
+    },
 }
 _OPENINGS: dict[Split, list[str]] = {
     Split.train: ['Start at "{row}".', 'Begin with "{row}".', 'Take the row "{row}".', 'Start with row "{row}".'],

@@ -1,0 +1,30 @@
+"""How much language exported weights hold: nats a character on the validation rows of each source."""
+
+from collections.abc import Mapping
+
+import torch
+
+from moetrain.data.packing import ValidationRows
+from moetrain.model.config import ModelConfig
+from moetrain.model.transformer import Transformer
+from moetrain.train.loss import token_logprobs
+from moetrain.train.rows import micro_batches
+
+_ROWS = 8
+
+
+@torch.no_grad()
+def nats_per_character(
+    tensors: Mapping[str, torch.Tensor], config: ModelConfig, validation: Mapping[str, ValidationRows]
+) -> dict[str, float]:
+    """Return nats a character by source for weights given under the training names, with bf16 products."""
+    model = Transformer(config, compute_dtype=torch.bfloat16)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    results = {}
+    for name, rows in validation.items():
+        nats = 0.0
+        for part in micro_batches(rows.batch, rows=_ROWS):
+            output = model(part.tokens_BT, segments_BT=part.segments_BT, positions_BT=part.positions_BT)
+            nats -= float(token_logprobs(model, output.hidden_BTD, batch=part).logprobs_N.double().sum())
+        results[name] = nats / rows.num_characters
+    return results
