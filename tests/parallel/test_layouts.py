@@ -65,6 +65,7 @@ def _both_ranks() -> dict[str, Any]:
         seen["resumed"] = _resumed(split, build(zero=1, expert=1, seed=2))
         seen["tokens on one rank"] = _see_unbalanced(build(zero=2, expert=2))
         seen["dispatch"] = [_dispatch(split.topology, num_tokens=counts) for counts in ((5, 3), (0, 4), (0, 0))]
+        seen["collectives"] = _collectives(split.topology)
         seen["whole matrices"] = _whole_matrices(split.topology)
     seen["output"] = output.read_text()
     return seen
@@ -99,6 +100,7 @@ def _resumed(split: Engine, whole: Engine) -> dict[str, Any]:
         "identical": [identical(other, state) for other in (arrived, back) if other is not None],
         "whole": train(whole, range(2, 3)),
         "split": train(split, range(2, 3)),
+        "again": train(returned, range(2, 3)),
     }
 
 
@@ -152,6 +154,18 @@ def _dispatch(topology: Topology, *, num_tokens: tuple[int, int]) -> dict[str, f
         "down": (part.down_proj.grad, whole.down_proj.grad[mine]),
     }
     return {name: (a - b).abs().sum().item() for name, (a, b) in pairs.items()}
+
+
+def _collectives(topology: Topology) -> dict[str, Any]:
+    mine = torch.tensor([float(topology.rank), 5.0])
+    return {
+        "sum": topology.all_reduce_sum(mine).tolist(),
+        "max": topology.all_reduce_max(mine).tolist(),
+        "mine": mine.tolist(),
+        "gathered": topology.gather_objects({"rank": topology.rank}),
+        "broadcast": topology.broadcast_object(f"from {topology.rank}"),
+        "expert rank": topology.expert_rank,
+    }
 
 
 def _whole_matrices(topology: Topology) -> bool:
@@ -208,6 +222,7 @@ def test_a_state_goes_bit_for_bit_from_split_experts_to_whole_ones_and_back(rank
     following = train(plain, range(2, 3))
     assert difference(resumed["whole"], following) < FP32_ROUNDING
     assert difference(resumed["split"], following) < FP32_ROUNDING
+    assert resumed["again"] == resumed["split"]
 
 
 def test_a_rank_without_tokens_and_one_without_chosen_experts_change_nothing(ranks: list[dict[str, Any]]) -> None:
@@ -229,6 +244,16 @@ def test_dispatch_over_ranks_equals_dispatch_in_one_place(ranks: list[dict[str, 
 
 def test_matrices_that_are_cut_anywhere_arrive_whole(ranks: list[dict[str, Any]]) -> None:
     assert [rank["whole matrices"] for rank in ranks] == [True, True]
+
+
+def test_collectives_bring_every_rank_the_same_and_change_no_input(ranks: list[dict[str, Any]]) -> None:
+    for index, seen in enumerate(rank["collectives"] for rank in ranks):
+        assert seen["sum"] == [1.0, 10.0]
+        assert seen["max"] == [1.0, 5.0]
+        assert seen["mine"] == [float(index), 5.0]
+        assert seen["gathered"] == ([{"rank": 0}, {"rank": 1}] if index == 0 else None)
+        assert seen["broadcast"] == "from 0"
+        assert seen["expert rank"] == index
 
 
 def test_a_partition_knows_the_pieces_of_a_matrix() -> None:
