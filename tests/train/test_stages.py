@@ -1,6 +1,7 @@
 """A stage from its config sections to its folder: what it leaves, what it starts from, and what it refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def sections(texts: Path, *, engine: EngineName = EngineName.torch, expert: int 
             validation_rows=3,
         ),
         optim=OptimConfig(lr=1e-2),
-        train=TrainConfig(steps=3, rows_per_step=4, rows_per_micro_batch=2, compute_dtype=ComputeDtype.float32),
+        train=TrainConfig(
+            steps=3, rows_per_step=4, rows_per_micro_batch=2, checkpoint_every=2, compute_dtype=ComputeDtype.float32
+        ),
         parallel=ParallelConfig(engine=engine, expert=expert),
         quant=QuantConfig(),
         seed=5,
@@ -135,10 +138,16 @@ def train_on_ranks(folder: str, expert: int) -> list[float]:
     return losses(root / f"expert_{expert}" / "metrics.jsonl")
 
 
-def test_two_ranks_that_share_the_experts_give_the_losses_of_one_process(pretrained: Path) -> None:
+def test_two_ranks_that_share_the_experts_give_the_losses_of_one_process_and_it_can_go_on_from_theirs(
+    pretrained: Path,
+) -> None:
     one, other = run_ranks(train_on_ranks, 2, folder=str(pretrained), expert=2)
     assert one == other
     torch.testing.assert_close(one, losses(pretrained / "pretrain" / "metrics.jsonl"), rtol=1e-5, atol=1e-5)
     summaries = [json.loads((pretrained / name / SUMMARY).read_text()) for name in ("pretrain", "expert_2")]
     alone, shared = (summary["validation"]["words"]["nats_per_character"] for summary in summaries)
     assert shared == pytest.approx(alone, rel=1e-5)
+
+    shutil.rmtree(pretrained / "expert_2" / CHECKPOINTS / "step_00000003")
+    run(pretrained / "expert_2", sections(pretrained / "texts"))  # the plain engine goes on from what two ranks saved
+    torch.testing.assert_close(losses(pretrained / "expert_2" / "metrics.jsonl"), one, rtol=1e-5, atol=1e-5)
