@@ -82,4 +82,4 @@ class AllToAllDispatcher:
         y_RD = experts(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
         by_source_R = by_expert_R.argsort()  # the inverse permutation
         y_SD = _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
-        return combine(y_SD, order_S, weights_NK)
+        return combine(y_SD, order_S, weights_NK=weights_NK)
