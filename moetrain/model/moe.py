@@ -104,10 +104,10 @@ class LocalDispatcher:
         order_S = ids_S.argsort(stable=True)
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         y_SD = experts(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
-        return combine(y_SD, order_S, weights_NK)
+        return combine(y_SD, order_S, weights_NK=weights_NK)
 
 
-def combine(y_SD: torch.Tensor, order_S: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum [N, D] of a token's K rows; row i of `y_SD` is (token, k) number `order_S[i]`."""
     inverse_S = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     y_NKD = y_SD.index_select(0, inverse_S).view(*weights_NK.shape, y_SD.shape[1])
@@ -128,7 +128,7 @@ class RouterStatistics:
 
 
 def sequence_balance_loss(
-    normalized_NE: torch.Tensor, expert_ids_NK: torch.Tensor, documents: Documents
+    normalized_NE: torch.Tensor, expert_ids_NK: torch.Tensor, *, documents: Documents
 ) -> torch.Tensor:
     """Return the sum over documents of length * sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
 
@@ -177,6 +177,6 @@ def _statistics(routing: Routing, documents: Documents) -> RouterStatistics:
         entropy = (entropy_N * kept_N).sum() / kept_N.sum().clamp(min=1)
     return RouterStatistics(
         counts_E=counts_E,
-        balance_loss=sequence_balance_loss(normalized_NE, routing.expert_ids_NK, documents),
+        balance_loss=sequence_balance_loss(normalized_NE, routing.expert_ids_NK, documents=documents),
         entropy=entropy,
     )

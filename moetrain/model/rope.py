@@ -74,6 +74,6 @@ def rotate(x_BTHR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTHR.dtype)
 
 
-def apply_rope(x_BTHR: torch.Tensor, rope: RopeTable, positions_BT: torch.Tensor) -> torch.Tensor:
+def apply_rope(x_BTHR: torch.Tensor, rope: RopeTable, *, positions_BT: torch.Tensor) -> torch.Tensor:
     """Return `x_BTHR` rotated to its tokens' positions."""
     return rotate(x_BTHR, rope.at(positions_BT))

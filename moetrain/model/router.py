@@ -36,7 +36,7 @@ def score(logits_NE: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
 
 
 @torch.no_grad()
-def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig) -> torch.Tensor:
     """Return ids [N, K] of the experts with the largest biased scores, inside the best groups only."""
     biased_NE = scores_NE + bias_E
     if config.num_groups > 1:
@@ -49,10 +49,10 @@ def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -
     return biased_NE.topk(config.num_experts_per_token, dim=-1).indices
 
 
-def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig) -> Routing:
+def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig) -> Routing:
     """Return the routing of float32 logits; the bias moves the choice, never the weights (arXiv 2408.15664)."""
     scores_NE = score(logits_NE, config.score_function)
-    expert_ids_NK = choose(scores_NE, bias_E, config)
+    expert_ids_NK = choose(scores_NE, bias_E, config=config)
     weights_NK = scores_NE.gather(1, expert_ids_NK)
     if config.normalize_weights:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + _NORM_EPS)
@@ -75,11 +75,11 @@ class Router(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Return the routing of tokens."""
-        return route(F.linear(x_ND.float(), self.weight), self.e_score_correction_bias, self.config)
+        return route(F.linear(x_ND.float(), self.weight), self.e_score_correction_bias, config=self.config)
 
 
 @torch.no_grad()
-def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, rule: BiasRule, rate: float) -> None:
+def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, *, rule: BiasRule, rate: float) -> None:
     """Move the bias in place after a step, towards experts with fewer than the mean of `counts_E` tokens.
 
     `sign` is arXiv 2408.15664, algorithm 1; `centred` also subtracts the mean move (Moonlight, appendix C), so that the

@@ -98,7 +98,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def attend_tiled(
-    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, v_BHTV: torch.Tensor, *, tiles: list[Tile], scale: float
+    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, *, v_BHTV: torch.Tensor, tiles: list[Tile], scale: float
 ) -> torch.Tensor:
     """Return attention outputs [B, H, T, V]; softmax accumulates in float32."""
     q_ZTQ, k_ZTQ, v_ZTV = q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1), v_BHTV.flatten(0, 1)

@@ -40,13 +40,14 @@ def random_heads(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_tiled_and_fused_attention_equal_a_loop_over_queries_forward_and_backward(num_tokens: int) -> None:
     segments_BT = packed_segments(num_tokens)
     heads = random_heads(num_tokens, torch.float64)
-    reference = slow_attention(*heads, segments_BT)
+    q, k, v = heads
+    reference = slow_attention(q, k, v, segments_BT)
     upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(reference, heads, upstream)
 
-    tiled = attend_tiled(*heads, tiles=plan_tiles(segments_BT, torch.float64), scale=SCALE)
+    tiled = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float64), scale=SCALE)
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    fused = attend_fused(*heads, mask=FusedMask(seen_B1TT=same.tril()[:, None]), scale=SCALE)
+    fused = attend_fused(q, k, v_BHTV=v, mask=FusedMask(seen_B1TT=same.tril()[:, None]), scale=SCALE)
     for out in (tiled, fused):
         torch.testing.assert_close(out, reference)
         # The tiles add up gradients of keys and values in float32.
@@ -59,9 +60,9 @@ def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: p
     monkeypatch.setattr(attention, "TILED_MAX_TOKENS", 32)
     mask = plan_attention(segments_BT, torch.float32)
     assert isinstance(mask, FusedMask)
-    heads = random_heads(40, torch.float32)
-    tiled = attend_tiled(*heads, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
-    torch.testing.assert_close(attend_fused(*heads, mask=mask, scale=SCALE), tiled, atol=1e-6, rtol=1e-5)
+    q, k, v = random_heads(40, torch.float32)
+    tiled = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
+    torch.testing.assert_close(attend_fused(q, k, v_BHTV=v, mask=mask, scale=SCALE), tiled, atol=1e-6, rtol=1e-5)
 
 
 def test_a_tile_leaves_out_keys_of_documents_that_ended_before_it() -> None:

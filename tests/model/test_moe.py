@@ -75,14 +75,14 @@ def test_the_balance_loss_equals_a_loop_over_documents() -> None:
             share = 6 / (2 * len(tokens)) * chosen
             mean_score = sum(normalized_NE[token, index].item() for token in tokens) / len(tokens)
             expected += len(tokens) * share * mean_score
-    got = sequence_balance_loss(normalized_NE, expert_ids_NK, Documents.of(segments_BT))
+    got = sequence_balance_loss(normalized_NE, expert_ids_NK, documents=Documents.of(segments_BT))
     torch.testing.assert_close(got.item(), expected, rtol=1e-5, atol=0)
 
 
 def test_an_even_router_has_a_balance_loss_of_one_a_token() -> None:
     expert_ids_NK = torch.tensor([[0, 1], [2, 3], [4, 5]])
     loss = sequence_balance_loss(
-        torch.full((3, 6), 1 / 6), expert_ids_NK, Documents.of(torch.ones(1, 3, dtype=torch.int64))
+        torch.full((3, 6), 1 / 6), expert_ids_NK, documents=Documents.of(torch.ones(1, 3, dtype=torch.int64))
     )
     torch.testing.assert_close(loss.item(), 3.0)
 

@@ -45,7 +45,7 @@ def test_routing_equals_a_reference_written_token_by_token(
     )
     stream = torch.Generator().manual_seed(0)
     logits_NE, bias_E = torch.randn(50, 12, generator=stream), 0.2 * torch.randn(12, generator=stream)
-    routing = route(logits_NE, bias_E, config)
+    routing = route(logits_NE, bias_E, config=config)
     for token in range(50):
         got = dict(zip(routing.expert_ids_NK[token].tolist(), routing.weights_NK[token].tolist(), strict=True))
         assert got == pytest.approx(slow_route(logits_NE[token].tolist(), bias_E.tolist(), config), rel=1e-5)
@@ -54,7 +54,7 @@ def test_routing_equals_a_reference_written_token_by_token(
 def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     config = ModelConfig(num_experts=4, num_experts_per_token=1, normalize_weights=False, routed_scaling_factor=1.0)
     logits_NE = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    routing = route(logits_NE, torch.tensor([0.0, 0.0, 0.0, 5.0]), config)
+    routing = route(logits_NE, torch.tensor([0.0, 0.0, 0.0, 5.0]), config=config)
     assert routing.expert_ids_NK.item() == 3
     assert routing.weights_NK.item() == pytest.approx(1 / (1 + math.e))
 
@@ -67,10 +67,10 @@ def test_the_bias_rises_for_experts_with_few_tokens() -> None:
         (BiasRule.centred, [-0.125, 0.075, 0.075, -0.025]),
     ):
         bias_E = torch.zeros(4)
-        update_bias(bias_E, counts_E, rule, 0.1)
+        update_bias(bias_E, counts_E, rule=rule, rate=0.1)
         torch.testing.assert_close(bias_E, torch.tensor(expected))
 
 
 def test_the_quantile_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match="bias_rule is quantile"):
-        update_bias(torch.zeros(2), torch.ones(2), BiasRule.quantile, 0.1)
+        update_bias(torch.zeros(2), torch.ones(2), rule=BiasRule.quantile, rate=0.1)
