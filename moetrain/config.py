@@ -180,6 +180,27 @@ class EvalRun(StageRun):
     """Limits of trajectories; eval.temperatures takes the place of rollout.temperature."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """What is evaluated."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Documents whose validation split tells how much language was kept; without sources that is left out."""
+
+
+@dataclass(kw_only=True)
+class VerifyExportsRun(StageRun):
+    """Shows that an INT4 export is what was trained: for its masters, for transformers and for our own model."""
+
+    masters: str | None = None
+    """Stage or checkpoint that the export of init_from was made of."""
+    num_rows: int = 4
+    """Rows of random tokens whose logits are compared."""
+    num_tokens: int = 64
+    """Tokens a row."""
+    fault: str = "none"
+    """A fault to plant, that has to be found: none, code, scale or norm."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.fault not in ("none", "code", "scale", "norm"):
+            raise ConfigError(f"fault is {self.fault!r}: give none, code, scale or norm")
 
 
 @dataclass(kw_only=True)
@@ -242,6 +263,7 @@ SCHEMAS: dict[str, type] = {
     "rl": RlRun,
     "export": ExportRun,
     "eval": EvalRun,
+    "verify exports": VerifyExportsRun,
     "generate": GenerateRun,
 }
 """Root schema of each command; `configs/<command>.yaml` is its primary config."""

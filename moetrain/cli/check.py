@@ -38,9 +38,14 @@ def _check_line(words: list[str]) -> None:
 
 
 def _check_choice(group: str, choice: str) -> None:
-    """Compose a choice of a config group with the first command that has the group."""
+    """Compose a choice of a config group: one of the commands that have the group has to take it."""
+    refusal = ConfigError(f"configs/{group} is no section of any command")
     for command, schema in SCHEMAS.items():
         if group in get_type_hints(schema):
-            compose(command, [f"{group}={choice}"])
-            return
-    raise ConfigError(f"configs/{group} is no section of any command")
+            try:
+                compose(command, [f"{group}={choice}"])
+            except ConfigError as error:
+                refusal = ConfigError(f"{group}={choice}: {error}")
+            else:
+                return
+    raise refusal

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from moetrain.cli.stage import stage_folder, write_summary
+from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import ExportRun
 from moetrain.errors import ConfigError
 
@@ -14,6 +14,7 @@ def main(run: ExportRun) -> int:
     # These bring torch in, so only now.
     from moetrain.cli.weights import EXPORT, read_weights, tokenizer_of
     from moetrain.export.write import export_model
+    from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
@@ -27,5 +28,5 @@ def main(run: ExportRun) -> int:
             step=origin.step,
             sources={"weights": origin.digest},
         )
-        write_summary(folder, {"stage": "export", **asdict(report)})
+        write_json(folder / SUMMARY, {"stage": "export", **asdict(report)})
     return 0

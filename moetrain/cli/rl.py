@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moetrain.cli.stage import INTERRUPTED, stage_folder, stage_metrics, write_summary
+from moetrain.cli.stage import INTERRUPTED, stage_folder, stage_metrics, write_json
 from moetrain.config import RlRun
 from moetrain.errors import ConfigError
 
@@ -27,7 +27,7 @@ def main(run: RlRun) -> int:
     from moetrain.train.identity import identity_of
     from moetrain.train.interrupt import Status
     from moetrain.train.origin import TOKENIZER, start_from
-    from moetrain.train.stages import DTYPES
+    from moetrain.train.stages import DTYPES, SUMMARY
 
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         origin = read_weights(run.init_from)
@@ -81,5 +81,7 @@ def main(run: RlRun) -> int:
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if is_main:
-            write_summary(folder, {"stage": "rl", "steps": outcome.step, "sampled_tokens": outcome.sampled_tokens})
+            write_json(
+                folder / SUMMARY, {"stage": "rl", "steps": outcome.step, "sampled_tokens": outcome.sampled_tokens}
+            )
     return 0

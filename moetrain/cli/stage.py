@@ -129,8 +129,8 @@ def stage_metrics(run: StageRun) -> Iterator[Metrics]:
         metrics.close()
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write what a finished stage says of itself as `summary.json`, whole or not at all."""
-    scratch = folder / ".summary.json.tmp"
-    scratch.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / "summary.json")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

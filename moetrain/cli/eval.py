@@ -1,0 +1,75 @@
+"""`moetrain eval`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrain.cli.stage import stage_folder, write_json
+from moetrain.config import EvalRun
+from moetrain.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from moetrain.train.origin import Origin
+
+
+def main(run: EvalRun) -> int:
+    """Run the stage; return its exit code."""
+    if run.init_from is None:
+        raise ConfigError("init_from is null: give the export to evaluate")
+    # These bring torch in, so only now.
+    from moetrain.cli.traces import write_traces
+    from moetrain.cli.weights import read_weights, tokenizer_of
+    from moetrain.eval.stage import EVAL, evaluate
+    from moetrain.inference.weights import build_weights
+    from moetrain.quant.config import QuantConfig
+    from moetrain.tasks import registry
+
+    with stage_folder(run) as folder:
+        origin = read_weights(run.init_from)
+        tokenizer = tokenizer_of(origin)
+        unquantized = QuantConfig()
+        masters = read_weights(run.eval.masters) if run.eval.masters is not None else None
+        evaluation = evaluate(
+            run.eval,
+            weights=build_weights(origin.tensors, config=origin.model, quant=origin.quant or unquantized),
+            masters=build_weights(masters.tensors, config=masters.model, quant=unquantized) if masters else None,
+            family_of=lambda task: registry.build(task, run.run.seed),
+            task=run.task,
+            tokenizer=tokenizer,
+            rollout=run.rollout,
+            seed=run.run.seed,
+            before=_earlier(Path(run.eval.before) / EVAL) if run.eval.before is not None else None,
+        )
+        for mode, trajectories in evaluation.trajectories.items():
+            path = folder / "traces" / f"{mode}.jsonl"
+            write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
+        write_json(folder / EVAL, {**evaluation.numbers, "language": _language(run, origin)})
+    return 0
+
+
+def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
+    """Return nats a character on the validation split of each source; nothing without sources."""
+    if not run.data.sources:
+        return {}
+    from moetrain.cli.documents import dialogues_of
+    from moetrain.cli.weights import tokenizer_of
+    from moetrain.data.build import build_data
+    from moetrain.eval.language import nats_per_character
+
+    assert origin.tokenizer is not None  # tokenizer_of checked it
+    own = replace(run.data.tokenizer, path=str(origin.tokenizer), vocab_size=origin.model.vocab_size)
+    data = build_data(
+        replace(run.data, tokenizer=own),
+        run.run.seed,
+        tokenizer_folder=origin.tokenizer,
+        dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer_of(origin)),
+    )
+    return nats_per_character(origin.tensors, origin.model, data.validation)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
+    numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return numbers

@@ -1,0 +1,32 @@
+"""`moetrain verify exports`."""
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder
+from moetrain.config import VerifyExportsRun
+from moetrain.errors import ConfigError
+
+
+def main(run: VerifyExportsRun) -> int:
+    """Measure the promises about an export, print them, and raise `BoundError` when one is missed."""
+    if run.init_from is None or run.masters is None:
+        raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made of")
+    # These bring torch in, so only now.
+    from moetrain.cli.weights import read_weights
+    from moetrain.verify.exports import ExportFault, verify_exports
+    from moetrain.verify.table import check_rows, render, write_rows
+
+    with stage_folder(run) as folder:
+        export = read_weights(run.init_from)
+        rows = verify_exports(
+            export.path,
+            masters=read_weights(run.masters).tensors,
+            seed=run.run.seed,
+            num_rows=run.num_rows,
+            num_tokens=run.num_tokens,
+            fault=ExportFault(run.fault),
+        )
+        write_rows(folder / "verify.json", rows=rows, context={"export": str(export.path), "masters": run.masters})
+        Console().print(render(f"exports: {export.path}", rows=rows))
+    check_rows(rows)
+    return 0
