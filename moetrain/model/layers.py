@@ -1,10 +1,13 @@
 """The plain layers: linear, RMS norm, SwiGLU feed-forward. Parameters are fp32; products run in the dtype of x.
 
-D hidden size, F feed-forward width.
+X any leading axes, D hidden size, F feed-forward width.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -20,6 +23,29 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The norm with its gradient written out: half the passes over memory of the composed one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_XD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight in the dtype of x."""
+        x32_XD = x_XD.float()
+        inverse_X1 = (x32_XD.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x_XD, weight_D, inverse_X1)
+        return (x32_XD * inverse_X1).mul_(weight_D).to(x_XD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Return the gradients of x and weight; with n = x / rms: (g w - n mean(g w n)) / rms, and sum(g n)."""
+        x_XD, weight_D, inverse_X1 = ctx.saved_tensors
+        normed_XD = x_XD.float() * inverse_X1
+        product_XD = normed_XD * grads[0]
+        along_X1 = (product_XD @ weight_D).div_(x_XD.shape[-1]).unsqueeze(-1)
+        grad_XD = (grads[0].float() * weight_D).addcmul_(normed_XD, along_X1, value=-1).mul_(inverse_X1)
+        return grad_XD.to(x_XD.dtype), product_XD.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, in float32 because squares of bf16 lose too much."""
 
@@ -30,7 +56,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normed and scaled x in its own dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        normed: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normed
 
 
 class FeedForward(nn.Module):

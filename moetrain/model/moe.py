@@ -1,7 +1,8 @@
 """The Mixture-of-Experts layer: router, routed experts behind a dispatcher, shared experts, balance loss.
 
 Knows one device: a dispatcher that reaches experts on other ranks is handed in. N tokens, S = N * K rows (a token times
-a chosen expert), D hidden, E experts, L local experts, F expert width, K chosen experts, M documents.
+a chosen expert), D hidden, E experts, L local experts, F expert width, G = 2F, R rows of one expert, K chosen experts,
+M documents.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from moetrain.model.router import Router, Routing
 from moetrain.quant.fake_quant import FakeQuantizer
 
 ROW_MULTIPLE = 64
-"""Rows of a batched product are padded to it: oneDNN builds a kernel for every new shape."""
+"""Rows of each expert are padded to it: oneDNN builds a kernel for every new shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +65,17 @@ class Experts(nn.Module):
     def forward(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
         """Return outputs of rows sorted by local expert, `counts_L` int64 rows each, in the dtype of x.
 
-        Rows of every expert are padded to the longest, so that one batched product serves all, and an expert without
-        rows still has a gradient (zero).
+        An expert without rows still has a gradient (zero).
         """
-        gate_up_LED, down_LDF = self.compute_weights()
-        num_local, hidden = gate_up_LED.shape[0], x_SD.shape[1]
-        capacity = max(-(-int(counts_L.max()) // ROW_MULTIPLE), 1) * ROW_MULTIPLE
-        first_L = counts_L.cumsum(0) - counts_L
-        shift_L = torch.arange(num_local, device=x_SD.device) * capacity - first_L
-        slots_S = torch.arange(x_SD.shape[0], device=x_SD.device) + shift_L.repeat_interleave(
-            counts_L, output_size=x_SD.shape[0]
-        )
-        padded = x_SD.new_zeros(num_local * capacity, hidden).index_copy(0, slots_S, x_SD)
-        gate, up = torch.bmm(padded.view(num_local, capacity, hidden), gate_up_LED.transpose(1, 2)).chunk(2, -1)
-        out = torch.bmm(F.silu(gate) * up, down_LDF.transpose(1, 2))
-        return out.flatten(0, 1).index_select(0, slots_S)
+        gate_up_LGD, down_LDF = self.compute_weights()
+        outputs = []
+        for x_RD, gate_up_GD, down_DF in zip(
+            torch.split(x_SD, counts_L.tolist()), gate_up_LGD.unbind(), down_LDF.unbind(), strict=True
+        ):
+            padded = F.pad(x_RD, (0, 0, 0, -len(x_RD) % ROW_MULTIPLE))
+            gate, up = F.linear(padded, gate_up_GD).chunk(2, -1)
+            outputs.append(F.linear(F.silu(gate) * up, down_DF)[: len(x_RD)])
+        return torch.cat(outputs)
 
 
 class Dispatcher(Protocol):

@@ -102,3 +102,13 @@ def test_padding_is_left_out_of_the_statistics() -> None:
 def test_wider_shared_experts_are_one_wide_feed_forward_layer() -> None:
     layer = make(replace(CONFIG, num_shared_experts=3))
     assert layer.shared_experts.gate_proj.weight.shape == (24, 16)
+
+
+def test_the_gate_chooses_what_its_weight_says() -> None:
+    layer = make()
+    x_ND = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.weight[3] = 10 * x_ND[0]
+        layer.gate.weight[5] = 5 * x_ND[0]
+    assert sorted(layer.gate(x_ND[:1]).expert_ids_NK[0].tolist()) == [3, 5]
