@@ -106,7 +106,7 @@ class ModelConfig:
     """Epsilon of the RMS norms (the latent norms use 1e-6, as transformers does)."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
-    max_position_embeddings: int = 1024
+    max_position_embeddings: int = 2048
     """Longest sequence the model is declared for."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Load balancing."""

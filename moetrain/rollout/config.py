@@ -11,11 +11,11 @@ class RolloutConfig:
 
     num_slots: int = 128
     """Sequences that are decoded together."""
-    max_tokens: int = 896
+    max_tokens: int = 1280
     """Tokens of a trajectory, prompt and tool results included."""
     max_turns: int = 16
     """Turns of a trajectory."""
-    max_turn_tokens: int = 80
+    max_turn_tokens: int = 112
     """Tokens that the model may produce in one turn."""
     max_repeats: int = 6
     """The same call this many times in a row ends a trajectory (a stall)."""

@@ -111,7 +111,11 @@ def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
     task = family.task(Split.train, 0, num_calls=1)
     messages, grade = family.demonstrate(task, 0)
     assert grade.success
-    assert [m.reasoning for m in messages if m.reasoning] == ["step 1", "retry step 1", "done"]
+    assert [m.reasoning for m in messages if m.reasoning] == [
+        f"step 1: {task.phrases[0]}",
+        f"retry step 1: {task.phrases[0]}",
+        "done",
+    ]
     assert "error: no column" in messages[2].content
 
 

@@ -1,7 +1,8 @@
 """The scripted expert: carries a program out call by call, with the slips that its config gives it.
 
-What it thinks before a call names the step it is at (`step 3`), or that it tries again (`retry step 3`), so that its
-place in the question can be read from its last thought, however many calls failed on the way.
+What it thinks before a call is the step it is at, in the question's words (`step 3: add 7`), or that it tries again
+(`retry step 3: add 7`): its place in the question can be read from its last thought, however many calls failed on the
+way, and what to call is written next to the call.
 """
 
 import json
@@ -22,6 +23,7 @@ def demonstrate(
     environment: Environment,
     program: Program,
     *,
+    phrases: list[str],
     tables: dict[str, Table],
     slips: DemonstratorConfig,
     stream: random.Random,
@@ -29,13 +31,14 @@ def demonstrate(
     """Return the expert's turns and the tools' answers, its final answer last."""
     messages: list[Message] = []
     value: str | int = program.start
-    for number, step in enumerate(program.steps, 1):
+    for number, (step, phrase) in enumerate(zip(program.steps, phrases, strict=True), 1):
         if stream.random() < slips.stop_early:
             break
         if stream.random() < slips.skip_step:
             continue
+        thought = f"step {number}: {phrase}"
         result = _attempts(
-            environment, step, number, value, tables=tables, slips=slips, stream=stream, messages=messages
+            environment, step, value, thought=thought, tables=tables, slips=slips, stream=stream, messages=messages
         )
         if result is None:
             break
@@ -46,9 +49,9 @@ def demonstrate(
 def _attempts(
     environment: Environment,
     step: Step,
-    number: int,
     value: str | int,
     *,
+    thought: str,
     tables: dict[str, Table],
     slips: DemonstratorConfig,
     stream: random.Random,
@@ -59,8 +62,8 @@ def _attempts(
         name = tried.kind.value
         identity = call_id(name, sum(len(message.tool_calls) for message in messages))
         call = ToolCall(name=name, arguments=tried.arguments(value), id=identity)
-        thought = f"retry step {number}" if attempt else f"step {number}"
-        messages.append(Message(role=Role.assistant, reasoning=thought, tool_calls=[call]))
+        reasoning = f"retry {thought}" if attempt else thought
+        messages.append(Message(role=Role.assistant, reasoning=reasoning, tool_calls=[call]))
         observation = environment.call(name, call.arguments)
         messages.append(Message(role=Role.tool, name=name, tool_call_id=identity, content=observation.text))
         if not observation.is_error:

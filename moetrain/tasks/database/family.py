@@ -13,7 +13,7 @@ from moetrain.tasks.database.environment import DatabaseEnvironment
 from moetrain.tasks.database.expert import PERFECT, demonstrate
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables
-from moetrain.tasks.database.steps import question
+from moetrain.tasks.database.steps import phrase, question
 from moetrain.tasks.protocol import Grade, Split, Task
 from moetrain.tools.sql import SQL_TOOLS
 
@@ -24,6 +24,8 @@ class DatabaseTask:
 
     tables: dict[str, Table]
     program: Program
+    phrases: list[str]
+    """Each step in words."""
     text: str
     config: TaskConfig
 
@@ -62,8 +64,9 @@ class DatabaseFamily:
         calls = num_calls or low + index % (high - low + 1)
         tables = draw_tables(stream, split)
         program = draw_program(stream, tables, num_calls=calls)
-        text = question(program.start, program.steps, split=split, stream=stream)
-        return DatabaseTask(tables=tables, program=program, text=text, config=self._config)
+        phrases = [phrase(step, split=split, stream=stream) for step in program.steps]
+        text = question(program.start, phrases, split=split, stream=stream)
+        return DatabaseTask(tables=tables, program=program, phrases=phrases, text=text, config=self._config)
 
     def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
         """Return the expert's conversation, question included, and its grade; `perfect` makes no slips and retries."""
@@ -73,6 +76,7 @@ class DatabaseFamily:
         messages = demonstrate(
             environment,
             task.program,
+            phrases=task.phrases,
             tables=task.tables,
             slips=PERFECT if perfect else self._config.demonstrator,
             stream=random.Random(stream + 1),

@@ -19,7 +19,7 @@ _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 _HELD_OUT_EVERY = 5  # every fifth noun is held out, and made-up words by a rule on their letters
 _MADE_UP_SHARE = 0.75  # few nouns are soon known by heart; names that are always new teach copying
 _SYLLABLES = 2
-_CLOSED_SHARE = 0.3  # of the syllables end in a consonant
+_CLOSED_SHARE = 0.2  # of the syllables end in a consonant
 
 
 def _is_held_out_word(word: str) -> bool:

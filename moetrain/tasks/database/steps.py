@@ -121,7 +121,7 @@ _OPENINGS: dict[Split, list[str]] = {
     Split.train: ['Start at "{row}".', 'Begin with "{row}".', 'Take the row "{row}".', 'Start with row "{row}".'],
     Split.held_out: ['Begin at row "{row}".', 'Start with the row "{row}".'],
 }
-_FILLERS = ["", "", "then ", "now ", "next "]
+_FILLERS = ["", "", "", "then ", "now "]
 _CLOSINGS: dict[Split, list[str]] = {
     Split.train: ["Report the result.", "Report the last value.", "Answer with the result.", "Then report it."],
     Split.held_out: ["Answer with the last value.", "Then report the result."],
@@ -134,8 +134,8 @@ def phrase(step: Step, *, split: Split, stream: random.Random) -> str:
     return stream.choice(_FILLERS) + stream.choice(choices[split]).format(**vars(step))
 
 
-def question(start: str, steps: list[Step], *, split: Split, stream: random.Random) -> str:
-    """Return the text of a question: where to start, the numbered steps, what to report."""
+def question(start: str, phrases: list[str], *, split: Split, stream: random.Random) -> str:
+    """Return the text of a question: where to start, the numbered steps as phrased, what to report."""
     lines = [stream.choice(_OPENINGS[split]).format(row=start)]
-    lines += [f"Step {i}: {phrase(step, split=split, stream=stream)}" for i, step in enumerate(steps, 1)]
+    lines += [f"Step {number}: {text}" for number, text in enumerate(phrases, 1)]
     return "\n".join([*lines, stream.choice(_CLOSINGS[split])])
