@@ -8,6 +8,7 @@ from moetrain.tasks import registry
 from moetrain.tasks.config import DemonstratorConfig, TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
 from moetrain.tasks.database.names import nouns
+from moetrain.tasks.database.phrases import frames
 from moetrain.tasks.database.steps import StepKind
 from moetrain.tasks.protocol import Split
 
@@ -61,6 +62,9 @@ def test_held_out_tasks_share_no_noun_and_no_phrase_with_training() -> None:
         for split in Split
     }
     assert not names[Split.train] & names[Split.held_out]
+    for name in ("get", "find", "aggregate", "update", "+", "-", "*", "opening", "closing"):
+        trained, held_out = (set(frames(name, split)) for split in Split)
+        assert trained and held_out and not trained & held_out
 
 
 def test_the_grader_fails_a_row_that_should_not_have_changed() -> None:

@@ -11,9 +11,9 @@ from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.environment import DatabaseEnvironment
 from moetrain.tasks.database.expert import PERFECT, demonstrate
+from moetrain.tasks.database.phrases import phrase, question
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables
-from moetrain.tasks.database.steps import phrase, question
 from moetrain.tasks.protocol import Grade, Split, Task
 from moetrain.tools.sql import SQL_TOOLS
 

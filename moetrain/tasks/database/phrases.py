@@ -1,0 +1,105 @@
+"""Questions in words. A phrasing is a frame with a word chosen for each slot.
+
+Training and held-out tasks share frames and words, never the same choice of them.
+"""
+
+import functools
+import itertools
+import random
+import re
+
+from moetrain.tasks.database.steps import Step, StepKind
+from moetrain.tasks.protocol import Split
+
+_HELD_OUT_EVERY = 5
+_FRAMES: dict[str, list[str]] = {
+    "get": [
+        '<then><read> <its>"{column}" <of> "{table}"',
+        '<then><of> "{table}" <read> <its>"{column}"',
+        '<then>in table "{table}" <read> <its>"{column}"',
+        '<then>what is <its>"{column}" <of> "{table}"',
+    ],
+    "find": [
+        '<then><find> <a>"{table}" <by> "{column}"',
+        '<then><find> in "{table}" <by> "{column}"',
+        '<then><find> the row of "{table}" <by> "{column}"',
+        '<then>in "{table}" <find> the row <by> "{column}"',
+    ],
+    "aggregate": [
+        '<then><take>{op} of "{column}" <of> "{table}" where "{where}" is <this>',
+        '<then><of> "{table}" where "{where}" is <this>, <take>{op} of "{column}"',
+        '<then>where "{where}" is <this>, <take>{op} of "{column}" <of> "{table}"',
+    ],
+    "update": [
+        '<then><write> it <as> "{column}" <of> "{row}" in "{table}"',
+        '<then>in "{table}" <write> it <as> "{column}" of "{row}"',
+        '<then>in "{table}", for "{row}", <write> it <as> "{column}"',
+    ],
+    "+": ["<then>add {number}<it>", "<then>plus {number}", "<then><take>it plus {number}", "<then>{number} more"],
+    "-": [
+        "<then>take {number} off<it>",
+        "<then>minus {number}",
+        "<then><take>it minus {number}",
+        "<then>{number} less",
+    ],
+    "*": [
+        "<then><multiply> {number}",
+        "<then>times {number}",
+        "<then><take>it times {number}",
+        "<then>{number} times it",
+    ],
+    "opening": ['<start> <at> <row>"{row}"<first>.', '<row>"{row}" is where to <start>.'],
+    "closing": ["<report> <the> <result>.", "Then <report> <the> <result>.", "What is <the> <result>?"],
+}
+_SLOTS: dict[str, list[str]] = {
+    "<then>": ["", "", "then ", "now ", "next "],
+    "<read>": ["get", "read", "look up", "fetch", "check", "take"],
+    "<its>": ["", "the ", "its "],
+    "<of>": ["of", "in", "from", "over"],
+    "<find>": ["find", "search", "pick", "look up"],
+    "<a>": ["", "the ", "a "],
+    "<by>": ["by", "with this", "by its", "with it as"],
+    "<take>": ["", "take the ", "give the ", "get the "],
+    "<this>": ["this", "it", "that"],
+    "<write>": ["write", "save", "put", "store", "set"],
+    "<as>": ["as", "to", "into"],
+    "<multiply>": ["multiply by", "multiply it by", "multiply this by"],
+    "<it>": ["", " to it", " it", " now"],
+    "<start>": ["start", "begin", "go"],
+    "<at>": ["at", "with", "from"],
+    "<row>": ["", "row ", "the row "],
+    "<first>": ["", " first"],
+    "<report>": ["report", "answer with", "give", "tell me"],
+    "<the>": ["the", "your"],
+    "<result>": ["result", "last value", "value"],
+}
+
+
+@functools.cache
+def frames(name: str, split: Split) -> list[str]:
+    """Return the phrasings of `name` (a tool, an operator, opening or closing) that belong to `split`."""
+    filled = []
+    for frame in _FRAMES[name]:
+        slots = re.findall(r"<\w+>", frame)
+        for words in itertools.product(*(_SLOTS[slot] for slot in slots)):
+            text = frame
+            for slot, word in zip(slots, words, strict=True):
+                text = text.replace(slot, word, 1)
+            filled.append(text)
+    distinct = sorted(set(filled))
+    return [text for text in distinct if (sum(map(ord, text)) % _HELD_OUT_EVERY == 0) == (split is Split.held_out)]
+
+
+def phrase(step: Step, *, split: Split, stream: random.Random) -> str:
+    """Return one phrasing of a step."""
+    name = step.op if step.kind is StepKind.calculate else step.kind.value
+    return stream.choice(frames(name, split)).format(**vars(step))
+
+
+def question(start: str, phrases: list[str], *, split: Split, stream: random.Random) -> str:
+    """Return the text of a question: where to start, the numbered steps as phrased, what to report."""
+    opening = stream.choice(frames("opening", split)).format(row=start)
+    lines = [opening[0].upper() + opening[1:]]
+    lines += [f"Step {number}: {text}" for number, text in enumerate(phrases, 1)]
+    closing = stream.choice(frames("closing", split))
+    return "\n".join([*lines, closing[0].upper() + closing[1:]])
