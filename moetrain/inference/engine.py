@@ -17,6 +17,8 @@ from moetrain.inference.sampling import sample, uniforms
 from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import RopeTable, build_rope
 
+_CACHE_BLOCK = 64
+"""Positions that the cache grows by: attention runs over all that are allocated."""
 _REFILL_SHARE = 0.25  # of the slots; fewer free ones wait, so that prompts are prefilled together
 
 
@@ -52,11 +54,11 @@ class GenerationEngine:
     def __init__(self, weights: InferenceWeights, *, num_slots: int, max_tokens: int) -> None:
         """Hold a cache for `num_slots` sequences of at most `max_tokens` tokens."""
         config = weights.config
-        width = config.kv_lora_rank + config.qk_rope_head_dim
         self._weights = weights
         self._max_tokens = max_tokens
         self._num_slots = num_slots
-        self._cache_LBSC = torch.zeros(config.num_layers, num_slots, max_tokens, width, dtype=weights.dtype)
+        self._width = config.kv_lora_rank + config.qk_rope_head_dim
+        self._cache_LBSC = torch.zeros(config.num_layers, num_slots, 0, self._width, dtype=weights.dtype)
         self._rope: RopeTable = build_rope(config, max_tokens)
         self._active: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -86,12 +88,13 @@ class GenerationEngine:
             self._active[slot] = last
             self._cache_LBSC[:, slot, : last.num_fed] = self._cache_LBSC[:, len(self._active), : last.num_fed]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[Sequence]:
         """Advance every active sequence by one token; return those that now end in a newly sampled token."""
         free = self._num_slots - len(self._active)
         if self._waiting and (free >= self._num_slots * _REFILL_SHARE or not self._active):
             self._prefill([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+        self._fit_cache(max(sequence.num_fed for sequence in self._active) + 1)
         tokens_B1 = torch.tensor([[sequence.tokens[sequence.num_fed]] for sequence in self._active])
         starts_B = torch.tensor([sequence.num_fed for sequence in self._active])
         cache = self._cache_LBSC[:, : len(self._active)]
@@ -103,6 +106,17 @@ class GenerationEngine:
                 rows.append(row)
         return self._sample(hidden_B1D[:, 0], rows) if rows else []
 
+    def _fit_cache(self, num_positions: int) -> None:
+        """Make the cache hold `num_positions`, in whole blocks: larger when it must be, smaller when half would do."""
+        present = self._cache_LBSC.shape[2]
+        wanted = -(-num_positions // _CACHE_BLOCK) * _CACHE_BLOCK
+        if present // 2 < wanted <= present:
+            return
+        kept = min(present, wanted)
+        fitted = self._cache_LBSC.new_zeros(*self._cache_LBSC.shape[:2], wanted, self._width)
+        fitted[:, :, :kept] = self._cache_LBSC[:, :, :kept]
+        self._cache_LBSC = fitted
+
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Feed all but the last token of new sequences; decode feeds that one and samples from it."""
         first = len(self._active)
@@ -110,6 +124,7 @@ class GenerationEngine:
         width = max(len(sequence.tokens) for sequence in sequences) - 1
         if width == 0:
             return
+        self._fit_cache(max(width, max(sequence.num_fed for sequence in self._active)))
         tokens_BT = torch.zeros(len(sequences), width, dtype=torch.long)
         for row, sequence in enumerate(sequences):
             sequence.num_fed = len(sequence.tokens) - 1

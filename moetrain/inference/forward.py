@@ -17,8 +17,7 @@ _LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without passing 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Return the RMS norm over the last axis, computed in float32, in the dtype of `x`."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 def forward(
@@ -31,14 +30,15 @@ def forward(
 ) -> torch.Tensor:
     """Return hidden states [B, T, D] after the last norm; writes positions starts_B .. starts_B+T-1 of the cache.
 
-    `cache_LBSC` is [layers, B, S, C+R] with S > every position that is written; positions beyond a row's own are never
-    read, so rows of one call may hold padding at their end.
+    `cache_LBSC` is [layers, B, S, C+R] with S > every position that is written; positions beyond a row's own do not
+    count, so rows of one call may hold padding at their end. All S are multiplied with: give no more than are needed,
+    and whole rows of them, for products copy what is not contiguous.
     """
     config = weights.config
     num_new = tokens_BT.shape[1]
     positions_BT = starts_B[:, None] + torch.arange(num_new)
-    last = int(positions_BT.max()) + 1
-    blocked_BTS = torch.arange(last) > positions_BT[:, :, None]
+    is_later_BTS = torch.arange(cache_LBSC.shape[2]) > positions_BT[:, :, None]
+    bias_BTS = torch.zeros(is_later_BTS.shape, dtype=weights.dtype).masked_fill_(is_later_BTS, float("-inf"))
     x_BTD = F.embedding(tokens_BT, weights.embed_VD)
     for layer, cache_BSC in zip(weights.layers, cache_LBSC, strict=True):
         normed_BTD = rms_norm(x_BTD, layer.input_norm_D, eps=config.rms_norm_eps)
@@ -47,7 +47,7 @@ def forward(
             config,
             x_BTD=normed_BTD,
             positions_BT=positions_BT,
-            blocked_BTS=blocked_BTS,
+            bias_BTS=bias_BTS,
             cache_BSC=cache_BSC,
             rope=rope,
         )
@@ -62,7 +62,7 @@ def _attention(
     *,
     x_BTD: torch.Tensor,
     positions_BT: torch.Tensor,
-    blocked_BTS: torch.Tensor,
+    bias_BTS: torch.Tensor,
     cache_BSC: torch.Tensor,
     rope: RopeTable,
 ) -> torch.Tensor:
@@ -82,11 +82,10 @@ def _attention(
     q_latent_HBC = torch.bmm(q_nope_HBN, layer.up_k_HNC).view(config.num_heads, num_rows, num_new, rank)
     q_rope_HBTR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT).permute(2, 0, 1, 3)
     query = torch.cat([q_latent_HBC, q_rope_HBTR], -1).permute(1, 2, 0, 3).reshape(num_rows, -1, cache_BSC.shape[-1])
-    keys_BSC = cache_BSC[:, : blocked_BTS.shape[-1]]
-    scores = torch.bmm(query, keys_BSC.transpose(1, 2)).view(num_rows, num_new, config.num_heads, -1).float()
-    scores = (scores * config.softmax_scale).masked_fill(blocked_BTS[:, :, None], float("-inf"))
-    probabilities = torch.softmax(scores, -1).to(x_BTD.dtype).view(num_rows, num_new * config.num_heads, -1)
-    mixed = torch.bmm(probabilities, keys_BSC[..., :rank]).view(num_rows * num_new, config.num_heads, rank)
+    bias = bias_BTS.repeat_interleave(config.num_heads, dim=1)
+    scores = torch.baddbmm(bias, query, cache_BSC.transpose(1, 2), alpha=config.softmax_scale)
+    mixed = torch.bmm(scores.softmax(-1), cache_BSC)[..., :rank]
+    mixed = mixed.reshape(num_rows * num_new, config.num_heads, rank)
     values_HBV = torch.bmm(mixed.transpose(0, 1), layer.up_v_HCV)
     return F.linear(values_HBV.transpose(0, 1).reshape(num_rows, num_new, -1), layer.o_proj)
 
