@@ -103,7 +103,9 @@ def suggestion(word: str, options: Sequence[str]) -> str:
 
 def quoted(text: str) -> str:
     """Return a string as an override's value, whatever characters it has."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # A backslash is one but for those right before a quote, which come in pairs.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def leaf_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -192,7 +194,10 @@ def _in_one_line(error: Exception, schema: type) -> str:
         return what
     key = found.group(1)
     if " not in '" in what:
-        _check_key(schema, key)
+        try:
+            _check_key(schema, key)
+        except ConfigError as unknown:
+            return str(unknown)
     if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", what):
         return f"{key} is {wrong.group(1)!r}: {suggestion(wrong.group(1), wrong.group(2).split(', '))}"
     return f"{key}: {what}"

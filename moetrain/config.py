@@ -15,6 +15,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
+from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
@@ -116,7 +117,7 @@ class ReadingRun(TrainingRun):
     def __post_init__(self) -> None:
         """Check what spans sections."""
         super().__post_init__()
-        check_length("data.seq_len", self.data.seq_len, self.model)
+        check_length(self.model, name="data.seq_len", length=self.data.seq_len)
         if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {self.data.tokenizer.vocab_size}: "
@@ -150,10 +151,10 @@ class RlRun(TrainingRun):
     def __post_init__(self) -> None:
         """Check what spans sections."""
         super().__post_init__()
-        check_length("rollout.max_tokens", self.rollout.max_tokens, self.model)
+        check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
 
 
-def check_length(name: str, length: int, model: ModelConfig) -> None:
+def check_length(model: ModelConfig, *, name: str, length: int) -> None:
     """Raise `ConfigError` when sequences are longer than the model is declared for."""
     longest = model.max_position_embeddings
     if length > longest:
@@ -182,6 +183,14 @@ class EvalRun(StageRun):
     """What is evaluated."""
     data: DataConfig = field(default_factory=DataConfig)
     """Documents whose validation split tells how much language was kept; without sources that is left out."""
+
+
+@dataclass(kw_only=True)
+class ReportRun(StageRun):
+    """The report of a run: a page, tables, and the numbers as JSON. Works on a run that is not finished, too."""
+
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """What is shown."""
 
 
 @dataclass(kw_only=True)
@@ -263,6 +272,7 @@ SCHEMAS: dict[str, type] = {
     "rl": RlRun,
     "export": ExportRun,
     "eval": EvalRun,
+    "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "generate": GenerateRun,
 }

@@ -47,7 +47,6 @@ def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s{place} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     own = logging.getLogger("moetrain")
     own.handlers = [handler]
-    own.propagate = False
     own.setLevel(level if rank == 0 else logging.WARNING)
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,12 @@ def test_wandb_offline_file_holds_what_was_written(tmp_path: Path, monkeypatch: 
     both.write(1, {"train/loss": 4.5})
     both.close()
 
-    records = _records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+    path = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    until = time.monotonic() + 30  # W&B's own process writes the file
+    records = _records(path)
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < until:
+        time.sleep(0.05)
+        records = _records(path)
     history = [
         {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
         for record in records
@@ -89,7 +95,6 @@ def _records(path: Path) -> list:
 
 
 def test_progress_without_a_terminal_is_plain_lines_with_time_left(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("moetrain").propagate = True
     console = Console(file=io.StringIO(), force_terminal=False)
     with caplog.at_level(logging.INFO, logger="moetrain"), progress(3, "sft", console=console) as advance:
         for loss in (3.0, 2.0, 1.0):

@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
             _check_choice(group.name, choice.stem)
             print(f"ok  {group.name}={choice.stem}")
     for path in sorted(data_folder("recipes").glob("*/recipe.yaml")):
-        stages = recipe.compose_stages(recipe.load(str(path.parent)), compose("run", []), [])
+        stages = recipe.compose_stages(recipe.load(str(path.parent)), compose("run", []), overrides=[])
         print(f"ok  recipe={path.parent.name}: {', '.join(stage.name for stage in stages)}")
     return 0
 

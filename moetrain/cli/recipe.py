@@ -94,36 +94,43 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, of_stages
 
 
-def compose_stages(recipe: Recipe, run: RecipeRun, stage_overrides: Sequence[str]) -> list[Stage]:
-    """Return every stage of a recipe, composed and checked on its own; errors name the stage."""
+def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) -> list[Stage]:
+    """Return every stage of a recipe, composed and checked on its own; errors name the stage.
+
+    `overrides` are of stages: `<stage>.<key>=<value>`.
+    """
     names = [stage.name for stage in recipe.stages]
     extra: dict[str, list[str]] = {name: [] for name in names}
-    for override in stage_overrides:
+    for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         assert match
         if match.group(2) not in extra:
             raise ConfigError(f"{override}: {match.group(2)!r} is no stage; {suggestion(match.group(2), names)}")
         extra[match.group(2)].append((match.group(1) or "") + match.group(3))
-    folder = Path(run.folder) / (run.name or recipe.name)
     stages: list[Stage] = []
     for stage in recipe.stages:
-        inputs: list[str] = []
-
-        def path_of(name: str, inputs: list[str] = inputs, done: Sequence[Stage] = tuple(stages)) -> str:
-            earlier = [stage.name for stage in done]
-            if name not in earlier:
-                raise ConfigError(f"${{stage:{name}}} is no earlier stage; {suggestion(name, earlier)}")
-            inputs.append(name)
-            return str(folder / name)
-
-        overrides = [*stage.overrides, *_of_run(recipe, run, stage.name), *extra[stage.name]]
-        search = [recipe.folder / "configs"] if (recipe.folder / "configs").is_dir() else []
-        try:
-            config = compose(stage.command, overrides, stage_folder=path_of, search=search)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from None
-        stages.append(Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(set(inputs))))
+        words = [*stage.overrides, *_of_run(recipe, run, stage.name), *extra[stage.name]]
+        stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=[done.name for done in stages]))
     return stages
+
+
+def _compose_stage(
+    recipe: Recipe, stage: RecipeStage, *, run: RecipeRun, overrides: Sequence[str], earlier: Sequence[str]
+) -> Stage:
+    inputs: set[str] = set()
+
+    def folder_of(name: str) -> str:
+        if name not in earlier:
+            raise ConfigError(f"${{stage:{name}}} is no earlier stage; {suggestion(name, earlier)}")
+        inputs.add(name)
+        return str(Path(run.folder) / (run.name or recipe.name) / name)
+
+    search = [recipe.folder / "configs"] if (recipe.folder / "configs").is_dir() else []
+    try:
+        config = compose(stage.command, overrides, stage_folder=folder_of, search=search)
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage.name}: {error}") from None
+    return Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(inputs))
 
 
 def _of_run(recipe: Recipe, run: RecipeRun, name: str) -> list[str]:

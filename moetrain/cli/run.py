@@ -98,7 +98,7 @@ def prepare(words: Sequence[str]) -> Prepared:
     own, of_stages = recipe.split_overrides(words)
     run: RecipeRun = compose("run", own)
     loaded = recipe.load(run.recipe)
-    stages = recipe.compose_stages(loaded, run, of_stages)
+    stages = recipe.compose_stages(loaded, run, overrides=of_stages)
     names = [stage.name for stage in stages]
     if run.again_from is not None and run.again_from not in names:
         raise ConfigError(f"again_from is {run.again_from!r}: {suggestion(run.again_from, names)}")

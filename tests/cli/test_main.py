@@ -1,0 +1,96 @@
+"""The command line: help, exit codes, one line for a mistake, plugins, and no torch before the input is checked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.main import main
+from moetrain.compose import leaf_keys
+from moetrain.config import SCHEMAS
+from tests.cli.command import ROOT, moetrain
+
+
+def test_check_composes_every_config_and_recipe_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from moetrain.cli.main import main\n"
+        "code = main(['check'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("ok ") for line in lines)
+    for path in [*ROOT.glob("configs/*/*.yaml")]:
+        assert f"ok  {path.parent.name}={path.stem}" in lines
+    assert any(line.startswith("ok  recipe=k2_nano:") for line in lines)
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_help_lists_every_key_with_its_docstring(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    page = capsys.readouterr().out
+    for key, _ in leaf_keys(SCHEMAS[command]):
+        assert f"  {key} (" in page
+    assert "Name" in page
+
+
+def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pretrain", "--help"])
+    page = capsys.readouterr().out
+    assert "  optim.name (muon|adamw) = muon\n      Rule for the hidden matrices.\n" in page
+    assert "  model.q_lora_rank (int or null) = 96\n" in page
+    assert "  model={deepseek_v3,k2_nano," in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretran"], "moetrain: 'pretran' is not a command; did you mean pretrain?\n"),
+        (["sft", "train.stesp=3"], "moetrain: train.stesp: there is no 'stesp' in train; did you mean steps?\n"),
+        (["sft", "init_from=nowhere"], "moetrain: init_from is nowhere: there is no such folder\n"),
+        (["pretrain", "plugins=[no_such_module]"], "moetrain: plugins: there is no no_such_module; give a module"),
+        (["pretrain", "--config", "none.yaml"], "moetrain: there is no config file none.yaml\n"),
+        (
+            ["run", "recipe=k2_nan"],
+            "moetrain: recipe is 'k2_nan': no folder with a recipe.yaml; did you mean k2_nano?\n",
+        ),
+        (["run", "pretrian.train.steps=3"], "'pretrian' is no stage; did you mean pretrain?\n"),
+        (["run", "again_from=sfd"], "moetrain: again_from is 'sfd': did you mean sft?\n"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_one_line_and_leaves_nothing(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_a_command_line_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "pretrain", "train.steps=5"]) == 0
+    assert main(["check", "pretrain", "train.steps=0"]) == 2
+    assert main(["check", "run", "recipe=k2_nano", "sft.train.steps=0"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plugin_is_imported_by_path_and_its_own_error_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("print('mine is here')\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    found = moetrain("generate", "plugins=[mine.py]", folder=tmp_path)
+    assert "mine is here" in found.stdout
+    broken = moetrain("generate", "plugins=[broken]", folder=tmp_path)
+    assert broken.returncode == 2
+    assert broken.stderr == "moetrain: plugins: broken fails when it is imported: ZeroDivisionError: division by zero\n"

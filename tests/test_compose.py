@@ -1,0 +1,107 @@
+"""From YAML and a command line to a checked dataclass; what is wrong becomes one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+from moetrain.compose import compose, load_config, quoted, save_config, to_mapping
+from moetrain.config import SCHEMAS, PretrainRun
+from moetrain.data.config import Overlong, SourceKind
+from moetrain.errors import ConfigError
+
+
+def test_overrides_arrive_typed() -> None:
+    run = compose("pretrain", ["train.steps=7", "data.overlong=drop", "model.q_lora_rank=null", "plugins=[a,b]"])
+    assert isinstance(run, PretrainRun)
+    assert run.train.steps == 7
+    assert run.data.overlong is Overlong.drop
+    assert run.model.q_lora_rank is None
+    assert run.plugins == ["a", "b"]
+
+
+def test_a_choice_of_a_group_changes_what_it_says_and_nothing_else() -> None:
+    run = compose("pretrain", ["model=kimi_k2_thinking"])
+    assert run.model.num_experts == 384
+    assert run.model.num_layers == 61
+    assert run.model.yarn.factor == 64.0
+    assert run.data.tokenizer.vocab_size == run.model.vocab_size
+
+
+def test_a_new_source_needs_no_special_syntax() -> None:
+    run = compose("pretrain", ["data.sources.mine.kind=jsonl", "data.sources.mine.path=x.jsonl"])
+    assert run.data.sources["mine"].kind is SourceKind.jsonl
+    assert run.data.sources["mine"].path == "x.jsonl"
+    assert "code" in run.data.sources
+
+
+def test_a_source_can_be_removed() -> None:
+    assert "maths" not in compose("pretrain", ["~data.sources.maths"]).data.sources
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stesp=3"], "train.stesp: there is no 'stesp' in train; did you mean steps?"),
+        (["steps=3"], "steps: there is no 'steps' here; did you mean train.steps?"),
+        (["modle=k2_nano"], "modle: there is no 'modle' here; did you mean model?"),
+        (["model=k2_nan"], "model is 'k2_nan': did you mean k2_nano?"),
+        (["data.overlong=splitt"], "data.overlong is 'splitt': did you mean split?"),
+        (
+            ["data.sources.code.kin=x"],
+            "data.sources.code.kin: there is no 'kin' in data.sources.code; did you mean kind?",
+        ),
+        (
+            ["+data.sources.code.kin=x"],
+            "data.sources.code.kin: there is no 'kin' in data.sources.code; did you mean kind?",
+        ),
+        (["train.steps=many"], "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        (["train.steps=0"], "train.steps is 0: give at least 1"),
+        (["train.steps.x=3"], "train.steps.x: train.steps is one value and has no 'x'"),
+        (["train.steps"], "train.steps: not key=value"),
+        (["init_from=a=b"], "init_from=a=b: not key=value"),
+        (["init_from=${stage:sft}"], "${stage:sft} has a meaning in a recipe only"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("pretrain", overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_yaml_names_the_key_or_the_line(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "odd.yaml").write_text("num_layerz: 3\n")
+    (folder / "torn.yaml").write_text("num_layers: [3\n")
+    with pytest.raises(ConfigError, match=r"model\.num_layerz: there is no 'num_layerz' in model; did you mean num_l"):
+        compose("pretrain", ["model=odd"], search=[tmp_path])
+    with pytest.raises(ConfigError, match=r"torn\.yaml:2 is not YAML"):
+        compose("pretrain", ["model=torn"], search=[tmp_path])
+
+
+def test_any_string_can_be_quoted() -> None:
+    text = "a 'b' \"c\"\\ d=[e], {f}"
+    assert compose("pretrain", [f"init_from={quoted(text)}"]).init_from == text
+
+
+def test_stage_becomes_a_folder_in_a_recipe() -> None:
+    run = compose("pretrain", ["init_from=${stage:before}/x"], stage_folder=lambda name: f"runs/{name}")
+    assert run.init_from == "runs/before/x"
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_a_saved_config_is_read_back_equal(command: str, tmp_path: Path) -> None:
+    run = compose(command, [])
+    save_config(run, tmp_path / "config.yaml")
+    assert load_config(command, tmp_path / "config.yaml") == run
+    assert to_mapping(run)
+
+
+def test_a_saved_config_is_checked_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("train:\n  stesp: 3\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml.*there is no 'stesp' in train; did you mean steps\?"):
+        load_config("pretrain", path)
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config("pretrain", tmp_path / "none.yaml")

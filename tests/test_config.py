@@ -1,0 +1,75 @@
+"""Checks that span sections, and that every field tells what it is."""
+
+import pytest
+
+from moetrain.cli.help_page import field_docs
+from moetrain.compose import leaf_keys
+from moetrain.config import SCHEMAS, PretrainRun, RlRun, RunConfig
+from moetrain.data.config import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.errors import ConfigError
+from moetrain.model.config import ModelConfig
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.rollout.config import RolloutConfig
+
+
+def data(**values: object) -> DataConfig:
+    return DataConfig(sources={"code": SourceConfig()}, **values)  # type: ignore[arg-type]
+
+
+def test_expert_parallelism_has_to_divide_the_experts() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.expert is 3: it must divide model\.num_experts=8"):
+        PretrainRun(data=data(), parallel=ParallelConfig(expert=3))
+
+
+def test_the_plain_engine_is_one_process() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.expert is 2: the plain engine"):
+        PretrainRun(data=data(), parallel=ParallelConfig(expert=2, engine=EngineName.torch))
+
+
+def test_groups_of_the_grid_have_to_divide_the_widths_when_they_are_used() -> None:
+    with pytest.raises(ConfigError, match=r"quant\.group_size is 24: it must divide model\.hidden_size=128"):
+        PretrainRun(data=data(), quant=QuantConfig(enabled=True, group_size=24))
+    assert PretrainRun(data=data(), quant=QuantConfig(group_size=24)).quant.group_size == 24
+
+
+def test_sequences_have_to_fit_the_positions() -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len is 2048: give at most model\.max_position_embeddings=1024"):
+        PretrainRun(model=ModelConfig(max_position_embeddings=1024), data=data(seq_len=2048))
+    with pytest.raises(ConfigError, match=r"rollout\.max_tokens is 896: give at most"):
+        RlRun(model=ModelConfig(max_position_embeddings=512), rollout=RolloutConfig(max_tokens=896))
+
+
+def test_a_tokenizer_that_is_trained_has_the_models_vocabulary() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size is 512: give model\.vocab_size=1024"):
+        PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512)))
+    assert PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512, path="there"))).model.vocab_size == 1024
+
+
+def test_there_have_to_be_data() -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources has no source"):
+        PretrainRun()
+
+
+def test_names_of_folders_are_names() -> None:
+    with pytest.raises(ConfigError, match=r"run\.name is 'a/b'"):
+        RunConfig(name="a/b")
+    assert str(RunConfig(folder="x", name="y", stage="z").path) == "x/y/z"
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_field_of_every_command_has_a_docstring(command: str) -> None:
+    from dataclasses import is_dataclass
+    from typing import get_args, get_type_hints
+
+    def silent(schema: type, prefix: str) -> list[str]:
+        docs = field_docs(schema)
+        names = [prefix + name for name, doc in docs.items() if not doc]
+        for name, hint in get_type_hints(schema).items():
+            for kind in (hint, *get_args(hint)):
+                if is_dataclass(kind):
+                    names += silent(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        return names
+
+    assert not silent(SCHEMAS[command], "")
+    assert list(leaf_keys(SCHEMAS[command]))
