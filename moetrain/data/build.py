@@ -83,7 +83,10 @@ def build_data(
         keys[name] = [_identity(document) for document in tokenized[name]]
         digests[name] = hashlib.sha256("".join(keys[name]).encode()).hexdigest()
     training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)
-    rows = {name: _packed(documents, config, seed=seed, tokenizer=tokenizer) for name, documents in training.items()}
+    rows = {
+        name: _packed(documents, config, name=name, seed=seed, tokenizer=tokenizer)
+        for name, documents in training.items()
+    }
     weights = {name: source.weight for name, source in config.sources.items()}
     for name, packed in rows.items():
         _tell(name, packed)
@@ -91,7 +94,9 @@ def build_data(
         loader=Loader(rows, weights=weights, seed=seed, pad_id=tokenizer.pad_id),
         training=rows,
         validation={
-            name: _validation_rows(documents, config, tokenizer) for name, documents in held_out.items() if documents
+            name: _validation_rows(documents, config, name=name, tokenizer=tokenizer)
+            for name, documents in held_out.items()
+            if documents
         },
         tokenizer=tokenizer,
         digests=digests | {"tokenizer": tokenizer.digest},
@@ -239,14 +244,19 @@ def _split(
     return training, held_out
 
 
-def _packed(documents: list[TokenizedDocument], config: DataConfig, *, seed: int, tokenizer: Tokenizer) -> PackedRows:
+def _packed(
+    documents: list[TokenizedDocument], config: DataConfig, *, name: str, seed: int, tokenizer: Tokenizer
+) -> PackedRows:
     order = list(documents)
     python_stream(seed, "data/pack").shuffle(order)
-    return pack(order, seq_len=config.seq_len, overlong=config.overlong, bos_id=tokenizer.bos_id)
+    overlong = config.sources[name].overlong or config.overlong
+    return pack(order, seq_len=config.seq_len, overlong=overlong, bos_id=tokenizer.bos_id)
 
 
-def _validation_rows(documents: list[TokenizedDocument], config: DataConfig, tokenizer: Tokenizer) -> ValidationRows:
-    packed = _packed(documents, config, seed=_VALIDATION_SEED, tokenizer=tokenizer)
+def _validation_rows(
+    documents: list[TokenizedDocument], config: DataConfig, *, name: str, tokenizer: Tokenizer
+) -> ValidationRows:
+    packed = _packed(documents, config, name=name, seed=_VALIDATION_SEED, tokenizer=tokenizer)
     chosen = list(range(packed.num_rows))
     python_stream(_VALIDATION_SEED, "data/validation").shuffle(chosen)
     batch = packed.batch(sorted(chosen[: config.validation_rows]), pad_id=tokenizer.pad_id)

@@ -46,6 +46,8 @@ class SourceConfig:
     """Format of a record: text, messages (chat), or one that a plugin registered."""
     num_documents: int = 4000
     """Documents made by procedure (maths, dialogues)."""
+    overlong: Overlong | None = None
+    """Policy for documents longer than a row; null takes data.overlong."""
     max_characters: int | None = None
     """Characters read of this source at most, whole documents; null reads all. A hub source then streams."""
 
