@@ -1,0 +1,223 @@
+"""Charts as inline SVG, coloured by the page's style sheet so that they follow dark mode. No scripts, no files.
+
+Three kinds: lines over steps, rates with intervals over a category, and a grid of cells for what has a row a layer or
+a number of calls. Every string that comes in is escaped.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 440, 256
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 42
+MAX_POINTS = 240
+"""Points a line has at most; neighbours are averaged beyond that."""
+NUM_COLORS = 6
+"""Colours of the style sheet, `--c0` on."""
+_MIN_TICKS = 4
+
+
+@dataclass(kw_only=True)
+class Line:
+    """One line: its points in order of x, the number of its colour, a level to compare it with, drawn dashed."""
+
+    name: str
+    points: list[tuple[float, float]]
+    color: int
+    level: float | None = None
+    is_faint: bool = False
+
+
+@dataclass(kw_only=True)
+class Rates:
+    """Rates by category: (value, low, high), shares of 1."""
+
+    name: str
+    rates: dict[str, tuple[float, float, float]]
+    color: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Return the place of a value on the canvas."""
+        return self.start + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.start)
+
+
+def line_chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, from_zero: bool = False) -> str:
+    """Return lines over steps; empty when there is no finite point. A value that is not finite is left out."""
+    shown = [(line, _thinned([point for point in line.points if math.isfinite(point[1])])) for line in lines]
+    shown = [(line, points) for line, points in shown if points]
+    if not shown:
+        return ""
+    values = [value for _, points in shown for _, value in points]
+    values += [line.level for line, _ in shown if line.level is not None] + ([0.0] if from_zero else [])
+    steps = [step for _, points in shown for step, _ in points]
+    x = _Scale(low=min(steps), high=max(steps), start=_LEFT, end=WIDTH - _RIGHT)
+    y_ticks = ticks(min(values), max(values) or 1.0 if from_zero else max(values))
+    y = _Scale(low=y_ticks[0], high=y_ticks[-1], start=HEIGHT - _BOTTOM, end=_TOP)
+    parts = [*_y_axis(y, y_ticks), *_x_axis(x, [tick for tick in ticks(x.low, x.high) if x.low <= tick <= x.high])]
+    for line, points in shown:
+        if line.level is not None:
+            place = y.at(line.level)
+            parts.append(f'<path class="s{line.color} level" d="M{_LEFT} {place:.1f}H{WIDTH - _RIGHT}"/>')
+        path = "L".join(f"{x.at(step):.1f} {y.at(value):.1f}" for step, value in points)
+        look = f"s{line.color}" + (" faint" if line.is_faint else "")
+        if len(points) == 1:
+            parts.append(_dot(x.at(points[0][0]), y.at(points[0][1]), color=line.color, said=line.name))
+        parts.append(f'<path class="{look}" d="M{path}"><title>{escape(line.name)}</title></path>')
+    keys = [(line.color, line.name) for line, _ in shown if not line.is_faint]
+    return _figure(title, parts, keys=keys, x_name=x_name, y_name=y_name)
+
+
+def rate_chart(title: str, series: Sequence[Rates], *, x_name: str) -> str:
+    """Return rates in percent with their intervals, side by side in each category; empty without any."""
+    categories = list(dict.fromkeys(name for one in series for name in one.rates))
+    if not categories:
+        return ""
+    y = _Scale(low=0.0, high=100.0, start=HEIGHT - _BOTTOM, end=_TOP)
+    slot = (WIDTH - _LEFT - _RIGHT) / len(categories)
+    apart = min(14.0, slot * 0.7 / max(len(series), 1))
+    parts = _y_axis(y, [0, 20, 40, 60, 80, 100])
+    for place, category in enumerate(categories):
+        centre = _LEFT + (place + 0.5) * slot
+        parts.append(_text(centre, HEIGHT - _BOTTOM + 16, category, anchor="middle"))
+        for number, one in enumerate(series):
+            if category not in one.rates:
+                continue
+            value, low, high = (100 * share for share in one.rates[category])
+            at = centre + (number - (len(series) - 1) / 2) * apart
+            said = f"{one.name}, {category}: {value:.1f} % [{low:.1f}, {high:.1f}]"
+            parts.append(f'<path class="s{one.color} bar" d="M{at:.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>')
+            parts.append(_dot(at, y.at(value), color=one.color, said=said))
+    keys = [(one.color, one.name) for one in series if one.rates]
+    return _figure(title, parts, keys=keys, x_name=x_name, y_name="% right")
+
+
+def grid_chart(
+    title: str, rows: Sequence[tuple[str, list[tuple[float, float]]]], *, low: float, high: float, unit: str
+) -> str:
+    """Return a grid: a row a series, a column some steps, the cell's depth their mean from `low` to `high`."""
+    shown = [(name, [point for point in points if math.isfinite(point[1])]) for name, points in rows]
+    shown = [(name, points) for name, points in shown if points]
+    if not shown:
+        return ""
+    steps = [step for _, points in shown for step, _ in points]
+    first, last = min(steps), max(steps)
+    columns = max(1, min(24, len(set(steps))))
+    left = 12 + 6.6 * max(len(name) for name, _ in shown)
+    cell = max(6.0, min(22.0, 190 / len(shown)))
+    x = _Scale(low=first, high=last, start=left, end=WIDTH - _RIGHT)
+    width, parts = (WIDTH - _RIGHT - left) / columns, []
+    for number, (name, points) in enumerate(shown):
+        top = _TOP + number * cell
+        if cell >= 11 or number % 4 == 0:
+            parts.append(_text(left - 6, top + cell / 2 + 4, name, anchor="end"))
+        bins: dict[int, list[float]] = {}
+        for step, value in points:
+            column = min(columns - 1, int((step - first) / ((last - first) or 1.0) * columns))
+            bins.setdefault(column, []).append(value)
+        for column, values in sorted(bins.items()):
+            mean = sum(values) / len(values)
+            depth = min(1.0, max(0.0, (mean - low) / ((high - low) or 1.0)))
+            said = f"{name}, about step {first + (column + 0.5) * (last - first) / columns:.0f}: {mean:.3g}{unit}"
+            parts.append(
+                f'<rect class="cell" x="{left + column * width:.1f}" y="{top:.1f}" width="{max(width - 1, 1):.1f}" '
+                f'height="{cell - 1:.1f}" fill-opacity="{0.06 + 0.94 * depth:.2f}">'
+                f"<title>{escape(said)}</title></rect>"
+            )
+    bottom = _TOP + len(shown) * cell
+    parts += [
+        _text(x.at(tick), bottom + 14, _said(tick), anchor="middle")
+        for tick in ticks(first, last)
+        if first <= tick <= last
+    ]
+    note = f"faint {_said(low)}{unit}, full {_said(high)}{unit}"
+    return _figure(title, parts, keys=[], x_name="step", y_name=note, height=bottom + 38)
+
+
+def moving_average(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Return each point's mean with up to `window - 1` before it: a line never knows what comes later."""
+    return [
+        (step, sum(value for _, value in points[max(0, end - window + 1) : end + 1]) / min(window, end + 1))
+        for end, (step, _) in enumerate(points)
+    ]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return 4 to 9 round numbers in even steps, from at most `low` to at least `high`."""
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / _MIN_TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (5.0, 2.5, 2.0, 1.0) if factor * power <= raw * (1 + 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `MAX_POINTS` points, each the mean of as many neighbours as that takes."""
+    size = -(-len(points) // MAX_POINTS)
+    if size <= 1:
+        return points
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def _figure(
+    title: str,
+    parts: Sequence[str],
+    *,
+    keys: Sequence[tuple[int, str]],
+    x_name: str,
+    y_name: str,
+    height: float = HEIGHT,
+) -> str:
+    legend = "".join(
+        '<li><svg class="key" viewBox="0 0 18 8" aria-hidden="true">'
+        f'<path class="s{color}" d="M0 4H18"/></svg>{escape(name)}</li>'
+        for color, name in keys
+    )
+    axis = _text((_LEFT + WIDTH - _RIGHT) / 2, height - 6, x_name, anchor="middle")
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b> <span class="dim">{escape(y_name)}</span></figcaption>'
+        + (f'<ul class="legend">{legend}</ul>' if len(keys) > 1 else "")
+        + f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="0 0 {WIDTH} {height:.0f}">'
+        + "".join(parts)
+        + axis
+        + "</svg></figure>\n"
+    )
+
+
+def _y_axis(scale: _Scale, marks: Sequence[float]) -> list[str]:
+    parts = []
+    for mark in marks:
+        parts.append(f'<path class="rule" d="M{_LEFT} {scale.at(mark):.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, scale.at(mark) + 4, _said(mark), anchor="end"))
+    return parts
+
+
+def _x_axis(scale: _Scale, marks: Sequence[float]) -> Iterator[str]:
+    for mark in marks:
+        yield _text(scale.at(mark), HEIGHT - _BOTTOM + 16, _said(mark), anchor="middle")
+
+
+def _dot(x: float, y: float, *, color: int, said: str) -> str:
+    return f'<circle class="d{color}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(said)}</title></circle>'
+
+
+def _text(x: float, y: float, said: str, *, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+
+
+def _said(value: float) -> str:
+    """Return a number of an axis: `2k` for 2000."""
+    if abs(value) >= 10_000 and value % 1000 == 0:
+        return f"{value / 1000:g}k"
+    return f"{value:.6g}"

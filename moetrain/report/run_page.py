@@ -1,0 +1,273 @@
+"""The page of a run, `report.html`: one file that one can send to a colleague. Nothing is fetched, nothing is scripted.
+
+A section whose stage has not run is left out, and the page says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.log import duration
+from moetrain.report.charts import learning_charts, load_charts, optimizer_charts, rl_charts, success_charts
+from moetrain.report.numbers import digests, main_modes, mode_title, sizes, times, validation
+from moetrain.report.stages import Kind, Run, Stage
+from moetrain.report.style import STYLE
+from moetrain.report.table import (
+    Table,
+    difference_table,
+    int4_table,
+    rate_text,
+    size_table,
+    success_table,
+    validation_table,
+)
+from moetrain.report.trace_page import chosen, pairs, read_traces, trajectory_html
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""What a browser lets the page do: nothing but style itself, whatever a model wrote into a trajectory."""
+_TELLING = [
+    (
+        "model",
+        ("hidden_size", "num_layers", "num_experts", "num_experts_per_token", "num_shared_experts", "vocab_size"),
+    ),
+    ("optim", ("name", "lr")),
+    ("train", ("steps", "rows_per_step", "compute_dtype")),
+    ("data", ("seq_len",)),
+    ("quant", ("enabled", "grid", "group_size")),
+    ("task", ("name", "min_calls", "max_calls", "tool_failure")),
+    ("rollout", ("max_tokens", "max_turns", "temperature")),
+    ("rl", ("algorithm", "tasks_per_step", "group_size")),
+    ("eval", ("num_tasks", "temperatures")),
+    ("export", ("format",)),
+    ("parallel", ("engine", "expert", "zero")),
+]
+"""Fields of each section that the summary of a stage names, where it has them; the whole config folds open below."""
+
+
+def run_page(run: Run, *, num_trajectories: int) -> str:
+    """Return the page. `num_trajectories`: right ones and wrong ones a mode that can be read."""
+    sections = [
+        ("success", "What it can do", _success(run), "no evaluation has finished"),
+        ("learning", "What it learnt", _learning(run), "no stage that reads documents has begun"),
+        (
+            "rl",
+            "Reinforcement learning",
+            _charts([rl_charts(s) for s in run.of_kind(Kind.rl)]),
+            "no RL stage has begun",
+        ),
+        ("experts", "Expert load", _loads(run), "no stage has trained experts"),
+        ("int4", "INT4", _int4(run), "nothing was exported or evaluated"),
+        ("trajectories", "Trajectories", _trajectories(run, num_trajectories), "no trajectory was kept"),
+        ("making", "How it was made", _making(run), "no stage has begun"),
+    ]
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, content, _ in sections if content)
+    left_out = [f"{title} ({why})" for _, title, content, why in sections if not content]
+    left_out += [f"stage {name} (not begun)" for name in run.missing]
+    unfinished = [stage.name for stage in run.stages if not stage.is_finished]
+    notes = [f"Left out: {'; '.join(left_out)}."] if left_out else []
+    notes += [f"Not finished yet: {', '.join(unfinished)}; what they wrote so far is shown."] if unfinished else []
+    body = "".join(f'<h2 id="{key}">{escape(title)}</h2>\n{content}' for key, title, content, _ in sections if content)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"<title>{escape(run.name)} - moetrain</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f'<span class="dim">moetrain run</span><h1>{escape(run.name)}</h1>\n'
+        f"<p>{escape(' → '.join(stage.name for stage in run.stages))}</p>\n"
+        + "".join(f"<p><b>{escape(note)}</b></p>\n" for note in notes)
+        + f"<nav>{links}</nav>\n{_tiles(run)}{body}</main></body></html>\n"
+    )
+
+
+def table_html(table: Table, *, is_titled: bool = True) -> str:
+    """Return a table with its notes."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    rows = "".join(
+        f"<tr{' class=main' if row[0] in table.main_rows else ''}>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "</tr>\n"
+        for row in table.rows
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    return (
+        (f"<h3>{escape(table.title)}</h3>" if is_titled else "")
+        + f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
+        + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
+    )
+
+
+def _tiles(run: Run) -> str:
+    """Return the headline: what stands first in a message to a colleague."""
+    tiles: list[tuple[str, str]] = []
+    if run.evaluations:
+        last = run.evaluations[-1]
+        modes = last.evaluation["modes"]
+        for mode in main_modes(last):
+            tiles.append((rate_text(modes[mode]["all"]).split()[0] + " %", f"held-out tasks right, {mode_title(mode)}"))
+        first = next(iter(main_modes(last)), None)
+        if first and modes[first]["after_tool_error"]["count"]:
+            tiles.append((rate_text(modes[first]["after_tool_error"]).split()[0] + " %", "right after a tool error"))
+    read = [row for row in validation(run).values() if row["bigram"] and row["stages"]]
+    if read:
+        better = sum(next(iter(row["stages"].values())) < row["bigram"] for row in read)
+        tiles.append((f"{better} of {len(read)}", "sources predicted better than by the bigram model"))
+    for name, row in list(sizes(run).items())[-1:]:
+        tiles.append((f"{row['bytes'] / 1e6:.2f} MB", f"exported ({name}), {row['bf16_bytes'] / 1e6:.2f} MB in bf16"))
+    content = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles
+    )
+    return f'<div class="tiles">{content}</div>\n' if tiles else ""
+
+
+def _success(run: Run) -> str:
+    table = success_table(run)
+    if table is None:
+        return ""
+    change = difference_table(run)
+    beside = table_html(change) if change else ""
+    return table_html(table) + beside + _charts([success_charts(run)]) + _endings(run)
+
+
+def _endings(run: Run) -> str:
+    """Return why trajectories ended, and what was wrong with the answers, as counts."""
+    columns = [(stage, mode) for stage in run.evaluations for mode in stage.evaluation["modes"]]
+    rows = []
+    for group, prefix in (("endings", ""), ("grades", "answered: ")):
+        counted = [stage.evaluation["modes"][mode].get(group, {}) for stage, mode in columns]
+        for name in sorted({name for counts in counted for name in counts}):
+            rows.append([prefix + name.replace("_", " "), *(str(counts.get(name, 0)) for counts in counted)])
+    header = ["", *(f"{stage.trained_by} {mode_title(mode)}" for stage, mode in columns)]
+    return (
+        "<details><summary>How trajectories ended</summary>"
+        + table_html(Table(title="", header=header, rows=rows, notes=["numbers of trajectories"]), is_titled=False)
+        + "</details>\n"
+    )
+
+
+def _learning(run: Run) -> str:
+    table = validation_table(run)
+    stages = run.of_kind(Kind.training)
+    charts = _charts([learning_charts(stage) for stage in stages])
+    more = "".join(optimizer_charts(stage) for stage in run.trained)
+    folded = f"<details><summary>Gradient norm and learning rate</summary>{_charts([more])}</details>\n" if more else ""
+    return (table_html(table) if table else "") + charts + folded
+
+
+def _loads(run: Run) -> str:
+    charts = [(stage.name, load_charts(stage)) for stage in run.trained]
+    return "".join(f"<h3>{escape(name)}</h3>{_charts([chart])}" for name, chart in charts if chart)
+
+
+def _int4(run: Run) -> str:
+    made = [table for table in (int4_table(run), size_table(run), _verified(run)) if table is not None]
+    return "".join(table_html(table) for table in made)
+
+
+def _verified(run: Run) -> Table | None:
+    """Return what `moetrain verify` measured."""
+    rows = [
+        [row["name"], f"{row['value']:.6g}", f"{row['bound']:.6g}", "ok" if row["is_kept"] else "MISSED", row["note"]]
+        for stage in run.stages
+        for row in stage.verification.get("rows", [])
+    ]
+    return Table(title="Verified", header=["what", "found", "bound", "", ""], rows=rows) if rows else None
+
+
+def _trajectories(run: Run, count: int) -> str:
+    parts: list[str] = []
+    kept = {
+        stage.name: {path.stem: read_traces(path) for path in _traces_of(stage)}
+        for stage in [*run.of_kind(Kind.rl), *run.evaluations]
+    }
+    parts += _before_and_after(run, kept, count)
+    is_open = not parts
+    for stage in reversed(run.evaluations):
+        for mode in stage.evaluation["modes"]:
+            title = f"after {stage.trained_by}, {mode_title(mode)}"
+            for trace in chosen(kept[stage.name].get(mode, []), count=count):
+                parts.append(trajectory_html(trace, title=title, is_open=is_open))
+                is_open = False
+    for stage in run.of_kind(Kind.rl):
+        for name, traces in kept[stage.name].items():
+            title = f"{stage.name}, {name.replace('_', ' ')}"
+            parts += [trajectory_html(trace, title=title, is_open=False) for trace in chosen(traces, count=count)]
+    return "".join(parts)
+
+
+def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]], count: int) -> list[str]:
+    """Return tasks that the first evaluation got wrong and the last one right, in one mode."""
+    if len(run.evaluations) < 2:
+        return []
+    first, last = run.evaluations[0], run.evaluations[-1]
+    for mode in last.evaluation["modes"]:
+        found = list(pairs(kept[first.name].get(mode, []), kept[last.name].get(mode, [])))[:count]
+        if found:
+            parts = ["<h3>The same task, before and after</h3>"]
+            for number, couple in enumerate(found):
+                for stage, trace in zip((first, last), couple, strict=True):
+                    title = f"after {stage.trained_by}, {mode_title(mode)}"
+                    parts.append(trajectory_html(trace, title=title, is_open=number == 0))
+            return [*parts, "<h3>More</h3>"]
+    return []
+
+
+def _traces_of(stage: Stage) -> Sequence[Path]:
+    """Return the files of trajectories: all of an evaluation, the first and the last step of RL."""
+    paths = sorted((stage.folder / "traces").glob("*.jsonl"))
+    return paths if stage.kind is Kind.evaluation else list(dict.fromkeys([*paths[:1], *paths[-1:]]))
+
+
+def _making(run: Run) -> str:
+    seconds = times(run)
+    rows = [[stage.name, "; ".join(_settings(stage.config)), _time(seconds.get(stage.name))] for stage in run.stages]
+    parameters = next((stage.summary["parameters"] for stage in run.trained if "parameters" in stage.summary), None)
+    notes = []
+    if parameters:
+        notes.append(
+            f"{parameters['total']:,} parameters, {parameters['active_with_head']:,} active a token, "
+            f"{parameters['routed']:,} in routed experts"
+        )
+    if seconds:
+        notes.append(f"{duration(sum(seconds.values()))} in all stages")
+    listed = "".join(
+        f"<tr><td>{escape(name)}</td><td class='wide'>{escape(text)}</td><td>{escape(time)}</td></tr>\n"
+        for name, text, time in rows
+    )
+    digest_rows = [[name, what, value] for name, found in digests(run).items() for what, value in found.items()]
+    digest_rows += [[stage.name, "config, code and inputs", stage.done["key"]] for stage in run.stages if stage.done]
+    digest_table = Table(title="", header=["stage", "of", "sha256"], rows=digest_rows)
+    return (
+        "<div class='scroll'><table><thead><tr><th>stage</th><th>settings</th><th>time</th></tr></thead>"
+        f"<tbody>\n{listed}</tbody></table></div>\n"
+        f"<ul class='notes'>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
+        + "<details><summary>Digests</summary>"
+        + table_html(digest_table, is_titled=False)
+        + "</details>\n"
+        + "".join(
+            f"<details><summary>config of {escape(stage.name)}</summary>"
+            f"<pre>{escape(yaml.safe_dump(stage.config, sort_keys=False))}</pre></details>\n"
+            for stage in run.stages
+        )
+    )
+
+
+def _settings(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the settings of a stage that say most."""
+    for section, names in _TELLING:
+        values = config.get(section)
+        if isinstance(values, dict):
+            said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) is not None)
+            if said:
+                yield f"{section}: {said}"
+
+
+def _time(seconds: float | None) -> str:
+    return duration(seconds) if seconds is not None else "-"
+
+
+def _charts(parts: Sequence[str]) -> str:
+    """Return charts side by side where there is room; empty without any."""
+    return f'<div class="charts">{"".join(parts)}</div>\n' if any(parts) else ""

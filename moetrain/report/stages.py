@@ -1,0 +1,199 @@
+"""The folder of a run, read: what each stage wrote, and which stage trained the weights that another one takes.
+
+A stage is known by the sections of its `config.yaml`, not by its name, so that any recipe can be reported. What a stage
+has not written yet is empty here; what it wrote and cannot be read is an error that names the file.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetrain.errors import ConfigError, DataError
+from moetrain.log import read_metrics
+
+CONFIG = "config.yaml"
+
+
+class Kind(StrEnum):
+    """What a stage does."""
+
+    training = "training"
+    rl = "rl"
+    export = "export"
+    evaluation = "evaluation"
+    other = "other"
+
+
+_SECTIONS = {"rl": Kind.rl, "eval": Kind.evaluation, "export": Kind.export, "optim": Kind.training}
+"""A section of the config that only this kind has, the first that is found."""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One stage as its folder tells. `trained_by`: the stage whose weights it is about, itself when it trains."""
+
+    name: str
+    folder: Path
+    kind: Kind
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    """`summary.json`."""
+    evaluation: dict[str, Any]
+    """`eval.json`."""
+    export: dict[str, Any]
+    """`model/moetrain.json`."""
+    verification: dict[str, Any]
+    """`verify.json`."""
+    done: dict[str, Any]
+    """`done.json`, which `moetrain run` writes: key and seconds."""
+    trained_by: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage wrote what it writes last."""
+        last = {Kind.evaluation: self.evaluation, Kind.other: self.verification or self.done}
+        return bool(last.get(self.kind, self.summary))
+
+    def values(self, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) of a metric, in the order it was written."""
+        return [(row["step"], row[name]) for row in self.metrics if name in row]
+
+    def metric_names(self, prefix: str) -> list[str]:
+        """Return the metrics whose name begins with `prefix`, in the order they first appear."""
+        return list(dict.fromkeys(name for row in self.metrics for name in row if name.startswith(prefix)))
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run: its stages in order, and the names of those that have not begun."""
+
+    name: str
+    stages: list[Stage]
+    missing: list[str]
+
+    def of_kind(self, *kinds: Kind) -> list[Stage]:
+        """Return the stages of these kinds, in order."""
+        return [stage for stage in self.stages if stage.kind in kinds]
+
+    @property
+    def trained(self) -> list[Stage]:
+        """Return the stages that train, RL included."""
+        return self.of_kind(Kind.training, Kind.rl)
+
+    @property
+    def evaluations(self) -> list[Stage]:
+        """Return the evaluations that have numbers."""
+        return [stage for stage in self.of_kind(Kind.evaluation) if stage.evaluation]
+
+
+def read_run(folder: Path, stages: Sequence[str]) -> Run:
+    """Return the run in `folder`; `stages` are folders in their order, none takes all that have a config.
+
+    Raises `ConfigError` when there is nothing to report, `DataError` when a file cannot be read.
+    """
+    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(folder)
+    configs = {path: config for path in wanted if (config := _yaml(path / CONFIG))}
+    if not configs:
+        raise ConfigError(
+            f"{folder} has no stage with a {CONFIG}: give the name of a run, run.name=..., that has begun"
+        )
+    read = [_read_stage(path, config, trained_by=_root(path, configs)) for path, config in configs.items()]
+    shown = [stage for stage in read if "report" not in stage.config]
+    return Run(name=folder.name, stages=shown, missing=[path.name for path in wanted if path not in configs])
+
+
+def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> Stage:
+    metrics = folder / "metrics.jsonl"
+    return Stage(
+        name=folder.name,
+        folder=folder,
+        kind=next((kind for section, kind in _SECTIONS.items() if section in config), Kind.other),
+        config=config,
+        metrics=[row for row in read_metrics(metrics) if "step" in row] if metrics.is_file() else [],
+        summary=_json(folder / "summary.json"),
+        evaluation=_json(folder / "eval.json"),
+        export=_json(folder / "model" / "moetrain.json"),
+        verification=_json(folder / "verify.json"),
+        done=_json(folder / "done.json"),
+        trained_by=trained_by.name,
+    )
+
+
+def _ordered(folder: Path) -> list[Path]:
+    """Return the stages' folders of a run, each after those that its config names; by name where that is open."""
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if not path.parent.name.endswith(".previous"))
+    configs = {path: _yaml(path / CONFIG) for path in found}
+
+    def depth(path: Path, trail: tuple[Path, ...] = ()) -> int:
+        named = {_stage_at(text, configs) for text in _strings(configs[path])} - {None, path, *trail}
+        return 1 + max((depth(taken, (*trail, path)) for taken in named if taken), default=0)
+
+    return sorted(found, key=lambda path: (depth(path), path.name))
+
+
+def _origin(config: Mapping[str, Any], configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+    """Return the folder of the stage of this run that a config takes its weights from."""
+    named = config.get("init_from")
+    return _stage_at(named, configs) if isinstance(named, str) else None
+
+
+def _stage_at(text: str, configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+    """Return the stage whose folder, as its own config or this machine has it, holds the path `text`."""
+    if "/" not in text:
+        return None
+    path = Path(text).expanduser().resolve()
+    for folder, config in configs.items():
+        run = config.get("run", {})
+        places = [folder, Path(run.get("folder", "")) / run.get("name", "") / run.get("stage", "")]
+        if any(path.is_relative_to(place.expanduser().resolve()) for place in places if place.name == folder.name):
+            return folder
+    return None
+
+
+def _root(path: Path, configs: Mapping[Path, Mapping[str, Any]]) -> Path:
+    """Return the training stage that a stage is about: itself, or the nearest one up the chain of weights."""
+    seen: set[Path] = set()
+    while "optim" not in configs[path] and path not in seen:
+        seen.add(path)
+        path = _origin(configs[path], configs) or path
+    return path
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): run its stage again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no object: run its stage again")
+    return content
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]}): run its stage again") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,223 @@
+"""The tables of a run as text: made once, shown on the terminal, in Markdown and in the page.
+
+They hold only numbers that repeat when a run is repeated with its seed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from moetrain.report.numbers import ERROR_FREE, LONGER, flip_rate, main_modes, mode_title, sizes, validation
+from moetrain.report.stages import Run, Stage
+
+NONE = "-"
+"""What stands where there is no number."""
+_MAIN = ["all", "after tool error"]
+_BYTES_PER_MB = 1_000_000
+
+
+@dataclass(kw_only=True)
+class Table:
+    """Rows of text under a header; the first cell names the row. `notes` stand below."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    main_rows: list[str] = field(default_factory=list)
+    """First cells of the rows that stand out."""
+
+
+def tables(run: Run) -> list[Table]:
+    """Return the tables of what a run has numbers for."""
+    made = [validation_table(run), success_table(run), difference_table(run), int4_table(run), size_table(run)]
+    return [table for table in made if table is not None]
+
+
+def validation_table(run: Run) -> Table | None:
+    """Return nats a character by source: the bigram model, after each stage, and of the exported weights."""
+    found = validation(run)
+    if not found:
+        return None
+    stages = [stage.name for stage in run.trained if any(stage.name in row["stages"] for row in found.values())]
+    exports = [stage.name for stage in run.trained if any(stage.name in row["exports"] for row in found.values())]
+    rows = [
+        [
+            source,
+            _number(row["bigram"]),
+            *(_number(row["stages"].get(name)) for name in stages),
+            *(_number(row["exports"].get(name)) for name in exports),
+        ]
+        for source, row in found.items()
+    ]
+    header = ["source", "bigram", *(f"after {name}" for name in stages), *(f"{name}, exported" for name in exports)]
+    firsts = sorted({row["bigram_of"] for row in found.values() if row["bigram_of"]})
+    notes = [f"bigram: Witten-Bell, fitted on the training split of {' and '.join(firsts)}"] if firsts else []
+    return Table(title="Validation loss, nats a character (lower is better)", header=header, rows=rows, notes=notes)
+
+
+def success_table(run: Run) -> Table | None:
+    """Return held-out success in percent with 95 % intervals, by number of calls; a column an evaluation and mode."""
+    columns = [(stage, mode) for stage in run.evaluations for mode in main_modes(stage)]
+    if not columns:
+        return None
+    header = ["tool calls", *(f"after {stage.trained_by}, {mode_title(mode)}" for stage, mode in columns)]
+    trained = run.evaluations[-1].evaluation.get("trained_calls", [])
+    rows: list[list[str]] = []
+
+    def add(title: str, rates: Sequence[Mapping[str, Any] | None]) -> None:
+        if any(rate is not None and rate["count"] for rate in rates):
+            rows.append([title, *(rate_text(rate) for rate in rates)])
+
+    for calls in _calls(stage.evaluation["modes"][mode] for stage, mode in columns):
+        add(calls, [stage.evaluation["modes"][mode]["by_calls"].get(calls) for stage, mode in columns])
+    add("all", [stage.evaluation["modes"][mode]["all"] for stage, mode in columns])
+    for key in ("after_tool_error", "without_tool_error"):
+        add(key.replace("_", " "), [stage.evaluation["modes"][mode].get(key) for stage, mode in columns])
+    extras = [_beside(stage, mode, ERROR_FREE) for stage, mode in columns]
+    add("tools never fail", [summary["all"] if summary else None for summary in extras])
+    longer = [_beside(stage, mode, LONGER) for stage, mode in columns]
+    for calls in _calls(summary for summary in longer if summary):
+        add(f"{calls}, longer", [summary["by_calls"].get(calls) if summary else None for summary in longer])
+    notes = ["% of tasks right, with 95 % intervals (Wilson); the databases and phrasings are not those of training"]
+    if len(trained) == 2:
+        notes.append(f"trained on tasks of {trained[0]} to {trained[1]} calls")
+    notes += _graded(run.evaluations[-1].evaluation)
+    return Table(title="Held-out success, INT4 weights", header=header, rows=rows, notes=notes, main_rows=_MAIN)
+
+
+def difference_table(run: Run) -> Table | None:
+    """Return how success differs from an earlier evaluation of the same tasks."""
+    rows = [
+        [
+            f"{stage.trained_by} {mode_title(mode)}",
+            f"{100 * row['value']:+.1f}",
+            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            str(row["count"]),
+        ]
+        for stage in run.evaluations
+        for mode, row in stage.evaluation.get("paired", {}).items()
+    ]
+    header = ["success", "points", "95 % interval", "tasks"]
+    return Table(title="Against the earlier evaluation, paired by task", header=header, rows=rows) if rows else None
+
+
+def int4_table(run: Run) -> Table | None:
+    """Return success of the exported weights beside that of their bf16 masters."""
+    rows = [
+        [
+            f"{stage.trained_by} {mode_title(mode)}",
+            rate_text(stage.evaluation["modes"].get(mode, {}).get("all")),
+            rate_text(summary["all"]),
+            rate_text(stage.evaluation["modes"].get(mode, {}).get("after_tool_error")),
+            rate_text(summary.get("after_tool_error")),
+        ]
+        for stage in run.evaluations
+        for mode, summary in stage.evaluation.get("masters", {}).items()
+    ]
+    if not rows:
+        return None
+    notes = []
+    for stage in run.evaluations:
+        said = _divergence(stage.evaluation)
+        if said:
+            notes.append(f"{stage.trained_by}: {said}")
+    header = ["% right", "INT4", "bf16", "INT4 after error", "bf16 after error"]
+    return Table(title="INT4 beside the bf16 masters", header=header, rows=rows, notes=notes)
+
+
+def size_table(run: Run) -> Table | None:
+    """Return the size of each export beside that of the same weights with experts in bf16."""
+    rows = [
+        [
+            name,
+            str(row.get("format") or NONE),
+            f"{row['bytes'] / _BYTES_PER_MB:.2f} MB",
+            f"{row['bf16_bytes'] / _BYTES_PER_MB:.2f} MB",
+            f"{row['bytes'] / row['bf16_bytes']:.3f}",
+        ]
+        for name, row in sizes(run).items()
+    ]
+    header = ["weights", "format", "exported", "in bf16", "share"]
+    return Table(title="Exported size", header=header, rows=rows) if rows else None
+
+
+def rate_text(rate: Mapping[str, Any] | None) -> str:
+    """Return a rate and its interval in percent: `63.2 [57-69]`."""
+    if rate is None or not rate["count"]:
+        return NONE
+    return f"{100 * rate['value']:.1f} [{100 * rate['low']:.0f}-{100 * rate['high']:.0f}]"
+
+
+def show(made: Sequence[Table], console: Console) -> None:
+    """Print tables, wide enough that no number is broken where there is no terminal to fit."""
+    for table in made:
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for number, name in enumerate(table.header):
+            shown.add_column(Text(_in_two_lines(name)), justify="right" if number else "left", no_wrap=number > 0)
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row), style="bold" if row[0] in table.main_rows else None)
+        console.print(shown)
+        for note in table.notes:
+            console.print(Text(f"  {note}", style="dim"))
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, its title as a heading."""
+    lines = [f"## {table.title}", "", _markdown_row(table.header)]
+    lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(table.header) - 1)]) + "|")
+    lines += [_markdown_row(row) for row in table.rows]
+    if table.notes:
+        lines += ["", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _in_two_lines(name: str) -> str:
+    """Return a column's name broken at its middle space, so that six columns fit a terminal."""
+    spaces = [place for place, letter in enumerate(name) if letter == " "]
+    if not spaces or len(name) <= 12:
+        return name
+    place = min(spaces, key=lambda place: max(place, len(name) - place))
+    return f"{name[:place]}\n{name[place + 1 :]}"
+
+
+def _beside(stage: Stage, mode: str, other: str) -> Mapping[str, Any] | None:
+    """Return the summary of a mode that is shown in the column of `greedy`."""
+    summary: Mapping[str, Any] | None = stage.evaluation["modes"].get(other) if mode == "greedy" else None
+    return summary
+
+
+def _calls(summaries: Iterator[Mapping[str, Any]]) -> list[str]:
+    return sorted({calls for summary in summaries for calls in summary["by_calls"]}, key=int)
+
+
+def _graded(evaluation: dict[str, Any]) -> list[str]:
+    """Return what the graders give to two policies whose results are known."""
+    graders = evaluation.get("graders")
+    if not graders:
+        return []
+    null, expert = 100 * graders["null_policy"], 100 * graders["perfect_expert"]
+    return [f"graders, on {graders['num_tasks']} tasks: a null policy {null:g} %, the perfect expert {expert:g} %"]
+
+
+def _divergence(evaluation: dict[str, Any]) -> str:
+    row, flips, said = evaluation.get("divergence"), flip_rate(evaluation), []
+    if row:
+        said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats a token on average, at most {row['max_kl']:.3g}")
+        said.append(f"likeliest token changed at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
+    if flips is not None:
+        said.append(f"{100 * flips:.3g} % of the codes flipped")
+    return "; ".join(said)
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"

@@ -1,0 +1,159 @@
+"""Whole trajectories as HTML that one reads turn by turn: question, thinking, call, result, answer, verdict.
+
+What a model wrote may be anything, HTML too: every piece of it is escaped. The text is cut at the template's special
+tokens and shown as it stands; a turn whose markers do not nest is shown with those markers.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moetrain.chat.template import (
+    CALL_ARGUMENT,
+    CALL_BEGIN,
+    CALL_END,
+    IM_ASSISTANT,
+    IM_END,
+    IM_MIDDLE,
+    IM_SYSTEM,
+    IM_USER,
+    SECTION_BEGIN,
+    SECTION_END,
+    SPECIAL_TOKENS,
+    THINK_BEGIN,
+    THINK_END,
+)
+from moetrain.errors import DataError
+
+_MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
+_SAID_BY = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
+_QUIET = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
+_DECLARATION = "tool_declare"
+
+
+@dataclass(kw_only=True)
+class Block:
+    """A part of a turn: its kind, a label, a text.
+
+    Kinds: system, declaration (of tools), question, thinking, call, result, answer, marker (one that is out of place).
+    """
+
+    kind: str
+    label: str
+    text: str
+
+
+def read_traces(path: Path) -> list[dict[str, Any]]:
+    """Return the trajectories in a JSONL file, empty when there is none; `DataError` names the line that is broken."""
+    if not path.is_file():
+        return []
+    traces = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            traces.append(json.loads(line))
+        except ValueError:
+            raise DataError(f"{path}:{number} is not JSON: run its stage again") from None
+    return traces
+
+
+def blocks(text: str) -> list[Block]:
+    """Return the parts of a conversation's text, special tokens spelt out, in their order."""
+    found: list[Block] = []
+    speaker = kind = label = ""
+    for piece in _MARKERS.split(text):
+        if piece in _SAID_BY:
+            speaker, kind, label = _SAID_BY[piece], "role", ""
+        elif piece == IM_MIDDLE:
+            kind = "answer" if speaker == "assistant" else speaker
+        elif piece == THINK_BEGIN:
+            kind = "thinking"
+        elif piece == CALL_BEGIN:
+            kind = "header"
+        elif piece == CALL_ARGUMENT:
+            kind = "call"
+        elif piece in _QUIET:
+            kind = "answer" if speaker == "assistant" else kind
+        elif piece in SPECIAL_TOKENS:
+            found.append(Block(kind="marker", label="", text=piece))
+        elif kind in ("role", "header"):
+            label = piece.strip()
+        elif piece.strip():
+            found.append(_block(kind or "answer", label, piece))
+    return found
+
+
+def _block(kind: str, label: str, text: str) -> Block:
+    if kind == "result" and label in (_DECLARATION, "system"):
+        kind = "declaration" if label == _DECLARATION else "system"
+    if kind in ("question", "thinking", "answer"):
+        label = ""
+    if kind == "result":
+        head, _, rest = text.partition("\n")
+        if head.startswith("## Return of "):
+            label, text = head.removeprefix("## Return of "), rest
+    return Block(kind=kind, label=label, text=text.strip())
+
+
+def chosen(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` right and as many wrong trajectories.
+
+    Those that met a tool failure come first, then those of more calls: they show most.
+    """
+    order = sorted(traces, key=lambda trace: (-min(trace["num_transient_errors"], 1), -trace["num_calls_needed"]))
+    right = [trace for trace in order if trace["grade"]["success"]]
+    wrong = [trace for trace in order if not trace["grade"]["success"]]
+    return right[:count] + wrong[:count]
+
+
+def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
+    """Return one trajectory, to fold open."""
+    grade = trace["grade"]
+    verdict = "right" if grade["success"] else "wrong"
+    errors = trace["num_transient_errors"]
+    met = f", {errors} tool failure{'s' if errors > 1 else ''} met" if errors else ""
+    summary = (
+        f'<span class="verdict {verdict}">{verdict}</span> {escape(title)}: task {trace["task"]}, '
+        f"{trace['num_calls_needed']} calls needed, {trace['num_calls']} made{met}"
+    )
+    parts = [_block_html(block) for block in blocks(trace["text"])]
+    sampled = sum(trace["is_sampled"])
+    said = (
+        f"graded {escape(str(grade['reason']))}; ended: {escape(str(trace['ending']).replace('_', ' '))}; "
+        f"{trace['num_turns']} turns, {sampled} tokens sampled of {len(trace['tokens'])}"
+    )
+    verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{said}</p></div>'
+    opened = " open" if is_open else ""
+    return f'<details class="trajectory"{opened}><summary>{summary}</summary>{"".join(parts)}{verdict_html}</details>\n'
+
+
+def _block_html(block: Block) -> str:
+    if block.kind == "marker":
+        return f'<div class="block marker"><code>{escape(block.text)}</code></div>'
+    label = f" <code>{escape(block.label)}</code>" if block.label else ""
+    text = escape(_indented(block.text) if block.kind == "declaration" else block.text)
+    if block.kind == "declaration":
+        return f'<details class="block declaration"><summary>tools declared</summary><pre>{text}</pre></details>'
+    return f'<div class="block {block.kind}"><b>{block.kind}</b>{label}<pre>{text}</pre></div>'
+
+
+def _indented(text: str) -> str:
+    """Return JSON with its structure in lines, other text as it is."""
+    try:
+        return json.dumps(json.loads(text), indent=1)
+    except ValueError:
+        return text
+
+
+def pairs(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the same tasks in two evaluations, wrong before and right after."""
+    earlier = {(trace["task"], trace["num_calls_needed"]): trace for trace in before}
+    for trace in chosen(after, count=len(after)):
+        other = earlier.get((trace["task"], trace["num_calls_needed"]))
+        if other is not None and trace["grade"]["success"] and not other["grade"]["success"]:
+            yield other, trace
