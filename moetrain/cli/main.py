@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from moetrain.cli import check, help_page, run
+from moetrain.cli import check, dry_run, help_page, run
 from moetrain.cli.command_line import composed, split_command
 from moetrain.cli.stage import check_inputs, load_plugins, rank
 from moetrain.errors import MoetrainError
@@ -44,6 +44,9 @@ def _dispatch(words: list[str]) -> int:
         return run.main(rest)
     config = composed(command, rest)
     check_inputs(config)
+    if config.dry_run:
+        dry_run.show(command, config)
+        return 0
     load_plugins(config.plugins)
     code: int = importlib.import_module(f"moetrain.cli.{command.replace(' ', '_')}").main(config)
     return code

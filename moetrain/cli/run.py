@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.cli import recipe
+from moetrain.cli import dry_run, recipe
 from moetrain.cli.stage import check_inputs, lock
 from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import RecipeRun, TrainingRun
@@ -65,7 +65,9 @@ def main(words: Sequence[str]) -> int:
     """Run the recipe that the command line names; return the exit code of the stage that failed, or 0."""
     prepared = prepare(words)
     if prepared.run.dry_run:
-        return _dry_run(prepared)
+        for stage in prepared.stages:
+            dry_run.show(stage.name, stage.config)
+        return 0
     keys = stage_keys(prepared)
     rows: list[Row] = []
     with lock(prepared.folder):
@@ -238,10 +240,6 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)
-
-
-def _dry_run(prepared: Prepared) -> int:
-    raise NotImplementedError
 
 
 def _print_table(rows: Sequence[Row], folder: Path) -> None:

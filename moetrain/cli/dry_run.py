@@ -1,0 +1,83 @@
+"""`dry_run=true`: prints what a stage would take, and stops."""
+
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.config import ReadingRun, RlRun, TrainingRun
+from moetrain.log import duration
+from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
+
+
+def show(name: str, run: Any) -> None:
+    """Print parameters, memory, tokens and expected time of a training stage; that others' input is good."""
+    plan = plan_of(run)
+    if plan is None:
+        print(f"{name}: the input is good; this command trains nothing, so there is nothing to plan")
+        return
+    table = Table("what", "how much", title=f"{name}, dry run")
+    for what, how_much in _rows(plan, peak=_peak(run)):
+        table.add_row(what, how_much)
+    Console().print(table)
+
+
+def plan_of(run: Any) -> StagePlan | None:
+    """Return what a stage takes on as many ranks as a launcher started; None for a stage that trains nothing."""
+    if not isinstance(run, TrainingRun):
+        return None
+    if isinstance(run, RlRun):
+        trajectories = run.rl.tasks_per_step * run.rl.group_size
+        tokens, seq_len = run.train.steps * trajectories * run.rollout.max_tokens, run.rollout.max_tokens
+        in_memory = run.rl.tokens_per_micro_batch
+    else:
+        assert isinstance(run, ReadingRun)
+        seq_len = run.data.seq_len
+        tokens = run.train.steps * run.train.rows_per_step * seq_len
+        in_memory = min(run.train.rows_per_micro_batch, run.train.rows_per_step) * seq_len
+    return plan_stage(
+        run.model,
+        optim=run.optim,
+        parallel=run.parallel,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        tokens=tokens,
+        seq_len=seq_len,
+        tokens_in_memory=in_memory,
+    )
+
+
+def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
+    counts = plan.parameters
+    return [
+        ("parameters", f"{counts.total:,}"),
+        ("of routed experts", f"{counts.routed:,}"),
+        ("active a token, with the head", f"{counts.active_with_head:,}"),
+        ("tokens, at most", f"{plan.tokens:,}"),
+        ("operations", f"{plan.flops:.3g} FLOPs"),
+        ("parameters in memory, a rank", _bytes(plan.bytes_parameters)),
+        ("gradients", _bytes(plan.bytes_gradients)),
+        ("optimizer", _bytes(plan.bytes_optimizer)),
+        ("activations, about", _bytes(plan.bytes_activations)),
+        ("memory, a rank", _bytes(plan.bytes_total)),
+        ("matmul peak measured here", f"{peak / 1e9:,.0f} GFLOP/s"),
+        (f"time at {UTILISATION:.0%} of it, at most", duration(plan.seconds(peak))),
+    ]
+
+
+def _peak(run: TrainingRun) -> float:
+    import torch  # only a dry run of a stage that trains needs it here
+
+    from moetrain.train.peak import measure_peak
+    from moetrain.train.stages import DTYPES
+
+    return measure_peak(dtype=DTYPES[run.train.compute_dtype], device=torch.device("cpu"))
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
