@@ -1,4 +1,4 @@
-"""Named, seeded random streams: every draw is a function of (seed, name, index...), never of rank or arrival order."""
+"""Named, seeded random streams: every draw is a function of (seed, name, index...), never of rank or order."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ _SEED_BITS = 63  # the largest seed that torch, numpy and random all take
 
 
 def seed_of(seed: int, name: str, *index: int) -> int:
-    """Return the 63-bit seed of the stream `name` at `index`, e.g. `seed_of(run.seed, "rollout", step, task, sample)`."""
+    """Return the seed of the stream `name` at `index`, e.g. `seed_of(seed, "rollout", step, task, sample)`; 63 bits."""
     text = ":".join([str(seed), name, *map(str, index)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)

@@ -65,7 +65,7 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
         tokenizer_folder=origin.tokenizer,
         dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer_of(origin)),
     )
-    return nats_per_character(origin.tensors, origin.model, data.validation)
+    return nats_per_character(origin.tensors, origin.model, validation=data.validation)
 
 
 def _earlier(path: Path) -> dict[str, Any]:

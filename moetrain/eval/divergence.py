@@ -28,7 +28,9 @@ class Divergence:
 
 
 @torch.inference_mode()
-def divergence(reference: InferenceWeights, other: InferenceWeights, trajectories: Sequence[Trajectory]) -> Divergence:
+def divergence(
+    reference: InferenceWeights, other: InferenceWeights, *, trajectories: Sequence[Trajectory]
+) -> Divergence:
     """Return how `other` departs from `reference` on the sampled tokens of `trajectories`."""
     kls: list[torch.Tensor] = []
     changed: list[torch.Tensor] = []

@@ -15,7 +15,7 @@ _ROWS = 8
 
 @torch.no_grad()
 def nats_per_character(
-    tensors: Mapping[str, torch.Tensor], config: ModelConfig, validation: Mapping[str, ValidationRows]
+    tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, validation: Mapping[str, ValidationRows]
 ) -> dict[str, float]:
     """Return nats a character by source for weights given under the training names, with bf16 products."""
     model = Transformer(config, compute_dtype=torch.bfloat16)

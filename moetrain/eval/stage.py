@@ -56,7 +56,7 @@ def evaluate(
         runs = {mode.name: run_mode(mode, weights=masters, **common) for mode in beside}  # type: ignore[arg-type]
         numbers["masters"] = {name: summarize(trajectories) for name, trajectories in runs.items()}
         sample = next(iter(results.values()))[: config.kl_tasks]
-        numbers["divergence"] = asdict(divergence(masters, weights, sample))
+        numbers["divergence"] = asdict(divergence(masters, weights, trajectories=sample))
     if before is not None:
         numbers["paired"] = {
             name: asdict(difference)

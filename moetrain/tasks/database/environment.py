@@ -43,7 +43,7 @@ class DatabaseEnvironment:
 
     def grade(self, answer: str) -> Grade:
         """Compare the final database and the answer with those of the right solution."""
-        expected_rows, expected_value = solve(self._tables, self._program, self._config)
+        expected_rows, expected_value = solve(self._tables, self._program, config=self._config)
         rows = dump(self._connection)
         if rows != expected_rows:
             untouched = rows == {name: table.rows for name, table in sorted(self._tables.items())}
@@ -70,7 +70,7 @@ def _read_answer(answer: str) -> str | int | float | None:
 
 
 def solve(
-    tables: dict[str, Table], program: Program, config: TaskConfig
+    tables: dict[str, Table], program: Program, *, config: TaskConfig
 ) -> tuple[dict[str, list[tuple[str | int, ...]]], str | int]:
     """Return all rows that the right solution leaves, and the right answer, by carrying it out on a fresh database."""
     connection = open_database(tables)
