@@ -22,6 +22,11 @@ def main(run: ReportRun) -> int:
     return 0
 
 
+def print_again(run: ReportRun) -> None:
+    """Print the tables of a report that was written before."""
+    print_tables(read_run(run.run.path.parent, run.report.stages), run.run.path)
+
+
 def print_tables(found: Run, folder: Path) -> None:
     """Print the tables of a run, and where its report in `folder` and its exports lie."""
     console = Console()

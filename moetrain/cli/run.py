@@ -28,10 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.cli import dry_run, recipe
+from moetrain.cli import dry_run, recipe, report
 from moetrain.cli.stage import check_inputs, lock
 from moetrain.compose import compose, save_config, suggestion, to_mapping
-from moetrain.config import RecipeRun, TrainingRun
+from moetrain.config import RecipeRun, ReportRun, TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.log import duration
 
@@ -86,6 +86,9 @@ def main(words: Sequence[str]) -> int:
             rows.append(row)
             if code:
                 break
+    for stage in prepared.stages[:begin]:
+        if isinstance(stage.config, ReportRun):
+            report.print_again(stage.config)
     _print_table(rows, prepared.folder)
     if code:
         print(

@@ -102,12 +102,6 @@ def mode_title(mode: str) -> str:
     return titles.get(mode, mode)
 
 
-def flip_rate(evaluation: dict[str, Any]) -> float | None:
-    """Return the share of INT4 codes that differ between the export and the same weights quantised anew, if known."""
-    rate = evaluation.get("code_flip_rate", evaluation.get("divergence", {}).get("code_flip_rate"))
-    return None if rate is None else float(rate)
-
-
 def _evaluation(stage: Stage) -> dict[str, Any]:
     """Return an evaluation's numbers without the outcome of each task."""
     content = {name: value for name, value in stage.evaluation.items() if name != "time"}

@@ -5,6 +5,7 @@ They hold only numbers that repeat when a run is repeated with its seed.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from rich import box
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from moetrain.report.numbers import ERROR_FREE, LONGER, flip_rate, main_modes, mode_title, sizes, validation
+from moetrain.report.numbers import ERROR_FREE, LONGER, main_modes, mode_title, sizes, validation
 from moetrain.report.stages import Run, Stage
 
 NONE = "-"
@@ -124,7 +125,7 @@ def int4_table(run: Run) -> Table | None:
         return None
     notes = []
     for stage in run.evaluations:
-        said = _divergence(stage.evaluation)
+        said = _divergence(stage)
         if said:
             notes.append(f"{stage.trained_by}: {said}")
     header = ["% right", "INT4", "bf16", "INT4 after error", "bf16 after error"]
@@ -209,13 +210,16 @@ def _graded(evaluation: dict[str, Any]) -> list[str]:
     return [f"graders, on {graders['num_tasks']} tasks: a null policy {null:g} %, the perfect expert {expert:g} %"]
 
 
-def _divergence(evaluation: dict[str, Any]) -> str:
-    row, flips, said = evaluation.get("divergence"), flip_rate(evaluation), []
+def _divergence(stage: Stage) -> str:
+    """Return how far the export is from its masters, and how many of its codes training has changed."""
+    row, changes, said = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
     if row:
         said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats a token on average, at most {row['max_kl']:.3g}")
         said.append(f"likeliest token changed at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
-    if flips is not None:
-        said.append(f"{100 * flips:.3g} % of the codes flipped")
+    if changes:
+        earlier = PurePath(stage.config["eval"]["codes_before"]).name
+        codes, scales = 100 * changes["code_flip_rate"], 100 * changes["scale_change_rate"]
+        said.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales are not those of {earlier}")
     return "; ".join(said)
 
 

@@ -39,7 +39,8 @@ _DECLARATION = "tool_declare"
 class Block:
     """A part of a turn: its kind, a label, a text.
 
-    Kinds: system, declaration (of tools), question, thinking, call, result, answer, marker (one that is out of place).
+    Kinds: system, declaration (of tools), question, thinking, call, result, answer, marker (one that is out of
+    place, or what follows it).
     """
 
     kind: str
@@ -64,7 +65,8 @@ def blocks(text: str) -> list[Block]:
     """Return the parts of a conversation's text, special tokens spelt out, in their order."""
     found: list[Block] = []
     speaker = kind = label = ""
-    for piece in _MARKERS.split(text):
+    pieces = _MARKERS.split(text)
+    for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
         if piece in _SAID_BY:
             speaker, kind, label = _SAID_BY[piece], "role", ""
         elif piece == IM_MIDDLE:
@@ -79,14 +81,16 @@ def blocks(text: str) -> list[Block]:
             kind = "answer" if speaker == "assistant" else kind
         elif piece in SPECIAL_TOKENS:
             found.append(Block(kind="marker", label="", text=piece))
-        elif kind in ("role", "header"):
+        elif (kind, following) in (("role", IM_MIDDLE), ("header", CALL_ARGUMENT)):
             label = piece.strip()
-        elif piece.strip():
+        elif piece.strip() or kind == "call":
             found.append(_block(kind or "answer", label, piece))
     return found
 
 
 def _block(kind: str, label: str, text: str) -> Block:
+    if kind in ("role", "header"):
+        kind = "marker"
     if kind == "result" and label in (_DECLARATION, "system"):
         kind = "declaration" if label == _DECLARATION else "system"
     if kind in ("question", "thinking", "answer"):

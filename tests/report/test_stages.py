@@ -1,0 +1,67 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moetrain.errors import CheckpointError, ConfigError, DataError
+from moetrain.report.stages import Kind, read_run
+from tests.report.nano_run import STAGES
+
+
+def test_stages_are_known_by_their_configs_and_go_back_to_the_stage_that_trained_the_weights(finished: Path) -> None:
+    run = read_run(finished, [])
+    assert {stage.name: (stage.kind, stage.trained_by) for stage in run.stages} == {
+        "pretrain": (Kind.training, "pretrain"),
+        "sft": (Kind.training, "sft"),
+        "sft_export": (Kind.export, "sft"),
+        "sft_eval": (Kind.evaluation, "sft"),
+        "rl": (Kind.rl, "rl"),
+        "rl_export": (Kind.export, "rl"),
+        "rl_eval": (Kind.evaluation, "rl"),
+        "verify": (Kind.other, "rl"),
+    }
+    assert all(stage.is_finished for stage in run.stages)
+
+
+def test_without_a_list_each_stage_comes_after_those_it_takes(own: Path) -> None:
+    shutil.copytree(own / "sft", own / "sft.previous")
+    order = [stage.name for stage in read_run(own, []).stages]
+    assert sorted(order) == sorted(STAGES)
+    for earlier, later in [("pretrain", "sft"), ("sft", "rl"), ("sft_eval", "rl_eval"), ("rl_export", "rl_eval")]:
+        assert order.index(earlier) < order.index(later)
+
+
+def test_a_list_of_stages_gives_their_order_and_names_those_that_have_not_begun(own: Path) -> None:
+    shutil.rmtree(own / "rl")
+    run = read_run(own, [str(own / name) for name in ("sft_eval", "pretrain", "rl")])
+    assert [stage.name for stage in run.stages] == ["sft_eval", "pretrain"]
+    assert run.missing == ["rl"]
+
+
+def test_a_stage_that_has_only_begun_is_there_without_numbers(own: Path) -> None:
+    for name in ("summary.json", "done.json", "metrics.jsonl"):
+        (own / "sft" / name).unlink()
+    (own / "rl_eval" / "eval.json").unlink()
+    run = read_run(own, [])
+    assert [stage.name for stage in run.stages if not stage.is_finished] == ["sft", "rl_eval"]
+    assert [stage.name for stage in run.evaluations] == ["sft_eval"]
+
+
+def test_a_folder_without_stages_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no stage with a config\.yaml"):
+        read_run(tmp_path / "nowhere", [])
+
+
+def test_a_file_that_cannot_be_read_is_named(own: Path) -> None:
+    (own / "rl_eval" / "eval.json").write_text('{"modes": ')
+    with pytest.raises(DataError, match=r"rl_eval/eval\.json is not JSON"):
+        read_run(own, [])
+    (own / "rl_eval" / "eval.json").write_text("[]")
+    with pytest.raises(DataError, match=r"rl_eval/eval\.json holds no object"):
+        read_run(own, [])
+    (own / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"sft/metrics\.jsonl:2"):
+        read_run(own, [])
+    (own / "pretrain" / "config.yaml").write_text("a: [1")
+    with pytest.raises(DataError, match=r"pretrain/config\.yaml is not YAML"):
+        read_run(own, [])

@@ -1,0 +1,75 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.chat.template import CALL_BEGIN, EOS, IM_END, THINK_BEGIN
+from moetrain.errors import DataError
+from moetrain.report.trace_page import blocks, chosen, pairs, read_traces, trajectory_html
+from tests.report.nano_run import HOSTILE, conversation, trajectory
+
+
+def trace(task: int, *, success: bool, failures: int = 0, calls: int = 2) -> dict[str, Any]:
+    return {"text": conversation("blue"), **asdict(trajectory(task, success=success, failures=failures, calls=calls))}
+
+
+def test_a_conversation_is_read_turn_by_turn() -> None:
+    assert [(block.kind, block.label, block.text) for block in blocks(conversation("blue"))] == [
+        ("question", "", "Which colour has box 7?"),
+        ("thinking", "", f"look it up {HOSTILE}"),
+        ("call", "functions.get:0", '{"id": 7}'),
+        ("result", "functions.get:0", "blue"),
+        ("thinking", "", "done"),
+        ("answer", "", "blue"),
+    ]
+
+
+def test_a_declaration_of_tools_is_told_from_results() -> None:
+    text = '<|im_system|>tool_declare<|im_middle|>[{"name":"get"}]<|im_end|>'
+    text += "<|im_system|>system<|im_middle|>Be brief<|im_end|>"
+    assert [(block.kind, block.text) for block in blocks(text)] == [
+        ("declaration", '[{"name":"get"}]'),
+        ("system", "Be brief"),
+    ]
+
+
+def test_markers_that_do_not_nest_lose_no_text() -> None:
+    text = f"{THINK_BEGIN}one{CALL_BEGIN}two{EOS}three{IM_END}{THINK_BEGIN}four"
+    shown = " ".join(f"{block.label} {block.text}" for block in blocks(text))
+    for word in ("one", "two", "three", "four", EOS):
+        assert word in shown
+    assert [block.text for block in blocks(f"<|im_user|>{CALL_BEGIN}x")] == ["x"]
+
+
+def test_what_a_model_writes_is_text_and_nothing_else() -> None:
+    page = trajectory_html(trace(3, success=True), title=HOSTILE, is_open=True)
+    assert "<script" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;") == 2
+
+
+def test_right_and_wrong_ones_are_chosen_those_after_a_tool_failure_first() -> None:
+    traces = [
+        trace(0, success=True),
+        trace(1, success=True, calls=5),
+        trace(2, success=True, failures=1),
+        trace(3, success=False),
+        trace(4, success=False, calls=3),
+    ]
+    assert [item["task"] for item in chosen(traces, count=2)] == [2, 1, 4, 3]
+    assert chosen(traces, count=0) == []
+
+
+def test_the_same_task_is_paired_wrong_before_and_right_after() -> None:
+    before = [trace(0, success=False), trace(1, success=True), trace(2, success=False, calls=9)]
+    after = [trace(0, success=True), trace(1, success=True), trace(2, success=True)]
+    assert [(a["task"], b["task"]) for a, b in pairs(before, after)] == [(0, 0)]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "greedy.jsonl"
+    assert read_traces(path) == []
+    path.write_text(json.dumps(trace(0, success=True)) + "\n{oops\n")
+    with pytest.raises(DataError, match=r"greedy\.jsonl:2 is not JSON"):
+        read_traces(path)
