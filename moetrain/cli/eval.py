@@ -20,6 +20,7 @@ def main(run: EvalRun) -> int:
     # These bring torch in, so only now.
     from moetrain.cli.traces import write_traces
     from moetrain.cli.weights import read_weights, tokenizer_of
+    from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import EVAL, evaluate
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
@@ -44,7 +45,12 @@ def main(run: EvalRun) -> int:
         for mode, trajectories in evaluation.trajectories.items():
             path = folder / "traces" / f"{mode}.jsonl"
             write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
-        write_json(folder / EVAL, {**evaluation.numbers, "language": _language(run, origin)})
+        numbers = {**evaluation.numbers, "language": _language(run, origin)}
+        if run.eval.codes_before is not None:
+            earlier = read_weights(run.eval.codes_before)
+            quant = origin.quant or unquantized
+            numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
+        write_json(folder / EVAL, numbers)
     return 0
 
 

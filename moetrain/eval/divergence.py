@@ -3,7 +3,7 @@
 B rows, T tokens, N sampled tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from moetrain.inference.forward import forward
 from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import build_rope
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.grids import quantize
 from moetrain.rollout.types import Trajectory
 
 _ROWS = 8
@@ -46,6 +48,26 @@ def divergence(
         top1_changed=float(changed_N.float().mean()),
         num_tokens=kl_N.numel(),
     )
+
+
+def code_changes(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, quant: QuantConfig
+) -> dict[str, float]:
+    """Return the share of codes and of scales of the routed experts that differ between two sets of weights."""
+    names = [name for name, tensor in after.items() if tensor.ndim == 3]  # experts are the only stacks of matrices
+    num_codes = num_scales = codes_changed = scales_changed = 0
+    for name in names:
+        first, second = (
+            quantize(tensors[name], grid=quant.grid, group_size=quant.group_size) for tensors in (before, after)
+        )
+        num_codes += first.codes_XOI.numel()
+        num_scales += first.scales_XOG.numel()
+        codes_changed += int((first.codes_XOI != second.codes_XOI).sum())
+        scales_changed += int((first.scales_XOG != second.scales_XOG).sum())
+    return {
+        "code_flip_rate": codes_changed / max(num_codes, 1),
+        "scale_change_rate": scales_changed / max(num_scales, 1),
+    }
 
 
 def _logprobs(weights: InferenceWeights, rows: Sequence[Trajectory]) -> torch.Tensor:
