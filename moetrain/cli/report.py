@@ -32,6 +32,7 @@ def print_tables(found: Run, folder: Path) -> None:
     console = Console()
     show(tables(found), console if console.is_terminal else Console(width=_PLAIN_WIDTH))
     unfinished = [*found.missing, *(stage.name for stage in found.stages if not stage.is_finished)]
+    print()
     if unfinished:
         print(f"not finished: {', '.join(unfinished)}")
     print(f"report    {folder / PAGE}")

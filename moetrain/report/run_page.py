@@ -68,7 +68,7 @@ def run_page(run: Run, *, num_trajectories: int) -> str:
     left_out += [f"stage {name} (not begun)" for name in run.missing]
     unfinished = [stage.name for stage in run.stages if not stage.is_finished]
     notes = [f"Left out: {'; '.join(left_out)}."] if left_out else []
-    notes += [f"Not finished yet: {', '.join(unfinished)}; what they wrote so far is shown."] if unfinished else []
+    notes += [f"Not finished yet: {', '.join(unfinished)}; the numbers so far are shown."] if unfinished else []
     body = "".join(f'<h2 id="{key}">{escape(title)}</h2>\n{content}' for key, title, content, _ in sections if content)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -192,7 +192,7 @@ def _trajectories(run: Run, count: int) -> str:
                 is_open = False
     for stage in run.of_kind(Kind.rl):
         for name, traces in kept[stage.name].items():
-            title = f"{stage.name}, {name.replace('_', ' ')}"
+            title = f"{stage.name}, step {int(name.removeprefix('step_'))}"
             parts += [trajectory_html(trace, title=title, is_open=False) for trace in chosen(traces, count=count)]
     return "".join(parts)
 
@@ -240,7 +240,7 @@ def _making(run: Run) -> str:
     digest_rows += [[stage.name, "config, code and inputs", stage.done["key"]] for stage in run.stages if stage.done]
     digest_table = Table(title="", header=["stage", "of", "sha256"], rows=digest_rows)
     return (
-        "<div class='scroll'><table><thead><tr><th>stage</th><th>settings</th><th>time</th></tr></thead>"
+        "<div class='scroll'><table><thead><tr><th>stage</th><th class='wide'>settings</th><th>time</th></tr></thead>"
         f"<tbody>\n{listed}</tbody></table></div>\n"
         f"<ul class='notes'>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
         + "<details><summary>Digests</summary>"
@@ -258,7 +258,7 @@ def _settings(config: dict[str, Any]) -> Iterator[str]:
     """Yield the settings of a stage that say most."""
     for section, names in _TELLING:
         values = config.get(section)
-        if isinstance(values, dict):
+        if isinstance(values, dict) and values.get("enabled") is not False:
             said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) is not None)
             if said:
                 yield f"{section}: {said}"

@@ -163,6 +163,7 @@ def show(made: Sequence[Table], console: Console) -> None:
             shown.add_column(Text(_in_two_lines(name)), justify="right" if number else "left", no_wrap=number > 0)
         for row in table.rows:
             shown.add_row(*(Text(cell) for cell in row), style="bold" if row[0] in table.main_rows else None)
+        console.print()
         console.print(shown)
         for note in table.notes:
             console.print(Text(f"  {note}", style="dim"))
@@ -217,7 +218,7 @@ def _divergence(stage: Stage) -> str:
         said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats a token on average, at most {row['max_kl']:.3g}")
         said.append(f"likeliest token changed at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
     if changes:
-        earlier = PurePath(stage.config["eval"]["codes_before"]).name
+        earlier = PurePath(stage.config["eval"].get("codes_before") or "earlier weights").name
         codes, scales = 100 * changes["code_flip_rate"], 100 * changes["scale_change_rate"]
         said.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales are not those of {earlier}")
     return "; ".join(said)

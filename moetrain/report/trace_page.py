@@ -33,6 +33,8 @@ _MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKEN
 _SAID_BY = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
 _QUIET = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
 _DECLARATION = "tool_declare"
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+"""Pictures of control characters, which an untrained model writes too."""
 
 
 @dataclass(kw_only=True)
@@ -138,7 +140,7 @@ def _block_html(block: Block) -> str:
     if block.kind == "marker":
         return f'<div class="block marker"><code>{escape(block.text)}</code></div>'
     label = f" <code>{escape(block.label)}</code>" if block.label else ""
-    text = escape(_indented(block.text) if block.kind == "declaration" else block.text)
+    text = escape((_indented(block.text) if block.kind == "declaration" else block.text).translate(_VISIBLE))
     if block.kind == "declaration":
         return f'<details class="block declaration"><summary>tools declared</summary><pre>{text}</pre></details>'
     return f'<div class="block {block.kind}"><b>{block.kind}</b>{label}<pre>{text}</pre></div>'

@@ -47,6 +47,8 @@ def test_what_a_model_writes_is_text_and_nothing_else() -> None:
     page = trajectory_html(trace(3, success=True), title=HOSTILE, is_open=True)
     assert "<script" not in page and "<img" not in page
     assert page.count("&lt;script&gt;") == 2
+    odd = {**trace(3, success=True), "text": f"{THINK_BEGIN}a\x00b\x1bc"}
+    assert "a␀b␛c" in trajectory_html(odd, title="", is_open=True)
 
 
 def test_right_and_wrong_ones_are_chosen_those_after_a_tool_failure_first() -> None:
