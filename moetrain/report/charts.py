@@ -139,7 +139,7 @@ def success_charts(run: Run) -> str:
     charts = []
     for mode in modes:
         series = [
-            Rates(name=f"after {stage.trained_by}", rates=_rates(stage.evaluation["modes"].get(mode)), color=number)
+            Rates(name=f"after {stage.weights}", rates=_rates(stage.evaluation["modes"].get(mode)), color=number)
             for number, stage in enumerate(run.evaluations)
         ]
         charts.append(rate_chart(f"Held-out success, {mode_title(mode)}", series, x_name="tool calls needed"))

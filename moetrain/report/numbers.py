@@ -56,24 +56,24 @@ def validation(run: Run) -> dict[str, dict[str, Any]]:
     for stage in run.evaluations:
         for source, value in stage.evaluation.get("language", {}).items():
             entry = sources.setdefault(source, {"bigram": None, "bigram_of": None, "stages": {}, "exports": {}})
-            entry["exports"][stage.trained_by] = value
+            entry["exports"][stage.weights] = value
     return sources
 
 
 def sizes(run: Run) -> dict[str, dict[str, Any]]:
-    """Return by stage that trained the bytes of its weights as exported, and of the same weights with bf16 experts."""
+    """Return by weights their bytes as exported, and of the same weights with bf16 experts."""
     found: dict[str, dict[str, Any]] = {}
     for stage in run.of_kind(Kind.export):
         report = {**stage.export.get("report", {}), **stage.summary}
         if "num_bytes" in report:
-            found[stage.trained_by] = {
+            found[stage.weights] = {
                 "format": report.get("format"),
                 "bytes": report["num_bytes"],
                 "bf16_bytes": report["num_bytes_bf16"],
             }
     for stage in run.evaluations:
-        if stage.trained_by not in found and "export" in stage.evaluation:
-            found[stage.trained_by] = dict(stage.evaluation["export"])
+        if stage.weights not in found and "export" in stage.evaluation:
+            found[stage.weights] = dict(stage.evaluation["export"])
     return found
 
 
@@ -111,7 +111,7 @@ def _evaluation(stage: Stage) -> dict[str, Any]:
                 mode: {name: value for name, value in summary.items() if name != "outcomes"}
                 for mode, summary in content[group].items()
             }
-    return {"weights_of": stage.trained_by, **content}
+    return {"weights_of": stage.weights, **content}
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ A section whose stage has not run is left out, and the page says so.
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -106,7 +106,8 @@ def _tiles(run: Run) -> str:
         last = run.evaluations[-1]
         modes = last.evaluation["modes"]
         for mode in main_modes(last):
-            tiles.append((rate_text(modes[mode]["all"]).split()[0] + " %", f"held-out tasks right, {mode_title(mode)}"))
+            share = rate_text(modes[mode]["all"]).split()[0]
+            tiles.append((f"{share} %", f"held-out tasks right, {last.weights} {mode_title(mode)}"))
         first = next(iter(main_modes(last)), None)
         if first and modes[first]["after_tool_error"]["count"]:
             tiles.append((rate_text(modes[first]["after_tool_error"]).split()[0] + " %", "right after a tool error"))
@@ -139,7 +140,7 @@ def _endings(run: Run) -> str:
         counted = [stage.evaluation["modes"][mode].get(group, {}) for stage, mode in columns]
         for name in sorted({name for counts in counted for name in counts}):
             rows.append([prefix + name.replace("_", " "), *(str(counts.get(name, 0)) for counts in counted)])
-    header = ["", *(f"{stage.trained_by} {mode_title(mode)}" for stage, mode in columns)]
+    header = ["", *(f"{stage.weights} {mode_title(mode)}" for stage, mode in columns)]
     return (
         "<details><summary>How trajectories ended</summary>"
         + table_html(Table(title="", header=header, rows=rows, notes=["numbers of trajectories"]), is_titled=False)
@@ -186,7 +187,7 @@ def _trajectories(run: Run, count: int) -> str:
     is_open = not parts
     for stage in reversed(run.evaluations):
         for mode in stage.evaluation["modes"]:
-            title = f"after {stage.trained_by}, {mode_title(mode)}"
+            title = f"after {stage.weights}, {mode_title(mode)}"
             for trace in chosen(kept[stage.name].get(mode, []), count=count):
                 parts.append(trajectory_html(trace, title=title, is_open=is_open))
                 is_open = False
@@ -198,17 +199,19 @@ def _trajectories(run: Run, count: int) -> str:
 
 
 def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]], count: int) -> list[str]:
-    """Return tasks that the first evaluation got wrong and the last one right, in one mode."""
+    """Return tasks that the last evaluation got right and the one it is compared with got wrong, in one mode."""
     if len(run.evaluations) < 2:
         return []
-    first, last = run.evaluations[0], run.evaluations[-1]
+    last = run.evaluations[-1]
+    named = PurePath(last.config["eval"].get("before") or "").name
+    first = next((stage for stage in run.evaluations if stage.name == named), run.evaluations[0])
     for mode in last.evaluation["modes"]:
         found = list(pairs(kept[first.name].get(mode, []), kept[last.name].get(mode, [])))[:count]
         if found:
             parts = ["<h3>The same task, before and after</h3>"]
             for number, couple in enumerate(found):
                 for stage, trace in zip((first, last), couple, strict=True):
-                    title = f"after {stage.trained_by}, {mode_title(mode)}"
+                    title = f"after {stage.weights}, {mode_title(mode)}"
                     parts.append(trajectory_html(trace, title=title, is_open=number == 0))
             return [*parts, "<h3>More</h3>"]
     return []

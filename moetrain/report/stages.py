@@ -5,6 +5,7 @@ has not written yet is empty here; what it wrote and cannot be read is an error 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,7 +36,11 @@ _SECTIONS = {"rl": Kind.rl, "eval": Kind.evaluation, "export": Kind.export, "opt
 
 @dataclass(kw_only=True)
 class Stage:
-    """One stage as its folder tells. `trained_by`: the stage whose weights it is about, itself when it trains."""
+    """One stage as its folder tells.
+
+    trained_by: the stage whose weights it is about, itself when it trains. weights: a name for those weights that no
+    other stage of this kind has.
+    """
 
     name: str
     folder: Path
@@ -53,6 +58,7 @@ class Stage:
     done: dict[str, Any]
     """`done.json`, which `moetrain run` writes: key and seconds."""
     trained_by: str
+    weights: str
 
     @property
     def is_finished(self) -> bool:
@@ -103,8 +109,15 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
         raise ConfigError(
             f"{folder} has no stage with a {CONFIG}: give the name of a run, run.name=..., that has begun"
         )
-    read = [_read_stage(path, config, trained_by=_root(path, configs)) for path, config in configs.items()]
+    beside = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
+    read = [
+        _read_stage(path, config, trained_by=_root(path, {**beside, **configs})) for path, config in configs.items()
+    ]
     shown = [stage for stage in read if "report" not in stage.config]
+    alike = Counter((stage.kind, stage.trained_by) for stage in shown)
+    for stage in shown:
+        if alike[stage.kind, stage.trained_by] > 1:
+            stage.weights = f"{stage.trained_by} ({stage.name})"
     return Run(name=folder.name, stages=shown, missing=[path.name for path in wanted if path not in configs])
 
 
@@ -122,6 +135,7 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
         verification=_json(folder / "verify.json"),
         done=_json(folder / "done.json"),
         trained_by=trained_by.name,
+        weights=trained_by.name,
     )
 
 

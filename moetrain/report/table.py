@@ -4,7 +4,8 @@ They hold only numbers that repeat when a run is repeated with its seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -19,6 +20,7 @@ from moetrain.report.stages import Run, Stage
 NONE = "-"
 """What stands where there is no number."""
 _MAIN = ["all", "after tool error"]
+_PADDING = 3  # what rich puts around a cell of this style
 _BYTES_PER_MB = 1_000_000
 
 
@@ -46,7 +48,7 @@ def validation_table(run: Run) -> Table | None:
     if not found:
         return None
     stages = [stage.name for stage in run.trained if any(stage.name in row["stages"] for row in found.values())]
-    exports = [stage.name for stage in run.trained if any(stage.name in row["exports"] for row in found.values())]
+    exports = list(dict.fromkeys(name for row in found.values() for name in row["exports"]))
     rows = [
         [
             source,
@@ -67,7 +69,7 @@ def success_table(run: Run) -> Table | None:
     columns = [(stage, mode) for stage in run.evaluations for mode in main_modes(stage)]
     if not columns:
         return None
-    header = ["tool calls", *(f"after {stage.trained_by}, {mode_title(mode)}" for stage, mode in columns)]
+    header = ["tool calls", *(f"after {stage.weights}, {mode_title(mode)}" for stage, mode in columns)]
     trained = run.evaluations[-1].evaluation.get("trained_calls", [])
     rows: list[list[str]] = []
 
@@ -96,7 +98,7 @@ def difference_table(run: Run) -> Table | None:
     """Return how success differs from an earlier evaluation of the same tasks."""
     rows = [
         [
-            f"{stage.trained_by} {mode_title(mode)}",
+            f"{stage.weights} {mode_title(mode)}",
             f"{100 * row['value']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
             str(row["count"]),
@@ -112,7 +114,7 @@ def int4_table(run: Run) -> Table | None:
     """Return success of the exported weights beside that of their bf16 masters."""
     rows = [
         [
-            f"{stage.trained_by} {mode_title(mode)}",
+            f"{stage.weights} {mode_title(mode)}",
             rate_text(stage.evaluation["modes"].get(mode, {}).get("all")),
             rate_text(summary["all"]),
             rate_text(stage.evaluation["modes"].get(mode, {}).get("after_tool_error")),
@@ -127,7 +129,7 @@ def int4_table(run: Run) -> Table | None:
     for stage in run.evaluations:
         said = _divergence(stage)
         if said:
-            notes.append(f"{stage.trained_by}: {said}")
+            notes.append(f"{stage.weights}: {said}")
     header = ["% right", "INT4", "bf16", "INT4 after error", "bf16 after error"]
     return Table(title="INT4 beside the bf16 masters", header=header, rows=rows, notes=notes)
 
@@ -156,8 +158,8 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
 
 
 def show(made: Sequence[Table], console: Console) -> None:
-    """Print tables, wide enough that no number is broken where there is no terminal to fit."""
-    for table in made:
+    """Print tables; one that is too wide is cut into several that fit, each with its first column."""
+    for table in chain.from_iterable(_fitting(whole, console.width) for whole in made):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for number, name in enumerate(table.header):
             shown.add_column(Text(_in_two_lines(name)), justify="right" if number else "left", no_wrap=number > 0)
@@ -167,6 +169,27 @@ def show(made: Sequence[Table], console: Console) -> None:
         console.print(shown)
         for note in table.notes:
             console.print(Text(f"  {note}", style="dim"))
+
+
+def _fitting(table: Table, width: int) -> Iterator[Table]:
+    """Yield a table in parts of at most `width` characters; the notes stay with the last."""
+    widths = [
+        _PADDING + max(len(line) for cell in column for line in _in_two_lines(cell).split("\n"))
+        for column in ([name, *(row[number] for row in table.rows)] for number, name in enumerate(table.header))
+    ]
+    start = 1
+    while start < len(widths):
+        end = start + 1
+        while end < len(widths) and widths[0] + sum(widths[start : end + 1]) <= width:
+            end += 1
+        yield replace(
+            table,
+            title=table.title if start == 1 else f"{table.title}, going on",
+            header=[table.header[0], *table.header[start:end]],
+            rows=[[row[0], *row[start:end]] for row in table.rows],
+            notes=table.notes if end == len(widths) else [],
+        )
+        start = end
 
 
 def markdown(table: Table) -> str:

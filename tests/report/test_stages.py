@@ -38,6 +38,17 @@ def test_a_list_of_stages_gives_their_order_and_names_those_that_have_not_begun(
     assert run.missing == ["rl"]
 
 
+def test_weights_that_two_evaluations_share_have_two_names(own: Path) -> None:
+    shutil.copytree(own / "rl_eval", own / "again")
+    run = read_run(own, [])
+    assert [stage.weights for stage in run.evaluations] == ["sft", "rl (again)", "rl (rl_eval)"]
+
+
+def test_weights_are_led_back_through_stages_that_are_not_shown(finished: Path) -> None:
+    run = read_run(finished, [str(finished / "rl_eval")])
+    assert run.evaluations[0].weights == "rl"
+
+
 def test_a_stage_that_has_only_begun_is_there_without_numbers(own: Path) -> None:
     for name in ("summary.json", "done.json", "metrics.jsonl"):
         (own / "sft" / name).unlink()

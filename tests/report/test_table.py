@@ -50,8 +50,10 @@ def test_a_run_that_stopped_early_has_the_tables_of_what_it_did(own: Path) -> No
 def test_no_number_is_cut_on_a_narrow_terminal(finished: Path) -> None:
     written = io.StringIO()
     made = tables(read_run(finished, []))
-    show(made, Console(file=written, width=90))
+    show(made, Console(file=written, width=60))
     text = written.getvalue()
+    assert "going on" in text
+    assert all(len(line) <= 60 for line in text.splitlines())
     assert all(cell in text for table in made for row in table.rows for cell in row[1:])
 
 
