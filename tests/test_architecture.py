@@ -41,7 +41,6 @@ DOORS = {
     "compressed_tensors": ["export/", "verify/", "bench/"],
     "vllm": ["inference/server_client.py", "bench/"],
     "datasets": ["data/"],
-    "matplotlib": ["report/"],
 }
 TORCH_FREE = ["errors.py", "log.py", "config.py", "compose.py", "model/flops.py", "plan/"]
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}

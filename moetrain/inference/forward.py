@@ -5,6 +5,7 @@ Plain and batched; knows no sequences, sampling or scheduling.
 """
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 from moetrain.inference.weights import InferenceWeights, LayerWeights
@@ -67,7 +68,7 @@ def _attention(
     rope: RopeTable,
 ) -> torch.Tensor:
     """Attend in the latent space: queries absorb the key up-projection, outputs the value up-projection."""
-    num_rows, num_new, _ = x_BTD.shape
+    num_rows, num_new = positions_BT.shape
     nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
     if layer.q_a is None or layer.q_a_norm is None:
         q = F.linear(x_BTD, layer.q_b)
@@ -78,16 +79,15 @@ def _attention(
     key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT=positions_BT)[..., 0, :]
     new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=_LATENT_NORM_EPS), key_rope_BTR], -1)
     cache_BSC[torch.arange(num_rows)[:, None], positions_BT] = new_BTC
-    q_nope_HBN = q_BTHQ[..., :nope].permute(2, 0, 1, 3).reshape(config.num_heads, -1, nope)
-    q_latent_HBC = torch.bmm(q_nope_HBN, layer.up_k_HNC).view(config.num_heads, num_rows, num_new, rank)
-    q_rope_HBTR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT).permute(2, 0, 1, 3)
-    query = torch.cat([q_latent_HBC, q_rope_HBTR], -1).permute(1, 2, 0, 3).reshape(num_rows, -1, cache_BSC.shape[-1])
+    q_latent = torch.bmm(rearrange(q_BTHQ[..., :nope], "b t h n -> h (b t) n"), layer.up_k_HNC)
+    q_latent_BTHC = rearrange(q_latent, "h (b t) c -> b t h c", b=num_rows)
+    q_rope_BTHR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT)
+    query = rearrange(torch.cat([q_latent_BTHC, q_rope_BTHR], -1), "b t h c -> b (t h) c")
     bias = bias_BTS.repeat_interleave(config.num_heads, dim=1)
     scores = torch.baddbmm(bias, query, cache_BSC.transpose(1, 2), alpha=config.softmax_scale)
     mixed = torch.bmm(scores.softmax(-1), cache_BSC)[..., :rank]
-    mixed = mixed.reshape(num_rows * num_new, config.num_heads, rank)
-    values_HBV = torch.bmm(mixed.transpose(0, 1), layer.up_v_HCV)
-    return F.linear(values_HBV.transpose(0, 1).reshape(num_rows, num_new, -1), layer.o_proj)
+    values = torch.bmm(rearrange(mixed, "b (t h) c -> h (b t) c", h=config.num_heads), layer.up_v_HCV)
+    return F.linear(rearrange(values, "h (b t) v -> b t (h v)", b=num_rows), layer.o_proj)
 
 
 def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
