@@ -6,22 +6,27 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moetrain.compose import save_config, to_mapping
-from moetrain.config import StageRun
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.config import ReadingRun, StageRun
+from moetrain.data.config import SourceKind
+from moetrain.data.sources import local_files
+from moetrain.errors import CheckpointError, ConfigError, MoetrainError
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command goes on."""
+LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+"""Kinds of sources that are files."""
 PLUGINS = "moetrain.plugins"
 """Group of entry points through which an installed package offers tasks, tools or formats."""
 
@@ -37,6 +42,10 @@ def check_inputs(run: StageRun) -> None:
         raise CheckpointError(f"init_from is {run.init_from}: there is no such folder")
     for plugin in run.plugins:
         _spec(plugin)
+    if isinstance(run, ReadingRun):
+        for source in run.data.sources.values():
+            if source.kind in LOCAL_KINDS:
+                local_files(source)
 
 
 def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
@@ -98,16 +107,28 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_folder(run: StageRun) -> Iterator[Path]:
-    """Yield the stage's folder; rank 0 locks it and writes `config.yaml` there."""
+    """Yield the stage's folder; rank 0 locks it and writes `config.yaml` there.
+
+    A new folder is taken away again when the user's input turns out to be bad before there is a checkpoint.
+    """
     folder = run.run.path
     if rank() > 0:
         yield folder
         return
-    with lock(folder):
-        scratch = folder / ".config.yaml.tmp"
-        save_config(run, scratch)
-        os.replace(scratch, folder / "config.yaml")
-        yield folder
+    is_new = not folder.exists()
+    try:
+        with lock(folder):
+            scratch = folder / ".config.yaml.tmp"
+            save_config(run, scratch)
+            os.replace(scratch, folder / "config.yaml")
+            yield folder
+    except MoetrainError as error:
+        if is_new and error.exit_code == ConfigError.exit_code and not (folder / "checkpoints").exists():
+            shutil.rmtree(folder)
+            for parent in (folder.parent, folder.parent.parent):
+                with suppress(OSError):  # it holds something else
+                    parent.rmdir()
+        raise
 
 
 @contextmanager

@@ -53,6 +53,10 @@ def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFi
         (["sft", "train.stesp=3"], "moetrain: train.stesp: there is no 'stesp' in train; did you mean steps?\n"),
         (["sft", "init_from=nowhere"], "moetrain: init_from is nowhere: there is no such folder\n"),
         (["pretrain", "plugins=[no_such_module]"], "moetrain: plugins: there is no no_such_module; give a module"),
+        (
+            ["pretrain", "data.sources.x.kind=jsonl", "data.sources.x.path=no.jsonl"],
+            "moetrain: no.jsonl does not exist: give a file, a glob or a folder of jsonl files\n",
+        ),
         (["pretrain", "--config", "none.yaml"], "moetrain: there is no config file none.yaml\n"),
         (
             ["run", "recipe=k2_nan"],
@@ -76,6 +80,15 @@ def test_a_mistake_ends_with_code_2_and_one_line_and_leaves_nothing(
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_line_of_jsonl_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"text": "whole"}\n{"text": \n')
+    words = ["data=none", "data.sources.x.kind=jsonl", "data.sources.x.path=mine.jsonl", "run.wandb.mode=disabled"]
+    done = moetrain("pretrain", "model=k2_nano_test", "parallel.engine=torch", *words, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "moetrain: mine.jsonl:2 is not JSON: Expecting value at column 10\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
 def test_checking_a_command_line_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
