@@ -1,0 +1,72 @@
+"""The guides are followed word for word: their files are written, their commands run in the order they stand."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from moetrain.model.config import ModelConfig
+from moetrain.model.hf import to_hf_config
+from tests.cli.command import ENVIRONMENT, ROOT
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
+
+
+def follow(guide: str, folder: Path) -> str:
+    """Write each file block whose first line is its path, run each `sh` block, and return what was printed."""
+    environment = {**ENVIRONMENT, "PATH": f"{_commands(folder)}{os.pathsep}{os.environ['PATH']}"}
+    printed = ""
+    for language, content in BLOCK.findall((DOCS / guide).read_text(encoding="utf-8")):
+        name = FILE_NAME.match(content)
+        if name and language in ("python", "yaml"):
+            path = folder / name.group(1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        elif language == "sh":
+            command = ["bash", "-euo", "pipefail", "-c", content]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=500
+            )
+            assert done.returncode == 0, f"{content}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            printed += done.stdout
+    return printed
+
+
+def _commands(folder: Path) -> Path:
+    """Return a folder with `moetrain` and `python` of the interpreter that runs the tests."""
+    commands = folder / ".commands"
+    commands.mkdir(parents=True)
+    for name, words in (("moetrain", "-m moetrain.cli"), ("python", "")):
+        script = commands / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        script.chmod(0o755)
+    return commands
+
+
+def test_the_guide_to_models_can_be_followed(tmp_path: Path) -> None:
+    printed = follow("add-a-model.md", tmp_path)
+    assert "parameters" in printed and "memory, a rank" in printed
+    values = json.dumps(to_hf_config(ModelConfig(num_experts=16)))
+    (tmp_path / "config.json").write_text(values)
+    words = [sys.executable, "to_yaml.py", "config.json"]
+    shown = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(shown.stdout)["num_experts"] == 16
+
+
+def test_the_guide_to_data_can_be_followed(tmp_path: Path) -> None:
+    follow("add-data.md", tmp_path)
+    summary = json.loads((tmp_path / "runs" / "mixture" / "sft" / "summary.json").read_text())
+    assert summary["documents"].keys() == {"notes", "chats", "quiz"}
+
+
+def test_the_guide_to_environments_can_be_followed(tmp_path: Path) -> None:
+    printed = follow("add-an-environment.md", tmp_path)
+    assert "<|tool_call_begin|>functions.read:0" in printed
+    graders = json.loads((tmp_path / "runs" / "chase" / "eval" / "eval.json").read_text())["graders"]
+    assert (graders["null_policy"], graders["perfect_expert"]) == (0.0, 1.0)
