@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # bash launch/deepspeed.sh launch/hostfile.example pretrain model=k2_nano parallel.expert=8
-# Starts one rank a slot of the host file, over ssh, with DeepSpeed's launcher.
+# bash launch/deepspeed.sh 2 pretrain model=k2_nano parallel.expert=2
+# Starts one rank a slot of the host file, over ssh, or that many on this machine, with DeepSpeed's launcher.
 set -euo pipefail
 if [[ $# -lt 2 ]]; then
-    echo "usage: bash launch/deepspeed.sh HOSTFILE COMMAND [OVERRIDE...]" >&2
+    echo "usage: bash launch/deepspeed.sh HOSTFILE|RANKS COMMAND [OVERRIDE...]" >&2
     exit 2
 fi
-hostfile=$1
+if [[ "$1" =~ ^[0-9]+$ ]]; then
+    place=(--num_accelerators "$1")
+elif [[ -f "$1" ]]; then
+    place=(--hostfile "$1")
+else
+    echo "deepspeed.sh: there is no host file $1: give one like launch/hostfile.example, or a number of ranks" >&2
+    exit 2
+fi
 shift
-if [[ ! -f "$hostfile" ]]; then
-    echo "deepspeed.sh: there is no host file $hostfile: give one like launch/hostfile.example" >&2
-    exit 2
-fi
 bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -n "${VENV:-}" ]] && bin="$VENV/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
 
 python -m moetrain.cli check "$@"
-exec deepspeed --hostfile "$hostfile" --module moetrain.cli "$@"
+exec deepspeed "${place[@]}" --no_local_rank --module moetrain.cli "$@"
