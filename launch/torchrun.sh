@@ -8,6 +8,10 @@ if [[ $# -lt 2 ]]; then
 fi
 ranks=$1
 shift
+if [[ "$1" == run ]]; then
+    echo "torchrun.sh: a recipe starts its ranks itself: moetrain run num_processes=$ranks ..." >&2
+    exit 2
+fi
 bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -n "${VENV:-}" ]] && bin="$VENV/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
@@ -20,4 +24,5 @@ else
     place=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m torch.distributed.run "${place[@]}" --nproc-per-node "$ranks" -m moetrain.cli "$@"
+# Ranks have this long to save after SIGTERM; torchrun's own default is 30 s.
+exec python -m torch.distributed.run "${place[@]}" --shutdown-timeout "${SAVE_SECONDS:-110}" --nproc-per-node "$ranks" -m moetrain.cli "$@"
