@@ -45,7 +45,8 @@ def _dispatch(words: list[str]) -> int:
     config = composed(command, rest)
     check_inputs(config)
     if config.dry_run:
-        dry_run.show(command, config)
+        if rank() == 0:
+            dry_run.show(command, config)
         return 0
     load_plugins(config.plugins)
     code: int = importlib.import_module(f"moetrain.cli.{command.replace(' ', '_')}").main(config)
