@@ -1,0 +1,117 @@
+"""What the pages say is there: links, paths, commands and metric names."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli import recipe
+from moetrain.cli.command_line import composed, split_command
+from moetrain.compose import compose
+from moetrain.log import read_metrics
+from moetrain.rl.metrics import rollout_metrics
+from moetrain.rollout.types import Ending, Trajectory
+from moetrain.tasks.protocol import Grade
+from tests.cli.command import ROOT, moetrain
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
+SPAN = re.compile(r"`([^`\n]+)`")
+STARTS = ("moetrain ", "bash launch/torchrun.sh ", "bash launch/deepspeed.sh ", "sbatch launch/slurm.sbatch ")
+FOLLOWED = ("add-a-model.md", "add-data.md", "add-an-environment.md")
+"""Guides whose commands `test_guides.py` runs, on files that the guides make."""
+PLACEHOLDER = re.compile(r"\.\.\.|<|\b[A-Z]{2,}\b|my_|path/to")
+
+TRAJECTORY = Trajectory(
+    task=0,
+    sample=0,
+    num_calls_needed=2,
+    tokens=[1, 2],
+    is_sampled=[False, True],
+    logprobs=[0.0, -1.0],
+    grade=Grade(success=True, reason="right"),
+    ending=Ending.answered,
+    num_turns=3,
+    num_calls=3,
+    num_errors=1,
+    num_transient_errors=1,
+    version=0,
+)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words after `moetrain` of every command line on a page, without those that have placeholders."""
+    text = page.read_text(encoding="utf-8")
+    lines = [] if page.name in FOLLOWED else [line for _, block in BLOCK.findall(text) for line in block.splitlines()]
+    for line in [*lines, *SPAN.findall(BLOCK.sub("", text))]:
+        line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+        if not line.startswith(STARTS) or PLACEHOLDER.search(line) or (page.name in FOLLOWED and "recipe=" in line):
+            continue
+        words = shlex.split(line, comments=True)
+        skipped = {"moetrain": 1, "bash": 3, "sbatch": 2}[words[0]]
+        if words[skipped:]:
+            yield words[skipped:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{name}: {target}"
+        titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], f"{name}: #{anchor}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_in_the_repository_exist_and_have_what_is_named(name: str) -> None:
+    tops = [path.name for path in (ROOT / "moetrain").iterdir() if path.is_dir()]
+    for span in SPAN.findall((ROOT / name).read_text(encoding="utf-8")):
+        match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)+/?)(?:::(\w+))?", span)
+        if match is None:
+            continue
+        path, symbol = match.groups()
+        top = path.split("/")[0]
+        if top in ("moetrain", "tests", "docs", "launch", "recipes") or (top in tops and path.endswith(".py")):
+            found = ROOT / path if (ROOT / path).exists() else ROOT / "moetrain" / path
+            assert found.exists(), f"{name}: {span}"
+            assert not symbol or symbol in found.read_text(encoding="utf-8"), f"{name}: {span}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_line_is_one_that_its_command_takes(name: str) -> None:
+    for words in commands(ROOT / name):
+        if any(word in ("-h", "--help", "help") for word in words):
+            continue
+        command, rest = split_command(words[1:] if words[0] == "check" and len(words) > 1 else words)
+        if command == "run":
+            own, of_stages = recipe.split_overrides(rest)
+            run = compose("run", own)
+            assert recipe.compose_stages(recipe.load(run.recipe), run, overrides=of_stages)
+        elif command != "check":
+            assert composed(command, rest)
+
+
+def test_every_metric_of_a_run_stands_in_the_vocabulary(tmp_path: Path) -> None:
+    table = (ROOT / "docs" / "vocabulary.md").read_text(encoding="utf-8").split("## Metrics")[1]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    spans = [SPAN.findall(first) for first in firsts]
+    full = [span if "/" in span else f"{first[0].rpartition('/')[0]}/{span}" for first in spans for span in first]
+    full += [span for first in spans for span in first]
+    patterns = [re.compile(re.sub(r"<\w+>", "[^ ]+", name)) for name in full]
+    words = ["model=k2_nano_test", "data=test", "train.rows_per_step=2", "train.rows_per_micro_batch=2"]
+    words += ["~data.sources.english", "data.sources.dialogues.num_documents=16", "run.wandb.mode=disabled"]
+    sft = moetrain("sft", *words, "train.steps=1", "parallel.engine=torch", folder=tmp_path)
+    assert sft.returncode == 0, sft.stderr[-2000:]
+    written = {key for row in read_metrics(tmp_path / "runs/default/sft/metrics.jsonl") for key in row} - {"step"}
+    written |= rollout_metrics([[TRAJECTORY]]).keys()
+    objective = (ROOT / "moetrain/rl/loss.py").read_text(encoding="utf-8")
+    written |= set(re.findall(r'^ +"(\w+)": ', objective, re.MULTILINE))
+    unknown = [name for name in written if not any(pattern.fullmatch(name) for pattern in patterns)]
+    assert not unknown
