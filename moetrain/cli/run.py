@@ -212,7 +212,7 @@ def _files(value: Any, run_folder: Path, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _files(item, run_folder, key)
-    elif isinstance(value, str) and (key == "path" or "/" in value):
+    elif isinstance(value, str) and (key in ("path", "plugins") or "/" in value):
         path = Path(value).expanduser()
         if path.exists() and not path.resolve().is_relative_to(run_folder.resolve()):
             yield str(path)

@@ -131,6 +131,12 @@ def test_keys_follow_config_inputs_and_files_and_not_the_place(
     one = stage_keys(prepare(words))
     text.write_text("another")
     assert stage_keys(prepare(words))["pretrain"] != one["pretrain"]
+    plugin = finished / "plugin.py"
+    plugin.write_text("one = 1")
+    before = stage_keys(prepare(["recipe=mine", "plugins=[plugin.py]"]))
+    plugin.write_text("one = 100")
+    assert stage_keys(prepare(["recipe=mine", "plugins=[plugin.py]"]))["pretrain"] != before["pretrain"]
+    plugin.unlink()
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
