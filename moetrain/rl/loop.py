@@ -121,7 +121,7 @@ def _one_step(training: RlTraining, *, step: int) -> dict[str, float]:
     batches = micro_batches(scored, max_tokens=training.rl.tokens_per_micro_batch, pad_id=training.tokenizer.pad_id)
     if not batches:
         _log.warning("step %d: every group is all right or all wrong; no update", step + 1)
-        return values
+        return {**values, TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "seconds": collected - started}
     topology = training.engine.topology
     updated = train_step(
         training.engine,

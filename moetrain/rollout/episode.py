@@ -1,5 +1,6 @@
 """One trajectory in the making: turns go to the environment, observations come back as tokens to append."""
 
+import logging
 import time
 
 from moetrain.chat.messages import Message, Role, ToolCall
@@ -13,11 +14,13 @@ from moetrain.chat.template import (
     pieces_to_tokens,
 )
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError
+from moetrain.errors import RolloutError, ToolError
 from moetrain.inference.engine import Sequence
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Trajectory
-from moetrain.tasks.protocol import Environment, Grade, Task, TaskFamily
+from moetrain.tasks.protocol import Environment, Grade, Observation, Task, TaskFamily
+
+_log = logging.getLogger(__name__)
 
 
 def prompt_tokens(task: Task, family: TaskFamily, *, tokenizer: Tokenizer, declare_tools: bool) -> list[int]:
@@ -77,17 +80,25 @@ class Episode:
         except RolloutError as error:
             self._end(Ending.invalid_turn, reason=str(error))
             return
-        if not turn.tool_calls:
-            self._grade = self._environment.grade(turn.content)
-            self._ending = Ending.answered
-            return
         pieces: list[Piece] = []
-        for call in turn.tool_calls:
-            pieces += message_pieces(self._observe(call))
+        try:
+            if not turn.tool_calls:
+                self._grade = self._environment.grade(turn.content)
+                self._ending = Ending.answered
+                return
+            for call in turn.tool_calls:
+                pieces += message_pieces(self._observe(call))
+        except Exception as error:  # the boundary to environments that are not ours: a failed trajectory is data
+            _log.warning("an environment failed: %s: %s", type(error).__name__, error)
+            self._end(Ending.environment_failed, reason=f"{type(error).__name__}: {error}"[:200])
+            return
         self._go_on(_tokens([*pieces, *generation_prompt()], self._tokenizer))
 
     def _observe(self, call: ToolCall) -> Message:
-        observation = self._environment.call(call.name, call.arguments)
+        try:
+            observation = self._environment.call(call.name, call.arguments)
+        except ToolError as error:
+            observation = Observation(text=f"error: {error}", is_error=True)
         self._num_calls += 1
         self._num_errors += observation.is_error
         self._num_transient += observation.is_transient

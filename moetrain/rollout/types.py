@@ -16,6 +16,7 @@ class Ending(StrEnum):
     max_tokens = "max_tokens"
     stalled = "stalled"
     max_seconds = "max_seconds"
+    environment_failed = "environment_failed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,14 @@ import pytest
 from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.template import SPECIAL_TOKENS, pieces_to_text, turn_pieces
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
+from moetrain.errors import ToolError
 from moetrain.inference.engine import Sequence
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode, prompt_tokens
 from moetrain.rollout.types import Ending, Trajectory
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
-from moetrain.tasks.protocol import Split
+from moetrain.tasks.protocol import Grade, Observation, Split
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,45 @@ def test_a_limit_ends_the_trajectory_and_is_recorded(
             _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
     trajectory = episode.finish(task=0, sample=0, version=0)
     assert trajectory.ending is ending and not trajectory.grade.success and trajectory.reward == 0.0
+
+
+class BrokenEnvironment:
+    """A user's environment with a mistake in it."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        if name == "refuse":
+            raise ToolError("not now")
+        raise KeyError(name)
+
+    def grade(self, answer: str) -> Grade:
+        raise ZeroDivisionError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_environment_that_fails_ends_its_trajectory_and_no_more(tokenizer: Tokenizer, calls: bool) -> None:
+    task, _ = _begin(tokenizer)
+    sequence = Sequence(tokens=[1, 2, 3], stream=0)
+    config = RolloutConfig(max_tokens=4000, max_turn_tokens=500)
+    episode = Episode(task, BrokenEnvironment(), sequence, config=config, tokenizer=tokenizer)
+    call = ToolCall(name="get", arguments="{}", id="functions.get:0")
+    _say(episode, Message(role=Role.assistant, content="1", tool_calls=[call] if calls else []), tokenizer)
+    trajectory = episode.finish(task=0, sample=0, version=0)
+    assert trajectory.ending is Ending.environment_failed and trajectory.reward == 0.0
+    assert trajectory.grade.reason.startswith("KeyError" if calls else "ZeroDivisionError")
+
+
+def test_a_tool_error_of_an_environment_is_an_observation(tokenizer: Tokenizer) -> None:
+    task, _ = _begin(tokenizer)
+    sequence = Sequence(tokens=[1, 2, 3], stream=0)
+    config = RolloutConfig(max_tokens=4000, max_turn_tokens=500)
+    episode = Episode(task, BrokenEnvironment(), sequence, config=config, tokenizer=tokenizer)
+    call = ToolCall(name="refuse", arguments="{}", id="functions.refuse:0")
+    _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
+    assert not episode.is_finished
+    assert "error: not now" in tokenizer.decode(episode.sequence.tokens)
 
 
 def test_a_turn_whose_markers_do_not_nest_ends_the_trajectory(tokenizer: Tokenizer) -> None:
