@@ -15,7 +15,7 @@ class DemonstratorConfig:
     """It leaves out a step and goes on with the value it has."""
     wrong_name: float = 0.03
     """It reads another column of the table than the one asked for, and does not notice."""
-    unknown_name: float = 0.03
+    unknown_name: float = 0.05
     """It misspells a column; the tool answers with an error."""
     retry: float = 0.4
     """After an error, its own or the tool's, it makes the call (again) as it should; else it reports what it has."""
