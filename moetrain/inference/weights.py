@@ -15,7 +15,7 @@ from moetrain.quant.grids import dequantize, quantize
 
 @dataclass(kw_only=True)
 class LayerWeights:
-    """One block. Matrices are [out, in]; `up_k_HCN` and `up_v_HCN` are kv_b_proj split by head and use, to be absorbed
+    """One block. Matrices are [out, in]; `up_k_HNC` and `up_v_HCV` are kv_b_proj split by head and use, to be absorbed
     into the query and the output (arXiv 2405.04434, section 2.1.2)."""
 
     input_norm_D: torch.Tensor
