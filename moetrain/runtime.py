@@ -22,6 +22,13 @@ def python_stream(seed: int, name: str, *index: int) -> random.Random:
     return random.Random(seed_of(seed, name, *index))
 
 
+def default_device() -> "torch.device":
+    """Return the device to compute on where nothing says otherwise: the GPU that is current, else the CPU."""
+    import torch  # config and planning code stays free of torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def torch_stream(seed: int, name: str, *index: int) -> "torch.Generator":
     """Return a CPU torch generator for the stream `name` at `index`."""
     import torch  # config and planning code stays free of torch

@@ -66,12 +66,12 @@ def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
 
 
 def _peak(run: TrainingRun) -> float:
-    import torch  # only a dry run of a stage that trains needs it here
-
+    # These bring torch in; only a dry run of a stage that trains needs them here.
+    from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
     from moetrain.train.stages import DTYPES
 
-    return measure_peak(dtype=DTYPES[run.train.compute_dtype], device=torch.device("cpu"))
+    return measure_peak(dtype=DTYPES[run.train.compute_dtype], device=default_device())
 
 
 def _bytes(count: int) -> str:

@@ -79,10 +79,13 @@ def _logprobs(weights: InferenceWeights, rows: Sequence[Trajectory]) -> torch.Te
         tokens_BT[index, : len(row.tokens)] = torch.tensor(row.tokens)
         is_sampled_BT[index, : len(row.tokens)] = torch.tensor(row.is_sampled)
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    cache = torch.zeros(config.num_layers, len(rows), length, width, dtype=weights.dtype)
-    starts_B = torch.zeros(len(rows), dtype=torch.long)
-    rope = build_rope(config, length)
-    hidden_BTD = forward(weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=rope)
-    row_N, column_N = is_sampled_BT.nonzero(as_tuple=True)
+    hidden_BTD = forward(
+        weights,
+        tokens_BT=tokens_BT.to(weights.device),
+        starts_B=torch.zeros(len(rows), dtype=torch.long, device=weights.device),
+        cache_LBSC=torch.zeros(config.num_layers, len(rows), length, width, dtype=weights.dtype, device=weights.device),
+        rope=build_rope(config, length).to(weights.device),
+    )
+    row_N, column_N = is_sampled_BT.to(weights.device).nonzero(as_tuple=True)
     logits_NV = F.linear(hidden_BTD[row_N, column_N - 1], weights.head_VD).float()
     return torch.log_softmax(logits_NV, -1)

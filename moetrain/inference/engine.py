@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moetrain.errors import RolloutError
 from moetrain.inference.forward import forward
@@ -58,8 +59,11 @@ class GenerationEngine:
         self._max_tokens = max_tokens
         self._num_slots = num_slots
         self._width = config.kv_lora_rank + config.qk_rope_head_dim
-        self._cache_LBSC = torch.zeros(config.num_layers, num_slots, 0, self._width, dtype=weights.dtype)
-        self._rope: RopeTable = build_rope(config, max_tokens)
+        self._device = weights.device
+        self._cache_LBSC = torch.zeros(
+            config.num_layers, num_slots, 0, self._width, dtype=weights.dtype, device=self._device
+        )
+        self._rope: RopeTable = build_rope(config, max_tokens).to(self._device)
         self._active: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
 
@@ -95,8 +99,8 @@ class GenerationEngine:
         if self._waiting and (free >= self._num_slots * _REFILL_SHARE or not self._active):
             self._prefill([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
         self._fit_cache(max(sequence.num_fed for sequence in self._active) + 1)
-        tokens_B1 = torch.tensor([[sequence.tokens[sequence.num_fed]] for sequence in self._active])
-        starts_B = torch.tensor([sequence.num_fed for sequence in self._active])
+        tokens_B1 = self._tensor([[sequence.tokens[sequence.num_fed]] for sequence in self._active])
+        starts_B = self._tensor([sequence.num_fed for sequence in self._active])
         cache = self._cache_LBSC[:, : len(self._active)]
         hidden_B1D = forward(self._weights, tokens_BT=tokens_B1, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
         rows = []
@@ -125,11 +129,10 @@ class GenerationEngine:
         if width == 0:
             return
         self._fit_cache(max(width, max(sequence.num_fed for sequence in self._active)))
-        tokens_BT = torch.zeros(len(sequences), width, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
+        for sequence in sequences:
             sequence.num_fed = len(sequence.tokens) - 1
-            tokens_BT[row, : sequence.num_fed] = torch.tensor(sequence.tokens[:-1], dtype=torch.long)
-        starts_B = torch.zeros(len(sequences), dtype=torch.long)
+        tokens_BT = self._tensor([s.tokens[:-1] + [0] * (width - s.num_fed) for s in sequences])
+        starts_B = torch.zeros(len(sequences), dtype=torch.long, device=self._device)
         cache = self._cache_LBSC[:, first : len(self._active)]
         forward(self._weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
 
@@ -141,10 +144,16 @@ class GenerationEngine:
             np.array([sequence.stream for sequence in sequences], dtype=np.uint64),
             np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64),
         )
-        temperatures_B = torch.tensor([sequence.temperature for sequence in sequences])
-        tokens_B, logprobs_B = sample(logits_BV, temperatures_B=temperatures_B, uniforms_B=torch.from_numpy(uniforms_B))
+        tokens_B, logprobs_B = sample(
+            logits_BV,
+            temperatures_B=self._tensor([sequence.temperature for sequence in sequences]),
+            uniforms_B=self._tensor(uniforms_B),
+        )
         for sequence, token, logprob in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.is_sampled.append(True)
         return sequences
+
+    def _tensor(self, values: list[list[int]] | list[int] | list[float] | NDArray[np.float64]) -> torch.Tensor:
+        return torch.as_tensor(values, device=self._device)

@@ -37,9 +37,10 @@ def forward(
     """
     config = weights.config
     num_new = tokens_BT.shape[1]
-    positions_BT = starts_B[:, None] + torch.arange(num_new)
-    is_later_BTS = torch.arange(cache_LBSC.shape[2]) > positions_BT[:, :, None]
-    bias_BTS = torch.zeros(is_later_BTS.shape, dtype=weights.dtype).masked_fill_(is_later_BTS, float("-inf"))
+    positions_BT = starts_B[:, None] + torch.arange(num_new, device=weights.device)
+    is_later_BTS = torch.arange(cache_LBSC.shape[2], device=weights.device) > positions_BT[:, :, None]
+    bias_BTS = torch.zeros(is_later_BTS.shape, dtype=weights.dtype, device=weights.device)
+    bias_BTS.masked_fill_(is_later_BTS, float("-inf"))
     x_BTD = F.embedding(tokens_BT, weights.embed_VD)
     for layer, cache_BSC in zip(weights.layers, cache_LBSC, strict=True):
         normed_BTD = rms_norm(x_BTD, layer.input_norm_D, eps=config.rms_norm_eps)
@@ -78,7 +79,7 @@ def _attention(
     latent_BTC = F.linear(x_BTD, layer.kv_a)
     key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT=positions_BT)[..., 0, :]
     new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=_LATENT_NORM_EPS), key_rope_BTR], -1)
-    cache_BSC[torch.arange(num_rows)[:, None], positions_BT] = new_BTC
+    cache_BSC[torch.arange(num_rows, device=x_BTD.device)[:, None], positions_BT] = new_BTC
     q_latent = torch.bmm(rearrange(q_BTHQ[..., :nope], "b t h n -> h (b t) n"), layer.up_k_HNC)
     q_latent_BTHC = rearrange(q_latent, "h (b t) c -> b t h c", b=num_rows)
     q_rope_BTHR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT)
@@ -112,12 +113,12 @@ def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> tor
     order = torch.argsort(ids, stable=True)
     counts_E = torch.bincount(ids, minlength=config.num_experts)
     first_E = counts_E.cumsum(0) - counts_E
-    rows = torch.arange(ids.numel()) - first_E[ids[order]]
+    rows = torch.arange(ids.numel(), device=ids.device) - first_E[ids[order]]
     padded = x_ND.new_zeros(config.num_experts, int(counts_E.max()), x_ND.shape[1])
     padded[ids[order], rows] = x_ND[order // num_chosen]
     gate, up = torch.bmm(padded, layer.experts_gate_up_EDF).chunk(2, -1)
     out = torch.bmm(F.silu(gate) * up, layer.experts_down_EFD)
-    y = torch.empty(ids.numel(), x_ND.shape[1], dtype=torch.float32)
+    y = torch.empty(ids.numel(), x_ND.shape[1], dtype=torch.float32, device=ids.device)
     y[order] = out[ids[order], rows].float()
     y_NKD = y.view(num_tokens, num_chosen, -1)
     return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)

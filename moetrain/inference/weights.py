@@ -4,13 +4,14 @@ D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a mat
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import dequantize, quantize
+from moetrain.runtime import default_device
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,11 @@ class LayerWeights:
     experts_gate_up_EDF: torch.Tensor | None = None
     experts_down_EFD: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> "LayerWeights":
+        """Return the block on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
 
 @dataclass(kw_only=True)
 class InferenceWeights:
@@ -47,6 +53,11 @@ class InferenceWeights:
     head_VD: torch.Tensor
     layers: list[LayerWeights]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and with them all that generation computes."""
+        return self.embed_VD.device
+
 
 def expert_weight(weight: torch.Tensor, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
     """Return expert weights as they are multiplied with: through codes and scales when quantised, else cast."""
@@ -56,16 +67,27 @@ def expert_weight(weight: torch.Tensor, *, quant: QuantConfig, dtype: torch.dtyp
 
 
 def build_weights(
-    tensors: Mapping[str, torch.Tensor], *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    config: ModelConfig,
+    quant: QuantConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
 ) -> InferenceWeights:
-    """Return generation weights from global tensors under the training names (fp32 masters or an export's values)."""
-    layers = [_layer(tensors, i, config=config, quant=quant, dtype=dtype) for i in range(config.num_layers)]
+    """Return generation weights from global tensors under the training names (fp32 masters or an export's values).
+
+    They lie on `device`, by default this machine's accelerator if it has one.
+    """
+    device = device or default_device()
+    layers = [
+        _layer(tensors, index, config=config, quant=quant, dtype=dtype).to(device) for index in range(config.num_layers)
+    ]
     return InferenceWeights(
         config=config,
         dtype=dtype,
-        embed_VD=tensors["model.embed_tokens.weight"].to(dtype),
-        norm_D=tensors["model.norm.weight"].float(),
-        head_VD=tensors["lm_head.weight"].to(dtype),
+        embed_VD=tensors["model.embed_tokens.weight"].to(device, dtype),
+        norm_D=tensors["model.norm.weight"].to(device, torch.float32),
+        head_VD=tensors["lm_head.weight"].to(device, dtype),
         layers=layers,
     )
 

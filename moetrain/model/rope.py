@@ -28,6 +28,10 @@ class RopeTable:
     cos_SP: torch.Tensor
     sin_SP: torch.Tensor
 
+    def to(self, device: torch.device) -> "RopeTable":
+        """Return the table on `device`."""
+        return RopeTable(cos_SP=self.cos_SP.to(device), sin_SP=self.sin_SP.to(device))
+
     def at(self, positions_BT: torch.Tensor) -> Rotation:
         """Return the rotation of tokens at these positions."""
         return Rotation(cos=self.cos_SP[positions_BT][..., None, :], sin=self.sin_SP[positions_BT][..., None, :])

@@ -145,8 +145,7 @@ class Transformer(nn.Module):
         if self._rope is None or len(self._rope.cos_SP) < num_positions:
             self._rope = build_rope(self.config, num_positions)
         if self._rope.cos_SP.device != positions_BT.device:
-            device = positions_BT.device
-            self._rope = RopeTable(cos_SP=self._rope.cos_SP.to(device), sin_SP=self._rope.sin_SP.to(device))
+            self._rope = self._rope.to(positions_BT.device)
         return self._rope.at(positions_BT)
 
 

@@ -14,4 +14,4 @@ def sync_weights(
     """Return the engine's present weights for generation, on every rank. Collective."""
     tensors = engine.topology.broadcast_object(engine.gather_state(with_optimizer=False))
     assert tensors is not None
-    return build_weights(tensors, config=config, quant=quant, dtype=dtype)
+    return build_weights(tensors, config=config, quant=quant, dtype=dtype, device=engine.topology.device)

@@ -106,3 +106,13 @@ def test_a_prompt_longer_than_the_cache_is_refused() -> None:
     _, weights = _model()
     with pytest.raises(RolloutError, match="the cache holds 32"):
         GenerationEngine(weights, num_slots=1, max_tokens=32).add(Sequence(tokens=[1] * 40, stream=0))
+
+
+def test_every_tensor_of_generation_names_its_device() -> None:
+    """With another default device, whatever is made without naming one cannot meet the weights."""
+    _, weights = _model()
+    plain = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=8)
+    with torch.device("meta"):
+        elsewhere = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=8)
+    assert [sequence.tokens for sequence in elsewhere] == [sequence.tokens for sequence in plain]
+    assert weights.device == torch.device("cpu")
