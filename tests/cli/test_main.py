@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one line for a mistake, plugins, and no torch before the input is checked."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,13 @@ def test_a_plugin_is_imported_by_path_and_its_own_error_is_named(tmp_path: Path)
     broken = moetrain("generate", "plugins=[broken]", folder=tmp_path)
     assert broken.returncode == 2
     assert broken.stderr == "moetrain: plugins: broken fails when it is imported: ZeroDivisionError: division by zero\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1000"), ("7", "7")])
+def test_openmp_spins_briefly_unless_the_user_says_otherwise(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "unset")  # registers what to restore
+    monkeypatch.delenv("GOMP_SPINCOUNT") if before is None else monkeypatch.setenv("GOMP_SPINCOUNT", before)
+    assert main(["--help"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == after
