@@ -4,6 +4,7 @@ Only what repeats to the last digit when a run is repeated: no times, no paths.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moetrain.report.stages import Kind, Run, Stage
@@ -43,21 +44,29 @@ def times(run: Run) -> dict[str, float]:
 def validation(run: Run) -> dict[str, dict[str, Any]]:
     """Return by source nats a character after each stage, of the exported weights, and of the bigram model.
 
-    The bigram is that of the first stage that reads the source. Sources of the first stage come first.
+    The bigram and the held-out rows are those of the first stage that reads the source; a later stage that holds other
+    rows out, longer ones say, is left to its own chart. Sources of the first stage come first.
     """
     sources: dict[str, dict[str, Any]] = {}
+    held_out: dict[str, tuple[int, int]] = {}
     for stage in run.of_kind(Kind.training):
         for source, row in stage.summary.get("validation", {}).items():
             entry = sources.setdefault(
                 source,
                 {"bigram": row.get("bigram_nats_per_character"), "bigram_of": stage.name, "stages": {}, "exports": {}},
             )
-            entry["stages"][stage.name] = row["nats_per_character"]
+            if _rows(row) == held_out.setdefault(source, _rows(row)):
+                entry["stages"][stage.name] = row["nats_per_character"]
     for stage in run.evaluations:
         for source, value in stage.evaluation.get("language", {}).items():
             entry = sources.setdefault(source, {"bigram": None, "bigram_of": None, "stages": {}, "exports": {}})
             entry["exports"][stage.weights] = value
     return sources
+
+
+def _rows(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Return what tells held-out rows apart: their characters and their predicted tokens."""
+    return row["characters"], row["targets"]
 
 
 def sizes(run: Run) -> dict[str, dict[str, Any]]:

@@ -119,7 +119,8 @@ def _write_training(folder: Path, *, sources: list[str]) -> None:
         if step % 6 == 0:
             lines.append({"step": step, **{f"validation/{source}": 9.0 / step for source in sources}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = {source: {"nats_per_character": 0.75, "bigram_nats_per_character": 1.25} for source in sources}
+    row = {"nats_per_character": 0.75, "bigram_nats_per_character": 1.25, "characters": 900, "targets": 300}
+    rows = dict.fromkeys(sources, row)
     summary = {
         "stage": folder.name,
         "steps": 12,

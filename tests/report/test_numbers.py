@@ -36,6 +36,17 @@ def test_a_source_has_the_bigram_of_the_first_stage_that_reads_it(finished: Path
     assert found["dialogues"]["bigram_of"] == "sft"
 
 
+def test_a_stage_that_holds_other_rows_out_is_not_set_beside_the_bigram(finished: Path, tmp_path: Path) -> None:
+    run = moved(finished, tmp_path, seconds=1.0)
+    file = run / "sft" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["validation"]["code"]["characters"] += 1
+    file.write_text(json.dumps(summary))
+    found = validation(read_run(run, []))
+    assert found["code"]["stages"] == {"pretrain": 0.75}
+    assert found["dialogues"]["stages"] == {"sft": 0.75}
+
+
 def test_modes_have_titles() -> None:
     assert mode_title("sampled_t0.6") == "sampled T=0.6"
     assert mode_title("greedy") == "greedy"
