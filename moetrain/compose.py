@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from moetrain.config import SCHEMAS
+from moetrain.commands import SCHEMAS
 from moetrain.errors import ConfigError
 
 _Resolver = Callable[[str], str]

@@ -1,6 +1,7 @@
-"""What each command can be told: one root dataclass a command, its sections, and the checks that span sections.
+"""What stages and recipes can be told: one root dataclass a command, its sections, and the checks that span sections.
 
-`moetrain.compose` fills them from YAML and the command line. No torch here, and no Hydra.
+Those of `verify` and `bench` are in `moetrain.commands`. `moetrain.compose` fills them from YAML and the command line.
+No torch here, and no Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -194,25 +195,6 @@ class ReportRun(StageRun):
 
 
 @dataclass(kw_only=True)
-class VerifyExportsRun(StageRun):
-    """Shows that an INT4 export is what was trained: for its masters, for transformers and for our own model."""
-
-    masters: str | None = None
-    """Stage or checkpoint that the export of init_from was made of."""
-    num_rows: int = 4
-    """Rows of random tokens whose logits are compared."""
-    num_tokens: int = 64
-    """Tokens a row."""
-    fault: str = "none"
-    """A fault to plant, that has to be found: none, code, scale or norm."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.fault not in ("none", "code", "scale", "norm"):
-            raise ConfigError(f"fault is {self.fault!r}: give none, code, scale or norm")
-
-
-@dataclass(kw_only=True)
 class GenerateRun(StageRun):
     """What a checkpoint or an export says to a prompt."""
 
@@ -263,17 +245,3 @@ class RecipeRun:
         """Check ranges."""
         if self.num_processes < 1:
             raise ConfigError(f"num_processes is {self.num_processes}: give at least 1")
-
-
-SCHEMAS: dict[str, type] = {
-    "run": RecipeRun,
-    "pretrain": PretrainRun,
-    "sft": SftRun,
-    "rl": RlRun,
-    "export": ExportRun,
-    "eval": EvalRun,
-    "report": ReportRun,
-    "verify exports": VerifyExportsRun,
-    "generate": GenerateRun,
-}
-"""Root schema of each command; `configs/<command>.yaml` is its primary config."""

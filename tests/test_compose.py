@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, load_config, quoted, save_config, to_mapping
-from moetrain.config import SCHEMAS, PretrainRun
+from moetrain.config import PretrainRun
 from moetrain.data.config import Overlong, SourceKind
 from moetrain.errors import ConfigError
 

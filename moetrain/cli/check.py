@@ -6,8 +6,8 @@ from typing import get_type_hints
 from moetrain.cli import recipe, run
 from moetrain.cli.command_line import composed, split_command
 from moetrain.cli.stage import check_inputs
+from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
-from moetrain.config import SCHEMAS
 from moetrain.errors import ConfigError
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, load_config, suggestion
-from moetrain.config import SCHEMAS
 from moetrain.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
-from moetrain.config import SCHEMAS
 
 _WIDTH = 110
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
+from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder, quoted, suggestion
-from moetrain.config import SCHEMAS, RecipeRun
+from moetrain.config import RecipeRun
 from moetrain.errors import ConfigError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

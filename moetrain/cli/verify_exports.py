@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from moetrain.cli.stage import stage_folder
-from moetrain.config import VerifyExportsRun
+from moetrain.commands import VerifyExportsRun
 from moetrain.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
+from moetrain.commands import SCHEMAS
 from moetrain.compose import leaf_keys
-from moetrain.config import SCHEMAS
 from tests.cli.command import ROOT, moetrain
 
 
