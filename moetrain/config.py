@@ -126,6 +126,15 @@ class ReadingRun(TrainingRun):
             )
         if not any(source.weight > 0 for source in self.data.sources.values()):
             raise ConfigError("data.sources has no source with a weight above 0: choose some, such as data=pretrain")
+        before = 0
+        for number, change in enumerate(self.data.mix):
+            first = change.first_step(self.train.steps)
+            if not before < first < self.train.steps:
+                raise ConfigError(
+                    f"data.mix[{number}] begins at step {first}: give a step after {before} and before "
+                    f"train.steps={self.train.steps}"
+                )
+            before = first
 
 
 @dataclass(kw_only=True)
@@ -153,6 +162,8 @@ class RlRun(TrainingRun):
         """Check what spans sections."""
         super().__post_init__()
         check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
+        if self.train.batch_ramp:
+            raise ConfigError("train.batch_ramp is set: a step of RL is rl.tasks_per_step groups, take it out")
 
 
 def check_length(model: ModelConfig, *, name: str, length: int) -> None:

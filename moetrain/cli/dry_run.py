@@ -34,8 +34,8 @@ def plan_of(run: Any) -> StagePlan | None:
     else:
         assert isinstance(run, ReadingRun)
         seq_len = run.data.seq_len
-        tokens = run.train.steps * run.train.rows_per_step * seq_len
-        in_memory = min(run.train.rows_per_micro_batch, run.train.rows_per_step) * seq_len
+        tokens = run.train.rows_before(run.train.steps) * seq_len
+        in_memory = min(run.train.rows_per_micro_batch, run.train.most_rows) * seq_len
     return plan_stage(
         run.model,
         optim=run.optim,

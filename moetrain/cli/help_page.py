@@ -90,7 +90,9 @@ def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "|".join(member.value for member in hint)
     if isinstance(hint, types.GenericAlias):
-        return f"{hint.__origin__.__name__} of {_type_name(get_args(hint)[0])}"
+        return f"{hint.__origin__.__name__} of {_type_name(get_args(hint)[-1])}"
+    if is_dataclass(hint):
+        return f"{{{', '.join(f'{name}: {_type_name(kind)}' for name, kind in get_type_hints(hint).items())}}}"
     if isinstance(hint, types.UnionType):
         return " or ".join("null" if kind is types.NoneType else _type_name(kind) for kind in get_args(hint))
     return str(hint.__name__)
@@ -103,4 +105,6 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Enum):
         return str(value.value)
+    if isinstance(value, list) and value and is_dataclass(value[0]):
+        return str([vars(item) for item in value])
     return repr(value) if value == "" else str(value)

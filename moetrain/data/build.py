@@ -15,7 +15,7 @@ import numpy as np
 from moetrain.chat.template import pieces_to_tokens
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import Document
-from moetrain.data.loader import Loader
+from moetrain.data.loader import Loader, Mix
 from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
 from moetrain.data.sources import digest_of, key_hash, read_documents
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
@@ -63,10 +63,12 @@ def build_data(
     tokenizer_folder: Path,
     dialogues: Mapping[str, Iterable[TokenizedDocument]] | None = None,
     dialogue_texts: Iterable[str] = (),
+    mixes: Sequence[Mix] = (),
 ) -> Data:
     """Return the data of a stage; the tokenizer is `prepare_tokenizer`'s.
 
-    `dialogues` holds the documents of each source of kind dialogues. Raises DataError and ConfigError before anything
+    `dialogues` holds the documents of each source of kind dialogues. `mixes` are those of the run with their first
+    rows; none means the sources' own weights throughout. Raises DataError and ConfigError before anything
     is written.
     """
     given = dict(dialogues or {})
@@ -87,11 +89,15 @@ def build_data(
         name: _packed(documents, config, name=name, seed=seed, tokenizer=tokenizer)
         for name, documents in training.items()
     }
-    weights = {name: source.weight for name, source in config.sources.items()}
     for name, packed in rows.items():
         _tell(name, packed)
     return Data(
-        loader=Loader(rows, weights=weights, seed=seed, pad_id=tokenizer.pad_id),
+        loader=Loader(
+            rows,
+            mixes=mixes or [Mix(first_row=0, weights=config.mix_weights()[0])],
+            seed=seed,
+            pad_id=tokenizer.pad_id,
+        ),
         training=rows,
         validation={
             name: _validation_rows(documents, config, name=name, tokenizer=tokenizer)

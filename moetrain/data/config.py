@@ -72,6 +72,41 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True)
+class MixConfig:
+    """Other weights of the sources from some step of the run on, such as better data while the rate decays."""
+
+    from_step: int | None = None
+    """First optimizer step of this mix, counted from 0; give this or from_share."""
+    from_share: float | None = None
+    """The same as a share of train.steps, to the nearest step."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """New weight of each source that is named; the others keep theirs. 0 leaves a source out from then on."""
+
+    def __post_init__(self) -> None:
+        """Check that there is one beginning, and ranges."""
+        if (self.from_step is None) == (self.from_share is None):
+            raise ConfigError(
+                f"data.mix: from_step is {self.from_step} and from_share is {self.from_share}: give one of the two"
+            )
+        if self.from_step is not None and self.from_step < 1:
+            raise ConfigError(
+                f"data.mix: from_step is {self.from_step}: give at least 1 (data.sources.*.weight holds from step 0)"
+            )
+        if self.from_share is not None and not 0 < self.from_share < 1:
+            raise ConfigError(f"data.mix: from_share is {self.from_share}: give a share between 0 and 1")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ConfigError(f"data.mix: the weight of {name} is {weight}: give 0 or more")
+
+    def first_step(self, steps: int) -> int:
+        """Return the step that it begins with in a run of `steps` steps."""
+        if self.from_step is not None:
+            return self.from_step
+        assert self.from_share is not None
+        return round(self.from_share * steps)
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What the model reads."""
 
@@ -79,6 +114,8 @@ class DataConfig:
     """Tokens a row (T)."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name."""
+    mix: list[MixConfig] = field(default_factory=list)
+    """Changes of the sources' weights in the course of the run, in order."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer."""
     validation_fraction: float = 0.02
@@ -94,3 +131,18 @@ class DataConfig:
             raise ConfigError(f"data.seq_len is {self.seq_len}: give at least 8 tokens")
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: give a share between 0 and 1")
+        for number, weights in enumerate(self.mix_weights()[1:]):
+            for name in self.mix[number].weights:
+                if name not in self.sources:
+                    raise ConfigError(
+                        f"data.mix[{number}].weights names {name}: give one of {', '.join(self.sources) or 'no source'}"
+                    )
+            if not any(weight > 0 for weight in weights.values()):
+                raise ConfigError(f"data.mix[{number}] leaves no source with a weight above 0")
+
+    def mix_weights(self) -> list[dict[str, float]]:
+        """Return the weight of each source in each mix; the first one is that of `sources`."""
+        mixes = [{name: source.weight for name, source in self.sources.items()}]
+        for change in self.mix:
+            mixes.append({**mixes[-1], **change.weights})
+        return mixes

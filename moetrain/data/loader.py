@@ -1,11 +1,13 @@
-"""Batches of training rows: a pure function of (seed, step), so that a stopped run goes on with the very next row.
+"""Training rows by number: a pure function of (seed, number), so that a stopped run goes on with the very next row.
 
 Two choices make it pure. Which source row number i of the run comes from is a closed formula of i that follows the
 weights exactly (error diffusion, no sampling): after any number of rows each source is within a few rows of its share.
-Which row of the source that is: passes over the source are shuffled by (seed, source, pass).
+Which row of the source that is: passes over the source are shuffled by (seed, source, pass). The weights may change at
+stated rows; each such mix has its shares exactly, and the passes over a source go on through them.
 """
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +30,14 @@ class RowPlace:
     """Passes over the source that are complete."""
     row: int
     """Row of the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Weights of the sources, in tokens, from a row of the run on."""
+
+    first_row: int
+    weights: Mapping[str, float]
 
 
 class Mixture:
@@ -55,55 +65,86 @@ class Mixture:
             index -= taken
         raise AssertionError("the last source takes every row that reaches it")
 
+    def counts(self, num_rows: int) -> dict[str, int]:
+        """Return how many of the first `num_rows` rows each source gives."""
+        counts = {}
+        for name, numerator in zip(self._names, self._numerators, strict=True):
+            counts[name] = num_rows * numerator >> _SHARE_BITS
+            num_rows -= counts[name]
+        return counts
+
 
 class Loader:
     """Training rows of all sources, mixed by weight in tokens."""
 
-    def __init__(self, rows: Mapping[str, PackedRows], *, weights: Mapping[str, float], seed: int, pad_id: int) -> None:
-        """Mix `rows` of sources with a positive weight. Raises DataError when such a source has no rows."""
-        self._rows = {name: packed for name, packed in rows.items() if weights[name] > 0}
+    def __init__(self, rows: Mapping[str, PackedRows], *, mixes: Sequence[Mix], seed: int, pad_id: int) -> None:
+        """Mix `rows` of the sources that have a positive weight in one of the mixes; the first begins at row 0.
+
+        Raises DataError when such a source has no rows.
+        """
+        weighted = {name for mix in mixes for name, weight in mix.weights.items() if weight > 0}
+        self._rows = {name: packed for name, packed in rows.items() if name in weighted}
         for name, packed in self._rows.items():
             if packed.num_rows == 0:
                 raise DataError(f"data.sources.{name} has no rows to train on: all of its documents were left out")
         if not self._rows:
             raise DataError("data.sources has no source with a positive weight")
-        # A source whose rows hold fewer tokens gets more rows, so that the weights are shares of tokens.
-        shares = {name: weights[name] * rows.num_rows / rows.counts.num_tokens for name, rows in self._rows.items()}
-        self._mixture = Mixture(shares)
+        self._first_rows = [mix.first_row for mix in mixes]
+        self._mixtures = [self._mixture(mix.weights) for mix in mixes]
         self._seed = seed
         self._pad_id = pad_id
         self._order = lru_cache(maxsize=2 * len(self._rows))(self._shuffled)
+
+    def _mixture(self, weights: Mapping[str, float]) -> Mixture:
+        # A source whose rows hold fewer tokens gets more rows, so that the weights are shares of tokens.
+        return Mixture(
+            {
+                name: weights[name] * rows.num_rows / rows.counts.num_tokens
+                for name, rows in self._rows.items()
+                if weights[name] > 0
+            }
+        )
 
     @property
     def rows(self) -> Mapping[str, PackedRows]:
         """Return the training rows of each source that is trained on."""
         return self._rows
 
+    def mix_at(self, index: int) -> int:
+        """Return the number of the mix that row `index` of the run is of."""
+        return bisect.bisect_right(self._first_rows, index) - 1
+
     def place(self, index: int) -> RowPlace:
         """Return where row `index` of the run comes from."""
-        name, before = self._mixture.place(index)
+        mix = self.mix_at(index)
+        name, before = self._mixtures[mix].place(index - self._first_rows[mix])
+        before += sum(rows[name] for rows in self.mix_rows(self._first_rows[mix])[:mix])
         epoch, place = divmod(before, self._rows[name].num_rows)
         return RowPlace(source=name, epoch=epoch, row=self._order(name, epoch)[place])
 
     def batch(self, step: int, rows: int) -> TokenBatch:
-        """Return the batch of `step` (from 0), `rows` rows: rows step * rows up to (step + 1) * rows of the run."""
-        places = [self.place(index) for index in range(step * rows, (step + 1) * rows)]
+        """Return the batch of `step` (from 0) where all steps have `rows` rows."""
+        return self.rows_between(step * rows, (step + 1) * rows)
+
+    def rows_between(self, start: int, stop: int) -> TokenBatch:
+        """Return rows `start` up to `stop` of the run as a batch."""
+        places = [self.place(index) for index in range(start, stop)]
         singles = [self._rows[place.source].batch([place.row], pad_id=self._pad_id) for place in places]
         columns = ("tokens_BT", "segments_BT", "positions_BT", "loss_mask_BT", "weights_BT")
         return TokenBatch(**{name: torch.cat([vars(single)[name] for single in singles]) for name in columns})
 
+    def mix_rows(self, num_rows: int) -> list[dict[str, int]]:
+        """Return how many of the first `num_rows` rows of the run each mix takes from each source."""
+        ends = [*self._first_rows[1:], num_rows]
+        return [
+            dict.fromkeys(self._rows, 0) | mixture.counts(max(0, min(end, num_rows) - first))
+            for mixture, first, end in zip(self._mixtures, self._first_rows, ends, strict=True)
+        ]
+
     def epochs(self, num_rows: int) -> dict[str, float]:
         """Return the passes over each source that the first `num_rows` rows of the run make."""
-        passes = dict.fromkeys(self._rows, 0.0)
-        found: set[str] = set()
-        for index in range(num_rows - 1, -1, -1):
-            name, before = self._mixture.place(index)
-            if name not in found:
-                found.add(name)
-                passes[name] = (before + 1) / self._rows[name].num_rows
-            if len(found) == len(self._rows):
-                break
-        return passes
+        of_mixes = self.mix_rows(num_rows)
+        return {name: sum(rows[name] for rows in of_mixes) / packed.num_rows for name, packed in self._rows.items()}
 
     def _shuffled(self, name: str, epoch: int) -> list[int]:
         order = list(range(self._rows[name].num_rows))

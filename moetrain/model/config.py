@@ -1,7 +1,7 @@
 """The shape of the transformer: every number of the DeepSeek-V3 / Kimi K2 architecture. No torch here."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
@@ -50,8 +50,22 @@ class BalanceConfig:
     """Rule that moves the router's bias after each step."""
     bias_rate: float = 1e-3
     """Step of the bias update."""
+    bias_still_share: float = 0.0
+    """Share of the steps, the last ones, in which the bias stands still, its rate being 0 (DeepSeek-V3, arXiv
+    2412.19437, section 4.2: 500B of 14.8T tokens, 0.034)."""
     sequence_loss: float = 1e-4
     """Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20); 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.bias_still_share <= 1:
+            raise ConfigError(f"model.balance.bias_still_share is {self.bias_still_share}: give a share from 0 to 1")
+
+    def at(self, step: int, *, steps: int) -> "BalanceConfig":
+        """Return what holds in optimizer step `step`, from 0, of a run of `steps`: no rule once it stands still."""
+        if step < steps - round(self.bias_still_share * steps):
+            return self
+        return replace(self, bias_rule=BiasRule.none, bias_rate=0.0)
 
 
 @dataclass(kw_only=True)

@@ -28,16 +28,28 @@ class ScheduleName(StrEnum):
     constant = "constant"
 
 
+class DecayShape(StrEnum):
+    """How the decay of wsd goes from the peak to the end (Kimi K2 and DeepSeek-V3: cosine)."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """Learning rate as a function of the step."""
 
     name: ScheduleName = ScheduleName.wsd
-    """wsd: warmup, stable, linear decay. cosine: warmup, then cosine. constant: warmup, then flat."""
+    """wsd: warmup, stable, decay. cosine: warmup, then cosine. constant: warmup, then flat."""
     warmup_steps: int = 10
-    """Steps of linear warmup from 0."""
+    """Steps of linear warmup."""
+    initial_ratio: float = 0.0
+    """Learning rate before the first step of the warmup, relative to the peak: a cooldown that warms up again starts
+    where the stage before ended."""
     decay_fraction: float = 0.4
     """Share of all steps that the decay of wsd takes."""
+    decay_shape: DecayShape = DecayShape.linear
+    """Shape of the decay of wsd."""
     final_ratio: float = 0.05
     """Learning rate at the end, relative to the peak."""
 
@@ -45,8 +57,9 @@ class ScheduleConfig:
         """Check ranges."""
         if self.warmup_steps < 0:
             raise ConfigError(f"optim.schedule.warmup_steps is {self.warmup_steps}: give 0 or more")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"optim.schedule.decay_fraction is {self.decay_fraction}: give a share from 0 to 1")
+        for name in ("initial_ratio", "decay_fraction", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.schedule.{name} is {getattr(self, name)}: give a share from 0 to 1")
 
 
 @dataclass(kw_only=True)

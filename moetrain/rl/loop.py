@@ -79,7 +79,7 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     sampled_tokens = int(resumed.state.get("sampled_tokens", 0))
     with StopSignals() as signals, progress(config.steps, folder.name, completed=step) as advance:
         while step < config.steps:
-            values = _one_step(training, step=step)
+            values = _one_step(training, balance=training.balance.at(step, steps=config.steps), step=step)
             step += 1
             sampled_tokens += int(values["sampled_tokens"])
             if engine.topology.is_main:
@@ -102,7 +102,7 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     return RlOutcome(status=Status.finished, step=step, sampled_tokens=sampled_tokens)
 
 
-def _one_step(training: RlTraining, *, step: int) -> dict[str, float]:
+def _one_step(training: RlTraining, *, balance: BalanceConfig, step: int) -> dict[str, float]:
     started = time.perf_counter()
     weights = sync_weights(training.engine, config=training.model, quant=training.quant)
     groups = collect_groups(training, weights=weights, step=step)
@@ -128,7 +128,7 @@ def _one_step(training: RlTraining, *, step: int) -> dict[str, float]:
         lambda counts: policy_objective(training.rl, num_tokens=num_tokens),
         micro_batches=[rank_rows(b, rank=topology.rank, world_size=topology.world_size) for b in batches],
         learning_rate=training.learning_rate(step),
-        balance=training.balance,
+        balance=balance,
         step=step,
     )
     trained = max(updated.pop("trained_tokens"), 1.0)

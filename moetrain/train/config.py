@@ -1,6 +1,6 @@
 """Steps, batch and checkpoints of one training stage. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
@@ -14,6 +14,22 @@ class ComputeDtype(StrEnum):
 
 
 @dataclass(kw_only=True)
+class RampConfig:
+    """A part of the batch-size ramp."""
+
+    steps: int
+    """Optimizer steps that it takes."""
+    rows: int
+    """Rows of each of them, as train.rows_per_step counts."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.batch_ramp: {name} is {getattr(self, name)}: give at least 1")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """One training stage."""
 
@@ -21,6 +37,9 @@ class TrainConfig:
     """Optimizer steps."""
     rows_per_step: int = 16
     """Rows of data.seq_len tokens an optimizer step, over all ranks and micro-batches."""
+    batch_ramp: list[RampConfig] = field(default_factory=list)
+    """Smaller (or larger) batches at the beginning: parts in order, each so many steps of so many rows;
+    train.rows_per_step holds after the last of them."""
     rows_per_micro_batch: int = 16
     """Rows that one rank holds in memory at once."""
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
@@ -46,8 +65,36 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give at least 1")
-        if self.rows_per_step % self.rows_per_micro_batch and self.rows_per_step > self.rows_per_micro_batch:
+        sizes = [("rows_per_step", self.rows_per_step), *(("batch_ramp: rows", part.rows) for part in self.batch_ramp)]
+        for name, rows in sizes:
+            if rows % self.rows_per_micro_batch and rows > self.rows_per_micro_batch:
+                raise ConfigError(
+                    f"train.{name} is {rows}: give a multiple of train.rows_per_micro_batch={self.rows_per_micro_batch}"
+                )
+        ramp_steps = sum(part.steps for part in self.batch_ramp)
+        if ramp_steps > self.steps:
             raise ConfigError(
-                f"train.rows_per_step is {self.rows_per_step}: give a multiple of "
-                f"train.rows_per_micro_batch={self.rows_per_micro_batch}"
+                f"train.batch_ramp takes {ramp_steps} steps, train.steps is {self.steps}: shorten the ramp"
             )
+
+    def rows_at(self, step: int) -> int:
+        """Return the rows of optimizer step `step`, counted from 0."""
+        for part in self.batch_ramp:
+            if step < part.steps:
+                return part.rows
+            step -= part.steps
+        return self.rows_per_step
+
+    def rows_before(self, step: int) -> int:
+        """Return the rows of all steps before `step`: the number of its first row in the run."""
+        rows = 0
+        for part in self.batch_ramp:
+            taken = min(step, part.steps)
+            rows += taken * part.rows
+            step -= taken
+        return rows + step * self.rows_per_step
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest step."""
+        return max([self.rows_per_step, *(part.rows for part in self.batch_ramp)])

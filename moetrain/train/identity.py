@@ -12,7 +12,7 @@ from moetrain.optim.config import OptimConfig
 from moetrain.quant.config import GridName, QuantConfig
 from moetrain.train.config import TrainConfig
 
-_OF_TRAIN = ("steps", "rows_per_step", "compute_dtype")
+_OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype")
 
 
 def identity_of(

@@ -34,7 +34,8 @@ CHECKPOINTS = "checkpoints"
 class Training:
     """What a stage hands to the loop.
 
-    batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. validate: figures by name, the
+    batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. mix_at: the number of the mix of
+    sources that a step is of. validate: figures by name, the
     same on every rank (collective). opening: metrics of a run that begins. identity: what must be equal for a stopped
     run to go on (see `train.resume`). flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
     together, in FLOP/s.
@@ -44,6 +45,7 @@ class Training:
     objective_for: ObjectiveFor
     batch_at: Callable[[int], TokenBatch]
     learning_rate: Callable[[int], float]
+    mix_at: Callable[[int], int]
     balance: BalanceConfig
     validate: Callable[[], Mapping[str, float]]
     opening: Mapping[str, float]
@@ -121,19 +123,22 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
     """Take step `step`, add what it saw to `counters`, and return its metrics."""
     start = time.perf_counter()
     topology = training.engine.topology
-    rows = rank_rows(training.batch_at(step), rank=topology.rank, world_size=topology.world_size)
+    batch = training.batch_at(step)
+    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
+    balance = training.balance.at(step, steps=config.steps)
     values = train_step(
         training.engine,
         training.objective_for,
         micro_batches=micro_batches(rows, rows=config.rows_per_micro_batch),
         learning_rate=training.learning_rate(step),
-        balance=training.balance,
+        balance=balance,
         step=step,
     )
     seconds = time.perf_counter() - start
     counters.tokens += int(values["tokens"])
     counters.targets += int(values["targets"])
     counters.seconds += seconds
+    values |= {"rows": len(batch.tokens_BT), "mix": training.mix_at(step), "bias_rate": balance.bias_rate}
     tokens_per_s = values["tokens"] / seconds
     values |= {TIME_PREFIX + "seconds": seconds, TIME_PREFIX + "tokens_per_s": tokens_per_s}
     if math.isfinite(training.peak_flops):

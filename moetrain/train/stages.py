@@ -17,6 +17,7 @@ import torch
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data, prepare_tokenizer
 from moetrain.data.config import DataConfig
+from moetrain.data.loader import Mix
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import MoetrainError
@@ -85,7 +86,13 @@ def train_stage(
         topology, lambda: stage_tokenizer(sections.data, folder, origin=origin, dialogue_texts=dialogue_texts)
     )
     made = dialogues(tokenizer) if dialogues else None
-    data = build_data(sections.data, sections.seed, tokenizer_folder=folder / TOKENIZER, dialogues=made)
+    data = build_data(
+        sections.data,
+        sections.seed,
+        tokenizer_folder=folder / TOKENIZER,
+        dialogues=made,
+        mixes=mixes_of(sections.data, sections.train),
+    )
     engine = build_engine(
         sections.model,
         sections.parallel,
@@ -102,6 +109,15 @@ def train_stage(
         _write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
     topology.barrier()
     return outcome.status
+
+
+def mixes_of(data: DataConfig, train: TrainConfig) -> list[Mix]:
+    """Return the mixes of a run, each with the row of the run that it begins with."""
+    first_steps = [0, *(change.first_step(train.steps) for change in data.mix)]
+    return [
+        Mix(first_row=train.rows_before(step), weights=weights)
+        for step, weights in zip(first_steps, data.mix_weights(), strict=True)
+    ]
 
 
 def stage_tokenizer(
@@ -157,8 +173,9 @@ def _training(
     return Training(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance_coefficient=coefficient),
-        batch_at=lambda step: data.loader.batch(step, train.rows_per_step),
+        batch_at=lambda step: data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1)),
         learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
+        mix_at=lambda step: data.loader.mix_at(train.rows_before(step)),
         balance=sections.model.balance,
         validate=measure,
         opening=data.metrics(),
@@ -188,14 +205,16 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         }
         for name, rows in data.validation.items()
     }
-    rows_read = outcome.step * sections.train.rows_per_step
+    rows_read = sections.train.rows_before(outcome.step)
     seconds = outcome.counters.seconds
     return {
         "stage": folder.name,
         "steps": outcome.step,
         "tokens": outcome.counters.tokens,
         "targets": outcome.counters.targets,
+        "rows": rows_read,
         "epochs": data.loader.epochs(rows_read),
+        "mixes": data.loader.mix_rows(rows_read),
         "parameters": asdict(num_parameters(sections.model)),
         "validation": sources,
         "figures": {name: value for name, value in outcome.validation.items() if not name.startswith("validation/")},

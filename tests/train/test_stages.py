@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,14 @@ import pytest
 import torch
 
 from moetrain.chat.template import SPECIAL_TOKENS
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.config import DataConfig, MixConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.errors import CheckpointError
 from moetrain.log import JsonlMetrics, read_metrics
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint
-from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.config import ComputeDtype, RampConfig, TrainConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.origin import Origin, read_origin
@@ -27,8 +28,10 @@ from tests.train.toy import losses, toy_model
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 8
 
 
-def write_texts(folder: Path) -> None:
-    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
+WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
+
+
+def write_texts(folder: Path, *, words: Sequence[str] = WORDS) -> None:
     folder.mkdir(parents=True)
     for number in range(24):
         line = " ".join(words[(number + i * i) % 8] for i in range(30))
@@ -131,18 +134,106 @@ def test_a_folder_without_weights_is_refused_with_what_would_do(tmp_path: Path) 
         read_origin(tmp_path)
 
 
-def train_on_ranks(folder: str, expert: int) -> list[float]:
+def scheduled(texts: Path, *, engine: EngineName = EngineName.torch, steps: int = 6) -> Sections:
+    """A stage with a ramp, a mix that changes in it, and a balance bias that stands still at the end."""
+    settings = sections(texts, engine=engine)
+    numbers = texts.with_name("numbers")
+    if not numbers.exists():
+        write_texts(numbers, words=[str(7**n) for n in range(8)])
+    sources = {
+        "words": SourceConfig(kind=SourceKind.text, path=str(texts)),
+        "numbers": SourceConfig(kind=SourceKind.text, path=str(numbers), weight=0.0),
+    }
+    return replace(
+        settings,
+        data=replace(settings.data, sources=sources, mix=[MixConfig(from_step=3, weights={"numbers": 3.0})]),
+        model=replace(settings.model, balance=replace(settings.model.balance, bias_still_share=0.5)),
+        train=replace(
+            settings.train,
+            steps=steps,
+            rows_per_step=6,
+            rows_per_micro_batch=2,
+            batch_ramp=[RampConfig(steps=2, rows=2), RampConfig(steps=2, rows=4)],
+            checkpoint_every=1,
+            keep_checkpoints=9,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def ramped(pretrained: Path) -> Path:
+    assert run(pretrained / "ramped", scheduled(pretrained / "texts")) is Status.finished
+    return pretrained / "ramped"
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load(folder / CHECKPOINTS / f"step_{step:08d}").tensors)
+
+
+def test_rows_tokens_mix_and_bias_rate_are_told_and_counted(ramped: Path) -> None:
+    steps = [row for row in read_metrics(ramped / "metrics.jsonl") if "loss" in row]
+    assert [row["rows"] for row in steps] == [2, 2, 4, 4, 6, 6]
+    assert [row["mix"] for row in steps] == [0, 0, 0, 1, 1, 1]
+    assert [row["bias_rate"] for row in steps] == [1e-3] * 3 + [0.0] * 3
+    summary = json.loads((ramped / SUMMARY).read_text())
+    assert summary["rows"] == 24
+    assert summary["tokens"] == sum(row["tokens"] for row in steps)
+    first, second = summary["mixes"]
+    assert first == {"words": 8, "numbers": 0}
+    assert sum(second.values()) == 16
+    assert second["numbers"] == pytest.approx(12, abs=2)
+    assert set(summary["validation"]) == {"words", "numbers"}
+
+
+def test_the_balance_bias_stands_still_when_its_rate_is_zero(ramped: Path) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    biases = [tensors(ramped, step)[name] for step in range(1, 7)]
+    assert not torch.equal(biases[1], biases[2])
+    assert all(torch.equal(bias, biases[2]) for bias in biases[3:])
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_run_that_was_stopped_in_its_ramp_or_mix_goes_on_to_the_same_bits(
+    ramped: Path, tmp_path: Path, step: int
+) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(ramped, folder)
+    for later in range(step + 1, 7):
+        shutil.rmtree(folder / CHECKPOINTS / f"step_{later:08d}")
+    (folder / SUMMARY).unlink()
+    assert run(folder, scheduled(ramped.parent / "texts")) is Status.finished
+    assert losses(folder / "metrics.jsonl") == losses(ramped / "metrics.jsonl")
+    whole, other = tensors(ramped, 6), tensors(folder, 6)
+    assert whole.keys() == other.keys()
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_run_is_not_continued_with_another_ramp_or_mix(ramped: Path, tmp_path: Path) -> None:
+    settings = scheduled(ramped.parent / "texts")
+    folder = tmp_path / "changed"
+    shutil.copytree(ramped, folder)
+    shutil.rmtree(folder / CHECKPOINTS / "step_00000006")
+    with pytest.raises(CheckpointError, match=r"train.batch_ramp: .*'rows': 2.* -> \[\]"):
+        run(folder, replace(settings, train=replace(settings.train, batch_ramp=[])))
+    with pytest.raises(CheckpointError, match=r"data.mix: .*'from_step': 3.* -> \[\]"):
+        run(folder, replace(settings, data=replace(settings.data, mix=[])))
+
+
+def train_on_ranks(folder: str, expert: int) -> dict[str, list[float]]:
     root = Path(folder)
     engine = sections(root / "texts", engine=EngineName.deepspeed, expert=expert)
     run(root / f"expert_{expert}", engine)
-    return losses(root / f"expert_{expert}" / "metrics.jsonl")
+    run(root / "ramped_on_ranks", scheduled(root / "texts", engine=EngineName.deepspeed))
+    return {name: losses(root / name / "metrics.jsonl") for name in (f"expert_{expert}", "ramped_on_ranks")}
 
 
 def test_two_ranks_that_share_the_experts_give_the_losses_of_one_process_and_it_can_go_on_from_theirs(
-    pretrained: Path,
+    pretrained: Path, ramped: Path
 ) -> None:
-    one, other = run_ranks(train_on_ranks, 2, folder=str(pretrained), expert=2)
-    assert one == other
+    both = run_ranks(train_on_ranks, 2, folder=str(pretrained), expert=2)
+    assert both[0] == both[1]
+    torch.testing.assert_close(both[0]["ramped_on_ranks"], losses(ramped / "metrics.jsonl"), rtol=1e-5, atol=1e-5)
+    one = both[0]["expert_2"]
     torch.testing.assert_close(one, losses(pretrained / "pretrain" / "metrics.jsonl"), rtol=1e-5, atol=1e-5)
     summaries = [json.loads((pretrained / name / SUMMARY).read_text()) for name in ("pretrain", "expert_2")]
     alone, shared = (summary["validation"]["words"]["nats_per_character"] for summary in summaries)

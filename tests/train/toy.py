@@ -86,6 +86,7 @@ def toy_training(
         objective_for=lambda counts: language_model_objective(counts, balance_coefficient=1e-2),
         batch_at=batch_at,
         learning_rate=lambda step: learning_rate(step, steps, lr=1e-2, schedule=schedule),
+        mix_at=lambda step: 0,
         balance=BalanceConfig(),
         validate=lambda: {"validation/toy": 1.0},
         opening={},
