@@ -16,7 +16,8 @@ class ScoreFunction(StrEnum):
 
 
 class BiasRule(StrEnum):
-    """How the aux-loss-free balance bias moves after a step (arXiv 2408.15664; `centred`: Moonlight, appendix C)."""
+    """How the aux-loss-free balance bias moves after a step (arXiv 2408.15664; `centred`: Moonlight, appendix C;
+    `quantile`: Kimi K3, appendix D, without a rate)."""
 
     none = "none"
     sign = "sign"
@@ -49,15 +50,28 @@ class BalanceConfig:
     bias_rule: BiasRule = BiasRule.centred
     """Rule that moves the router's bias after each step."""
     bias_rate: float = 1e-3
-    """Step of the bias update."""
+    """Step of the bias update (sign, centred)."""
     bias_still_share: float = 0.0
     """Share of the steps, the last ones, in which the bias stands still, its rate being 0 (DeepSeek-V3, arXiv
     2412.19437, section 4.2: 500B of 14.8T tokens, 0.034)."""
+    quantile_bins: int = 1000
+    """Bins of the histogram in which the quantile rule counts (Kimi K3: 1000)."""
     sequence_loss: float = 1e-4
     """Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20); 0 switches it off."""
+    global_loss: float = 0.0
+    """Weight of the balance loss over the whole batch of a step (arXiv 2501.11873); 0 switches it off. A step of
+    several micro-batches then starts with a forward pass over all of them that only counts."""
+    z_loss: float = 0.0
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0 switches it off."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        for name in ("bias_rate", "sequence_loss", "global_loss", "z_loss"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"model.balance.{name} is {value}: give 0 (off) or more")
+        if self.quantile_bins < 2:
+            raise ConfigError(f"model.balance.quantile_bins is {self.quantile_bins}: give at least 2, such as 1000")
         if not 0 <= self.bias_still_share <= 1:
             raise ConfigError(f"model.balance.bias_still_share is {self.bias_still_share}: give a share from 0 to 1")
 
@@ -153,6 +167,21 @@ class ModelConfig:
             raise ConfigError(
                 f"model.num_experts_per_token is {self.num_experts_per_token}: "
                 f"{self.num_groups_per_token} of {self.num_groups} groups hold fewer experts"
+            )
+        if self.balance.bias_rule is BiasRule.quantile:
+            self._check_quantile()
+
+    def _check_quantile(self) -> None:
+        """Check what the quantile rule needs: a next best expert, and a choice that depends on each bias alone."""
+        if self.num_experts_per_token == self.num_experts:
+            raise ConfigError(
+                f"model.balance.bias_rule is quantile: every token visits all {self.num_experts} experts, "
+                "there is nothing to balance; give none"
+            )
+        if self.num_groups > 1:
+            raise ConfigError(
+                f"model.balance.bias_rule is quantile and model.num_groups is {self.num_groups}: in groups the bias of "
+                "one expert opens or closes others, which the quantile does not see; give sign or centred, or 1 group"
             )
 
     @property

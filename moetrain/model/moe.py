@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetrain.model.config import ModelConfig
+from moetrain.model.balance import required_biases, z_loss_sum
+from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.layers import FeedForward
 from moetrain.model.router import Router, Routing
 from moetrain.quant.fake_quant import FakeQuantizer
@@ -116,12 +117,17 @@ class RouterStatistics:
     """What a layer reports of its routing; padding is left out.
 
     `counts_E` int64: tokens that chose each expert. `balance_loss`: float32, see `sequence_balance_loss`. `entropy`:
-    float32, detached, mean entropy in nats of a token's normalised scores.
+    float32, detached, mean entropy in nats of a token's normalised scores. `score_sums_E`: float32, the normalised
+    scores summed over tokens. `z_loss`: float32, see `balance.z_loss_sum`; 0 where its weight is. `required_EB` int32:
+    see `balance.required_biases`; without bins unless the bias rule is quantile and gradients are on.
     """
 
     counts_E: torch.Tensor
     balance_loss: torch.Tensor
     entropy: torch.Tensor
+    score_sums_E: torch.Tensor
+    z_loss: torch.Tensor
+    required_EB: torch.Tensor
 
 
 def sequence_balance_loss(
@@ -161,19 +167,29 @@ class MoE(nn.Module):
         routing = self.gate(x_ND)
         routed_ND = self.dispatcher(x_ND, routing.expert_ids_NK, routing.weights_NK, self.experts)
         y_BTD = routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
-        return y_BTD, _statistics(routing, documents)
+        return y_BTD, _statistics(routing, documents, gate=self.gate)
 
 
-def _statistics(routing: Routing, documents: Documents) -> RouterStatistics:
+def _statistics(routing: Routing, documents: Documents, *, gate: Router) -> RouterStatistics:
     normalized_NE = routing.scores_NE / routing.scores_NE.sum(-1, keepdim=True)
     kept_N = documents.is_token_N
+    balance = gate.config.balance
+    wants_required = balance.bias_rule == BiasRule.quantile and torch.is_grad_enabled()
     with torch.no_grad():
         chosen = routing.expert_ids_NK[kept_N].flatten()
         counts_E = torch.bincount(chosen, minlength=normalized_NE.shape[1])
         entropy_N = torch.special.entr(normalized_NE).sum(-1)
         entropy = (entropy_N * kept_N).sum() / kept_N.sum().clamp(min=1)
+        if wants_required:
+            bias_E = gate.e_score_correction_bias
+            required_EB = required_biases(routing.scores_NE, bias_E, is_token_N=kept_N, config=gate.config)
+        else:
+            required_EB = counts_E.new_zeros((len(counts_E), 0), dtype=torch.int32)
     return RouterStatistics(
         counts_E=counts_E,
         balance_loss=sequence_balance_loss(normalized_NE, routing.expert_ids_NK, documents=documents),
         entropy=entropy,
+        score_sums_E=kept_N.to(normalized_NE.dtype) @ normalized_NE,
+        z_loss=z_loss_sum(routing.logits_NE, is_token_N=kept_N) if balance.z_loss else normalized_NE.new_zeros(()),
+        required_EB=required_EB,
     )

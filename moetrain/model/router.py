@@ -1,4 +1,4 @@
-"""Which experts each token visits, with what weight, and how the balance bias moves. Everything in float32.
+"""Which experts each token visits, and with what weight. Everything in float32. The bias moves in `model.balance`.
 
 N tokens, E experts, K chosen experts a token, G groups.
 """
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetrain.errors import ConfigError
-from moetrain.model.config import BiasRule, ModelConfig, ScoreFunction
+from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.gate_scale import routed_scaling_factor
 
 _NORM_EPS = 1e-20  # as in DeepSeek-V3's code
@@ -19,8 +18,12 @@ _SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best (arXiv 24
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where tokens go: `scores_NE` of all experts, `expert_ids_NK` int64, `weights_NK` of the chosen, float32."""
+    """Where tokens go: `logits_NE` and `scores_NE` of all experts, `expert_ids_NK` int64, `weights_NK` of the chosen.
 
+    All but the ids are float32.
+    """
+
+    logits_NE: torch.Tensor
     scores_NE: torch.Tensor
     expert_ids_NK: torch.Tensor
     weights_NK: torch.Tensor
@@ -57,6 +60,7 @@ def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig)
     if config.normalize_weights:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + _NORM_EPS)
     return Routing(
+        logits_NE=logits_NE,
         scores_NE=scores_NE,
         expert_ids_NK=expert_ids_NK,
         weights_NK=weights_NK * routed_scaling_factor(config),
@@ -76,21 +80,3 @@ class Router(nn.Module):
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Return the routing of tokens."""
         return route(F.linear(x_ND.float(), self.weight), self.e_score_correction_bias, config=self.config)
-
-
-@torch.no_grad()
-def update_bias(bias_E: torch.Tensor, counts_E: torch.Tensor, *, rule: BiasRule, rate: float) -> None:
-    """Move the bias in place after a step, towards experts with fewer than the mean of `counts_E` tokens.
-
-    `sign` is arXiv 2408.15664, algorithm 1; `centred` also subtracts the mean move (Moonlight, appendix C), so that the
-    bias keeps its sum. Raises ConfigError for `quantile`, which needs scores, not counts.
-    """
-    if rule == BiasRule.none:
-        return
-    if rule == BiasRule.quantile:
-        raise ConfigError("model.balance.bias_rule is quantile: not offered yet, give none, sign or centred")
-    counts_E = counts_E.to(bias_E.device, torch.float32)
-    direction_E = torch.sign(counts_E.mean() - counts_E)
-    if rule == BiasRule.centred:
-        direction_E = direction_E - direction_E.mean()
-    bias_E.add_(direction_E, alpha=rate)

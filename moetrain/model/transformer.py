@@ -25,12 +25,18 @@ class ForwardOutput:
 
     `counts_LE` int64: tokens that chose each expert. `balance_loss`: float32 scalar, summed over layers and documents,
     each document weighted by its tokens. `entropy_L`: float32, detached, mean entropy of the routers' scores in nats.
+    `score_sums_LE`: float32, normalised scores summed over tokens. `z_loss`: float32 scalar, summed over layers and
+    tokens; 0 where its weight is. `required_LEB` int32: see `balance.required_biases`; without bins unless the bias
+    rule is quantile and gradients are on.
     """
 
     hidden_BTD: torch.Tensor
     counts_LE: torch.Tensor
     balance_loss: torch.Tensor
     entropy_L: torch.Tensor
+    score_sums_LE: torch.Tensor
+    z_loss: torch.Tensor
+    required_LEB: torch.Tensor
 
 
 class Block(nn.Module):
@@ -157,12 +163,18 @@ def _output(hidden_BTD: torch.Tensor, statistics: list[RouterStatistics], *, num
             counts_LE=torch.zeros(0, num_experts, dtype=torch.int64, device=device),
             balance_loss=torch.zeros((), device=device),
             entropy_L=torch.zeros(0, device=device),
+            score_sums_LE=torch.zeros(0, num_experts, device=device),
+            z_loss=torch.zeros((), device=device),
+            required_LEB=torch.zeros(0, num_experts, 0, dtype=torch.int32, device=device),
         )
     return ForwardOutput(
         hidden_BTD=hidden_BTD,
         counts_LE=torch.stack([layer.counts_E for layer in statistics]),
         balance_loss=torch.stack([layer.balance_loss for layer in statistics]).sum(),
         entropy_L=torch.stack([layer.entropy for layer in statistics]),
+        score_sums_LE=torch.stack([layer.score_sums_E for layer in statistics]),
+        z_loss=torch.stack([layer.z_loss for layer in statistics]).sum(),
+        required_LEB=torch.stack([layer.required_EB for layer in statistics]),
     )
 
 

@@ -34,11 +34,13 @@ class ObjectiveResult:
     """What an objective makes of one micro-batch.
 
     loss: float32 scalar with a graph, this micro-batch's share; the objective is the sum over micro-batches and ranks.
-    counts_LE: int64 tokens that each expert of each MoE layer was chosen by. metrics: detached sums.
+    counts_LE: int64 tokens that each expert of each MoE layer was chosen by. required_LEB: int32 histograms of the
+    biases that experts needed, for the quantile rule; without bins for others. metrics: detached sums.
     """
 
     loss: torch.Tensor
     counts_LE: torch.Tensor
+    required_LEB: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.int32))
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def detached(self) -> "ObjectiveResult":

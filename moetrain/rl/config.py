@@ -15,6 +15,13 @@ class Algorithm(StrEnum):
     rejection = "rejection"
 
 
+class BalanceLosses(StrEnum):
+    """none: the objective is the policy's alone. model: the losses that `model.balance` gives a weight are added."""
+
+    none = "none"
+    model = "model"
+
+
 @dataclass(kw_only=True)
 class RlConfig:
     """One RL step: some tasks, a group of trajectories each, one update."""
@@ -31,6 +38,8 @@ class RlConfig:
     """Probability ratio above which a token has no policy gradient."""
     tau: float = 1e-3
     """Weight of the squared log-ratio of each token (arXiv 2602.02276, eq. 1)."""
+    balance_losses: BalanceLosses = BalanceLosses.none
+    """Which balance losses are part of the objective; the balance bias moves in either case."""
     tokens_per_micro_batch: int = 16384
     """Tokens, padding included, that one rank holds in memory at once."""
 

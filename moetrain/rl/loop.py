@@ -7,7 +7,7 @@ was stopped goes on to the same numbers from a checkpoint of the engine and the 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from moetrain.parallel.engine import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.rl.advantage import group_advantages
 from moetrain.rl.batch import Scored, micro_batches
-from moetrain.rl.config import Algorithm, RlConfig
+from moetrain.rl.config import Algorithm, BalanceLosses, RlConfig
 from moetrain.rl.loss import policy_objective
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.collect import RolloutRequest, collect
@@ -123,9 +123,11 @@ def _one_step(training: RlTraining, *, balance: BalanceConfig, step: int) -> dic
         _log.warning("step %d: every group is all right or all wrong; no update", step + 1)
         return {**values, TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "seconds": collected - started}
     topology = training.engine.topology
+    if training.rl.balance_losses is BalanceLosses.none:
+        balance = replace(balance, global_loss=0.0)  # nothing asks for its counts
     updated = train_step(
         training.engine,
-        lambda counts: policy_objective(training.rl, num_tokens=num_tokens),
+        lambda counts: policy_objective(training.rl, num_tokens=num_tokens, counts=counts, balance=balance),
         micro_batches=[rank_rows(b, rank=topology.rank, world_size=topology.world_size) for b in batches],
         learning_rate=training.learning_rate(step),
         balance=balance,

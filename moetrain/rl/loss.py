@@ -6,10 +6,11 @@ N predicted tokens of a micro-batch.
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.engine import Objective, ObjectiveResult
-from moetrain.rl.config import RlConfig
-from moetrain.train.loss import token_logprobs
+from moetrain.rl.config import BalanceLosses, RlConfig
+from moetrain.train.loss import GlobalCounts, balance_terms, router_entropies, token_logprobs
 
 
 def policy_terms(
@@ -25,8 +26,12 @@ def policy_terms(
     return -(ratio_N * advantages_N - config.tau * log_ratio_N.square())
 
 
-def policy_objective(config: RlConfig, *, num_tokens: float) -> Objective:
-    """Return the objective of an RL step; `num_tokens` counts the sampled tokens of the step on all ranks."""
+def policy_objective(config: RlConfig, *, num_tokens: float, counts: GlobalCounts, balance: BalanceConfig) -> Objective:
+    """Return the objective of an RL step; `num_tokens` counts the sampled tokens of the step on all ranks.
+
+    With `BalanceLosses.model` the losses of `balance` are added: means over all tokens of the step's trajectories, the
+    prompts and observations included, since those are routed too.
+    """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         assert batch.advantages_BT is not None and batch.logprobs_BT is not None
@@ -47,7 +52,17 @@ def policy_objective(config: RlConfig, *, num_tokens: float) -> Objective:
             "outside_window": outside_N.sum(),
             "entropy": predicted.entropies_N.sum(),
             "trained_tokens": torch.tensor(float(gap_N.numel())),
+            **router_entropies(
+                output,
+                layers=[name for name, _ in model.moe_layers()],
+                num_tokens=batch.num_tokens,
+                counts=counts,
+            ),
         }
-        return ObjectiveResult(loss=terms_N.sum() / num_tokens, counts_LE=output.counts_LE, metrics=metrics)
+        loss = terms_N.sum() / num_tokens
+        if config.balance_losses is BalanceLosses.model:
+            terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
+            loss, metrics = loss + terms.loss, {**metrics, **terms.metrics}
+        return ObjectiveResult(loss=loss, counts_LE=output.counts_LE, required_LEB=output.required_LEB, metrics=metrics)
 
     return objective

@@ -7,14 +7,16 @@ global mean, so that neither packing nor micro-batches nor ranks change the sum.
 Letters: B rows, T tokens a row, N predicted tokens, C rows of one chunk, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moetrain.data.batch import TokenBatch
-from moetrain.model.transformer import Transformer
+from moetrain.model.balance import global_balance_loss
+from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.model.transformer import ForwardOutput, Transformer
 from moetrain.parallel.protocol import Objective, ObjectiveResult
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
@@ -31,16 +33,22 @@ class TokenLogprobs:
     entropies_N: torch.Tensor
 
 
+def _only_these(counts_LE: torch.Tensor) -> torch.Tensor:
+    return counts_LE
+
+
 @dataclass(kw_only=True)
 class GlobalCounts:
     """Totals of one optimizer step over all micro-batches and ranks: what losses are normalised by.
 
-    target_weight: sum of the weights of the predicted tokens.
+    target_weight: sum of the weights of the predicted tokens. loads: from the expert counts of the micro-batch in hand
+    to those of the step (collective); as it stands, for a step of one micro-batch on one rank.
     """
 
     tokens: int
     targets: int
     target_weight: float
+    loads: Callable[[torch.Tensor], torch.Tensor] = _only_these
 
 
 def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch) -> TokenLogprobs:
@@ -53,10 +61,49 @@ def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: Token
     return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
 
 
-def language_model_objective(counts: GlobalCounts, *, balance_coefficient: float) -> Objective:
+@dataclass(kw_only=True)
+class BalanceTerms:
+    """What the routers add to an objective: a loss with gradient, and its parts as metrics."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+def balance_terms(
+    output: ForwardOutput, *, counts: GlobalCounts, model: ModelConfig, balance: BalanceConfig
+) -> BalanceTerms:
+    """Return this micro-batch's share of the balance losses that `balance` gives a weight, summed over layers.
+
+    Each is a mean over the step's tokens, so any split into micro-batches and ranks has the same sum.
+    """
+    loss = balance.sequence_loss * output.balance_loss / counts.tokens
+    metrics = {"balance_loss": loss.detach()}
+    if balance.global_loss:
+        loads_LE = counts.loads(output.counts_LE)
+        whole = global_balance_loss(output.score_sums_LE, loads_LE, config=model)
+        term = balance.global_loss * whole / counts.tokens
+        loss, metrics["global_balance_loss"] = loss + term, term.detach()
+    if balance.z_loss:
+        term = balance.z_loss * output.z_loss / counts.tokens
+        loss, metrics["z_loss"] = loss + term, term.detach()
+    return BalanceTerms(loss=loss, metrics=metrics)
+
+
+def router_entropies(
+    output: ForwardOutput, *, layers: Sequence[str], num_tokens: int, counts: GlobalCounts
+) -> dict[str, torch.Tensor]:
+    """Return this micro-batch's share of the routers' mean entropies: of all layers, and of each by name."""
+    entropy_L = output.entropy_L * num_tokens / counts.tokens
+    return {
+        "router_entropy": output.entropy_L.sum() / max(len(output.entropy_L), 1) * num_tokens / counts.tokens,
+        **{f"router_entropy/{name}": entropy for name, entropy in zip(layers, entropy_L, strict=True)},
+    }
+
+
+def language_model_objective(counts: GlobalCounts, *, balance: BalanceConfig) -> Objective:
     """Return the objective of pretraining and SFT for a step with these global counts.
 
-    loss = -sum(weight * logprob) / global target weight + balance_coefficient * balance loss / global tokens.
+    loss = -sum(weight * logprob) / global target weight + the losses of `balance`.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
@@ -64,14 +111,20 @@ def language_model_objective(counts: GlobalCounts, *, balance_coefficient: float
         predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
         weights_N = batch.weights_BT[batch.loss_mask_BT]
         cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
-        balance = balance_coefficient * output.balance_loss / counts.tokens
+        terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
+        layers = [name for name, _ in model.moe_layers()]
         metrics = {
             "cross_entropy": cross_entropy.detach(),
-            "balance_loss": balance.detach(),
             "entropy": predicted.entropies_N.sum() / counts.targets,
-            "router_entropy": output.entropy_L.sum() / max(len(output.entropy_L), 1) * batch.num_tokens / counts.tokens,
+            **terms.metrics,
+            **router_entropies(output, layers=layers, num_tokens=batch.num_tokens, counts=counts),
         }
-        return ObjectiveResult(loss=cross_entropy + balance, counts_LE=output.counts_LE, metrics=metrics)
+        return ObjectiveResult(
+            loss=cross_entropy + terms.loss,
+            counts_LE=output.counts_LE,
+            required_LEB=output.required_LEB,
+            metrics=metrics,
+        )
 
     return objective
 

@@ -163,7 +163,7 @@ def _training(
     folder: Path,
     evaluate: Evaluate | None,
 ) -> Training:
-    train, optim, coefficient = sections.train, sections.optim, sections.model.balance.sequence_loss
+    train, optim, balance = sections.train, sections.optim, sections.model.balance
 
     def measure() -> dict[str, float]:
         figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
@@ -172,11 +172,11 @@ def _training(
     dtype = DTYPES[train.compute_dtype]
     return Training(
         engine=engine,
-        objective_for=lambda counts: language_model_objective(counts, balance_coefficient=coefficient),
+        objective_for=lambda counts: language_model_objective(counts, balance=balance),
         batch_at=lambda step: data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1)),
         learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
         mix_at=lambda step: data.loader.mix_at(train.rows_before(step)),
-        balance=sections.model.balance,
+        balance=balance,
         validate=measure,
         opening=data.metrics(),
         identity=identity_of(

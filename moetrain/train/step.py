@@ -6,15 +6,18 @@ Letters: L layers with experts, E routed experts.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.errors import DivergenceError
-from moetrain.model.config import BalanceConfig
-from moetrain.model.router import update_bias
-from moetrain.parallel.protocol import Engine, ObjectiveResult
+from moetrain.model.balance import update_bias
+from moetrain.model.config import BalanceConfig, BiasRule
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
 from moetrain.parallel.topology import Topology
+from moetrain.train.load import global_loads, load_metrics, micro_violations
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
 
 TIME_PREFIX = "time/"
@@ -37,9 +40,10 @@ def train_step(
     """
     start = time.perf_counter()
     counts = global_counts(micro_batches, engine.topology)
+    if balance.global_loss:
+        counts = replace(counts, loads=global_loads(engine, micro_batches))
     objective = objective_for(counts)
-    last = len(micro_batches) - 1
-    results = [engine.accumulate(objective, batch, is_last=index == last) for index, batch in enumerate(micro_batches)]
+    results, required_LEB = _accumulate(engine, objective, micro_batches)
     totals = _Totals(results, engine.topology)
     if not math.isfinite(totals.loss):
         raise DivergenceError(
@@ -52,8 +56,9 @@ def train_step(
             f"step {step}: the gradient norm is {report.grad_norm}; the weights are those before this step. "
             "Start again with a lower optim.lr"
         )
-    for (_, layer), counts_E in zip(engine.model.moe_layers(), totals.counts_LE, strict=True):
-        update_bias(layer.gate.e_score_correction_bias, counts_E, rule=balance.bias_rule, rate=balance.bias_rate)
+    if balance.bias_rule is BiasRule.quantile:
+        required_LEB = engine.topology.all_reduce_sum(required_LEB)
+    _update_biases(engine.model, totals.counts_LE, required_LEB=required_LEB, balance=balance)
     seconds = time.perf_counter() - start
     return {
         "loss": totals.loss,
@@ -63,7 +68,7 @@ def train_step(
         "lr": learning_rate,
         "tokens": counts.tokens,
         "targets": counts.targets,
-        **load_metrics(totals.counts_LE, names=[name for name, _ in engine.model.moe_layers()]),
+        **_load_metrics(engine.model, totals),
         TIME_PREFIX + "seconds": seconds,
         TIME_PREFIX + "tokens_per_s": counts.tokens / seconds,
     }
@@ -79,18 +84,44 @@ def global_counts(micro_batches: Sequence[TokenBatch], topology: Topology) -> Gl
     return GlobalCounts(tokens=max(int(tokens), 1), targets=max(int(targets), 1), target_weight=weight or 1.0)
 
 
-def load_metrics(counts_LE: torch.Tensor, *, names: Sequence[str]) -> dict[str, float]:
-    """Return MaxVio (largest load over mean load, minus 1; arXiv 2408.15664) a layer, its mean, and idle experts."""
-    if not names:
-        return {}
-    counts_LE = counts_LE.double()
-    violation_L = counts_LE.amax(dim=1) / counts_LE.mean(dim=1).clamp_min(1e-9) - 1.0
-    by_layer = {f"maxvio/{name}": float(violation) for name, violation in zip(names, violation_L, strict=True)}
-    return {**by_layer, "maxvio": float(violation_L.mean()), "dead_experts": float((counts_LE == 0).sum())}
+def _accumulate(
+    engine: Engine, objective: Objective, micro_batches: Sequence[TokenBatch]
+) -> tuple[list[ObjectiveResult], torch.Tensor]:
+    """Return the results of all micro-batches, and the sum of their histograms, of which one is held at a time."""
+    results: list[ObjectiveResult] = []
+    required_LEB = torch.zeros((), dtype=torch.int32)
+    for index, batch in enumerate(micro_batches):
+        result = engine.accumulate(objective, batch, is_last=index == len(micro_batches) - 1)
+        required_LEB = required_LEB + result.required_LEB
+        results.append(replace(result, required_LEB=result.required_LEB[:, :, :0]))
+    return results, required_LEB
+
+
+def _update_biases(
+    model: Transformer, counts_LE: torch.Tensor, *, required_LEB: torch.Tensor, balance: BalanceConfig
+) -> None:
+    if balance.bias_rule is BiasRule.none:
+        return
+    for index, (_, layer) in enumerate(model.moe_layers()):
+        required_EB = required_LEB[index] if balance.bias_rule is BiasRule.quantile else required_LEB
+        update_bias(
+            layer.gate, counts_LE[index], required_EB=required_EB, rule=balance.bias_rule, rate=balance.bias_rate
+        )
+
+
+def _load_metrics(model: Transformer, totals: "_Totals") -> dict[str, float]:
+    layers = model.moe_layers()
+    biases = [layer.gate.e_score_correction_bias.cpu() for _, layer in layers]
+    return load_metrics(
+        totals.counts_LE.cpu(),
+        biases_LE=torch.stack(biases) if biases else totals.counts_LE,
+        micro_violation_L=totals.micro_violation_L,
+        names=[name for name, _ in layers],
+    )
 
 
 class _Totals:
-    """Sums over micro-batches and ranks of what the objectives returned, reduced in one collective in float64."""
+    """Sums over micro-batches and ranks of what the objectives returned, reduced in float64."""
 
     def __init__(self, results: Sequence[ObjectiveResult], topology: Topology) -> None:
         first = results[0]
@@ -105,3 +136,4 @@ class _Totals:
         self.loss = float(total[0])
         self.metrics: Mapping[str, float] = dict(zip(names, total[1 : 1 + len(names)].tolist(), strict=True))
         self.counts_LE = total[1 + len(names) :].reshape(first.counts_LE.shape).round().long()
+        self.micro_violation_L = micro_violations(torch.stack(loads), topology=topology)

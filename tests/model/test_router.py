@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from moetrain.errors import ConfigError
-from moetrain.model.config import BiasRule, ModelConfig, ScoreFunction
-from moetrain.model.router import route, update_bias
+from moetrain.model.config import ModelConfig, ScoreFunction
+from moetrain.model.router import route
 
 
 def slow_route(logits: list[float], bias: list[float], config: ModelConfig) -> dict[int, float]:
@@ -57,20 +56,3 @@ def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     routing = route(logits_NE, torch.tensor([0.0, 0.0, 0.0, 5.0]), config=config)
     assert routing.expert_ids_NK.item() == 3
     assert routing.weights_NK.item() == pytest.approx(1 / (1 + math.e))
-
-
-def test_the_bias_rises_for_experts_with_few_tokens() -> None:
-    counts_E = torch.tensor([10, 2, 3, 5])  # mean 5
-    for rule, expected in (
-        (BiasRule.none, [0.0, 0.0, 0.0, 0.0]),
-        (BiasRule.sign, [-0.1, 0.1, 0.1, 0.0]),
-        (BiasRule.centred, [-0.125, 0.075, 0.075, -0.025]),
-    ):
-        bias_E = torch.zeros(4)
-        update_bias(bias_E, counts_E, rule=rule, rate=0.1)
-        torch.testing.assert_close(bias_E, torch.tensor(expected))
-
-
-def test_the_quantile_rule_is_refused() -> None:
-    with pytest.raises(ConfigError, match="bias_rule is quantile"):
-        update_bias(torch.zeros(2), torch.ones(2), rule=BiasRule.quantile, rate=0.1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.protocol import ObjectiveResult
 from moetrain.train import loss as loss_module
@@ -40,7 +41,7 @@ def _counts(batch: TokenBatch) -> GlobalCounts:
 
 def _gradients(model: Transformer, batches: list[TokenBatch], counts: GlobalCounts) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    objective = language_model_objective(counts, balance_coefficient=0.1)
+    objective = language_model_objective(counts, balance=BalanceConfig(sequence_loss=0.1))
     results: list[ObjectiveResult] = []
     for batch in batches:
         results.append(objective(model, batch))
@@ -107,7 +108,7 @@ def test_the_objective_is_the_weighted_mean_over_predicted_tokens_plus_the_balan
     weights_N = batch.weights_BT[batch.loss_mask_BT]
     mean = -(weights_N * _naive_logprobs(model, output.hidden_BTD, batch)).sum() / weights_N.sum()
     expected = mean + 0.1 * output.balance_loss / (batch.segments_BT > 0).sum()
-    result = language_model_objective(_counts(batch), balance_coefficient=0.1)(model, batch)
+    result = language_model_objective(_counts(batch), balance=BalanceConfig(sequence_loss=0.1))(model, batch)
     torch.testing.assert_close(result.loss, expected)
     torch.testing.assert_close(result.metrics["cross_entropy"], mean)
 
@@ -138,7 +139,9 @@ def test_rows_of_padding_change_nothing() -> None:
 def test_a_batch_without_targets_has_loss_and_gradients_of_zero() -> None:
     model, batch = _model(), toy_batch(6)
     empty = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
-    objective = language_model_objective(GlobalCounts(tokens=1, targets=1, target_weight=1.0), balance_coefficient=0.0)
+    objective = language_model_objective(
+        GlobalCounts(tokens=1, targets=1, target_weight=1.0), balance=BalanceConfig(sequence_loss=0.0)
+    )
     result = objective(model, empty)
     result.loss.backward()
     assert result.loss.item() == 0.0

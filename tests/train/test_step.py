@@ -11,13 +11,13 @@ from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
 from moetrain.train.loss import GlobalCounts, language_model_objective
 from moetrain.train.rows import micro_batches
-from moetrain.train.step import global_counts, load_metrics, train_step
+from moetrain.train.step import global_counts, train_step
 from moetrain.train.validate import total_nats
 from tests.train.toy import toy_batch, toy_engine
 
 
 def _objective_for(counts: GlobalCounts) -> Objective:
-    return language_model_objective(counts, balance_coefficient=1e-2)
+    return language_model_objective(counts, balance=BalanceConfig(sequence_loss=1e-2))
 
 
 def _step(engine: Engine, *, rows: int, rule: BiasRule = BiasRule.sign) -> dict[str, float]:
@@ -41,6 +41,8 @@ def test_global_counts_are_sums_over_micro_batches() -> None:
 def test_metrics_of_a_step_do_not_depend_on_micro_batches() -> None:
     whole, cut = _step(toy_engine(), rows=4), _step(toy_engine(), rows=1)
     for name in whole.keys() - {"time/seconds", "time/tokens_per_s"}:
+        if name.startswith("maxvio_micro"):
+            continue  # what a micro-batch is
         assert cut[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
 
@@ -58,12 +60,6 @@ def test_the_balance_bias_stays_where_the_rule_is_none() -> None:
     engine = toy_engine()
     _step(engine, rows=4, rule=BiasRule.none)
     assert not any(layer.gate.e_score_correction_bias.any() for _, layer in engine.model.moe_layers())
-
-
-def test_maxvio_is_the_excess_of_the_fullest_expert_and_idle_experts_are_counted() -> None:
-    counts_LE = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0]])
-    values = load_metrics(counts_LE, names=["a", "b"])
-    assert values == {"maxvio/a": 0.0, "maxvio/b": 3.0, "maxvio": 1.5, "dead_experts": 3.0}
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_weights_as_they_were() -> None:
@@ -90,7 +86,9 @@ def test_validation_nats_are_the_sum_over_predicted_tokens_whatever_the_micro_ba
     engine, batch = toy_engine(), toy_batch(1)
     flat = replace(batch, weights_BT=torch.ones_like(batch.weights_BT))
     counts = GlobalCounts(tokens=1, targets=1, target_weight=1.0)
-    expected = language_model_objective(counts, balance_coefficient=0.0)(engine.model, flat).loss.item()
+    expected = language_model_objective(counts, balance=BalanceConfig(sequence_loss=0.0))(
+        engine.model, flat
+    ).loss.item()
     assert total_nats(engine, batch, rows_per_micro_batch=1) == pytest.approx(expected, rel=1e-5)
     assert total_nats(engine, batch, rows_per_micro_batch=4) == pytest.approx(expected, rel=1e-5)
     assert expected / batch.num_targets == pytest.approx(math.log(67), rel=0.05)

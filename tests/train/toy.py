@@ -83,7 +83,7 @@ def toy_training(
     schedule = ScheduleConfig(warmup_steps=2)
     return Training(
         engine=engine,
-        objective_for=lambda counts: language_model_objective(counts, balance_coefficient=1e-2),
+        objective_for=lambda counts: language_model_objective(counts, balance=BalanceConfig(sequence_loss=1e-2)),
         batch_at=batch_at,
         learning_rate=lambda step: learning_rate(step, steps, lr=1e-2, schedule=schedule),
         mix_at=lambda step: 0,

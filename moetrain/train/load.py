@@ -1,0 +1,78 @@
+"""Expert load of a step: counted before it where a loss needs the whole batch, and told after it as metrics.
+
+L layers with experts, E routed experts, M micro-batches of one rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.parallel.protocol import Engine, on_device
+from moetrain.parallel.topology import Topology
+
+
+def global_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what turns a micro-batch's expert counts [L, E] into those of the whole step. A collective.
+
+    With one micro-batch a rank, its counts are summed over ranks when they are there. With more, a forward pass without
+    gradient over all of them counts first: routing does not depend on the loss, so they are the counts of the step.
+    """
+    if len(micro_batches) == 1:
+        return engine.topology.all_reduce_sum
+    with torch.no_grad():
+        counts = [_expert_counts(engine, batch) for batch in micro_batches]
+    loads_LE = engine.topology.all_reduce_sum(torch.stack(counts).sum(dim=0))
+    return lambda counts_LE: loads_LE
+
+
+def _expert_counts(engine: Engine, batch: TokenBatch) -> torch.Tensor:
+    batch = on_device(batch, engine.topology.device)
+    output = engine.model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+    counts_LE: torch.Tensor = output.counts_LE
+    return counts_LE
+
+
+def violations(counts_LE: torch.Tensor) -> torch.Tensor:
+    """Return MaxVio of each layer, float64: largest load over mean load, minus 1 (arXiv 2408.15664)."""
+    counts_LE = counts_LE.double()
+    return counts_LE.amax(dim=-1) / counts_LE.mean(dim=-1).clamp_min(1e-9) - 1.0
+
+
+def micro_violations(counts_MLE: torch.Tensor, *, topology: Topology) -> torch.Tensor:
+    """Return the mean over all ranks' micro-batches of each layer's MaxVio; those without tokens are left out.
+
+    A collective. It depends on how a step is cut into micro-batches, as no other metric does.
+    """
+    has_tokens_ML = counts_MLE.sum(dim=-1) > 0
+    sums_2L = torch.stack([(violations(counts_MLE) * has_tokens_ML).sum(dim=0), has_tokens_ML.double().sum(dim=0)])
+    sums_2L = topology.all_reduce_sum(sums_2L)
+    return sums_2L[0] / sums_2L[1].clamp_min(1.0)
+
+
+def load_metrics(
+    counts_LE: torch.Tensor, *, biases_LE: torch.Tensor, micro_violation_L: torch.Tensor, names: Sequence[str]
+) -> dict[str, float]:
+    """Return what the step's loads and biases look like: of each layer, and the mean of the layers.
+
+    MaxVio of the step and of micro-batches, load variation (standard deviation over mean), range of the bias, and
+    experts that no token chose, of which the sum is given.
+    """
+    if not names:
+        return {}
+    loads_LE = counts_LE.double()
+    dead_L = (loads_LE == 0).sum(dim=1).double()
+    layers: Mapping[str, torch.Tensor] = {
+        "maxvio": violations(counts_LE),
+        "maxvio_micro": micro_violation_L,
+        "load_variation": loads_LE.std(dim=1, correction=0) / loads_LE.mean(dim=1).clamp_min(1e-9),
+        "bias_range": (biases_LE.amax(dim=1) - biases_LE.amin(dim=1)).double(),
+        "dead_experts": dead_L,
+    }
+    values = {
+        f"{key}/{name}": value
+        for key, values_L in layers.items()
+        for name, value in zip(names, values_L.tolist(), strict=True)
+    }
+    means = {key: float(values_L.mean()) for key, values_L in layers.items()}
+    return {**values, **means, "dead_experts": float(dead_L.sum())}
