@@ -45,11 +45,16 @@ class RunConfig:
     """Name of the stage's folder in it."""
     seed: int = 0
     """Seed of every random stream."""
+    threads: int | None = None
+    """Threads that a process computes with; null takes OMP_NUM_THREADS, or all cores. Sums are added in another order
+    with another number of them, so results are equal to the last digit only where this is."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        """Check that the names are names of folders."""
+        """Check that the names are names of folders, and the number of threads."""
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"run.threads is {self.threads}: give at least 1, or null")
         for name, value in (("name", self.name), ("stage", self.stage)):
             if not value or "/" in value or value.startswith("."):
                 raise ConfigError(f"run.{name} is {value!r}: give the name of a folder, without a slash")
@@ -247,6 +252,8 @@ class RecipeRun:
     """Plugins of every stage, beside those that the recipe names."""
     num_processes: int = 1
     """Ranks on this machine for the stages that train."""
+    threads: int | None = None
+    """Threads of every process (run.threads); null takes what the recipe says."""
     again_from: str | None = None
     """Run this stage and those after it again, though nothing changed."""
     dry_run: bool = False
@@ -254,5 +261,7 @@ class RecipeRun:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.num_processes < 1:
-            raise ConfigError(f"num_processes is {self.num_processes}: give at least 1")
+        for name in ("num_processes", "threads"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} is {count}: give at least 1")

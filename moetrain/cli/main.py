@@ -58,6 +58,8 @@ def _dispatch(words: list[str]) -> int:
         return run.main(rest)
     config = composed(command, rest)
     check_inputs(config)
+    if config.run.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.run.threads)  # read when torch is first imported
     if config.dry_run:
         if rank() == 0:
             dry_run.show(command, config)

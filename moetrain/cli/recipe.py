@@ -1,6 +1,7 @@
 """Recipes: `recipe.yaml` into stages, each with its own checked config. Nothing runs here.
 
     plugins: [my_task.py]            # optional; a path is relative to the recipe's folder
+    threads: 1                       # optional; run.threads of every stage
     stages:
       - name: pretrain
         command: pretrain
@@ -46,6 +47,7 @@ class Recipe:
     name: str
     folder: Path
     plugins: list[str]
+    threads: int | None
     stages: list[RecipeStage]
 
 
@@ -76,12 +78,15 @@ def load(recipe: str) -> Recipe:
         raise ConfigError(f"{path}{line} is not YAML: {error.problem}") from None
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
         raise ConfigError(f"{path} has no list of stages")
-    _check_keys(content, ["plugins", "stages"], str(path))
+    _check_keys(content, ["plugins", "threads", "stages"], str(path))
     stages: list[RecipeStage] = []
     for number, item in enumerate(content["stages"], start=1):
         stages.append(_stage(item, where=f"{path}, stage {number}", earlier=[stage.name for stage in stages]))
     plugins = [_beside(folder, plugin) for plugin in _strings(content, "plugins", str(path))]
-    return Recipe(name=folder.resolve().name, folder=folder, plugins=plugins, stages=stages)
+    threads = content.get("threads")
+    if threads is not None and not (isinstance(threads, int) and threads >= 1):
+        raise ConfigError(f"{path}: threads is {threads!r}: give a whole number from 1")
+    return Recipe(name=folder.resolve().name, folder=folder, plugins=plugins, threads=threads, stages=stages)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -137,11 +142,13 @@ def _compose_stage(
 def _of_run(recipe: Recipe, run: RecipeRun, name: str) -> list[str]:
     """Return what the run says to each of its stages, as overrides."""
     plugins = [*recipe.plugins, *run.plugins]
+    threads = run.threads or recipe.threads
     return [
         f"run.folder={quoted(run.folder)}",
         f"run.name={quoted(run.name or recipe.name)}",
         f"run.stage={name}",
         f"run.seed={run.seed}",
+        *([f"run.threads={threads}"] if threads else []),
         f"run.wandb.project={quoted(run.wandb.project)}",
         f"run.wandb.mode={run.wandb.mode}",
         *([f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else []),

@@ -47,6 +47,18 @@ def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFi
     assert "  model={deepseek_v3,k2_nano," in page
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_process_computes_with_as_many_threads_as_it_is_told(threads: int) -> None:
+    code = (
+        "from moetrain.cli.main import main\n"
+        f"main(['pretrain', 'dry_run=true', 'model=k2_nano_test', 'data=test', 'run.threads={threads}'])\n"
+        "import torch\n"
+        "print('threads', torch.get_num_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == f"threads {threads}", done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

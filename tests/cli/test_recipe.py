@@ -59,6 +59,13 @@ def test_the_run_speaks_to_every_stage_and_overrides_to_one(folder: Path) -> Non
     assert second.config.run.wandb.mode == "disabled"
 
 
+def test_threads_of_the_recipe_reach_every_stage_and_the_run_has_the_last_word(folder: Path) -> None:
+    assert [stage.config.run.threads for stage in stages(folder, run=[], of_stages=[])] == [None, None]
+    (folder / "recipe.yaml").write_text("threads: 1\n" + GOOD)
+    assert [stage.config.run.threads for stage in stages(folder, run=[], of_stages=[])] == [1, 1]
+    assert [stage.config.run.threads for stage in stages(folder, run=["threads=3"], of_stages=[])] == [3, 3]
+
+
 def test_words_of_a_command_line_are_told_apart_by_their_first_name() -> None:
     own, of_stages = recipe.split_overrides(
         ["recipe=x", "wandb.mode=offline", "sft.model=y", "+sft.plugins=[a.b]", "dry_run=true"]
@@ -76,6 +83,7 @@ def test_words_of_a_command_line_are_told_apart_by_their_first_name() -> None:
         ("stages: [{name: seed, command: pretrain}]", "stage 1: name is 'seed'; give a new one"),
         ("stages: [{command: pretrain}, {command: pretrain}]", "stage 2: name is 'pretrain'; give a new one"),
         ("stages: [{command: pretrain, overrides: a=b}]", "stage 1: overrides is 'a=b': give a list of strings"),
+        ("{threads: 0, stages: [{command: pretrain}]}", "threads is 0: give a whole number from 1"),
         ("stages: [", "recipe.yaml:1 is not YAML"),
         ("stages: []", "recipe.yaml has no list of stages"),
         ("steps: []", "recipe.yaml has no list of stages"),
