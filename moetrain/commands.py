@@ -1,12 +1,13 @@
 """All commands by name, and what those of `verify` and `bench` can be told. No torch here, and no Hydra."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moetrain.config import (
     EvalRun,
     ExportRun,
     GenerateRun,
     PretrainRun,
+    ReadingRun,
     RecipeRun,
     ReportRun,
     RlRun,
@@ -14,6 +15,7 @@ from moetrain.config import (
     StageRun,
 )
 from moetrain.errors import ConfigError
+from moetrain.model.config import BalanceConfig
 
 
 @dataclass(kw_only=True)
@@ -35,6 +37,25 @@ class VerifyExportsRun(StageRun):
             raise ConfigError(f"fault is {self.fault!r}: give none, code, scale or norm")
 
 
+@dataclass(kw_only=True)
+class BenchBalanceRun(ReadingRun):
+    """Trains one model with several ways to balance its experts, on the same tokens, and compares loads and losses."""
+
+    methods: dict[str, BalanceConfig] = field(default_factory=dict)
+    """What is compared, by name: each takes the place of model.balance. Their steps alternate, so all of their models
+    are in memory at once."""
+    tail_share: float = 0.25
+    """Share of the steps, the last ones, over which loads and training loss are averaged."""
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        super().__post_init__()
+        if not self.methods:
+            raise ConfigError("methods is empty: name at least one, such as methods.mine.bias_rule=sign")
+        if not 0 < self.tail_share <= 1:
+            raise ConfigError(f"tail_share is {self.tail_share}: give a share above 0, up to 1")
+
+
 SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
@@ -44,6 +65,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRun,
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
+    "bench balance": BenchBalanceRun,
     "generate": GenerateRun,
 }
 """Root schema of each command; `configs/<command>.yaml` is its primary config."""

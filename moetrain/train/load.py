@@ -20,17 +20,19 @@ def global_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> Callabl
     """
     if len(micro_batches) == 1:
         return engine.topology.all_reduce_sum
-    with torch.no_grad():
-        counts = [_expert_counts(engine, batch) for batch in micro_batches]
-    loads_LE = engine.topology.all_reduce_sum(torch.stack(counts).sum(dim=0))
+    loads_LE = count_loads(engine, micro_batches)
     return lambda counts_LE: loads_LE
 
 
-def _expert_counts(engine: Engine, batch: TokenBatch) -> torch.Tensor:
-    batch = on_device(batch, engine.topology.device)
-    output = engine.model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-    counts_LE: torch.Tensor = output.counts_LE
-    return counts_LE
+@torch.no_grad()
+def count_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> torch.Tensor:
+    """Return the expert counts [L, E] of all ranks' micro-batches, int64, from a forward pass. A collective."""
+    counts = []
+    for batch in micro_batches:
+        batch = on_device(batch, engine.topology.device)
+        output = engine.model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+        counts.append(output.counts_LE)
+    return engine.topology.all_reduce_sum(torch.stack(counts).sum(dim=0))
 
 
 def violations(counts_LE: torch.Tensor) -> torch.Tensor:

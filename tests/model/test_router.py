@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moetrain.model.config import ModelConfig, ScoreFunction
-from moetrain.model.router import route
+from moetrain.model.router import Router, route
 
 
 def slow_route(logits: list[float], bias: list[float], config: ModelConfig) -> dict[int, float]:
@@ -56,3 +58,43 @@ def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     routing = route(logits_NE, torch.tensor([0.0, 0.0, 0.0, 5.0]), config=config)
     assert routing.expert_ids_NK.item() == 3
     assert routing.weights_NK.item() == pytest.approx(1 / (1 + math.e))
+
+
+@pytest.mark.parametrize("bias_mean", [0.0, -2.0])
+@pytest.mark.parametrize(("num_groups", "num_open"), [(1, 1), (4, 2), (8, 3)])
+def test_routing_equals_that_of_transformers_also_where_all_biased_scores_are_negative(
+    bias_mean: float, num_groups: int, num_open: int
+) -> None:
+    config = ModelConfig(
+        hidden_size=12,
+        num_experts=32,
+        num_experts_per_token=4,
+        num_groups=num_groups,
+        num_groups_per_token=num_open,
+        routed_scaling_factor=2.5,
+    )
+    theirs = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=12,
+            n_routed_experts=32,
+            num_experts_per_tok=4,
+            n_group=num_groups,
+            topk_group=num_open,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        )
+    )
+    ours = Router(config)
+    stream = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        ours.weight.normal_(generator=stream)
+        ours.e_score_correction_bias.normal_(mean=bias_mean, std=0.3, generator=stream)
+        theirs.weight.copy_(ours.weight)
+        theirs.e_score_correction_bias.copy_(ours.e_score_correction_bias)
+    x_ND = torch.randn(200, 12, generator=stream)
+    routing = ours(x_ND)
+    _, their_weights_NK, their_ids_NK = theirs(x_ND)
+    for token in range(200):
+        found = dict(zip(routing.expert_ids_NK[token].tolist(), routing.weights_NK[token].tolist(), strict=True))
+        expected = dict(zip(their_ids_NK[token].tolist(), their_weights_NK[token].tolist(), strict=True))
+        assert found == pytest.approx(expected, rel=1e-6)

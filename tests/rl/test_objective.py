@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from moetrain.errors import ConfigError
+from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig
+from moetrain.model.transformer import Transformer, initialize
 from moetrain.rl.advantage import group_advantages
 from moetrain.rl.batch import Scored, micro_batches
-from moetrain.rl.config import Algorithm, RlConfig
-from moetrain.rl.loss import policy_terms
+from moetrain.rl.config import Algorithm, BalanceLosses, RlConfig
+from moetrain.rl.loss import policy_objective, policy_terms
 from moetrain.rollout.types import Ending, Trajectory
 from moetrain.tasks.protocol import Grade
+from moetrain.train.loss import GlobalCounts, balance_terms
 
 
 def _gradient(log_ratio: float, advantage: float, config: RlConfig) -> float:
@@ -77,6 +80,27 @@ def test_only_sampled_tokens_are_trained_on_with_their_own_numbers() -> None:
     assert batch.loss_mask_BT[0].nonzero().flatten().tolist() == [7, 8, 9]
     assert batch.logprobs_BT[0, 7:10].tolist() == [-0.5] * 3
     assert batch.advantages_BT[0, :10].tolist() == [0.5] * 10
+
+
+def test_balance_losses_are_part_of_the_objective_only_where_they_are_asked_for() -> None:
+    balance = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
+    model = Transformer(ModelConfig(num_layers=2, balance=balance), compute_dtype=torch.float32)
+    initialize(model, 0)
+    (batch,) = micro_batches([_scored(10, 0.5), _scored(30, -0.5)], max_tokens=2048, pad_id=0)
+    counts = GlobalCounts(tokens=batch.num_tokens, targets=batch.num_targets, target_weight=1.0)
+    output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+    terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
+    alone, added = (
+        policy_objective(RlConfig(balance_losses=losses), num_tokens=6.0, counts=counts, balance=balance)(model, batch)
+        for losses in (BalanceLosses.none, BalanceLosses.model)
+    )
+    assert terms.loss.item() > 0.1
+    assert added.loss.item() == pytest.approx(alone.loss.item() + terms.loss.item(), rel=1e-5)
+    assert added.metrics.keys() - alone.metrics.keys() == {"balance_loss", "global_balance_loss", "z_loss"}
+    for result in (alone, added):  # the bias moves in either case
+        assert torch.equal(result.counts_LE, output.counts_LE)
+        assert torch.equal(result.required_LEB, output.required_LEB)
+        assert int(result.required_LEB[0, 0].sum()) == batch.num_tokens
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from moetrain.train.loss import language_model_objective
 ROWS, SEQ_LEN = 4, 24
 
 
-def toy_model() -> ModelConfig:
+def toy_model(balance: BalanceConfig | None = None) -> ModelConfig:
     return ModelConfig(
         vocab_size=67,
         hidden_size=32,
@@ -35,7 +35,7 @@ def toy_model() -> ModelConfig:
         moe_intermediate_size=32,
         num_experts=4,
         max_position_embeddings=64,
-        balance=BalanceConfig(sequence_loss=1e-2),
+        balance=balance or BalanceConfig(sequence_loss=1e-2),
     )
 
 
@@ -66,9 +66,10 @@ def toy_engine(
     compute_dtype: torch.dtype = torch.float32,
     quantised: bool = False,
     seed: int = 0,
+    balance: BalanceConfig | None = None,
 ) -> Engine:
     return build_engine(
-        toy_model(),
+        toy_model(balance),
         ParallelConfig(engine=engine),
         optim_config=OptimConfig(lr=1e-2),
         quant_config=QuantConfig(enabled=quantised, group_size=32),
