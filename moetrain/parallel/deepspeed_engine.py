@@ -7,7 +7,7 @@ from checked values. Gradient accumulation is ours, so that the number of micro-
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -24,6 +24,8 @@ from moetrain.parallel.optimizer import Partition, PartitionedOptimizer, Slot, s
 from moetrain.parallel.protocol import (
     Objective,
     ObjectiveResult,
+    Piece,
+    StateReader,
     StepReport,
     clip_factor_of,
     forget_rounded,
@@ -34,9 +36,11 @@ from moetrain.parallel.state import (
     STEP,
     check,
     expert_parameter_names,
+    gather_pieces,
     global_shapes,
     optimizer_key,
     persistent_buffers,
+    read_into,
 )
 from moetrain.parallel.topology import Topology
 
@@ -176,73 +180,70 @@ class DeepSpeedEngine:
             return StepReport(grad_norm=math.inf, clip_factor=0.0)
         return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
 
-    @torch.no_grad()
-    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return the whole state on the main rank, on its CPU; None elsewhere. One tensor travels at a time."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, buffer in persistent_buffers(self.model).items():
-            tensors[name] = buffer.to("cpu", copy=True)
-        for name, param in self.model.named_parameters():
-            holds_it = self.topology.rank < (self.topology.expert_size if name in self.experts else 1)
-            piece = param.data.reshape(-1)
-            tensors[name] = self._assemble(piece if holds_it else piece[:0], name=name, first=0)
-        if with_optimizer:
-            for group, slot in self._slots():
-                first, _ = group["partition"].piece(slot, group["partition"].index)
+    def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
+        """Yield this rank's slice of each parameter and its state; buffers are the main rank's. See `Engine.pieces`."""
+        if self.topology.is_main:
+            yield from self._replicated_pieces(with_optimizer=with_optimizer)
+        for group, slot in self._slots():
+            start, _ = group["partition"].piece(slot, group["partition"].index)
+            start += self._first_element(slot)
+            shape = self._global_shape(slot)
+            owned = {slot.name: self.optimizer.weight_piece(group, slot)}
+            if with_optimizer:
                 for state in STATE_NAMES[group["rule"]]:
-                    piece = self.optimizer.state_piece(group, slot, name=state)
-                    tensors[optimizer_key(slot.name, state)] = self._assemble(piece, name=slot.name, first=first)
-            tensors[STEP] = torch.tensor(self.optimizer.param_groups[0]["step"])
-        return tensors if self.topology.is_main else None
+                    owned[optimizer_key(slot.name, state)] = self.optimizer.state_piece(group, slot, name=state)
+            for name, values_P in owned.items():
+                if values_P.numel():
+                    yield Piece(name=name, shape=shape, start=start, values_P=values_P.detach())
+
+    def _replicated_pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
+        for name, buffer in persistent_buffers(self.model).items():
+            yield Piece(name=name, shape=tuple(buffer.shape), start=0, values_P=buffer.detach().reshape(-1))
+        if with_optimizer:
+            step = torch.tensor([self.optimizer.param_groups[0]["step"]], device=self.topology.device)
+            yield Piece(name=STEP, shape=(), start=0, values_P=step)
 
     def _slots(self) -> Iterator[tuple[dict[str, Any], Slot]]:
         for group in self.optimizer.param_groups:
             for slot in group["slots"]:
                 yield group, slot
 
-    def _assemble(self, piece: torch.Tensor, *, name: str, first: int) -> torch.Tensor:
-        """Return, on the main rank, the global tensor of which each rank holds `piece`, from its element `first` on.
+    def _global_shape(self, slot: Slot) -> tuple[int, ...]:
+        if slot.name not in self.experts:
+            return tuple(slot.shape)
+        return (slot.shape[0] * self.topology.expert_size, *slot.shape[1:])
 
-        Pieces do not overlap; they are added as integers, so that every bit arrives, signs of zeros included.
-        """
-        shape = self.model.get_parameter(name).shape
-        num_parts = self.topology.expert_size if name in self.experts else 1
-        start = first + (self.topology.expert_rank * shape.numel() if name in self.experts else 0)
-        if self.topology.world_size == 1:
-            return piece.reshape(shape).to("cpu", copy=True)
-        bits = torch.zeros(num_parts * shape.numel(), dtype=torch.int32, device=piece.device)
-        bits[start : start + piece.numel()] = piece.view(torch.int32)
-        dist.reduce(bits, dst=0)
-        return bits.view(torch.float32).view(num_parts * shape[0], *shape[1:]).cpu()
+    def _first_element(self, slot: Slot) -> int:
+        """Return where this rank's part of a parameter begins in the global tensor laid flat."""
+        return self.topology.expert_rank * slot.shape.numel() if slot.name in self.experts else 0
+
+    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
+        """Return the whole state on the main rank, on its CPU; None elsewhere."""
+        return gather_pieces(self.pieces(with_optimizer=with_optimizer), self.topology)
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
-        """Take over a whole state; every rank is handed all of it. See `Engine.load_state`."""
+    def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
+        """Take over a state: this rank reads its experts, all else of the weights, and its slice of the optimizer's."""
         shapes = global_shapes(
             self.model,
             num_ranks=self.topology.expert_size,
             hidden_rule=self.config.name,
             with_optimizer=with_optimizer,
         )
-        check(tensors, shapes)
+        check(reader.shapes(), shapes)
         for name, buffer in persistent_buffers(self.model).items():
-            buffer.copy_(tensors[name])
-        for name, param in self.model.named_parameters():
-            param.data.copy_(self._local_part(tensors[name], name=name))
+            read_into(buffer, reader, name=name)
+        for _, slot in self._slots():
+            param = self.model.get_parameter(slot.name)
+            read_into(param.data, reader, name=slot.name, first=self._first_element(slot))
         self.zero.refresh_fp32_params()
         if with_optimizer:
             for group, slot in self._slots():
-                first, last = group["partition"].piece(slot, group["partition"].index)
+                first, _ = group["partition"].piece(slot, group["partition"].index)
                 for state in STATE_NAMES[group["rule"]]:
-                    whole = self._local_part(tensors[optimizer_key(slot.name, state)], name=slot.name)
-                    self.optimizer.state_piece(group, slot, name=state).copy_(whole.reshape(-1)[first:last])
+                    piece = self.optimizer.state_piece(group, slot, name=state)
+                    key = optimizer_key(slot.name, state)
+                    read_into(piece, reader, name=key, first=self._first_element(slot) + first)
             for group in self.optimizer.param_groups:
-                group["step"] = int(tensors[STEP])
+                group["step"] = int(reader.read(STEP, first=0, last=1))
         forget_rounded(self.model)
-
-    def _local_part(self, tensor: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return this rank's experts of a global tensor, or all of it where it is not split."""
-        if name not in self.experts:
-            return tensor
-        num_local = tensor.shape[0] // self.topology.expert_size
-        return tensor[self.topology.expert_rank * num_local : (self.topology.expert_rank + 1) * num_local]

@@ -210,3 +210,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         """Return this rank's piece of a parameter's state `name`, as a view."""
         (flat_P,) = group["params"]
         return _local(self.state[flat_P][name], slot, partition=group["partition"])
+
+    def weight_piece(self, group: Mapping[str, Any], slot: Slot) -> torch.Tensor:
+        """Return this rank's piece of a parameter's float32 master, as a view."""
+        (flat_P,) = group["params"]
+        return _local(flat_P, slot, partition=group["partition"])

@@ -4,7 +4,7 @@ An engine owns the model's parameters, their gradients and the optimizer's state
 is handed an objective. `TorchEngine` is the plain twin that `DeepSpeedEngine` is tested against.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -51,6 +51,32 @@ class ObjectiveResult:
 Objective = Callable[[Transformer, TokenBatch], ObjectiveResult]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A flat range of a global tensor, in the hands of the one rank that owns it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor, over all ranks."""
+    start: int
+    """First element of the range, counted in the whole tensor laid flat."""
+    values_P: torch.Tensor
+    """The P elements from `start` on, float32 or int64, detached; may be a view of memory that a step changes."""
+
+
+class StateReader(Protocol):
+    """Global tensors by name, of which any flat range can be had."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor, without reading one."""
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        """Return the elements [first, last) of the tensor `name` laid flat, 1-D, on the CPU.
+
+        Raises CheckpointError when they cannot be read.
+        """
+
+
 class Engine(Protocol):
     """Parameters, gradients and optimizer state of one model, on however many ranks."""
 
@@ -66,17 +92,21 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> StepReport:
         """Clip the accumulated gradient, update the parameters, clear the gradient. Collective."""
 
-    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return the whole state on the main rank, None elsewhere. Collective.
+    def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
+        """Yield what this rank owns of the state: over all ranks, each element of each tensor once. No collective.
 
-        Global float32 tensors by name, whatever the layout: parameters, persistent buffers, and with the optimizer
+        Global tensors whatever the layout: float32 parameters and persistent buffers, and with the optimizer
         `optimizer/<parameter>/momentum` (Muon) or `exp_avg` and `exp_avg_sq` (AdamW), and `optimizer/step` (int64).
         """
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
-        """Take over what `gather_state` of any layout returned; without the optimizer its state stays as it is.
+    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of all ranks' `pieces`, whole, on the CPU of the main rank; None elsewhere. Collective."""
 
-        Raises CheckpointError when a tensor is missing, left over or of another shape; then nothing has changed.
+    def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
+        """Take over a state that any layout gave; this rank reads its own part. Collective, where ranks share a part.
+
+        Without the optimizer, its state stays as it is. Raises CheckpointError when a tensor is missing, left over or
+        of another shape; then nothing has changed.
         """
 
 

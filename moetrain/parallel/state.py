@@ -1,17 +1,20 @@
-"""Names, shapes and checks of a state that no layout shows in: what `gather_state` returns and `load_state` takes.
+"""Names, shapes and checks of a state that no layout shows in, and its way from pieces to whole tensors and back.
 
-L experts of this rank, E experts of a layer.
+P elements of a piece.
 """
 
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.optim.muon import parameter_rule
+from moetrain.parallel.protocol import Piece, StateReader
+from moetrain.parallel.topology import Topology
 
 STEP = "optimizer/step"
 STATE_NAMES = {OptimizerName.muon: ("momentum",), OptimizerName.adamw: ("exp_avg", "exp_avg_sq")}
@@ -54,24 +57,75 @@ def global_shapes(
     return shapes
 
 
-def check(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `tensors` holds the names of `shapes` in their shapes, and no others.
+class TensorReader:
+    """Implements `StateReader` over tensors in memory, or over any mapping that makes them when asked."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return {name: tuple(self._tensors[name].shape) for name in self._tensors}
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        """Return the elements [first, last) of the tensor `name` laid flat."""
+        return self._tensors[name].reshape(-1)[first:last]
+
+
+def gather_pieces(pieces: Iterable[Piece], topology: Topology) -> dict[str, torch.Tensor] | None:
+    """Return all ranks' pieces put together, on the CPU of the main rank; None elsewhere. Collective.
+
+    One piece travels at a time. A tensor whose pieces do not make it whole cannot come from a right engine.
+    """
+    own = list(pieces)
+    heads = [(piece.name, piece.shape, piece.start, piece.values_P.numel(), piece.values_P.dtype) for piece in own]
+    all_heads = topology.gather_objects(heads)
+    if all_heads is None:
+        for piece in own:
+            dist.send(piece.values_P.contiguous(), dst=0)
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    num_filled: dict[str, int] = {}
+    for rank, rank_heads in enumerate(all_heads):
+        for index, (name, shape, start, count, dtype) in enumerate(rank_heads):
+            if rank == topology.rank:
+                values_P = own[index].values_P
+            else:
+                values_P = torch.empty(count, dtype=dtype, device=topology.device)
+                dist.recv(values_P, src=rank)
+            if name not in tensors:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name].view(-1)[start : start + count].copy_(values_P)
+            num_filled[name] = num_filled.get(name, 0) + count
+    for name, tensor in tensors.items():
+        assert num_filled[name] == tensor.numel(), f"{num_filled[name]} elements of {name} for {tensor.numel()}"
+    return tensors
+
+
+def check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless `found` has the names of `shapes` with their shapes, and no others.
 
     Optimizer state that nobody asked for may be there.
     """
-    missing = sorted(name for name in shapes if name not in tensors)
+    missing = sorted(name for name in shapes if name not in found)
     if missing:
         raise CheckpointError(
             f"{missing[0]}{_and_others(missing)} is missing: the state is of another model or optimizer"
         )
-    extra = sorted(name for name in tensors if name not in shapes and not _is_unwanted_optimizer_state(name, shapes))
+    extra = sorted(name for name in found if name not in shapes and not _is_unwanted_optimizer_state(name, shapes))
     if extra:
         raise CheckpointError(
             f"{extra[0]}{_and_others(extra)} is not in this model or optimizer: the state is of another"
         )
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)}, this model has {shape}")
+        if tuple(found[name]) != shape:
+            raise CheckpointError(f"{name} has shape {tuple(found[name])}, this model has {shape}")
+
+
+def read_into(target: torch.Tensor, reader: StateReader, *, name: str, first: int = 0) -> None:
+    """Fill `target` with the elements of the tensor `name` from `first` on."""
+    values_P = reader.read(name, first=first, last=first + target.numel())
+    target.copy_(values_P.view(target.shape))
 
 
 def _and_others(names: Iterable[str]) -> str:

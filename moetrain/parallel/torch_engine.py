@@ -1,7 +1,7 @@
 """The plain engine: one process, whole parameters, torch's own clipping. The reference of every other layout."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import torch
 
@@ -10,8 +10,26 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.adamw import adamw_update
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import apply_update, logical_matrices, nesterov, orthogonal_update, parameter_rule
-from moetrain.parallel.protocol import Objective, ObjectiveResult, StepReport, clip_factor_of, forget_rounded, on_device
-from moetrain.parallel.state import STATE_NAMES, STEP, check, global_shapes, optimizer_key, persistent_buffers
+from moetrain.parallel.protocol import (
+    Objective,
+    ObjectiveResult,
+    Piece,
+    StateReader,
+    StepReport,
+    clip_factor_of,
+    forget_rounded,
+    on_device,
+)
+from moetrain.parallel.state import (
+    STATE_NAMES,
+    STEP,
+    check,
+    gather_pieces,
+    global_shapes,
+    optimizer_key,
+    persistent_buffers,
+    read_into,
+)
 from moetrain.parallel.topology import Topology
 
 
@@ -81,25 +99,31 @@ class TorchEngine:
             param, update_BMN.reshape(param.shape), learning_rate=learning_rate, weight_decay=config.weight_decay
         )
 
-    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return copies of the whole state, on the CPU."""
+    def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
+        """Yield every tensor whole; see `Engine.pieces`."""
+        for name, tensor in self._tensors(with_optimizer=with_optimizer).items():
+            yield Piece(name=name, shape=tuple(tensor.shape), start=0, values_P=tensor.detach().reshape(-1))
+
+    def _tensors(self, *, with_optimizer: bool) -> dict[str, torch.Tensor]:
         tensors = {**persistent_buffers(self.model), **dict(self.model.named_parameters())}
         if with_optimizer:
             for name, states in self.state.items():
                 tensors |= {optimizer_key(name, state): tensor for state, tensor in states.items()}
             tensors[STEP] = torch.tensor(self.num_steps)
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return tensors
+
+    def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
+        """Return copies of the whole state, on the CPU."""
+        return gather_pieces(self.pieces(with_optimizer=with_optimizer), self.topology)
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, torch.Tensor], *, with_optimizer: bool) -> None:
+    def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
         """Take over a whole state; see `Engine.load_state`."""
         shapes = global_shapes(self.model, num_ranks=1, hidden_rule=self.config.name, with_optimizer=with_optimizer)
-        check(tensors, shapes)
-        for name, target in {**persistent_buffers(self.model), **dict(self.model.named_parameters())}.items():
-            target.copy_(tensors[name])
+        check(reader.shapes(), shapes)
+        targets = self._tensors(with_optimizer=with_optimizer)
+        for name, target in targets.items():
+            read_into(target, reader, name=name)
         if with_optimizer:
-            for name, states in self.state.items():
-                for state, target in states.items():
-                    target.copy_(tensors[optimizer_key(name, state)])
-            self.num_steps = int(tensors[STEP])
+            self.num_steps = int(targets[STEP])
         forget_rounded(self.model)

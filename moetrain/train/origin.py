@@ -12,6 +12,7 @@ from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.hf import load_hf_folder
 from moetrain.parallel.protocol import Engine
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint
 from moetrain.train.identity import model_of, quant_of
@@ -78,8 +79,7 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
         )
     for line in changed:
         _log.info("model.%s (from %s)", line, origin.path)
-    tensors = {name: origin.tensors[name].float() for name in origin.tensors}
-    engine.load_state(tensors, with_optimizer=False)
+    engine.load_state(TensorReader(origin.tensors), with_optimizer=False)
     _log.info("weights from %s (step %d)", origin.path, origin.step)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from moetrain.errors import CheckpointError
 from moetrain.parallel.protocol import Engine
+from moetrain.parallel.state import TensorReader
 from moetrain.train import checkpoint
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
         return Resumed(step=0, state={}, num_damaged=0)
     loaded = checkpoint.load(found.path)
     _check_identity(loaded, identity)
-    engine.load_state(loaded.tensors, with_optimizer=True)
+    engine.load_state(TensorReader(loaded.tensors), with_optimizer=True)
     _log.info("going on from %s", loaded.path)
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
 

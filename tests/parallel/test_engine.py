@@ -10,6 +10,7 @@ from moetrain.errors import CheckpointError, ConfigError
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.engine import Engine, ObjectiveResult
+from moetrain.parallel.state import TensorReader
 from tests.parallel.nano import LEARNING_RATE, batch_of, build, difference, identical, largest_gap, objective_for, train
 
 FP32_ROUNDING = 1e-6  # relative, on loss, gradient norm and clip factor
@@ -65,7 +66,7 @@ def test_a_state_goes_bit_for_bit_from_any_engine_to_any(source: EngineName, tar
     first, second = build(source), build(target, seed=2)
     train(first, range(2))
     state = _state(first)
-    second.load_state(state, with_optimizer=True)
+    second.load_state(TensorReader(state), with_optimizer=True)
     assert identical(_state(second), state)
     assert state["optimizer/step"].item() == 2
 
@@ -76,7 +77,7 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits(engine: EngineName) -> No
     expected = train(straight, range(4))[2:]
     train(stopped, range(2))
     resumed = build(engine, seed=3)
-    resumed.load_state(_state(stopped), with_optimizer=True)
+    resumed.load_state(TensorReader(_state(stopped)), with_optimizer=True)
     assert train(resumed, range(2, 4)) == expected
     assert identical(_state(resumed), _state(straight))
 
@@ -85,7 +86,7 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits(engine: EngineName) -> No
 def test_weights_load_without_the_optimizer_which_stays_new(engine: EngineName) -> None:
     trained, fresh = build(engine), build(engine, seed=2)
     train(trained, range(1))
-    fresh.load_state(_state(trained), with_optimizer=False)
+    fresh.load_state(TensorReader(_state(trained)), with_optimizer=False)
     assert identical(_state(fresh, with_optimizer=False), _state(trained, with_optimizer=False))
     assert _state(fresh)["optimizer/step"].item() == 0
 
@@ -105,14 +106,14 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine: Engine
     other = _state(build(EngineName.torch, seed=2))
     missing = {name: tensor for name, tensor in other.items() if name != "model.norm.weight"}
     with pytest.raises(CheckpointError, match=r"model.norm.weight is missing"):
-        loaded.load_state(missing, with_optimizer=True)
+        loaded.load_state(TensorReader(missing), with_optimizer=True)
     with pytest.raises(CheckpointError, match=r"model.mtp.weight is not in this model"):
-        loaded.load_state({**other, "model.mtp.weight": torch.zeros(1)}, with_optimizer=True)
+        loaded.load_state(TensorReader({**other, "model.mtp.weight": torch.zeros(1)}), with_optimizer=True)
     with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \(3,\), this model has \(32,\)"):
-        loaded.load_state({**other, "model.norm.weight": torch.zeros(3)}, with_optimizer=True)
+        loaded.load_state(TensorReader({**other, "model.norm.weight": torch.zeros(3)}), with_optimizer=True)
     adamw = _state(build(EngineName.torch, optimizer=OptimizerName.adamw))
     with pytest.raises(CheckpointError, match=r"momentum .*is missing"):
-        loaded.load_state(adamw, with_optimizer=True)
+        loaded.load_state(TensorReader(adamw), with_optimizer=True)
     assert identical(_state(loaded), before)
 
 
@@ -143,7 +144,7 @@ def test_quantised_weights_follow_their_masters(engine: EngineName) -> None:
     anew, _ = layer.experts.compute_weights()
     assert torch.equal(in_use, anew)
     other = _state(build(EngineName.torch, seed=2))
-    built.load_state(other, with_optimizer=True)
+    built.load_state(TensorReader(other), with_optimizer=True)
     loaded, _ = layer.experts.compute_weights()
     assert not torch.equal(loaded, anew)
 

@@ -19,6 +19,7 @@ from moetrain.parallel.config import EngineName
 from moetrain.parallel.dispatch import AllToAllDispatcher
 from moetrain.parallel.engine import Engine
 from moetrain.parallel.optimizer import Matrix, Partition, matrices_of, slots_of, whole_matrices
+from moetrain.parallel.state import TensorReader
 from moetrain.parallel.topology import Topology
 from moetrain.runtime import torch_stream
 from tests.distributed import run_ranks
@@ -67,6 +68,7 @@ def _both_ranks() -> dict[str, Any]:
         seen["dispatch"] = [_dispatch(split.topology, num_tokens=counts) for counts in ((5, 3), (0, 4), (0, 0))]
         seen["collectives"] = _collectives(split.topology)
         seen["whole matrices"] = _whole_matrices(split.topology)
+        seen["ownership"] = {expert: _ownership(build(zero=2, expert=expert)) for expert in (1, 2)}
     seen["output"] = output.read_text()
     return seen
 
@@ -90,10 +92,10 @@ def _resumed(split: Engine, whole: Engine) -> dict[str, Any]:
     train(split, range(2))
     state = split.topology.broadcast_object(split.gather_state(with_optimizer=True))
     assert state is not None
-    whole.load_state(state, with_optimizer=True)
+    whole.load_state(TensorReader(state), with_optimizer=True)
     arrived = whole.gather_state(with_optimizer=True)
     returned = build(zero=1, expert=2, seed=3)
-    returned.load_state(state, with_optimizer=True)
+    returned.load_state(TensorReader(state), with_optimizer=True)
     back = returned.gather_state(with_optimizer=True)
     return {
         "state": state,
@@ -185,6 +187,30 @@ def _whole_matrices(topology: Topology) -> bool:
     return True
 
 
+class _CountingReader(TensorReader):
+    """Counts the elements that are read of each tensor."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.num_read: dict[str, int] = {}
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        self.num_read[name] = self.num_read.get(name, 0) + last - first
+        return super().read(name, first=first, last=last)
+
+
+def _ownership(engine: Engine) -> dict[str, Any]:
+    """Return the ranges that this rank owns, by tensor, and how many elements it reads of each when it loads."""
+    owned: dict[str, list[tuple[int, int]]] = {}
+    for piece in engine.pieces(with_optimizer=True):
+        owned.setdefault(piece.name, []).append((piece.start, piece.start + piece.values_P.numel()))
+    state = engine.topology.broadcast_object(engine.gather_state(with_optimizer=True))
+    assert state is not None
+    reader = _CountingReader(state)
+    engine.load_state(reader, with_optimizer=True)
+    return {"owned": owned, "read": reader.num_read, "sizes": {name: tensor.numel() for name, tensor in state.items()}}
+
+
 def _plain(optimizer: OptimizerName = OptimizerName.muon) -> Engine:
     torch.set_num_threads(1)
     return build(EngineName.torch, optimizer=optimizer)
@@ -216,13 +242,39 @@ def test_a_state_goes_bit_for_bit_from_split_experts_to_whole_ones_and_back(rank
     resumed = ranks[0]["resumed"]
     assert resumed["identical"] == [True, True]
     plain = _plain()
-    plain.load_state(resumed["state"], with_optimizer=True)
+    plain.load_state(TensorReader(resumed["state"]), with_optimizer=True)
     state = plain.gather_state(with_optimizer=True)
     assert state is not None and identical(state, resumed["state"])
     following = train(plain, range(2, 3))
     assert difference(resumed["whole"], following) < FP32_ROUNDING
     assert difference(resumed["split"], following) < FP32_ROUNDING
     assert resumed["again"] == resumed["split"]
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+def test_every_element_of_the_state_has_one_owner_and_both_ranks_own_half(
+    ranks: list[dict[str, Any]], expert: int
+) -> None:
+    first, second = (rank["ownership"][expert] for rank in ranks)
+    for name, size in first["sizes"].items():
+        ranges = sorted(first["owned"].get(name, []) + second["owned"].get(name, []))
+        assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])], name
+        assert ranges[-1][1] == size, name
+    num_owned = [
+        sum(end - start for ranges in side["owned"].values() for start, end in ranges) for side in (first, second)
+    ]
+    assert max(num_owned) < 1.05 * min(num_owned)
+
+
+def test_a_rank_reads_its_own_experts_and_its_own_slice_of_the_optimizer_state(ranks: list[dict[str, Any]]) -> None:
+    experts, dense = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.gate_proj.weight"
+    for rank in ranks:
+        seen = rank["ownership"][2]
+        assert seen["read"][experts] == seen["sizes"][experts] // 2
+        assert seen["read"][f"optimizer/{experts}/momentum"] == seen["sizes"][experts] // 2
+        assert seen["read"][dense] == seen["sizes"][dense]
+        owned = sum(end - start for start, end in seen["owned"].get(f"optimizer/{dense}/momentum", []))
+        assert seen["read"].get(f"optimizer/{dense}/momentum", 0) == owned
 
 
 def test_a_rank_without_tokens_and_one_without_chosen_experts_change_nothing(ranks: list[dict[str, Any]]) -> None:
