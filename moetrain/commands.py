@@ -1,6 +1,7 @@
 """All commands by name, and what those of `verify` and `bench` can be told. No torch here, and no Hydra."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from moetrain.config import (
     EvalRun,
@@ -13,9 +14,11 @@ from moetrain.config import (
     RlRun,
     SftRun,
     StageRun,
+    check_length,
 )
 from moetrain.errors import ConfigError
-from moetrain.model.config import BalanceConfig
+from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.optim.config import OptimConfig, OptimizerName
 
 
 @dataclass(kw_only=True)
@@ -56,6 +59,59 @@ class BenchBalanceRun(ReadingRun):
             raise ConfigError(f"tail_share is {self.tail_share}: give a share above 0, up to 1")
 
 
+class Peer(StrEnum):
+    """Who else trains the same model in `bench train`: transformers' DeepseekV3 with its loop over experts or with
+    grouped products, and the same model under DeepSpeed's AutoEP."""
+
+    transformers_eager = "transformers_eager"
+    transformers_grouped_mm = "transformers_grouped_mm"
+    deepspeed_autoep = "deepspeed_autoep"
+
+
+@dataclass(kw_only=True)
+class BenchTrainRun(StageRun):
+    """Measures training steps of ours and of peers in turn: same weights, data, dtypes and optimizer."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape that everyone trains."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of everyone; peers have AdamW only."""
+    rows: int = 8
+    """Rows a step, over all ranks."""
+    seq_len: int = 512
+    """Tokens a row; a row is one document."""
+    steps: int = 2
+    """Steps that a contestant takes in each of its turns."""
+    repetitions: int = 5
+    """Turns of each contestant; the ratios are taken turn by turn."""
+    warmup_steps: int = 3
+    """Steps before the first turn, and for each setting that a peer may choose from."""
+    peers: list[Peer] = field(default_factory=lambda: list(Peer))
+    """Who is measured beside ours."""
+    threads: int | None = None
+    """Threads of all ranks of a contestant together; null takes the cores that this process may use."""
+    ranks: int = 1
+    """Above 1, ours and AutoEP also run as that many ranks that share the threads: expert- and data-parallel."""
+    profile_steps: int = 2
+    """Steps of ours that are profiled at the end; 0 leaves the profile out."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("rows", "seq_len", "steps", "repetitions", "warmup_steps", "ranks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.profile_steps < 0:
+            raise ConfigError(f"profile_steps is {self.profile_steps}: give 0 or more")
+        if self.threads is not None and self.threads < self.ranks:
+            raise ConfigError(f"threads is {self.threads}: give at least one to each of the {self.ranks} ranks")
+        check_length(self.model, name="seq_len", length=self.seq_len)
+        for name, number in (("rows", self.rows), ("model.num_experts", self.model.num_experts)):
+            if number % self.ranks:
+                raise ConfigError(f"ranks is {self.ranks}: it must divide {name}={number}")
+        if self.peers and self.optim.name is not OptimizerName.adamw:
+            raise ConfigError(f"optim.name is {self.optim.name}: peers have adamw only; give that, or peers=[]")
+
+
 SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
@@ -66,6 +122,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "bench balance": BenchBalanceRun,
+    "bench train": BenchTrainRun,
     "generate": GenerateRun,
 }
 """Root schema of each command; `configs/<command>.yaml` is its primary config."""

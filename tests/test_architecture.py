@@ -34,7 +34,7 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 
 # Heavy or peculiar libraries have few doors. A prefix ending in "/" is a folder of the package.
 DOORS = {
-    "deepspeed": ["parallel/"],
+    "deepspeed": ["parallel/", "bench/"],
     "hydra": ["compose.py"],
     "omegaconf": ["compose.py"],
     "wandb": ["log.py", "report/wandb_space.py"],

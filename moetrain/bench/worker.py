@@ -1,0 +1,127 @@
+"""The working side of `bench train`: `python -m moetrain.bench.worker CONFIG.yaml CONTESTANT-AS-JSON`, one a rank."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moetrain.bench.contestant import Contestant, Kind
+from moetrain.commands import BenchTrainRun
+from moetrain.compose import load_config
+from moetrain.data.batch import TokenBatch
+from moetrain.runtime import torch_stream
+from moetrain.train.rows import rank_rows
+
+
+class Trainee(Protocol):
+    """A model with its optimizer."""
+
+    setting: str
+
+    def choose(self, batch_of: Callable[[int], TokenBatch], steps: int) -> None:
+        """Try the settings there are for `steps` steps each, and keep the fastest."""
+
+    def step(self, batch: TokenBatch) -> float:
+        """Take one optimizer step on this rank's rows; return the cross-entropy."""
+
+
+def make_batch(run: BenchTrainRun, step: int) -> TokenBatch:
+    """Return the rows of a step: tokens drawn with the frequencies of words (1 / rank), one document a row."""
+    shape = (run.rows, run.seq_len)
+    frequency_V = 1.0 / torch.arange(1, run.model.vocab_size + 1, dtype=torch.float64)
+    stream = torch_stream(run.run.seed, "bench/tokens", step)
+    tokens = torch.multinomial(frequency_V, run.rows * run.seq_len, replacement=True, generator=stream)
+    positions_BT = torch.arange(run.seq_len).expand(shape)
+    return TokenBatch(
+        tokens_BT=tokens.view(shape),
+        segments_BT=torch.ones(shape, dtype=torch.int64),
+        positions_BT=positions_BT,
+        loss_mask_BT=positions_BT > 0,
+        weights_BT=torch.ones(shape),
+    )
+
+
+def build(run: BenchTrainRun, contestant: Contestant) -> Trainee:
+    """Return the trainee, its weights set from the run's seed, the same for all."""
+    if contestant.kind in (Kind.moetrain, Kind.moetrain_torch):
+        from moetrain.bench.ours import Ours
+
+        return Ours(run, contestant)
+    from moetrain.bench.peers import AutoEp, Transformers  # transformers and deepspeed take seconds to import
+
+    return AutoEp(run, contestant) if contestant.kind is Kind.deepspeed_autoep else Transformers(run, contestant)
+
+
+class Worker:
+    """Counts the steps of one trainee and times them."""
+
+    def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
+        self.run = run
+        self.contestant = contestant
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.trainee = build(run, contestant)
+        self.num_steps = 0
+
+    def batch_of(self, step: int) -> TokenBatch:
+        """Return this rank's rows of a step."""
+        return rank_rows(make_batch(self.run, step), rank=self.rank, world_size=self.contestant.ranks)
+
+    def take(self, num_steps: int) -> tuple[list[float], list[float]]:
+        """Take steps; return the seconds and the loss of each."""
+        seconds, losses = [], []
+        for _ in range(num_steps):
+            batch = self.batch_of(self.num_steps)
+            start = time.perf_counter()
+            losses.append(self.trainee.step(batch))
+            seconds.append(time.perf_counter() - start)
+            self.num_steps += 1
+        return seconds, losses
+
+    def answer(self, command: str) -> dict[str, Any]:
+        """Carry out one command of `Remote`."""
+        seconds: list[float] = []
+        losses: list[float] = []
+        profile = None
+        if command == "prepare":
+            seconds, losses = self.take(self.run.warmup_steps)
+            self.trainee.choose(self.batch_of, self.run.warmup_steps)
+        elif command == "turn":
+            seconds, losses = self.take(self.run.steps)
+        else:
+            from moetrain.bench.ours import Ours
+            from moetrain.bench.parts import profile_parts
+
+            assert isinstance(self.trainee, Ours)
+            profile = profile_parts(
+                self.trainee.engine, lambda: self.take(self.run.profile_steps), num_steps=self.run.profile_steps
+            )
+        return {
+            "seconds": seconds,
+            "losses": losses,
+            "profile": profile,
+            "setting": self.trainee.setting,
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def main() -> None:
+    """Answer the commands on standard input until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to the log
+    run: BenchTrainRun = load_config("bench train", Path(sys.argv[1]))
+    contestant = Contestant(**json.loads(sys.argv[2]) | {"kind": Kind(json.loads(sys.argv[2])["kind"])})
+    torch.set_num_threads(contestant.threads)
+    worker: Worker | None = None
+    for line in sys.stdin:
+        worker = worker or Worker(run, contestant)
+        print(json.dumps(worker.answer(line.strip())), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
