@@ -50,4 +50,4 @@ class Ours:
         return metrics["cross_entropy"]
 
     def _objective(self, counts: GlobalCounts) -> Objective:
-        return language_model_objective(counts, balance_coefficient=self.run.model.balance.sequence_loss)
+        return language_model_objective(counts, balance=self.run.model.balance)
