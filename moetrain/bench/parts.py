@@ -50,11 +50,11 @@ def _marked(engine: Engine) -> Iterator[None]:
     """Mark the engine's step and every module of a part for as long as this lasts."""
     open_marks: list[ExitStack] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def _enter(module: nn.Module, args: Any) -> None:
         open_marks.append(ExitStack())
         open_marks[-1].enter_context(record_function(_MARK + _PARTS[type(module)]))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(module: nn.Module, args: Any, output: Any) -> None:
         open_marks.pop().close()
 
     step = engine.step
@@ -66,8 +66,8 @@ def _marked(engine: Engine) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in engine.model.modules():
             if type(module) in _PARTS:
-                hooks.callback(module.register_forward_pre_hook(enter).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
+                hooks.callback(module.register_forward_pre_hook(_enter).remove)
+                hooks.callback(module.register_forward_hook(_leave).remove)
         vars(engine)["step"] = marked_step
         hooks.callback(vars(engine).pop, "step")
         yield
