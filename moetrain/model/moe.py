@@ -5,7 +5,6 @@ a chosen expert), D hidden, E experts, L local experts, F expert width, G = 2F, 
 M documents.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,7 +62,17 @@ class Experts(nn.Module):
             self.fake_quant(self.down_proj, self.compute_dtype),
         )
 
-    def forward(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, *, dispatcher: "Dispatcher"
+    ) -> torch.Tensor:
+        """Return y_ND, what `dispatcher` makes of these experts; see Dispatcher.
+
+        The whole way there and back is inside this module's call: an engine that brings weights together for the call
+        of the module that owns them does so once a layer, however often the dispatcher computes.
+        """
+        return dispatcher(x_ND, expert_ids_NK, weights_NK, self)
+
+    def compute(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
         """Return outputs of rows sorted by local expert, `counts_L` int64 rows each, in the dtype of x.
 
         An expert without rows still has a gradient (zero).
@@ -101,7 +110,7 @@ class LocalDispatcher:
         ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
-        y_SD = experts(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
+        y_SD = experts.compute(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
         return combine(y_SD, order_S, weights_NK=weights_NK)
 
 
@@ -159,13 +168,13 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config, num_local=num_local, compute_dtype=compute_dtype)
         self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
-        self.dispatcher: Callable[..., torch.Tensor] = dispatcher
+        self.dispatcher = dispatcher
 
     def forward(self, x_BTD: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, RouterStatistics]:
         """Return the layer's output [B, T, D] and what the router did."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
-        routed_ND = self.dispatcher(x_ND, routing.expert_ids_NK, routing.weights_NK, self.experts)
+        routed_ND = self.experts(x_ND, routing.expert_ids_NK, routing.weights_NK, dispatcher=self.dispatcher)
         y_BTD = routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
         return y_BTD, _statistics(routing, documents, gate=self.gate)
 

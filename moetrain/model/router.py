@@ -3,7 +3,7 @@
 N tokens, E experts, K chosen experts a token, G groups.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +16,10 @@ _NORM_EPS = 1e-20  # as in DeepSeek-V3's code
 _SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best (arXiv 2412.19437, section 2.1.2)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routing:
+class Routing(NamedTuple):
     """Where tokens go: `logits_NE` and `scores_NE` of all experts, `expert_ids_NK` int64, `weights_NK` of the chosen.
 
-    All but the ids are float32.
+    All but the ids are float32. A tuple, because ZeRO 3 finds the tensors of a module's output in tuples only.
     """
 
     logits_NE: torch.Tensor

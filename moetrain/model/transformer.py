@@ -4,7 +4,9 @@ State-dict names and shapes are those of transformers v5's DeepseekV3ForCausalLM
 D hidden, V vocabulary, L layers with routed experts, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,9 @@ from moetrain.model.layers import FeedForward, Linear, RMSNorm
 from moetrain.model.moe import Dispatcher, Documents, LocalDispatcher, MoE, RouterStatistics
 from moetrain.model.rope import RopeTable, Rotation, build_rope
 from moetrain.runtime import torch_stream
+
+ReadOut = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+"""Makes tensors of hidden states [N, D] and the head's weight [V, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,17 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BT, self.weight)
 
 
+class Head(Linear):
+    """The rows of fp32 weights that give a hidden state its logits."""
+
+    def forward(self, hidden_ND: torch.Tensor, read_out: ReadOut | None = None) -> Any:
+        """Return logits [N, V] in the dtype of the hidden states, or what `read_out` makes of them and the weight.
+
+        A loss that never holds all logits reads the weight through this call: under ZeRO 3 it is whole only inside.
+        """
+        return super().forward(hidden_ND) if read_out is None else read_out(hidden_ND, self.weight)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and last norm: what transformers calls `model`."""
 
@@ -118,7 +134,7 @@ class Transformer(nn.Module):
             dispatcher=dispatcher or LocalDispatcher(),
             expert_slice=self.expert_slice,
         )
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self._rope: RopeTable | None = None
 
     def forward(

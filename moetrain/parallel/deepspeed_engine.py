@@ -7,8 +7,8 @@ from checked values. Gradient accumulation is ours, so that the number of micro-
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -44,6 +44,8 @@ from moetrain.parallel.state import (
 )
 from moetrain.parallel.topology import Topology
 
+T = TypeVar("T")
+
 _LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
 
 
@@ -60,18 +62,18 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _ObjectiveModule(nn.Module):
-    """What DeepSpeed wraps: its forward is the objective, so that DeepSpeed's hooks see all of it."""
+    """What DeepSpeed wraps: its forward is what one does with the model, so that DeepSpeed's hooks see all of it."""
 
-    def __init__(self, model: Transformer, *, adapter: ExpertAdapter | None, num_ranks: int) -> None:
+    def __init__(self, model: Transformer, *, adapter: ExpertAdapter | None) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter
-        self.num_ranks = num_ranks
 
-    def forward(self, objective: Objective, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
-        """Return the loss that DeepSpeed differentiates, whose mean over ranks is the sum of shares, and the result."""
-        result = objective(self.model, batch)
-        return result.loss * self.num_ranks, result.detached()
+    def forward(
+        self, function: Callable[[Transformer, TokenBatch], tuple[Any, ...]], batch: TokenBatch
+    ) -> tuple[Any, ...]:
+        """Return what `function` makes of the model and `batch`."""
+        return function(self.model, batch)
 
 
 class DeepSpeedEngine:
@@ -93,7 +95,7 @@ class DeepSpeedEngine:
         _quieten()
         self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=_ObjectiveModule(model, adapter=self._adapter(), num_ranks=topology.world_size),
+            model=_ObjectiveModule(model, adapter=self._adapter()),
             optimizer=self.optimizer,
             config=self._deepspeed_config(zero_stage),
             dist_init_required=False,
@@ -164,9 +166,22 @@ class DeepSpeedEngine:
     def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
         """Add the gradient of one micro-batch, and return its numbers, detached."""
         self.engine.set_gradient_accumulation_boundary(is_last)
-        loss, result = self.engine(objective, on_device(batch, self.topology.device))
+
+        def differentiated(model: Transformer, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
+            """Return the loss whose mean over ranks is the sum of shares, and the result."""
+            result = objective(model, batch)
+            return result.loss * self.topology.world_size, result.detached()
+
+        loss, result = self.engine(differentiated, on_device(batch, self.topology.device))
         self.engine.backward(loss)
         assert isinstance(result, ObjectiveResult)
+        return result
+
+    @torch.no_grad()
+    def inspect(self, function: Callable[[Transformer, TokenBatch], T], batch: TokenBatch) -> T:
+        """Return what `function` makes of the model and a batch, without gradient."""
+        (made,) = self.engine.module(lambda *given: (function(*given),), on_device(batch, self.topology.device))
+        result: T = made
         return result
 
     def step(self, learning_rate: float) -> StepReport:

@@ -79,7 +79,7 @@ class AllToAllDispatcher:
         rows_RD = _all_to_all(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), splits)
         local_ids_GL = torch.arange(received_GL.shape[1], device=x_ND.device).expand_as(received_GL)
         by_expert_R = local_ids_GL.flatten().repeat_interleave(received_GL.flatten()).argsort(stable=True)
-        y_RD = experts(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
+        y_RD = experts.compute(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
         by_source_R = by_expert_R.argsort()  # the inverse permutation
         y_SD = _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
         return combine(y_SD, order_S, weights_NK=weights_NK)

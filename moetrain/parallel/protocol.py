@@ -6,13 +6,15 @@ is handed an objective. `TorchEngine` is the plain twin that `DeepSpeedEngine` i
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.topology import Topology
+
+T = TypeVar("T")
 
 CLIP_EPS = 1e-6  # DeepSpeed's and torch's, added to the norm
 
@@ -87,6 +89,12 @@ class Engine(Protocol):
         """Add the gradient of one micro-batch, and return its numbers, detached. Collective.
 
         Every rank makes the same number of calls before a step, and says `is_last` at the last one.
+        """
+
+    def inspect(self, function: Callable[[Transformer, TokenBatch], T], batch: TokenBatch) -> T:
+        """Return what `function` makes of the model and a batch, without gradient; `batch` comes on the model's device.
+
+        Collective. The model is to be called here and in objectives only: under ZeRO 3 its weights are nowhere else.
         """
 
     def step(self, learning_rate: float) -> StepReport:

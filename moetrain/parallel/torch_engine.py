@@ -1,7 +1,8 @@
 """The plain engine: one process, whole parameters, torch's own clipping. The reference of every other layout."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ from moetrain.parallel.state import (
 )
 from moetrain.parallel.topology import Topology
 
+T = TypeVar("T")
+
 
 class TorchEngine:
     """Implements `Engine` with a loop over parameters."""
@@ -59,6 +62,11 @@ class TorchEngine:
         result = objective(self.model, on_device(batch, self.topology.device))
         result.loss.backward()  # type: ignore[no-untyped-call]
         return result.detached()
+
+    @torch.no_grad()
+    def inspect(self, function: Callable[[Transformer, TokenBatch], T], batch: TokenBatch) -> T:
+        """Return what `function` makes of the model and a batch, without gradient."""
+        return function(self.model, on_device(batch, self.topology.device))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:

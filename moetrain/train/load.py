@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from moetrain.data.batch import TokenBatch
-from moetrain.parallel.protocol import Engine, on_device
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology
 
 
@@ -24,15 +25,15 @@ def global_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> Callabl
     return lambda counts_LE: loads_LE
 
 
-@torch.no_grad()
 def count_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> torch.Tensor:
     """Return the expert counts [L, E] of all ranks' micro-batches, int64, from a forward pass. A collective."""
-    counts = []
-    for batch in micro_batches:
-        batch = on_device(batch, engine.topology.device)
-        output = engine.model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-        counts.append(output.counts_LE)
+    counts = [engine.inspect(_counts, batch) for batch in micro_batches]
     return engine.topology.all_reduce_sum(torch.stack(counts).sum(dim=0))
+
+
+def _counts(model: Transformer, batch: TokenBatch) -> torch.Tensor:
+    output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+    return output.counts_LE
 
 
 def violations(counts_LE: torch.Tensor) -> torch.Tensor:

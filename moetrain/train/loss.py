@@ -56,8 +56,11 @@ def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: Token
     row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, column_N - 1]
     targets_N = batch.tokens_BT[row_N, column_N]
-    weight_VD = model.lm_head.weight
-    logprobs_N, entropies_N = _ChunkedLogprobs.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+
+    def read_out(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _ChunkedLogprobs.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call,no-any-return]
+
+    logprobs_N, entropies_N = model.lm_head(hidden_ND, read_out)
     return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
 
 

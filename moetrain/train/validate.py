@@ -6,7 +6,8 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.data.packing import ValidationRows
-from moetrain.parallel.protocol import Engine, on_device
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.protocol import Engine
 from moetrain.train.loss import token_logprobs
 from moetrain.train.rows import micro_batches, rank_rows
 
@@ -20,14 +21,16 @@ def validate(engine: Engine, held_out: Mapping[str, ValidationRows], *, rows_per
     }
 
 
-@torch.no_grad()
 def total_nats(engine: Engine, batch: TokenBatch, *, rows_per_micro_batch: int) -> float:
     """Return the nats of all predicted tokens of a global batch, weights aside. A collective."""
     topology = engine.topology
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
     nats = torch.zeros((), dtype=torch.float64)
     for part in micro_batches(rows, rows=rows_per_micro_batch):
-        part = on_device(part, topology.device)
-        output = engine.model(part.tokens_BT, segments_BT=part.segments_BT, positions_BT=part.positions_BT)
-        nats -= token_logprobs(engine.model, output.hidden_BTD, batch=part).logprobs_N.double().sum().cpu()
+        nats += engine.inspect(_nats, part).cpu()
     return float(topology.all_reduce_sum(nats))
+
+
+def _nats(model: Transformer, batch: TokenBatch) -> torch.Tensor:
+    output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+    return -token_logprobs(model, output.hidden_BTD, batch=batch).logprobs_N.double().sum()
