@@ -33,7 +33,8 @@ def count_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> torch.Te
 
 def _counts(model: Transformer, batch: TokenBatch) -> torch.Tensor:
     output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-    return output.counts_LE
+    counts_LE: torch.Tensor = output.counts_LE
+    return counts_LE
 
 
 def violations(counts_LE: torch.Tensor) -> torch.Tensor:
