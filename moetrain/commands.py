@@ -14,6 +14,7 @@ from moetrain.config import (
     RlRun,
     SftRun,
     StageRun,
+    UpcycleRun,
     check_length,
 )
 from moetrain.errors import ConfigError
@@ -115,6 +116,7 @@ class BenchTrainRun(StageRun):
 SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
+    "upcycle": UpcycleRun,
     "sft": SftRun,
     "rl": RlRun,
     "export": ExportRun,

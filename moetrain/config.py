@@ -13,6 +13,7 @@ from moetrain.eval.config import EvalConfig
 from moetrain.export.config import ExportConfig
 from moetrain.log import WandbMode
 from moetrain.model.config import ModelConfig
+from moetrain.model.upcycle_config import UpcycleConfig, plan_upcycling
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
@@ -150,6 +151,20 @@ class PretrainRun(ReadingRun):
 @dataclass(kw_only=True)
 class SftRun(ReadingRun):
     """Supervised fine-tuning on dialogues, with INT4 quantisation-aware training."""
+
+
+@dataclass(kw_only=True)
+class UpcycleRun(StageRun):
+    """From a dense model to experts, with the same output at the start: weights for init_from of pretrain and sft."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the sparse model; its dense layers and model.intermediate_size are those of the dense one."""
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    """What the experts are made of."""
+
+    def __post_init__(self) -> None:
+        """Check that the feed-forward layers divide into the experts."""
+        plan_upcycling(self.model, self.upcycle)
 
 
 @dataclass(kw_only=True)

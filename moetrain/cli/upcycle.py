@@ -1,0 +1,44 @@
+"""`moetrain upcycle`."""
+
+from dataclasses import asdict
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder, write_json
+from moetrain.config import UpcycleRun
+from moetrain.errors import ConfigError
+from moetrain.model.flops import num_parameters
+from moetrain.model.upcycle_config import plan_upcycling
+from moetrain.verify.table import Row, check_rows, render, write_rows
+
+RELATIVE_BOUND = 1e-5
+"""Largest change of a layer's outputs, relative to the largest of them: a few roundings of float32."""
+
+
+def main(run: UpcycleRun) -> int:
+    """Run the stage; return its exit code. Nothing is written when a layer's output changes."""
+    if run.init_from is None:
+        raise ConfigError("init_from is null: give the stage, checkpoint or Hugging Face folder of a dense model")
+    plan = plan_upcycling(run.model, run.upcycle)
+    # These bring torch in, so only now.
+    from moetrain.cli.weights import read_weights
+    from moetrain.train.stages import SUMMARY
+    from moetrain.train.upcycle import upcycle, write_upcycled
+
+    with stage_folder(run) as folder:
+        origin = read_weights(run.init_from)
+        upcycling = upcycle(origin, model=run.model, config=run.upcycle, plan=plan, seed=run.run.seed)
+        rows: list[Row] = []
+        for layer, change in upcycling.changes.items():
+            cut = f"layer {layer}, tokens for which a copy was not chosen whole"
+            rows += [
+                Row(name=f"layer {layer}, change of the output", value=change.relative, bound=RELATIVE_BOUND),
+                Row(name=cut, value=change.num_cut, bound=0, note=f"of {run.upcycle.check_tokens}"),
+            ]
+        write_rows(folder / "verify.json", rows=rows, context={"dense": str(origin.path)})
+        Console().print(render(f"{origin.path}: {plan.num_copies} copies of {plan.num_shards} shards", rows=rows))
+        check_rows(rows)
+        write_upcycled(upcycling, folder)
+        counts = {"dense": asdict(num_parameters(origin.model)), "sparse": asdict(num_parameters(run.model))}
+        write_json(folder / SUMMARY, {"stage": folder.name, "parameters": counts, "plan": asdict(plan)})
+    return 0

@@ -1,0 +1,107 @@
+"""A dense checkpoint to a sparse one whose first loss is the dense model's last: a stage's folder for `init_from=`.
+
+The folder gets `checkpoints/step_00000000` (weights alone, no optimizer state), the tokenizer that lay beside the dense
+weights, and `summary.json`. Tensors are made one at a time.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig
+from moetrain.model.transformer import Transformer
+from moetrain.model.upcycle import LayerChange, UpcycledTensors, layer_change
+from moetrain.model.upcycle_config import UpcycleConfig, UpcyclePlan
+from moetrain.quant.config import QuantConfig
+from moetrain.train import checkpoint
+from moetrain.train.loop import CHECKPOINTS
+from moetrain.train.origin import TOKENIZER, Origin, vars_of
+from moetrain.train.resume import differences
+
+_log = logging.getLogger(__name__)
+
+_NEW = (
+    *("num_dense_layers", "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts"),
+    *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
+    *("initializer_range", "max_position_embeddings", "balance."),
+)
+"""Fields of the model that may differ: what the experts are, and what changes no output."""
+
+
+@dataclass(kw_only=True)
+class Upcycling:
+    """A dense model and what it becomes, checked. changes: of each layer that gets experts, by its number."""
+
+    origin: Origin
+    model: ModelConfig
+    plan: UpcyclePlan
+    tensors: UpcycledTensors
+    changes: Mapping[int, LayerChange]
+
+
+def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: UpcyclePlan, seed: int) -> Upcycling:
+    """Return the sparse model of the shape `model` that computes what the dense weights of `origin` compute.
+
+    Raises CheckpointError when the weights are not dense, or are of another shape than `model` says.
+    """
+    if origin.model.num_moe_layers:
+        raise CheckpointError(
+            f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers have experts "
+            "already; give dense weights (model.num_dense_layers = model.num_layers)"
+        )
+    unfit = [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_NEW)]
+    if unfit:
+        raise CheckpointError(
+            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
+        )
+    _check_tensors(origin)
+    tensors = UpcycledTensors(origin.tensors, model=model, plan=plan, seed=seed)
+    layers = range(model.num_dense_layers, model.num_layers) if config.check_tokens else []
+    changes = {
+        layer: layer_change(
+            origin.tensors, tensors, layer=layer, model=model, plan=plan, num_tokens=config.check_tokens
+        )
+        for layer in layers
+    }
+    return Upcycling(origin=origin, model=model, plan=plan, tensors=tensors, changes=changes)
+
+
+def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
+    """Write the weights as checkpoint 0 of a stage's folder, with the tokenizer; return the checkpoint's path."""
+    origin = upcycling.origin
+    if origin.tokenizer is None:
+        _log.warning("there is no tokenizer beside %s: the stage that goes on from here has to name one", origin.path)
+    else:
+        Tokenizer.load(origin.tokenizer).save(folder / TOKENIZER)
+    identity = {
+        "model": asdict(upcycling.model),
+        "quant": asdict(QuantConfig()),
+        "upcycle": asdict(upcycling.plan),
+        "origin": origin.digest,
+    }
+    return checkpoint.save(
+        folder / CHECKPOINTS, 0, tensors=upcycling.tensors, state={"identity": identity, "loop": {}}, keep=1
+    )
+
+
+def _check_tensors(origin: Origin) -> None:
+    """Raise CheckpointError unless the tensors are those of the dense model, all of them finite."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(origin.model).state_dict().items()}
+    if missing := sorted(shapes.keys() - origin.tensors.keys()):
+        raise CheckpointError(f"{origin.path}: {missing[0]} is missing: the weights do not fit its config")
+    if left_over := sorted(origin.tensors.keys() - shapes.keys()):
+        raise CheckpointError(f"{origin.path}: {left_over[0]} is no tensor of its model")
+    for name, shape in shapes.items():
+        tensor = origin.tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{origin.path}: {name} has shape {list(tensor.shape)}, its config says {list(shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{origin.path}: {name} holds numbers that are not finite")
