@@ -16,7 +16,6 @@ from moetrain.errors import BoundError, CheckpointError
 from moetrain.log import read_metrics
 from moetrain.model.config import ModelConfig
 from moetrain.model.hf import hf_disk_tensors, to_hf_config
-from moetrain.model.upcycle import LayerChange
 from moetrain.model.upcycle_config import SharedStart, UpcycleConfig, UpcycleMethod
 from moetrain.train import checkpoint
 from moetrain.train import upcycle as module
@@ -36,9 +35,7 @@ def dense(texts: Path) -> Sections:
 
 def sparse(model: ModelConfig) -> ModelConfig:
     """Of 48 units 12 are shared, the other 36 are 3 shards in 4 copies; of these 2 are chosen."""
-    return replace(
-        model, num_dense_layers=1, moe_intermediate_size=12, num_experts=12, num_experts_per_token=6
-    )
+    return replace(model, num_dense_layers=1, moe_intermediate_size=12, num_experts=12, num_experts_per_token=6)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def upcycled(trained: Path, name: str, *, init_from: Path, config: UpcycleConfig = SPLIT) -> Path:
     model = sparse(dense(trained / "texts").model)
     settings = UpcycleRun(
-        run=RunConfig(folder=str(trained), name="runs", stage=name), init_from=str(init_from), model=model, upcycle=config
+        run=RunConfig(folder=str(trained), name="runs", stage=name),
+        init_from=str(init_from),
+        model=model,
+        upcycle=config,
     )
     assert command.main(settings) == 0
     return settings.run.path
@@ -158,15 +158,18 @@ def test_weights_that_do_not_fit_their_own_config_are_refused(trained: Path, cha
     model = sparse(origin.model)
     with pytest.raises(CheckpointError, match=said):
         module.upcycle(
-            replace(origin, tensors=tensors), model=model, config=SPLIT, plan=command.plan_upcycling(model, SPLIT), seed=0
+            replace(origin, tensors=tensors),
+            model=model,
+            config=SPLIT,
+            plan=command.plan_upcycling(model, SPLIT),
+            seed=0,
         )
 
 
-def test_nothing_is_written_when_an_output_changes(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "layer_change", lambda *args, **kwargs: LayerChange(relative=1e-3, num_cut=0))
-    with pytest.raises(BoundError, match=r"layer 1, change of the output: 0.001"):
-        upcycled(trained, "changed", init_from=trained / "dense")
-    assert checkpoint.steps(trained / "runs" / "changed" / CHECKPOINTS) == []
+def test_nothing_is_written_when_ties_cut_copies(trained: Path) -> None:
+    with pytest.raises(BoundError, match=r"layer 1, tokens for which a copy was not chosen whole: \d+ where"):
+        upcycled(trained, "tied", init_from=trained / "dense", config=replace(SPLIT, router_std=1e-8))
+    assert checkpoint.steps(trained / "runs" / "tied" / CHECKPOINTS) == []
 
 
 def test_the_command_takes_its_choices_from_the_command_line() -> None:
