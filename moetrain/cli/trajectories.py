@@ -78,4 +78,5 @@ def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenize
         seed=run.run.seed,
         first_task=RL_FIRST_TASK,
         on_trajectories=keep,
+        qk_clip=run.optim.qk_clip,
     )

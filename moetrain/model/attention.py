@@ -4,6 +4,7 @@ B rows, T tokens, D hidden, H heads, N width without position, R rotary width, Q
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import nn
@@ -11,12 +12,25 @@ from torch.nn import functional as F
 
 from moetrain.model.config import ModelConfig
 from moetrain.model.layers import Linear, RMSNorm
+from moetrain.model.max_logits import max_logits
 from moetrain.model.rope import Rotation, rotate
 from moetrain.model.tiled_attention import Tile, attend_tiled, plan_tiles
 
 LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without the config's epsilon
 TILED_MAX_TOKENS = 2048
 """Longest rows for which tiled products beat the fused CPU kernel in bf16 forward and backward."""
+
+
+class MaxLogits(StrEnum):
+    """Whether a forward pass measures the largest attention logit of each head."""
+
+    unmeasured = "unmeasured"
+    measured = "measured"
+
+    @classmethod
+    def needed(cls, threshold: float | None) -> "MaxLogits":
+        """Return whether QK-Clip with this threshold needs the logits; None is off."""
+        return cls.unmeasured if threshold is None else cls.measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +100,14 @@ class Attention(nn.Module):
         )
         return torch.cat([q_nope.transpose(1, 2), rotate(q_rope, rotation).transpose(1, 2)], -1)
 
-    def forward(self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask) -> torch.Tensor:
-        """Return the attention output [B, T, D]."""
+    def forward(
+        self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, measured_BT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attention output [B, T, D], and the largest logit of each head [H] where tokens are measured.
+
+        `measured_BT`: True for tokens whose logits count; None measures none and costs nothing. The logits are softmax
+        inputs, the softmax scale included: float32, without gradient, -inf where no token is measured.
+        """
         config = self.config
         q_BHTQ = self._queries(x_BTD, rotation)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split(
@@ -99,7 +119,13 @@ class Attention(nn.Module):
         k_BHTQ = torch.cat([k_nope_BHTN, k_rope_B1TR.expand(-1, config.num_heads, -1, -1)], -1)
         if isinstance(mask, FusedMask):
             out_BHTV = attend_fused(q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, mask=mask, scale=config.softmax_scale)
+            max_logits_H = None
+            if measured_BT is not None:
+                max_logits_H = max_logits(
+                    q_BHTQ, k_BHTQ, seen_B1TT=mask.seen_B1TT, measured_BT=measured_BT, scale=config.softmax_scale
+                )
         else:
-            out_BHTV = attend_tiled(q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, tiles=mask, scale=config.softmax_scale)
-        out: torch.Tensor = self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
-        return out
+            out_BHTV, max_logits_H = attend_tiled(
+                q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, tiles=mask, scale=config.softmax_scale, measured_BT=measured_BT
+            )
+        return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), max_logits_H

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from moetrain.model.max_logits import largest_by_head
+
 TILE = 128
 """Queries of a tile, and the step in which its first key moves: few distinct shapes, for each of which oneDNN builds a
 kernel."""
@@ -51,26 +53,39 @@ def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Keeps the probabilities of every tile for the backward pass."""
+    """Keeps the probabilities of every tile for the backward pass; reads the scores' maximum where it is asked to."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_ZTQ: torch.Tensor, k_ZTQ: torch.Tensor, v_ZTV: torch.Tensor, tiles: list[Tile], scale: float
-    ) -> torch.Tensor:
-        """Return the outputs [Z, T, V]."""
+        ctx: Any,
+        q_ZTQ: torch.Tensor,
+        k_ZTQ: torch.Tensor,
+        v_ZTV: torch.Tensor,
+        tiles: list[Tile],
+        scale: float,
+        measured_BT: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the outputs [Z, T, V], and the largest logits [H] over the measured tokens."""
         out_ZTV = v_ZTV.new_empty(v_ZTV.shape)
         probabilities = []
+        largest = []
         for tile in tiles:
             num_rows, _, num_queries, num_keys = tile.bias_B1IJ.shape
             scores_BHIJ = q_ZTQ.new_empty(num_rows, len(q_ZTQ) // num_rows, num_queries, num_keys)
             scores_ZIJ = scores_BHIJ.copy_(tile.bias_B1IJ).view(-1, num_queries, num_keys)
             queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
             scores_ZIJ.baddbmm_(q_ZTQ[:, queries], k_ZTQ[:, keys].transpose(1, 2), alpha=scale)
+            if measured_BT is not None:
+                largest.append(largest_by_head(scores_BHIJ, measured_BI=measured_BT[:, queries]))
             probabilities.append(scores_ZIJ.softmax(-1))
             out_ZTV[:, queries] = torch.bmm(probabilities[-1], v_ZTV[:, keys])
         ctx.save_for_backward(q_ZTQ, k_ZTQ, v_ZTV, *probabilities)
         ctx.tiles, ctx.scale = tiles, scale
-        return out_ZTV
+        if not largest:
+            return out_ZTV, None
+        max_logits_H = torch.stack(largest).amax(0)
+        ctx.mark_non_differentiable(max_logits_H)
+        return out_ZTV, max_logits_H
 
     @staticmethod
     @once_differentiable
@@ -94,13 +109,26 @@ class _TiledAttention(torch.autograd.Function):
             grad_v_ZTV.to(v_ZTV.dtype),
             None,
             None,
+            None,
         )
 
 
 def attend_tiled(
-    q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, *, v_BHTV: torch.Tensor, tiles: list[Tile], scale: float
-) -> torch.Tensor:
-    """Return attention outputs [B, H, T, V]; softmax accumulates in float32."""
+    q_BHTQ: torch.Tensor,
+    k_BHTQ: torch.Tensor,
+    *,
+    v_BHTV: torch.Tensor,
+    tiles: list[Tile],
+    scale: float,
+    measured_BT: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return attention outputs [B, H, T, V], and the largest logit of each head [H] where tokens are measured.
+
+    Softmax accumulates in float32. `measured_BT`: True for tokens whose logits count. The maximum is float32 and has no
+    gradient; a head whose tokens are all left out has -inf.
+    """
     q_ZTQ, k_ZTQ, v_ZTV = q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1), v_BHTV.flatten(0, 1)
-    out_ZTV: torch.Tensor = _TiledAttention.apply(q_ZTQ, k_ZTQ, v_ZTV, tiles, scale)  # type: ignore[no-untyped-call]
-    return out_ZTV.view(v_BHTV.shape)
+    out_ZTV, max_logits_H = _TiledAttention.apply(  # type: ignore[no-untyped-call]
+        q_ZTQ, k_ZTQ, v_ZTV, tiles, scale, measured_BT
+    )
+    return out_ZTV.view(v_BHTV.shape), max_logits_H

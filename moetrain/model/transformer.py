@@ -1,7 +1,7 @@
 """The transformer: tokens of packed rows to hidden states, and hidden states to logits. One device, no ranks, no loss.
 
 State-dict names and shapes are those of transformers v5's DeepseekV3ForCausalLM in memory. B rows, T tokens, N tokens,
-D hidden, V vocabulary, L layers with routed experts, E experts.
+D hidden, V vocabulary, L layers with routed experts, E experts, A layers with attention (all), H heads.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetrain.model.attention import Attention, Mask, plan_attention
+from moetrain.model.attention import Attention, Mask, MaxLogits, plan_attention
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.layers import FeedForward, Linear, RMSNorm
@@ -33,6 +33,8 @@ class ForwardOutput:
     `score_sums_LE`: float32, normalised scores summed over tokens. `z_loss`: float32 scalar, summed over layers and
     tokens; 0 where its weight is. `required_LEB` int32: see `balance.required_biases`; without bins unless the bias
     rule is quantile and gradients are on.
+    `max_logits_AH`: float32, detached, largest attention logit (softmax input, its scale included) of each head of each
+    of A layers over the tokens, padding left out; None where it was not measured.
     """
 
     hidden_BTD: torch.Tensor
@@ -42,6 +44,15 @@ class ForwardOutput:
     score_sums_LE: torch.Tensor
     z_loss: torch.Tensor
     required_LEB: torch.Tensor
+    max_logits_AH: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStatistics:
+    """What a block reports: its router's doings where it has one, its largest logits [H] where they are measured."""
+
+    router: RouterStatistics | None
+    max_logits_H: torch.Tensor | None
 
 
 class Block(nn.Module):
@@ -55,15 +66,24 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, documents: Documents
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """Return the residual stream after this block, and the router's statistics where it has one."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation=rotation, mask=mask)
+        self,
+        x_BTD: torch.Tensor,
+        *,
+        rotation: Rotation,
+        mask: Mask,
+        documents: Documents,
+        measured_BT: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, BlockStatistics]:
+        """Return the residual stream after this block, and what it reports. `measured_BT`: see `Attention.forward`."""
+        attended_BTD, max_logits_H = self.self_attn(
+            self.input_layernorm(x_BTD), rotation=rotation, mask=mask, measured_BT=measured_BT
+        )
+        x_BTD = x_BTD + attended_BTD
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, statistics = self.mlp(normed_BTD, documents)
-            return x_BTD + y_BTD, statistics
-        return x_BTD + self.mlp(normed_BTD), None
+            y_BTD, router = self.mlp(normed_BTD, documents)
+            return x_BTD + y_BTD, BlockStatistics(router=router, max_logits_H=max_logits_H)
+        return x_BTD + self.mlp(normed_BTD), BlockStatistics(router=None, max_logits_H=max_logits_H)
 
 
 class Embedding(nn.Module):
@@ -138,18 +158,23 @@ class Transformer(nn.Module):
         self._rope: RopeTable | None = None
 
     def forward(
-        self, tokens_BT: torch.Tensor, *, segments_BT: torch.Tensor, positions_BT: torch.Tensor
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        segments_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        max_logits: MaxLogits = MaxLogits.unmeasured,
     ) -> ForwardOutput:
         """Return hidden states of packed rows: ids, segments (0 is padding) and positions in each document, int64."""
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
         mask = plan_attention(segments_BT, self.compute_dtype)
         documents = Documents.of(segments_BT)
-        statistics: list[RouterStatistics] = []
+        measured_BT = segments_BT > 0 if max_logits is MaxLogits.measured else None
+        statistics: list[BlockStatistics] = []
         for block in self.model.layers:
-            x_BTD, router = block(x_BTD, rotation=rotation, mask=mask, documents=documents)
-            if router is not None:
-                statistics.append(router)
+            x_BTD, reported = block(x_BTD, rotation=rotation, mask=mask, documents=documents, measured_BT=measured_BT)
+            statistics.append(reported)
         return _output(self.model.norm(x_BTD), statistics, num_experts=self.config.num_experts)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -161,6 +186,10 @@ class Transformer(nn.Module):
         """Return name and module of each layer with routed experts, in order."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, MoE)]
 
+    def attention_layers(self) -> list[tuple[str, Attention]]:
+        """Return name and module of the attention of each block, in order."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, Attention)]
+
     def _rotation(self, positions_BT: torch.Tensor) -> Rotation:
         """Look up the rotation in a table that grows to the longest row seen; it is no part of the state."""
         num_positions = max(positions_BT.shape[1], int(positions_BT.max()) + 1)
@@ -171,8 +200,11 @@ class Transformer(nn.Module):
         return self._rope.at(positions_BT)
 
 
-def _output(hidden_BTD: torch.Tensor, statistics: list[RouterStatistics], *, num_experts: int) -> ForwardOutput:
+def _output(hidden_BTD: torch.Tensor, blocks: list[BlockStatistics], *, num_experts: int) -> ForwardOutput:
     device = hidden_BTD.device
+    measured = [block.max_logits_H for block in blocks if block.max_logits_H is not None]
+    max_logits_AH = torch.stack(measured) if measured else None
+    statistics = [block.router for block in blocks if block.router is not None]
     if not statistics:
         return ForwardOutput(
             hidden_BTD=hidden_BTD,
@@ -182,6 +214,7 @@ def _output(hidden_BTD: torch.Tensor, statistics: list[RouterStatistics], *, num
             score_sums_LE=torch.zeros(0, num_experts, device=device),
             z_loss=torch.zeros((), device=device),
             required_LEB=torch.zeros(0, num_experts, 0, dtype=torch.int32, device=device),
+            max_logits_AH=max_logits_AH,
         )
     return ForwardOutput(
         hidden_BTD=hidden_BTD,
@@ -191,6 +224,7 @@ def _output(hidden_BTD: torch.Tensor, statistics: list[RouterStatistics], *, num
         score_sums_LE=torch.stack([layer.score_sums_E for layer in statistics]),
         z_loss=torch.stack([layer.z_loss for layer in statistics]).sum(),
         required_LEB=torch.stack([layer.required_EB for layer in statistics]),
+        max_logits_AH=max_logits_AH,
     )
 
 

@@ -82,6 +82,9 @@ class OptimConfig:
     """Coefficients of the orthogonalisation."""
     clip_norm: float = 1.0
     """Largest global gradient norm; raw gradients are clipped, before orthogonalisation."""
+    qk_clip: float | None = None
+    """QK-Clip's threshold: largest attention logit a head may have before its queries and keys are made smaller (K2's
+    MuonClip: 100). null is off and costs nothing; inf measures the logits and clips none."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over steps."""
 
@@ -91,5 +94,7 @@ class OptimConfig:
             raise ConfigError(f"optim.lr is {self.lr}: give a positive learning rate")
         if self.clip_norm <= 0:
             raise ConfigError(f"optim.clip_norm is {self.clip_norm}: give a positive norm (a large one never clips)")
+        if self.qk_clip is not None and not self.qk_clip > 0:
+            raise ConfigError(f"optim.qk_clip is {self.qk_clip}: give a positive logit such as 100, or null (off)")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas is {self.betas}: give two numbers from 0 to below 1")

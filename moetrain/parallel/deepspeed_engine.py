@@ -7,7 +7,7 @@ from checked values. Gradient accumulation is ours, so that the number of micro-
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import deepspeed
@@ -194,6 +194,19 @@ class DeepSpeedEngine:
         if not math.isfinite(grad_norm):
             return StepReport(grad_norm=math.inf, clip_factor=0.0)
         return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
+
+    @torch.no_grad()
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply rows of parameters; see `Engine.multiply_rows`.
+
+        Under ZeRO 1 and 2 a rank has its piece of the masters, and a whole float32 copy of them that is multiplied by
+        the same factors: so both hold the same bits and nothing travels. ZeRO 3 keeps pieces alone.
+        """
+        for name, factor_M in factors.items():
+            param = self.model.get_parameter(name)
+            param.data.mul_(factor_M.to(param.device)[:, None])
+        self.optimizer.multiply_rows(factors)
+        forget_rounded(self.model)
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield this rank's slice of each parameter and its state; buffers are the main rank's. See `Engine.pieces`."""

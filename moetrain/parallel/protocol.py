@@ -38,12 +38,15 @@ class ObjectiveResult:
     loss: float32 scalar with a graph, this micro-batch's share; the objective is the sum over micro-batches and ranks.
     counts_LE: int64 tokens that each expert of each MoE layer was chosen by. required_LEB: int32 histograms of the
     biases that experts needed, for the quantile rule; without bins for others. metrics: detached sums.
+    max_logits_AH: float32, detached, largest attention logit of each head of each layer (`ForwardOutput`), where it was
+    measured.
     """
 
     loss: torch.Tensor
     counts_LE: torch.Tensor
     required_LEB: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.int32))
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    max_logits_AH: torch.Tensor | None = None
 
     def detached(self) -> "ObjectiveResult":
         """Return the same numbers without the graph."""
@@ -99,6 +102,16 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> StepReport:
         """Clip the accumulated gradient, update the parameters, clear the gradient. Collective."""
+
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply rows of two-dimensional parameters: row i of the parameter `name` by `factors[name][i]`. Collective.
+
+        `factors`: 1-D float32 on any device, the same on every rank. Called after `step` and before the next
+        `accumulate`. An engine multiplies the float32 masters in float32, makes every copy that a forward pass uses
+        the same, and drops what was derived from the old values (quantised weights). A row whose factor is 1 keeps its
+        bits, and so does the optimizer's state, of all rows. Where masters are cut over ranks, each rank multiplies the
+        elements that it holds: element e of a parameter with C columns lies in row e // C.
+        """
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield what this rank owns of the state: over all ranks, each element of each tensor once. No collective.

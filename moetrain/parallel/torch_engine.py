@@ -1,7 +1,7 @@
 """The plain engine: one process, whole parameters, torch's own clipping. The reference of every other layout."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -106,6 +106,14 @@ class TorchEngine:
         apply_update(
             param, update_BMN.reshape(param.shape), learning_rate=learning_rate, weight_decay=config.weight_decay
         )
+
+    @torch.no_grad()
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply rows of parameters; see `Engine.multiply_rows`."""
+        for name, factor_M in factors.items():
+            param = self.model.get_parameter(name)
+            param.mul_(factor_M.to(param.device)[:, None])
+        forget_rounded(self.model)
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield every tensor whole; see `Engine.pieces`."""

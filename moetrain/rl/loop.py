@@ -14,6 +14,7 @@ from typing import Any
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import Metrics, progress
+from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.parallel.engine import Engine
 from moetrain.quant.config import QuantConfig
@@ -40,7 +41,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RlTraining:
-    """What an RL stage hands to the loop. `first_task`: number of the first task, beyond those of SFT."""
+    """What an RL stage hands to the loop.
+
+    first_task: number of the first task, beyond those of SFT. qk_clip: threshold of QK-Clip, None is off.
+    """
 
     engine: Engine
     family: TaskFamily
@@ -56,6 +60,7 @@ class RlTraining:
     seed: int
     first_task: int
     on_trajectories: Callable[[int, Sequence[Trajectory]], None]
+    qk_clip: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -127,11 +132,18 @@ def _one_step(training: RlTraining, *, balance: BalanceConfig, step: int) -> dic
         balance = replace(balance, global_loss=0.0)  # nothing asks for its counts
     updated = train_step(
         training.engine,
-        lambda counts: policy_objective(training.rl, num_tokens=num_tokens, counts=counts, balance=balance),
+        lambda counts: policy_objective(
+            training.rl,
+            num_tokens=num_tokens,
+            counts=counts,
+            balance=balance,
+            max_logits=MaxLogits.needed(training.qk_clip),
+        ),
         micro_batches=[rank_rows(b, rank=topology.rank, world_size=topology.world_size) for b in batches],
         learning_rate=training.learning_rate(step),
         balance=balance,
         step=step,
+        qk_clip=training.qk_clip,
     )
     trained = max(updated.pop("trained_tokens"), 1.0)
     for name in ("logprob_gap", "outside_window", "entropy"):

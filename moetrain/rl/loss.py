@@ -6,6 +6,7 @@ N predicted tokens of a micro-batch.
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.engine import Objective, ObjectiveResult
@@ -26,7 +27,14 @@ def policy_terms(
     return -(ratio_N * advantages_N - config.tau * log_ratio_N.square())
 
 
-def policy_objective(config: RlConfig, *, num_tokens: float, counts: GlobalCounts, balance: BalanceConfig) -> Objective:
+def policy_objective(
+    config: RlConfig,
+    *,
+    num_tokens: float,
+    counts: GlobalCounts,
+    balance: BalanceConfig,
+    max_logits: MaxLogits = MaxLogits.unmeasured,
+) -> Objective:
     """Return the objective of an RL step; `num_tokens` counts the sampled tokens of the step on all ranks.
 
     With `BalanceLosses.model` the losses of `balance` are added: means over all tokens of the step's trajectories, the
@@ -35,7 +43,9 @@ def policy_objective(config: RlConfig, *, num_tokens: float, counts: GlobalCount
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         assert batch.advantages_BT is not None and batch.logprobs_BT is not None
-        output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+        output = model(
+            batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, max_logits=max_logits
+        )
         predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
         sampled_N = batch.logprobs_BT[batch.loss_mask_BT]
         terms_N = policy_terms(
@@ -63,6 +73,12 @@ def policy_objective(config: RlConfig, *, num_tokens: float, counts: GlobalCount
         if config.balance_losses is BalanceLosses.model:
             terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
             loss, metrics = loss + terms.loss, {**metrics, **terms.metrics}
-        return ObjectiveResult(loss=loss, counts_LE=output.counts_LE, required_LEB=output.required_LEB, metrics=metrics)
+        return ObjectiveResult(
+            loss=loss,
+            counts_LE=output.counts_LE,
+            required_LEB=output.required_LEB,
+            metrics=metrics,
+            max_logits_AH=output.max_logits_AH,
+        )
 
     return objective

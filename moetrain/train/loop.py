@@ -38,7 +38,7 @@ class Training:
     sources that a step is of. validate: figures by name, the
     same on every rank (collective). opening: metrics of a run that begins. identity: what must be equal for a stopped
     run to go on (see `train.resume`). flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
-    together, in FLOP/s.
+    together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the objective measures the logits.
     """
 
     engine: Engine
@@ -52,6 +52,7 @@ class Training:
     identity: Mapping[str, Any]
     flops_per_token: float
     peak_flops: float
+    qk_clip: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -133,6 +134,7 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
         learning_rate=training.learning_rate(step),
         balance=balance,
         step=step,
+        qk_clip=training.qk_clip,
     )
     seconds = time.perf_counter() - start
     counters.tokens += int(values["tokens"])

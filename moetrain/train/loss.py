@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.attention import MaxLogits
 from moetrain.model.balance import global_balance_loss
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.model.transformer import ForwardOutput, Transformer
@@ -103,14 +104,18 @@ def router_entropies(
     }
 
 
-def language_model_objective(counts: GlobalCounts, *, balance: BalanceConfig) -> Objective:
+def language_model_objective(
+    counts: GlobalCounts, *, balance: BalanceConfig, max_logits: MaxLogits = MaxLogits.unmeasured
+) -> Objective:
     """Return the objective of pretraining and SFT for a step with these global counts.
 
     loss = -sum(weight * logprob) / global target weight + the losses of `balance`.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
-        output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+        output = model(
+            batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, max_logits=max_logits
+        )
         predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
         weights_N = batch.weights_BT[batch.loss_mask_BT]
         cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
@@ -127,6 +132,7 @@ def language_model_objective(counts: GlobalCounts, *, balance: BalanceConfig) ->
             counts_LE=output.counts_LE,
             required_LEB=output.required_LEB,
             metrics=metrics,
+            max_logits_AH=output.max_logits_AH,
         )
 
     return objective

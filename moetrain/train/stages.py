@@ -22,6 +22,7 @@ from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import MoetrainError
 from moetrain.log import Metrics
+from moetrain.model.attention import MaxLogits
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import flops_per_token, num_parameters
 from moetrain.optim.config import OptimConfig
@@ -164,6 +165,7 @@ def _training(
     evaluate: Evaluate | None,
 ) -> Training:
     train, optim, balance = sections.train, sections.optim, sections.model.balance
+    max_logits = MaxLogits.needed(optim.qk_clip)
 
     def measure() -> dict[str, float]:
         figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
@@ -172,7 +174,7 @@ def _training(
     dtype = DTYPES[train.compute_dtype]
     return Training(
         engine=engine,
-        objective_for=lambda counts: language_model_objective(counts, balance=balance),
+        objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
         batch_at=lambda step: data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1)),
         learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
         mix_at=lambda step: data.loader.mix_at(train.rows_before(step)),
@@ -190,6 +192,7 @@ def _training(
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
         peak_flops=total_peak(folder / "machine.json", dtype=dtype, topology=engine.topology),
+        qk_clip=optim.qk_clip,
     )
 
 

@@ -17,6 +17,7 @@ from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
 from moetrain.parallel.topology import Topology
+from moetrain.train.attention_clip import batch_max_logits, clip_attention, logit_metrics
 from moetrain.train.load import global_loads, load_metrics, micro_violations
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
 
@@ -32,11 +33,13 @@ def train_step(
     learning_rate: float,
     balance: BalanceConfig,
     step: int,
+    qk_clip: float | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on this rank's micro-batches and return its metrics, the same on every rank.
 
-    A collective: each rank calls it with the same number of micro-batches. step names the step in errors. Raises
-    `DivergenceError` when the loss or the gradient norm is not finite; the weights are then untouched.
+    A collective: each rank calls it with the same number of micro-batches. step names the step in errors. qk_clip:
+    threshold of QK-Clip, None is off; otherwise the objective must measure the logits. Raises `DivergenceError` when
+    the loss or the gradient norm is not finite; the weights are then untouched.
     """
     start = time.perf_counter()
     counts = global_counts(micro_batches, engine.topology)
@@ -56,6 +59,11 @@ def train_step(
             f"step {step}: the gradient norm is {report.grad_norm}; the weights are those before this step. "
             "Start again with a lower optim.lr"
         )
+    logits: dict[str, float] = {}
+    if qk_clip is not None:
+        max_logits_AH = batch_max_logits(results, engine.topology)
+        logits = logit_metrics(engine.model, max_logits_AH, threshold=qk_clip)
+        clip_attention(engine, max_logits_AH, threshold=qk_clip)
     if balance.bias_rule is BiasRule.quantile:
         required_LEB = engine.topology.all_reduce_sum(required_LEB)
     _update_biases(engine.model, totals.counts_LE, required_LEB=required_LEB, balance=balance)
@@ -69,6 +77,7 @@ def train_step(
         "tokens": counts.tokens,
         "targets": counts.targets,
         **_load_metrics(engine.model, totals),
+        **logits,
         TIME_PREFIX + "seconds": seconds,
         TIME_PREFIX + "tokens_per_s": counts.tokens / seconds,
     }

@@ -45,7 +45,7 @@ def test_tiled_and_fused_attention_equal_a_loop_over_queries_forward_and_backwar
     upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(reference, heads, upstream)
 
-    tiled = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float64), scale=SCALE)
+    tiled, _ = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float64), scale=SCALE)
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     fused = attend_fused(q, k, v_BHTV=v, mask=FusedMask(seen_B1TT=same.tril()[:, None]), scale=SCALE)
     for out in (tiled, fused):
@@ -61,7 +61,7 @@ def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: p
     mask = plan_attention(segments_BT, torch.float32)
     assert isinstance(mask, FusedMask)
     q, k, v = random_heads(40, torch.float32)
-    tiled = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
+    tiled, _ = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
     torch.testing.assert_close(attend_fused(q, k, v_BHTV=v, mask=mask, scale=SCALE), tiled, atol=1e-6, rtol=1e-5)
 
 

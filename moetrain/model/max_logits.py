@@ -1,0 +1,55 @@
+"""The largest attention logit of each head over the tokens of a batch: what QK-Clip goes by.
+
+A kernel that holds its scores reads the maximum off them (`largest_by_head`). For one that keeps them to itself,
+`max_logits` makes the scores again without gradient, a block at a time.
+
+B rows, H heads, T tokens, I queries of a block, J keys of a block, Q query-key width.
+"""
+
+import torch
+
+_QUERIES, _KEYS = 128, 1024
+"""Size of a block: its scores are all that is held, whatever the length of the rows."""
+
+
+def largest_by_head(scores_BHIJ: torch.Tensor, *, measured_BI: torch.Tensor) -> torch.Tensor:
+    """Return the largest score of each head over the measured queries [H], float32; -inf where there is none.
+
+    `scores_BHIJ`: softmax inputs, -inf where a query does not see a key. `measured_BI`: False for padding.
+    """
+    largest_BHI = scores_BHIJ.detach().amax(-1).float()
+    return largest_BHI.masked_fill_(~measured_BI[:, None], float("-inf")).amax((0, 2))
+
+
+@torch.no_grad()
+def max_logits(
+    q_BHTQ: torch.Tensor,
+    k_BHTQ: torch.Tensor,
+    *,
+    seen_B1TT: torch.Tensor,
+    measured_BT: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Return the largest logit of each head over the measured tokens [H], float32, without gradient.
+
+    Products run in the dtype of the queries. `seen_B1TT`: whether a token (row) sees a token (column), never a later
+    one; `measured_BT`: False for padding. A head whose tokens are all left out has -inf.
+    """
+    num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
+    largest_H = torch.full((num_heads,), float("-inf"), device=q_BHTQ.device)
+    for start in range(0, num_tokens, _QUERIES):
+        queries = slice(start, min(start + _QUERIES, num_tokens))
+        for first_key in range(0, queries.stop, _KEYS):
+            keys = slice(first_key, min(first_key + _KEYS, queries.stop))
+            seen_B1IJ = seen_B1TT[:, :, queries, keys]
+            if not seen_B1IJ.any():
+                continue
+            q_ZIQ, k_ZJQ = q_BHTQ[:, :, queries].flatten(0, 1), k_BHTQ[:, :, keys].flatten(0, 1)
+            scores_ZIJ = q_ZIQ.new_zeros(len(q_ZIQ), q_ZIQ.shape[1], k_ZJQ.shape[1])
+            scores_ZIJ.baddbmm_(q_ZIQ, k_ZJQ.transpose(1, 2), alpha=scale)
+            scores_BHIJ = scores_ZIJ.view(num_rows, num_heads, *scores_ZIJ.shape[1:]).masked_fill_(
+                ~seen_B1IJ, float("-inf")
+            )
+            block_H = largest_by_head(scores_BHIJ, measured_BI=measured_BT[:, queries])
+            largest_H = torch.maximum(largest_H, block_H)
+    return largest_H
