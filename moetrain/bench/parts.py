@@ -76,9 +76,9 @@ def _marked(engine: Engine) -> Iterator[None]:
 def _seconds(events: list[FunctionEvent], *, num_steps: int) -> dict[str, float]:
     """Return the seconds of each part: own time of every event, given to the part that the event belongs to."""
     forward: dict[int, str] = {}
-    for event in events:
-        if event.sequence_nr >= 0 and not _is_backward(event):
-            forward[event.sequence_nr] = _part_of(event, forward={})
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0:
+            forward.setdefault(event.sequence_nr, _part_of(event, forward={}))
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
         seconds[_part_of(event, forward=forward)] += event.self_cpu_time_total / 1e6 / num_steps
