@@ -78,6 +78,9 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     SIGTERM and SIGUSR1 save at the end of the step and return `Status.interrupted`.
     """
     engine = training.engine
+    losses = training.balance
+    if training.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
+        _log.warning("rl.balance_losses is none: model.balance.global_loss and z_loss are no part of the objective")
     checkpoints = folder / CHECKPOINTS
     resumed = resume(engine, checkpoints, identity=training.identity)
     step = resumed.step
