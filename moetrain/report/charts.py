@@ -102,7 +102,7 @@ def rl_charts(stage: Stage) -> str:
 
 
 def load_charts(stage: Stage) -> str:
-    """Return how evenly the experts of each layer are loaded, how many idle, and the entropy of the router."""
+    """Return how evenly the experts are loaded, how far the bias had to go, how many idle, and the router's entropy."""
     names = stage.metric_names(_MAXVIO)
     rows = [(_layer(name), stage.values(name)) for name in names]
     highest = max((value for _, points in rows for _, value in points), default=1.0)
@@ -110,12 +110,26 @@ def load_charts(stage: Stage) -> str:
         [
             line_chart(
                 f"{stage.name}: MaxVio, mean of layers",
-                _smooth(stage, "maxvio", color=0),
+                [*_smooth(stage, "maxvio", color=0), *_smooth(stage, "maxvio_micro", color=1)],
                 x_name="step",
                 y_name="largest load over mean load, minus 1",
                 from_zero=True,
             ),
             grid_chart(f"{stage.name}: MaxVio by layer", rows, low=0.0, high=round(highest, 2), unit=""),
+            line_chart(
+                f"{stage.name}: load variation, mean of layers",
+                _smooth(stage, "load_variation", color=3),
+                x_name="step",
+                y_name="standard deviation over mean",
+                from_zero=True,
+            ),
+            line_chart(
+                f"{stage.name}: range of the balance bias, mean of layers",
+                [Line(name="bias range", points=stage.values("bias_range"), color=5)],
+                x_name="step",
+                y_name="largest minus smallest",
+                from_zero=True,
+            ),
             line_chart(
                 f"{stage.name}: idle experts",
                 [Line(name="idle experts", points=stage.values("dead_experts"), color=4)],

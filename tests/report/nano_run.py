@@ -114,6 +114,7 @@ def _write_training(folder: Path, *, sources: list[str]) -> None:
     lines: list[dict[str, Any]] = [{"step": 0, "data/code/num_rows": 3.0}]
     for step in range(1, 13):
         load = {"maxvio/model.layers.1.mlp": 0.3, "maxvio/model.layers.2.mlp": 0.5, "maxvio": 0.4, "dead_experts": 0.0}
+        load |= {"maxvio_micro": 0.6, "load_variation": 0.2, "bias_range": 0.1}
         line = {"step": step, "loss": 7.0 / step, "cross_entropy": 6.9 / step, "router_entropy": 1.3, "lr": 1e-3}
         lines.append({**line, "grad_norm": 1.0 / step, **load, "time/seconds": 10.0})
         if step % 6 == 0:

@@ -49,6 +49,8 @@ def test_the_page_shows_every_part_of_a_run(finished: Path) -> None:
         "rl: reward",
         "rl: success by tool calls needed",
         "pretrain: MaxVio by layer",
+        "pretrain: load variation, mean of layers",
+        "pretrain: range of the balance bias, mean of layers",
         "INT4 beside the bf16 masters",
         "Exported size",
         "codes that differ",

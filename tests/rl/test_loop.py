@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from moetrain.chat.messages import Message, Role
@@ -11,14 +12,14 @@ from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ToolError
-from moetrain.log import JsonlMetrics
-from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.log import JsonlMetrics, read_metrics
+from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
-from moetrain.rl.config import RlConfig
+from moetrain.rl.config import BalanceLosses, RlConfig
 from moetrain.rl.loop import RlTraining, collect_groups, run_rl
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
@@ -141,6 +142,45 @@ def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path:
     assert before is not None and after is not None
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert {trajectory.version for trajectory in seen} == {0, 1}
+
+
+def _balanced_step(folder: Path, *, losses: BalanceLosses, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
+    """Return the metrics and the biases of one step with every balance loss given a weight."""
+    balance = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
+    model = replace(_MODEL, balance=balance)
+    engine = build_engine(
+        model,
+        ParallelConfig(engine=EngineName.torch),
+        optim_config=OptimConfig(lr=1e-2),
+        quant_config=_QUANT,
+        compute_dtype=torch.float32,
+        seed=0,
+    )
+    training = _training(engine, [])
+    rl = replace(training.rl, balance_losses=losses, tokens_per_micro_batch=tokens)
+    metrics = JsonlMetrics(folder / "metrics.jsonl")
+    run_rl(
+        replace(training, model=model, balance=balance, rl=rl), replace(_TRAIN, steps=1), folder=folder, metrics=metrics
+    )
+    metrics.close()
+    biases = torch.stack([layer.gate.e_score_correction_bias for _, layer in engine.model.moe_layers()])
+    (values,) = (row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row)
+    return values, biases
+
+
+def test_balance_losses_in_rl_are_the_same_for_every_cut_and_off_by_default(tmp_path: Path) -> None:
+    whole, whole_biases = _balanced_step(tmp_path / "whole", losses=BalanceLosses.model, tokens=1 << 16)
+    parts, biases = _balanced_step(tmp_path / "parts", losses=BalanceLosses.model, tokens=256)
+    for name in ("balance_loss", "global_balance_loss", "z_loss", "loss", "grad_norm", "router_entropy", "maxvio"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4), name
+    assert parts["maxvio_micro"] > whole["maxvio_micro"] == pytest.approx(whole["maxvio"])
+    torch.testing.assert_close(biases, whole_biases, rtol=0, atol=1e-6)
+    assert whole_biases.abs().max() > 0
+
+    off, off_biases = _balanced_step(tmp_path / "off", losses=RlConfig().balance_losses, tokens=1 << 16)
+    assert not off.keys() & {"balance_loss", "global_balance_loss", "z_loss"}
+    assert off["loss"] == pytest.approx(whole["loss"] - sum(whole[name] for name in whole if name.endswith("_loss")))
+    assert torch.equal(off_biases, whole_biases)
 
 
 def _trajectories(expert: int) -> list[list[int]]:
