@@ -208,6 +208,17 @@ class DeepSpeedEngine:
         self.optimizer.multiply_rows(factors)
         forget_rounded(self.model)
 
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Drop the accumulated gradient; parameters and optimizer state stay.
+
+        Goes the way of DeepSpeed's own overflow check, which clears all that ZeRO keeps of a gradient.
+        """
+        for pieces in self.zero.averaged_gradients.values():
+            for gradient in pieces:
+                gradient.fill_(math.inf)
+        self.engine.step()
+
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield this rank's slice of each parameter and its state; buffers are the main rank's. See `Engine.pieces`."""
         if self.topology.is_main:

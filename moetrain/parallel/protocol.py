@@ -113,6 +113,9 @@ class Engine(Protocol):
         elements that it holds: element e of a parameter with C columns lies in row e // C.
         """
 
+    def discard(self) -> None:
+        """Drop the accumulated gradient; parameters and optimizer state stay. Collective, in the place of a step."""
+
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield what this rank owns of the state: over all ranks, each element of each tensor once. No collective.
 

@@ -86,6 +86,11 @@ class TorchEngine:
             return StepReport(grad_norm=math.inf, clip_factor=0.0)
         return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
 
+    def discard(self) -> None:
+        """Drop the accumulated gradient; parameters and optimizer state stay."""
+        for param in self.model.parameters():
+            param.grad = None
+
     def _update(self, name: str, param: torch.nn.Parameter, *, learning_rate: float) -> None:
         grad, state, config = param.grad, self.state[name], self.config
         assert grad is not None

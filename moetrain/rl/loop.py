@@ -7,7 +7,7 @@ was stopped goes on to the same numbers from a checkpoint of the engine and the 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loop import CHECKPOINTS
+from moetrain.train.nonfinite import Skips
 from moetrain.train.resume import resume, save_state
 from moetrain.train.rows import rank_rows
 from moetrain.train.step import TIME_PREFIX, train_step
@@ -85,9 +86,11 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     resumed = resume(engine, checkpoints, identity=training.identity)
     step = resumed.step
     sampled_tokens = int(resumed.state.get("sampled_tokens", 0))
+    skips = Skips(**resumed.state.get("skips", {}))
     with StopSignals() as signals, progress(config.steps, folder.name, completed=step) as advance:
         while step < config.steps:
-            values = _one_step(training, balance=training.balance.at(step, steps=config.steps), step=step)
+            values = _one_step(training, config, balance=training.balance.at(step, steps=config.steps), step=step)
+            values = skips.note(values, config, step=step)
             step += 1
             sampled_tokens += int(values["sampled_tokens"])
             if engine.topology.is_main:
@@ -95,7 +98,7 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
             advance(f"reward {values['reward']:.3f}")
             signal_name = signals.requested(engine.topology)
             if step % config.checkpoint_every == 0 or step == config.steps or signal_name:
-                state = {"sampled_tokens": sampled_tokens}
+                state = {"sampled_tokens": sampled_tokens, "skips": asdict(skips)}
                 save_state(
                     engine,
                     checkpoints,
@@ -110,7 +113,7 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     return RlOutcome(status=Status.finished, step=step, sampled_tokens=sampled_tokens)
 
 
-def _one_step(training: RlTraining, *, balance: BalanceConfig, step: int) -> dict[str, float]:
+def _one_step(training: RlTraining, config: TrainConfig, *, balance: BalanceConfig, step: int) -> dict[str, float]:
     started = time.perf_counter()
     weights = sync_weights(training.engine, config=training.model, quant=training.quant)
     groups = collect_groups(training, weights=weights, step=step)
@@ -147,6 +150,7 @@ def _one_step(training: RlTraining, *, balance: BalanceConfig, step: int) -> dic
         balance=balance,
         step=step,
         qk_clip=training.qk_clip,
+        on_nonfinite=config.on_nonfinite,
     )
     trained = max(updated.pop("trained_tokens"), 1.0)
     for name in ("logprob_gap", "outside_window", "entropy"):

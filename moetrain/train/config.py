@@ -13,6 +13,13 @@ class ComputeDtype(StrEnum):
     float32 = "float32"
 
 
+class NonfinitePolicy(StrEnum):
+    """What a step does whose loss or gradient norm is not a finite number: end the run, or leave the step out."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass(kw_only=True)
 class RampConfig:
     """A part of the batch-size ramp."""
@@ -52,6 +59,11 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
+    on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
+    """A loss or gradient norm that is not finite: stop ends the run; skip drops the step's gradient, leaves weights,
+    momentum and balance bias as they are, counts the step in `skipped_steps`, and goes on with the next batch."""
+    max_skipped_in_row: int = 10
+    """Steps left out one after the other that on_nonfinite=skip bears; one more ends the run."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -62,6 +74,7 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "max_skipped_in_row",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give at least 1")

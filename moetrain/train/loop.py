@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moetrain.parallel.protocol import Engine
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loss import ObjectiveFor
+from moetrain.train.nonfinite import Skips
 from moetrain.train.resume import resume, save_state
 from moetrain.train.rows import micro_batches, rank_rows
 from moetrain.train.step import TIME_PREFIX, train_step
@@ -62,6 +63,12 @@ class Counters:
     tokens: int = 0
     targets: int = 0
     seconds: float = 0.0
+    skips: Skips = field(default_factory=Skips)
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Counters":
+        """Return what `asdict` made of counters, as counters; an empty state gives zeros."""
+        return cls(**{**state, "skips": Skips(**state.get("skips", {}))})
 
 
 @dataclass(kw_only=True)
@@ -79,12 +86,13 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     """Train for `config.steps` steps, from the last good checkpoint in `folder` if there is one. A collective.
 
     SIGTERM and SIGUSR1 save at the end of the step and return `Status.interrupted`; started again, the run goes on to
-    the numbers it would have had. Raises `DivergenceError` at a loss that is not finite.
+    the numbers it would have had. A loss that is not finite raises `DivergenceError`, or leaves the step out
+    (`config.on_nonfinite`).
     """
     engine = training.engine
     checkpoints = folder / CHECKPOINTS
     resumed = resume(engine, checkpoints, identity=training.identity)
-    counters = Counters(**resumed.state)
+    counters = Counters.restored(resumed.state)
     is_main = engine.topology.is_main
     record = metrics.write if is_main else _ignore
     if resumed.num_damaged:
@@ -99,7 +107,7 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
             step += 1
             if step % config.log_every == 0 or step == config.steps:
                 record(step, values)
-            advance(f"loss {values['loss']:.3f}")
+            advance(f"loss {values['loss']:.3f}" if "loss" in values else "left out")
             if config.validate_every and step % config.validate_every == 0 and step < config.steps:
                 record(step, training.validate())
             signal_name = signals.requested(engine.topology)
@@ -135,7 +143,9 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
         balance=balance,
         step=step,
         qk_clip=training.qk_clip,
+        on_nonfinite=config.on_nonfinite,
     )
+    values = counters.skips.note(values, config, step=step)
     seconds = time.perf_counter() - start
     counters.tokens += int(values["tokens"])
     counters.targets += int(values["targets"])

@@ -15,11 +15,13 @@ from moetrain.errors import DivergenceError
 from moetrain.model.balance import update_bias
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.model.transformer import Transformer
-from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
+from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepReport
 from moetrain.parallel.topology import Topology
 from moetrain.train.attention_clip import batch_max_logits, clip_attention, logit_metrics
+from moetrain.train.config import NonfinitePolicy
 from moetrain.train.load import global_loads, load_metrics, micro_violations
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
+from moetrain.train.nonfinite import SKIPPED
 
 TIME_PREFIX = "time/"
 """Metrics that a clock gives; all others are the same each time a run is repeated."""
@@ -34,12 +36,14 @@ def train_step(
     balance: BalanceConfig,
     step: int,
     qk_clip: float | None = None,
+    on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop,
 ) -> dict[str, float]:
     """Take one optimizer step on this rank's micro-batches and return its metrics, the same on every rank.
 
     A collective: each rank calls it with the same number of micro-batches. step names the step in errors. qk_clip:
-    threshold of QK-Clip, None is off; otherwise the objective must measure the logits. Raises `DivergenceError` when
-    the loss or the gradient norm is not finite; the weights are then untouched.
+    threshold of QK-Clip, None is off; otherwise the objective must measure the logits. A loss or gradient norm that is
+    not finite leaves weights, optimizer state and balance bias untouched on every rank, and raises `DivergenceError`
+    or, where `on_nonfinite` says so, returns the metrics with `SKIPPED` among them.
     """
     start = time.perf_counter()
     counts = global_counts(micro_batches, engine.topology)
@@ -48,17 +52,16 @@ def train_step(
     objective = objective_for(counts)
     results, required_LEB = _accumulate(engine, objective, micro_batches)
     totals = _Totals(results, engine.topology)
-    if not math.isfinite(totals.loss):
-        raise DivergenceError(
-            f"step {step}: the loss is {totals.loss}; the weights are those before this step. "
-            "Start again with a lower optim.lr or a smaller optim.clip_norm"
-        )
-    report = engine.step(learning_rate)
+    if math.isfinite(totals.loss):
+        report = engine.step(learning_rate)
+    else:
+        engine.discard()
+        report = StepReport(grad_norm=math.nan, clip_factor=0.0)
     if not math.isfinite(report.grad_norm):
-        raise DivergenceError(
-            f"step {step}: the gradient norm is {report.grad_norm}; the weights are those before this step. "
-            "Start again with a lower optim.lr"
-        )
+        if on_nonfinite is NonfinitePolicy.stop:
+            raise _divergence(step, loss=totals.loss, grad_norm=report.grad_norm)
+        given_up = {"loss": totals.loss, **totals.metrics, "grad_norm": report.grad_norm, "lr": learning_rate}
+        return {**given_up, "tokens": counts.tokens, "targets": counts.targets, SKIPPED: 1.0}
     logits: dict[str, float] = {}
     if qk_clip is not None:
         max_logits_AH = batch_max_logits(results, engine.topology)
@@ -81,6 +84,14 @@ def train_step(
         TIME_PREFIX + "seconds": seconds,
         TIME_PREFIX + "tokens_per_s": counts.tokens / seconds,
     }
+
+
+def _divergence(step: int, *, loss: float, grad_norm: float) -> DivergenceError:
+    found = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    return DivergenceError(
+        f"step {step}: {found}; the weights are those before this step. "
+        "Start again with a lower optim.lr, or with train.on_nonfinite=skip to leave such steps out"
+    )
 
 
 def global_counts(micro_batches: Sequence[TokenBatch], topology: Topology) -> GlobalCounts:

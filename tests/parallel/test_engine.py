@@ -135,6 +135,18 @@ def test_a_gradient_that_is_not_finite_skips_the_step(engine: EngineName) -> Non
 
 
 @pytest.mark.parametrize("engine", list(EngineName))
+def test_a_discarded_gradient_leaves_no_trace(engine: EngineName) -> None:
+    built, other = build(engine), build(engine)
+    before = _state(built)
+    built.accumulate(objective_for(batch_of(1)), batch_of(1), is_last=True)
+    built.discard()
+    assert identical(_state(built), before)
+    train(built, range(2))
+    train(other, range(2))
+    assert identical(_state(built), _state(other))
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
 def test_quantised_weights_follow_their_masters(engine: EngineName) -> None:
     built = build(engine, quantize=True)
     ((_, layer),) = built.model.moe_layers()

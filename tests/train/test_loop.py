@@ -17,19 +17,30 @@ import torch
 from moetrain.data.batch import TokenBatch
 from moetrain.errors import CheckpointError, DivergenceError
 from moetrain.log import JsonlMetrics
+from moetrain.model.config import BalanceConfig
 from moetrain.parallel.config import EngineName
+from moetrain.parallel.protocol import Objective, ObjectiveResult
 from moetrain.train import checkpoint
-from moetrain.train.config import TrainConfig
+from moetrain.train.config import NonfinitePolicy, TrainConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import CHECKPOINTS, Outcome, run_training
+from moetrain.train.loss import GlobalCounts
+from moetrain.train.nonfinite import SKIPPED
+from moetrain.train.step import train_step
 from tests.train.toy import losses, toy_batch, toy_engine, toy_training
 
 STEPS = 6
 
 
-def _config(*, steps: int = STEPS, checkpoint_every: int = 2) -> TrainConfig:
+def _config(*, on_nonfinite: NonfinitePolicy, max_skipped_in_row: int, steps: int = STEPS) -> TrainConfig:
     return TrainConfig(
-        steps=steps, rows_per_step=4, rows_per_micro_batch=2, checkpoint_every=checkpoint_every, validate_every=3
+        steps=steps,
+        rows_per_step=4,
+        rows_per_micro_batch=2,
+        checkpoint_every=2,
+        validate_every=3,
+        on_nonfinite=on_nonfinite,
+        max_skipped_in_row=max_skipped_in_row,
     )
 
 
@@ -42,6 +53,8 @@ def _run(
     identity: str = "toy",
     steps: int = STEPS,
     quantised: bool = False,
+    on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop,
+    max_skipped_in_row: int = 10,
 ) -> Outcome:
     metrics = JsonlMetrics(folder / "metrics.jsonl")
     training = toy_training(
@@ -51,7 +64,8 @@ def _run(
         identity=identity,
     )
     try:
-        return run_training(training, _config(steps=steps), folder=folder, metrics=metrics)
+        config = _config(steps=steps, on_nonfinite=on_nonfinite, max_skipped_in_row=max_skipped_in_row)
+        return run_training(training, config, folder=folder, metrics=metrics)
     finally:
         metrics.close()
 
@@ -202,3 +216,77 @@ def test_metrics_tell_load_speed_and_validation(tmp_path: Path) -> None:
     names = {"loss", "grad_norm", "clip_factor", "lr", "tokens", "maxvio", "dead_experts", "entropy", "router_entropy"}
     assert names | {"maxvio/model.layers.1.mlp", "time/tokens_per_s", "time/mfu"} <= rows[0].keys()
     assert [row["step"] for row in rows if "validation/toy" in row] == [3, 6]
+
+
+def _infected(*steps: int, value: float = math.nan) -> Callable[[int], TokenBatch]:
+    """Return toy batches of which those of `steps` give a loss that is not finite."""
+
+    def batch_at(step: int) -> TokenBatch:
+        batch = toy_batch(step)
+        return replace(batch, weights_BT=batch.weights_BT * value) if step in steps else batch
+
+    return batch_at
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_a_step_whose_loss_is_not_finite_is_left_out_and_counted(
+    tmp_path: Path, engine: EngineName, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    from moetrain.log import read_metrics
+
+    with caplog.at_level(logging.WARNING):
+        _run(tmp_path, engine=engine, batch_at=_infected(1, value=value), on_nonfinite=NonfinitePolicy.skip, steps=2)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "tokens" in row]
+    assert [row["skipped_steps"] for row in rows] == [0.0, 1.0]
+    assert ["loss" in row for row in rows] == [True, False]
+    assert "step 1 is left out" in caplog.text
+    after = _tensors(tmp_path)
+    alone = tmp_path / "alone"
+    _run(alone, engine=engine, steps=1)
+    assert all(torch.equal(after[name], tensor) for name, tensor in _tensors(alone).items())
+
+
+def test_a_run_with_steps_left_out_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    batch_at = _infected(1, 4)
+    _run(whole, batch_at=batch_at, on_nonfinite=NonfinitePolicy.skip)
+    with pytest.raises(ConnectionError):
+        _run(stopped, batch_at=lambda step: _killed_at(5)(step) and batch_at(step), on_nonfinite=NonfinitePolicy.skip)
+    _run(stopped, batch_at=batch_at, on_nonfinite=NonfinitePolicy.skip)
+    assert losses(whole / "metrics.jsonl") == losses(stopped / "metrics.jsonl")
+    assert len(losses(whole / "metrics.jsonl")) == STEPS - 2
+    first, second = _tensors(whole), _tensors(stopped)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_steps_left_out_in_a_row_than_allowed_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match=r"step 5: 3 steps in a row .* train.max_skipped_in_row is 2"):
+        _run(tmp_path, batch_at=_infected(0, 1, 3, 4, 5), on_nonfinite=NonfinitePolicy.skip, max_skipped_in_row=2)
+
+
+def test_a_gradient_norm_that_is_not_finite_is_left_out_on_the_same_terms(tmp_path: Path) -> None:
+    engine = toy_engine()
+    before = engine.gather_state(with_optimizer=True)
+    assert before is not None
+
+    def explode(counts: GlobalCounts) -> Objective:
+        def objective(model: torch.nn.Module, batch: object) -> ObjectiveResult:
+            zero = (engine.model.lm_head.weight * 0.0).sum()
+            return ObjectiveResult(loss=torch.sqrt(zero.abs()), counts_LE=torch.ones(2, 4, dtype=torch.int64))
+
+        return objective
+
+    values = train_step(
+        engine,
+        explode,
+        micro_batches=[toy_batch(0)],
+        learning_rate=1.0,
+        balance=BalanceConfig(),
+        step=7,
+        on_nonfinite=NonfinitePolicy.skip,
+    )
+    assert SKIPPED in values and values["loss"] == 0.0
+    after = engine.gather_state(with_optimizer=True)
+    assert after is not None
+    assert all(torch.equal(before[name], after[name]) for name in before)
