@@ -24,7 +24,7 @@ class ParallelConfig:
     zero: int = 1
     """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too."""
     timeout_s: int = 1800
-    """Seconds after which a collective that hangs is an error."""
+    """Seconds after which a collective that hangs is an error that names the step and the ranks that did not arrive."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

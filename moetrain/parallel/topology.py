@@ -6,6 +6,7 @@ One process needs no launcher: without torchrun's variables a group of one is ma
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -13,8 +14,11 @@ import torch.distributed as dist
 
 from moetrain.errors import ConfigError
 from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
+
+_GRACE_S = 60  # the watchdog, which says who is missing, comes before gloo, which does not
 
 
 @dataclass(kw_only=True)
@@ -31,6 +35,12 @@ class Topology:
     device: torch.device
     expert_group: dist.ProcessGroup | None = None
     expert_data_group: dist.ProcessGroup | None = None
+    watchdog: Watchdog | None = None
+
+    def enter_step(self, step: int) -> None:
+        """Say which step begins: an error about a rank that hangs names it."""
+        if self.watchdog is not None:
+            self.watchdog.step = step
 
     @property
     def is_main(self) -> bool:
@@ -108,7 +118,18 @@ def setup(parallel: ParallelConfig) -> Topology:
         device=device,
         expert_group=expert_group,
         expert_data_group=expert_data_group,
+        watchdog=_watchdog(parallel) if world_size > 1 else None,
     )
+
+
+@lru_cache(maxsize=1)
+def _watchdog_of(rank: int, world_size: int, timeout_s: int) -> Watchdog:
+    return Watchdog(rank=rank, world_size=world_size, timeout_s=timeout_s)
+
+
+def _watchdog(parallel: ParallelConfig) -> Watchdog:
+    """Return this process's watchdog, the same one each time."""
+    return _watchdog_of(dist.get_rank(), dist.get_world_size(), parallel.timeout_s)
 
 
 def _local_device() -> torch.device:
@@ -121,7 +142,7 @@ def _local_device() -> torch.device:
 
 def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=parallel.timeout_s)
+    timeout = timedelta(seconds=parallel.timeout_s + _GRACE_S)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

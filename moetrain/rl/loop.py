@@ -115,6 +115,7 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
 
 def _one_step(training: RlTraining, config: TrainConfig, *, balance: BalanceConfig, step: int) -> dict[str, float]:
     started = time.perf_counter()
+    training.engine.topology.enter_step(step)
     weights = sync_weights(training.engine, config=training.model, quant=training.quant)
     groups = collect_groups(training, weights=weights, step=step)
     collected = time.perf_counter()

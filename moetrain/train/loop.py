@@ -132,6 +132,7 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
     """Take step `step`, add what it saw to `counters`, and return its metrics."""
     start = time.perf_counter()
     topology = training.engine.topology
+    topology.enter_step(step)
     batch = training.batch_at(step)
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
     balance = training.balance.at(step, steps=config.steps)

@@ -1,0 +1,140 @@
+"""Names the step and the ranks when a collective hangs; gloo's own error says neither.
+
+Each rank has a thread that looks at the main thread now and then: in which step it is, at which line, whether it waits
+in a collective. It tells the launcher's store so. A rank whose main thread has waited in a collective for the whole
+`timeout_s` reads what the others told, writes one line that names those that did not arrive, and ends the process with
+exit code 1, so that a launcher ends the other ranks too, and starts them again if it was told to. A rank that tells
+nothing any more is stopped, or gone with its machine.
+
+It takes part in no collective. Waiting is seen from outside: the innermost Python frame lies in torch's or DeepSpeed's
+collectives and the thread uses no processor time.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+_BUSY_S = 0.02  # processor time between two looks from which on a thread computes, and does not wait
+_LONGEST_INTERVAL_S = 5.0
+_STORE_TIMEOUT = timedelta(seconds=10)
+EXIT_CODE = 1
+"""Exit code of a rank that has waited too long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank is. step: None before the first one. line: file and line of the caller of a collective, or of what
+    runs. waits: in a collective. beat: counts the looks, so that a rank that stopped is told from one that waits."""
+
+    step: int | None
+    line: str
+    waits: bool
+    beat: int
+
+
+class Watchdog:
+    """The thread of one rank; `step` is set by the training loop."""
+
+    def __init__(self, *, rank: int, world_size: int, timeout_s: float) -> None:
+        """Watch the thread that calls this one, with a connection of its own to the launcher's store."""
+        self.step: int | None = None
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 10)
+        self._watched = threading.get_ident()
+        self._clock = time.pthread_getcpuclockid(self._watched)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
+            address, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
+        )
+        self._prefix = f"moetrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        waiting_since = time.monotonic()
+        used_s, beat = 0.0, 0
+        while True:
+            now_used_s, beat = time.clock_gettime(self._clock), beat + 1
+            place = self._look(beat)
+            if not place.waits or now_used_s - used_s > _BUSY_S:
+                waiting_since = time.monotonic()
+            used_s = now_used_s
+            try:
+                self._store.set(self._key(self._rank), json.dumps(asdict(place)))
+                if time.monotonic() - waiting_since > self._timeout_s:
+                    self._end(hang_message(place, self._others(), rank=self._rank, timeout_s=self._timeout_s))
+            except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
+                if time.monotonic() - waiting_since > self._timeout_s:
+                    self._end(
+                        f"step {place.step}: rank {self._rank} has waited at {place.line} for {self._timeout_s:g} s, "
+                        f"and the store of the launcher at {os.environ['MASTER_ADDR']} does not answer: {error}"
+                    )
+            time.sleep(self._interval_s)
+
+    def _look(self, beat: int) -> Place:
+        frame = sys._current_frames().get(self._watched)
+        inner = frame
+        while inner is not None and _is_collective(inner):
+            inner = inner.f_back
+        line = "its end" if inner is None else f"{_short(inner.f_code.co_filename)}:{inner.f_lineno}"
+        waits = frame is not None and inner is not frame
+        return Place(step=self.step, line=line, waits=waits, beat=beat)
+
+    def _others(self) -> dict[int, Place | None]:
+        """Return where the other ranks are; None for one that told nothing during three looks."""
+        first = self._read()
+        time.sleep(3 * self._interval_s + 1.0)
+        second = self._read()
+        return {rank: place if place is not None and place != first[rank] else None for rank, place in second.items()}
+
+    def _read(self) -> dict[int, Place | None]:
+        ranks = [rank for rank in range(self._world_size) if rank != self._rank]
+        told = {rank: self._store.check([self._key(rank)]) for rank in ranks}
+        return {rank: Place(**json.loads(self._store.get(self._key(rank)))) if told[rank] else None for rank in ranks}
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}"
+
+    def _end(self, message: str) -> None:
+        os.write(2, f"moetrain: {message}\n".encode())  # the main thread may hold the lock of sys.stderr
+        os._exit(EXIT_CODE)  # it cannot be woken up
+
+
+def hang_message(own: Place, others: Mapping[int, Place | None], *, rank: int, timeout_s: float) -> str:
+    """Return the line that a rank says that waits at `own`, from what the others told last (None: no sign of life)."""
+    silent = [other for other, place in others.items() if place is None]
+    elsewhere = {other: place for other, place in others.items() if place is not None and not place.waits}
+    reasons = [f"{_ranks(silent)} no sign of life (stopped, or the machine is gone)"] if silent else []
+    reasons += [f"rank {other} is at {place.line} in step {place.step}" for other, place in elsewhere.items()]
+    if not reasons:
+        places = {other: place for other, place in others.items() if place is not None}
+        reasons = [f"rank {other} waits at {place.line} in step {place.step}" for other, place in places.items()]
+        return f"step {own.step}: rank {rank} has waited at {own.line} for {timeout_s:g} s; " + "; ".join(reasons)
+    missing = sorted([*silent, *elsewhere])
+    return (
+        f"step {own.step}: rank {rank} has waited in the collective at {own.line} for {timeout_s:g} s "
+        f"(parallel.timeout_s); did not arrive: rank {', '.join(map(str, missing))}: " + "; ".join(reasons)
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]} gives" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} give"
+
+
+def _is_collective(frame: FrameType) -> bool:
+    return any(part in frame.f_code.co_filename for part in _COLLECTIVES)
+
+
+def _short(path: str) -> str:
+    """Return a path from its package on."""
+    parts = Path(path).parts
+    return "/".join(parts[-3:])
