@@ -10,16 +10,14 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from moetrain.model.balance import required_biases, z_loss_sum
+from moetrain.model.combine import combine
 from moetrain.model.config import BiasRule, ModelConfig
+from moetrain.model.expert_products import expert_rows
 from moetrain.model.layers import FeedForward
 from moetrain.model.router import Router, Routing
 from moetrain.quant.fake_quant import FakeQuantizer
-
-ROW_MULTIPLE = 64
-"""Rows of each expert are padded to it: oneDNN builds a kernel for every new shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +76,7 @@ class Experts(nn.Module):
         An expert without rows still has a gradient (zero).
         """
         gate_up_LGD, down_LDF = self.compute_weights()
-        outputs = []
-        for x_RD, gate_up_GD, down_DF in zip(
-            torch.split(x_SD, counts_L.tolist()), gate_up_LGD.unbind(), down_LDF.unbind(), strict=True
-        ):
-            padded = F.pad(x_RD, (0, 0, 0, -len(x_RD) % ROW_MULTIPLE))
-            gate, up = F.linear(padded, gate_up_GD).chunk(2, -1)
-            outputs.append(F.linear(F.silu(gate) * up, down_DF)[: len(x_RD)])
-        return torch.cat(outputs)
+        return expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
 
 
 class Dispatcher(Protocol):
@@ -112,13 +103,6 @@ class LocalDispatcher:
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         y_SD = experts.compute(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
         return combine(y_SD, order_S, weights_NK=weights_NK)
-
-
-def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum [N, D] of a token's K rows; row i of `y_SD` is (token, k) number `order_S[i]`."""
-    inverse_S = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    y_NKD = y_SD.index_select(0, inverse_S).view(*weights_NK.shape, y_SD.shape[1])
-    return (y_NKD * weights_NK[..., None]).sum(1).to(y_SD.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.moe import Experts, combine
+from moetrain.model.combine import combine
+from moetrain.model.moe import Experts
 from moetrain.parallel.topology import Topology
 
 

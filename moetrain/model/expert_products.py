@@ -1,0 +1,133 @@
+"""What the routed experts of a layer make of their rows: three ways to the same numbers, chosen by device and dtype.
+
+`expert_loop` is the plain one, in torch's own operations, and the reference of the others. `expert_written_out` is for
+CPUs: bit for bit the same, with the backward pass written out, which saves copies and keeps less. `expert_grouped` is
+for GPUs: one grouped product for all experts; sums are ordered differently there.
+
+S rows sorted by expert, R rows of one expert, D hidden, L experts, F expert width, G = 2F (gate rows first).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+ROW_MULTIPLE = 64
+"""Rows of each expert are padded to it: oneDNN builds a kernel for every new shape."""
+
+
+def expert_rows(
+    x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
+) -> torch.Tensor:
+    """Return down(silu(gate x) * up x) of rows sorted by expert, `counts_L` int64 rows each, in the dtype of x.
+
+    An expert without rows still has a gradient: zero.
+    """
+    if x_SD.device.type == "cpu":
+        return expert_written_out(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
+    if x_SD.dtype == torch.bfloat16:
+        return expert_grouped(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
+    return expert_loop(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
+
+
+def expert_loop(
+    x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
+) -> torch.Tensor:
+    """Return the same, one expert after the other."""
+    outputs = []
+    for x_RD, gate_up_GD, down_DF in zip(
+        torch.split(x_SD, counts_L.tolist()), gate_up_LGD.unbind(), down_LDF.unbind(), strict=True
+    ):
+        padded = F.pad(x_RD, (0, 0, 0, -len(x_RD) % ROW_MULTIPLE))
+        gate, up = F.linear(padded, gate_up_GD).chunk(2, -1)
+        outputs.append(F.linear(F.silu(gate) * up, down_DF)[: len(x_RD)])
+    return torch.cat(outputs)
+
+
+def expert_grouped(
+    x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
+) -> torch.Tensor:
+    """Return the same by `torch.nn.functional.grouped_mm`, which takes bf16; the host need not know the counts."""
+    ends_L = counts_L.cumsum(0).to(torch.int32)
+    gate_SF, up_SF = F.grouped_mm(x_SD, gate_up_LGD.transpose(1, 2), offs=ends_L).chunk(2, -1)
+    return F.grouped_mm(F.silu(gate_SF) * up_SF, down_LDF.transpose(1, 2), offs=ends_L)
+
+
+def expert_written_out(
+    x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
+) -> torch.Tensor:
+    """Return what `expert_loop` returns, bit for bit, and with the same gradients."""
+    counts = counts_L.tolist()
+    y_SD: torch.Tensor = _WrittenOut.apply(x_SD, gate_up_LGD, down_LDF, counts)  # type: ignore[no-untyped-call]
+    return y_SD
+
+
+def _pieces(counts: list[int]) -> Iterator[tuple[int, slice, slice]]:
+    """Yield expert, its rows among the sorted ones, and its rows in a buffer where each expert's are padded."""
+    start = padded_start = 0
+    for expert, count in enumerate(counts):
+        padded = count + -count % ROW_MULTIPLE
+        yield expert, slice(start, start + count), slice(padded_start, padded_start + padded)
+        start, padded_start = start + count, padded_start + padded
+
+
+def _padded(rows_RD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write rows, and zeros after them, to `out`; return it."""
+    out[: len(rows_RD)] = rows_RD
+    out[len(rows_RD) :].zero_()
+    return out
+
+
+class _WrittenOut(torch.autograd.Function):
+    """Experts one after the other, so that what an expert needs stays in cache.
+
+    Outputs go straight to their place: the padding of an expert is overwritten by the rows of the next one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SD: torch.Tensor, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        """Return y_SD."""
+        pieces = list(_pieces(counts))
+        num_padded = pieces[-1][2].stop
+        x_PD = x_SD.new_empty(num_padded, x_SD.shape[1])
+        gate_up_PG = x_SD.new_empty(num_padded, gate_up_LGD.shape[1])
+        y_SD = x_SD.new_empty(len(x_SD) + ROW_MULTIPLE, x_SD.shape[1])
+        for expert, rows, padded in pieces:
+            x_RD = _padded(x_SD[rows], x_PD[padded])
+            torch.mm(x_RD, gate_up_LGD[expert].T, out=gate_up_PG[padded])
+            gate_RF, up_RF = gate_up_PG[padded].chunk(2, -1)
+            torch.mm(F.silu(gate_RF).mul_(up_RF), down_LDF[expert].T, out=y_SD[rows.start :][: len(x_RD)])
+        ctx.save_for_backward(x_PD, gate_up_PG, gate_up_LGD, down_LDF)
+        ctx.counts = counts
+        return y_SD[: len(x_SD)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the rows and of both weights; silu is made again."""
+        x_PD, gate_up_PG, gate_up_LGD, down_LDF = ctx.saved_tensors
+        (grad_y_SD,) = grads
+        grad_x_SD = x_PD.new_empty(len(grad_y_SD) + ROW_MULTIPLE, x_PD.shape[1])
+        grad_gate_up_LGD, grad_down_LDF = torch.empty_like(gate_up_LGD), torch.empty_like(down_LDF)
+        for expert, rows, padded in _pieces(ctx.counts):
+            if rows.start == rows.stop:
+                grad_gate_up_LGD[expert].zero_()
+                grad_down_LDF[expert].zero_()
+                continue
+            x_RD, gate_up_RG = x_PD[padded], gate_up_PG[padded]
+            gate_RF, up_RF = gate_up_RG.chunk(2, -1)
+            grad_y_RD = _padded(grad_y_SD[rows], torch.empty_like(x_RD))
+            silu_RF = F.silu(gate_RF)
+            torch.mm(grad_y_RD.T, silu_RF * up_RF, out=grad_down_LDF[expert])
+            grad_hidden_RF = torch.mm(grad_y_RD, down_LDF[expert])
+            grad_gate_up_RG = torch.empty_like(gate_up_RG)
+            grad_gate_RF, grad_up_RF = grad_gate_up_RG.chunk(2, -1)
+            torch.mul(grad_hidden_RF, silu_RF, out=grad_up_RF)
+            torch.ops.aten.silu_backward.grad_input(grad_hidden_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
+            torch.mm(grad_gate_up_RG.T, x_RD, out=grad_gate_up_LGD[expert])
+            torch.mm(grad_gate_up_RG, gate_up_LGD[expert], out=grad_x_SD[rows.start :][: len(x_RD)])
+        return grad_x_SD[: len(grad_y_SD)], grad_gate_up_LGD, grad_down_LDF, None
