@@ -7,10 +7,12 @@ if [[ $# -lt 2 ]]; then
     echo "usage: bash launch/deepspeed.sh HOSTFILE|RANKS COMMAND [OVERRIDE...]" >&2
     exit 2
 fi
-if [[ "$1" =~ ^[0-9]+$ ]]; then
+if [[ "$1" =~ ^[1-9][0-9]*$ ]]; then
     place=(--num_accelerators "$1")
+    num_ranks=$1
 elif [[ -f "$1" ]]; then
     place=(--hostfile "$1")
+    num_ranks=$(sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$1" | awk '{n += $1} END {print n + 0}')
 else
     echo "deepspeed.sh: there is no host file $1: give one like launch/hostfile.example, or a number of ranks" >&2
     exit 2
@@ -20,5 +22,5 @@ bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -n "${VENV:-}" ]] && bin="$VENV/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
 
-python -m moetrain.cli check "$@"
+WORLD_SIZE=$num_ranks python -m moetrain.cli check "$@"
 exec deepspeed "${place[@]}" --no_local_rank --module moetrain.cli "$@"

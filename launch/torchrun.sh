@@ -8,6 +8,10 @@ if [[ $# -lt 2 ]]; then
 fi
 ranks=$1
 shift
+if [[ ! "$ranks" =~ ^[1-9][0-9]*$ ]]; then
+    echo "torchrun.sh: RANKS is '$ranks': give a whole number from 1" >&2
+    exit 2
+fi
 if [[ "$1" == run ]]; then
     echo "torchrun.sh: a recipe starts its ranks itself: moetrain run num_processes=$ranks ..." >&2
     exit 2
@@ -17,7 +21,7 @@ bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
 
 # A mistake in the input is one line here, not one a rank.
-python -m moetrain.cli check "$@"
+WORLD_SIZE=$((ranks * ${NNODES:-1})) python -m moetrain.cli check "$@"
 if [[ "${NNODES:-1}" == 1 ]]; then
     place=(--standalone)
 else

@@ -14,13 +14,13 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError
 
 from moetrain.commands import SCHEMAS
 from moetrain.errors import ConfigError
@@ -65,10 +65,8 @@ def compose(
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, schema)) from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{mark.name}:{mark.line + 1}" if mark else "a config file"
-        raise ConfigError(f"{where} is not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(_not_yaml(error, "a config file")) from None
 
 
 def save_config(run: Any, path: Path) -> None:
@@ -81,12 +79,26 @@ def load_config(command: str, path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
     schema = SCHEMAS[command]
+    content = read_yaml(path)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(content)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
-    except MarkedYAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error.problem}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, empty when there is none; `ConfigError` names what is wrong in it."""
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ConfigError(_not_yaml(error, str(path))) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__} where keys and values are wanted")
+    return content or {}
 
 
 def to_mapping(run: Any) -> dict[str, Any]:
@@ -180,6 +192,17 @@ def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
 
 def _no_stages(name: str) -> str:
     raise ConfigError(f"${{stage:{name}}} has a meaning in a recipe only: give a path")
+
+
+def _not_yaml(error: Exception, path: str) -> str:
+    """Return what is wrong with a YAML file, with the line where it is known."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        name = mark.name if path == "a config file" else path
+        return f"{name}:{mark.line + 1} is not YAML: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"{path} is not YAML: {error.reason} at position {error.position}; write it as plain UTF-8 text"
+    return f"{path} is not YAML: {' '.join(str(error).split())}"
 
 
 def _in_one_line(error: Exception, schema: type) -> str:

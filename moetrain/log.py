@@ -100,12 +100,16 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return (offset in bytes, object) of each line; a torn last line is an empty object."""
     rows: list[tuple[int, dict[str, Any]]] = []
     offset = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append((offset, json.loads(line)))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError
+            rows.append((offset, row))
         except ValueError:
-            if line.endswith(b"\n"):
-                raise CheckpointError(f"{path}:{number} is not JSON: repair or remove the file") from None
+            if number < len(lines):
+                raise CheckpointError(f"{path}:{number} is not a JSON object: repair or remove the file") from None
             _log.warning("%s: the last line is torn and is left out", path)
             rows.append((offset, {}))
         offset += len(line)

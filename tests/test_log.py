@@ -43,8 +43,10 @@ def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_an_error(tmp_
     resumed.write(1, {"a": 2.0})
     resumed.close()
     assert path.read_text() == '{"step": 0, "a": 1.0}\n{"step": 1, "a": 2.0}\n'
+    path.write_text('{"step": 0, "a": 1.0}\n{"step\n')
+    assert read_metrics(path) == [{"step": 0, "a": 1.0}]
     path.write_text('{"step": 0,\n{"step": 1, "a": 1.0}\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1 is not JSON"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1 is not a JSON object"):
         JsonlMetrics(path)
     assert path.read_text() == '{"step": 0,\n{"step": 1, "a": 1.0}\n'
 

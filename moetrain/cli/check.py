@@ -1,11 +1,13 @@
-"""`moetrain check`: composes and checks every config and recipe, or one command line. Runs nothing, needs no torch."""
+"""`moetrain check`: composes and checks every config and recipe, or one command line with the files it
+names. Runs nothing; needs torch only where a command line names weights."""
 
 from collections.abc import Sequence
 from typing import get_type_hints
 
 from moetrain.cli import recipe, run
 from moetrain.cli.command_line import composed, split_command
-from moetrain.cli.stage import check_inputs
+from moetrain.cli.inputs import check_inputs, check_names, check_records, check_weights
+from moetrain.cli.stage import check_folder
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
 from moetrain.errors import ConfigError
@@ -34,7 +36,12 @@ def _check_line(words: list[str]) -> None:
     if command == "run":
         run.prepare(rest)
     elif command != "check":
-        check_inputs(composed(command, rest))
+        config = composed(command, rest)
+        check_inputs(config)
+        check_folder(config)
+        check_names(config)
+        check_records(config)
+        check_weights(config)
 
 
 def _check_choice(group: str, choice: str) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from moetrain.cli import check, dry_run, help_page, run
 from moetrain.cli.command_line import composed, split_command
-from moetrain.cli.stage import check_inputs, load_plugins, rank
+from moetrain.cli.inputs import check_inputs, check_names
+from moetrain.cli.stage import check_folder, rank
 from moetrain.errors import MoetrainError
 from moetrain.log import setup_logging
 
@@ -58,12 +59,13 @@ def _dispatch(words: list[str]) -> int:
         return run.main(rest)
     config = composed(command, rest)
     check_inputs(config)
+    check_folder(config)
+    check_names(config)
     if config.run.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.run.threads)  # read when torch is first imported
     if config.dry_run:
         if rank() == 0:
             dry_run.show(command, config)
         return 0
-    load_plugins(config.plugins)
     code: int = importlib.import_module(f"moetrain.cli.{command.replace(' ', '_')}").main(config)
     return code

@@ -19,10 +19,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moetrain.commands import SCHEMAS
-from moetrain.compose import compose, data_folder, quoted, suggestion
+from moetrain.compose import compose, data_folder, quoted, read_yaml, suggestion
 from moetrain.config import RecipeRun
 from moetrain.errors import ConfigError
 
@@ -71,12 +69,8 @@ def load(recipe: str) -> Recipe:
     if not path.is_file():
         names = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
         raise ConfigError(f"recipe is {recipe!r}: no folder with a recipe.yaml; {suggestion(recipe, names)}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line} is not YAML: {error.problem}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or not content["stages"]:
+    content = read_yaml(path)
+    if not isinstance(content.get("stages"), list) or not content["stages"]:
         raise ConfigError(f"{path} has no list of stages")
     _check_keys(content, ["plugins", "threads", "stages"], str(path))
     stages: list[RecipeStage] = []

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain.cli import dry_run, recipe, report
-from moetrain.cli.stage import check_inputs, lock
+from moetrain.cli.inputs import check_inputs, check_names, check_records
+from moetrain.cli.stage import check_writable, lock
 from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import RecipeRun, ReportRun, TrainingRun
 from moetrain.errors import ConfigError
@@ -107,10 +108,15 @@ def prepare(words: Sequence[str]) -> Prepared:
     names = [stage.name for stage in stages]
     if run.again_from is not None and run.again_from not in names:
         raise ConfigError(f"again_from is {run.again_from!r}: {suggestion(run.again_from, names)}")
+    folder = Path(run.folder) / (run.name or loaded.name)
+    check_writable(folder)
+    for number, stage in enumerate(stages):
+        made = [Path(folder / earlier.name).expanduser() for earlier in stages[:number]]
+        check_inputs(stage.config, made=made, world_size=_num_ranks(run, stage))
     for stage in stages:
-        if not stage.inputs:
-            check_inputs(stage.config)
-    return Prepared(run=run, folder=Path(run.folder) / (run.name or loaded.name), stages=stages)
+        check_names(stage.config)
+        check_records(stage.config)
+    return Prepared(run=run, folder=folder, stages=stages)
 
 
 def stage_keys(prepared: Prepared) -> dict[str, str]:
@@ -140,10 +146,11 @@ def _first_to_run(prepared: Prepared, keys: Mapping[str, str]) -> int:
     """Return the number of the first stage that is not done and unchanged; it and those after it run."""
     for number, stage in enumerate(prepared.stages):
         done = _read(prepared.folder / stage.name / _DONE)
+        is_done = done.get("key") == keys[stage.name] and "seconds" in done
         if stage.name == prepared.run.again_from:
             _move_aside(prepared, number)
             return number
-        if done.get("key") != keys[stage.name]:
+        if not is_done:
             return number
     return len(prepared.stages)
 
@@ -151,25 +158,33 @@ def _first_to_run(prepared: Prepared, keys: Mapping[str, str]) -> int:
 def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[int, float]:
     """Run a stage in a process of its own; return its exit code and seconds."""
     folder = prepared.folder / stage.name
+    check_inputs(stage.config, world_size=_num_ranks(prepared.run, stage))
     if folder.exists() and _read(folder / _STARTED).get("key") != key:
         _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_inputs(stage.config)
     config = folder / "config.yaml"
     save_config(stage.config, config)
     _write(folder / _STARTED, {"key": key})
-    launcher = [sys.executable, "-m"]
-    if prepared.run.num_processes > 1 and isinstance(stage.config, TrainingRun):
-        ranks = str(prepared.run.num_processes)
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m"]
-    command = [*launcher, "moetrain.cli", *stage.command.split(), "--config", str(config)]
-    _log.info("stage %s: %s", stage.name, " ".join(command[1:]))
+    words = [*stage.command.split(), "--config", str(config)]
+    python = [sys.executable, "-m"]
+    launcher, num_ranks, code = python, _num_ranks(prepared.run, stage), 0
     start = time.monotonic()
-    code = _wait(command)
+    if num_ranks > 1:
+        launcher = [*python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m"]
+        # What only reading the weights can tell is one line here, not one a rank.
+        code = _wait(["env", f"WORLD_SIZE={num_ranks}", *python, "moetrain.cli", "check", *words])
+    if code == 0:
+        command = [*launcher, "moetrain.cli", *words]
+        _log.info("stage %s: %s", stage.name, " ".join(command[1:]))
+        code = _wait(command)
     seconds = time.monotonic() - start
     if code == 0:
         _write(folder / _DONE, {"key": key, "seconds": seconds, "inputs": stage.inputs})
     return code, seconds
+
+
+def _num_ranks(run: RecipeRun, stage: recipe.Stage) -> int:
+    return run.num_processes if isinstance(stage.config, TrainingRun) else 1
 
 
 def _wait(command: Sequence[str]) -> int:
@@ -233,10 +248,12 @@ def _without(mapping: dict[str, Any], keys: Sequence[str], prefix: str = "") -> 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    """Return the object in a JSON file; empty when there is none, or one that was torn when a machine stopped."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

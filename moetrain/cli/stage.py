@@ -1,34 +1,26 @@
-"""What the commands of all stages share: plugins, input that must be there, the stage's folder and its metrics."""
+"""What the commands of all stages share: the stage's folder and its metrics."""
 
 import fcntl
-import importlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from moetrain.compose import save_config, to_mapping
-from moetrain.config import ReadingRun, StageRun
-from moetrain.data.config import SourceKind
-from moetrain.data.sources import local_files
-from moetrain.errors import CheckpointError, ConfigError, MoetrainError
+from moetrain.compose import read_yaml, save_config, to_mapping
+from moetrain.config import StageRun
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command goes on."""
-LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
-"""Kinds of sources that are files."""
-PLUGINS = "moetrain.plugins"
-"""Group of entry points through which an installed package offers tasks, tools or formats."""
+CONFIG = "config.yaml"
+"""The config of a stage, in its folder."""
+_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json")
+"""What a stage leaves that was made with its config."""
 
 
 def rank() -> int:
@@ -36,62 +28,46 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def check_inputs(run: StageRun) -> None:
-    """Raise the user's error when what the config names is not there; ranks and files come after this."""
-    if run.init_from is not None and not Path(run.init_from).expanduser().exists():
-        raise CheckpointError(f"init_from is {run.init_from}: there is no such folder")
-    for plugin in run.plugins:
-        _spec(plugin)
-    if isinstance(run, ReadingRun):
-        for source in run.data.sources.values():
-            if source.kind in LOCAL_KINDS:
-                local_files(source)
+def check_folder(run: StageRun) -> None:
+    """Raise the user's error when the stage's folder cannot be written, or holds what another command wrote."""
+    check_writable(run.run.path)
+    try:
+        earlier = read_yaml(run.run.path / CONFIG)
+    except ConfigError:
+        return  # torn by a machine that stopped: it is written again
+    schema = to_mapping(run)
+    if foreign := sorted(name for name in earlier if name not in schema):
+        raise ConfigError(
+            f"{run.run.path} is the folder of another command ({CONFIG} there has {', '.join(foreign)}): "
+            "give another run.stage or run.name"
+        )
 
 
-def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
-    """Import the plugins that are named, and those of installed packages (entry points); return the modules."""
-    modules = [entry.load() for entry in sorted(entry_points(group=PLUGINS), key=lambda entry: entry.name)]
-    for plugin in plugins:
-        spec = _spec(plugin)
-        if spec.name in sys.modules:
-            modules.append(sys.modules[spec.name])
-            continue
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        assert spec.loader is not None
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # a plugin's own code
-            del sys.modules[spec.name]
-            raise ConfigError(
-                f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {error}"
-            ) from error
-        modules.append(module)
-    return modules
+def check_writable(folder: Path) -> None:
+    """Raise `ConfigError` when `folder` cannot be made or written in; nothing is made."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        wrong = "" if there.is_dir() else f"{there} is a file"
+        wrong = wrong or ("" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable")
+    except OSError as error:
+        wrong = error.strerror or str(error)
+    if wrong:
+        raise _unusable(folder, wrong)
 
 
-def _spec(plugin: str) -> importlib.machinery.ModuleSpec:
-    """Return where a plugin is: the path of a .py file, or a module on the path or in the current folder."""
-    if plugin.endswith(".py"):
-        path = Path(plugin).expanduser().resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
-    else:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            spec = importlib.util.find_spec(plugin)
-        except ModuleNotFoundError:
-            spec = None
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"plugins: there is no {plugin}; give a module that Python finds, or the path of a .py file")
-    return spec
+def _unusable(folder: Path, wrong: str) -> ConfigError:
+    return ConfigError(f"the run's folder {str(folder)[:200]} cannot be written: {wrong}; give another folder or name")
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; `ConfigError` when another process holds it. It falls when the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise _unusable(folder, error.strerror or str(error)) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,22 +85,31 @@ def lock(folder: Path) -> Iterator[None]:
 def stage_folder(run: StageRun) -> Iterator[Path]:
     """Yield the stage's folder; rank 0 locks it and writes `config.yaml` there.
 
-    A new folder is taken away again when the user's input turns out to be bad before there is a checkpoint.
+    Where there are results, the config that they were made with stays until this run has ended well: one that is
+    refused leaves the folder as it was. A new folder is taken away again when the user's input turns out to be bad
+    before there is a checkpoint.
     """
     folder = run.run.path
     if rank() > 0:
         yield folder
         return
     is_new = not folder.exists()
+    scratch = folder / f".{CONFIG}.tmp"
     try:
         with lock(folder):
-            scratch = folder / ".config.yaml.tmp"
+            has_results = any(next(folder.glob(pattern), None) for pattern in _RESULTS)
             save_config(run, scratch)
-            os.replace(scratch, folder / "config.yaml")
-            yield folder
+            try:
+                if not has_results:
+                    os.replace(scratch, folder / CONFIG)
+                yield folder
+                if has_results:
+                    os.replace(scratch, folder / CONFIG)
+            finally:
+                scratch.unlink(missing_ok=True)
     except MoetrainError as error:
         if is_new and error.exit_code == ConfigError.exit_code and not (folder / "checkpoints").exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
                 with suppress(OSError):  # it holds something else
                     parent.rmdir()

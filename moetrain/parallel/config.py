@@ -35,3 +35,12 @@ class ParallelConfig:
                 f"parallel.zero is {self.zero}: give 1 or 2 (stage 0 clips experts wrongly under expert parallelism, "
                 "stage 3 is not offered yet)"
             )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise `ConfigError` when a run of that many processes cannot be laid out like this."""
+        if self.engine is EngineName.torch and world_size > 1:
+            raise ConfigError(f"parallel.engine is torch, which runs in one process, not {world_size}: use deepspeed")
+        if self.engine is EngineName.torch and self.expert > 1:
+            raise ConfigError(f"parallel.expert is {self.expert}: parallel.engine=torch runs in one process, use 1")
+        if world_size % self.expert:
+            raise ConfigError(f"parallel.expert is {self.expert}: it must divide the number of processes, {world_size}")

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from moetrain.errors import ConfigError
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.watchdog import Watchdog
 
@@ -95,14 +94,9 @@ def setup(parallel: ParallelConfig) -> Topology:
     Raises ConfigError when the number of processes does not fit the layout.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel.check_world_size(world_size)
     if parallel.engine == EngineName.torch:
-        if world_size > 1:
-            raise ConfigError(f"parallel.engine is torch, which runs in one process, not {world_size}: use deepspeed")
-        if parallel.expert > 1:
-            raise ConfigError(f"parallel.expert is {parallel.expert}: parallel.engine=torch runs in one process, use 1")
         return Topology(device=_local_device())
-    if world_size % parallel.expert:
-        raise ConfigError(f"parallel.expert is {parallel.expert}: it must divide the number of processes, {world_size}")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
     device = _local_device()

@@ -10,6 +10,7 @@ import torch
 
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
+from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.hf import load_hf_folder
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.state import TensorReader
@@ -69,7 +70,18 @@ def read_origin(path: Path) -> Origin:
 def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     """Load the weights of `origin` into an engine whose model has the config `model`; optimizer and step start anew.
 
-    Raises `CheckpointError` when a field of the model differs that says what the weights mean.
+    Raises `CheckpointError` when they do not fit (`check_fit`).
+    """
+    for line in check_fit(origin, model):
+        _log.info("model.%s (from %s)", line, origin.path)
+    engine.load_state(TensorReader(origin.tensors), with_optimizer=False)
+    _log.info("weights from %s (step %d)", origin.path, origin.step)
+
+
+def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
+    """Return the fields of the model that change and may, as "field: before -> now".
+
+    Raises `CheckpointError` when a field differs that says what the weights mean.
     """
     changed = differences(vars_of(origin.model), vars_of(model))
     unfit = [line for line in changed if not line.startswith(_FREE)]
@@ -77,15 +89,13 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
         raise CheckpointError(
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
         )
-    for line in changed:
-        _log.info("model.%s (from %s)", line, origin.path)
-    engine.load_state(TensorReader(origin.tensors), with_optimizer=False)
-    _log.info("weights from %s (step %d)", origin.path, origin.step)
+    return changed
 
 
 def vars_of(model: ModelConfig) -> dict[str, object]:
-    """Return the fields of a model config as a nested mapping."""
-    return {**vars(model), "yarn": vars(model.yarn), "balance": vars(model.balance)}
+    """Return the fields of a model config as a nested mapping; a factor that is left open as the one derived."""
+    sections = {"yarn": vars(model.yarn), "balance": vars(model.balance)}
+    return {**vars(model), **sections, "routed_scaling_factor": routed_scaling_factor(model)}
 
 
 def _of_checkpoint(path: Path) -> Origin:

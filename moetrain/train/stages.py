@@ -37,7 +37,7 @@ from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, Training, run_training
 from moetrain.train.loss import language_model_objective
-from moetrain.train.origin import TOKENIZER, Origin, start_from
+from moetrain.train.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.train.peak import total_peak
 from moetrain.train.validate import validate
 
@@ -82,6 +82,8 @@ def train_stage(
     tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data, checkpoints and
     layout; an interrupted stage goes on when it is run again.
     """
+    if origin is not None:
+        check_fit(origin, sections.model)  # before the data, which takes longest
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
         topology, lambda: stage_tokenizer(sections.data, folder, origin=origin, dialogue_texts=dialogue_texts)

@@ -13,6 +13,7 @@ from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.data.config import DataConfig, MixConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.errors import CheckpointError
 from moetrain.log import JsonlMetrics, read_metrics
+from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
@@ -20,7 +21,7 @@ from moetrain.train import checkpoint
 from moetrain.train.config import ComputeDtype, RampConfig, TrainConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import CHECKPOINTS
-from moetrain.train.origin import Origin, read_origin
+from moetrain.train.origin import TOKENIZER, Origin, check_fit, read_origin
 from moetrain.train.stages import SUMMARY, Sections, train_stage
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model
@@ -115,7 +116,17 @@ def test_weights_of_another_shape_are_refused_with_the_field(pretrained: Path, t
     other = replace(settings, model=replace(settings.model, rope_theta=1e4))
     with pytest.raises(CheckpointError, match=r"does not fit \(rope_theta: 50000.0 -> 10000.0\)"):
         run(tmp_path / "sft", other, origin=read_origin(pretrained / "pretrain"))
-    assert not (tmp_path / "sft" / CHECKPOINTS).exists()
+    assert not (tmp_path / "sft" / TOKENIZER).exists()  # met before the data
+
+
+def test_a_derived_factor_is_the_number_that_an_export_writes_of_it(pretrained: Path) -> None:
+    origin = read_origin(pretrained / "pretrain")
+    assert origin.model.routed_scaling_factor is None
+    written = replace(origin, model=replace(origin.model, routed_scaling_factor=routed_scaling_factor(origin.model)))
+    assert check_fit(written, origin.model) == []
+    other = replace(origin, model=replace(origin.model, routed_scaling_factor=1.0))
+    with pytest.raises(CheckpointError, match=r"does not fit \(routed_scaling_factor: 1\.0 -> "):
+        check_fit(other, origin.model)
 
 
 def test_a_named_checkpoint_with_a_flipped_byte_is_the_users_error(pretrained: Path, tmp_path: Path) -> None:

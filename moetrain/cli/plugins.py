@@ -1,0 +1,91 @@
+"""Plugins: modules of the user's, and of installed packages, that register tasks, tools or data formats."""
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from moetrain.errors import ConfigError
+
+T = TypeVar("T")
+PLUGINS = "moetrain.plugins"
+"""Group of entry points through which an installed package offers tasks, tools or formats."""
+
+
+def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
+    """Import the plugins that are named, and those of installed packages (entry points); return the modules.
+
+    Each is run once a process. `ConfigError` of one line when one is not there, or fails while it is imported.
+    """
+    entries = sorted(entry_points(group=PLUGINS), key=lambda entry: entry.name)
+    modules = [_guarded(f"entry point {entry.name}", entry.load) for entry in entries]
+    return [*modules, *(_load(plugin) for plugin in plugins)]
+
+
+def plugin_spec(plugin: str) -> importlib.machinery.ModuleSpec:
+    """Return where a plugin is: the path of a .py file, or a module on the path or in the current folder."""
+    spec = _of_file(Path(plugin).expanduser()) if plugin.endswith(".py") else _of_module(plugin)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"plugins: there is no {plugin}; give a module that Python finds, or the path of a .py file")
+    return spec
+
+
+def _load(plugin: str) -> ModuleType:
+    spec = plugin_spec(plugin)
+    if spec.name in sys.modules:
+        return sys.modules[spec.name]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    assert spec.loader is not None
+    loader = spec.loader
+    try:
+        _guarded(plugin, lambda: loader.exec_module(module))
+    except ConfigError:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _of_file(path: Path) -> importlib.machinery.ModuleSpec | None:
+    """Return the spec of a file: its stem is the module's name, unless another module has that already."""
+    path = path.resolve()
+    if not path.is_file():
+        return None
+    name = path.stem
+    other = sys.modules.get(name)
+    if other is not None and (other.__spec__ is None or other.__spec__.origin != str(path)):
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return importlib.util.spec_from_file_location(name, path)
+
+
+def _of_module(plugin: str) -> importlib.machinery.ModuleSpec | None:
+    if not all(part.isidentifier() for part in plugin.split(".")):
+        return None
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+    def find() -> importlib.machinery.ModuleSpec | None:
+        try:
+            return importlib.util.find_spec(plugin)  # imports the packages that the module lies in
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{plugin}.".startswith(f"{error.name}."):
+                return None
+            raise
+
+    return _guarded(plugin, find)
+
+
+def _guarded(plugin: str, act: Callable[[], T]) -> T:
+    """Return what `act` returns; what a plugin's own code raises becomes a `ConfigError` of one line."""
+    try:
+        return act()
+    except (Exception, SystemExit) as error:  # a plugin's own code
+        said = " ".join(str(error).split())
+        raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {said}") from error

@@ -1,0 +1,100 @@
+"""What a command line names is checked before anything starts: by itself, in a recipe, and before ranks start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.main import main
+from tests.cli.command import ENVIRONMENT, ROOT
+
+RECIPE = """
+stages:
+  - {name: pretrain, command: pretrain, overrides: [model=k2_nano_test, data=test]}
+  - {name: sft, command: sft, overrides: [model=k2_nano_test, data=test, "init_from=${stage:pretrain}"]}
+  - {name: eval, command: eval, overrides: ["init_from=${stage:sft}", "eval.masters=${stage:pretrain}"]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder, with a recipe and bad files in it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "broken.jsonl").write_text('{"text": "whole"}\n{"text": \n')
+    (tmp_path / "boom.py").write_text("1 / 0\n")
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft.data.sources.x.kind=jsonl", "sft.data.sources.x.path=nope.jsonl"], "nope.jsonl does not exist"),
+        (["sft.data.sources.x.kind=jsonl", "sft.data.sources.x.path=broken.jsonl"], "broken.jsonl:2 is not JSON"),
+        (["sft.data.sources.x.format=nope"], "data.sources.*.format is nope"),
+        (["sft.task.name=nope"], "task.name is nope: there are database"),
+        (["eval.eval.before=nope"], "eval.before is nope: there is no such folder"),
+        (["eval.eval.codes_before="], "eval.codes_before is empty: give a folder, or null"),
+        (["num_processes=2", "pretrain.parallel.expert=4"], "parallel.expert is 4: it must divide the number of"),
+        (["plugins=[boom.py]"], "boom.py fails when it is imported: ZeroDivisionError"),
+        (["folder=file"], "cannot be written: file is a file"),
+    ],
+)
+def test_a_recipe_meets_a_mistake_of_any_stage_before_the_first_one_starts(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    for command in (["check", "run"], ["run"], ["run", "dry_run=true"]):
+        assert main([*command, "recipe=mine", *words]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rl"], "init_from is null: RL begins with weights"),
+        (["eval"], "init_from is null: give the export to evaluate"),
+        (["export"], "init_from is null: give the stage or checkpoint to export"),
+        (["pretrain", "init_from="], "init_from is empty: give a folder, or null"),
+        (["pretrain", "init_from=file"], "init_from is file: that is a file"),
+        (["pretrain", "task.name=nope"], "task.name is nope: there are database"),
+        (["pretrain", "data.sources.english.format=nope"], "data.sources.*.format is nope: known are messages, text"),
+        (["pretrain", "run.folder=file"], "cannot be written: file is a file"),
+    ],
+)
+def test_check_and_dry_run_find_what_the_run_would(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in (["check", *words], [*words, "dry_run=true"]):
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["abc", "pretrain"], "torchrun.sh: RANKS is 'abc': give a whole number from 1"),
+        (["0", "pretrain"], "torchrun.sh: RANKS is '0': give a whole number from 1"),
+        (["2", "pretrain", "parallel.expert=4"], "moetrain: parallel.expert is 4: it must divide the number of proc"),
+        (["2", "pretrain", "parallel.engine=torch"], "parallel.engine is torch, which runs in one process, not 2"),
+        (
+            ["2", "pretrain", "data.sources.x.kind=jsonl", "data.sources.x.path=broken.jsonl"],
+            "moetrain: broken.jsonl:2 is not JSON: Expecting value at column 10",
+        ),
+    ],
+)
+def test_torchrun_starts_no_rank_for_bad_input(words: list[str], message: str, folder: Path) -> None:
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *words]
+    environment = {**ENVIRONMENT, "VENV": sys.prefix}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
