@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 from moetrain.data.build import Data
+from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import build_engine
@@ -102,7 +103,7 @@ def _step(sections: Sections, balance: BalanceConfig, *, engine: Engine, data: D
     present = balance.at(step, steps=train.steps)
 
     def objective_for(counts: GlobalCounts) -> Objective:
-        return language_model_objective(counts, balance=present)
+        return language_model_objective(counts, balance=present, max_logits=MaxLogits.needed(optim.qk_clip))
 
     return train_step(
         engine,
@@ -111,6 +112,7 @@ def _step(sections: Sections, balance: BalanceConfig, *, engine: Engine, data: D
         learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
         balance=present,
         step=step,
+        qk_clip=optim.qk_clip,
     )
 
 
