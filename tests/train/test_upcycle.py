@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_their_own_config_are_refused(trained: Path, cha
 
 
 def test_nothing_is_written_when_ties_cut_copies(trained: Path) -> None:
-    with pytest.raises(BoundError, match=r"layer 1, tokens for which a copy was not chosen whole: \d+ where"):
+    with pytest.raises(BoundError, match="layer 1, tokens whose choice cuts a copy: 0"):
         upcycled(trained, "tied", init_from=trained / "dense", config=replace(SPLIT, router_std=1e-8))
     assert checkpoint.steps(trained / "runs" / "tied" / CHECKPOINTS) == []
 
