@@ -5,6 +5,7 @@ from pathlib import Path
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.read import is_export, read_export
+from moetrain.parallel.state import TensorReader
 from moetrain.train.origin import Origin, read_origin
 
 EXPORT = "model"
@@ -23,9 +24,11 @@ def read_weights(init_from: str) -> Origin:
     if not is_export(path):
         return read_origin(path)
     export = read_export(path)
+    tensors = export.weights()
     return Origin(
         path=path,
-        tensors=export.weights(),
+        tensors=tensors,
+        reader=TensorReader(tensors),
         model=export.model,
         quant=export.quant,
         tokenizer=path,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint import TensorFiles, read_json
+from moetrain.train.checkpoint import TensorFiles, read_json, whole_tensor_files
 
 RECORD_FILE = "moetrain.json"
 CONFIG_FILE = "config.json"
@@ -116,7 +116,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def open_weights(folder: Path) -> TensorFiles:
     """Return the tensors of a folder by name, each read when it is asked for."""
-    return TensorFiles(folder, read_json(folder / WEIGHT_INDEX_FILE)["weight_map"])
+    return whole_tensor_files(folder, read_json(folder / WEIGHT_INDEX_FILE)["weight_map"])
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -29,12 +29,14 @@ from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
+from moetrain.train.checkpoint_write import Retention
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.nonfinite import Skips
-from moetrain.train.resume import resume, save_state
+from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import rank_rows
+from moetrain.train.saver import Saver
 from moetrain.train.step import TIME_PREFIX, train_step
 
 _log = logging.getLogger(__name__)
@@ -87,26 +89,23 @@ def run_rl(training: RlTraining, config: TrainConfig, *, folder: Path, metrics: 
     step = resumed.step
     sampled_tokens = int(resumed.state.get("sampled_tokens", 0))
     skips = Skips(**resumed.state.get("skips", {}))
-    with StopSignals() as signals, progress(config.steps, folder.name, completed=step) as advance:
+    retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
+    saver = Saver(engine.topology, checkpoints, retention=retention)
+    with StopSignals() as signals, progress(config.steps, folder.name, completed=step) as advance, saver:
         while step < config.steps:
             values = _one_step(training, config, balance=training.balance.at(step, steps=config.steps), step=step)
             values = skips.note(values, config, step=step)
             step += 1
+            saver.poll()
+            values[TIME_PREFIX + "checkpoint_s"] = saver.take_held_s()
             sampled_tokens += int(values["sampled_tokens"])
             if engine.topology.is_main:
                 metrics.write(step, values)
             advance(f"reward {values['reward']:.3f}")
             signal_name = signals.requested(engine.topology)
             if step % config.checkpoint_every == 0 or step == config.steps or signal_name:
-                state = {"sampled_tokens": sampled_tokens, "skips": asdict(skips)}
-                save_state(
-                    engine,
-                    checkpoints,
-                    step=step,
-                    identity=training.identity,
-                    state=state,
-                    keep=config.keep_checkpoints,
-                )
+                loop = {"sampled_tokens": sampled_tokens, "skips": asdict(skips)}
+                saver.begin(engine, step=step, state=saved_state(identity=training.identity, loop=loop, rows_read=0))
             if signal_name and step < config.steps:
                 _log.warning("stopped by %s at step %d; start again to go on", signal_name, step)
                 return RlOutcome(status=Status.interrupted, step=step, sampled_tokens=sampled_tokens)

@@ -1,77 +1,116 @@
-"""Checkpoint folders: atomic, checksummed, free of the layout that wrote them. Files only; no engine and no ranks.
+"""Checkpoint folders, read: checked against their checksums, free of the layout that wrote them. No engine, no ranks.
 
-A checkpoint is a folder `step_00000100` with sharded safetensors (`model-*` for parameters and buffers, `optimizer-*`
-for what the optimizer holds), `state.json` (step, configuration, position in the data, digests) and `index.json` (which
-file holds which tensor; size and sha256 of every file, and of the index itself). It is written as `.step_00000100.tmp`,
-synced to disk and renamed, so that a folder with the final name is whole. Nothing is pickled.
+A checkpoint is a folder `step_00000100`. Its tensors are global, one a logical parameter; each is one or several pieces
+in safetensors (`model-r<rank>-<n>` for parameters and buffers, `optimizer-r<rank>-<n>` for what the optimizer holds),
+written by the ranks that owned them. `index.json` says which flat range of which tensor lies where, and has size and
+sha256 of every file and of itself; `state.json` has step, configuration, position in the data and random streams. A
+folder with the final name is whole (see `train.checkpoint_write`). Nothing is pickled.
 """
 
 import hashlib
 import json
 import logging
-import os
+import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moetrain.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_SHARD_BYTES = 2 << 30
+FORMAT = 2
+_WHOLE_TENSORS = 1  # the format before: each tensor whole in one file; read, never written
+OPTIMIZER_PREFIX = "optimizer/"
+STATE_FILE, INDEX_FILE = "state.json", "index.json"
+REPAIR = "name another checkpoint, or copy this one again from where it is whole"
 _STEP_FOLDER = re.compile(r"^step_(\d{8})$")
-_OPTIMIZER_PREFIX = "optimizer/"
-_REPAIR = "name another checkpoint, or copy this one again from where it is whole"
+_REPLACED = ".replaced.tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a flat range of a tensor lies: `count` elements from element `start` on, under `key` in the file `file`."""
+
+    file: str
+    key: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A global tensor of a checkpoint: its shape, and its pieces in the order of their starts."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Stored, ...]
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint by name, each read from its file when it is asked for."""
+    """The tensors of a folder by name, each read from its files when it is asked for, whole or a flat range of it."""
 
-    def __init__(self, folder: Path, file_of: Mapping[str, str]) -> None:
-        """Hold the mapping from tensor names to the names of files in `folder`."""
+    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+        """Hold where in `folder` the tensors lie."""
         self._folder = folder
-        self._file_of = dict(file_of)
+        self._stored = dict(stored)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return one tensor, on the CPU; `CheckpointError` when its file does not hold it."""
-        path = self._folder / self._file_of[name]
+        """Return one tensor whole, on the CPU; `CheckpointError` when a file does not hold it."""
+        shape = self._stored[name].shape
+        return self.read(name, first=0, last=math.prod(shape)).view(shape)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self._stored.items()}
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        """Return the elements [first, last) of a tensor laid flat; opens only the files that hold some of them."""
+        wanted = [
+            self._range(piece, first=max(first, piece.start), last=min(last, piece.start + piece.count), name=name)
+            for piece in self._stored[name].pieces
+            if piece.start < last and first < piece.start + piece.count
+        ]
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted) if wanted else torch.empty(0)
+
+    def _range(self, piece: Stored, *, first: int, last: int, name: str) -> torch.Tensor:
+        path = self._folder / piece.file
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                return flat_range(file.get_slice(piece.key), first=first - piece.start, last=last - piece.start)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot read tensor {name} ({error}): {_REPAIR}") from error
-        return tensor
+            raise CheckpointError(f"{path}: cannot read tensor {name} ({error}): {REPAIR}") from error
 
     def of_model(self) -> "TensorFiles":
         """Return parameters and buffers alone, without what the optimizer holds."""
-        kept = {name: file for name, file in self._file_of.items() if not name.startswith(_OPTIMIZER_PREFIX)}
+        kept = {name: tensor for name, tensor in self._stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
         return TensorFiles(self._folder, kept)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
-        return iter(self._file_of)
+        return iter(self._stored)
 
     def __len__(self) -> int:
         """Return the number of tensors."""
-        return len(self._file_of)
+        return len(self._stored)
 
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A checkpoint whose files were found to be whole. state: what `save` was given, with "step"."""
+    """A checkpoint whose index and state were found to be whole. state: what the run saved, with "step". files: size
+    and sha256 by name. digest: sha256 that changes with the weights."""
 
     path: Path
     step: int
     state: dict[str, Any]
     tensors: TensorFiles
+    files: dict[str, dict[str, Any]]
+    digest: str
 
 
 @dataclass(kw_only=True)
@@ -82,32 +121,15 @@ class Latest:
     num_damaged: int
 
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    tensors: Mapping[str, torch.Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-    shard_bytes: int = _SHARD_BYTES,
-) -> Path:
-    """Write checkpoint `step` into `folder` atomically, keep the newest `keep` ones, and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.tmp"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    file_of = _write_tensors(partial, tensors, shard_bytes=shard_bytes)
-    _write_text(partial / "state.json", _dump({**state, "step": step}))
-    files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-    index: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "tensors": file_of}
-    index["sha256"] = _index_digest(index)
-    _write_text(partial / "index.json", _dump(index))
-    _sync_folder(partial)
-    _move_into_place(partial, final)
-    _retain(folder, step, keep=keep)
-    return final
+def flat_range(stored: Any, *, first: int, last: int) -> torch.Tensor:
+    """Return the elements [first, last) of a slice of safetensors (`get_slice`), reading only the rows they lie in."""
+    shape = stored.get_shape()
+    if not shape:
+        return torch.as_tensor(stored[...]).reshape(1)[first:last]
+    row = math.prod(shape[1:])
+    top = first // row if row else 0
+    rows: torch.Tensor = stored[top : math.ceil(last / row) if row else 0]
+    return rows.reshape(-1)[first - top * row : last - top * row]
 
 
 def steps(folder: Path) -> list[int]:
@@ -118,30 +140,50 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    """Return the folder of checkpoint `step`."""
+    return folder / f"step_{step:08d}"
+
+
 def remove_leftovers(folder: Path) -> int:
-    """Remove half-written checkpoints that a killed process left in `folder`; return how many there were."""
+    """Remove what a killed process left half-written or half-removed in `folder`; return how many folders there were.
+
+    A checkpoint that was being replaced and whose successor did not get its name is put back.
+    """
     leftovers = sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []
     for path in leftovers:
+        final = folder / path.name.removeprefix(".").removesuffix(_REPLACED)
+        if path.name.endswith(_REPLACED) and not final.exists():
+            _log.warning("putting %s back, whose replacement was not finished", final)
+            path.rename(final)
+            continue
         _log.warning("removing %s, left half-written by a process that was stopped", path)
         shutil.rmtree(path)
     return len(leftovers)
 
 
-def latest(folder: Path) -> Latest:
-    """Return the newest good checkpoint in `folder`, passing over damaged ones with a log line each.
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with the checkpoint folder `path`, or None when every file has its checksum."""
+    try:
+        load(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def latest(folder: Path, *, damage: Callable[[Path], str | None] = damage_of) -> Latest:
+    """Return the newest checkpoint in `folder` without `damage`, passing over damaged ones with a log line each.
 
     Raises `CheckpointError` when there are checkpoints but none of them is good.
     """
-    damaged: list[CheckpointError] = []
+    damaged: list[str] = []
     for step in reversed(steps(folder)):
-        path = folder / f"step_{step:08d}"
-        try:
-            load(path)
-        except CheckpointError as error:
-            _log.warning("checkpoint %s is damaged, falling back to the one before it: %s", path, error)
-            damaged.append(error)
-            continue
-        return Latest(path=path, num_damaged=len(damaged))
+        path = folder_of(folder, step)
+        found = damage(path)
+        if found is None:
+            return Latest(path=path, num_damaged=len(damaged))
+        _log.warning("checkpoint %s is damaged, falling back to the one before it: %s", path, found)
+        damaged.append(found)
     if damaged:
         raise CheckpointError(
             f"{folder}: none of its {len(damaged)} checkpoints is good; the newest: {damaged[0]}; "
@@ -155,20 +197,55 @@ def load(path: Path) -> Checkpoint:
 
     Raises `CheckpointError` that names the file: missing folder or shard, flipped byte, truncated JSON.
     """
+    found = open_checkpoint(path)
+    check_files(found)
+    return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder `path` with index and state checked, its weight files not yet.
+
+    Raises `CheckpointError` that names the file.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder; give a folder named step_*")
-    index = _read_index(path / "index.json")
-    for name, expected in index["files"].items():
-        _check_file(path / name, expected)
-    state = read_json(path / "state.json")
+    index = read_json(path / INDEX_FILE)
+    digest = index.pop("sha256", None)
+    if index.get("format") not in (FORMAT, _WHOLE_TENSORS):
+        raise CheckpointError(
+            f"{path / INDEX_FILE}: format is {index.get('format')}, this version reads {_WHOLE_TENSORS} and {FORMAT}; "
+            f"{REPAIR}"
+        )
+    if digest != index_digest(index):
+        raise CheckpointError(f"{path / INDEX_FILE}: its content does not have the sha256 it states; {REPAIR}")
+    _check_file(path / STATE_FILE, index["files"][STATE_FILE])
+    state = read_json(path / STATE_FILE)
     if state.get("step") != index["step"]:
-        raise CheckpointError(f"{path / 'state.json'}: step is {state.get('step')}, the index says {index['step']}")
-    return Checkpoint(path=path, step=index["step"], state=state, tensors=TensorFiles(path, index["tensors"]))
+        raise CheckpointError(f"{path / STATE_FILE}: step is {state.get('step')}, the index says {index['step']}")
+    is_of_whole_tensors = index["format"] == _WHOLE_TENSORS
+    stored = _whole_tensors(path, index["tensors"]) if is_of_whole_tensors else _stored_tensors(index["tensors"])
+    return Checkpoint(
+        path=path,
+        step=index["step"],
+        state=state,
+        tensors=TensorFiles(path, stored),
+        files=index["files"],
+        digest=index_digest({name: file for name, file in index["files"].items() if name.startswith("model-")}),
+    )
+
+
+def check_files(checkpoint: Checkpoint, *, part: int = 0, num_parts: int = 1) -> None:
+    """Raise `CheckpointError` that names a file without its size or checksum, among every `num_parts`-th file.
+
+    Ranks that each take their `part` have checked all of them together.
+    """
+    for name in sorted(checkpoint.files)[part::num_parts]:
+        _check_file(checkpoint.path / name, checkpoint.files[name])
 
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether `path` has the form of a checkpoint folder, good or not."""
-    return _STEP_FOLDER.match(path.name) is not None or (path / "index.json").is_file()
+    return _STEP_FOLDER.match(path.name) is not None or (path / INDEX_FILE).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,116 +253,68 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; {_REPAIR}") from error
+        raise CheckpointError(f"{path}: the file is missing; {REPAIR}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REPAIR}") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); {REPAIR}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; {_REPAIR}")
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; {REPAIR}")
     return value
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    index = read_json(path)
-    digest = index.pop("sha256", None)
-    if index.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: format is {index.get('format')}, this version reads {_FORMAT}; {_REPAIR}")
-    if digest != _index_digest(index):
-        raise CheckpointError(f"{path}: its content does not have the sha256 it states; {_REPAIR}")
-    return index
-
-
-def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
-    found = _fingerprint(path)
-    if found["bytes"] != expected["bytes"]:
-        raise CheckpointError(f"{path}: has {found['bytes']} bytes, {expected['bytes']} were written; {_REPAIR}")
-    if found["sha256"] != expected["sha256"]:
-        raise CheckpointError(
-            f"{path}: sha256 is {found['sha256'][:12]}..., {expected['sha256'][:12]}... was written; {_REPAIR}"
-        )
-
-
-def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, shard_bytes: int) -> dict[str, str]:
-    """Write the tensors in shards and return the name of the file that holds each."""
-    file_of: dict[str, str] = {}
-    for prefix in ("model", "optimizer"):
-        names = [name for name in tensors if name.startswith(_OPTIMIZER_PREFIX) == (prefix == "optimizer")]
-        shards = _shards(names, tensors, shard_bytes=shard_bytes)
-        for number, shard in enumerate(shards, start=1):
-            file_name = f"{prefix}-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: tensors[name].detach().cpu().contiguous() for name in shard}, folder / file_name)
-            _sync_file(folder / file_name)
-            file_of.update(dict.fromkeys(shard, file_name))
-    return file_of
-
-
-def _shards(names: Sequence[str], tensors: Mapping[str, torch.Tensor], *, shard_bytes: int) -> list[list[str]]:
-    """Cut the names, sorted, into lists of at most `shard_bytes` bytes (or one tensor)."""
-    shards: list[list[str]] = []
-    room = 0
-    for name in sorted(names):
-        if tensors[name].nbytes > room or not shards:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= tensors[name].nbytes
-    return shards
-
-
-def _retain(folder: Path, step: int, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, and the ones beyond it.
-
-    What lies beyond was damaged and passed over by `latest`: it must not push a good one out.
-    """
-    present = steps(folder)
-    kept = [other for other in present if other <= step][-keep:]
-    for other in present:
-        if other > step:
-            _log.warning("removing the checkpoint of step %d: the run went on from before it and is at %d", other, step)
-        if other not in kept:
-            shutil.rmtree(folder / f"step_{other:08d}")
-
-
-def _move_into_place(partial: Path, final: Path) -> None:
-    if final.exists():  # a damaged one that the run fell back over, or the same step saved twice
-        replaced = final.with_name(f".{final.name}.replaced.tmp")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(final)
-    _sync_folder(final.parent)
-
-
-def _dump(value: Mapping[str, Any]) -> str:
+def dump(value: Mapping[str, Any]) -> str:
+    """Return the JSON text of which digests are taken."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _index_digest(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_dump({key: value for key, value in index.items() if key != "sha256"}).encode()).hexdigest()
+def index_digest(index: Mapping[str, Any]) -> str:
+    """Return the sha256 of an index without its own."""
+    return hashlib.sha256(dump({key: value for key, value in index.items() if key != "sha256"}).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return size and sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync_file(path)
+def whole_tensor_files(folder: Path, file_of: Mapping[str, str]) -> TensorFiles:
+    """Return the tensors of a folder whose every tensor is whole in the file that `file_of` names.
+
+    Raises `CheckpointError` that names a file which is missing, unreadable, or lacks a tensor.
+    """
+    return TensorFiles(folder, _whole_tensors(folder, file_of))
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _whole_tensors(folder: Path, file_of: Mapping[str, str]) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(file_of.values())):
+        try:
+            with safe_open(folder / file_name, framework="pt") as file:
+                for name in (name for name in file_of if file_of[name] == file_name):
+                    shape = tuple(file.get_slice(name).get_shape())
+                    piece = Stored(file=file_name, key=name, start=0, count=math.prod(shape))
+                    stored[name] = StoredTensor(shape=shape, pieces=(piece,))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder / file_name}: the file is missing; {REPAIR}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / file_name}: cannot be read ({error}): {REPAIR}") from error
+    return {name: stored[name] for name in file_of}
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _stored_tensors(table: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(shape=tuple(entry["shape"]), pieces=tuple(Stored(**piece) for piece in entry["pieces"]))
+        for name, entry in table.items()
+    }
+
+
+def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing; {REPAIR}")
+    found = fingerprint(path)
+    if found["bytes"] != expected["bytes"]:
+        raise CheckpointError(f"{path}: has {found['bytes']} bytes, {expected['bytes']} were written; {REPAIR}")
+    if found["sha256"] != expected["sha256"]:
+        raise CheckpointError(
+            f"{path}: sha256 is {found['sha256'][:12]}..., {expected['sha256'][:12]}... was written; {REPAIR}"
+        )

@@ -57,6 +57,8 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of it stay as well; 0 keeps the newest alone."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
@@ -78,6 +80,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give at least 1")
+        if self.keep_every < 0:
+            raise ConfigError(f"train.keep_every is {self.keep_every}: give 0 or more")
         sizes = [("rows_per_step", self.rows_per_step), *(("batch_ramp: rows", part.rows) for part in self.batch_ramp)]
         for name, rows in sizes:
             if rows % self.rows_per_micro_batch and rows > self.rows_per_micro_batch:

@@ -17,12 +17,14 @@ from moetrain.data.batch import TokenBatch
 from moetrain.log import Metrics, progress
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
+from moetrain.train.checkpoint_write import Retention
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loss import ObjectiveFor
 from moetrain.train.nonfinite import Skips
-from moetrain.train.resume import resume, save_state
+from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.saver import Saver
 from moetrain.train.step import TIME_PREFIX, train_step
 
 _log = logging.getLogger(__name__)
@@ -101,10 +103,14 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     if step == 0 and training.opening:
         record(step, training.opening)
     shown = progress(config.steps, folder.name, completed=step) if is_main else nullcontext(_ignore)
-    with StopSignals() as signals, shown as advance:
+    retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
+    saver = Saver(engine.topology, checkpoints, retention=retention)
+    with StopSignals() as signals, shown as advance, saver:
         while step < config.steps:
             values = _one_step(training, config, step=step, counters=counters)
             step += 1
+            saver.poll()
+            values[TIME_PREFIX + "checkpoint_s"] = saver.take_held_s()
             if step % config.log_every == 0 or step == config.steps:
                 record(step, values)
             advance(f"loss {values['loss']:.3f}" if "loss" in values else "left out")
@@ -112,19 +118,14 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
                 record(step, training.validate())
             signal_name = signals.requested(engine.topology)
             if step % config.checkpoint_every == 0 or step == config.steps or signal_name:
-                save_state(
-                    engine,
-                    checkpoints,
-                    step=step,
-                    identity=training.identity,
-                    state=asdict(counters),
-                    keep=config.keep_checkpoints,
-                )
+                rows_read = config.rows_before(step)
+                state = saved_state(identity=training.identity, loop=asdict(counters), rows_read=rows_read)
+                saver.begin(engine, step=step, state=state)
             if signal_name and step < config.steps:
                 _log.warning("stopped by %s at step %d; start again to go on", signal_name, step)
                 return _outcome(Status.interrupted, step=step, counters=counters, checkpoints=checkpoints)
     validation = training.validate()
-    record(step, validation)
+    record(step, {**validation, TIME_PREFIX + "checkpoint_s": saver.take_held_s()})
     return _outcome(Status.finished, step=step, counters=counters, checkpoints=checkpoints, validation=validation)
 
 

@@ -12,7 +12,7 @@ from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.hf import load_hf_folder
-from moetrain.parallel.protocol import Engine
+from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint
@@ -32,13 +32,15 @@ _FREE = ("balance.", "yarn.", "max_position_embeddings")
 class Origin:
     """Weights to start from, checked.
 
-    tensors: parameters and buffers, float32, under their names in memory. quant: the grid they were trained on, None
+    tensors: parameters and buffers under their names in memory, each read when it is asked for where they lie in files.
+    reader: the same, of which ranges can be read. quant: the grid they were trained on, None
     when that is not known. tokenizer: its folder, None when there is none beside the weights. digest: sha256 that
     changes with the weights. step: steps trained, 0 for a Hugging Face folder.
     """
 
     path: Path
     tensors: Mapping[str, torch.Tensor]
+    reader: StateReader
     model: ModelConfig
     quant: QuantConfig | None
     tokenizer: Path | None
@@ -74,7 +76,7 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     """
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
-    engine.load_state(TensorReader(origin.tensors), with_optimizer=False)
+    engine.load_state(origin.reader, with_optimizer=False)
     _log.info("weights from %s (step %d)", origin.path, origin.step)
 
 
@@ -102,13 +104,15 @@ def _of_checkpoint(path: Path) -> Origin:
     loaded = checkpoint.load(path)
     identity = loaded.state["identity"]
     stage = path.resolve().parent.parent
+    tensors = loaded.tensors.of_model()
     return Origin(
         path=path,
-        tensors=loaded.tensors.of_model(),
+        tensors=tensors,
+        reader=tensors,
         model=model_of(identity),
         quant=quant_of(identity),
         tokenizer=_tokenizer_in(stage / TOKENIZER),
-        digest=_digest(loaded.tensors.of_model()),
+        digest=loaded.digest,
         step=loaded.step,
     )
 
@@ -118,6 +122,7 @@ def _of_hf_folder(path: Path) -> Origin:
     return Origin(
         path=path,
         tensors=tensors,
+        reader=TensorReader(tensors),
         model=model,
         quant=None,
         tokenizer=_tokenizer_in(path),

@@ -1,4 +1,4 @@
-"""An engine's whole state to a checkpoint folder and back, for training and RL loops alike. All of it collective.
+"""From a checkpoint folder to where a run stands, for training and RL loops alike; `train.saver` is the way there.
 
 `identity` is what makes a run the run it is (its configuration apart from layout, and the digests of its data): a
 folder whose checkpoints have another identity is refused, field by field, instead of being continued into something
@@ -14,16 +14,21 @@ from typing import Any
 
 from moetrain.errors import CheckpointError
 from moetrain.parallel.protocol import Engine
-from moetrain.parallel.state import TensorReader
+from moetrain.parallel.topology import Topology
 from moetrain.train import checkpoint
 
 _log = logging.getLogger(__name__)
 
+RANDOM_RULE = (
+    "every draw is a function of (seed, name of the stream, step, sample): moetrain.runtime.seed_of; "
+    "no generator has a state beyond seed and step"
+)
+
 
 @dataclass(kw_only=True)
 class Resumed:
-    """Where a run stands. step: steps that are done. state: what the loop gave `save_state`. num_damaged: checkpoints
-    that were passed over because they were damaged."""
+    """Where a run stands. step: steps that are done. state: the loop's counters, as `saved_state` took them.
+    num_damaged: checkpoints that were passed over because they were damaged."""
 
     step: int
     state: dict[str, Any]
@@ -35,36 +40,40 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
 
     Raises `CheckpointError` when all checkpoints are damaged, or when they are of a run with another identity.
     """
-    found = checkpoint.Latest(path=None, num_damaged=0)
-    failure: CheckpointError | None = None
-    if engine.topology.is_main:
+    topology = engine.topology
+    if topology.is_main:
         checkpoint.remove_leftovers(folder)
-        try:
-            found = checkpoint.latest(folder)
-        except CheckpointError as error:
-            failure = error  # raised on every rank below, so that none waits for the others
-    found, failure = engine.topology.broadcast_object((found, failure))
-    if failure is not None:
-        raise failure
+    topology.barrier()
+    found = checkpoint.latest(folder, damage=lambda path: _damage_on_any_rank(path, topology))
     if found.path is None:
         return Resumed(step=0, state={}, num_damaged=0)
-    loaded = checkpoint.load(found.path)
+    loaded = checkpoint.open_checkpoint(found.path)
     _check_identity(loaded, identity)
-    engine.load_state(TensorReader(loaded.tensors), with_optimizer=True)
+    engine.load_state(loaded.tensors, with_optimizer=True)
     _log.info("going on from %s", loaded.path)
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
 
 
-def save_state(
-    engine: Engine, folder: Path, *, step: int, identity: Mapping[str, Any], state: Mapping[str, Any], keep: int
-) -> Path:
-    """Write the engine's whole state and the loop's `state` as checkpoint `step`; return its path on every rank."""
-    tensors = engine.gather_state(with_optimizer=True)
-    if tensors is not None:
-        content = {"identity": dict(identity), "loop": dict(state)}
-        checkpoint.save(folder, step, tensors=tensors, state=content, keep=keep)
-    engine.topology.barrier()
-    return folder / f"step_{step:08d}"
+def saved_state(*, identity: Mapping[str, Any], loop: Mapping[str, Any], rows_read: int) -> dict[str, Any]:
+    """Return what state.json keeps of a run: identity, the loop's counters, position in the data, random streams."""
+    return {
+        "identity": dict(identity),
+        "loop": dict(loop),
+        "data": {"rows_read": rows_read},
+        "random": {"seed": identity.get("seed"), "rule": RANDOM_RULE},
+    }
+
+
+def _damage_on_any_rank(path: Path, topology: Topology) -> str | None:
+    """Return a checkpoint's damage, the same on every rank; each checks its share of the files. Collective."""
+    failure: str | None = None
+    try:
+        opened = checkpoint.open_checkpoint(path)
+        checkpoint.check_files(opened, part=topology.rank, num_parts=topology.world_size)
+    except CheckpointError as error:
+        failure = str(error)
+    failures = topology.gather_objects(failure)
+    return topology.broadcast_object(next((text for text in failures or () if text is not None), None))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.model.upcycle import LayerChange, UpcycledTensors, layer_change
 from moetrain.model.upcycle_config import UpcycleConfig, UpcyclePlan
 from moetrain.quant.config import QuantConfig
-from moetrain.train import checkpoint
+from moetrain.train import checkpoint_write
 from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.origin import TOKENIZER, Origin, vars_of
 from moetrain.train.resume import differences
@@ -84,7 +84,7 @@ def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
         "upcycle": asdict(upcycling.plan),
         "origin": origin.digest,
     }
-    return checkpoint.save(
+    return checkpoint_write.save(
         folder / CHECKPOINTS, 0, tensors=upcycling.tensors, state={"identity": identity, "loop": {}}, keep=1
     )
 

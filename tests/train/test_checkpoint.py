@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moetrain.errors import CheckpointError
-from moetrain.train import checkpoint
+from moetrain.parallel.protocol import Piece
+from moetrain.train import checkpoint, checkpoint_write
 
 
 def _tensors(*, fill: float = 1.0) -> dict[str, torch.Tensor]:
@@ -24,7 +26,7 @@ def _tensors(*, fill: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def _save(folder: Path, step: int, *, keep: int = 10) -> Path:
-    return checkpoint.save(folder, step, tensors=_tensors(fill=step), state={"seed": 1}, keep=keep)
+    return checkpoint_write.save(folder, step, tensors=_tensors(fill=step), state={"seed": 1}, keep=keep)
 
 
 def _flip_byte(path: Path) -> None:
@@ -52,12 +54,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_shards_hold_at_most_the_stated_bytes_and_optimizer_state_has_its_own(tmp_path: Path) -> None:
     tensors = {f"w{i}": torch.full((10,), float(i)) for i in range(5)} | {"optimizer/w0/momentum": torch.zeros(10)}
-    path = checkpoint.save(tmp_path, 1, tensors=tensors, state={}, keep=1, shard_bytes=80)
+    path = checkpoint_write.save(tmp_path, 1, tensors=tensors, state={}, keep=1, shard_bytes=80)
     assert sorted(file.name for file in path.glob("*.safetensors")) == [
-        "model-00001-of-00003.safetensors",
-        "model-00002-of-00003.safetensors",
-        "model-00003-of-00003.safetensors",
-        "optimizer-00001-of-00001.safetensors",
+        "model-r00000-00001.safetensors",
+        "model-r00000-00002.safetensors",
+        "model-r00000-00003.safetensors",
+        "optimizer-r00000-00001.safetensors",
     ]
     found = checkpoint.load(path)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
@@ -76,7 +78,7 @@ def test_a_damaged_newer_checkpoint_never_pushes_out_a_good_one(tmp_path: Path) 
     assert checkpoint.steps(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "state.json", "index.json"])
+@pytest.mark.parametrize("name", ["model-r00000-00001.safetensors", "state.json", "index.json"])
 def test_a_flipped_byte_in_any_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     path = _save(tmp_path, 1)
     content = bytearray((path / name).read_bytes())
@@ -87,7 +89,7 @@ def test_a_flipped_byte_in_any_file_is_an_error_that_names_it(tmp_path: Path, na
     assert raised.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["optimizer-00001-of-00001.safetensors", "state.json", "index.json"])
+@pytest.mark.parametrize("name", ["optimizer-r00000-00001.safetensors", "state.json", "index.json"])
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     path = _save(tmp_path, 1)
     (path / name).unlink()
@@ -108,7 +110,7 @@ def test_latest_falls_back_over_damaged_checkpoints_with_a_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = _save(tmp_path, 1)
-    _flip_byte(_save(tmp_path, 2) / "model-00001-of-00001.safetensors")
+    _flip_byte(_save(tmp_path, 2) / "model-r00000-00001.safetensors")
     (_save(tmp_path, 3) / "index.json").unlink()
     with caplog.at_level(logging.WARNING):
         found = checkpoint.latest(tmp_path)
@@ -143,3 +145,32 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert checkpoint.load(path).step == 5
     assert json.loads((path / "state.json").read_text())["seed"] == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_format_of_whole_tensors_is_read_on(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000007"
+    path.mkdir()
+    save_file(_tensors(), path / "model-00001-of-00001.safetensors")
+    (path / "state.json").write_text(json.dumps({"step": 7, "seed": 1}))
+    files = {file.name: checkpoint.fingerprint(file) for file in sorted(path.iterdir())}
+    file_of = dict.fromkeys(_tensors(), "model-00001-of-00001.safetensors")
+    index = {"format": 1, "step": 7, "files": files, "tensors": file_of}
+    (path / "index.json").write_text(checkpoint.dump({**index, "sha256": checkpoint.index_digest(index)}))
+    found = checkpoint.load(path)
+    assert (found.step, found.state["seed"]) == (7, 1)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in _tensors().items())
+
+
+def test_any_flat_range_of_a_tensor_is_read(tmp_path: Path) -> None:
+    tensor = torch.arange(60.0).view(3, 4, 5)
+    partial = checkpoint_write.begin(tmp_path, 1)
+    for rank, (first, last) in enumerate([(0, 7), (7, 41), (41, 60)]):
+        piece = Piece(name="w", shape=(3, 4, 5), start=first, values_P=tensor.view(-1)[first:last])
+        checkpoint_write.write_part(partial, [piece], rank=rank)
+    path = checkpoint_write.commit(partial, 1, num_parts=3, state={}, retention=checkpoint_write.Retention(newest=1))
+    whole = checkpoint.load(checkpoint_write.save(tmp_path, 2, tensors={"w": tensor}, state={}, keep=2)).tensors
+    pieces = checkpoint.load(path).tensors
+    assert torch.equal(pieces["w"], tensor)
+    for first, last in [(0, 60), (0, 1), (6, 8), (19, 21), (40, 42), (59, 60), (12, 12)]:
+        for tensors in (pieces, whole):
+            assert torch.equal(tensors.read("w", first=first, last=last), tensor.view(-1)[first:last])

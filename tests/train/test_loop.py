@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_metric_and_the_same_bits(tmp
     _run(whole)
     with pytest.raises(ConnectionError):
         _run(damaged, batch_at=_killed_at(5))
-    shard = damaged / CHECKPOINTS / "step_00000004" / "model-00001-of-00001.safetensors"
+    shard = damaged / CHECKPOINTS / "step_00000004" / "model-r00000-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
