@@ -60,6 +60,34 @@ class BenchBalanceRun(ReadingRun):
             raise ConfigError(f"tail_share is {self.tail_share}: give a share above 0, up to 1")
 
 
+@dataclass(kw_only=True)
+class BenchOptimizersRun(ReadingRun):
+    """Compares Muon with AdamW at equal tokens, each at its best rate, and attention logits with and without QK-Clip.
+
+    Name, rate and threshold of `optim` are set by the runs; the rest of it is the same for all.
+    """
+
+    muon_rates: list[float] = field(default_factory=lambda: [0.01])
+    """Learning rates that Muon is tried at."""
+    adamw_rates: list[float] = field(default_factory=lambda: [0.01])
+    """Learning rates that AdamW is tried at."""
+    clip_rate: float = 0.1
+    """Learning rate of the two runs with Muon that show the clip: too high, so that logits grow."""
+    clip_threshold: float = 30.0
+    """QK-Clip's threshold in the second of them."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        for name in ("muon_rates", "adamw_rates"):
+            rates = getattr(self, name)
+            if not rates or min(rates) <= 0:
+                raise ConfigError(f"{name} is {rates}: give at least one learning rate, all above 0")
+        for name in ("clip_rate", "clip_threshold"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a number above 0")
+
+
 class Peer(StrEnum):
     """Who else trains the same model in `bench train`: transformers' DeepseekV3 with its loop over experts or with
     grouped products, and the same model under DeepSpeed's AutoEP."""
@@ -124,6 +152,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "bench balance": BenchBalanceRun,
+    "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
     "generate": GenerateRun,
 }

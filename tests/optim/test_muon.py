@@ -20,19 +20,28 @@ def _normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch_stream(0, "test"))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (64, 24)])
+SHAPES = [(64, 128), (128, 64), (96, 256), (64, 64), (192, 512)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [shape for shape in SHAPES if shape[0] != shape[1]])
 def test_five_steps_bring_singular_values_into_a_band_around_one(rows: int, columns: int) -> None:
     x_BMN = _normal(3, rows, columns)
     values = torch.linalg.svdvals(newton_schulz(x_BMN, schedule=NewtonSchulz.five, dtype=torch.float32))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
+    assert values.min() > 0.65
+    assert values.max() < 1.2
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (64, 24), (32, 32)])
-def test_the_hybrid_schedule_is_orthogonal_to_three_digits(rows: int, columns: int) -> None:
+def test_five_steps_leave_the_smallest_singular_values_of_a_square_matrix_small() -> None:
+    values = torch.linalg.svdvals(newton_schulz(_normal(1, 256, 256), schedule=NewtonSchulz.five, dtype=torch.float32))
+    assert values.min() < 0.3
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_hybrid_schedule_is_orthogonal_within_6e_4(rows: int, columns: int) -> None:
     x_BMN = _normal(3, rows, columns)
     values = torch.linalg.svdvals(newton_schulz(x_BMN, schedule=NewtonSchulz.hybrid_8_2, dtype=torch.float32))
-    assert (values - 1).abs().max() < 2e-3
+    assert values.min() > 1 - 1e-5
+    assert values.max() < 1 + 6e-4
 
 
 def test_the_hybrid_schedule_finds_the_polar_factor() -> None:
@@ -53,12 +62,19 @@ def test_zeros_stay_zero() -> None:
     assert not newton_schulz(torch.zeros(1, 8, 8), schedule=NewtonSchulz.five, dtype=torch.bfloat16).any()
 
 
-@pytest.mark.parametrize("schedule", list(NewtonSchulz))
-@pytest.mark.parametrize(("rows", "columns"), [(24, 96), (96, 24)])
-def test_the_update_has_the_rms_of_an_adamw_update(schedule: NewtonSchulz, rows: int, columns: int) -> None:
-    update_BMN = orthogonal_update(_normal(2, rows, columns), schedule=schedule, dtype=torch.float32)
-    bound = 0.045 if schedule == NewtonSchulz.five else 0.001
-    assert abs(update_BMN.square().mean().sqrt().item() - RMS_OF_ADAMW) < bound
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_update_has_the_rms_of_an_adamw_update(rows: int, columns: int) -> None:
+    """0.2000 with the hybrid schedule; five steps fall short of it."""
+    rms = {
+        schedule: orthogonal_update(_normal(2, rows, columns), schedule=schedule, dtype=torch.float32)
+        .square()
+        .mean()
+        .sqrt()
+        .item()
+        for schedule in NewtonSchulz
+    }
+    assert rms[NewtonSchulz.hybrid_8_2] == pytest.approx(RMS_OF_ADAMW, abs=1e-4)
+    assert 0.15 < rms[NewtonSchulz.five] < 0.2
 
 
 def test_gate_and_up_of_each_expert_are_matrices_of_their_own() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from moetrain.data.batch import TokenBatch
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.engine import Engine, ObjectiveResult
@@ -144,6 +146,60 @@ def test_a_discarded_gradient_leaves_no_trace(engine: EngineName) -> None:
     train(built, range(2))
     train(other, range(2))
     assert identical(_state(built), _state(other))
+
+
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_raw_gradients_are_clipped_before_muon_orthogonalises(engine: EngineName) -> None:
+    """The momentum of a first step is the clipped gradient itself."""
+    plain, built = build(EngineName.torch), build(engine)
+    whole = batch_of(0)
+    plain.accumulate(objective_for(whole), whole, is_last=True)
+    grads = {name: param.grad.clone() for name, param in plain.model.named_parameters() if param.grad is not None}
+    (trace,) = train(built, range(1))
+    assert trace.report.clip_factor < 0.9
+    state = _state(built)
+    momenta = [name for name in state if name.endswith("/momentum")]
+    assert momenta
+    for name in momenta:
+        grad = grads[name.removeprefix("optimizer/").removesuffix("/momentum")]
+        torch.testing.assert_close(state[name], trace.report.clip_factor * grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerName))
+@pytest.mark.parametrize("engine", list(EngineName))
+def test_weight_decay_is_on_every_parameter_norms_included(engine: EngineName, optimizer: OptimizerName) -> None:
+    """Without a gradient a step multiplies each parameter by 1 - lr * decay; the default decay is 0.05."""
+    built = build(engine, optimizer=optimizer)
+    before = _state(built, with_optimizer=False)
+
+    def flat(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
+        result = objective_for(batch_of(0))(model, batch)
+        return ObjectiveResult(loss=result.loss * 0.0, counts_LE=result.counts_LE)
+
+    built.accumulate(flat, batch_of(0), is_last=True)
+    built.step(LEARNING_RATE)
+    after = _state(built, with_optimizer=False)
+    for name, _ in built.model.named_parameters():
+        torch.testing.assert_close(after[name], (1 - LEARNING_RATE * 0.05) * before[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_rows_of_masters_are_multiplied_in_both_engines_alike(zero: int) -> None:
+    name = "model.layers.1.self_attn.q_b_proj.weight"
+    states = []
+    for built in (build(EngineName.torch), build(EngineName.deepspeed, zero=zero)):
+        before = _state(built)
+        factor_M = torch.ones(before[name].shape[0])
+        factor_M[3:5] = 0.25
+        built.multiply_rows({name: factor_M})
+        after = _state(built)
+        assert torch.equal(after[name], before[name] * factor_M[:, None])
+        assert torch.equal(built.model.get_parameter(name), after[name])
+        del before[name], after[name]
+        assert identical(after, before)
+        train(built, range(1))
+        states.append(_state(built))
+    assert largest_gap(states[0], states[1]) < STATE_ROUNDING
 
 
 @pytest.mark.parametrize("engine", list(EngineName))

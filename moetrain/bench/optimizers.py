@@ -1,0 +1,227 @@
+"""Muon beside AdamW at equal tokens, and the largest attention logit with and without QK-Clip.
+
+Every run has the same initial weights, tokens and order of tokens; its optimizer, learning rate and threshold differ.
+Each optimizer is given a sweep of rates and stands for itself with its best one.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from moetrain.data.build import Data
+from moetrain.model.attention import MaxLogits
+from moetrain.optim.config import OptimConfig, OptimizerName
+from moetrain.optim.schedule import learning_rate
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.protocol import Engine, Objective
+from moetrain.report.plots import Line, line_chart, moving_average
+from moetrain.report.style import STYLE
+from moetrain.train.loss import GlobalCounts, language_model_objective
+from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.stages import DTYPES, Sections
+from moetrain.train.step import train_step
+from moetrain.train.validate import validate
+
+_WINDOW = 8
+"""Steps that a smoothed training loss averages."""
+_VALIDATION = "validation/"
+
+
+@dataclass(kw_only=True)
+class OptimizerResult:
+    """What a run came to.
+
+    cross_entropy, max_logit, heads_clipped: of every step. validation: nats a character by source after the last one.
+    """
+
+    name: str
+    optim: OptimConfig
+    cross_entropy: list[float] = field(default_factory=list)
+    max_logit: list[float] = field(default_factory=list)
+    heads_clipped: list[float] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> float:
+        """Mean over sources of the validation loss; what the best rate is chosen by."""
+        return statistics.fmean(self.validation.values())
+
+    def smooth(self) -> list[float]:
+        """Return the training loss of each step, averaged with those shortly before it."""
+        return [value for _, value in moving_average(list(enumerate(self.cross_entropy)), _WINDOW)]
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """All runs: those of the sweep in order of rates, and the two that show the clip, without and with it."""
+
+    sweep: list[OptimizerResult]
+    unclipped: OptimizerResult
+    clipped: OptimizerResult
+
+    def best(self, name: OptimizerName) -> OptimizerResult:
+        """Return the run of an optimizer with the smallest validation loss; a loss that is not finite is never it."""
+        runs = [run for run in self.sweep if run.optim.name is name]
+        return min(runs, key=lambda run: run.held_out if math.isfinite(run.held_out) else math.inf)
+
+    def share_of_tokens(self) -> float:
+        """Return the share of AdamW's tokens after which Muon's training loss is at AdamW's last; inf if never.
+
+        Both at their best rates, smoothed. Muon's rate has not decayed by then, which counts against it.
+        """
+        goal = self.best(OptimizerName.adamw).smooth()[-1]
+        ours = self.best(OptimizerName.muon).smooth()
+        reached = (step for step, loss in enumerate(ours, start=1) if step >= _WINDOW and loss <= goal)
+        return next(reached, math.inf) / len(ours)
+
+
+def bench_optimizers(
+    sections: Sections,
+    rates: Mapping[OptimizerName, Sequence[float]],
+    *,
+    clip_rate: float,
+    threshold: float,
+    data: Data,
+    on_step: Callable[[str], None],
+) -> Comparison:
+    """Train a model for each rate of each optimizer, and two with Muon at `clip_rate`, and return what each came to.
+
+    A collective. One model is in memory at a time. on_step: called after each step with a word on it.
+    """
+    sweep = [
+        replace(sections.optim, name=name, lr=rate, qk_clip=math.inf)
+        for name, of_name in rates.items()
+        for rate in of_name
+    ]
+    high = replace(sections.optim, name=OptimizerName.muon, lr=clip_rate)
+    runs = [*sweep, replace(high, qk_clip=math.inf), replace(high, qk_clip=threshold)]
+    results = [_train(replace(sections, optim=optim), data=data, on_step=on_step) for optim in runs]
+    *of_sweep, unclipped, clipped = results
+    return Comparison(sweep=of_sweep, unclipped=unclipped, clipped=clipped)
+
+
+def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) -> OptimizerResult:
+    optim, train = sections.optim, sections.train
+    clip = f", clip {optim.qk_clip:g}" if optim.qk_clip is not None and math.isfinite(optim.qk_clip) else ""
+    result = OptimizerResult(name=f"{optim.name} {optim.lr:g}{clip}", optim=optim)
+    engine = build_engine(
+        sections.model,
+        sections.parallel,
+        optim_config=optim,
+        quant_config=sections.quant,
+        compute_dtype=DTYPES[train.compute_dtype],
+        seed=sections.seed,
+    )
+    for step in range(train.steps):
+        values = _step(sections, engine=engine, data=data, step=step)
+        result.cross_entropy.append(values["cross_entropy"])
+        result.max_logit.append(values["max_logit"])
+        result.heads_clipped.append(values["heads_clipped"])
+        on_step(f"{result.name}: loss {values['cross_entropy']:.2f}")
+    figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
+    result.validation = {name.removeprefix(_VALIDATION): value for name, value in figures.items()}
+    return result
+
+
+def _step(sections: Sections, *, engine: Engine, data: Data, step: int) -> dict[str, float]:
+    train, optim, topology = sections.train, sections.optim, engine.topology
+    batch = data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1))
+    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
+    balance = sections.model.balance.at(step, steps=train.steps)
+
+    def objective_for(counts: GlobalCounts) -> Objective:
+        return language_model_objective(counts, balance=balance, max_logits=MaxLogits.measured)
+
+    return train_step(
+        engine,
+        objective_for,
+        micro_batches=micro_batches(rows, rows=train.rows_per_micro_batch),
+        learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
+        balance=balance,
+        step=step,
+        qk_clip=optim.qk_clip,
+    )
+
+
+def render(comparison: Comparison) -> Table:
+    """Return the table for the terminal: a line a run, the best of each optimizer marked."""
+    sources = list(comparison.unclipped.validation)
+    best = [comparison.best(name) for name in dict.fromkeys(run.optim.name for run in comparison.sweep)]
+    table = Table(
+        "run",
+        "train CE",
+        *sources,
+        "mean",
+        "max logit",
+        "clipped",
+        "",
+        title="optimizers: losses and attention logits at equal tokens",
+    )
+    for run in [*comparison.sweep, comparison.unclipped, comparison.clipped]:
+        figures = [f"{run.validation[source]:.4f}" for source in sources]
+        table.add_row(
+            run.name,
+            f"{run.smooth()[-1]:.4f}",
+            *figures,
+            f"{run.held_out:.4f}",
+            f"{max(run.max_logit):.4g}",
+            f"{sum(run.heads_clipped):.0f}",
+            "best" if run in best else "",
+        )
+    return table
+
+
+def sentence(comparison: Comparison) -> str:
+    """Return what the comparison at equal tokens comes to, in words."""
+    muon, adamw = comparison.best(OptimizerName.muon), comparison.best(OptimizerName.adamw)
+    share = comparison.share_of_tokens()
+    reached = f"after {100 * share:.0f} % of the tokens" if math.isfinite(share) else "nowhere in the run"
+    return (
+        f"best of each, mean of sources: {muon.name} {muon.held_out:.4f}, {adamw.name} {adamw.held_out:.4f} nats a "
+        f"character; Muon's training loss is at AdamW's last one {reached}"
+    )
+
+
+def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, float]) -> None:
+    """Write all of it as JSON, the losses and logits of every step included."""
+    runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
+    rows = [{**asdict(run), "held_out": run.held_out} for run in runs]
+    content = {**context, "share_of_tokens": comparison.share_of_tokens(), "runs": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def picture(comparison: Comparison) -> str:
+    """Return a page with three charts: the sweep, the losses of the best runs, the logits with and without the clip."""
+    names = list(dict.fromkeys(run.optim.name for run in comparison.sweep))
+    by_rate, losses = [], []
+    for color, name in enumerate(names):
+        runs = [run for run in comparison.sweep if run.optim.name is name and math.isfinite(run.held_out)]
+        points = sorted((math.log10(run.optim.lr), run.held_out) for run in runs)
+        by_rate.append(Line(name=name.value, points=points, color=color))
+        best = comparison.best(name)
+        losses.append(Line(name=best.name, points=_over_steps(best.smooth()), color=color))
+    clipped, unclipped = comparison.clipped, comparison.unclipped
+    logits = [
+        Line(name=unclipped.name, points=_over_steps(unclipped.max_logit), color=0),
+        Line(name=clipped.name, points=_over_steps(clipped.max_logit), color=1, level=clipped.optim.qk_clip),
+    ]
+    charts = [
+        line_chart("Validation loss by rate", by_rate, x_name="log10 of the rate", y_name="nats a character"),
+        line_chart("Training loss at the best rates", losses, x_name="step", y_name="nats a token"),
+        line_chart(
+            "Largest attention logit", logits, x_name="step", y_name="softmax input; dashed: threshold", from_zero=True
+        ),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Optimizers</title>'
+        f'<style>{STYLE}</style><main><h1>Optimizers</h1><div class="charts">{"".join(charts)}</div></main></html>\n'
+    )
+
+
+def _over_steps(values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(float(step), value) for step, value in enumerate(values, start=1)]

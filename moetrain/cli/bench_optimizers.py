@@ -1,0 +1,38 @@
+"""`moetrain bench optimizers`."""
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder
+from moetrain.commands import BenchOptimizersRun
+from moetrain.optim.config import OptimizerName
+
+
+def main(run: BenchOptimizersRun) -> int:
+    """Train with every optimizer and rate, write `optimizers.json` and `optimizers.html`, and print the table."""
+    # These bring torch in, so only now.
+    from moetrain.bench.optimizers import bench_optimizers, picture, render, sentence, write_results
+    from moetrain.cli.documents import reading_data, sections_of
+    from moetrain.log import progress
+
+    rates = {OptimizerName.muon: run.muon_rates, OptimizerName.adamw: run.adamw_rates}
+    num_runs = len(run.muon_rates) + len(run.adamw_rates) + 2
+    with stage_folder(run) as folder:
+        data, topology = reading_data(run, folder)
+        with progress(num_runs * run.train.steps, folder.name, completed=0) as advance:
+            comparison = bench_optimizers(
+                sections_of(run),
+                rates,
+                clip_rate=run.clip_rate,
+                threshold=run.clip_threshold,
+                data=data,
+                on_step=advance,
+            )
+        if topology.is_main:
+            tokens = run.train.rows_before(run.train.steps) * run.data.seq_len
+            context = {"steps": run.train.steps, "tokens": tokens}
+            write_results(folder / "optimizers.json", comparison, context=context)
+            (folder / "optimizers.html").write_text(picture(comparison), encoding="utf-8")
+            console = Console(width=120)
+            console.print(sentence(comparison))
+            console.print(render(comparison))
+    return 0

@@ -1,0 +1,139 @@
+"""The comparison of optimizers: equal tokens and weights for all, the best rate of each, logits with the clip."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moetrain.bench.optimizers import Comparison, OptimizerResult, bench_optimizers, picture, render, write_results
+from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.commands import BenchOptimizersRun
+from moetrain.data.build import build_data, prepare_tokenizer
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.errors import ConfigError
+from moetrain.model.config import ModelConfig
+from moetrain.optim.config import OptimConfig, OptimizerName, ScheduleConfig
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.stages import Sections
+
+TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
+STEPS, THRESHOLD = 16, 3.0
+RATES = {OptimizerName.muon: [0.01, 0.02], OptimizerName.adamw: [0.01]}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    data_config = DataConfig(
+        seq_len=64,
+        sources={"text": SourceConfig(kind=SourceKind.jsonl, path=str(TEXT))},
+        tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
+        validation_fraction=0.1,
+    )
+    folder = tmp_path_factory.mktemp("bench") / "tokenizer"
+    prepare_tokenizer(data_config, folder=folder)
+    sections = Sections(
+        model=ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            q_lora_rank=None,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_experts=4,
+        ),
+        data=data_config,
+        optim=OptimConfig(schedule=ScheduleConfig(warmup_steps=2)),
+        train=TrainConfig(steps=STEPS, rows_per_step=4, rows_per_micro_batch=4, compute_dtype=ComputeDtype.float32),
+        parallel=ParallelConfig(engine=EngineName.torch),
+        quant=QuantConfig(),
+        seed=0,
+    )
+    notes: list[str] = []
+    found = bench_optimizers(
+        sections,
+        RATES,
+        clip_rate=0.4,
+        threshold=THRESHOLD,
+        data=build_data(data_config, 0, tokenizer_folder=folder),
+        on_step=notes.append,
+    )
+    assert len(notes) == 5 * STEPS
+    return found
+
+
+def test_every_run_starts_from_the_same_weights_and_tokens(comparison: Comparison) -> None:
+    runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
+    assert [run.name for run in runs] == ["muon 0.01", "muon 0.02", "adamw 0.01", "muon 0.4", "muon 0.4, clip 3"]
+    assert len({run.cross_entropy[0] for run in runs}) == 1
+    assert len({run.max_logit[0] for run in runs}) == 1
+    assert all(len(run.cross_entropy) == len(run.max_logit) == STEPS for run in runs)
+
+
+def test_the_clip_holds_the_logits_that_grow_without_it(comparison: Comparison) -> None:
+    unclipped, clipped = comparison.unclipped, comparison.clipped
+    first = next(step for step, largest in enumerate(clipped.max_logit) if largest > THRESHOLD)
+    assert clipped.max_logit[: first + 1] == unclipped.max_logit[: first + 1]
+    assert sum(clipped.heads_clipped) > 0
+    assert sum(unclipped.heads_clipped) == 0
+    assert max(clipped.max_logit) < 0.5 * max(unclipped.max_logit)
+
+
+def _run(name: OptimizerName, rate: float, *, held_out: float, losses: list[float]) -> OptimizerResult:
+    optim = OptimConfig(name=name, lr=rate)
+    return OptimizerResult(name=f"{name} {rate}", optim=optim, cross_entropy=losses, validation={"a": held_out})
+
+
+def test_each_optimizer_stands_for_itself_with_its_best_rate() -> None:
+    adamw = [
+        _run(OptimizerName.adamw, 0.1, held_out=math.nan, losses=[0.0] * 20),
+        _run(OptimizerName.adamw, 0.2, held_out=2.0, losses=[4.0] * 20),
+        _run(OptimizerName.adamw, 0.3, held_out=3.0, losses=[9.0] * 20),
+    ]
+    muon = [
+        _run(OptimizerName.muon, 0.1, held_out=1.5, losses=[5.0] * 8 + [0.0] * 12),
+        _run(OptimizerName.muon, 0.2, held_out=1.6, losses=[0.0] * 20),
+    ]
+    made = Comparison(sweep=[*muon, *adamw], unclipped=muon[0], clipped=muon[0])
+    assert made.best(OptimizerName.adamw) is adamw[1]
+    assert made.best(OptimizerName.muon) is muon[0]
+    # A mean of eight losses is at 4 when two of them are 0: after ten steps of twenty.
+    assert made.share_of_tokens() == pytest.approx(10 / 20)
+    never = Comparison(sweep=[adamw[2], _run(OptimizerName.muon, 1.0, held_out=1.0, losses=[9.1] * 20)], **_two(muon))
+    assert never.share_of_tokens() == math.inf
+
+
+def _two(runs: list[OptimizerResult]) -> dict[str, OptimizerResult]:
+    return {"unclipped": runs[0], "clipped": runs[1]}
+
+
+def test_table_json_and_picture_hold_every_run(comparison: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "optimizers.json"
+    write_results(path, comparison, context={"steps": STEPS})
+    content = json.loads(path.read_text())
+    assert content["steps"] == STEPS
+    assert [len(run["max_logit"]) for run in content["runs"]] == [STEPS] * 5
+    table = render(comparison)
+    assert table.row_count == 5
+    assert list(table.columns[-1].cells).count("best") == 2
+    page = picture(comparison)
+    assert page.count('<svg class="chart"') == 3
+    assert "muon 0.4, clip 3" in page
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"muon_rates": []}, r"muon_rates is \[\]"),
+        ({"adamw_rates": [0.1, 0.0]}, r"adamw_rates is \[0.1, 0.0\]"),
+        ({"clip_threshold": 0.0}, r"clip_threshold is 0.0"),
+    ],
+)
+def test_sweeps_without_rates_and_thresholds_that_clip_all_are_refused(values: dict[str, object], said: str) -> None:
+    data = DataConfig(sources={"text": SourceConfig(kind=SourceKind.jsonl, path=str(TEXT))})
+    with pytest.raises(ConfigError, match=said):
+        BenchOptimizersRun(data=data, model=ModelConfig(vocab_size=data.tokenizer.vocab_size), **values)  # type: ignore[arg-type]
