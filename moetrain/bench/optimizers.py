@@ -5,15 +5,18 @@ Each optimizer is given a sweep of rates and stands for itself with its best one
 """
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from moetrain.data.build import Data
+from moetrain.errors import DivergenceError
 from moetrain.model.attention import MaxLogits
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.schedule import learning_rate
@@ -27,6 +30,8 @@ from moetrain.train.stages import DTYPES, Sections
 from moetrain.train.step import train_step
 from moetrain.train.validate import validate
 
+_log = logging.getLogger(__name__)
+
 _WINDOW = 8
 """Steps that a smoothed training loss averages."""
 _VALIDATION = "validation/"
@@ -36,7 +41,8 @@ _VALIDATION = "validation/"
 class OptimizerResult:
     """What a run came to.
 
-    cross_entropy, max_logit, heads_clipped: of every step. validation: nats a character by source after the last one.
+    cross_entropy, max_logit, heads_clipped: of every step, fewer when it diverged. validation: nats a character by
+    source after the last one; not a number then.
     """
 
     name: str
@@ -118,7 +124,12 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
         seed=sections.seed,
     )
     for step in range(train.steps):
-        values = _step(sections, engine=engine, data=data, step=step)
+        try:
+            values = _step(sections, engine=engine, data=data, step=step)
+        except DivergenceError as error:  # a rate that is too high is a finding, not the end of the sweep
+            _log.warning("%s: %s", result.name, error)
+            result.validation = dict.fromkeys(data.validation, math.nan)
+            return result
         result.cross_entropy.append(values["cross_entropy"])
         result.max_logit.append(values["max_logit"])
         result.heads_clipped.append(values["heads_clipped"])
@@ -166,10 +177,10 @@ def render(comparison: Comparison) -> Table:
         figures = [f"{run.validation[source]:.4f}" for source in sources]
         table.add_row(
             run.name,
-            f"{run.smooth()[-1]:.4f}",
+            f"{run.smooth()[-1]:.4f}" if run.cross_entropy else "-",
             *figures,
             f"{run.held_out:.4f}",
-            f"{max(run.max_logit):.4g}",
+            f"{max(run.max_logit, default=math.nan):.4g}",
             f"{sum(run.heads_clipped):.0f}",
             "best" if run in best else "",
         )
@@ -188,11 +199,19 @@ def sentence(comparison: Comparison) -> str:
 
 
 def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, float]) -> None:
-    """Write all of it as JSON, the losses and logits of every step included."""
+    """Write all of it as JSON, the losses and logits of every step included; null for what is not a finite number."""
     runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
     rows = [{**asdict(run), "held_out": run.held_out} for run in runs]
     content = {**context, "share_of_tokens": comparison.share_of_tokens(), "runs": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def picture(comparison: Comparison) -> str:

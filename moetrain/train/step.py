@@ -52,6 +52,7 @@ def train_step(
     objective = objective_for(counts)
     results, required_LEB = _accumulate(engine, objective, micro_batches)
     totals = _Totals(results, engine.topology)
+    max_logits_AH = batch_max_logits(results, engine.topology) if qk_clip is not None else None
     if math.isfinite(totals.loss):
         report = engine.step(learning_rate)
     else:
@@ -63,8 +64,7 @@ def train_step(
         given_up = {"loss": totals.loss, **totals.metrics, "grad_norm": report.grad_norm, "lr": learning_rate}
         return {**given_up, "tokens": counts.tokens, "targets": counts.targets, SKIPPED: 1.0}
     logits: dict[str, float] = {}
-    if qk_clip is not None:
-        max_logits_AH = batch_max_logits(results, engine.topology)
+    if qk_clip is not None and max_logits_AH is not None:
         logits = logit_metrics(engine.model, max_logits_AH, threshold=qk_clip)
         clip_attention(engine, max_logits_AH, threshold=qk_clip)
     if balance.bias_rule is BiasRule.quantile:

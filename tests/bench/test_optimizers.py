@@ -22,7 +22,7 @@ from moetrain.train.stages import Sections
 TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
 STEPS, THRESHOLD = 16, 3.0
-RATES = {OptimizerName.muon: [0.01, 0.02], OptimizerName.adamw: [0.01]}
+RATES = {OptimizerName.muon: [0.01, 0.02], OptimizerName.adamw: [0.01, 1e30]}
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,29 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         data=build_data(data_config, 0, tokenizer_folder=folder),
         on_step=notes.append,
     )
-    assert len(notes) == 5 * STEPS
+    assert len(notes) == 5 * STEPS + 1  # the absurd rate diverges in its second step
     return found
 
 
 def test_every_run_starts_from_the_same_weights_and_tokens(comparison: Comparison) -> None:
     runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
-    assert [run.name for run in runs] == ["muon 0.01", "muon 0.02", "adamw 0.01", "muon 0.4", "muon 0.4, clip 3"]
+    assert [run.name for run in runs] == [
+        "muon 0.01",
+        "muon 0.02",
+        "adamw 0.01",
+        "adamw 1e+30",
+        "muon 0.4",
+        "muon 0.4, clip 3",
+    ]
     assert len({run.cross_entropy[0] for run in runs}) == 1
     assert len({run.max_logit[0] for run in runs}) == 1
-    assert all(len(run.cross_entropy) == len(run.max_logit) == STEPS for run in runs)
+    assert [len(run.cross_entropy) for run in runs] == [STEPS, STEPS, STEPS, 1, STEPS, STEPS]
+    assert all(len(run.cross_entropy) == len(run.max_logit) for run in runs)
+
+
+def test_a_rate_that_diverges_is_told_and_is_not_the_best(comparison: Comparison) -> None:
+    assert math.isnan(comparison.sweep[3].held_out)
+    assert comparison.best(OptimizerName.adamw).name == "adamw 0.01"
 
 
 def test_the_clip_holds_the_logits_that_grow_without_it(comparison: Comparison) -> None:
@@ -116,9 +129,11 @@ def test_table_json_and_picture_hold_every_run(comparison: Comparison, tmp_path:
     write_results(path, comparison, context={"steps": STEPS})
     content = json.loads(path.read_text())
     assert content["steps"] == STEPS
-    assert [len(run["max_logit"]) for run in content["runs"]] == [STEPS] * 5
+    assert [len(run["max_logit"]) for run in content["runs"]] == [STEPS, STEPS, STEPS, 1, STEPS, STEPS]
+    assert [run["optim"]["qk_clip"] for run in content["runs"]] == [None] * 5 + [THRESHOLD]
+    assert content["runs"][3]["held_out"] is None
     table = render(comparison)
-    assert table.row_count == 5
+    assert table.row_count == 6
     assert list(table.columns[-1].cells).count("best") == 2
     page = picture(comparison)
     assert page.count('<svg class="chart"') == 3
