@@ -13,6 +13,10 @@ class EngineName(StrEnum):
     torch = "torch"
 
 
+PARTITIONING_STAGE = 3
+"""The ZeRO stage that keeps weights in parts."""
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """Layout of a run; none of it may change a number beyond rounding."""
@@ -22,7 +26,7 @@ class ParallelConfig:
     expert: int = 1
     """Ranks that share the experts of a layer (EP); must divide the world size and model.num_experts."""
     zero: int = 1
-    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too."""
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 the weights too."""
     timeout_s: int = 1800
     """Seconds after which a collective that hangs is an error that names the step and the ranks that did not arrive."""
 
@@ -30,10 +34,10 @@ class ParallelConfig:
         """Check ranges."""
         if self.expert < 1:
             raise ConfigError(f"parallel.expert is {self.expert}: give at least 1")
-        if self.zero not in (1, 2):
+        if self.zero not in (1, 2, 3):
             raise ConfigError(
-                f"parallel.zero is {self.zero}: give 1 or 2 (stage 0 clips experts wrongly under expert parallelism, "
-                "stage 3 is not offered yet)"
+                f"parallel.zero is {self.zero}: give 1, 2 or 3 (stage 0 leaves experts out of the gradient norm, or "
+                "averages it over ranks that hold different experts)"
             )
 
     def check_world_size(self, world_size: int) -> None:

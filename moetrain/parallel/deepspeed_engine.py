@@ -1,4 +1,4 @@
-"""The engine of every real run: DeepSpeed's ZeRO 1 or 2 over any number of processes, one included.
+"""The engine of every real run: DeepSpeed's ZeRO 1, 2 or 3 over any number of processes, one included.
 
 DeepSpeed runs in float32: parameters are the masters, and the model casts them in its products. Its JSON is made here
 from checked values. Gradient accumulation is ours, so that the number of micro-batches may differ from step to step.
@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
+from moetrain.parallel.config import PARTITIONING_STAGE
 from moetrain.parallel.expert import ExpertAdapter, group_name
-from moetrain.parallel.optimizer import Partition, PartitionedOptimizer, Slot, slots_of
+from moetrain.parallel.optimizer import PartitionedOptimizer
+from moetrain.parallel.partition import Slot, slots_of
 from moetrain.parallel.protocol import (
     Objective,
     ObjectiveResult,
@@ -43,22 +44,30 @@ from moetrain.parallel.state import (
     read_into,
 )
 from moetrain.parallel.topology import Topology
+from moetrain.parallel.zero import ParameterShards, Shards, VectorShards, mark_units, stage_3_settings
 
 T = TypeVar("T")
 
 _LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
 
 
+_NO_NEWS = (
+    "untested optimizer",
+    "unknown inputs or outputs type",  # of modules without weights of their own: nothing waits for their hooks
+)
+
+
 def _quieten() -> None:
-    """Let DeepSpeed say what is wrong, but not that our optimizer is new to it or that torch renames what it calls."""
+    """Let DeepSpeed say what is wrong, but not that our modules are new to it or that torch renames what it calls."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{renamed}.* is deprecated", category=FutureWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "untested optimizer" not in record.getMessage()
+    return not any(phrase in record.getMessage() for phrase in _NO_NEWS)
 
 
 class _ObjectiveModule(nn.Module):
@@ -92,7 +101,10 @@ class DeepSpeedEngine:
         self.topology = topology
         self.config = optim_config
         self.experts = expert_parameter_names(model) if topology.expert_size > 1 else set()
+        self.parameters = {name: tuple(param.shape) for name, param in model.named_parameters()}
         _quieten()
+        if zero_stage == PARTITIONING_STAGE:
+            mark_units(model)
         self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)
         self.engine, _, _, _ = deepspeed.initialize(
             model=_ObjectiveModule(model, adapter=self._adapter()),
@@ -100,8 +112,10 @@ class DeepSpeedEngine:
             config=self._deepspeed_config(zero_stage),
             dist_init_required=False,
         )
-        self.zero = self.engine.optimizer
-        self.optimizer.bind(self._partitions())
+        kind: type[ParameterShards] | type[VectorShards]
+        kind = ParameterShards if zero_stage == PARTITIONING_STAGE else VectorShards
+        self.shards: Shards = kind(self.engine.optimizer, model, optimizer=self.optimizer)
+        self.optimizer.bind(self.shards.vectors(), self.shards.partitions())
 
     def _adapter(self) -> ExpertAdapter | None:
         if not self.experts:
@@ -141,27 +155,10 @@ class DeepSpeedEngine:
                 "reduce_scatter": True,
                 "round_robin_gradients": False,
                 "reduce_bucket_size": min(num_elements, _LARGEST_BUCKET),
+                **(stage_3_settings(self.model) if zero_stage == PARTITIONING_STAGE else {}),
             },
             "steps_per_print": None,
         }
-
-    def _partitions(self) -> Iterator[Partition]:
-        """Yield how DeepSpeed cut each group; checks that it laid the parameters as `slots_of` says."""
-        params = dict(self.model.named_parameters())
-        for index, group in enumerate(self.optimizer.param_groups):
-            flat = self.zero.bit16_groups_flat[index]
-            for slot in group["slots"]:
-                offset = (params[slot.name].data_ptr() - flat.data_ptr()) // flat.element_size()
-                assert offset == slot.offset, f"DeepSpeed laid {slot.name} at {offset}, not at {slot.offset}"
-            process_group = self.zero.real_dp_process_group[index]
-            num_ranks = dist.get_world_size(process_group)
-            (partition_P,) = group["params"]
-            assert partition_P.numel() * num_ranks == flat.numel()
-            yield Partition(
-                size=partition_P.numel(),
-                index=dist.get_rank(process_group),
-                process_group=process_group if num_ranks > 1 else None,
-            )
 
     def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
         """Add the gradient of one micro-batch, and return its numbers, detached."""
@@ -224,7 +221,7 @@ class DeepSpeedEngine:
         if self.topology.is_main:
             yield from self._replicated_pieces(with_optimizer=with_optimizer)
         for group, slot in self._slots():
-            start, _ = group["partition"].piece(slot, group["partition"].index)
+            start, _ = group["partition"].piece(slot.whole, group["partition"].index)
             start += self._first_element(slot)
             shape = self._global_shape(slot)
             owned = {slot.name: self.optimizer.weight_piece(group, slot)}
@@ -265,6 +262,7 @@ class DeepSpeedEngine:
         """Take over a state: this rank reads its experts, all else of the weights, and its slice of the optimizer's."""
         shapes = global_shapes(
             self.model,
+            self.parameters,
             num_ranks=self.topology.expert_size,
             hidden_rule=self.config.name,
             with_optimizer=with_optimizer,
@@ -272,13 +270,12 @@ class DeepSpeedEngine:
         check(reader.shapes(), shapes)
         for name, buffer in persistent_buffers(self.model).items():
             read_into(buffer, reader, name=name)
-        for _, slot in self._slots():
-            param = self.model.get_parameter(slot.name)
-            read_into(param.data, reader, name=slot.name, first=self._first_element(slot))
-        self.zero.refresh_fp32_params()
+        for group, slot in self._slots():
+            self.shards.read(slot, reader, group=group, first=self._first_element(slot))
+        self.shards.written()
         if with_optimizer:
             for group, slot in self._slots():
-                first, _ = group["partition"].piece(slot, group["partition"].index)
+                first, _ = group["partition"].piece(slot.whole, group["partition"].index)
                 for state in STATE_NAMES[group["rule"]]:
                     piece = self.optimizer.state_piece(group, slot, name=state)
                     key = optimizer_key(slot.name, state)

@@ -7,13 +7,14 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.moe import LocalDispatcher
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.optim.config import OptimConfig
-from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.parallel.config import PARTITIONING_STAGE, EngineName, ParallelConfig
 from moetrain.parallel.dispatch import AllToAllDispatcher
 from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepReport, on_device
 from moetrain.parallel.topology import Topology, setup
 from moetrain.parallel.torch_engine import TorchEngine
 from moetrain.quant.apply import apply
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.fake_quant import Keep
 
 __all__ = ["Engine", "Objective", "ObjectiveResult", "StepReport", "build_engine", "on_device"]
 
@@ -36,7 +37,14 @@ def build_engine(
         raise ConfigError(
             f"parallel.expert is {parallel_config.expert}: it must divide model.num_experts={model_config.num_experts}"
         )
-    model = _build_model(model_config, topology, quant_config=quant_config, compute_dtype=compute_dtype, seed=seed)
+    model = _build_model(
+        model_config,
+        topology,
+        parallel_config=parallel_config,
+        quant_config=quant_config,
+        compute_dtype=compute_dtype,
+        seed=seed,
+    )
     if parallel_config.engine == EngineName.torch:
         return TorchEngine(model, topology, optim_config=optim_config, compute_dtype=compute_dtype)
     from moetrain.parallel.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
@@ -47,7 +55,13 @@ def build_engine(
 
 
 def _build_model(
-    config: ModelConfig, topology: Topology, *, quant_config: QuantConfig, compute_dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    parallel_config: ParallelConfig,
+    quant_config: QuantConfig,
+    compute_dtype: torch.dtype,
+    seed: int,
 ) -> Transformer:
     """Return this rank's part of the model, on its device: all of it but the experts, and its share of those."""
     num_local = config.num_experts // topology.expert_size
@@ -61,5 +75,7 @@ def _build_model(
     )
     initialize(model, seed)
     if quant_config.enabled:
-        apply([layer.experts for _, layer in model.moe_layers()], quant_config)
+        # ZeRO 3 holds no weight whole between calls; quantised copies that stay would undo that.
+        keep = Keep.call if parallel_config.zero == PARTITIONING_STAGE else Keep.step
+        apply([layer.experts for _, layer in model.moe_layers()], quant_config, keep=keep)
     return model.to(topology.device)

@@ -61,3 +61,6 @@ class ExpertAdapter(AutoEPMoELayer):  # type: ignore[misc]
             for param in module.parameters():
                 param.allreduce = False  # type: ignore[attr-defined]
                 param.group_name = self.ep_group_name  # type: ignore[attr-defined]
+                # What ZeRO 3 asks for instead: it cuts these over the ranks that hold the same experts.
+                param.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                param.ds_zero_partition_group_name = self.ep_group_name  # type: ignore[attr-defined]

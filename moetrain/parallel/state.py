@@ -41,16 +41,24 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def global_shapes(
-    model: Transformer, *, num_ranks: int, hidden_rule: OptimizerName, with_optimizer: bool
+    model: Transformer,
+    parameters: Mapping[str, tuple[int, ...]],
+    *,
+    num_ranks: int,
+    hidden_rule: OptimizerName,
+    with_optimizer: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the whole state, when experts are shared by `num_ranks` ranks."""
+    """Return name and shape of every tensor of the whole state.
+
+    `parameters`: shapes as the model was built with them, where experts are shared by `num_ranks` ranks.
+    """
     experts = expert_parameter_names(model)
     shapes: dict[str, tuple[int, ...]] = {name: (*buffer.shape,) for name, buffer in persistent_buffers(model).items()}
-    for name, param in model.named_parameters():
-        shape = (param.shape[0] * num_ranks, *param.shape[1:]) if name in experts else (*param.shape,)
+    for name, local in parameters.items():
+        shape = (local[0] * num_ranks, *local[1:]) if name in experts else (*local,)
         shapes[name] = shape
         if with_optimizer:
-            rule = parameter_rule(name, param.shape, hidden_rule=hidden_rule)
+            rule = parameter_rule(name, torch.Size(local), hidden_rule=hidden_rule)
             shapes |= {optimizer_key(name, state): shape for state in STATE_NAMES[rule]}
     if with_optimizer:
         shapes[STEP] = ()

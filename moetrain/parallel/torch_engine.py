@@ -140,7 +140,13 @@ class TorchEngine:
     @torch.no_grad()
     def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
         """Take over a whole state; see `Engine.load_state`."""
-        shapes = global_shapes(self.model, num_ranks=1, hidden_rule=self.config.name, with_optimizer=with_optimizer)
+        shapes = global_shapes(
+            self.model,
+            {name: tuple(param.shape) for name, param in self.model.named_parameters()},
+            num_ranks=1,
+            hidden_rule=self.config.name,
+            with_optimizer=with_optimizer,
+        )
         check(reader.shapes(), shapes)
         targets = self._tensors(with_optimizer=with_optimizer)
         for name, target in targets.items():

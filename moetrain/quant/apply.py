@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain.errors import ConfigError
 from moetrain.quant.config import QuantConfig
-from moetrain.quant.fake_quant import FakeQuantizer
+from moetrain.quant.fake_quant import FakeQuantizer, Keep
 from moetrain.quant.grids import check_group_size
 
 
@@ -28,7 +28,9 @@ class QuantizableExperts(Protocol):
         """Master weights of down."""
 
 
-def apply(experts_modules: Iterable[QuantizableExperts], config: QuantConfig) -> list[FakeQuantizer]:
+def apply(
+    experts_modules: Iterable[QuantizableExperts], config: QuantConfig, *, keep: Keep = Keep.step
+) -> list[FakeQuantizer]:
     """Attach a quantiser to each module, or remove it when `config.enabled` is false; return those attached.
 
     Raises ConfigError when there is nothing to quantise, or when groups do not fit the matrices.
@@ -43,7 +45,7 @@ def apply(experts_modules: Iterable[QuantizableExperts], config: QuantConfig) ->
     for module in modules:
         for weight_EOI in (module.gate_up_proj, module.down_proj):
             check_group_size(weight_EOI.shape[-1], group_size=config.group_size)
-    quantizers = [FakeQuantizer(grid=config.grid, group_size=config.group_size) for _ in modules]
+    quantizers = [FakeQuantizer(grid=config.grid, group_size=config.group_size, keep=keep) for _ in modules]
     for module, quantizer in zip(modules, quantizers, strict=True):
         module.fake_quant = quantizer
     return quantizers

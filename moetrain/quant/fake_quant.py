@@ -3,6 +3,7 @@
 The gradient of the rounding is taken as one everywhere (arXiv 1308.3432), the term through the scale is dropped.
 """
 
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -25,16 +26,24 @@ class _StraightThrough(torch.autograd.Function):
         return grad_outputs[0].to(ctx.master_dtype), None
 
 
+class Keep(StrEnum):
+    """How long the quantised weights stay in memory: until the masters change, or for one product."""
+
+    step = "step"
+    call = "call"
+
+
 class FakeQuantizer:
-    """Makes the weights that the exported codes stand for, once for each matrix until `invalidate` is called.
+    """Makes the weights that the exported codes stand for; with `Keep.step` once a matrix until `invalidate` is called.
 
     One object serves the matrices of one experts module: what it made is kept beside the tensor it was made from. An
     optimizer that writes through `.data` leaves no trace on a tensor, so whoever changes the masters must call
     `invalidate`; a change that torch does record is noticed without it.
     """
 
-    def __init__(self, *, grid: GridName, group_size: int) -> None:
+    def __init__(self, *, grid: GridName, group_size: int, keep: Keep = Keep.step) -> None:
         """Quantise on `grid` in groups of `group_size` inputs."""
+        self.keep = keep
         self.grid = grid
         self.group_size = group_size
         self._rounded: dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]] = {}
@@ -51,7 +60,8 @@ class FakeQuantizer:
                 quantized = quantize(weight_XOI, grid=self.grid, group_size=self.group_size)
                 rounded_XOI = dequantize(quantized).to(compute_dtype)
             kept = (weight_XOI, weight_XOI._version, rounded_XOI)
-            self._rounded[key] = kept
+            if self.keep is Keep.step:
+                self._rounded[key] = kept
         result: Tensor = _StraightThrough.apply(weight_XOI, kept[2])  # type: ignore[no-untyped-call]
         return result
 

@@ -49,12 +49,13 @@ def build(
     expert: int = 1,
     quantize: bool = False,
     clip_norm: float = 0.5,
+    eps: float = 1e-8,
     seed: int = 1,
 ) -> Engine:
     return build_engine(
         model_config(),
         ParallelConfig(engine=engine, zero=zero, expert=expert, timeout_s=120),
-        optim_config=OptimConfig(name=optimizer, clip_norm=clip_norm),
+        optim_config=OptimConfig(name=optimizer, clip_norm=clip_norm, eps=eps),
         quant_config=QuantConfig(enabled=quantize),
         compute_dtype=torch.float32,
         seed=seed,

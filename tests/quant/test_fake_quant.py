@@ -8,7 +8,7 @@ import torch
 from moetrain.errors import ConfigError
 from moetrain.quant.apply import apply
 from moetrain.quant.config import GridName, QuantConfig
-from moetrain.quant.fake_quant import FakeQuantizer
+from moetrain.quant.fake_quant import FakeQuantizer, Keep
 from moetrain.quant.grids import dequantize, quantize
 
 
@@ -61,6 +61,14 @@ def test_weights_are_made_once_until_invalidated_even_when_torch_does_not_see_th
     master.data.mul_(2)  # as an optimizer that writes through .data
     assert torch.equal(quantizer(master, torch.bfloat16), before)
     quantizer.invalidate()
+    assert torch.equal(quantizer(master, torch.bfloat16), 2 * before)
+
+
+def test_weights_made_for_one_call_are_not_kept() -> None:
+    master = _master()
+    quantizer = FakeQuantizer(grid=GridName.kimi7, group_size=32, keep=Keep.call)
+    before = quantizer(master, torch.bfloat16)
+    master.data.mul_(2)
     assert torch.equal(quantizer(master, torch.bfloat16), 2 * before)
 
 

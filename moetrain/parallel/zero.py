@@ -1,0 +1,152 @@
+"""What DeepSpeed's ZeRO optimizers hold, and how weights that were changed outside a step reach it.
+
+The one place that reads their fields: stages 1 and 2 keep a whole copy of the weights beside a rank's part of the
+float32 masters, stage 3 keeps parts alone and brings weights together for the call of the module that owns them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_module
+
+from moetrain.model.attention import Attention
+from moetrain.model.layers import FeedForward
+from moetrain.model.moe import Experts
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.optimizer import PartitionedOptimizer
+from moetrain.parallel.partition import ParameterPartition, Partition, Slot, VectorPartition, own_piece
+from moetrain.parallel.protocol import StateReader
+from moetrain.parallel.state import read_into
+
+_UNITS = (Attention, FeedForward, Experts)
+"""Modules whose weights ZeRO 3 brings together at once; none of them mixes experts with what all ranks share."""
+
+
+def mark_units(model: Transformer) -> None:
+    """Tell ZeRO 3 which modules to treat as one; call before DeepSpeed takes the model."""
+    for module in model.modules():
+        if isinstance(module, _UNITS):
+            set_z3_leaf_module(module, True)
+
+
+def stage_3_settings(model: Transformer) -> dict[str, Any]:
+    """Return what DeepSpeed is told of stage 3.
+
+    One sub-group a parameter group. Nothing is fetched ahead: weights of two process groups would be fetched in an
+    order that differs between ranks. Weights leave memory after each use, but for the gains of the norms.
+    """
+    return {
+        "sub_group_size": 1 << 60,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim == 1),
+    }
+
+
+class Shards(Protocol):
+    """A rank's parts of masters and weights, by parameter group."""
+
+    def vectors(self) -> Iterator[torch.Tensor]:
+        """Yield each group's float32 masters of this rank, one flat vector a group."""
+
+    def partitions(self) -> Iterator[Partition]:
+        """Yield how each group is cut; checks that DeepSpeed laid the parameters as expected."""
+
+    def read(self, slot: Slot, reader: StateReader, *, group: Mapping[str, Any], first: int) -> None:
+        """Fill what this rank holds of a parameter, which begins at element `first` of the global tensor."""
+
+    def written(self) -> None:
+        """Make masters and weights agree after `read`."""
+
+
+class VectorShards:
+    """ZeRO 1 and 2."""
+
+    def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
+        self.zero = zero
+        self.model = model
+        self.optimizer = optimizer
+
+    def vectors(self) -> Iterator[torch.Tensor]:
+        """Yield the masters of each group."""
+        for group in self.optimizer.param_groups:
+            (flat_P,) = group["params"]
+            yield flat_P
+
+    def partitions(self) -> Iterator[Partition]:
+        """Yield how each group is cut."""
+        params = dict(self.model.named_parameters())
+        for index, group in enumerate(self.optimizer.param_groups):
+            flat = self.zero.bit16_groups_flat[index]
+            for slot in group["slots"]:
+                offset = (params[slot.name].data_ptr() - flat.data_ptr()) // flat.element_size()
+                assert offset == slot.offset, f"DeepSpeed laid {slot.name} at {offset}, not at {slot.offset}"
+            process_group = self.zero.real_dp_process_group[index]
+            num_ranks = dist.get_world_size(process_group)
+            (flat_P,) = group["params"]
+            assert flat_P.numel() * num_ranks == flat.numel()
+            yield VectorPartition(
+                size=flat_P.numel(),
+                index=dist.get_rank(process_group),
+                process_group=process_group if num_ranks > 1 else None,
+            )
+
+    def read(self, slot: Slot, reader: StateReader, *, group: Mapping[str, Any], first: int) -> None:
+        """Fill the whole copy of a parameter."""
+        del group  # the masters follow from the copy
+        read_into(self.model.get_parameter(slot.name).data, reader, name=slot.name, first=first)
+
+    def written(self) -> None:
+        """Take the masters from the whole copy."""
+        self.zero.refresh_fp32_params()
+
+
+class ParameterShards:
+    """ZeRO 3. Padding of the last rank's parts is set to zero, which it stays: its gradient is zero."""
+
+    def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
+        self.zero = zero
+        self.optimizer = optimizer
+        self.names = {id(param): name for name, param in model.named_parameters()}
+        for flat_P, partition, group in zip(self.vectors(), self.partitions(), optimizer.param_groups, strict=True):
+            kept_P = torch.zeros_like(flat_P, dtype=torch.bool)
+            for slot in group["slots"]:
+                own_piece(kept_P, slot.whole, partition=partition).fill_(True)
+            flat_P.data.masked_fill_(~kept_P, 0.0)
+        self.written()
+
+    def vectors(self) -> Iterator[torch.Tensor]:
+        """Yield the masters of each group."""
+        yield from self.zero.fp32_partitioned_groups_flat
+
+    def partitions(self) -> Iterator[Partition]:
+        """Yield how each group is cut."""
+        groups = zip(self.zero.fp16_groups, self.optimizer.param_groups, strict=True)
+        for index, (params, group) in enumerate(groups):
+            assert self.zero.sub_group_to_group_id[index] == index, "DeepSpeed made several sub-groups of a group"
+            process_group = self.zero.sub_group_process_groups[index]
+            num_ranks = dist.get_world_size(process_group)
+            partition = ParameterPartition.of(
+                group["slots"],
+                num_ranks=num_ranks,
+                index=dist.get_rank(process_group),
+                process_group=process_group if num_ranks > 1 else None,
+            )
+            for param, slot in zip(params, group["slots"], strict=True):
+                found = (self.names[id(param)], param.ds_shape, self.zero.grad_position[self.zero.get_param_id(param)])
+                expected = (slot.name, slot.shape, [index, partition.places[slot.name], param.partition_numel()])
+                assert found == expected, f"DeepSpeed laid {found}, not {expected}"
+            yield partition
+
+    def read(self, slot: Slot, reader: StateReader, *, group: Mapping[str, Any], first: int) -> None:
+        """Fill this rank's part of a parameter."""
+        start, _ = group["partition"].piece(slot.whole, group["partition"].index)
+        read_into(self.optimizer.weight_piece(group, slot).data, reader, name=slot.name, first=first + start)
+
+    def written(self) -> None:
+        """Copy the masters to the parts that are gathered, and drop what was gathered before."""
+        self.zero.parameter_offload.partition_all_parameters()
+        for index, flat_P in enumerate(self.vectors()):
+            self.zero.fp16_partitioned_groups_flat[index].data.copy_(flat_P.data)
