@@ -194,15 +194,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """Multiply rows of parameters; see `Engine.multiply_rows`.
-
-        Under ZeRO 1 and 2 a rank has its piece of the masters, and a whole float32 copy of them that is multiplied by
-        the same factors: so both hold the same bits and nothing travels. ZeRO 3 keeps pieces alone.
-        """
-        for name, factor_M in factors.items():
-            param = self.model.get_parameter(name)
-            param.data.mul_(factor_M.to(param.device)[:, None])
-        self.optimizer.multiply_rows(factors)
+        """Multiply rows of parameters; see `Engine.multiply_rows`."""
+        self.shards.multiply_rows(factors)
         forget_rounded(self.model)
 
     @torch.no_grad()
@@ -211,10 +204,11 @@ class DeepSpeedEngine:
 
         Goes the way of DeepSpeed's own overflow check, which clears all that ZeRO keeps of a gradient.
         """
-        for pieces in self.zero.averaged_gradients.values():
+        for pieces in self.engine.optimizer.averaged_gradients.values():
             for gradient in pieces:
                 gradient.fill_(math.inf)
         self.engine.step()
+        self.shards.discarded()
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield this rank's slice of each parameter and its state; buffers are the main rank's. See `Engine.pieces`."""

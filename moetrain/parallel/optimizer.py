@@ -90,17 +90,16 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
         """Multiply, in this rank's pieces of the masters, row i of the parameter `name` by `factors[name][i]`."""
         for group in self.param_groups:
-            (flat_P,) = group["params"]
             partition = group["partition"]
             for slot in group["slots"]:
                 if slot.name not in factors:
                     continue
-                factor_M = factors[slot.name].to(flat_P.device)
+                factor_M = factors[slot.name].to(group["vector"].device)
                 num_rows, num_columns = slot.shape
                 assert factor_M.shape == (num_rows,)
-                mine = slice(*partition.piece(slot, partition.index))
+                mine = slice(*partition.piece(slot.whole, partition.index))
                 by_element = factor_M[:, None].expand(num_rows, num_columns).reshape(-1)[mine]
-                _local(flat_P, slot, partition=partition).mul_(by_element)
+                self.weight_piece(group, slot).mul_(by_element)
 
     def state_piece(self, group: Mapping[str, Any], slot: Slot, *, name: str) -> torch.Tensor:
         """Return this rank's piece of a parameter's state `name`, as a view."""

@@ -57,8 +57,14 @@ class Shards(Protocol):
     def read(self, slot: Slot, reader: StateReader, *, group: Mapping[str, Any], first: int) -> None:
         """Fill what this rank holds of a parameter, which begins at element `first` of the global tensor."""
 
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply rows of masters and weights; see `Engine.multiply_rows`."""
+
     def written(self) -> None:
         """Make masters and weights agree after `read`."""
+
+    def discarded(self) -> None:
+        """Clear what is left of a gradient that was made infinite to be dropped."""
 
 
 class VectorShards:
@@ -98,9 +104,19 @@ class VectorShards:
         del group  # the masters follow from the copy
         read_into(self.model.get_parameter(slot.name).data, reader, name=slot.name, first=first)
 
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply both the copy and the masters by the same factors: they hold the same bits, and nothing travels."""
+        for name, factor_M in factors.items():
+            param = self.model.get_parameter(name)
+            param.data.mul_(factor_M.to(param.device)[:, None])
+        self.optimizer.multiply_rows(factors)
+
     def written(self) -> None:
         """Take the masters from the whole copy."""
         self.zero.refresh_fp32_params()
+
+    def discarded(self) -> None:
+        """Do nothing: DeepSpeed drops the whole of it."""
 
 
 class ParameterShards:
@@ -144,6 +160,15 @@ class ParameterShards:
         """Fill this rank's part of a parameter."""
         start, _ = group["partition"].piece(slot.whole, group["partition"].index)
         read_into(self.optimizer.weight_piece(group, slot).data, reader, name=slot.name, first=first + start)
+
+    def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply the elements that this rank holds."""
+        self.optimizer.multiply_rows(factors)
+        self.written()
+
+    def discarded(self) -> None:
+        """Clear the padding too, which no later gradient overwrites."""
+        self.zero.grad_partitions_flat_buffer.zero_()
 
     def written(self) -> None:
         """Copy the masters to the parts that are gathered, and drop what was gathered before."""
