@@ -34,8 +34,8 @@ _TELLING = [
         ("hidden_size", "num_layers", "num_experts", "num_experts_per_token", "num_shared_experts", "vocab_size"),
     ),
     ("optim", ("name", "lr")),
-    ("train", ("steps", "rows_per_step", "compute_dtype")),
-    ("data", ("seq_len",)),
+    ("train", ("steps", "batch_ramp", "rows_per_step", "compute_dtype")),
+    ("data", ("seq_len", "mix")),
     ("quant", ("enabled", "grid", "group_size")),
     ("task", ("name", "min_calls", "max_calls", "tool_failure")),
     ("rollout", ("max_tokens", "max_turns", "temperature")),
@@ -262,7 +262,7 @@ def _settings(config: dict[str, Any]) -> Iterator[str]:
     for section, names in _TELLING:
         values = config.get(section)
         if isinstance(values, dict) and values.get("enabled") is not False:
-            said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) is not None)
+            said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if said:
                 yield f"{section}: {said}"
 

@@ -94,16 +94,8 @@ class TrainConfig:
                 f"train.batch_ramp takes {ramp_steps} steps, train.steps is {self.steps}: shorten the ramp"
             )
 
-    def rows_at(self, step: int) -> int:
-        """Return the rows of optimizer step `step`, counted from 0."""
-        for part in self.batch_ramp:
-            if step < part.steps:
-                return part.rows
-            step -= part.steps
-        return self.rows_per_step
-
     def rows_before(self, step: int) -> int:
-        """Return the rows of all steps before `step`: the number of its first row in the run."""
+        """Return the rows of all steps before optimizer step `step`, from 0: the number of its first row in the run."""
         rows = 0
         for part in self.batch_ramp:
             taken = min(step, part.steps)
