@@ -1,11 +1,12 @@
 """A dense checkpoint to a sparse one whose first loss is the dense model's last: a stage's folder for `init_from=`.
 
 The folder gets `checkpoints/step_00000000` (weights alone, no optimizer state), the tokenizer that lay beside the dense
-weights, and `summary.json`. Tensors are made one at a time.
+weights, and `summary.json`. It is written layer by layer, so that the sparse model is never in memory whole.
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer
 from moetrain.model.upcycle import LayerChange, UpcycledTensors, layer_change
 from moetrain.model.upcycle_config import UpcycleConfig, UpcyclePlan
+from moetrain.parallel.protocol import Piece
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint_write
 from moetrain.train.loop import CHECKPOINTS
@@ -25,6 +27,7 @@ from moetrain.train.resume import differences
 
 _log = logging.getLogger(__name__)
 
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 _NEW = (
     *("num_dense_layers", "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts"),
     *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
@@ -84,9 +87,31 @@ def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
         "upcycle": asdict(upcycling.plan),
         "origin": origin.digest,
     }
-    return checkpoint_write.save(
-        folder / CHECKPOINTS, 0, tensors=upcycling.tensors, state={"identity": identity, "loop": {}}, keep=1
+    partial = checkpoint_write.begin(folder / CHECKPOINTS, 0)
+    parts = _layers(upcycling.tensors)
+    for number, names in enumerate(parts):
+        pieces = [_piece(name, upcycling.tensors[name]) for name in names]
+        checkpoint_write.write_part(partial, pieces, rank=number)
+    return checkpoint_write.commit(
+        partial,
+        0,
+        num_parts=len(parts),
+        state={"identity": identity, "loop": {}},
+        retention=checkpoint_write.Retention(newest=1),
     )
+
+
+def _layers(names: Iterable[str]) -> list[list[str]]:
+    """Return the names of each layer, and of what is outside of the layers one by one."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = _LAYER.match(name)
+        layers.setdefault(match[0] if match else name, []).append(name)
+    return list(layers.values())
+
+
+def _piece(name: str, tensor: torch.Tensor) -> Piece:
+    return Piece(name=name, shape=tuple(tensor.shape), start=0, values_P=tensor.detach().reshape(-1))
 
 
 def _check_tensors(origin: Origin) -> None:
