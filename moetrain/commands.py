@@ -20,6 +20,7 @@ from moetrain.config import (
 from moetrain.errors import ConfigError
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.optim.config import OptimConfig, OptimizerName
+from moetrain.ranges import COUNT, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,7 @@ class VerifyExportsRun(StageRun):
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_ranges(self, prefix="", ranges={COUNT: ("num_rows", "num_tokens")})
         if self.fault not in ("none", "code", "scale", "norm"):
             raise ConfigError(f"fault is {self.fault!r}: give none, code, scale or norm")
 

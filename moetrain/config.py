@@ -17,6 +17,7 @@ from moetrain.model.upcycle_config import UpcycleConfig, plan_upcycling
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
+from moetrain.ranges import COUNT, SEED, TEMPERATURE, check_ranges
 from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
@@ -53,12 +54,12 @@ class RunConfig:
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        """Check that the names are names of folders, and the number of threads."""
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"run.threads is {self.threads}: give at least 1, or null")
+        """Check that the names are names of folders, the seed and the number of threads."""
+        check_ranges(self, prefix="run.", ranges={SEED: ("seed",), COUNT: ("threads",)})
         for name, value in (("name", self.name), ("stage", self.stage)):
-            if not value or "/" in value or value.startswith("."):
+            if not value or "/" in value or value.startswith(".") or not value.isprintable():
                 raise ConfigError(f"run.{name} is {value!r}: give the name of a folder, without a slash")
+        check_folder_name("run.folder", self.folder)
 
     @property
     def path(self) -> Path:
@@ -186,6 +187,12 @@ class RlRun(TrainingRun):
             raise ConfigError("train.batch_ramp is set: a step of RL is rl.tasks_per_step groups, take it out")
 
 
+def check_folder_name(field: str, folder: str) -> None:
+    """Raise `ConfigError` when the path of a folder is empty or holds a line break or the like."""
+    if not folder or not folder.isprintable():
+        raise ConfigError(f"{field} is {folder!r}: give the path of a folder, such as runs")
+
+
 def check_length(model: ModelConfig, *, name: str, length: int) -> None:
     """Raise `ConfigError` when sequences are longer than the model is declared for."""
     longest = model.max_position_embeddings
@@ -240,10 +247,7 @@ class GenerateRun(StageRun):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+        check_ranges(self, prefix="", ranges={COUNT: ("max_new_tokens",), TEMPERATURE: ("temperature",)})
 
 
 @dataclass(kw_only=True)
@@ -276,7 +280,5 @@ class RecipeRun:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_processes", "threads"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ConfigError(f"{name} is {count}: give at least 1")
+        check_ranges(self, prefix="", ranges={SEED: ("seed",), COUNT: ("num_processes", "threads")})
+        check_folder_name("folder", self.folder)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moetrain"
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
     ["errors"],
-    ["runtime", "log"],
+    ["runtime", "log", "ranges"],
     ["chat", "quant", "optim"],
     ["model", "data", "tools"],
     ["tasks", "parallel"],
@@ -43,7 +43,7 @@ DOORS = {
     "vllm": ["inference/server_client.py", "bench/"],
     "datasets": ["data/"],
 }
-TORCH_FREE = ["errors.py", "log.py", "config.py", "commands.py", "compose.py", "model/flops.py", "plan/"]
+TORCH_FREE = ["errors.py", "log.py", "ranges.py", "config.py", "commands.py", "compose.py", "model/flops.py", "plan/"]
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

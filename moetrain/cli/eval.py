@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.stage import stage_folder, write_json
-from moetrain.config import EvalRun
+from moetrain.config import EvalRun, check_length
 from moetrain.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def main(run: EvalRun) -> int:
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
         tokenizer = tokenizer_of(origin)
+        check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
         unquantized = QuantConfig()
         masters = read_weights(run.eval.masters) if run.eval.masters is not None else None
         evaluation = evaluate(

@@ -1,6 +1,6 @@
 """`moetrain generate`."""
 
-from moetrain.config import GenerateRun
+from moetrain.config import GenerateRun, check_length
 from moetrain.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ def main(run: GenerateRun) -> int:
         prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=special)[0]
     else:
         prompt = [special[BOS], *tokenizer.encode(run.prompt)]
+    check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
     engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
     stream = seed_of(run.run.seed, "generate")

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyExportsRun
+from moetrain.config import check_length
 from moetrain.errors import ConfigError
 
 
@@ -18,6 +19,7 @@ def main(run: VerifyExportsRun) -> int:
 
     with stage_folder(run) as folder:
         export = read_weights(run.init_from)
+        check_length(export.model, name="num_tokens", length=run.num_tokens)
         rows = verify_exports(
             export.path,
             masters=read_weights(run.masters).tensors,

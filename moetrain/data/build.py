@@ -99,11 +99,7 @@ def build_data(
             pad_id=tokenizer.pad_id,
         ),
         training=rows,
-        validation={
-            name: _validation_rows(documents, config, name=name, tokenizer=tokenizer)
-            for name, documents in held_out.items()
-            if documents
-        },
+        validation=_validation(held_out, config, tokenizer=tokenizer),
         tokenizer=tokenizer,
         digests=digests | {"tokenizer": tokenizer.digest},
         counts={name: packed.counts for name, packed in rows.items()},
@@ -257,6 +253,26 @@ def _packed(
     python_stream(seed, "data/pack").shuffle(order)
     overlong = config.sources[name].overlong or config.overlong
     return pack(order, seq_len=config.seq_len, overlong=overlong, bos_id=tokenizer.bos_id)
+
+
+def _validation(
+    held_out: Mapping[str, list[TokenizedDocument]], config: DataConfig, *, tokenizer: Tokenizer
+) -> dict[str, ValidationRows]:
+    """Return the validation rows of each source that has text to predict in them; the log names the others."""
+    validation = {}
+    for name, documents in held_out.items():
+        if not documents:
+            continue
+        rows = _validation_rows(documents, config, name=name, tokenizer=tokenizer)
+        if rows.num_characters:
+            validation[name] = rows
+        else:
+            _log.warning(
+                "data.sources.%s: its validation rows hold no text to predict and are left out; "
+                "a larger data.seq_len or data.validation_rows, or shorter documents, would give some",
+                name,
+            )
+    return validation
 
 
 def _validation_rows(

@@ -1,9 +1,17 @@
 """Tokenizer, sources and their mixture. No torch here."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
+
+NUM_BYTES = 256
+"""Ordinary tokens that a byte-level vocabulary has at least."""
+MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
+"""Smallest vocabulary that a tokenizer can be trained to."""
 
 
 class SourceKind(StrEnum):
@@ -51,12 +59,13 @@ class SourceConfig:
     max_characters: int | None = None
     """Characters read of this source at most, whole documents; null reads all. A hub source then streams."""
 
-    def __post_init__(self) -> None:
-        """Check that a source that needs a path has one."""
+    def check(self, name: str) -> None:
+        """Raise `ConfigError` when the source `name` cannot be read like this; `DataConfig` calls it of each."""
+        counts = ("num_documents", "max_characters")
+        prefix = f"data.sources.{name}."
+        check_ranges(self, prefix=prefix, ranges={COUNT: counts, NOT_NEGATIVE: ("weight",)})
         if self.kind in (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text) and not self.path:
-            raise ConfigError(f"data.sources.*.path is {self.path}: a source of kind {self.kind} needs one")
-        if self.weight < 0:
-            raise ConfigError(f"data.sources.*.weight is {self.weight}: give 0 or more")
+            raise ConfigError(f"{prefix}path is {self.path}: a source of kind {self.kind} needs one")
 
 
 @dataclass(kw_only=True)
@@ -69,6 +78,15 @@ class TokenizerConfig:
     """Tokens, special ones included; must equal model.vocab_size."""
     max_characters: int = 4_000_000
     """Characters of the mixture that it is trained on."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(self, prefix="data.tokenizer.", ranges={COUNT: ("vocab_size", "max_characters")})
+        if self.path is None and self.vocab_size < MIN_VOCAB_SIZE:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size is {self.vocab_size}: give at least {MIN_VOCAB_SIZE}, "
+                f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+            )
 
 
 @dataclass(kw_only=True)
@@ -95,7 +113,7 @@ class MixConfig:
         if self.from_share is not None and not 0 < self.from_share < 1:
             raise ConfigError(f"data.mix: from_share is {self.from_share}: give a share between 0 and 1")
         for name, weight in self.weights.items():
-            if weight < 0:
+            if not 0 <= weight < math.inf:
                 raise ConfigError(f"data.mix: the weight of {name} is {weight}: give 0 or more")
 
     def first_step(self, steps: int) -> int:
@@ -127,8 +145,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.seq_len < 8:
+        check_ranges(self, prefix="data.", ranges={COUNT: ("validation_rows",)})
+        if not 8 <= self.seq_len < 2**31:
             raise ConfigError(f"data.seq_len is {self.seq_len}: give at least 8 tokens")
+        for name, source in self.sources.items():
+            source.check(name)
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: give a share between 0 and 1")
         for number, weights in enumerate(self.mix_weights()[1:]):

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from moetrain.chat.template import BOS, EOS, JINJA, PAD, SPECIAL_TOKENS, UNK
+from moetrain.data.config import MIN_VOCAB_SIZE, NUM_BYTES
 from moetrain.errors import DataError
 
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -24,7 +25,6 @@ SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-_NUM_BYTES = 256
 
 
 class Tokenizer:
@@ -110,10 +110,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     Raises DataError when the vocabulary has no room for the bytes, or the texts hold too few pairs to fill it.
     """
     num_ordinary = vocab_size - len(SPECIAL_TOKENS)
-    if num_ordinary < _NUM_BYTES:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            f"data.tokenizer.vocab_size is {vocab_size}: give at least {_NUM_BYTES + len(SPECIAL_TOKENS)}, "
-            f"{_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+            f"data.tokenizer.vocab_size is {vocab_size}: give at least {MIN_VOCAB_SIZE}, "
+            f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -149,8 +149,8 @@ def without_specials(text: str) -> str:
 def _byte_characters() -> dict[str, int]:
     """Return the byte of each character of the byte-level alphabet (printable bytes stand for themselves)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
-    shifted = {chr(_NUM_BYTES + index): byte for index, byte in enumerate(others)}
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    shifted = {chr(NUM_BYTES + index): byte for index, byte in enumerate(others)}
     return {chr(byte): byte for byte in printable} | shifted
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, TEMPERATURE, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.num_tasks < 1:
-            raise ConfigError(f"eval.num_tasks is {self.num_tasks}: give at least 1")
-        if any(temperature < 0 for temperature in self.temperatures) or not self.temperatures:
+        counts = ("num_tasks", "kl_tasks", "longer_calls")
+        rest = ("first_task", "longer_tasks", "num_traces")
+        ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures",)}
+        check_ranges(self, prefix="eval.", ranges=ranges)
+        if not self.temperatures:
             raise ConfigError(f"eval.temperatures is {self.temperatures}: give one or more, 0 (greedy) or above")

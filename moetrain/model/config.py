@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
 
 
 class ScoreFunction(StrEnum):
@@ -41,6 +42,18 @@ class YarnConfig:
     """Scale of cos and sin, relative to mscale_all_dim."""
     mscale_all_dim: float = 1.0
     """Scale of the attention logits: softmax scale is multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(
+            self,
+            prefix="model.yarn.",
+            ranges={
+                COUNT: ("factor", "original_max_position"),
+                POSITIVE: ("beta_fast", "beta_slow"),
+                NOT_NEGATIVE: ("mscale", "mscale_all_dim"),
+            },
+        )
 
 
 @dataclass(kw_only=True)
@@ -80,6 +93,17 @@ class BalanceConfig:
         if step < steps - round(self.bias_still_share * steps):
             return self
         return replace(self, bias_rule=BiasRule.none, bias_rate=0.0)
+
+
+_RANGES = {
+    COUNT: (
+        *("vocab_size", "hidden_size", "num_layers", "num_heads", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size"),
+        *("num_experts", "num_groups", "max_position_embeddings"),
+    ),
+    NOT_NEGATIVE: ("num_shared_experts", "initializer_range"),
+    POSITIVE: ("rope_theta", "rms_norm_eps", "routed_scaling_factor"),
+}
 
 
 @dataclass(kw_only=True)
@@ -141,9 +165,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_rope_head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}: give at least 1")
+        check_ranges(self, prefix="model.", ranges=_RANGES)
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: rotation needs an even number")
         if not 0 <= self.num_dense_layers <= self.num_layers:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 
 
 class OptimizerName(StrEnum):
@@ -55,11 +56,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.warmup_steps < 0:
-            raise ConfigError(f"optim.schedule.warmup_steps is {self.warmup_steps}: give 0 or more")
-        for name in ("initial_ratio", "decay_fraction", "final_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optim.schedule.{name} is {getattr(self, name)}: give a share from 0 to 1")
+        shares = ("initial_ratio", "decay_fraction", "final_ratio")
+        check_ranges(self, prefix="optim.schedule.", ranges={NOT_NEGATIVE: ("warmup_steps",), SHARE: shares})
 
 
 @dataclass(kw_only=True)
@@ -90,11 +88,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr is {self.lr}: give a positive learning rate")
-        if self.clip_norm <= 0:
-            raise ConfigError(f"optim.clip_norm is {self.clip_norm}: give a positive norm (a large one never clips)")
+        check_ranges(
+            self,
+            prefix="optim.",
+            ranges={
+                POSITIVE: ("lr", "eps", "clip_norm"),  # a large clip_norm never clips
+                NOT_NEGATIVE: ("weight_decay",),
+                BELOW_ONE: ("momentum", "betas"),
+            },
+        )
         if self.qk_clip is not None and not self.qk_clip > 0:
             raise ConfigError(f"optim.qk_clip is {self.qk_clip}: give a positive logit such as 100, or null (off)")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2:
             raise ConfigError(f"optim.betas is {self.betas}: give two numbers from 0 to below 1")

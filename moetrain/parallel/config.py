@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, check_ranges
 
 
 class EngineName(StrEnum):
@@ -32,8 +33,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.expert < 1:
-            raise ConfigError(f"parallel.expert is {self.expert}: give at least 1")
+        check_ranges(self, prefix="parallel.", ranges={COUNT: ("expert", "timeout_s")})
         if self.zero not in (1, 2, 3):
             raise ConfigError(
                 f"parallel.zero is {self.zero}: give 1, 2 or 3 (stage 0 leaves experts out of the gradient norm, or "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moetrain.errors import ConfigError
+from moetrain.ranges import NOT_NEGATIVE, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -16,5 +16,4 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.num_trajectories < 0:
-            raise ConfigError(f"report.num_trajectories is {self.num_trajectories}: give 0 or more")
+        check_ranges(self, prefix="report.", ranges={NOT_NEGATIVE: ("num_trajectories",)})

@@ -1,10 +1,10 @@
 """How trajectories become a policy update. No torch here."""
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
 class Algorithm(StrEnum):
@@ -45,8 +45,8 @@ class RlConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.tasks_per_step < 1:
-            raise ConfigError(f"rl.tasks_per_step is {self.tasks_per_step}: give at least 1")
+        counts = ("tasks_per_step", "tokens_per_micro_batch")
+        check_ranges(self, prefix="rl.", ranges={COUNT: counts, NOT_NEGATIVE: ("tau", "ratio_low", "ratio_high")})
         if self.group_size < 2:
             raise ConfigError(
                 f"rl.group_size is {self.group_size}: a group baseline needs at least 2 trajectories a task"
@@ -55,5 +55,3 @@ class RlConfig:
             raise ConfigError(
                 f"rl.ratio_low, rl.ratio_high are {self.ratio_low}, {self.ratio_high}: give numbers below and above 1"
             )
-        if self.tau < 0 or not math.isfinite(self.tau):
-            raise ConfigError(f"rl.tau is {self.tau}: give 0 or more")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, TEMPERATURE, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -26,11 +27,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_slots", "max_tokens", "max_turns", "max_turn_tokens", "max_repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name} is {getattr(self, name)}: give at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"rollout.temperature is {self.temperature}: give 0 (greedy) or more")
+        counts = ("num_slots", "max_tokens", "max_turns", "max_turn_tokens", "max_repeats")
+        ranges = {COUNT: counts, NOT_NEGATIVE: ("max_seconds",), TEMPERATURE: ("temperature",)}
+        check_ranges(self, prefix="rollout.", ranges=ranges)
         if self.max_turn_tokens >= self.max_tokens:
             raise ConfigError(
                 f"rollout.max_turn_tokens is {self.max_turn_tokens}: give less than max_tokens={self.max_tokens}"

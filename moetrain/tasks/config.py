@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import BELOW_ONE, COUNT, POSITIVE, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,14 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_ranges(
+            self,
+            prefix="task.",
+            ranges={
+                COUNT: ("min_calls", "max_calls", "max_output_characters"),
+                POSITIVE: ("deadline_s",),
+                BELOW_ONE: ("tool_failure",),
+            },
+        )
         if not 1 <= self.min_calls <= self.max_calls:
             raise ConfigError(f"task.min_calls is {self.min_calls}: give 1 to task.max_calls={self.max_calls}")
-        if not 0 <= self.tool_failure < 1:
-            raise ConfigError(f"task.tool_failure is {self.tool_failure}: give a chance from 0 to below 1")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
 class ComputeDtype(StrEnum):
@@ -69,19 +70,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in (
-            "steps",
-            "rows_per_step",
-            "rows_per_micro_batch",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "max_skipped_in_row",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: give at least 1")
-        if self.keep_every < 0:
-            raise ConfigError(f"train.keep_every is {self.keep_every}: give 0 or more")
+        counts = (
+            *("steps", "rows_per_step", "rows_per_micro_batch"),
+            *("checkpoint_every", "keep_checkpoints", "log_every", "max_skipped_in_row"),
+        )
+        check_ranges(self, prefix="train.", ranges={COUNT: counts, NOT_NEGATIVE: ("validate_every", "keep_every")})
         sizes = [("rows_per_step", self.rows_per_step), *(("batch_ramp: rows", part.rows) for part in self.batch_ramp)]
         for name, rows in sizes:
             if rows % self.rows_per_micro_batch and rows > self.rows_per_micro_batch:

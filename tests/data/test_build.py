@@ -136,8 +136,10 @@ def test_no_sources_and_broken_sources_leave_nothing_written(tmp_path, write_jso
 def test_overlong_documents_are_counted_by_policy(tmp_path) -> None:
     for policy, field in [(Overlong.split, "num_split"), (Overlong.drop, "num_dropped")]:
         config = dataclasses.replace(config_of(one=maths()), overlong=policy)
-        counts = build_data(config, 0, tokenizer_folder=tmp_path).counts["one"]
-        assert dataclasses.asdict(counts)[field] > 0
+        data = build_data(config, 0, tokenizer_folder=tmp_path)
+        assert dataclasses.asdict(data.counts["one"])[field] > 0
+        # Dropping leaves none of the few that are held out: there is nothing to measure, and nothing to divide by.
+        assert set(data.validation) == ({"one"} if policy is Overlong.split else set())
 
 
 def test_the_split_holds_out_about_the_fraction_and_at_least_one() -> None:

@@ -1,0 +1,43 @@
+"""What a number of a config may be: a table a section, and one line that names field, value and cure.
+
+Nan and infinity never fit, nor a number that 64 bits do not hold.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetrain.errors import ConfigError
+
+_LIMIT = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers that fit, and what a message says would do."""
+
+    fits: Callable[[float], bool]
+    cure: str
+
+
+COUNT = Range(fits=lambda value: value >= 1, cure="give at least 1")
+NOT_NEGATIVE = Range(fits=lambda value: value >= 0, cure="give 0 or more")
+POSITIVE = Range(fits=lambda value: value > 0, cure="give a number above 0")
+SHARE = Range(fits=lambda value: 0 <= value <= 1, cure="give a share from 0 to 1")
+BELOW_ONE = Range(fits=lambda value: 0 <= value < 1, cure="give a number from 0 to below 1")
+SEED = Range(fits=lambda value: value >= 0, cure="give a whole number from 0 to 2^63 - 1")
+TEMPERATURE = Range(fits=lambda value: value >= 0, cure="give 0 (greedy) or more")
+
+
+def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[str]]) -> None:
+    """Raise `ConfigError` for the first field of a config that holds a number out of its range.
+
+    prefix: of the field's name, such as "train.". A field may hold a number, a list of them, or None, which fits.
+    """
+    for allowed, fields in ranges.items():
+        for field in fields:
+            value = getattr(section, field)
+            numbers = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(math.isfinite(number) and abs(number) < _LIMIT and allowed.fits(number) for number in numbers):
+                raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}")
