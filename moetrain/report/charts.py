@@ -38,12 +38,19 @@ def learning_charts(stage: Stage) -> str:
 
 
 def optimizer_charts(stage: Stage) -> str:
-    """Return gradient norm and learning rate."""
+    """Return gradient norm, learning rate, and the largest attention logit where it was measured."""
     norm = line_chart(
         f"{stage.name}: gradient norm", _smooth(stage, "grad_norm", color=3), x_name="step", y_name="before clipping"
     )
     rate = [Line(name="learning rate", points=stage.values("lr"), color=5)]
-    return norm + line_chart(f"{stage.name}: learning rate", rate, x_name="step", y_name="", from_zero=True)
+    logit = [Line(name="largest attention logit", points=stage.values("max_logit"), color=4)]
+    return "".join(
+        [
+            norm,
+            line_chart(f"{stage.name}: learning rate", rate, x_name="step", y_name="", from_zero=True),
+            line_chart(f"{stage.name}: largest attention logit", logit, x_name="step", y_name="softmax input"),
+        ]
+    )
 
 
 def rl_charts(stage: Stage) -> str:
