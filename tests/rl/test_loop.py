@@ -183,6 +183,24 @@ def test_balance_losses_in_rl_are_the_same_for_every_cut_and_off_by_default(tmp_
     assert torch.equal(off_biases, whole_biases)
 
 
+def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    threshold, seen = 1e-3, []
+    for tokens in (1 << 16, 256):
+        engine = _engine(EngineName.torch, dtype=torch.float32)
+        training = _training(engine, [])
+        rl = replace(training.rl, tokens_per_micro_batch=tokens)
+        folder = tmp_path / str(tokens)
+        metrics = JsonlMetrics(folder / "metrics.jsonl")
+        run_rl(replace(training, rl=rl, qk_clip=threshold), replace(_TRAIN, steps=1), folder=folder, metrics=metrics)
+        metrics.close()
+        (values,) = (row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row)
+        seen.append(values)
+    whole, parts = seen
+    assert 0 < whole["heads_clipped"] == parts["heads_clipped"]
+    assert whole["max_logit"] > threshold
+    assert parts["max_logit"] == pytest.approx(whole["max_logit"], rel=1e-5)
+
+
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     weights = sync_weights(engine, config=_MODEL, quant=_QUANT, dtype=torch.float32)
