@@ -15,7 +15,7 @@ from moetrain.bench.contestant import Contestant, Kind
 from moetrain.commands import BenchTrainRun
 from moetrain.compose import load_config
 from moetrain.data.batch import TokenBatch
-from moetrain.runtime import torch_stream
+from moetrain.runtime import keep_freed_memory, torch_stream
 from moetrain.train.rows import rank_rows
 
 
@@ -112,6 +112,7 @@ class Worker:
 
 def main() -> None:
     """Answer the commands on standard input until it ends."""
+    keep_freed_memory()  # as every command of ours does; the peers have it too
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     run: BenchTrainRun = load_config("bench train", Path(sys.argv[1]))

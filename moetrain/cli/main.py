@@ -16,12 +16,14 @@ from moetrain.cli.inputs import check_inputs, check_names
 from moetrain.cli.stage import check_folder, rank
 from moetrain.errors import MoetrainError
 from moetrain.log import setup_logging
+from moetrain.runtime import keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 ours, 2 the user's input, 3 a bound of verify missed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()
+    keep_freed_memory()
     setup_logging(rank=rank())
     try:
         return _dispatch(words)

@@ -21,6 +21,7 @@ from moetrain.model.transformer import ForwardOutput, Transformer
 from moetrain.parallel.protocol import Objective, ObjectiveResult
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
+_KEPT_ELEMENTS = 1 << 25  # logits of a micro-batch that are kept for the backward pass: 64 MB in bf16
 
 
 @dataclass(kw_only=True)
@@ -143,8 +144,9 @@ ObjectiveFor = Callable[[GlobalCounts], Objective]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Head, log-softmax and choice of the target in one, chunk by chunk; the backward pass makes the logits again.
+    """Head, log-softmax and choice of the target in one, chunk by chunk.
 
+    The backward pass makes the logits again, but for a micro-batch whose logits are few: those are kept as they were.
     Products run in the dtype of the hidden states; the head's gradient is summed over chunks in float32.
     """
 
@@ -157,30 +159,36 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
         entropies_N = torch.empty_like(logprobs_N)
         normalizers_N = torch.empty_like(logprobs_N)
+        keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
+        kept = []
         for chunk in _chunks(len(targets_N), len(weight_VD)):
-            logits_CV = (hidden_ND[chunk] @ cast_VD.T).float()
+            product_CV = hidden_ND[chunk] @ cast_VD.T
+            if keeps:
+                kept.append(product_CV)
+            logits_CV = product_CV.float()
             target_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
             largest_C = logits_CV.amax(dim=-1)
-            terms_CV = torch.exp(logits_CV - largest_C[:, None])
+            terms_CV = (logits_CV - largest_C[:, None]).exp_()
             sum_C = terms_CV.sum(dim=-1)
             normalizers_N[chunk] = largest_C + sum_C.log()
             logprobs_N[chunk] = target_C - normalizers_N[chunk]
             entropies_N[chunk] = normalizers_N[chunk] - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, normalizers_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, normalizers_N, *kept)
         ctx.mark_non_differentiable(entropies_N)
         return logprobs_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Return the gradients of the hidden states and of the head: d logprob / d logits = onehot(target) - p."""
-        hidden_ND, weight_VD, targets_N, normalizers_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, normalizers_N, *kept = ctx.saved_tensors
         grad_N = grads[0]
         cast_VD = weight_VD.to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
+        for index, chunk in enumerate(_chunks(len(targets_N), len(weight_VD))):
             hidden_CD = hidden_ND[chunk]
-            grad_CV = (hidden_CD @ cast_VD.T).float().sub_(normalizers_N[chunk, None]).exp_()
+            product_CV = kept[index] if kept else hidden_CD @ cast_VD.T
+            grad_CV = (product_CV.float() - normalizers_N[chunk, None]).exp_()
             grad_CV.mul_(-grad_N[chunk, None]).scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
             cast_CV = grad_CV.to(hidden_ND.dtype)
             grad_hidden_ND[chunk] = cast_CV @ cast_VD

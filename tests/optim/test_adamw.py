@@ -2,7 +2,7 @@
 
 import torch
 
-from moetrain.optim.adamw import adamw_update
+from moetrain.optim.adamw import _SLICE_ELEMENTS, adamw_update
 from moetrain.runtime import torch_stream
 
 
@@ -44,3 +44,18 @@ def test_a_gradient_of_zero_only_decays_the_weight() -> None:
         weight_decay=0.5,
     )
     torch.testing.assert_close(param, torch.full((3,), 2.0 * (1 - 0.05)))
+
+
+def test_a_large_tensor_is_stepped_in_slices_as_each_of_them_alone() -> None:
+    stream = torch_stream(0, "test")
+    size = 2 * _SLICE_ELEMENTS + 1000
+    tensors = torch.randn(3, size, generator=stream), torch.rand(size, generator=stream)
+    param, grad, exp_avg, exp_avg_sq = *tensors[0], tensors[1]
+    settings = {"step": 3, "learning_rate": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    alone = []
+    for part in (slice(0, _SLICE_ELEMENTS), slice(_SLICE_ELEMENTS, 2 * _SLICE_ELEMENTS), slice(size - 1000, size)):
+        p, g, m, v = (tensor[part].clone() for tensor in (param, grad, exp_avg, exp_avg_sq))
+        adamw_update(p, g, exp_avg=m, exp_avg_sq=v, **settings)
+        alone.append(torch.stack([p, m, v]))
+    adamw_update(param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **settings)
+    assert torch.equal(torch.stack([param, exp_avg, exp_avg_sq]), torch.cat(alone, 1))
