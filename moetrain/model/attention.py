@@ -45,12 +45,12 @@ Mask = FusedMask | list[Tile]
 
 
 def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype) -> Mask:
-    """Return the mask of packed rows: tiles for short rows, one square for torch's fused kernel otherwise.
+    """Return the mask of packed rows: tiles for short rows on a CPU, one square for torch's fused kernel otherwise.
 
     A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
-    if num_tokens <= TILED_MAX_TOKENS:
+    if segments_BT.device.type == "cpu" and num_tokens <= TILED_MAX_TOKENS:
         return plan_tiles(segments_BT, dtype)
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BT.device).tril()

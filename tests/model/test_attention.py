@@ -65,6 +65,12 @@ def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: p
     torch.testing.assert_close(attend_fused(q, k, v_BHTV=v, mask=mask, scale=SCALE), tiled, atol=1e-6, rtol=1e-5)
 
 
+def test_rows_on_another_device_than_the_cpu_take_the_fused_kernel() -> None:
+    mask = plan_attention(torch.ones(2, 40, dtype=torch.int64, device="meta"), torch.bfloat16)
+    assert isinstance(mask, FusedMask)
+    assert mask.seen_B1TT.shape == (2, 1, 40, 40)
+
+
 def test_a_tile_leaves_out_keys_of_documents_that_ended_before_it() -> None:
     segments_BT = torch.ones(2, 4 * TILE, dtype=torch.int64)
     segments_BT[:, 2 * TILE + 3 :] = 2
