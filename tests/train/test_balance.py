@@ -146,8 +146,15 @@ def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoi
     assert torch.equal(torch.stack(stored), biases(straight))
 
 
-LAYOUTS = {"data": (1, 4), "data, accumulated": (1, 1), "experts": (2, 4), "experts, accumulated": (2, 1)}
-"""(parallel.expert, rows a micro-batch)"""
+LAYOUTS = {
+    "data": (1, 1, 4),
+    "data, accumulated": (1, 2, 1),
+    "experts": (2, 1, 4),
+    "experts, accumulated": (2, 1, 1),
+    "weights in parts, accumulated": (1, 3, 1),
+    "experts, weights in parts": (2, 3, 4),
+}
+"""(parallel.expert, parallel.zero, rows a micro-batch)"""
 
 
 def _trace(engine: Engine, *, rows: int) -> dict[str, Any]:
@@ -159,10 +166,10 @@ def _trace(engine: Engine, *, rows: int) -> dict[str, Any]:
     return {"steps": steps, "biases": biases(engine)}
 
 
-def _engine(engine: EngineName, *, expert: int = 1) -> Engine:
+def _engine(engine: EngineName, *, expert: int = 1, zero: int = 1) -> Engine:
     return build_engine(
         toy_model(ALL),
-        ParallelConfig(engine=engine, expert=expert, timeout_s=120),
+        ParallelConfig(engine=engine, expert=expert, zero=zero, timeout_s=120),
         optim_config=OptimConfig(lr=1e-2),
         quant_config=QuantConfig(),
         compute_dtype=torch.float32,
@@ -173,8 +180,8 @@ def _engine(engine: EngineName, *, expert: int = 1) -> Engine:
 def _all_layouts() -> dict[str, Any]:
     torch.set_num_threads(1)
     return {
-        name: _trace(_engine(EngineName.deepspeed, expert=expert), rows=rows)
-        for name, (expert, rows) in LAYOUTS.items()
+        name: _trace(_engine(EngineName.deepspeed, expert=expert, zero=zero), rows=rows)
+        for name, (expert, zero, rows) in LAYOUTS.items()
     }
 
 
