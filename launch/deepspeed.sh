@@ -3,8 +3,13 @@
 # bash launch/deepspeed.sh 2 pretrain model=k2_nano parallel.expert=2
 # Starts one rank a slot of the host file, over ssh, or that many on this machine, with DeepSpeed's launcher.
 set -euo pipefail
+usage="usage: bash launch/deepspeed.sh HOSTFILE|RANKS COMMAND [OVERRIDE...]"
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    echo "$usage"
+    exit 0
+fi
 if [[ $# -lt 2 ]]; then
-    echo "usage: bash launch/deepspeed.sh HOSTFILE|RANKS COMMAND [OVERRIDE...]" >&2
+    echo "$usage" >&2
     exit 2
 fi
 if [[ "$1" =~ ^[1-9][0-9]*$ ]]; then

@@ -1,9 +1,30 @@
 #!/usr/bin/env bash
 # bash launch/torchrun.sh 2 pretrain model=k2_nano parallel.expert=2
-# Starts that many ranks on this machine. Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each.
+# Starts that many ranks on this machine. `--help` says how on several machines, and how to restart elastically.
 set -euo pipefail
+usage() {
+    cat <<'END'
+usage: bash launch/torchrun.sh RANKS COMMAND [OVERRIDE...]
+
+RANKS ranks on this machine. On several machines start the same line on each, with:
+  NNODES=2              number of machines, or a range such as 1:4 (elastic: machines may come and go)
+  MASTER_ADDR=node-1    the machine where they meet (c10d rendezvous)
+  MASTER_PORT=29500     its port
+  RUN_ID=moetrain       the same on all machines of a run, another for another run
+Where their names do not resolve, also NODE_RANK=0 on the machine MASTER_ADDR, and LOCAL_ADDR=<own address> on each.
+Also:
+  MAX_RESTARTS=0        times that all ranks start again, from the last checkpoint, when one dies
+  SAVE_SECONDS=110      time to save after SIGTERM
+  OMP_NUM_THREADS=1     threads a rank
+  VENV=/path            environment, if not .venv beside the repository
+END
+}
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    usage
+    exit 0
+fi
 if [[ $# -lt 2 ]]; then
-    echo "usage: bash launch/torchrun.sh RANKS COMMAND [OVERRIDE...]" >&2
+    usage >&2
     exit 2
 fi
 ranks=$1
@@ -21,12 +42,18 @@ bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
 
 # A mistake in the input is one line here, not one a rank.
-WORLD_SIZE=$((ranks * ${NNODES:-1})) python -m moetrain.cli check "$@"
-if [[ "${NNODES:-1}" == 1 ]]; then
+nodes="${NNODES:-1}"
+WORLD_SIZE=$((ranks * ${nodes%%:*})) python -m moetrain.cli check "$@"
+if [[ "$nodes" == 1 ]]; then
     place=(--standalone)
 else
-    place=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
+    place=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "${RUN_ID:-moetrain}")
+    place+=(--rdzv-endpoint "${MASTER_ADDR:?the machine where all meet}:${MASTER_PORT:-29500}")
+    # Where names do not resolve: who is the meeting point, and the address that others reach this machine by.
+    [[ "${NODE_RANK:-}" == 0 ]] && place+=(--rdzv-conf is_host=true)
+    [[ -n "${LOCAL_ADDR:-}" ]] && place+=(--local-addr "$LOCAL_ADDR")
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Ranks have this long to save after SIGTERM; torchrun's own default is 30 s.
-exec python -m torch.distributed.run "${place[@]}" --shutdown-timeout "${SAVE_SECONDS:-110}" --nproc-per-node "$ranks" -m moetrain.cli "$@"
+exec python -m torch.distributed.run "${place[@]}" --max-restarts "${MAX_RESTARTS:-0}" \
+    --shutdown-timeout "${SAVE_SECONDS:-110}" --nproc-per-node "$ranks" -m moetrain.cli "$@"

@@ -143,6 +143,33 @@ class BenchTrainRun(StageRun):
             raise ConfigError(f"optim.name is {self.optim.name}: peers have adamw only; give that, or peers=[]")
 
 
+@dataclass(kw_only=True)
+class VerifyFaultsRun(StageRun):
+    """Kills, damages and hangs real runs, and shows that what goes on is bit for bit what was never stopped."""
+
+    model: str = "k2_nano_test"
+    """Choice of model= of the runs."""
+    kills: int = 30
+    """Kills in all: a third inside a save, a sixth around its final rename, a fifth in a collective; rest in a step."""
+    ranks: int = 2
+    """Ranks of the runs on several; 1 leaves them out, and with them collectives, hangs and elastic restarts."""
+    others: bool = True
+    """Whether to also fill the disk, spoil a batch, hang a rank, and restart elastically."""
+    overrides: list[str] = field(default_factory=list)
+    """Further keys of the `pretrain` command line of every run."""
+    fault: str = "none"
+    """A fault to plant, that has to be found: none, step (goes on one step too far) or weight (one row is changed)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.kills < 1:
+            raise ConfigError(f"kills is {self.kills}: give at least 1")
+        if self.ranks < 1:
+            raise ConfigError(f"ranks is {self.ranks}: give at least 1")
+        if self.fault not in ("none", "step", "weight"):
+            raise ConfigError(f"fault is {self.fault!r}: give none, step or weight")
+
+
 SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
@@ -153,6 +180,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRun,
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
+    "verify faults": VerifyFaultsRun,
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,

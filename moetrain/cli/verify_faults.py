@@ -1,0 +1,29 @@
+"""`moetrain verify faults`."""
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder
+from moetrain.commands import VerifyFaultsRun
+
+
+def main(run: VerifyFaultsRun) -> int:
+    """Measure what faults do to runs, print it, and raise `BoundError` when a promise is missed."""
+    from moetrain.verify.faults import Request, verify_faults
+    from moetrain.verify.table import check_rows, render, write_rows
+
+    with stage_folder(run) as folder:
+        request = Request(
+            model=run.model,
+            kills=run.kills,
+            ranks=run.ranks,
+            with_others=run.others,
+            overrides=tuple(run.overrides),
+            planted=run.fault,
+            seed=run.run.seed,
+        )
+        rows = verify_faults(folder, request)
+        context = {"model": run.model, "kills": str(run.kills), "ranks": str(run.ranks), "fault": run.fault}
+        write_rows(folder / "verify.json", rows=rows, context=context)
+        Console().print(render(f"faults: {run.model}, {run.kills} kills", rows=rows))
+    check_rows(rows)
+    return 0

@@ -1,0 +1,188 @@
+"""Runs of the real `pretrain` command that `verify faults` starts, kills and compares. Processes and files only.
+
+A *life* is one process, or one launcher with its ranks, from its start to its end, killed or not.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.log import read_metrics
+from moetrain.verify.injection import VARIABLE, Plan
+
+ROWS_PER_STEP = 4
+CHECKPOINT_EVERY = 2
+LIFE_S = 300.0
+"""A life that is not over by then hangs."""
+_LOOK_S = 0.002
+_SHUTDOWN_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How runs of one kind are started: ranks, steps, further overrides; `folder` holds them all."""
+
+    folder: Path
+    ranks: int
+    steps: int
+    model: str
+    overrides: tuple[str, ...] = ()
+
+    def stage(self, name: str) -> Path:
+        """Return the folder of the run `name`."""
+        return self.folder / name / "pretrain"
+
+    def command(self, name: str, *, more: Sequence[str] = (), restarts: int = 0) -> list[str]:
+        """Return the command line that starts the run `name`, or goes on with it."""
+        words = ["pretrain", f"model={self.model}", "data=test", f"run.folder={self.folder}", f"run.name={name}"]
+        words += ["run.wandb.mode=disabled", "plugins=[moetrain.verify.injection]", f"train.steps={self.steps}"]
+        words += [f"train.rows_per_step={ROWS_PER_STEP}", f"train.rows_per_micro_batch={ROWS_PER_STEP // self.ranks}"]
+        words += [f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.keep_checkpoints=3", "train.validate_every=0"]
+        words += ["data.seq_len=64", "~data.sources.dialogues", f"parallel.expert={self.ranks}"]
+        words += [*self.overrides, *more]
+        launcher = [sys.executable, "-m"]
+        if self.ranks > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+            launcher += ["--max-restarts", str(restarts), "--shutdown-timeout", str(_SHUTDOWN_S), "-m"]
+        return [*launcher, "moetrain.cli", *words]
+
+
+@dataclass(kw_only=True)
+class Life:
+    """A life that goes on; `told` is where its ranks tell of themselves."""
+
+    process: subprocess.Popen[bytes]
+    told: Path
+    log: Path
+    started: float
+
+    def is_over(self) -> bool:
+        """Return whether the process that was started has ended; a life over its time is killed, and over."""
+        if time.monotonic() - self.started > LIFE_S:
+            self.kill_all()
+        return self.process.poll() is not None
+
+    def gate(self, rank: int) -> str:
+        """Return what `rank` wrote when it reached its moment and stopped; empty before."""
+        path = self.told / f"gate_{rank}"
+        return path.read_text(encoding="utf-8").strip() if path.exists() and _state(self.pid(rank)) == "T" else ""
+
+    def place(self, rank: int) -> str:
+        """Return "in <collective>" or "out <collective>", what `rank` entered or left last."""
+        path = self.told / f"place_{rank}"
+        return " ".join(path.read_text(encoding="utf-8").split()) if path.exists() else ""
+
+    def pid(self, rank: int) -> int:
+        """Return the process of `rank`, 0 when it has not come so far."""
+        path = self.told / f"pid_{rank}"
+        return int(path.read_text(encoding="utf-8") or 0) if path.exists() else 0
+
+    def kill(self, rank: int, *, ranks: int) -> None:
+        """SIGKILL one rank; the others, if they stand still, go on and meet its death."""
+        os.kill(self.pid(rank), signal.SIGKILL)
+        for other in range(ranks):
+            if other != rank and _state(self.pid(other)) == "T":
+                os.kill(self.pid(other), signal.SIGCONT)
+
+    def kill_all(self) -> None:
+        """SIGKILL launcher and ranks at once, as when a machine goes down."""
+        ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.told.glob("pid_*")]
+        for pid in [self.process.pid, *ranks]:
+            if _state(pid) not in ("", "Z"):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Return the exit code, once it and all its ranks have ended."""
+        while not self.is_over():
+            time.sleep(_LOOK_S)
+        deadline = time.monotonic() + 60
+        while any(_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.told.glob("pid_*")):
+            if time.monotonic() > deadline:
+                self.kill_all()
+            time.sleep(_LOOK_S)
+        return self.process.wait()
+
+    def said(self) -> str:
+        """Return what it printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def begin(layout: Layout, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
+    """Start a life of the run `name`. plan: fields of `Plan` but its folder."""
+    number = len(list(layout.folder.glob(f"{name}.life_*")))
+    told = layout.folder / f"{name}.life_{number:03d}"
+    told.mkdir(parents=True)
+    command = layout.command(name, more=more, restarts=restarts)
+    environment = environment_of(Plan(folder=str(told), **plan))
+    with (told / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return Life(process=process, told=told, log=told / "log", started=time.monotonic())
+
+
+def environment_of(plan: Plan) -> dict[str, str]:
+    """Return the environment of a life."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, VARIABLE: json.dumps(asdict(plan))}
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launchers} | own
+
+
+def num_lines(stage: Path) -> int:
+    """Return how many lines metrics.jsonl has."""
+    path = stage / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def checkpoints(stage: Path) -> list[Path]:
+    """Return the folders with a checkpoint's final name, oldest first."""
+    return sorted((stage / "checkpoints").glob("step_*"))
+
+
+def partial_files(stage: Path) -> list[str]:
+    """Return the files that lie in half-written checkpoints, as "folder/file"."""
+    found = stage.glob("checkpoints/.step_????????.tmp/*")  # not those on their way out
+    return sorted(str(path.relative_to(stage / "checkpoints")) for path in found)
+
+
+def numbers(stage: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what a clock gave and without word of damage."""
+    lines = [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "checkpoint/"))}
+        for row in read_metrics(stage / "metrics.jsonl")
+    ]
+    return [line for line in lines if len(line) > 1]
+
+
+def final_state(stage: Path) -> dict[str, str]:
+    """Return a digest of every file of the last checkpoint, of state.json and index.json without what a clock gave."""
+    digests: dict[str, str] = {}
+    for path in sorted(checkpoints(stage)[-1].iterdir()):
+        content = path.read_bytes()
+        if path.name == "state.json":
+            content = json.dumps(_without_seconds(json.loads(content)), sort_keys=True).encode()
+        if path.name != "index.json":  # digests of the others, state.json with its seconds among them
+            digests[path.name] = hashlib.sha256(content).hexdigest()
+    return digests
+
+
+def _without_seconds(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
+
+
+def _state(pid: int) -> str:
+    """Return the state of a process as /proc has it (R, S, T, Z, ...); empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -1,0 +1,315 @@
+"""Whether a fault costs more than time: real runs are killed, damaged, starved and hung, and compared bit by bit.
+
+A chain is one run with many lives: each is killed at its moment, the next goes on, and the last one finishes. Its
+losses and its last checkpoint must be those of the same command that nothing disturbed. One process is a chain, several
+ranks another; they run side by side. That a kill landed in its stratum is read from what the kill left behind.
+"""
+
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from moetrain.errors import ConfigError
+from moetrain.log import progress
+from moetrain.runtime import python_stream
+from moetrain.verify import fault_runs
+from moetrain.verify.fault_runs import CHECKPOINT_EVERY, Layout, Life, begin
+from moetrain.verify.other_faults import elastic_rows, full_disk_row, hang_rows, nonfinite_rows
+from moetrain.verify.table import Row
+
+_SAVE_FSYNCS = 10  # the first ten synced files and folders of a life lie in its first two saves
+_MOST_COLLECTIVES = 60  # of a life: those of the first steps
+_LONGEST_DELAY_S = 0.05
+
+
+class Stratum(StrEnum):
+    """Where a kill lands."""
+
+    step = "step"
+    collective = "collective"
+    save = "save"
+    rename = "rename"
+
+
+class Damage(StrEnum):
+    """What is done to a file of the newest checkpoint after a kill."""
+
+    none = "none"
+    flipped_byte = "flipped_byte"
+    missing_shard = "missing_shard"
+    truncated_file = "truncated_file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `verify_faults` is asked for; see `moetrain.commands.VerifyFaultsRun`."""
+
+    model: str
+    kills: int
+    ranks: int
+    with_others: bool
+    overrides: tuple[str, ...]
+    planted: str
+    seed: int
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a chain saw. landed: kills by stratum; evidence: a few words a kill; passed_over: damages that the next life
+    passed over, by kind; refused: lives that did not end as they should."""
+
+    landed: Counter[Stratum] = field(default_factory=Counter)
+    evidence: list[str] = field(default_factory=list)
+    done: Counter[Damage] = field(default_factory=Counter)
+    passed_over: Counter[Damage] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+
+
+def shares(kills: int, *, ranks: int) -> dict[Stratum, int]:
+    """Return how many kills each stratum gets: of 30 ten inside a save, five around its rename, six in a collective."""
+    rename = max(1, kills // 6) if kills > 1 else 0
+    save = max(1, kills // 3)
+    collective = kills // 5 if ranks > 1 else 0
+    return {
+        Stratum.save: save,
+        Stratum.rename: rename,
+        Stratum.collective: collective,
+        Stratum.step: max(0, kills - save - rename - collective),
+    }
+
+
+def verify_faults(folder: Path, request: Request) -> list[Row]:
+    """Return the promises about faults, measured in runs that lie in `folder` afterwards."""
+    want = shares(request.kills, ranks=request.ranks)
+    alone, together = _orders(want, request)
+    runs = folder / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    layouts = [_layout(runs / "one", request, ranks=1, lives=len(alone))]
+    orders = [alone]
+    if request.ranks > 1:
+        layouts.append(_layout(runs / "several", request, ranks=request.ranks, lives=len(together)))
+        orders.append(together)
+    extra: list[Callable[[], list[Row]]] = []
+    if request.with_others:
+        extra += [lambda: [full_disk_row(layouts[0])], lambda: nonfinite_rows(layouts[-1])]
+        if request.ranks > 1:
+            extra += [lambda: hang_rows(layouts[1]), lambda: elastic_rows(layouts[1])]
+    total = request.kills + 2 * len(layouts) + len(extra)
+    with progress(total, "verify faults") as advance, ThreadPoolExecutor(max_workers=len(layouts)) as pool:
+        chains = [
+            pool.submit(_chain, layout, order, request=request, advance=advance)
+            for layout, order in zip(layouts, orders, strict=True)
+        ]
+        tallies = [chain.result() for chain in chains]
+        found = list(_kill_rows(want, tallies))
+        found += [row for layout, tally in zip(layouts, tallies, strict=True) for row in _equal_rows(layout, tally)]
+        for make in extra:
+            found += make()
+            advance("")
+    return found
+
+
+def _orders(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], list[Stratum]]:
+    """Return the strata of the kills of one process, and of those of several ranks, in a seeded order."""
+    stream = python_stream(request.seed, "verify.faults.order")
+    together = [Stratum.collective] * want[Stratum.collective]
+    alone = [stratum for stratum in (Stratum.step, Stratum.save, Stratum.rename) for _ in range(want[stratum])]
+    stream.shuffle(alone)
+    if request.ranks > 1:
+        together += [alone.pop() for _ in range(len(alone) // 4)]
+    stream.shuffle(together)
+    return alone, together
+
+
+def _layout(folder: Path, request: Request, *, ranks: int, lives: int) -> Layout:
+    steps = (2 * (lives + lives // 3) + 4) * CHECKPOINT_EVERY  # a life comes two saves far at most
+    return Layout(folder=folder, ranks=ranks, steps=steps, model=request.model, overrides=request.overrides)
+
+
+def _chain(layout: Layout, order: Sequence[Stratum], *, request: Request, advance: Callable[[str], None]) -> Tally:
+    """Make the undisturbed run and the chain of kills; return what was seen."""
+    tally = Tally()
+    whole = _finish(layout, "whole", planted="none", tally=tally)
+    if tally.refused:
+        raise ConfigError(f"the undisturbed run fails: {whole.said().splitlines()[-1]} (log: {whole.log})")
+    advance("undisturbed run")
+    stream = python_stream(request.seed, "verify.faults.kills", layout.ranks)
+    damages = [damage for damage in Damage if damage is not Damage.none] if layout.ranks == 1 else []
+    damage = Damage.none
+    waiting = list(order)
+    while waiting:
+        stratum = waiting.pop(0)
+        life = _killed_life(layout, stratum, planted=request.planted, stream=stream, tally=tally)
+        _note_damage(life, damage, tally=tally)
+        if not waiting and len(tally.evidence) < len(order) + len(order) // 3:
+            # One by the clock that fell into a save counts there; another takes its place.
+            waiting += [Stratum.step] * (order.count(Stratum.step) > tally.landed[Stratum.step])
+        damage = Damage.none
+        if damages and len(fault_runs.checkpoints(layout.stage("killed"))) > 1:
+            damage = damages.pop()
+            _damage(fault_runs.checkpoints(layout.stage("killed"))[-1], damage, stream=stream)
+            tally.done[damage] += 1
+        advance(f"killed in {stratum}")
+    life = _finish(layout, "killed", planted=request.planted, tally=tally)
+    _note_damage(life, damage, tally=tally)
+    advance("last life")
+    return tally
+
+
+def _finish(layout: Layout, name: str, *, planted: str, tally: Tally) -> Life:
+    life = begin(layout, name, plan={"planted": planted})
+    code = life.wait()
+    if code != 0:
+        tally.refused.append(f"{life.log}: exit code {code}")
+    return life
+
+
+def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: random.Random, tally: Tally) -> Life:
+    """Let the run live until its moment, kill it there, and count the kill where its traces say that it landed."""
+    stage = layout.stage("killed")
+    rank = stream.randrange(layout.ranks)
+    victim = stream.randrange(layout.ranks + (layout.ranks > 1))  # one more: all of them, with the launcher
+    plan: dict[str, object] = {"planted": planted, "rank": rank}
+    if stratum is Stratum.save:
+        plan |= {"moment": "fsync", "number": stream.randint(1, _SAVE_FSYNCS if rank == 0 else 2)}
+    elif stratum is Stratum.rename:
+        plan |= {"moment": stream.choice(["before_rename", "after_rename"]), "number": stream.randint(1, 2), "rank": 0}
+        rank = 0
+    elif stratum is Stratum.collective:
+        plan |= {"moment": "collective", "number": stream.randint(10, _MOST_COLLECTIVES)}
+    lines, steps = fault_runs.num_lines(stage), stream.randint(1, 3)
+    delay_s = stream.uniform(0.0, _LONGEST_DELAY_S)
+    life = begin(layout, "killed", plan=plan)
+    while not life.is_over():
+        reached = life.gate(rank) if stratum is not Stratum.step else fault_runs.num_lines(stage) >= lines + steps
+        if reached:
+            break
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    if stratum is Stratum.collective:
+        _await_others(life, rank, ranks=layout.ranks)
+    gate, places = life.gate(rank), [life.place(other) for other in range(layout.ranks)]
+    if life.is_over():
+        tally.refused.append(f"{life.log}: ended with {life.process.returncode} before it was killed in {stratum}")
+        return life
+    if victim == layout.ranks:
+        life.kill_all()
+    else:
+        life.kill(victim, ranks=layout.ranks)
+    life.wait()
+    landed = _landed(stage, gate=gate, places=places)
+    tally.landed[landed] += 1
+    tally.evidence.append(f"{stratum} -> {landed}: {gate or 'by the clock'}; {fault_runs.partial_files(stage)[-1:]}")
+    return life
+
+
+def _await_others(life: Life, rank: int, *, ranks: int) -> None:
+    """Wait until each other rank is in a collective, where it waits for `rank`, or two seconds."""
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        if all(life.place(other).startswith("in ") for other in range(ranks) if other != rank):
+            return
+        time.sleep(0.01)
+
+
+def _landed(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
+    """Return the stratum of a kill from its traces: the gate a rank stood at, half-written files, who was where."""
+    if gate.startswith(("before_rename", "after_rename")):
+        return Stratum.rename
+    if fault_runs.partial_files(stage) or gate.startswith("fsync"):
+        return Stratum.save
+    if gate.startswith("collective") and any(place.startswith("in ") for place in places):
+        return Stratum.collective
+    return Stratum.step
+
+
+def _damage(checkpoint: Path, damage: Damage, *, stream: random.Random) -> None:
+    """Damage a file of a checkpoint."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    path = files[stream.randrange(len(files))]
+    if damage is Damage.missing_shard:
+        path.unlink()
+        return
+    content = bytearray(path.read_bytes())
+    if damage is Damage.truncated_file:
+        path.write_bytes(content[: stream.randrange(len(content))])
+        return
+    content[stream.randrange(len(content))] ^= 1 << stream.randrange(8)
+    path.write_bytes(content)
+
+
+def _note_damage(life: Life, damage: Damage, *, tally: Tally) -> None:
+    if damage is not Damage.none and "falling back" in life.said():
+        tally.passed_over[damage] += 1
+
+
+def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
+    landed = sum((tally.landed for tally in tallies), Counter[Stratum]())
+    evidence = {
+        Stratum.step: "by the clock, no half-written checkpoint lay there",
+        Stratum.collective: "a rank waited in a collective for one that stood before it",
+        Stratum.save: "half-written files lay in the folder",
+        Stratum.rename: "stood just before or just after the rename",
+    }
+    rows = [
+        Row(
+            name=f"kills in a {stratum} that did not land",
+            value=max(0, want[stratum] - landed[stratum]),
+            bound=0,
+            note=f"{landed[stratum]} landed, {want[stratum]} wanted: {evidence[stratum]}",
+        )
+        for stratum in Stratum
+        if want[stratum]
+    ]
+    total = sum(landed.values())
+    rows.append(Row(name="kills missing", value=sum(want.values()) - total, bound=0, note=f"{total} landed in all"))
+    for damage in Damage:
+        done = sum(tally.done[damage] for tally in tallies)
+        if done:
+            passed = sum(tally.passed_over[damage] for tally in tallies)
+            note = f"{passed} of {done} passed over by the next start, with a line in the log"
+            rows.append(Row(name=f"{damage.replace('_', ' ')}: not found", value=done - passed, bound=0, note=note))
+    return rows
+
+
+def _equal_rows(layout: Layout, tally: Tally) -> list[Row]:
+    whole, killed = layout.stage("whole"), layout.stage("killed")
+    ranks = "1 process" if layout.ranks == 1 else f"{layout.ranks} ranks"
+    refused = Row(
+        name=f"{ranks}: lives that ended otherwise",
+        value=len(tally.refused),
+        bound=0,
+        note="; ".join(tally.refused[:3]),
+    )
+    return [refused, *comparison_rows(ranks, whole=whole, other=killed)]
+
+
+def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:
+    """Return rows that say whether two runs are the same bit for bit: metrics, and files of the last checkpoint."""
+    if not fault_runs.checkpoints(other) or not fault_runs.checkpoints(whole):
+        return [Row(name=f"{title}: no checkpoint to compare", value=1, bound=0)]
+    ours, theirs = fault_runs.numbers(other), fault_runs.numbers(whole)
+    differing = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+    files, expected = fault_runs.final_state(other), fault_runs.final_state(whole)
+    wrong = [name for name in sorted({*files, *expected}) if files.get(name) != expected.get(name)]
+    lives = len(list(other.parent.parent.glob(f"{other.parent.name}.life_*")))
+    return [
+        Row(
+            name=f"{title}: lines of metrics that differ",
+            value=differing,
+            bound=0,
+            note=f"of {len(theirs)}, undisturbed against {lives} lives",
+        ),
+        Row(
+            name=f"{title}: files of the last checkpoint that differ",
+            value=len(wrong),
+            bound=0,
+            note=f"of {len(expected)} in {fault_runs.checkpoints(whole)[-1].name}",
+        ),
+    ]

@@ -1,0 +1,168 @@
+"""A plugin that `verify faults` loads into the real program: it stops a rank at a chosen moment, or spoils a batch.
+
+Nothing of the package knows of it. What is wrapped is the system's and torch's (fsync, rename, collectives), so that a
+moment is one of files and messages, however the package is written; the planted faults alone reach into the package.
+`MOETRAIN_FAULT` holds a `Plan` as JSON; without it, and after an elastic restart, nothing is done.
+
+A rank that reaches its moment writes it to `<folder>/gate_<rank>` and stops itself with SIGSTOP: all its threads stand
+still, and the harness has the time to kill whom it wants. `<folder>/pid_<rank>` has the process, and
+`<folder>/place_<rank>` whether it is in a collective.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.runtime import seed_of
+
+VARIABLE = "MOETRAIN_FAULT"
+COLLECTIVES = (
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "reduce",
+)
+_FINAL = re.compile(r"^step_\d{8}$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What happens in one life of a run.
+
+    folder: where ranks tell of themselves. moment: `fsync` (in a half-written checkpoint), `before_rename`,
+    `after_rename` (its final one), `collective`, or none. number: which one of this life, from 1. rank: which stops.
+    nan_row: first row of the batch whose last row gets a loss weight of NaN, -1 for none. planted: `step` or
+    `weight`, what goes wrong when a run goes on; `none`.
+    """
+
+    folder: str
+    moment: str = "none"
+    number: int = 1
+    rank: int = 0
+    nan_row: int = -1
+    planted: str = "none"
+
+
+class _Gate:
+    """Counts moments and stops the process at the chosen one."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._plan, self._rank, self._seen = plan, rank, 0
+
+    def pass_by(self, moment: str, what: str) -> None:
+        """Count `moment` if it is the plan's, and stop this process if it is the chosen one."""
+        if moment != self._plan.moment or self._rank != self._plan.rank:
+            return
+        self._seen += 1
+        if self._seen == self._plan.number:
+            Path(self._plan.folder, f"gate_{self._rank}").write_text(
+                f"{moment} {self._seen}: {what}\n", encoding="utf-8"
+            )
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _watch_files(gate: _Gate) -> None:
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "/.step_" in path:
+            gate.pass_by("fsync", path)
+        fsync(descriptor)
+
+    def watched_rename(source: Any, target: Any, **options: Any) -> None:
+        is_final = _FINAL.match(Path(target).name) is not None
+        if is_final:
+            gate.pass_by("before_rename", str(target))
+        rename(source, target, **options)
+        if is_final:
+            gate.pass_by("after_rename", str(target))
+
+    os.fsync = watched_fsync  # type: ignore[assignment]
+    os.rename = watched_rename  # type: ignore[assignment]
+
+
+def _watch_collectives(gate: _Gate, place: Path) -> None:
+    descriptor = os.open(place, os.O_WRONLY | os.O_CREAT)
+
+    def watched(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(*values: Any, **options: Any) -> Any:
+            gate.pass_by("collective", name)
+            os.pwrite(descriptor, f"in  {name:30}\n".encode(), 0)
+            try:
+                return collective(*values, **options)
+            finally:
+                os.pwrite(descriptor, f"out {name:30}\n".encode(), 0)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, watched(name, dist.__dict__[name]))
+
+
+def _spoil_batch(first_row: int) -> None:
+    from moetrain.data.loader import Loader
+
+    rows_between = Loader.rows_between
+
+    def spoilt(self: Loader, start: int, stop: int) -> Any:
+        batch = rows_between(self, start, stop)
+        if start != first_row:
+            return batch
+        weights_BT = batch.weights_BT.clone()
+        weights_BT[-1] = float("nan")  # one row, so that one rank alone sees it
+        return replace(batch, weights_BT=weights_BT)
+
+    Loader.rows_between = spoilt  # type: ignore[method-assign]
+
+
+def _plant(planted: str) -> None:
+    import torch
+
+    from moetrain.train import loop
+
+    resume = loop.__dict__["resume"]
+
+    def wrong(engine: Any, *values: Any, **options: Any) -> Any:
+        resumed = resume(engine, *values, **options)
+        if resumed.step == 0:
+            return resumed
+        if planted == "step":
+            return replace(resumed, step=resumed.step + 1)
+        factor_M = torch.ones(engine.model.lm_head.weight.shape[0])
+        factor_M[seed_of(0, "planted") % len(factor_M)] = 1.0 + 2.0**-10
+        engine.multiply_rows({"lm_head.weight": factor_M})
+        return resumed
+
+    vars(loop)["resume"] = wrong
+
+
+def install() -> None:
+    """Do what the plan in the environment says, if there is one."""
+    text = os.environ.get(VARIABLE)
+    if text is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    plan = Plan(**json.loads(text))
+    rank = int(os.environ.get("RANK", "0"))
+    Path(plan.folder, f"pid_{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    gate = _Gate(plan, rank)
+    _watch_files(gate)
+    _watch_collectives(gate, Path(plan.folder, f"place_{rank}"))
+    if plan.nan_row >= 0:
+        _spoil_batch(plan.nan_row)
+    if plan.planted != "none":
+        _plant(plan.planted)
+
+
+install()

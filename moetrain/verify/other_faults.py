@@ -1,0 +1,153 @@
+"""Faults other than kills and damage: a full disk, a batch that is not finite, a rank that hangs, an elastic restart.
+
+Each disturbs a run of its own; the run then goes on, and is compared with the undisturbed one of its layout (`whole`).
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+from moetrain.log import read_metrics
+from moetrain.verify import fault_runs
+from moetrain.verify.fault_runs import ROWS_PER_STEP, Layout, Life, begin
+from moetrain.verify.injection import Plan
+from moetrain.verify.table import Row
+
+_NAN_STEP = 3
+_HANG_TIMEOUT_S = 8
+_FULL_DISK = """
+set -u
+mount -t tmpfs -o size="$1"k tmpfs "$2" || exit 90
+shift 2
+"$@"; echo "exit code $?"
+ls -d "$STAGE"/checkpoints/step_* 2>/dev/null | wc -l
+ls -d "$STAGE"/checkpoints/.step_*.tmp 2>/dev/null | wc -l
+mount -o remount,size=200m tmpfs "$DISK" || exit 91
+"$@"; echo "exit code $?"
+cp -r "$DISK"/. "$COPY"
+"""
+
+
+def same(layout: Layout, name: str) -> int:
+    """Return the number of lines of metrics and files of the last checkpoint in which a run differs from `whole`."""
+    whole, other = layout.stage("whole"), layout.stage(name)
+    if not fault_runs.checkpoints(other):
+        return len(fault_runs.numbers(whole))
+    ours, theirs = fault_runs.numbers(other), fault_runs.numbers(whole)
+    lines = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+    files, expected = fault_runs.final_state(other), fault_runs.final_state(whole)
+    return lines + sum(files.get(key) != expected.get(key) for key in {*files, *expected})
+
+
+def full_disk_row(layout: Layout) -> Row:
+    """Fill a small disk during a save; then give it room, and start again.
+
+    A tmpfs in a mount namespace of its own where `unshare` allows it. Otherwise a limit on the size of files
+    (RLIMIT_FSIZE), which fails the first save already.
+    """
+    name = "full_disk"
+    size = sum(path.stat().st_size for path in fault_runs.checkpoints(layout.stage("whole"))[-1].iterdir())
+    copy = layout.folder / name
+    copy.mkdir()
+    can_mount = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+    if not can_mount or shutil.which("unshare") is None:
+        return _limited_files(layout, name, size=size)
+    disk = layout.folder / "disk"
+    disk.mkdir()
+    on_disk = replace(layout, folder=disk)
+    environment = fault_runs.environment_of(Plan(folder=str(copy)))
+    environment |= {"DISK": str(disk), "COPY": str(layout.folder), "STAGE": str(on_disk.stage(name))}
+    # Room for one checkpoint and a half, and for the tokenizer and the like.
+    kilobytes = int(1.5 * size) // 1024 + 256
+    script = ["unshare", "-rm", "sh", "-c", _FULL_DISK, "sh", str(kilobytes), str(disk), *on_disk.command(name)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    (copy / "log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
+    counts = [line.strip() for line in done.stdout.splitlines() if line.strip().isdigit()]
+    one_line = [line for line in done.stderr.splitlines() if "No space left" in line and line.startswith("moetrain: ")]
+    is_clear = codes[:1] == ["exit code 2"] and len(one_line) == 1 and counts[:1] not in ([], ["0"])
+    wrong = (not is_clear) + (codes[1:] != ["exit code 0"])
+    wrong += same(layout, name) if codes[1:] == ["exit code 0"] else 0
+    note = f"tmpfs of {kilobytes} KB: {', then '.join(codes)}; {one_line[0][:90] if one_line else 'no clear line'}"
+    return Row(name="full disk: what went wrong", value=wrong, bound=0, note=note)
+
+
+def _limited_files(layout: Layout, name: str, *, size: int) -> Row:
+    environment = fault_runs.environment_of(Plan(folder=str(layout.folder / name)))
+    limited = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(size // 4 // 512), *layout.command(name)]
+    first = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    again = subprocess.run(layout.command(name), env=environment, capture_output=True, check=False, timeout=600)
+    is_clear = first.returncode == 2 and "was not written" in first.stderr and "Traceback" not in first.stderr
+    wrong = (not is_clear) + (again.returncode != 0) + (same(layout, name) if again.returncode == 0 else 0)
+    note = f"RLIMIT_FSIZE (no mount namespace here): exit code {first.returncode}, then {again.returncode}"
+    return Row(name="full disk: what went wrong", value=wrong, bound=0, note=note)
+
+
+def nonfinite_rows(layout: Layout) -> list[Row]:
+    """Spoil one batch: `stop` ends with one line and goes on to the same bits once it is well; `skip` counts it."""
+    spoilt = {"nan_row": _NAN_STEP * ROWS_PER_STEP}
+    stopped = begin(layout, "nan_stop", plan=spoilt)
+    code = stopped.wait()
+    is_clear = code != 0 and f"step {_NAN_STEP}: the loss is nan" in stopped.said()
+    again = begin(layout, "nan_stop", plan={}).wait()
+    skipping = begin(layout, "nan_skip", plan=spoilt, more=["train.on_nonfinite=skip"]).wait()
+    rows = [row for row in read_metrics(layout.stage("nan_skip") / "metrics.jsonl") if "skipped_steps" in row]
+    counted = [row["skipped_steps"] for row in rows]
+    is_counted = skipping == 0 and counted[-1:] == [1.0] and sum("loss" not in row for row in rows) == 1
+    return [
+        Row(
+            name="NaN in one rank's batch, stop: what went wrong",
+            value=(not is_clear) + (again != 0) + same(layout, "nan_stop"),
+            bound=0,
+            note=f"exit code {code} at step {_NAN_STEP}; without the NaN the next start went on, exit code {again}",
+        ),
+        Row(
+            name="NaN in one rank's batch, skip: what went wrong",
+            value=not is_counted,
+            bound=0,
+            note=f"exit code {skipping}, skipped_steps {counted[-1] if counted else 'not there'} of {len(counted)}",
+        ),
+    ]
+
+
+def hang_rows(layout: Layout) -> list[Row]:
+    """Stop a rank before a collective: the others must name it and the step; the next start goes on."""
+    plan = {"moment": "collective", "number": 40, "rank": layout.ranks - 1}
+    life = begin(layout, "hung", plan=plan, more=[f"parallel.timeout_s={_HANG_TIMEOUT_S}"])
+    code = life.wait()
+    lines = [line for line in life.said().splitlines() if f"did not arrive: rank {layout.ranks - 1}" in line]
+    is_named = code != 0 and bool(lines) and "step " in lines[0]
+    again = begin(layout, "hung", plan={}).wait()
+    return [
+        Row(
+            name="a rank that hangs: what went wrong",
+            value=(not is_named) + (again != 0) + same(layout, "hung"),
+            bound=0,
+            note=f"exit code {code}: {lines[0][:110] if lines else 'nobody was named'}",
+        )
+    ]
+
+
+def elastic_rows(layout: Layout) -> list[Row]:
+    """Kill one rank under torchrun's --max-restarts: it comes back by itself and the run goes on to the same bits."""
+    life = begin(layout, "elastic", plan={"moment": "collective", "number": 60, "rank": 0}, restarts=2)
+    _kill_at_gate(life)
+    code = life.wait()
+    return [
+        Row(
+            name="elastic restart: what went wrong",
+            value=(code != 0) + same(layout, "elastic"),
+            bound=0,
+            note=f"rank 0 killed once under --max-restarts 2; the launcher ended with {code}",
+        )
+    ]
+
+
+def _kill_at_gate(life: Life) -> None:
+    while not life.is_over() and not life.gate(0):
+        time.sleep(0.01)
+    if not life.is_over():
+        os.kill(life.pid(0), signal.SIGKILL)

@@ -1,0 +1,43 @@
+"""Faults cost time and no more; a planted fault is found. The whole measurement is `moetrain verify faults`."""
+
+from pathlib import Path
+
+import pytest
+
+from moetrain.commands import VerifyFaultsRun
+from moetrain.errors import BoundError, ConfigError
+from moetrain.verify.faults import Request, Stratum, shares, verify_faults
+from moetrain.verify.table import check_rows
+
+
+def _request(*, kills: int, planted: str) -> Request:
+    return Request(
+        model="k2_nano_test",
+        kills=kills,
+        ranks=1,
+        with_others=False,
+        overrides=("parallel.engine=torch",),
+        planted=planted,
+        seed=0,
+    )
+
+
+def test_kills_inside_a_save_and_around_its_rename_change_no_bit(tmp_path: Path) -> None:
+    rows = verify_faults(tmp_path, _request(kills=2, planted="none"))
+    check_rows(rows)
+    assert {"kills in a save that did not land", "1 process: lines of metrics that differ"} <= {r.name for r in rows}
+
+
+def test_a_run_that_goes_on_at_the_wrong_step_is_found(tmp_path: Path) -> None:
+    with pytest.raises(BoundError, match="1 process: lines of metrics that differ"):
+        check_rows(verify_faults(tmp_path, _request(kills=1, planted="step")))
+
+
+def test_thirty_kills_are_spread_as_promised() -> None:
+    assert shares(30, ranks=2) == {Stratum.save: 10, Stratum.rename: 5, Stratum.collective: 6, Stratum.step: 9}
+    assert sum(shares(7, ranks=1).values()) == 7
+
+
+def test_a_fault_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fault is 'moon': give none, step or weight"):
+        VerifyFaultsRun(fault="moon")
