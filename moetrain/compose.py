@@ -110,7 +110,7 @@ def to_mapping(run: Any) -> dict[str, Any]:
 def suggestion(word: str, options: Sequence[str]) -> str:
     """Return `did you mean X?` when an option is near, else the list of options."""
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(options))}"
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(options)) or 'none'}"
 
 
 def quoted(text: str) -> str:
@@ -166,10 +166,11 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
         key = override.key_or_group
         assert override.input_line is not None
         if key.startswith("hydra."):
-            direct.append(override.input_line)
-            continue
+            raise ConfigError(f"{override.input_line}: moetrain sets Hydra up itself; take it out")
         kinds = _check_key(schema, key)
         in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
+        if override.is_delete() and not in_dict:
+            raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be taken out; give {key} a value")
         if in_dict and not override.is_delete():
             entries.append(override)
         else:
@@ -211,6 +212,7 @@ def _in_one_line(error: Exception, schema: type) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group} is {choice!r}: {suggestion(choice, error.options or [])}"
     text = str(error.__cause__ or error)
+    text = text.removeprefix("ConfigError raised while resolving interpolation: ")
     found = re.search(r"full_key: (\S+)", text)
     what = re.sub(r"^In '(\S+)': \w+ raised while composing config:\n", r"config \1: ", text).split("\n")[0]
     if not found:

@@ -60,6 +60,8 @@ def test_a_source_can_be_removed() -> None:
         (["train.steps.x=3"], "train.steps.x: train.steps is one value and has no 'x'"),
         (["train.steps"], "train.steps: not key=value"),
         (["init_from=a=b"], "init_from=a=b: not key=value"),
+        (["hydra.run.dir=foo"], "hydra.run.dir=foo: moetrain sets Hydra up itself; take it out"),
+        (["~train"], "~train: only an entry such as data.sources.maths can be taken out; give train a value"),
         (["init_from=${stage:sft}"], "${stage:sft} has a meaning in a recipe only"),
     ],
 )
@@ -74,9 +76,12 @@ def test_a_mistake_in_a_yaml_names_the_key_or_the_line(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "odd.yaml").write_text("num_layerz: 3\n")
+    (folder / "bytes.yaml").write_bytes(b"num_layers: \xff\n")
     (folder / "torn.yaml").write_text("num_layers: [3\n")
     with pytest.raises(ConfigError, match=r"model\.num_layerz: there is no 'num_layerz' in model; did you mean num_l"):
         compose("pretrain", ["model=odd"], search=[tmp_path])
+    with pytest.raises(ConfigError, match=r"is not YAML"):
+        compose("pretrain", ["model=bytes"], search=[tmp_path])
     with pytest.raises(ConfigError, match=r"torn\.yaml:2 is not YAML"):
         compose("pretrain", ["model=torn"], search=[tmp_path])
 
@@ -104,5 +109,15 @@ def test_a_saved_config_is_checked_like_any_other(tmp_path: Path) -> None:
     path.write_text("train:\n  stesp: 3\n")
     with pytest.raises(ConfigError, match=r"config\.yaml.*there is no 'stesp' in train; did you mean steps\?"):
         load_config("pretrain", path)
+    for content, message in [
+        (b"run: \xff", r"config\.yaml is not YAML: .*UTF-8 text"),
+        (b"run: \x07", r"config\.yaml is not YAML: special characters are not allowed at position 5"),
+        (b"run: [", r"config\.yaml:1 is not YAML"),
+        (b"- run", r"config\.yaml holds list where keys and values are wanted"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config("pretrain", path)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="there is no config file"):
         load_config("pretrain", tmp_path / "none.yaml")

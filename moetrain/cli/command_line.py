@@ -24,4 +24,7 @@ def composed(command: str, words: Sequence[str]) -> Any:
         if len(words) != 2:
             raise ConfigError("--config takes one file and no overrides")
         return load_config(command, Path(words[1]))
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: there is no such option here; write key=value, or --config FILE right after")
     return compose(command, words)

@@ -1,13 +1,19 @@
 """`moetrain eval`."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.stage import stage_folder, write_json
+from moetrain.cli.stage import CONFIG, stage_folder, write_json
+from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import CheckpointError, ConfigError
+
+_OF_TASKS = (
+    *("run.seed", "eval.num_tasks", "eval.first_task"),
+    *("task.name", "task.min_calls", "task.max_calls", "task.tool_failure"),
+)
 
 if TYPE_CHECKING:
     from moetrain.train.origin import Origin
@@ -22,16 +28,22 @@ def main(run: EvalRun) -> int:
     from moetrain.cli.weights import read_weights, tokenizer_of
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import EVAL, evaluate
+    from moetrain.export.read import is_export
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
     from moetrain.tasks import registry
 
+    before = _earlier(Path(run.eval.before).expanduser(), run, file=EVAL) if run.eval.before is not None else None
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
         tokenizer = tokenizer_of(origin)
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
         unquantized = QuantConfig()
         masters = read_weights(run.eval.masters) if run.eval.masters is not None else None
+        if masters is not None and is_export(masters.path):
+            raise CheckpointError(
+                f"eval.masters is {run.eval.masters}: that is an export; give the stage or checkpoint it was made of"
+            )
         evaluation = evaluate(
             run.eval,
             weights=build_weights(origin.tensors, config=origin.model, quant=origin.quant or unquantized),
@@ -41,7 +53,7 @@ def main(run: EvalRun) -> int:
             tokenizer=tokenizer,
             rollout=run.rollout,
             seed=run.run.seed,
-            before=_earlier(Path(run.eval.before) / EVAL) if run.eval.before is not None else None,
+            before=before,
         )
         for mode, trajectories in evaluation.trajectories.items():
             path = folder / "traces" / f"{mode}.jsonl"
@@ -75,8 +87,29 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
     return nats_per_character(origin.tensors, origin.model, validation=data.validation)
 
 
-def _earlier(path: Path) -> dict[str, Any]:
+def _earlier(folder: Path, run: EvalRun, *, file: str) -> dict[str, Any]:
+    """Return the numbers of an earlier evaluation of the same tasks; `CheckpointError` when there are none."""
+    from moetrain.train.checkpoint import read_json
+    from moetrain.train.resume import differences
+
+    path = folder / file
     if not path.is_file():
         raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
-    numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    numbers = read_json(path)
+    modes = numbers.get("modes")
+    if not isinstance(modes, dict) or not all(isinstance(mode, dict) and "outcomes" in mode for mode in modes.values()):
+        raise CheckpointError(f"eval.before: {path} holds no outcomes; run that evaluation again")
+    changed = differences(_tasks_of(read_yaml(folder / CONFIG)), _tasks_of(to_mapping(run)))
+    if changed:
+        raise CheckpointError(f"eval.before: {folder} evaluated other tasks ({'; '.join(changed)}); give the same ones")
     return numbers
+
+
+def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation's config says of which tasks there are."""
+    return {key: _at(config, key) for key in _OF_TASKS}
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config.get(section, {}).get(name)

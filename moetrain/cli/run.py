@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
@@ -102,6 +102,12 @@ def main(words: Sequence[str]) -> int:
 def prepare(words: Sequence[str]) -> Prepared:
     """Compose and check a run and all of its stages."""
     own, of_stages = recipe.split_overrides(words)
+    for word in own:
+        key = word.split("=")[0].lstrip("+~")
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: there is no such option here; write key=value")
+        if key in get_type_hints(TrainingRun) and key not in get_type_hints(RecipeRun):
+            raise ConfigError(f"{word}: that is said to a stage, <stage>.{word}, such as pretrain.{word}")
     run: RecipeRun = compose("run", own)
     loaded = recipe.load(run.recipe)
     stages = recipe.compose_stages(loaded, run, overrides=of_stages)

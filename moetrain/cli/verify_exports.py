@@ -5,7 +5,7 @@ from rich.console import Console
 from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import check_length
-from moetrain.errors import ConfigError
+from moetrain.errors import CheckpointError, ConfigError
 
 
 def main(run: VerifyExportsRun) -> int:
@@ -14,11 +14,14 @@ def main(run: VerifyExportsRun) -> int:
         raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made of")
     # These bring torch in, so only now.
     from moetrain.cli.weights import read_weights
+    from moetrain.export.read import is_export
     from moetrain.verify.exports import ExportFault, verify_exports
     from moetrain.verify.table import check_rows, render, write_rows
 
     with stage_folder(run) as folder:
         export = read_weights(run.init_from)
+        if not is_export(export.path):
+            raise CheckpointError(f"init_from is {run.init_from}: that is no export; give an export stage's folder")
         check_length(export.model, name="num_tokens", length=run.num_tokens)
         rows = verify_exports(
             export.path,

@@ -59,6 +59,14 @@ def document_of(record: Record, *, column: str, format: Format, where: str) -> D
         result = format(record, column)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # of a plugin's format
+        said = " ".join(str(error).split())
+        raise DataError(f"{where} does not fit its format: {type(error).__name__}: {said}") from error
     if isinstance(result, str):
         return text_document(result)
     if not any(piece.is_sampled for piece in result):
@@ -97,27 +105,53 @@ def _declared(tools: object) -> list[Piece]:
 
 def _message(item: Mapping[str, Any], *, num_calls: int) -> Message:
     role = item.get("role")
-    if role not in list(Role):
+    if not isinstance(role, str) or role not in list(Role):
         raise DataError(f"a message has the role {role!r}: known are {', '.join(Role)}")
-    calls = [_call(call, index=num_calls + offset) for offset, call in enumerate(item.get("tool_calls") or [])]
+    calls = item.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise DataError(f"tool_calls holds {_shown(calls)}: give a list of calls")
     return Message(
         role=Role(role),
-        content=item.get("content") or "",
-        reasoning=item.get("reasoning_content") or "",
-        tool_calls=calls,
-        tool_call_id=item.get("tool_call_id") or "",
-        name=item.get("name") or "",
+        content=_content(item.get("content")),
+        reasoning=_string(item, "reasoning_content"),
+        tool_calls=[_call(call, index=num_calls + offset) for offset, call in enumerate(calls)],
+        tool_call_id=_string(item, "tool_call_id"),
+        name=_string(item, "name"),
     )
+
+
+def _content(value: object) -> str:
+    """Return the text of a message: a string, null, or a list of parts of type text, which are put together."""
+    parts = value if isinstance(value, list) else [] if value is None else [{"type": "text", "text": value}]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+    return "".join(map(str, texts))
+
+
+def _string(item: Mapping[str, Any], key: str) -> str:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{key} holds {_shown(value)}: give text")
+    return value or ""
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _call(call: Any, *, index: int) -> ToolCall:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise DataError(f"a tool call is {str(call)[:60]!r}: it needs function.name and function.arguments")
-    arguments = function.get("arguments") or {}
+    name, arguments = function["name"], function.get("arguments") or {}
+    if not isinstance(name, str) or not name or ":" in name:
+        raise DataError(f"function.name is {_shown(name)}: give a name without a colon, which ends it in a call's id")
+    if not isinstance(arguments, str | Mapping):
+        raise DataError(f"function.arguments of {name} holds {_shown(arguments)}: give an object, or its JSON text")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(name=function["name"], arguments=arguments, id=call.get("id") or call_id(function["name"], index))
+    return ToolCall(name=name, arguments=arguments, id=_string(call, "id") or call_id(name, index))
 
 
 _FORMATS: dict[str, Format] = {"text": _text, "messages": _messages}

@@ -46,7 +46,9 @@ def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
     if config.max_characters is not None:
         documents = _up_to(documents, config.max_characters)
     if not documents:
-        raise DataError(f"data.sources.{name} has no documents (max_characters is {config.max_characters})")
+        place = f" in {config.path}" if config.path else ""
+        cap = f" within max_characters={config.max_characters}" if config.max_characters is not None else ""
+        raise DataError(f"data.sources.{name} has no documents{place}{cap}: give one that holds text")
     return documents
 
 
@@ -77,7 +79,8 @@ def local_files(config: SourceConfig) -> list[Path]:
         return files
     files = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
     if not files:
-        raise DataError(f"{path} does not exist: give a file, a glob or a folder of {config.kind} files")
+        wrong = "is no regular file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {wrong}: give a file, a glob or a folder of {config.kind} files")
     return files
 
 
@@ -109,6 +112,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
             raise DataError(f"{where} is not UTF-8 at byte {error.start} of the line") from error
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+            raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} holds {type(record).__name__} where an object is wanted")
         yield where, record
@@ -155,6 +160,8 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[
     import datasets  # two seconds of import time that only users of it pay
     import pyarrow
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the error below
+    datasets.disable_progress_bars()
     try:
         for number, record in enumerate(datasets.load_dataset(builder, **options)):
             yield f"{config.path} row {number}", record

@@ -96,12 +96,20 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise DataError(f"{path} does not exist: give the folder of a tokenizer, or null to train one")
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             json.loads(text)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 at byte {error.start}: copy the tokenizer there again") from error
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}") from error
-        return cls(HFTokenizer.from_str(text))
+        try:
+            return cls(HFTokenizer.from_str(text))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except Exception as error:  # the library raises nothing narrower for a file that is no tokenizer
+            said = " ".join(str(error).split())
+            raise DataError(f"{path} holds no tokenizer ({said}): copy the tokenizer there again") from error
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:

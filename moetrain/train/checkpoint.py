@@ -181,8 +181,9 @@ def latest(folder: Path, *, damage: Callable[[Path], str | None] = damage_of) ->
         path = folder_of(folder, step)
         found = damage(path)
         if found is None:
+            for reason in damaged:
+                _log.warning("a checkpoint is damaged, falling back to %s: %s", path, reason)
             return Latest(path=path, num_damaged=len(damaged))
-        _log.warning("checkpoint %s is damaged, falling back to the one before it: %s", path, found)
         damaged.append(found)
     if damaged:
         raise CheckpointError(

@@ -76,6 +76,13 @@ def test_a_process_computes_with_as_many_threads_as_it_is_told(threads: int) -> 
             "moetrain: recipe is 'k2_nan': no folder with a recipe.yaml; did you mean k2_nano?\n",
         ),
         (["run", "pretrian.train.steps=3"], "'pretrian' is no stage; did you mean pretrain?\n"),
+        (
+            ["run", "model=k2_nano"],
+            "that is said to a stage, <stage>.model=k2_nano, such as pretrain.model=k2_nano\n",
+        ),
+        (["run", "-m"], "moetrain: -m: there is no such option here; write key=value\n"),
+        (["pretrain", "--foo=3"], "moetrain: --foo=3: there is no such option here; write key=value, or --config FILE"),
+        (["pretrain", "train.steps=3", "--config", "x"], "moetrain: --config: there is no such option here"),
         (["run", "again_from=sfd"], "moetrain: again_from is 'sfd': did you mean sft?\n"),
     ],
 )

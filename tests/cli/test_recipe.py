@@ -97,6 +97,18 @@ def test_a_mistake_in_a_recipe_is_named(content: str, message: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"stages: \xff")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not YAML: .*UTF-8 text$"):
+        recipe.load(str(tmp_path))
+
+
+def test_the_first_stage_can_take_none(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text('stages: [{command: sft, overrides: ["init_from=${stage:pretrain}"]}]')
+    with pytest.raises(ConfigError, match=r"stage sft: .*\$\{stage:pretrain\} is no earlier stage; there are none$"):
+        stages(folder, run=[], of_stages=[])
+
+
 def test_only_earlier_stages_can_be_taken(folder: Path) -> None:
     text = GOOD.replace("${stage:first}", "${stage:frist}")
     (folder / "recipe.yaml").write_text(text)

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,68 @@ def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
     two = read_documents(jsonl(write_jsonl("b.jsonl", [{"text": "a"}, {"text": "bc"}])), name="mine")
     assert digest_of(one) == digest_of(list(one))
     assert len({digest_of(one), digest_of(two), digest_of(one[::-1])}) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
+        ('{"text": ' + "1" * 5000 + "}", r"mine\.jsonl:1 cannot be read: ValueError: Exceeds the limit"),
+    ],
+)
+def test_json_that_python_cannot_hold_is_named_by_line(line: str, message: str, tmp_path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_a_device_is_no_file_and_a_source_without_text_names_its_file(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"/dev/null is no regular file: give a file, a glob or a folder"):
+        read_documents(jsonl(Path("/dev/null")), name="mine")
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"data\.sources\.mine has no documents in .*empty\.jsonl: give one"):
+        read_documents(jsonl(path), name="mine")
+
+
+ASSISTANT = {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": 5}, r"content holds int '5': give text, or a list of parts of type text"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, r"content holds list .*: give text, or a list of parts"),
+        ({"role": "user", "name": 3, "content": "x"}, r"name holds int '3': give text"),
+        ({"role": ["user"], "content": "x"}, r"a message has the role \['user'\]: known are"),
+        ({**ASSISTANT, "tool_calls": 5}, r"tool_calls holds int '5': give a list of calls"),
+        (
+            {**ASSISTANT, "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {}}}]},
+            r"id holds int '7': give text",
+        ),
+        (
+            {**ASSISTANT, "tool_calls": [{"function": {"name": "f:7"}}]},
+            r"function\.name is str 'f:7': give a name with",
+        ),
+        ({**ASSISTANT, "tool_calls": [{"function": {"name": 1}}]}, r"function\.name is int '1': give a name with"),
+        (
+            {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": 5}}]},
+            r"function\.arguments of f holds int '5': give an object",
+        ),
+    ],
+)
+def test_a_message_of_another_form_is_named_by_file_and_line(message, said: str, write_jsonl) -> None:
+    path = write_jsonl("mine.jsonl", [{"messages": [ASSISTANT]}, {"messages": [message, ASSISTANT]}])
+    config = SourceConfig(kind=SourceKind.jsonl, path=str(path), field="messages", format="messages")
+    with pytest.raises(DataError, match=rf"mine\.jsonl:2: {said}"):
+        read_documents(config, name="mine")
+
+
+def test_parts_of_type_text_are_read_as_their_text(write_jsonl) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    users = [{"role": "user", "content": content} for content in ("hello", parts)]
+    files = [write_jsonl(f"{number}.jsonl", [{"messages": [user, ASSISTANT]}]) for number, user in enumerate(users)]
+    configs = [SourceConfig(kind=SourceKind.jsonl, path=str(f), field="messages", format="messages") for f in files]
+    plain, in_parts = (read_documents(config, name="mine") for config in configs)
+    assert plain == in_parts

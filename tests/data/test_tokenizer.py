@@ -105,6 +105,12 @@ def test_a_missing_or_broken_tokenizer_names_its_path(tokenizer: Tokenizer, tmp_
     path.write_text(path.read_text()[:-30])
     with pytest.raises(DataError, match=rf"{path} line \d+ is not JSON"):
         Tokenizer.load(tmp_path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(DataError, match=rf"{path} is not UTF-8 at byte 7"):
+        Tokenizer.load(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(DataError, match=rf"{path} holds no tokenizer \(.*\): copy the tokenizer there again"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path) -> None:

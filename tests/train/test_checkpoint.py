@@ -119,11 +119,17 @@ def test_latest_falls_back_over_damaged_checkpoints_with_a_log_line(
     assert sum("falling back" in record.message for record in caplog.records) == 2
 
 
-def test_latest_of_no_checkpoints_is_none_and_of_none_good_an_error(tmp_path: Path) -> None:
+def test_latest_of_no_checkpoints_is_none_and_of_none_good_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert checkpoint.latest(tmp_path / "absent").path is None
     _flip_byte(_save(tmp_path, 1) / "state.json")
-    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is good"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CheckpointError, match="none of its 1 checkpoints is good"),
+    ):
         checkpoint.latest(tmp_path)
+    assert not caplog.records  # the error says it all: there is nothing to fall back to
 
 
 def test_a_killed_process_leaves_only_whole_checkpoints_and_removable_leftovers(tmp_path: Path) -> None:
