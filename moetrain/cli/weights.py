@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError
+from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
 from moetrain.parallel.state import TensorReader
 from moetrain.train.origin import Origin, read_origin
@@ -18,11 +19,22 @@ def read_weights(init_from: str) -> Origin:
     Those of an INT4 export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
     what is missing or damaged.
     """
-    path = Path(init_from).expanduser()
+    try:
+        return _read(Path(init_from).expanduser())
+    except CheckpointError as error:
+        if str(error).startswith("config.json: "):
+            raise CheckpointError(f"{init_from}: {error}") from error
+        raise
+
+
+def _read(path: Path) -> Origin:
     if is_export(path / EXPORT):
         path = path / EXPORT
     if not is_export(path):
-        return read_origin(path)
+        origin = read_origin(path)
+        if (path / "config.json").is_file():
+            _check_foreign(origin)
+        return origin
     export = read_export(path)
     tensors = export.weights()
     return Origin(
@@ -35,6 +47,14 @@ def read_weights(init_from: str) -> Origin:
         digest=str(export.record["sources"]),
         step=export.step,
     )
+
+
+def _check_foreign(origin: Origin) -> None:
+    """Check the tensors of a folder that another program wrote, to which no checksum of ours belongs."""
+    try:
+        layout_of(origin.model).check(origin.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin.path}: {error}") from error
 
 
 def tokenizer_of(origin: Origin) -> Tokenizer:

@@ -15,6 +15,8 @@ from moetrain.model.transformer import Transformer
 
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
+_DERIVED = ".rotary_emb.inv_freq"
+"""What some folders keep though it follows from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Layout:
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError when `tensors` are not those of the model: a name, a shape, or a value not finite."""
-        names = {name for name in tensors if not name.startswith(_OPTIMIZER_PREFIX)}
+        names = {name for name in tensors if not name.startswith(_OPTIMIZER_PREFIX) and not name.endswith(_DERIVED)}
         for name in sorted(self.shapes.keys() - names):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model")
         for name in sorted(names - self.shapes.keys()):

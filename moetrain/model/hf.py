@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 
@@ -50,6 +50,11 @@ _REQUIRED_VALUES = {
     "rope_interleave": True,
     "topk_method": "noaux_tc",
 }
+_YARN_NUMBERS = (
+    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
+)
+_MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
 _FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -93,6 +98,8 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
 
     Raises CheckpointError where the file asks for what this model does not compute.
     """
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
     for name, required in _REQUIRED_VALUES.items():
         if values.get(name, required) != required:
             raise CheckpointError(f"config.json: {name} is {values[name]!r}: only {required!r} is supported")
@@ -110,14 +117,26 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"config.json: scoring_func is {values['scoring_func']!r}: give one of {', '.join(ScoreFunction)}"
         ) from error
-    rope = values.get("rope_parameters") or {
-        "rope_theta": values.get("rope_theta", 10000.0),
-        **(values.get("rope_scaling") or {}),
-    }
+    scaling = values.get("rope_scaling") or {}
+    rope = values.get("rope_parameters") or scaling
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"config.json: the rope parameters are {rope!r}: give an object with rope_theta")
+    rope = {"rope_theta": values.get("rope_theta", 10000.0), **rope}
+    numbers = {theirs: values.get(theirs) for theirs in _FIELDS.values()}
+    numbers |= {name: rope.get(name) for name in ("rope_theta", *_YARN_NUMBERS)}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float | None):
+            raise CheckpointError(f"config.json: {name} is {value!r}: give a number")
     fields = {ours: values[theirs] for ours, theirs in _FIELDS.items() if theirs in values}
-    return ModelConfig(
-        **fields, score_function=score_function, rope_theta=float(rope["rope_theta"]), yarn=_yarn_of(rope)
-    )
+    nulls = [theirs for ours, theirs in _FIELDS.items() if values.get(theirs, 0) is None and ours not in _MAY_BE_NULL]
+    if nulls:
+        raise CheckpointError(f"config.json: {nulls[0]} is null: give a number")
+    try:
+        return ModelConfig(
+            **fields, score_function=score_function, rope_theta=float(rope["rope_theta"]), yarn=_yarn_of(rope)
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from error
 
 
 def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:

@@ -62,11 +62,24 @@ def test_config_of_the_fourth_transformers_is_read() -> None:
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ({"scoring_func": "linear"}, "scoring_func is 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": "x"}, "the rope parameters are 'x': give an object with rope_theta"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x': give a number"),
+        ({"hidden_size": "abc"}, r"^config\.json: hidden_size is 'abc': give a number"),
+        ({"num_hidden_layers": [1]}, r"num_hidden_layers is \[1\]: give a number"),
+        ({"hidden_size": None}, "hidden_size is null: give a number"),
+        ({"hidden_size": 0}, r"config\.json: model\.hidden_size is 0: give at least 1"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         from_hf_config({**to_hf_config(TINY), **change})
+
+
+def test_a_config_that_is_no_object_is_refused_and_one_without_a_base_takes_the_default() -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list: give an object"):
+        from_hf_config([])  # type: ignore[arg-type]
+    values = {**to_hf_config(TINY), "rope_parameters": {"rope_type": "default"}}
+    assert from_hf_config(values).rope_theta == 10000.0  # transformers' own
 
 
 def test_experts_go_to_disk_one_by_one_and_come_back() -> None:

@@ -1,0 +1,57 @@
+"""Weights of a folder that another program wrote are checked tensor by tensor when they are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moetrain.cli.weights import read_weights
+from moetrain.errors import CheckpointError
+from moetrain.model.hf import hf_disk_tensors, to_hf_config
+from tests.model.test_hf import TINY, make
+
+NORM = "model.norm.weight"
+
+
+def write(folder: Path, **changes: torch.Tensor | None) -> Path:
+    """Write a folder whose tensors are a small model's but for `changes`; None leaves one out."""
+    tensors = {name: tensor.contiguous() for name, tensor in hf_disk_tensors(make().state_dict())}
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    (folder / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (NORM, None, r"model\.norm\.weight is missing: the weights do not fit this model"),
+        ("lm_head.weight", None, r"lm_head\.weight is missing"),
+        ("extra.weight", torch.zeros(3), r"extra\.weight is no tensor of this model"),
+        (NORM, torch.zeros(3), r"model\.norm\.weight has shape \[3\], this model's has"),
+        (NORM, torch.full((TINY.hidden_size,), torch.nan), r"model\.norm\.weight holds numbers that are not finite"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_its_folder(
+    name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: {message}"):
+        read_weights(str(write(tmp_path, **{name: tensor})))
+
+
+def test_a_whole_folder_is_read_and_a_derived_buffer_in_it_is_nobodys_mistake(tmp_path: Path) -> None:
+    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    assert read_weights(str(write(tmp_path, **derived))).step == 0
+
+
+def test_a_config_that_does_not_fit_is_named_with_its_folder(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "hidden_size": "abc"}))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: config\.json: hidden_size is 'abc': give a number"):
+        read_weights(str(tmp_path))
