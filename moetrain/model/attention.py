@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from moetrain.model.config import ModelConfig
 from moetrain.model.layers import Linear, RMSNorm
 from moetrain.model.max_logits import max_logits
+from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.rope import Rotation, rotate
 from moetrain.model.tiled_attention import Tile, attend_tiled, plan_tiles
 
@@ -71,7 +71,7 @@ def attend_fused(
     return out[..., :value_width]
 
 
-class Attention(nn.Module):
+class Attention(Recomputable):
     """Queries, and one latent from which keys and values of all heads are made; a rotary key shared by the heads."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -108,6 +108,19 @@ class Attention(nn.Module):
         `measured_BT`: True for tokens whose logits count; None measures none and costs nothing. The logits are softmax
         inputs, the softmax scale included: float32, without gradient, -inf where no token is measured.
         """
+        measured: list[torch.Tensor | None] = []
+
+        def part(x_BTD: torch.Tensor) -> torch.Tensor:
+            out_BTD, max_logits_H = self._attend(x_BTD, rotation=rotation, mask=mask, measured_BT=measured_BT)
+            measured.append(max_logits_H)
+            return out_BTD
+
+        out_BTD = run_part(part, x_BTD, parameters=self.parameters(), recompute=self.recompute)
+        return out_BTD, measured[0]
+
+    def _attend(
+        self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, measured_BT: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.config
         q_BHTQ = self._queries(x_BTD, rotation)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split(

@@ -26,6 +26,13 @@ class BiasRule(StrEnum):
     quantile = "quantile"
 
 
+class Recompute(StrEnum):
+    """What is computed again in the backward pass instead of kept: nothing, or attention, feed-forward and experts."""
+
+    none = "none"
+    blocks = "blocks"
+
+
 @dataclass(kw_only=True)
 class YarnConfig:
     """Context extension by YaRN (arXiv 2309.00071). factor 1 switches it off."""

@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moetrain.model.recompute import Recomputable, run_part
+
 
 class Linear(nn.Module):
     """A product without bias; the fp32 weight [out, in] is cast to the dtype of its input."""
@@ -60,7 +62,7 @@ class RMSNorm(nn.Module):
         return normed
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recomputable):
     """SwiGLU (arXiv 2002.05202): a dense layer's, or the shared experts taken as one."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -71,5 +73,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return down(silu(gate(x)) * up(x))."""
+        return run_part(self._compute, x, parameters=self.parameters(), recompute=self.recompute)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return hidden

@@ -16,6 +16,7 @@ from moetrain.model.combine import combine
 from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.expert_products import expert_rows
 from moetrain.model.layers import FeedForward
+from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
 from moetrain.quant.fake_quant import FakeQuantizer
 
@@ -40,7 +41,7 @@ class Documents:
         return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M)
 
 
-class Experts(nn.Module):
+class Experts(Recomputable):
     """The routed experts of a layer that live here: SwiGLU, gate rows first, as transformers stores them."""
 
     def __init__(self, config: ModelConfig, *, num_local: int, compute_dtype: torch.dtype) -> None:
@@ -68,7 +69,11 @@ class Experts(nn.Module):
         The whole way there and back is inside this module's call: an engine that brings weights together for the call
         of the module that owns them does so once a layer, however often the dispatcher computes.
         """
-        return dispatcher(x_ND, expert_ids_NK, weights_NK, self)
+
+        def part(x_ND: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+            return dispatcher(x_ND, expert_ids_NK, weights_NK, self)
+
+        return run_part(part, x_ND, weights_NK, parameters=self.parameters(), recompute=self.recompute)
 
     def compute(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
         """Return outputs of rows sorted by local expert, `counts_L` int64 rows each, in the dtype of x.

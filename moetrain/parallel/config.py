@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.model.config import Recompute
 from moetrain.ranges import COUNT, check_ranges
 
 
@@ -28,6 +29,9 @@ class ParallelConfig:
     """Ranks that share the experts of a layer (EP); must divide the world size and model.num_experts."""
     zero: int = 1
     """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 the weights too."""
+    recompute: Recompute = Recompute.none
+    """blocks keeps the inputs of attention, feed-forward and experts alone, and computes the rest of them again in the
+    backward pass; the router never runs twice. Same numbers, less memory, more time."""
     timeout_s: int = 1800
     """Seconds after which a collective that hangs is an error that names the step and the ranks that did not arrive."""
 

@@ -5,6 +5,7 @@ import torch
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.model.moe import LocalDispatcher
+from moetrain.model.recompute import set_recompute
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import PARTITIONING_STAGE, EngineName, ParallelConfig
@@ -78,4 +79,5 @@ def _build_model(
         # ZeRO 3 holds no weight whole between calls; quantised copies that stay would undo that.
         keep = Keep.call if parallel_config.zero == PARTITIONING_STAGE else Keep.step
         apply([layer.experts for _, layer in model.moe_layers()], quant_config, keep=keep)
+    set_recompute(model, parallel_config.recompute)
     return model.to(topology.device)

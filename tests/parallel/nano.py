@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.data.batch import TokenBatch
-from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.parallel.config import EngineName, ParallelConfig
@@ -48,13 +48,14 @@ def build(
     zero: int = 1,
     expert: int = 1,
     quantize: bool = False,
+    recompute: Recompute = Recompute.none,
     clip_norm: float = 0.5,
     eps: float = 1e-8,
     seed: int = 1,
 ) -> Engine:
     return build_engine(
         model_config(),
-        ParallelConfig(engine=engine, zero=zero, expert=expert, timeout_s=120),
+        ParallelConfig(engine=engine, zero=zero, expert=expert, recompute=recompute, timeout_s=120),
         optim_config=OptimConfig(name=optimizer, clip_norm=clip_norm, eps=eps),
         quant_config=QuantConfig(enabled=quantize),
         compute_dtype=torch.float32,

@@ -8,6 +8,7 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.model.config import Recompute
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
@@ -55,6 +56,39 @@ def test_the_number_of_micro_batches_may_change_from_step_to_step_and_changes_no
         *train(varied, range(2, 3), rows_per_micro_batch=2),
     ]
     assert difference(found, expected) < 3 * FP32_ROUNDING
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("torch", 1), ("deepspeed", 1), ("deepspeed", 3)])
+def test_recomputed_blocks_give_the_same_bits(engine: str, zero: int) -> None:
+    kept = build(EngineName(engine), zero=zero)
+    again = build(EngineName(engine), zero=zero, recompute=Recompute.blocks)
+    assert train(again, range(3)) == train(kept, range(3))
+    assert identical(_state(again), _state(kept))
+
+
+def test_recomputed_blocks_keep_less_for_the_backward_pass_and_route_once() -> None:
+    kept = {recompute: _bytes_kept(build(EngineName.torch, recompute=recompute)) for recompute in Recompute}
+    assert kept[Recompute.blocks] < 0.5 * kept[Recompute.none]
+
+
+def _bytes_kept(engine: Engine) -> int:
+    """Return the bytes of all distinct tensors but parameters that a forward pass leaves for its backward pass."""
+    whole, num_routed, held = batch_of(0), [0], {}
+    for _, layer in engine.model.moe_layers():
+        layer.gate.register_forward_hook(lambda *_: num_routed.__setitem__(0, num_routed[0] + 1))
+    weights = {param.data_ptr() for param in engine.model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = objective_for(whole)(engine.model, whole)
+    result.loss.backward()
+    assert num_routed == [len(engine.model.moe_layers())]
+    return sum(held.values())
 
 
 def test_a_large_clip_norm_never_clips() -> None:

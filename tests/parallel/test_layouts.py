@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.config import Recompute
 from moetrain.model.moe import Experts, LocalDispatcher
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
@@ -83,6 +84,7 @@ def _both_ranks() -> dict[str, Any]:
         seen["resumed"] = _resumed(split, build(zero=1, expert=1, seed=2))
         seen["resumed 3"] = _resumed(build(zero=3, expert=2), build(zero=3, expert=1, seed=2), zero=3)
         seen["tokens on one rank"] = [_see_unbalanced(build(zero=zero, expert=2)) for zero in (2, 3)]
+        seen["recomputed"] = [_see(build(zero=zero, expert=2, recompute=Recompute.blocks)) for zero in (2, 3)]
         seen["discarded"] = [_discarded(build(zero=zero, expert=2)) for zero in (2, 3)]
         seen["quantised"] = [_quantised(build(zero=zero, expert=2, quantize=True)) for zero in (2, 3)]
         seen["dispatch"] = [_dispatch(split.topology, num_tokens=counts) for counts in ((5, 3), (0, 4), (0, 0))]
@@ -378,6 +380,14 @@ def test_a_partition_knows_the_pieces_of_a_matrix() -> None:
     assert list(each.owners(matrix)) == [0, 1, 2, 3]
     assert [each.piece(matrix, index) for index in range(5)] == [(0, 3), (3, 6), (6, 9), (9, 12), (12, 12)]
     assert each.place(matrix) == 1
+
+
+@pytest.mark.parametrize(("case", "zero"), [(0, 2), (1, 3)])
+def test_recomputed_blocks_change_no_bit_where_experts_are_split(
+    ranks: list[dict[str, Any]], case: int, zero: int
+) -> None:
+    for rank in ranks:
+        assert rank["recomputed"][case].traces == rank[f"muon {zero} 2"].traces
 
 
 @pytest.mark.parametrize("case", [0, 1])
