@@ -1,6 +1,6 @@
 """All commands by name, and what those of `verify` and `bench` can be told. No torch here, and no Hydra."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moetrain.config import (
@@ -18,7 +18,7 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.errors import ConfigError
-from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.ranges import COUNT, check_ranges
 
@@ -41,6 +41,80 @@ class VerifyExportsRun(StageRun):
         check_ranges(self, prefix="", ranges={COUNT: ("num_rows", "num_tokens")})
         if self.fault not in ("none", "code", "scale", "norm"):
             raise ConfigError(f"fault is {self.fault!r}: give none, code, scale or norm")
+
+
+class LayoutScenario(StrEnum):
+    """Where tokens go: as the router says, or all of them to the same experts."""
+
+    routed = "routed"
+    unbalanced = "unbalanced"
+
+
+class LayoutFault(StrEnum):
+    """A fault to plant in the sharded runs."""
+
+    none = "none"
+    norm_without_experts = "norm_without_experts"
+    doubled_count = "doubled_count"
+    dropped_token = "dropped_token"
+
+
+@dataclass(kw_only=True)
+class VerifyLayoutsRun(StageRun):
+    """Shows that no layout changes a number: ranks x EP x ZeRO x accumulation x recompute against a plain torch loop.
+
+    Starts its own processes. Combinations that do not fit (EP that does not divide the ranks) are left out.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model; float32 products."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer; its name is replaced by each of `optimizers`, its rate is constant."""
+    world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Numbers of ranks."""
+    experts: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Ranks that share the experts of a layer (EP)."""
+    zeros: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """ZeRO stages."""
+    accumulations: list[int] = field(default_factory=lambda: [1, 2])
+    """Micro-batches a rank and step."""
+    recomputes: list[Recompute] = field(default_factory=lambda: list(Recompute))
+    """What is computed again in the backward pass."""
+    optimizers: list[OptimizerName] = field(default_factory=lambda: list(OptimizerName))
+    """Rules for the hidden matrices."""
+    scenarios: list[LayoutScenario] = field(default_factory=lambda: list(LayoutScenario))
+    """Where tokens go."""
+    steps: int = 5
+    """Optimizer steps of each run; in every second one half of the rows is padding."""
+    rows: int = 8
+    """Rows a step, over all ranks."""
+    seq_len: int = 16
+    """Tokens a row."""
+    timeout_s: int = 120
+    """Seconds after which a collective that hangs is an error."""
+    fault: LayoutFault = LayoutFault.none
+    """A fault to plant in the sharded runs, that has to be found."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.seq_len < 6:
+            raise ConfigError(f"seq_len is {self.seq_len}: give at least 6, two documents and some padding")
+        if self.model.num_groups > 1:
+            raise ConfigError(
+                f"model.num_groups is {self.model.num_groups}: margins are measured without groups, use 1"
+            )
+        for name in ("world_sizes", "experts", "zeros", "accumulations", "recomputes", "optimizers", "scenarios"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty: give at least one")
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}: give at least 1")
+        largest = max(self.world_sizes) * max(self.accumulations)
+        if min(*self.world_sizes, *self.accumulations) < 1 or self.rows % largest:
+            raise ConfigError(f"rows is {self.rows}: give a multiple of the most micro-batches of a step, {largest}")
+
+    def optim_of(self, name: OptimizerName) -> OptimConfig:
+        """Return the optimizer's settings with another rule."""
+        return replace(self.optim, name=name)
 
 
 @dataclass(kw_only=True)
@@ -181,6 +255,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "verify faults": VerifyFaultsRun,
+    "verify layouts": VerifyLayoutsRun,
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,

@@ -1,0 +1,35 @@
+"""`moetrain verify layouts`."""
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder
+from moetrain.commands import VerifyLayoutsRun
+
+_WIDTH = 150  # of the table, also where there is no terminal
+
+
+def main(run: VerifyLayoutsRun) -> int:
+    """Measure every layout against the plain loop, print the table, and raise `BoundError` when a bound is missed."""
+    # These bring torch in, so only now.
+    from moetrain.verify.layouts import rows_of, verify_layouts
+    from moetrain.verify.table import check_rows, render, write_rows
+
+    with stage_folder(run) as folder:
+        outcome = verify_layouts(run, folder=folder)
+        rows = rows_of(outcome)
+        margins = [
+            f"{name} {ref.margin:.1e} (coin flip below {ref.coin_flip:.1e})" for name, ref in outcome.references.items()
+        ]
+        counted = f"{len(outcome.gaps)} layouts compared, {len(outcome.left_out)} left out as coin flips"
+        context = {
+            "layouts": counted,
+            "margins": "; ".join(margins),
+            "fault": str(run.fault),
+            **{layout.name: str(gaps) for layout, gaps in outcome.gaps.items()},
+        }
+        write_rows(folder / "verify.json", rows=rows, context=context)
+        console = Console(width=_WIDTH)
+        console.print(f"smallest lead of a chosen expert: {'; '.join(margins)}", highlight=False)
+        console.print(render(f"layouts: {counted}", rows=rows))
+    check_rows(rows)
+    return 0

@@ -1,0 +1,240 @@
+"""One layout of `verify layouts`: how it is trained, what its steps show, and the faults that can be planted in it.
+
+The steps are those of training: `train_step` with the objective of pretraining. Each second step the last half of the
+rows is padding, so that with two or four ranks half of them have no token; in the unbalanced scenario the balance bias
+sends every token to the same experts, so that with EP other ranks' experts receive nothing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
+from moetrain.data.batch import TokenBatch
+from moetrain.model.config import Recompute
+from moetrain.model.router import Routing
+from moetrain.model.transformer import Transformer
+from moetrain.optim.config import OptimizerName
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
+from moetrain.quant.config import QuantConfig
+from moetrain.runtime import torch_stream
+from moetrain.train.loss import GlobalCounts, language_model_objective
+from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.step import train_step
+
+_PUSH = 10.0  # added to the bias of the first experts; scores are at most 1
+
+
+class Order(StrEnum):
+    """How the plain loop takes the rows of a step: whole, or one by one from the last to the first."""
+
+    whole = "whole"
+    reversed_rows = "reversed_rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What is compared with the plain loop."""
+
+    optimizer: OptimizerName
+    scenario: LayoutScenario
+    world_size: int
+    expert: int
+    zero: int
+    accumulation: int
+    recompute: Recompute
+
+    @property
+    def reference(self) -> str:
+        """Name of the plain run that it is compared with."""
+        return f"{self.optimizer}.{self.scenario}"
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return (
+            f"{self.optimizer} {self.scenario}: {self.world_size} ranks, EP {self.expert}, ZeRO {self.zero}, "
+            f"accumulation {self.accumulation}, recompute {self.recompute}"
+        )
+
+    def dump(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What the steps of a run showed; each list has a value a step. `loads`: tokens that each expert was chosen by."""
+
+    loss: list[float]
+    grad_norm: list[float]
+    clip_factor: list[float]
+    bias: list[list[float]]
+    loads: list[list[float]]
+
+
+def layouts_of(run: VerifyLayoutsRun) -> list[Layout]:
+    """Return all valid combinations, those of one world size together."""
+    return [
+        Layout(
+            optimizer=optimizer,
+            scenario=scenario,
+            world_size=world_size,
+            expert=expert,
+            zero=zero,
+            accumulation=accumulation,
+            recompute=recompute,
+        )
+        for world_size in run.world_sizes
+        for optimizer in run.optimizers
+        for scenario in run.scenarios
+        for expert in run.experts
+        if world_size % expert == 0 and run.model.num_experts % expert == 0
+        for zero in run.zeros
+        for accumulation in run.accumulations
+        if run.rows % (world_size * accumulation) == 0
+        for recompute in run.recomputes
+    ]
+
+
+def make_batch(run: VerifyLayoutsRun, step: int) -> TokenBatch:
+    """Return the rows of a step: two documents a row, of random tokens that repeat, weights that differ, padding."""
+    shape = (run.rows, run.seq_len)
+    stream = torch_stream(run.run.seed, "verify/layouts", step)
+    tokens_BT = torch.randint(run.model.vocab_size, shape, generator=stream)
+    tokens_BT[:, 2::2] = tokens_BT[:, 1:-1:2]
+    segments_BT = torch.ones(shape, dtype=torch.int64)
+    segments_BT[:, run.seq_len // 2 :] = 2
+    segments_BT[:, -2:] = 0
+    positions_BT = torch.arange(run.seq_len).remainder(run.seq_len // 2).repeat(run.rows, 1)
+    if step % 2:
+        segments_BT[run.rows // 2 :] = 0
+    return TokenBatch(
+        tokens_BT=tokens_BT,
+        segments_BT=segments_BT,
+        positions_BT=positions_BT,
+        loss_mask_BT=(positions_BT > 0) & (segments_BT > 0),
+        weights_BT=0.5 + torch.rand(shape, generator=stream),
+    )
+
+
+def make_engine(run: VerifyLayoutsRun, layout: Layout, *, engine: EngineName) -> Engine:
+    """Return the engine of a layout; the plain one keeps optimizer and scenario alone."""
+    is_plain = engine is EngineName.torch
+    optim = run.optim_of(layout.optimizer)
+    built = build_engine(
+        run.model,
+        ParallelConfig(
+            engine=engine,
+            expert=1 if is_plain else layout.expert,
+            zero=1 if is_plain else layout.zero,
+            recompute=Recompute.none if is_plain else layout.recompute,
+            timeout_s=run.timeout_s,
+        ),
+        optim_config=optim,
+        quant_config=QuantConfig(),
+        compute_dtype=torch.float32,
+        seed=run.run.seed,
+    )
+    if layout.scenario is LayoutScenario.unbalanced:
+        for _, layer in built.model.moe_layers():
+            layer.gate.e_score_correction_bias[: run.model.num_experts_per_token] += _PUSH
+    return built
+
+
+def take_steps(run: VerifyLayoutsRun, engine: Engine, *, accumulation: int, order: Order, fault: LayoutFault) -> Trace:
+    """Train for the run's steps and return what they showed. Collective."""
+    trace = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
+    topology = engine.topology
+    seen: list[torch.Tensor] = []
+    _plant(engine, fault)
+    doubles = fault is LayoutFault.doubled_count and topology.rank == topology.world_size - 1
+    for step in range(run.steps):
+        mine = rank_rows(make_batch(run, step), rank=topology.rank, world_size=topology.world_size)
+        size = 1 if order is Order.reversed_rows else len(mine.tokens_BT) // accumulation
+        parts = micro_batches(mine, rows=size)
+        values = train_step(
+            engine,
+            lambda counts: _objective(run, counts, seen=seen, doubles=doubles),
+            micro_batches=parts[::-1] if order is Order.reversed_rows else parts,
+            learning_rate=run.optim.lr,
+            balance=run.model.balance,
+            step=step,
+        )
+        trace.loss.append(values["loss"])
+        trace.grad_norm.append(values["grad_norm"])
+        trace.clip_factor.append(values["clip_factor"])
+        biases = [layer.gate.e_score_correction_bias for _, layer in engine.model.moe_layers()]
+        trace.bias.append(torch.cat(biases).tolist())
+        trace.loads.append(topology.all_reduce_sum(torch.stack(seen).sum(dim=0)).flatten().double().tolist())
+        seen.clear()
+    return trace
+
+
+def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.Tensor], doubles: bool) -> Objective:
+    inner = language_model_objective(counts, balance=run.model.balance)
+
+    def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
+        result = inner(model, batch)
+        if doubles:
+            result.counts_LE = 2 * result.counts_LE
+        seen.append(result.counts_LE)
+        return result
+
+    return objective
+
+
+def _plant(engine: Engine, fault: LayoutFault) -> None:
+    """Make the experts' gradients miss the norm, or one token of this process lose its experts."""
+    layers = engine.model.moe_layers()
+    if fault is LayoutFault.norm_without_experts:
+        for _, layer in layers:
+            for param in layer.experts.parameters():
+                param.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+    if fault is LayoutFault.dropped_token:
+        layers[0][1].gate.register_forward_hook(_drop_first)
+
+
+def _drop_first(gate: torch.nn.Module, inputs: Any, routing: Routing) -> Routing:
+    del gate, inputs  # torch's signature
+    kept_N1 = torch.ones_like(routing.weights_NK[:, :1])
+    kept_N1[0] = 0.0
+    return routing._replace(weights_NK=routing.weights_NK * kept_N1)
+
+
+class Margins:
+    """Watches the routers of an engine: scores as they come, and the smallest margin by which an expert was chosen."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.scores: list[torch.Tensor] = []
+        self.smallest = float("inf")
+        for _, layer in engine.model.moe_layers():
+            layer.gate.register_forward_hook(self._watch)
+
+    def _watch(self, gate: Any, inputs: Any, routing: Routing) -> None:
+        del inputs  # torch's signature
+        biased_NE = routing.scores_NE.detach() + gate.e_score_correction_bias
+        num_chosen = routing.expert_ids_NK.shape[1]
+        self.scores.append(routing.scores_NE.detach().clone())
+        if num_chosen < biased_NE.shape[1]:
+            ordered_NE = biased_NE.sort(dim=1, descending=True).values
+            margin_N = ordered_NE[:, num_chosen - 1] - ordered_NE[:, num_chosen]
+            self.smallest = min(self.smallest, float(margin_N.min()))
+
+
+def largest_score_gap(whole: Sequence[torch.Tensor], single: Sequence[torch.Tensor], *, num_layers: int) -> float:
+    """Return the largest difference of any score between a run that took rows whole and one in reverse, row by row."""
+    num_rows = len(single) // len(whole)
+    gap = 0.0
+    for step in range(len(whole) // num_layers):
+        rows = single[step * num_rows * num_layers : (step + 1) * num_rows * num_layers]
+        for layer in range(num_layers):
+            there = torch.cat(list(rows[layer::num_layers])[::-1])
+            gap = max(gap, float((whole[step * num_layers + layer] - there).abs().max()))
+    return gap

@@ -1,0 +1,167 @@
+"""Whether a layout changes a number: every combination of ranks, EP, ZeRO, accumulation and recomputation against a
+plain torch loop, with the noise of a mere reordering in one process beside it.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moetrain.commands import LayoutFault, VerifyLayoutsRun
+from moetrain.log import progress
+from moetrain.parallel.config import EngineName
+from moetrain.verify.layout_cases import (
+    Layout,
+    Margins,
+    Order,
+    Trace,
+    largest_score_gap,
+    layouts_of,
+    make_engine,
+    take_steps,
+)
+from moetrain.verify.layout_worker import weight_gap
+from moetrain.verify.table import Row
+
+STEP_BOUND = 1e-6
+"""Largest relative difference of loss, gradient norm and clip factor of a step; of the bias, of its largest."""
+WEIGHT_BOUND = 1e-5
+"""Largest difference of a weight after the last step, relative to the largest of its tensor."""
+_COIN_FLIP = 4.0
+"""A choice by less than this many times the largest change of a score under reordering is a coin flip: two scores move
+by up to that change each, and a layout may reorder more than one reordering of rows does, hence twice over."""
+_FIGURES = ("loss", "grad_norm", "clip_factor", "bias", "loads", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The plain run of an optimizer and scenario. `noise` by figure: what another order of its rows changes.
+
+    margin: smallest lead of a chosen expert. coin_flip: leads below it are left to rounding.
+    """
+
+    trace: Trace
+    noise: dict[str, float]
+    margin: float
+    coin_flip: float
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether every choice of an expert is beyond rounding."""
+        return self.margin > self.coin_flip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command run found. `gaps`: of each layout compared, by figure."""
+
+    references: dict[str, Reference]
+    gaps: dict[Layout, dict[str, float]]
+    left_out: list[Layout]
+
+
+def verify_layouts(run: VerifyLayoutsRun, *, folder: Path) -> Outcome:
+    """Return how far each layout of `run` is from the plain loop. Starts and ends its own processes."""
+    torch.set_num_threads(1)
+    layouts = layouts_of(run)
+    references: dict[str, Reference] = {}
+    for layout in layouts:
+        if layout.reference not in references:
+            references[layout.reference] = _reference(run, layout, folder=folder)
+    compared = [layout for layout in layouts if references[layout.reference].is_decided]
+    gaps: dict[Layout, dict[str, float]] = {}
+    with progress(len(compared), "verify layouts") as advance:
+        for world_size in sorted({layout.world_size for layout in compared}):
+            of_size = [layout for layout in compared if layout.world_size == world_size]
+            answers = _answers(of_size, world_size=world_size, folder=folder)
+            for layout, answer in zip(of_size, answers, strict=True):
+                gap = answer.pop("weights")
+                gaps[layout] = {**differences(Trace(**answer), references[layout.reference].trace), "weights": gap}
+                advance(f"{layout.name}: {max(gaps[layout].values()):.1e}")
+    return Outcome(references=references, gaps=gaps, left_out=[layout for layout in layouts if layout not in gaps])
+
+
+def differences(found: Trace, expected: Trace) -> dict[str, float]:
+    """Return the largest relative difference of each figure over all steps."""
+    gaps = {}
+    for figure in ("loss", "grad_norm", "clip_factor"):
+        pairs = zip(getattr(found, figure), getattr(expected, figure), strict=True)
+        gaps[figure] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    for figure in ("bias", "loads"):
+        ours, theirs = (torch.tensor(getattr(trace, figure), dtype=torch.float64) for trace in (found, expected))
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        gaps[figure] = float((ours - theirs).abs().max()) / (scale or 1.0) if theirs.numel() else 0.0
+    return {figure: gap if math.isfinite(gap) else math.inf for figure, gap in gaps.items()}
+
+
+def _reference(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Reference:
+    """Train the plain loop twice, the second time row by row from the last; keep the weights of the first."""
+    traces, states, watched = [], [], []
+    for order in Order:
+        engine = make_engine(run, layout, engine=EngineName.torch)
+        watched.append(Margins(engine))
+        traces.append(take_steps(run, engine, accumulation=1, order=order, fault=LayoutFault.none))
+        state = engine.gather_state(with_optimizer=False)
+        assert state is not None
+        states.append(state)
+    save_file(states[0], folder / f"{layout.reference}.safetensors")
+    num_layers = run.model.num_moe_layers
+    moved = largest_score_gap(watched[0].scores, watched[1].scores, num_layers=num_layers) if num_layers else 0.0
+    return Reference(
+        trace=traces[0],
+        noise={**differences(traces[1], traces[0]), "weights": weight_gap(states[1], states[0])},
+        margin=watched[0].smallest,
+        coin_flip=_COIN_FLIP * moved,
+    )
+
+
+def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the main rank's line for each layout, from processes that are started once for all of them."""
+    listed = folder / f"layouts_{world_size}.json"
+    listed.write_text(json.dumps([asdict(layout) for layout in layouts]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / "config.yaml"), str(listed)]
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / f"ranks_{world_size}.log").open("w"))
+        ranks = []
+        for rank in range(world_size):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                [*command, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            ranks.append(process)
+        assert ranks[0].stdout is not None
+        for layout in layouts:
+            line = ranks[0].stdout.readline()
+            if not line:
+                raise RuntimeError(f"{layout.name}: the ranks ended without an answer; see {log.name}")
+            answer: dict[str, Any] = json.loads(line)
+            yield answer
+
+
+def rows_of(outcome: Outcome) -> list[Row]:
+    """Return a row for each figure, with the layout that is farthest from the plain loop; none compared is a miss."""
+    rows = []
+    for figure in _FIGURES:
+        bound = WEIGHT_BOUND if figure == "weights" else STEP_BOUND
+        noise = max(reference.noise[figure] for reference in outcome.references.values())
+        worst = max(outcome.gaps, key=lambda layout: outcome.gaps[layout][figure], default=None)
+        value = outcome.gaps[worst][figure] if worst else math.nan
+        note = f"reordering in one process: {noise:.1e}; {worst.name if worst else 'nothing was compared'}"
+        rows.append(Row(name=figure, value=value, bound=bound, note=note))
+    return rows
