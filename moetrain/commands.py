@@ -118,6 +118,29 @@ class VerifyLayoutsRun(StageRun):
 
 
 @dataclass(kw_only=True)
+class VerifyHfRun(StageRun):
+    """Shows that transformers computes our logits from our weights: tiny models in every shape, or one folder.
+
+    With init_from, a Hugging Face folder of bf16 or fp32 weights, that folder is compared in place of the tiny models.
+    """
+
+    num_rows: int = 4
+    """Rows of random tokens whose logits are compared."""
+    num_tokens: int = 64
+    """Tokens a row."""
+    fault: str = "none"
+    """A fault to plant, that has to be found: none, norm or expert."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_rows", "num_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.fault not in ("none", "norm", "expert"):
+            raise ConfigError(f"fault is {self.fault!r}: give none, norm or expert")
+
+
+@dataclass(kw_only=True)
 class BenchBalanceRun(ReadingRun):
     """Trains one model with several ways to balance its experts, on the same tokens, and compares loads and losses."""
 
@@ -254,6 +277,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRun,
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
+    "verify hf": VerifyHfRun,
     "verify faults": VerifyFaultsRun,
     "verify layouts": VerifyLayoutsRun,
     "bench balance": BenchBalanceRun,

@@ -19,7 +19,7 @@ def main(run: ExportRun) -> int:
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
         report = export_model(
-            origin.tensors,
+            origin.reader,
             folder=folder / EXPORT,
             model=origin.model,
             quant=origin.quant if origin.quant is not None and origin.quant.enabled else run.quant,

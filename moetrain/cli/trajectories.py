@@ -72,7 +72,7 @@ def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenize
             optim=run.optim,
             train=run.train,
             seed=run.run.seed,
-            origin=origin.digest,
+            origin=engine.topology.broadcast_object(origin.digest if engine.topology.is_main else None),
             others={**sections, "tokenizer": tokenizer.digest},
         ),
         seed=run.run.seed,

@@ -44,7 +44,7 @@ def _read(path: Path) -> Origin:
         model=export.model,
         quant=export.quant,
         tokenizer=path,
-        digest=str(export.record["sources"]),
+        make_digest=lambda: str(export.record["sources"]),
         step=export.step,
     )
 

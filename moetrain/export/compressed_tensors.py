@@ -51,10 +51,13 @@ def quantization_config(*, grid: GridName, group_size: int, ignore: Iterable[str
     }
 
 
-def packed_tensors(name: str, quantized: Quantized) -> Iterator[tuple[str, Tensor]]:
-    """Yield the fused experts tensor `name` as a packed triple for each expert and projection, by name on disk."""
-    codes = hf_disk_tensors({name: quantized.codes_XOI})
-    scales = hf_disk_tensors({name: quantized.scales_XOG})
+def packed_tensors(name: str, quantized: Quantized, *, first_expert: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield the fused experts tensor `name` as a packed triple for each expert and projection, by name on disk.
+
+    first_expert: number of the first of the experts that `quantized` holds.
+    """
+    codes = hf_disk_tensors({name: quantized.codes_XOI}, first_expert=first_expert)
+    scales = hf_disk_tensors({name: quantized.scales_XOG}, first_expert=first_expert)
     for (disk_name, codes_OI), (_, scales_OG) in zip(codes, scales, strict=True):
         one = Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)
         yield from encode(disk_name.removesuffix(_WEIGHT_SUFFIX), one).items()

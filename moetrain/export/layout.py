@@ -12,6 +12,8 @@ from torch import Tensor
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer
+from moetrain.parallel.protocol import StateReader
+from moetrain.parallel.state import CHUNK_ELEMENTS
 
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
@@ -36,19 +38,24 @@ class Layout:
         """Return a tensor that is not quantised as it is stored: bf16, or fp32 where the forward pass reads fp32."""
         return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError when `tensors` are not those of the model: a name, a shape, or a value not finite."""
-        names = {name for name in tensors if not name.startswith(_OPTIMIZER_PREFIX) and not name.endswith(_DERIVED)}
-        for name in sorted(self.shapes.keys() - names):
+    def check(self, reader: StateReader) -> None:
+        """Raise CheckpointError when the tensors are not those of the model: a name, a shape, or a value not finite."""
+        found = {
+            name: shape
+            for name, shape in reader.shapes().items()
+            if not name.startswith(_OPTIMIZER_PREFIX) and not name.endswith(_DERIVED)
+        }
+        for name in sorted(self.shapes.keys() - found.keys()):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model")
-        for name in sorted(names - self.shapes.keys()):
+        for name in sorted(found.keys() - self.shapes.keys()):
             raise CheckpointError(f"{name} is no tensor of this model: the weights do not fit it")
         for name, shape in self.shapes.items():
-            tensor = tensors[name]
-            if tensor.shape != shape:
-                raise CheckpointError(f"{name} has shape {list(tensor.shape)}, this model's has {list(shape)}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{name} holds numbers that are not finite: take an earlier checkpoint")
+            if tuple(found[name]) != tuple(shape):
+                raise CheckpointError(f"{name} has shape {list(found[name])}, this model's has {list(shape)}")
+            for first in range(0, shape.numel(), CHUNK_ELEMENTS):
+                chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
+                if not bool(torch.isfinite(chunk_P).all()):
+                    raise CheckpointError(f"{name} holds numbers that are not finite: take an earlier checkpoint")
 
 
 def layout_of(config: ModelConfig) -> Layout:

@@ -13,6 +13,7 @@ from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_
 from moetrain.export.layout import layout_of
 from moetrain.model.config import ModelConfig
 from moetrain.model.hf import from_hf_config, fused_tensors
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import GridName, QuantConfig
 from moetrain.quant.grids import Quantized, dequantize
 from moetrain.train.checkpoint import read_json
@@ -69,7 +70,7 @@ def read_export(folder: Path) -> Export:
         experts=experts,
     )
     layout = layout_of(model)
-    layout.check(export.weights())
+    layout.check(TensorReader(export.weights()))
     for name, quantized in experts.items():
         if name not in layout.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(f"{folder}: {name} is quantised in groups of {quantized.group_size}: not as recorded")

@@ -17,6 +17,7 @@ from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_json, write
 from moetrain.export.layout import Layout, layout_of
 from moetrain.model.config import ModelConfig
 from moetrain.model.hf import hf_disk_tensors, to_hf_config
+from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import dequantize, num_zero_groups, quantize
 
@@ -44,7 +45,7 @@ class ExportReport:
 
 
 def export_model(
-    tensors: Mapping[str, Tensor],
+    reader: StateReader,
     *,
     folder: Path,
     model: ModelConfig,
@@ -56,13 +57,16 @@ def export_model(
 ) -> ExportReport:
     """Write a checkpoint's fp32 parameters and buffers, by name in memory, as the Hugging Face folder `folder`.
 
+    Streamed: one expert (or one other tensor) is read at a time, and at most two times `export.shard_megabytes` of
+    what is written is in memory beside it, whatever the size of the model.
+
     Experts go through `quant`'s grid and group size in every format but bf16, whether or not they were trained so.
     `step` and `sources` (say, the path of the checkpoint and the digest of the data) are kept in moetrain.json. The
     folder appears whole or not at all, and replaces an older export. Raises CheckpointError when the weights do not fit
     the model or the tokenizer.
     """
     layout = layout_of(model)
-    layout.check(tensors)
+    layout.check(reader)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
@@ -70,7 +74,7 @@ def export_model(
         )
     report = ExportReport(format=export.format)
     with atomic_folder(folder) as partial:
-        written = _disk_tensors(tensors, layout=layout, quant=quant, report=report)
+        written = _disk_tensors(reader, layout=layout, quant=quant, report=report)
         report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
         write_json(partial / CONFIG_FILE, _config(model, quant, export=export, layout=layout, tokenizer=tokenizer))
         write_json(partial / "generation_config.json", _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)})
@@ -90,28 +94,30 @@ def export_model(
 
 
 def _disk_tensors(
-    tensors: Mapping[str, Tensor], *, layout: Layout, quant: QuantConfig, report: ExportReport
+    reader: StateReader, *, layout: Layout, quant: QuantConfig, report: ExportReport
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the files hold, tensor by tensor, and count it in `report`."""
-    for name in layout.shapes:
-        tensor = tensors[name]
+    """Yield what the files hold, tensor by tensor and expert by expert, and count it in `report`."""
+    for name, shape in layout.shapes.items():
         if name not in layout.experts:
-            stored = layout.stored(name, tensor)
+            stored = layout.stored(name, reader.read(name, first=0, last=shape.numel()).view(shape))
             report.num_bytes_bf16 += stored.nbytes
             yield name, stored
             continue
-        report.num_bytes_bf16 += tensor.numel() * _BYTES_PER_BF16
-        if report.format is ExportFormat.bf16:
-            yield from hf_disk_tensors({name: layout.stored(name, tensor)})
-            continue
-        quantized = quantize(tensor, grid=quant.grid, group_size=quant.group_size)
-        report.num_quantized += tensor.numel()
-        report.num_groups += quantized.scales_XOG.numel()
-        report.num_zero_groups += num_zero_groups(quantized)
-        if report.format is ExportFormat.int4:
-            yield from packed_tensors(name, quantized)
-        else:
-            yield from hf_disk_tensors({name: dequantize(quantized)})
+        size = shape[1:].numel()
+        for expert in range(shape[0]):
+            weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
+            report.num_bytes_bf16 += size * _BYTES_PER_BF16
+            if report.format is ExportFormat.bf16:
+                yield from hf_disk_tensors({name: layout.stored(name, weight_1OI)}, first_expert=expert)
+                continue
+            quantized = quantize(weight_1OI, grid=quant.grid, group_size=quant.group_size)
+            report.num_quantized += size
+            report.num_groups += quantized.scales_XOG.numel()
+            report.num_zero_groups += num_zero_groups(quantized)
+            if report.format is ExportFormat.int4:
+                yield from packed_tensors(name, quantized, first_expert=expert)
+            else:
+                yield from hf_disk_tensors({name: dequantize(quantized)}, first_expert=expert)
 
 
 def _config(

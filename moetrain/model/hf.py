@@ -5,14 +5,11 @@ In memory transformers v5 fuses a layer's experts into `experts.gate_up_proj` [E
 D hidden.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
@@ -57,7 +54,6 @@ _YARN_NUMBERS = (
 _MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
 _FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -161,14 +157,19 @@ def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
     )
 
 
-def hf_disk_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors under their names on disk, experts one by one; views, nothing is copied."""
+def hf_disk_tensors(
+    tensors: Mapping[str, torch.Tensor], *, first_expert: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors under their names on disk, experts one by one; views, nothing is copied.
+
+    first_expert: number of the first of the experts that the fused tensors hold.
+    """
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
         if match is None:
             yield name, tensor
             continue
-        for expert, weight in enumerate(tensor):
+        for expert, weight in enumerate(tensor, start=first_expert):
             prefix = f"{match['prefix']}.{expert}"
             if match["kind"] == "down_proj":
                 yield f"{prefix}.down_proj.weight", weight
@@ -202,33 +203,3 @@ def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         )
         fused[f"{prefix}.down_proj"] = torch.stack([matrices[expert, "down"] for expert in range(num_experts)])
     return fused
-
-
-def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Return config and fp32 tensors, under their names in memory, of a folder with config.json and safetensors.
-
-    Layers beyond the last (the multi-token-prediction head of DeepSeek-V3) are left out. Raises CheckpointError for a
-    missing or unreadable file, and for weights that are quantised.
-    """
-    config_path = path / "config.json"
-    try:
-        values = json.loads(config_path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_path}: cannot be read ({error}): give a Hugging Face model folder") from error
-    if "quantization_config" in values:
-        raise CheckpointError(f"{config_path}: the weights are quantised: give a folder of bf16 or fp32 weights")
-    config = from_hf_config(values)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: holds no .safetensors file")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping and cannot be iterated
-                    layer = _LAYER.match(name)
-                    if layer is None or int(layer[1]) < config.num_layers:
-                        tensors[name] = opened.get_tensor(name).float()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from error
-    return config, fused_tensors(tensors)

@@ -17,6 +17,8 @@ from moetrain.parallel.protocol import Piece, StateReader
 from moetrain.parallel.topology import Topology
 
 STEP = "optimizer/step"
+CHUNK_ELEMENTS = 1 << 22
+"""Elements that are read at once: loading takes 16 MB of float32 beside the model, however large its tensors are."""
 STATE_NAMES = {OptimizerName.muon: ("momentum",), OptimizerName.adamw: ("exp_avg", "exp_avg_sq")}
 
 
@@ -131,9 +133,11 @@ def check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, 
 
 
 def read_into(target: torch.Tensor, reader: StateReader, *, name: str, first: int = 0) -> None:
-    """Fill `target` with the elements of the tensor `name` from `first` on."""
-    values_P = reader.read(name, first=first, last=first + target.numel())
-    target.copy_(values_P.view(target.shape))
+    """Fill the contiguous `target` with the elements of the tensor `name` from `first` on, a chunk at a time."""
+    flat_P = target.view(-1)
+    for start in range(0, flat_P.numel(), CHUNK_ELEMENTS):
+        chunk_P = flat_P[start : start + CHUNK_ELEMENTS]
+        chunk_P.copy_(reader.read(name, first=first + start, last=first + start + chunk_P.numel()))
 
 
 def _and_others(names: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moetrain.errors import CheckpointError
+from moetrain.model.slices import flat_range
 
 _log = logging.getLogger(__name__)
 
@@ -119,17 +120,6 @@ class Latest:
 
     path: Path | None
     num_damaged: int
-
-
-def flat_range(stored: Any, *, first: int, last: int) -> torch.Tensor:
-    """Return the elements [first, last) of a slice of safetensors (`get_slice`), reading only the rows they lie in."""
-    shape = stored.get_shape()
-    if not shape:
-        return torch.as_tensor(stored[...]).reshape(1)[first:last]
-    row = math.prod(shape[1:])
-    top = first // row if row else 0
-    rows: torch.Tensor = stored[top : math.ceil(last / row) if row else 0]
-    return rows.reshape(-1)[first - top * row : last - top * row]
 
 
 def steps(folder: Path) -> list[int]:

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,9 +12,8 @@ import torch
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
-from moetrain.model.hf import load_hf_folder
+from moetrain.model.hf_folder import open_hf_folder
 from moetrain.parallel.protocol import Engine, StateReader
-from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.train import checkpoint
 from moetrain.train.identity import model_of, quant_of
@@ -33,9 +33,9 @@ class Origin:
     """Weights to start from, checked.
 
     tensors: parameters and buffers under their names in memory, each read when it is asked for where they lie in files.
-    reader: the same, of which ranges can be read. quant: the grid they were trained on, None
-    when that is not known. tokenizer: its folder, None when there is none beside the weights. digest: sha256 that
-    changes with the weights. step: steps trained, 0 for a Hugging Face folder.
+    reader: the same, of which ranges can be read. quant: the grid they were trained on, None when that is not known.
+    tokenizer: its folder, None when there is none beside the weights. make_digest: see `digest`. step: steps trained,
+    0 for a Hugging Face folder.
     """
 
     path: Path
@@ -44,8 +44,13 @@ class Origin:
     model: ModelConfig
     quant: QuantConfig | None
     tokenizer: Path | None
-    digest: str
+    make_digest: Callable[[], str]
     step: int
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 that changes with the weights; of a Hugging Face folder it reads all files."""
+        return self.make_digest()
 
 
 def read_origin(path: Path) -> Origin:
@@ -112,21 +117,21 @@ def _of_checkpoint(path: Path) -> Origin:
         model=model_of(identity),
         quant=quant_of(identity),
         tokenizer=_tokenizer_in(stage / TOKENIZER),
-        digest=loaded.digest,
+        make_digest=lambda: loaded.digest,
         step=loaded.step,
     )
 
 
 def _of_hf_folder(path: Path) -> Origin:
-    model, tensors = load_hf_folder(path)
+    model, tensors = open_hf_folder(path)
     return Origin(
         path=path,
         tensors=tensors,
-        reader=TensorReader(tensors),
+        reader=tensors,
         model=model,
         quant=None,
         tokenizer=_tokenizer_in(path),
-        digest=_digest(tensors),
+        make_digest=lambda: _digest_of_files(path),
         step=0,
     )
 
@@ -135,10 +140,10 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a sha256 over names and values."""
+def _digest_of_files(path: Path) -> str:
+    """Return a sha256 over the config and the weight files of a folder."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for file_path in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+        with file_path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

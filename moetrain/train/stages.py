@@ -189,7 +189,7 @@ def _training(
             optim=optim,
             train=train,
             seed=sections.seed,
-            origin=origin.digest if origin else None,
+            origin=engine.topology.broadcast_object(origin.digest if origin and engine.topology.is_main else None),
             others={"data": asdict(sections.data), "digests": data.digests},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),

@@ -11,6 +11,7 @@ from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.write import ExportReport, export_model
 from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 
 Exporter = Callable[..., ExportReport]
@@ -64,7 +65,7 @@ def export(model_config: ModelConfig, masters: dict[str, torch.Tensor], tokenize
         folder: Path, *, format: ExportFormat = ExportFormat.int4, tensors: dict[str, torch.Tensor] | None = None
     ) -> ExportReport:
         return export_model(
-            masters if tensors is None else tensors,
+            TensorReader(masters if tensors is None else tensors),
             folder=folder,
             model=model_config,
             quant=QuantConfig(),

@@ -12,7 +12,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig, YarnConfig
 from moetrain.model.gate_scale import routed_scaling_factor
-from moetrain.model.hf import from_hf_config, fused_tensors, hf_disk_tensors, load_hf_folder, to_hf_config
+from moetrain.model.hf import from_hf_config, fused_tensors, hf_disk_tensors, to_hf_config
+from moetrain.model.hf_folder import open_hf_folder
 from moetrain.model.transformer import Transformer, initialize
 
 TINY = ModelConfig(
@@ -111,20 +112,20 @@ def test_our_folder_loads_in_transformers_and_its_folder_loads_here(tmp_path: Pa
     assert_same(model.state_dict(), state)
     model.save_pretrained(theirs)
     for folder in (ours, theirs):
-        config, tensors = load_hf_folder(folder)
+        config, tensors = open_hf_folder(folder)
         assert config == replace(TINY, routed_scaling_factor=routed_scaling_factor(TINY))
         assert_same(tensors, state)
 
 
 def test_folders_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
-        load_hf_folder(tmp_path)
+        open_hf_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(TINY)))
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
-        load_hf_folder(tmp_path)
+        open_hf_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
-        load_hf_folder(tmp_path)
+        open_hf_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "quantization_config": {}}))
     with pytest.raises(CheckpointError, match="the weights are quantised"):
-        load_hf_folder(tmp_path)
+        open_hf_folder(tmp_path)

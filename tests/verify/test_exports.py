@@ -11,6 +11,7 @@ from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.write import export_model
 from moetrain.model.config import ModelConfig, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.verify.exports import ExportFault, verify_exports
 from moetrain.verify.table import check_rows
@@ -46,7 +47,7 @@ def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = Expor
         layer.gate.e_score_correction_bias.normal_(std=0.05, generator=stream)
     masters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     export_model(
-        masters,
+        TensorReader(masters),
         folder=folder,
         model=config,
         quant=QuantConfig(),

@@ -1,0 +1,29 @@
+"""`moetrain verify hf`."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from moetrain.cli.stage import stage_folder
+from moetrain.commands import VerifyHfRun
+
+
+def main(run: VerifyHfRun) -> int:
+    """Compare logits with transformers', print the table, and raise `BoundError` when a bound is missed."""
+    # These bring torch in, so only now.
+    from moetrain.verify.hf import HfFault, verify_folder, verify_matrix
+    from moetrain.verify.table import check_rows, render, write_rows
+
+    fault = HfFault(run.fault)
+    with stage_folder(run) as folder:
+        sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
+        if run.init_from is None:
+            subject = "tiny random models"
+            rows = list(verify_matrix(**sizes, fault=fault))
+        else:
+            subject = run.init_from
+            rows = [verify_folder(Path(run.init_from).expanduser(), **sizes, fault=fault)]
+        write_rows(folder / "verify.json", rows=rows, context={"of": subject})
+        Console().print(render(f"fp32 logits, ours against transformers': {subject}", rows=rows))
+    check_rows(rows)
+    return 0

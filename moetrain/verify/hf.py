@@ -1,0 +1,160 @@
+"""Whether transformers computes from our weights what we compute: logits of random tokens in float32, side by side.
+
+Over a matrix of tiny models, through both layouts of experts (fused in memory, one by one on disk, there and back), or
+for one folder with weights. B rows, T tokens, V vocabulary.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.export.folder import CONFIG_FILE, write_weights
+from moetrain.model.config import ModelConfig, YarnConfig
+from moetrain.model.hf import hf_disk_tensors, to_hf_config
+from moetrain.model.hf_folder import open_hf_folder
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import read_into
+from moetrain.runtime import torch_stream
+from moetrain.verify.table import Row
+
+BOUND = 1e-5
+"""Largest difference of logits, over the larger of 1 and the largest logit: two orders of summation, no more."""
+YARNS = ((32.0, 1.0), (40.0, 32.0), (64.0, 1.0))
+"""Factor and beta_fast of Kimi K2, DeepSeek-V3 and Kimi K2 Thinking."""
+_SHARD_BYTES = 100_000  # several files even for the tiny models
+_BIAS_STD, _GAIN_STD = 0.05, 0.1  # biases and gains away from the 0 and 1 that they begin with
+_NORM_FAULT = 1.001
+
+
+class HfFault(StrEnum):
+    """A fault to plant in our weights, to see that it is found."""
+
+    none = "none"
+    norm = "norm"
+    """The last norm is larger by a thousandth."""
+    expert = "expert"
+    """The first two experts of the first layer that has experts have changed places."""
+
+
+class ExpertLayout(StrEnum):
+    """How weights get to transformers."""
+
+    fused = "fused"
+    """As in memory: a layer's experts in one tensor."""
+    single = "single"
+    """Through a folder of ours with each expert's matrices apart, and back through one that transformers writes."""
+
+
+def verify_matrix(*, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Iterator[Row]:
+    """Yield a row for each tiny model: queries compressed or not, YaRN, groups, layout of the experts."""
+    for q_lora_rank, (factor, beta_fast), groups, layout in product((None, 24), YARNS, (1, 8), ExpertLayout):
+        config = _tiny(q_lora_rank=q_lora_rank, yarn=YarnConfig(factor=factor, beta_fast=beta_fast), groups=groups)
+        weights = _weights(config, seed=seed)
+        with tempfile.TemporaryDirectory() as temporary:
+            if layout is ExpertLayout.fused:
+                theirs = _stock_model(config)
+                theirs.load_state_dict(weights)
+                returned: Mapping[str, Tensor] = weights
+            else:
+                theirs = _through_folder(Path(temporary) / "ours", config=config, weights=weights)
+                theirs.save_pretrained(Path(temporary) / "theirs", max_shard_size=_SHARD_BYTES)
+                returned = dict(open_hf_folder(Path(temporary) / "theirs")[1])
+        name = f"q_lora {q_lora_rank}, YaRN {factor:g}, beta_fast {beta_fast:g}, groups {groups}, experts {layout}"
+        tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
+        ours = Transformer(config, compute_dtype=torch.float32)
+        ours.load_state_dict(returned)
+        yield _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
+
+
+def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Row:
+    """Return the row of a Hugging Face folder of bf16 or fp32 weights; both models are in memory, in float32."""
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+
+    config, reader = open_hf_folder(path)
+    ours = Transformer(config, compute_dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in ours.state_dict().items():
+            read_into(tensor, reader, name=name)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
+    return _row(str(path), ours=ours, theirs=theirs, tokens_BT=tokens_BT, fault=fault)
+
+
+def _tiny(*, q_lora_rank: int | None, yarn: YarnConfig, groups: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        q_lora_rank=q_lora_rank,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=16,
+        num_experts_per_token=4,
+        num_groups=groups,
+        num_groups_per_token=max(1, groups // 2),
+        routed_scaling_factor=2.5,
+        initializer_range=0.2,
+        yarn=yarn,
+    )
+
+
+@torch.no_grad()
+def _weights(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
+    model = Transformer(config)
+    initialize(model, seed)
+    stream = torch_stream(seed, "verify.hf.vectors")
+    for _, layer in model.moe_layers():
+        layer.gate.e_score_correction_bias.normal_(std=_BIAS_STD, generator=stream)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(_GAIN_STD * torch.randn(parameter.shape, generator=stream))
+    return model.state_dict()
+
+
+def _tokens(config: ModelConfig, *, seed: int, shape: tuple[int, int]) -> Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch_stream(seed, "verify.hf"))
+
+
+def _stock_model(config: ModelConfig) -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # takes seconds to import
+
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config)))
+
+
+def _through_folder(folder: Path, *, config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(json.dumps(to_hf_config(config)))
+    write_weights(folder, hf_disk_tensors(weights), shard_bytes=_SHARD_BYTES)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+@torch.no_grad()
+def _row(name: str, *, ours: Transformer, theirs: Any, tokens_BT: Tensor, fault: HfFault) -> Row:
+    if fault is HfFault.norm:
+        ours.model.norm.weight.mul_(_NORM_FAULT)
+    elif fault is HfFault.expert:
+        for parameter in ours.moe_layers()[0][1].experts.parameters():
+            parameter[:2] = parameter[:2].flip(0)
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    output = ours(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT)
+    ours_BTV = ours.logits(output.hidden_BTD)
+    theirs_BTV: Tensor = theirs(tokens_BT).logits
+    largest, difference = float(theirs_BTV.abs().max()), float((ours_BTV - theirs_BTV).abs().max())
+    note = f"largest difference {difference:.2e}, largest logit {largest:.2f}"
+    return Row(name=name, value=difference / max(1.0, largest), bound=BOUND, note=note)
