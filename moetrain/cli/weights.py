@@ -52,7 +52,7 @@ def _read(path: Path) -> Origin:
 def _check_foreign(origin: Origin) -> None:
     """Check the tensors of a folder that another program wrote, to which no checksum of ours belongs."""
     try:
-        layout_of(origin.model).check(origin.tensors)
+        layout_of(origin.model).check(origin.reader)
     except CheckpointError as error:
         raise CheckpointError(f"{origin.path}: {error}") from error
 
