@@ -17,7 +17,7 @@ from moetrain.verify.injection import Plan
 from moetrain.verify.table import Row
 
 _NAN_STEP = 3
-_HANG_TIMEOUT_S = 8
+_HANG_TIMEOUT_S = 30  # a start on a busy machine keeps one rank waiting for the other that long
 _FULL_DISK = """
 set -u
 mount -t tmpfs -o size="$1"k tmpfs "$2" || exit 90
