@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moetrain.commands import SCHEMAS
 from moetrain.errors import ConfigError
 
+_SEARCH_PATH = "hydra.searchpath"
 _Resolver = Callable[[str], str]
 
 
@@ -51,7 +52,7 @@ def compose(
         OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
         if search:
             direct.append(
-                f"hydra.searchpath=[{','.join(f'{chr(34)}file://{path.resolve()}{chr(34)}' for path in search)}]"
+                f"{_SEARCH_PATH}=[{','.join(f'{chr(34)}file://{path.resolve()}{chr(34)}' for path in search)}]"
             )
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(data_folder("configs"))):
             tree = hydra.compose(name, overrides=direct)
@@ -165,8 +166,13 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
     for override in overrides:
         key = override.key_or_group
         assert override.input_line is not None
+        if key == _SEARCH_PATH:  # folders with config groups of the user's own
+            direct.append(override.input_line)
+            continue
         if key.startswith("hydra."):
-            raise ConfigError(f"{override.input_line}: moetrain sets Hydra up itself; take it out")
+            raise ConfigError(
+                f"{override.input_line}: moetrain sets Hydra up itself, but for {_SEARCH_PATH}; take it out"
+            )
         kinds = _check_key(schema, key)
         in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
         if override.is_delete() and not in_dict:

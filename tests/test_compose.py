@@ -60,7 +60,10 @@ def test_a_source_can_be_removed() -> None:
         (["train.steps.x=3"], "train.steps.x: train.steps is one value and has no 'x'"),
         (["train.steps"], "train.steps: not key=value"),
         (["init_from=a=b"], "init_from=a=b: not key=value"),
-        (["hydra.run.dir=foo"], "hydra.run.dir=foo: moetrain sets Hydra up itself; take it out"),
+        (
+            ["hydra.run.dir=foo"],
+            "hydra.run.dir=foo: moetrain sets Hydra up itself, but for hydra.searchpath; take it out",
+        ),
         (["~train"], "~train: only an entry such as data.sources.maths can be taken out; give train a value"),
         (["init_from=${stage:sft}"], "${stage:sft} has a meaning in a recipe only"),
     ],
