@@ -1,6 +1,6 @@
 """What a number of a config may be: a table a section, and one line that names field, value and cure.
 
-Nan and infinity never fit, nor a number that 64 bits do not hold.
+Nan and infinity never fit, nor a whole number that 64 bits do not hold.
 """
 
 import math
@@ -39,5 +39,9 @@ def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[s
         for field in fields:
             value = getattr(section, field)
             numbers = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(math.isfinite(number) and abs(number) < _LIMIT and allowed.fits(number) for number in numbers):
+            if not all(_is_held(number) and allowed.fits(number) for number in numbers):
                 raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}")
+
+
+def _is_held(number: float) -> bool:
+    return math.isfinite(number) and not (isinstance(number, int) and abs(number) >= _LIMIT)
