@@ -84,6 +84,8 @@ class VerifyLayoutsRun(StageRun):
     """Rules for the hidden matrices."""
     scenarios: list[LayoutScenario] = field(default_factory=lambda: list(LayoutScenario))
     """Where tokens go."""
+    expert_rows: int | None = None
+    """Limit of rows that a rank's experts receive at once (parallel.expert_rows) in the sharded runs; null: none."""
     steps: int = 5
     """Optimizer steps of each run; in every second one half of the rows is padding."""
     rows: int = 8
@@ -106,8 +108,7 @@ class VerifyLayoutsRun(StageRun):
         for name in ("world_sizes", "experts", "zeros", "accumulations", "recomputes", "optimizers", "scenarios"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give at least one")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}: give at least 1")
+        check_ranges(self, prefix="", ranges={COUNT: ("steps", "expert_rows")})
         largest = max(self.world_sizes) * max(self.accumulations)
         if min(*self.world_sizes, *self.accumulations) < 1 or self.rows % largest:
             raise ConfigError(f"rows is {self.rows}: give a multiple of the most micro-batches of a step, {largest}")

@@ -18,13 +18,20 @@ OUT_OF_RANGE = {
         *("optim.lr=nan", "optim.lr=inf", "optim.lr=0", "optim.momentum=2", "optim.eps=-1", "optim.clip_norm=nan"),
         *("optim.weight_decay=-1", "optim.schedule.final_ratio=-1", "optim.schedule.warmup_steps=-1"),
         *("train.validate_every=-1", "train.steps=0", "train.steps=99999999999999999999", "train.max_skipped_in_row=0"),
-        *("parallel.timeout_s=-1", "parallel.expert=0", "task.max_output_characters=-1", "task.deadline_s=-1"),
+        *(
+            "parallel.timeout_s=-1",
+            "parallel.expert=0",
+            "parallel.expert_rows=0",
+            "task.max_output_characters=-1",
+            "task.deadline_s=-1",
+        ),
         *("task.tool_failure=1", "run.seed=-1", "run.seed=99999999999999999999", "run.threads=0"),
     ],
     "rl": ["rl.tau=nan", "rl.tokens_per_micro_batch=0", "rollout.temperature=nan", "rollout.max_seconds=-1"],
     "eval": ["eval.first_task=-1", "eval.kl_tasks=0", "eval.num_traces=-1", "eval.longer_tasks=-1"],
     "generate": ["temperature=nan", "temperature=-1", "max_new_tokens=0"],
     "verify exports": ["num_rows=0", "num_tokens=0"],
+    "verify layouts": ["expert_rows=0", "steps=0"],
     "run": ["seed=-1", "num_processes=0", "threads=0"],
 }
 

@@ -15,6 +15,7 @@ from moetrain.model.balance import required_biases, z_loss_sum
 from moetrain.model.combine import combine
 from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.expert_products import expert_rows
+from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.layers import FeedForward
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
@@ -97,7 +98,10 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: sort rows by expert, compute, put back."""
+    """All experts are here: sort rows by expert, compute, put back. At most `expert_rows` rows at once, where given."""
+
+    def __init__(self, *, expert_rows: int | None = None) -> None:
+        self.expert_rows = expert_rows
 
     def __call__(
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
@@ -106,8 +110,31 @@ class LocalDispatcher:
         ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
-        y_SD = experts.compute(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), counts_E)
+        tokens_S = order_S // expert_ids_NK.shape[1]
+        if self.expert_rows is None or len(order_S) <= self.expert_rows:
+            y_SD = experts.compute(x_ND.index_select(0, tokens_S), counts_E)
+        else:
+            rounds = _local_rounds(counts_E, limit=self.expert_rows)
+            y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
         return combine(y_SD, order_S, weights_NK=weights_NK)
+
+
+def _local_rounds(counts_E: torch.Tensor, *, limit: int) -> list[Round]:
+    """Return the rounds of rows that are sorted by expert and stay where they are."""
+    rounds, first = [], 0
+    for last in round_ends(counts_E.tolist(), limit=limit):
+        sent_P = torch.arange(first, last, device=counts_E.device)
+        taken_E = rows_between(counts_E, first=torch.as_tensor(first), last=torch.as_tensor(last))
+        experts = experts_of_round(taken_E.tolist())
+        rounds.append(
+            Round(sent_P=sent_P, to_experts=_stay, from_experts=_stay, experts=experts, counts_l=taken_E[experts])
+        )
+        first = last
+    return rounds
+
+
+def _stay(rows_RD: torch.Tensor) -> torch.Tensor:
+    return rows_RD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,15 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     """blocks keeps the inputs of attention, feed-forward and experts alone, and computes the rest of them again in the
     backward pass; the router never runs twice. Same numbers, less memory, more time."""
+    expert_rows: int | None = None
+    """Most rows (a token times a chosen expert) that a rank's experts receive and compute on at once; more go in
+    rounds, each computed again in the backward pass, so that memory does not depend on the router. null: no limit."""
     timeout_s: int = 1800
     """Seconds after which a collective that hangs is an error that names the step and the ranks that did not arrive."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="parallel.", ranges={COUNT: ("expert", "timeout_s")})
+        check_ranges(self, prefix="parallel.", ranges={COUNT: ("expert", "expert_rows", "timeout_s")})
         if self.zero not in (1, 2, 3):
             raise ConfigError(
                 f"parallel.zero is {self.zero}: give 1, 2 or 3 (stage 0 leaves experts out of the gradient norm, or "

@@ -1,7 +1,7 @@
 """Tokens to the ranks that hold their experts and back: dropless, with uneven splits, over the expert-parallel group.
 
 N tokens of this rank, K experts a token, D hidden size, E experts of a layer, L experts on this rank, G ranks in the
-group, S = N * K rows sent, R rows received.
+group (H where it is the sending side), S = N * K rows sent, R rows received, P rows sent in a round.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.model.combine import combine
+from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.moe import Experts
 from moetrain.parallel.topology import Topology
 
@@ -35,6 +36,10 @@ def exchange(rows: torch.Tensor, *, send: list[int], receive: list[int], group: 
     return received
 
 
+def _exchange(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
+    return exchange(rows_SD, send=splits.send, receive=splits.receive, group=splits.group)
+
+
 class _AllToAll(torch.autograd.Function):
     """`exchange`, whose gradient is the exchange the other way."""
 
@@ -42,13 +47,12 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
         """Return rows_RD."""
         ctx.splits = splits
-        return exchange(rows_SD, send=splits.send, receive=splits.receive, group=splits.group)
+        return _exchange(rows_SD, splits)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the gradient of rows_SD."""
-        back = ctx.splits.reversed()
-        return exchange(grads[0], send=back.send, receive=back.receive, group=back.group), None
+        return _exchange(grads[0], ctx.splits.reversed()), None
 
 
 def _all_to_all(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
@@ -56,14 +60,25 @@ def _all_to_all(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
     return rows_RD
 
 
-class AllToAllDispatcher:
-    """Dispatch over the ranks of the expert-parallel group; each holds E / G consecutive experts."""
+def _by_expert(counts_GL: torch.Tensor) -> torch.Tensor:
+    """Return the order that sorts received rows by expert; `counts_GL` came from each rank, each rank's by expert."""
+    local_ids_GL = torch.arange(counts_GL.shape[1], device=counts_GL.device).expand_as(counts_GL)
+    return local_ids_GL.flatten().repeat_interleave(counts_GL.flatten()).argsort(stable=True)
 
-    def __init__(self, topology: Topology, *, num_experts: int) -> None:
+
+class AllToAllDispatcher:
+    """Dispatch over the ranks of the expert-parallel group; each holds E / G consecutive experts.
+
+    With `expert_rows` no rank receives more rows at once; what is more goes in rounds, which all ranks take part in.
+    """
+
+    def __init__(self, topology: Topology, *, num_experts: int, expert_rows: int | None = None) -> None:
         assert topology.expert_group is not None
         self.group = topology.expert_group
         self.num_ranks = topology.expert_size
+        self.rank = topology.expert_rank
         self.num_experts = num_experts
+        self.expert_rows = expert_rows
 
     def __call__(
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
@@ -71,16 +86,72 @@ class AllToAllDispatcher:
         """Return y_ND, the weighted sum of what each token's experts give, summed in float32. Collective."""
         ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
+        tokens_S = order_S // expert_ids_NK.shape[1]
         counts_GL = torch.bincount(ids_S, minlength=self.num_experts).view(self.num_ranks, -1)
-        received_GL = torch.empty_like(counts_GL)
-        dist.all_to_all_single(received_GL, counts_GL, group=self.group)
+        if self.expert_rows is None:
+            received_GL = torch.empty_like(counts_GL)
+            dist.all_to_all_single(received_GL, counts_GL, group=self.group)
+            y_SD = self._at_once(x_ND.index_select(0, tokens_S), counts_GL, received_GL=received_GL, experts=experts)
+            return combine(y_SD, order_S, weights_NK=weights_NK)
+
+        counts_HGL = [torch.empty_like(counts_GL) for _ in range(self.num_ranks)]
+        dist.all_gather(counts_HGL, counts_GL, group=self.group)
+        rounds = self._rounds(torch.stack(counts_HGL).cpu(), limit=self.expert_rows, device=x_ND.device)
+        if len(rounds) > 1:
+            y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
+        else:
+            received_GL = torch.stack([counts[self.rank] for counts in counts_HGL])
+            y_SD = self._at_once(x_ND.index_select(0, tokens_S), counts_GL, received_GL=received_GL, experts=experts)
+        return combine(y_SD, order_S, weights_NK=weights_NK)
+
+    def _at_once(
+        self, rows_SD: torch.Tensor, counts_GL: torch.Tensor, *, received_GL: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """Return y_SD of rows sorted by expert."""
         send, receive = torch.stack([counts_GL.sum(dim=1), received_GL.sum(dim=1)]).tolist()
         splits = Splits(send=send, receive=receive, group=self.group)
-
-        rows_RD = _all_to_all(x_ND.index_select(0, order_S // expert_ids_NK.shape[1]), splits)
-        local_ids_GL = torch.arange(received_GL.shape[1], device=x_ND.device).expand_as(received_GL)
-        by_expert_R = local_ids_GL.flatten().repeat_interleave(received_GL.flatten()).argsort(stable=True)
+        rows_RD = _all_to_all(rows_SD, splits)
+        by_expert_R = _by_expert(received_GL)
         y_RD = experts.compute(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
         by_source_R = by_expert_R.argsort()  # the inverse permutation
-        y_SD = _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
-        return combine(y_SD, order_S, weights_NK=weights_NK)
+        return _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
+
+    def _rounds(self, counts_HGL: torch.Tensor, *, limit: int, device: torch.device) -> list[Round]:
+        """Return the rounds, equally many on every rank: `counts_HGL` are what each rank H sends, known to all.
+
+        A receiving rank cuts its rows in the order expert, sender. Each sender's rows go in order of the expert, so
+        those of a round are consecutive among the ones for that rank.
+        """
+        counts_GX = counts_HGL.permute(1, 2, 0).flatten(1)  # X = L * H, the order in which they are cut
+        ends_G = [round_ends(counts, limit=limit) for counts in counts_HGL.sum(dim=0).tolist()]
+        num_rounds = max(len(ends) for ends in ends_G)
+        ends_TG = torch.tensor([ends + ends[-1:] * (num_rounds - len(ends)) for ends in ends_G]).T
+        sent_G = counts_HGL[self.rank].sum(dim=1)
+        next_G = sent_G.cumsum(0) - sent_G
+        first_G = torch.zeros_like(next_G)
+        rounds = []
+        for last_G in ends_TG:
+            taken_GX = rows_between(counts_GX, first=first_G[:, None], last=last_G[:, None])
+            taken_GLH = taken_GX.view(self.num_ranks, -1, self.num_ranks)
+            send_G = taken_GLH[:, :, self.rank].sum(dim=1)
+            sent = [torch.arange(start, start + n) for start, n in zip(next_G.tolist(), send_G.tolist(), strict=True)]
+            received_GL = taken_GLH[self.rank].T.to(device)
+            rounds.append(self._round(torch.cat(sent).to(device), received_GL, send=send_G.tolist()))
+            next_G, first_G = next_G + send_G, last_G
+        return rounds
+
+    def _round(self, sent_P: torch.Tensor, received_GL: torch.Tensor, *, send: list[int]) -> Round:
+        splits = Splits(send=send, receive=received_GL.sum(dim=1).tolist(), group=self.group)
+        counts_L = received_GL.sum(dim=0)
+        experts = experts_of_round(counts_L.tolist())
+
+        # The order is made anew each time: kept until the backward pass, it would grow with what a rank receives.
+        def to_experts(rows_PD: torch.Tensor) -> torch.Tensor:
+            return _exchange(rows_PD, splits).index_select(0, _by_expert(received_GL))
+
+        def from_experts(rows_RD: torch.Tensor) -> torch.Tensor:
+            return _exchange(rows_RD.index_select(0, _by_expert(received_GL).argsort()), splits.reversed())
+
+        return Round(
+            sent_P=sent_P, to_experts=to_experts, from_experts=from_experts, experts=experts, counts_l=counts_L[experts]
+        )

@@ -4,7 +4,7 @@ import torch
 
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
-from moetrain.model.moe import LocalDispatcher
+from moetrain.model.moe import Dispatcher, LocalDispatcher
 from moetrain.model.recompute import set_recompute
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.optim.config import OptimConfig
@@ -67,11 +67,14 @@ def _build_model(
     """Return this rank's part of the model, on its device: all of it but the experts, and its share of those."""
     num_local = config.num_experts // topology.expert_size
     first = topology.expert_rank * num_local
-    is_split = topology.expert_size > 1
+    limit = parallel_config.expert_rows
+    dispatcher: Dispatcher = LocalDispatcher(expert_rows=limit)
+    if topology.expert_size > 1:
+        dispatcher = AllToAllDispatcher(topology, num_experts=config.num_experts, expert_rows=limit)
     model = Transformer(
         config,
         compute_dtype=compute_dtype,
-        dispatcher=AllToAllDispatcher(topology, num_experts=config.num_experts) if is_split else LocalDispatcher(),
+        dispatcher=dispatcher,
         expert_slice=slice(first, first + num_local),
     )
     initialize(model, seed)

@@ -135,6 +135,7 @@ def make_engine(run: VerifyLayoutsRun, layout: Layout, *, engine: EngineName) ->
             expert=1 if is_plain else layout.expert,
             zero=1 if is_plain else layout.zero,
             recompute=Recompute.none if is_plain else layout.recompute,
+            expert_rows=None if is_plain else run.expert_rows,
             timeout_s=run.timeout_s,
         ),
         optim_config=optim,

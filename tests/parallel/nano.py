@@ -49,13 +49,16 @@ def build(
     expert: int = 1,
     quantize: bool = False,
     recompute: Recompute = Recompute.none,
+    expert_rows: int | None = None,
     clip_norm: float = 0.5,
     eps: float = 1e-8,
     seed: int = 1,
 ) -> Engine:
     return build_engine(
         model_config(),
-        ParallelConfig(engine=engine, zero=zero, expert=expert, recompute=recompute, timeout_s=120),
+        ParallelConfig(
+            engine=engine, zero=zero, expert=expert, recompute=recompute, expert_rows=expert_rows, timeout_s=120
+        ),
         optim_config=OptimConfig(name=optimizer, clip_norm=clip_norm, eps=eps),
         quant_config=QuantConfig(enabled=quantize),
         compute_dtype=torch.float32,

@@ -30,8 +30,9 @@ def _run(*overrides: str) -> VerifyLayoutsRun:
     return run
 
 
-def test_two_ranks_with_split_experts_and_weights_keep_every_bound(tmp_path: Path) -> None:
+def test_two_ranks_with_split_experts_and_weights_and_limited_rows_keep_every_bound(tmp_path: Path) -> None:
     run = _run("world_sizes=[2]", "experts=[2]", "zeros=[3]", "accumulations=[1,2]", "recomputes=[blocks]")
+    run.expert_rows = 16
     run.optimizers = [OptimizerName.muon]
     save_config(run, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
