@@ -112,11 +112,12 @@ class Worker:
 
 def main() -> None:
     """Answer the commands on standard input until it ends."""
-    keep_freed_memory()  # as every command of ours does; the peers have it too
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     run: BenchTrainRun = load_config("bench train", Path(sys.argv[1]))
     contestant = Contestant(**json.loads(sys.argv[2]) | {"kind": Kind(json.loads(sys.argv[2])["kind"])})
+    if contestant.kind in (Kind.moetrain, Kind.moetrain_torch):
+        keep_freed_memory()  # as every command of ours does; peers run as they come
     torch.set_num_threads(contestant.threads)
     worker: Worker | None = None
     for line in sys.stdin:
