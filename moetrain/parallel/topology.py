@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -134,11 +134,27 @@ def _local_device() -> torch.device:
     return device
 
 
+def _own_keys(timeout: timedelta) -> dict[str, Any]:
+    """Return where the ranks of an elastic restart meet: not at what those before them left in torchrun's store.
+
+    torchrun shares one store between all restarts. Gloo finds the addresses of dead ranks there and waits for them.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout
+    )
+    prefixed = dist.PrefixStore(f"moetrain/restart_{restart}", store)  # type: ignore[attr-defined]
+    return {"store": prefixed, "rank": rank, "world_size": world_size}
+
+
 def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=parallel.timeout_s + _GRACE_S)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, **_own_keys(timeout))
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
