@@ -192,6 +192,8 @@ def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: rand
             break
         time.sleep(0.002)
     time.sleep(delay_s)
+    while stratum is Stratum.step and fault_runs.partial_files(stage) and not life.is_over():
+        time.sleep(0.001)  # saves go on beside steps
     if stratum is Stratum.collective:
         _await_others(life, rank, ranks=layout.ranks)
     gate, places = life.gate(rank), [life.place(other) for other in range(layout.ranks)]
@@ -222,10 +224,10 @@ def _landed(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
     """Return the stratum of a kill from its traces: the gate a rank stood at, half-written files, who was where."""
     if gate.startswith(("before_rename", "after_rename")):
         return Stratum.rename
+    if gate.startswith("collective") and any(place.startswith("in ") for place in places):
+        return Stratum.collective  # a save may go on beside it
     if fault_runs.partial_files(stage) or gate.startswith("fsync"):
         return Stratum.save
-    if gate.startswith("collective") and any(place.startswith("in ") for place in places):
-        return Stratum.collective
     return Stratum.step
 
 

@@ -106,7 +106,7 @@ def nonfinite_rows(layout: Layout) -> list[Row]:
         ),
         Row(
             name="NaN in one rank's batch, skip: what went wrong",
-            value=not is_counted,
+            value=int(not is_counted),
             bound=0,
             note=f"exit code {skipping}, skipped_steps {counted[-1] if counted else 'not there'} of {len(counted)}",
         ),
