@@ -34,7 +34,8 @@ class ParallelConfig:
     backward pass; the router never runs twice. Same numbers, less memory, more time."""
     expert_rows: int | None = None
     """Most rows (a token times a chosen expert) that a rank's experts receive and compute on at once; more go in
-    rounds, each computed again in the backward pass, so that memory does not depend on the router. null: no limit."""
+    rounds, each computed again in the backward pass, so that memory does not depend on the router. null: no limit, and
+    memory grows with the imbalance."""
     timeout_s: int = 1800
     """Seconds after which a collective that hangs is an error that names the step and the ranks that did not arrive."""
 
