@@ -25,9 +25,10 @@ def main(run: UpcycleRun) -> int:
     # These bring torch in, so only now.
     from moetrain.cli.weights import read_weights
     from moetrain.train.stages import SUMMARY
-    from moetrain.train.upcycle import upcycle, write_upcycled
+    from moetrain.train.upcycle import check_untrained, upcycle, write_upcycled
 
     with stage_folder(run) as folder:
+        check_untrained(folder)
         origin = read_weights(run.init_from)
         upcycling = upcycle(origin, model=run.model, config=run.upcycle, plan=plan, seed=run.run.seed)
         rows: list[Row] = []

@@ -35,9 +35,14 @@ def attention_parameters(config: ModelConfig) -> int:
     return queries + latent + keys_and_values + heads * config.v_head_dim * hidden
 
 
+def feed_forward_parameters(config: ModelConfig, width: int) -> int:
+    """Return parameters of a feed-forward layer of that width."""
+    return _MATRICES_OF_SWIGLU * config.hidden_size * width
+
+
 def expert_parameters(config: ModelConfig) -> int:
     """Return parameters of one routed expert."""
-    return _MATRICES_OF_SWIGLU * config.hidden_size * config.moe_intermediate_size
+    return feed_forward_parameters(config, config.moe_intermediate_size)
 
 
 def num_parameters(config: ModelConfig) -> ParameterCounts:
@@ -45,7 +50,7 @@ def num_parameters(config: ModelConfig) -> ParameterCounts:
     hidden = config.hidden_size
     norms = (2 * config.num_layers + 1) * hidden
     attention = config.num_layers * attention_parameters(config)
-    dense = config.num_dense_layers * _MATRICES_OF_SWIGLU * hidden * config.intermediate_size
+    dense = config.num_dense_layers * feed_forward_parameters(config, config.intermediate_size)
     expert, router = expert_parameters(config), config.num_experts * hidden
     always = norms + attention + dense + config.num_moe_layers * (router + config.num_shared_experts * expert)
     routed = config.num_moe_layers * config.num_experts * expert

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-_SLICE_ELEMENTS = 1 << 17  # stepped at once: 512 KB of each tensor, which stay in cache
+_SLICE_ELEMENTS = 1 << 17  # stepped at once on a CPU: 512 KB of each tensor, which stay in cache
 
 
 def adamw_update(
@@ -26,7 +26,9 @@ def adamw_update(
     """
     beta1, beta2 = betas
     whole = (param.view(-1), grad.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1))
-    for slices in zip(*(torch.split(tensor, _SLICE_ELEMENTS) for tensor in whole), strict=True):
+    # Elsewhere slices would only be more kernels to start.
+    length = _SLICE_ELEMENTS if param.device.type == "cpu" else max(param.numel(), 1)
+    for slices in zip(*(torch.split(tensor, length) for tensor in whole), strict=True):
         p, g, m, v = slices
         p.mul_(1.0 - learning_rate * weight_decay)
         m.lerp_(g, 1.0 - beta1)

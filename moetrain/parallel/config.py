@@ -47,6 +47,11 @@ class ParallelConfig:
                 f"parallel.zero is {self.zero}: give 1, 2 or 3 (stage 0 leaves experts out of the gradient norm, or "
                 "averages it over ranks that hold different experts)"
             )
+        if self.engine is EngineName.torch and self.zero > 1:
+            raise ConfigError(
+                f"parallel.zero is {self.zero}: parallel.engine=torch runs in one process and cuts nothing, use 1 or "
+                "parallel.engine=deepspeed"
+            )
 
     def check_world_size(self, world_size: int) -> None:
         """Raise `ConfigError` when a run of that many processes cannot be laid out like this."""

@@ -1,15 +1,22 @@
 """What a training stage takes: parameters, bytes a rank, tokens, operations and hours, by arithmetic. No torch here.
 
-Bytes of parameters, gradients and optimizer state are exact; activations are an estimate, and so is the time, which
-needs the speed of the machine.
+Bytes of parameters, gradients and optimizer state are counted one by one; activations are an estimate, and so is the
+time, which needs the speed of the machine.
 """
 
 from dataclasses import dataclass
 
-from moetrain.model.config import ModelConfig
-from moetrain.model.flops import ParameterCounts, flops_per_token, num_parameters
+from moetrain.model.config import ModelConfig, Recompute
+from moetrain.model.flops import (
+    ParameterCounts,
+    attention_parameters,
+    expert_parameters,
+    feed_forward_parameters,
+    flops_per_token,
+    num_parameters,
+)
 from moetrain.optim.config import OptimConfig, OptimizerName
-from moetrain.parallel.config import ParallelConfig
+from moetrain.parallel.config import PARTITIONING_STAGE, ParallelConfig
 
 _FLOAT32 = 4
 _BFLOAT16 = 2
@@ -17,6 +24,8 @@ _ADAMW_STATES = 2  # first and second moment
 _MUON_STATES = 1  # momentum
 _ACTIVATIONS_A_LAYER = 20
 """Values that a block keeps for each token and unit of width, with what its experts keep: a rule of thumb."""
+_INPUTS_A_LAYER = 4
+"""Of these, what it keeps with parallel.recompute=blocks: the inputs of its norms, attention and feed-forward."""
 UTILISATION = 0.15
 """Share of the matmul peak that training is assumed to reach."""
 
@@ -63,13 +72,44 @@ def plan_stage(
     embeddings = 2 * model.vocab_size * model.hidden_size
     on_muon = (counts.total - embeddings) / counts.total if optim.name is OptimizerName.muon else 0.0
     states = on_muon * _MUON_STATES + (1 - on_muon) * _ADAMW_STATES
-    width = model.hidden_size * model.num_layers
     return StagePlan(
         parameters=counts,
         tokens=tokens,
         flops=tokens * flops_per_token(model, seq_len),
-        bytes_parameters=local * (_FLOAT32 + _BFLOAT16),
+        bytes_parameters=_bytes_of_weights(model, parallel, local=local, owned=owned),
         bytes_gradients=round((owned if parallel.zero > 1 else local) * _FLOAT32),
         bytes_optimizer=round(owned * states * _FLOAT32),
-        bytes_activations=tokens_in_memory * width * _ACTIVATIONS_A_LAYER * _BFLOAT16,
+        bytes_activations=tokens_in_memory * _activations_a_token(model, parallel) * _BFLOAT16,
     )
+
+
+def _bytes_of_weights(model: ModelConfig, parallel: ParallelConfig, *, local: int, owned: float) -> int:
+    """Return bytes of a rank's weights and of their casts to bf16. local: weights that it computes with.
+
+    Under ZeRO 3 a rank keeps what it owns, and one unit at a time is whole; casts stay until the backward pass unless
+    blocks are computed again. Padding, and the gains of norms, which stay whole, are left out.
+    """
+    if parallel.zero != PARTITIONING_STAGE:
+        return local * (_FLOAT32 + _BFLOAT16)
+    unit = _largest_unit(model, parallel)
+    cast = unit if parallel.recompute is Recompute.blocks else local
+    return round((owned + unit) * _FLOAT32) + cast * _BFLOAT16
+
+
+def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return the most parameters that ZeRO 3 brings together at once: an embedding, or a part of a layer."""
+    units = [model.vocab_size * model.hidden_size, attention_parameters(model)]
+    if model.num_dense_layers:
+        units.append(feed_forward_parameters(model, model.intermediate_size))
+    if model.num_moe_layers:
+        expert = expert_parameters(model)
+        units += [model.num_experts // parallel.expert * expert, model.num_shared_experts * expert]
+    return max(units)
+
+
+def _activations_a_token(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return how many values of a token are kept; of blocks that are computed again, one is whole at a time."""
+    if parallel.recompute is Recompute.none:
+        return model.hidden_size * model.num_layers * _ACTIVATIONS_A_LAYER
+    again = _ACTIVATIONS_A_LAYER - _INPUTS_A_LAYER
+    return model.hidden_size * (model.num_layers * _INPUTS_A_LAYER + again)

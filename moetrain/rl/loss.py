@@ -61,7 +61,7 @@ def policy_objective(
             "logprob_gap": gap_N.sum(),
             "outside_window": outside_N.sum(),
             "entropy": predicted.entropies_N.sum(),
-            "trained_tokens": torch.tensor(float(gap_N.numel())),
+            "trained_tokens": torch.tensor(float(gap_N.numel()), device=gap_N.device),
             **router_entropies(
                 output,
                 layers=[name for name, _ in model.moe_layers()],

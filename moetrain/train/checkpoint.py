@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,16 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def latest(folder: Path, *, damage: Callable[[Path], str | None] = damage_of) -> Latest:
+def latest(
+    folder: Path, *, present: Sequence[int] | None = None, damage: Callable[[Path], str | None] = damage_of
+) -> Latest:
     """Return the newest checkpoint in `folder` without `damage`, passing over damaged ones with a log line each.
 
-    Raises `CheckpointError` when there are checkpoints but none of them is good.
+    present: the steps to look at, ascending; None takes those that `steps` finds. Raises `CheckpointError` when there
+    are checkpoints but none of them is good.
     """
     damaged: list[str] = []
-    for step in reversed(steps(folder)):
+    for step in reversed(steps(folder) if present is None else present):
         path = folder_of(folder, step)
         found = damage(path)
         if found is None:

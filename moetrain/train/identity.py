@@ -3,6 +3,7 @@
 Layout and bookkeeping are left out: the number of ranks, micro-batches, how often to log or to save change no number.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +28,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return the identity of a training run. origin: digest of the weights it starts from. others: sections of its own.
 
-    Paths are left out wherever they stand: a digest says what they hold, and a folder may be moved.
+    Paths are left out wherever they stand: a digest says what they hold, and a folder may be moved. Infinity, which a
+    threshold may be and JSON has not, is the string "inf".
     """
     sections = {
         "model": asdict(model),
@@ -38,7 +40,7 @@ def identity_of(
         "origin": origin,
         **others,
     }
-    return _without_paths(sections)
+    return {name: _as_kept(section) for name, section in sections.items()}
 
 
 def model_of(identity: Mapping[str, Any]) -> ModelConfig:
@@ -59,9 +61,10 @@ def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
     return QuantConfig(grid=GridName(fields.pop("grid")), **fields)
 
 
-def _without_paths(sections: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_paths(value) if isinstance(value, Mapping) else value
-        for name, value in sections.items()
-        if name != "path"
-    }
+def _as_kept(value: Any) -> Any:
+    """Return a value without the paths in it, and its numbers that JSON has not as strings."""
+    if isinstance(value, Mapping):
+        return {name: _as_kept(inner) for name, inner in value.items() if name != "path"}
+    if isinstance(value, list | tuple):
+        return [_as_kept(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

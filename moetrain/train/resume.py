@@ -43,8 +43,9 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
     topology = engine.topology
     if topology.is_main:
         checkpoint.remove_leftovers(folder)
-    topology.barrier()
-    found = checkpoint.latest(folder, damage=lambda path: _damage_on_any_rank(path, topology))
+    # One list for all ranks: each check is a collective, and hosts may see a change of a shared folder late.
+    present = topology.broadcast_object(checkpoint.steps(folder) if topology.is_main else [])
+    found = checkpoint.latest(folder, present=present, damage=lambda path: _damage_on_any_rank(path, topology))
     if found.path is None:
         return Resumed(step=0, state={}, num_damaged=0)
     loaded = checkpoint.open_checkpoint(found.path)

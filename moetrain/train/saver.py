@@ -124,8 +124,9 @@ class Saver:
         if self._topology.is_main:
             try:
                 path = work()
-            except (OSError, CheckpointError) as error:
-                failure = f"{error}"
+            except Exception as error:  # whatever it is: the other ranks wait to hear of it
+                is_told = isinstance(error, OSError | CheckpointError)
+                failure = f"{error}" if is_told else f"{type(error).__name__}: {error}"
                 if partial is not None:
                     shutil.rmtree(partial, ignore_errors=True)  # what a failing disk keeps goes at the next start
         path, failure = self._topology.broadcast_object((path, failure))

@@ -20,7 +20,7 @@ from moetrain.model.upcycle import LayerChange, UpcycledTensors, layer_change
 from moetrain.model.upcycle_config import UpcycleConfig, UpcyclePlan
 from moetrain.parallel.protocol import Piece
 from moetrain.quant.config import QuantConfig
-from moetrain.train import checkpoint_write
+from moetrain.train import checkpoint, checkpoint_write
 from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.origin import TOKENIZER, Origin, vars_of
 from moetrain.train.resume import differences
@@ -74,8 +74,21 @@ def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: 
     return Upcycling(origin=origin, model=model, plan=plan, tensors=tensors, changes=changes)
 
 
+def check_untrained(folder: Path) -> None:
+    """Raise CheckpointError when a stage's folder holds checkpoints of training: checkpoint 0 would remove them."""
+    if trained := [step for step in checkpoint.steps(folder / CHECKPOINTS) if step > 0]:
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS}: holds {len(trained)} checkpoints of training, the last of step {trained[-1]}, "
+            "and upcycling would remove them; give another run.stage or run.name"
+        )
+
+
 def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
-    """Write the weights as checkpoint 0 of a stage's folder, with the tokenizer; return the checkpoint's path."""
+    """Write the weights as checkpoint 0 of a stage's folder, with the tokenizer; return the checkpoint's path.
+
+    Raises what `check_untrained` raises.
+    """
+    check_untrained(folder)
     origin = upcycling.origin
     if origin.tokenizer is None:
         _log.warning("there is no tokenizer beside %s: the stage that goes on from here has to name one", origin.path)

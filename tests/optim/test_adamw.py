@@ -1,6 +1,10 @@
 """AdamW against torch's own."""
 
+from typing import Any
+
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.optim.adamw import _SLICE_ELEMENTS, adamw_update
 from moetrain.runtime import torch_stream
@@ -59,3 +63,24 @@ def test_a_large_tensor_is_stepped_in_slices_as_each_of_them_alone() -> None:
         alone.append(torch.stack([p, m, v]))
     adamw_update(param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **settings)
     assert torch.equal(torch.stack([param, exp_avg, exp_avg_sq]), torch.cat(alone, 1))
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the calls of one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_lerps = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_lerps += func is torch.ops.aten.lerp_.Scalar
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "num_slices"), [("cpu", 3), ("meta", 1)])
+def test_only_a_cpu_steps_in_slices(device: str, num_slices: int) -> None:
+    param, grad, exp_avg, exp_avg_sq = torch.zeros(4, 2 * _SLICE_ELEMENTS + 1000, device=device)
+    settings = {"step": 3, "learning_rate": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    with _Counted() as counted:
+        adamw_update(param, grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **settings)
+    assert counted.num_lerps == num_slices

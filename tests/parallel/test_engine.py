@@ -254,5 +254,10 @@ def test_quantised_weights_follow_their_masters(engine: EngineName) -> None:
 def test_layouts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.expert is 2: parallel.engine=torch runs in one process"):
         build(EngineName.torch, expert=2)
+    for zero in (2, 3):
+        with pytest.raises(
+            ConfigError, match=rf"parallel.zero is {zero}: parallel.engine=torch runs in one .* use 1 or"
+        ):
+            build(EngineName.torch, zero=zero)
     with pytest.raises(ConfigError, match=r"parallel.expert is 2: it must divide the number of processes, 1"):
         build(EngineName.deepspeed, expert=2)

@@ -103,6 +103,19 @@ def test_balance_losses_are_part_of_the_objective_only_where_they_are_asked_for(
         assert int(result.required_LEB[0, 0].sum()) == batch.num_tokens
 
 
+def test_what_the_objective_tells_lies_on_the_device_of_the_batch() -> None:
+    model = Transformer(ModelConfig(num_layers=2), compute_dtype=torch.float32)
+    initialize(model, 0)
+    (batch,) = micro_batches([_scored(10, 0.5), _scored(30, -0.5)], max_tokens=2048, pad_id=0)
+    counts = GlobalCounts(tokens=batch.num_tokens, targets=batch.num_targets, target_weight=1.0)
+    objective = policy_objective(RlConfig(), num_tokens=6.0, counts=counts, balance=model.config.balance)
+    objective(model, batch)  # makes the table of rotations, which then stays
+    with torch.device("meta"):  # where a tensor goes that is given no device
+        metrics = objective(model, batch).metrics
+    assert {name: value.device.type for name, value in metrics.items()} == dict.fromkeys(metrics, "cpu")
+    assert metrics["trained_tokens"].item() == 6.0
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("group_size", 1), ("tasks_per_step", 0), ("ratio_low", 1.5), ("ratio_high", 0.9), ("tau", -1)]
 )

@@ -1,6 +1,7 @@
 """Background saving by two ranks: any layout to any other, failing disks, and folders that tell how far a save came."""
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -26,7 +27,10 @@ from tests.distributed import run_ranks
 from tests.parallel.nano import build, difference, identical, train
 
 FP32_ROUNDING = 1e-6  # relative, on loss, gradient norm and clip factor
-LAYOUTS = {"zero 1": (1, 1), "zero 2": (2, 1), "zero 1, experts split": (1, 2), "zero 2, experts split": (2, 2)}
+LAYOUTS = {
+    **{f"zero {zero}": (zero, 1) for zero in (1, 2, 3)},
+    **{f"zero {zero}, experts split": (zero, 2) for zero in (1, 2, 3)},
+}
 IDENTITY = {"seed": 1}
 
 
@@ -68,7 +72,9 @@ def _both_ranks(*, folder: Path) -> dict[str, Any]:
     seen["files"] = sorted(path.name for path in (folder / split / "step_00000004").iterdir())
     seen["full disk"] = _full_disk(whole, folder / "full")
     seen["not shared"] = _not_shared(whole, folder / "not shared")
+    seen["not JSON"] = _not_json(whole, folder / "not JSON")
     seen["damaged"] = _damaged(whole, folder)
+    seen["late listing"] = _late_listing(whole, folder / "plain")
     return seen
 
 
@@ -110,6 +116,30 @@ def _not_shared(engine: Engine, folder: Path) -> str:
     finally:
         saver.write_part = original
     return str(raised.value)
+
+
+def _not_json(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Save a state that JSON does not hold, and then one that it does."""
+    with (
+        pytest.raises(CheckpointError) as raised,
+        Saver(engine.topology, folder, retention=Retention(newest=9)) as writer,
+    ):
+        writer.begin(engine, step=1, state={"loss": math.nan})
+        writer.finish()
+    _save(engine, folder, step=2)
+    engine.topology.barrier()
+    return {"error": str(raised.value), "left": sorted(path.name for path in folder.iterdir())}
+
+
+def _late_listing(engine: Engine, folder: Path) -> int:
+    """Let the host of rank 1 not see yet what there is in the folder."""
+    original = checkpoint.steps
+    if not engine.topology.is_main:
+        checkpoint.steps = lambda folder: []
+    try:
+        return resume(engine, folder, identity=IDENTITY).step
+    finally:
+        checkpoint.steps = original
 
 
 def _damaged(engine: Engine, folder: Path) -> dict[str, Any]:
@@ -187,6 +217,17 @@ def test_a_full_disk_of_one_rank_is_one_error_on_all_and_leaves_what_was_good(ra
 
 def test_a_folder_that_the_ranks_do_not_share_is_said_to_be(ranks: list[dict[str, Any]]) -> None:
     assert "must lie on a file system that all hosts share" in ranks[1]["not shared"]
+
+
+def test_a_state_that_cannot_be_written_is_one_error_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["not JSON"] for rank in ranks)
+    assert "checkpoint 1 was not written: ValueError: Out of range float values" in first["error"]
+    assert first["error"] == second["error"]
+    assert first["left"] == ["step_00000002"]
+
+
+def test_all_ranks_go_on_from_what_the_main_one_sees(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["late listing"] for rank in ranks] == [2, 2]
 
 
 def test_damage_in_the_share_of_another_rank_is_met_by_all(ranks: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """A stage from its config sections to its folder: what it leaves, what it starts from, and what it refuses."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -109,6 +110,23 @@ def test_a_stage_starts_from_another_stages_weights_and_tokenizer(pretrained: Pa
     identity = checkpoint.load(tmp_path / "sft" / CHECKPOINTS / "step_00000003").state["identity"]
     assert identity["origin"] == origin.digest
     assert read_origin(tmp_path / "sft").quant == settings.quant
+
+
+def test_a_threshold_of_infinity_is_kept_in_checkpoints_and_goes_on(pretrained: Path, tmp_path: Path) -> None:
+    settings = sections(pretrained / "texts")
+    train = replace(settings.train, checkpoint_every=1, keep_checkpoints=3)
+    settings = replace(settings, train=train, optim=replace(settings.optim, qk_clip=math.inf))
+    run(tmp_path / "pretrain", settings)
+    whole = losses(tmp_path / "pretrain" / "metrics.jsonl")
+    folder = tmp_path / "pretrain" / CHECKPOINTS
+    assert checkpoint.steps(folder) == [1, 2, 3]
+    assert checkpoint.load(folder / "step_00000003").state["identity"]["optim"]["qk_clip"] == "inf"
+    shutil.rmtree(folder / "step_00000003")
+    assert run(tmp_path / "pretrain", settings) is Status.finished
+    assert losses(tmp_path / "pretrain" / "metrics.jsonl") == whole  # the last step was taken again
+    clipped = replace(settings, optim=replace(settings.optim, qk_clip=100.0))
+    with pytest.raises(CheckpointError, match=r"optim\.qk_clip: inf -> 100\.0"):
+        run(tmp_path / "pretrain", clipped)
 
 
 def test_weights_of_another_shape_are_refused_with_the_field(pretrained: Path, tmp_path: Path) -> None:

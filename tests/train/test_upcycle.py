@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,23 @@ def test_weights_that_have_experts_are_refused(trained: Path, folder: Path) -> N
     with pytest.raises(CheckpointError, match="2 of its 3 layers have experts already"):
         upcycled(trained, "twice", init_from=folder)
     assert not (trained / "runs" / "twice").exists()
+
+
+def test_a_folder_that_holds_trained_checkpoints_is_refused(trained: Path) -> None:
+    taken = trained / "runs" / "taken"
+    shutil.copytree(trained / "dense" / CHECKPOINTS, taken / CHECKPOINTS)
+    before = checkpoint.steps(taken / CHECKPOINTS)
+    with pytest.raises(CheckpointError, match="checkpoints of training, the last of step 3") as raised:
+        upcycled(trained, "taken", init_from=trained / "dense")
+    assert raised.value.exit_code == 2
+    assert checkpoint.steps(taken / CHECKPOINTS) == before
+
+
+def test_a_folder_of_upcycled_weights_is_written_anew(trained: Path, folder: Path) -> None:
+    first = upcycled(trained, "anew", init_from=trained / "dense")
+    assert upcycled(trained, "anew", init_from=trained / "dense") == first
+    assert checkpoint.steps(first / CHECKPOINTS) == [0]
+    assert read_origin(first).digest == read_origin(folder).digest
 
 
 def test_dense_weights_of_another_shape_are_refused_with_the_field(trained: Path) -> None:
