@@ -52,6 +52,9 @@ else
     # Where names do not resolve: who is the meeting point, and the address that others reach this machine by.
     [[ "${NODE_RANK:-}" == 0 ]] && place+=(--rdzv-conf is_host=true)
     [[ -n "${LOCAL_ADDR:-}" ]] && place+=(--local-addr "$LOCAL_ADDR")
+    # A store for each start of the ranks. In one that they share they would find the addresses of dead ranks, and a
+    # machine that comes later would not find the store.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Ranks have this long to save after SIGTERM; torchrun's own default is 30 s.

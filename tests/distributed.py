@@ -20,7 +20,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -
     first rank that failed, or when the ranks are not done in 180 s; no process is left behind.
     """
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -71,7 +71,8 @@ def _run_rank(
     sender.send_bytes(pickle.dumps(outcome))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.parallel.config import EngineName, ParallelConfig
-from moetrain.parallel.watchdog import Watchdog
+from moetrain.parallel.watchdog import Watchdog, restart_of_shared_store
 
 T = TypeVar("T")
 
@@ -137,10 +137,11 @@ def _local_device() -> torch.device:
 def _own_keys(timeout: timedelta) -> dict[str, Any]:
     """Return where the ranks of an elastic restart meet: not at what those before them left in torchrun's store.
 
-    torchrun shares one store between all restarts. Gloo finds the addresses of dead ranks there and waits for them.
+    On one machine torchrun shares one store between all restarts. Gloo finds the addresses of dead ranks there and
+    waits for them.
     """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    restart = restart_of_shared_store()
+    if restart == "0":
         return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out

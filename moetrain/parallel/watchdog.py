@@ -1,10 +1,10 @@
 """Names the step and the ranks when a collective hangs; gloo's own error says neither.
 
 Each rank has a thread that looks at the main thread now and then: in which step it is, at which line, whether it waits
-in a collective. It tells the launcher's store so. A rank whose main thread has waited in a collective for the whole
-`timeout_s` reads what the others told, writes one line that names those that did not arrive, and ends the process with
-exit code 1, so that a launcher ends the other ranks too, and starts them again if it was told to. A rank that tells
-nothing any more is stopped, or gone with its machine.
+in a collective. It tells so at the store where the ranks met. A rank whose main thread has waited in a collective for
+the whole `timeout_s` reads what the others told, writes one line that names those that did not arrive, and ends the
+process with exit code 1, so that a launcher ends the other ranks too, and starts them again if it was told to. A rank
+that tells nothing any more is stopped, or gone with its machine.
 
 It takes part in no collective. Waiting is seen from outside: the innermost Python frame lies in torch's or DeepSpeed's
 collectives and the thread uses no processor time.
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 _BUSY_S = 0.02  # processor time between two looks from which on a thread computes, and does not wait
 _LONGEST_INTERVAL_S = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)
+_LAST_BEAT = -1  # of a rank that has waited for the whole time and ends: it arrived
 EXIT_CODE = 1
 """Exit code of a rank that has waited too long."""
 
@@ -46,8 +47,9 @@ class Watchdog:
     """The thread of one rank; `step` is set by the training loop."""
 
     def __init__(self, *, rank: int, world_size: int, timeout_s: float) -> None:
-        """Watch the thread that calls this one, with a connection of its own to the launcher's store."""
+        """Watch the thread that calls this one, with a connection of its own to the store where the ranks met."""
         self.step: int | None = None
+        self._beat = 0
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 10)
         self._watched = threading.get_ident()
@@ -56,45 +58,75 @@ class Watchdog:
         self._store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
             address, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
         )
-        self._prefix = f"moetrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._prefix = f"moetrain/{restart_of_shared_store()}"
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
         waiting_since = time.monotonic()
-        used_s, beat = 0.0, 0
+        used_s = 0.0
         while True:
-            now_used_s, beat = time.clock_gettime(self._clock), beat + 1
-            place = self._look(beat)
+            now_used_s = time.clock_gettime(self._clock)
+            place = self._look()
             if not place.waits or now_used_s - used_s > _BUSY_S:
                 waiting_since = time.monotonic()
             used_s = now_used_s
             try:
-                self._store.set(self._key(self._rank), json.dumps(asdict(place)))
+                self._tell(place)
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    self._end(hang_message(place, self._others(), rank=self._rank, timeout_s=self._timeout_s))
+                    self._end_unless_store_answers(place)
+                    message = hang_message(place, self._others(), rank=self._rank, timeout_s=self._timeout_s)
+                    self._tell(replace(place, beat=_LAST_BEAT))
+                    self._end(message)
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    self._end(
-                        f"step {place.step}: rank {self._rank} has waited at {place.line} for {self._timeout_s:g} s, "
-                        f"and the store of the launcher at {os.environ['MASTER_ADDR']} does not answer: {error}"
-                    )
+                    self._end(self._without_store(place, why=str(error)))
             time.sleep(self._interval_s)
 
-    def _look(self, beat: int) -> Place:
+    def _end_unless_store_answers(self, place: Place) -> None:
+        """End this process in a while from now: a store whose process is stopped is waited for without end."""
+        longest_s = 2 * (3 * self._interval_s + 1.0) + _STORE_TIMEOUT.total_seconds()
+        others: dict[int, Place | None] = {0: None}
+        message = (
+            self._without_store(place, why=f"nothing came for {longest_s:g} s")
+            if launcher_keeps_store()
+            else hang_message(place, others, rank=self._rank, timeout_s=self._timeout_s)  # rank 0 keeps it
+        )
+        timer = threading.Timer(longest_s, self._end, args=[message])
+        timer.daemon = True
+        timer.start()
+
+    def _without_store(self, place: Place, *, why: str) -> str:
+        return (
+            f"step {place.step}: rank {self._rank} has waited at {place.line} for {self._timeout_s:g} s, "
+            f"and the store at {os.environ['MASTER_ADDR']}, where the ranks met, does not answer: {why}"
+        )
+
+    def _tell(self, place: Place) -> None:
+        self._store.set(self._key(self._rank), json.dumps(asdict(place)))
+
+    def _look(self) -> Place:
         frame = sys._current_frames().get(self._watched)
         inner = frame
         while inner is not None and _is_collective(inner):
             inner = inner.f_back
         line = "its end" if inner is None else f"{_short(inner.f_code.co_filename)}:{inner.f_lineno}"
         waits = frame is not None and inner is not frame
-        return Place(step=self.step, line=line, waits=waits, beat=beat)
+        self._beat += 1
+        return Place(step=self.step, line=line, waits=waits, beat=self._beat)
 
     def _others(self) -> dict[int, Place | None]:
-        """Return where the other ranks are; None for one that told nothing during three looks."""
+        """Return where the other ranks are; None for one that told nothing during three looks.
+
+        This rank goes on telling meanwhile: others may be looking at it.
+        """
         first = self._read()
-        time.sleep(3 * self._interval_s + 1.0)
+        end = time.monotonic() + 3 * self._interval_s + 1.0
+        while time.monotonic() < end:
+            time.sleep(self._interval_s)
+            self._tell(self._look())
         second = self._read()
-        return {rank: place if place is not None and place != first[rank] else None for rank, place in second.items()}
+        lives = {rank: place != first[rank] or (place and place.beat == _LAST_BEAT) for rank, place in second.items()}
+        return {rank: place if lives[rank] else None for rank, place in second.items()}
 
     def _read(self) -> dict[int, Place | None]:
         ranks = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -107,6 +139,19 @@ class Watchdog:
     def _end(self, message: str) -> None:
         os.write(2, f"moetrain: {message}\n".encode())  # the main thread may hold the lock of sys.stderr
         os._exit(EXIT_CODE)  # it cannot be woken up
+
+
+def launcher_keeps_store() -> bool:
+    """Return whether ranks meet at a store of the launcher, which outlives them; otherwise rank 0 keeps it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restart_of_shared_store() -> str:
+    """Return which start of the ranks this is at a store that several starts share; "0" where each has a store.
+
+    The launcher counts for itself alone. So starts share a store on one machine only: see launch/torchrun.sh.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher_keeps_store() else "0"
 
 
 def hang_message(own: Place, others: Mapping[int, Place | None], *, rank: int, timeout_s: float) -> str:

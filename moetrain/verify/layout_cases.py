@@ -5,13 +5,15 @@ rows is padding, so that with two or four ranks half of them have no token; in t
 sends every token to the same experts, so that with EP other ranks' experts receive nothing.
 """
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
 from moetrain.data.batch import TokenBatch
@@ -21,7 +23,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
-from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
+from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepReport, clip_factor_of
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import torch_stream
 from moetrain.train.loss import GlobalCounts, language_model_objective
@@ -62,10 +64,6 @@ class Layout:
             f"{self.optimizer} {self.scenario}: {self.world_size} ranks, EP {self.expert}, ZeRO {self.zero}, "
             f"accumulation {self.accumulation}, recompute {self.recompute}"
         )
-
-    def dump(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self))
 
 
 @dataclass(kw_only=True)
@@ -154,7 +152,7 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, accumulation: int, orde
     trace = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
     topology = engine.topology
     seen: list[torch.Tensor] = []
-    _plant(engine, fault)
+    _plant(engine, fault, clip_norm=run.optim.clip_norm)
     doubles = fault is LayoutFault.doubled_count and topology.rank == topology.world_size - 1
     for step in range(run.steps):
         mine = rank_rows(make_batch(run, step), rank=topology.rank, world_size=topology.world_size)
@@ -191,15 +189,41 @@ def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.
     return objective
 
 
-def _plant(engine: Engine, fault: LayoutFault) -> None:
+def _plant(engine: Engine, fault: LayoutFault, *, clip_norm: float) -> None:
     """Make the experts' gradients miss the norm, or one token of this process lose its experts."""
-    layers = engine.model.moe_layers()
     if fault is LayoutFault.norm_without_experts:
-        for _, layer in layers:
-            for param in layer.experts.parameters():
-                param.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+        vars(engine)["step"] = _NormWithoutExperts(engine, clip_norm=clip_norm).step
     if fault is LayoutFault.dropped_token:
-        layers[0][1].gate.register_forward_hook(_drop_first)
+        engine.model.moe_layers()[0][1].gate.register_forward_hook(_drop_first)
+
+
+class _NormWithoutExperts:
+    """Takes an engine's steps and reports their gradient norm as if experts had no gradient; they keep theirs."""
+
+    def __init__(self, engine: Engine, *, clip_norm: float) -> None:
+        self._true_step, self._topology, self._clip_norm = engine.step, engine.topology, clip_norm
+        self._params = [param for _, layer in engine.model.moe_layers() for param in layer.experts.parameters()]
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for param in self._params:
+            param.register_hook(partial(self._add, param))  # type: ignore[no-untyped-call]
+
+    def _add(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        self._sums[param] = self._sums.get(param, 0.0) + gradient.detach().double()
+
+    def step(self, learning_rate: float) -> StepReport:
+        """Take the step; what is clipped is right, what is reported is not. Collective."""
+        report, topology = self._true_step(learning_rate), self._topology
+        squares = torch.zeros(1, dtype=torch.float64, device=topology.device)
+        for param in self._params:  # in the same order on every rank
+            mean = self._sums[param] / topology.world_size  # an engine's loss is multiplied by it
+            if topology.world_size > 1:
+                dist.all_reduce(mean, group=topology.expert_data_group)  # None: all ranks
+            squares += mean.square().sum()
+        self._sums.clear()
+        # As many ranks hold an expert as there are expert groups.
+        of_experts = float(topology.all_reduce_sum(squares)) * topology.expert_size / topology.world_size
+        norm = math.sqrt(max(report.grad_norm**2 - of_experts, 0.0))
+        return replace(report, grad_norm=norm, clip_factor=clip_factor_of(norm, clip_norm=self._clip_norm))
 
 
 def _drop_first(gate: torch.nn.Module, inputs: Any, routing: Routing) -> Routing:

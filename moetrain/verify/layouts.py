@@ -155,8 +155,26 @@ def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Ite
 
 
 def rows_of(outcome: Outcome) -> list[Row]:
-    """Return a row for each figure, with the layout that is farthest from the plain loop; none compared is a miss."""
-    rows = []
+    """Return a row for each figure, with the layout that is farthest from the plain loop, and what must not be missing.
+
+    No layout compared is a miss, and so is a reference that none was compared with, or one that did not clip.
+    """
+    undecided = [name for name, reference in outcome.references.items() if not reference.is_decided]
+    factors = [factor for reference in outcome.references.values() for factor in reference.trace.clip_factor]
+    rows = [
+        Row(
+            name="references without a layout",
+            value=len(undecided),
+            bound=0,
+            note=f"of {len(outcome.references)}; left out as coin flips: {', '.join(undecided) or 'none'}",
+        ),
+        Row(
+            name="steps that did not clip",
+            value=sum(factor >= 1 for factor in factors),
+            bound=0,
+            note=f"of the {len(factors)} of the plain loop",
+        ),
+    ]
     for figure in _FIGURES:
         bound = WEIGHT_BOUND if figure == "weights" else STEP_BOUND
         noise = max(reference.noise[figure] for reference in outcome.references.values())

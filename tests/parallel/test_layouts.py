@@ -1,5 +1,6 @@
 """Two gloo processes against the plain loop in this one. One launch serves all tests of this file."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import torch
 from moetrain.data.batch import TokenBatch
 from moetrain.model.config import Recompute
 from moetrain.model.moe import Experts, LocalDispatcher
+from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.dispatch import AllToAllDispatcher
-from moetrain.parallel.engine import Engine
+from moetrain.parallel.engine import Engine, ObjectiveResult, StepReport
 from moetrain.parallel.partition import (
     Matrix,
     ParameterPartition,
@@ -35,6 +37,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.runtime import torch_stream
 from tests.distributed import run_ranks
 from tests.parallel.nano import (
+    LEARNING_RATE,
     Trace,
     batch_of,
     build,
@@ -86,6 +89,7 @@ def _both_ranks() -> dict[str, Any]:
         seen["tokens on one rank"] = [_see_unbalanced(build(zero=zero, expert=2)) for zero in (2, 3)]
         seen["recomputed"] = [_see(build(zero=zero, expert=2, recompute=Recompute.blocks)) for zero in (2, 3)]
         seen["discarded"] = [_discarded(build(zero=zero, expert=2)) for zero in (2, 3)]
+        seen["infinite"] = [_infinite(build(zero=zero, expert=2)) for zero in (2, 3)]
         seen["quantised"] = [_quantised(build(zero=zero, expert=2, quantize=True)) for zero in (2, 3)]
         seen["dispatch"] = [_dispatch(split.topology, num_tokens=counts) for counts in ((5, 3), (0, 4), (0, 0))]
         seen["collectives"] = _collectives(split.topology)
@@ -137,6 +141,25 @@ def _discarded(engine: Engine) -> Seen:
     engine.discard()
     engine.multiply_rows({_SCALED: torch.linspace(0.5, 1.5, engine.model.config.kv_lora_rank + 4)})
     return _see(engine)
+
+
+def _infinite(engine: Engine) -> dict[str, Any]:
+    """Meet a finite loss with a gradient of rank 1 that is not finite, and train on."""
+    whole = batch_of(7)
+    mine = whole.rows(2 * engine.topology.rank, 2 * engine.topology.rank + 2)
+
+    def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
+        result = objective_for(whole)(model, batch)
+        if engine.topology.rank == 1:
+            result.loss = result.loss + (result.loss - result.loss.detach()).sqrt()
+        return result
+
+    before = engine.gather_state(with_optimizer=True)
+    loss = engine.accumulate(objective, mine, is_last=True).loss.item()
+    report = engine.step(LEARNING_RATE)
+    after = engine.gather_state(with_optimizer=True)
+    is_same = None if before is None or after is None else identical(before, after)
+    return {"loss": loss, "report": report, "is_same": is_same, "following": _see(engine)}
 
 
 def _quantised(engine: Engine) -> Seen:
@@ -395,6 +418,18 @@ def test_a_dropped_gradient_and_multiplied_rows_are_the_same_in_every_layout(
     ranks: list[dict[str, Any]], case: int
 ) -> None:
     expected, found = _discarded(_plain()), ranks[0]["discarded"][case]
+    assert difference(found.traces, expected.traces) < FP32_ROUNDING
+    assert found.state is not None and expected.state is not None
+    assert largest_gap(found.state, expected.state) < STATE_ROUNDING
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_gradient_that_is_infinite_on_one_rank_leaves_no_trace_on_any(ranks: list[dict[str, Any]], case: int) -> None:
+    main, other = (rank["infinite"][case] for rank in ranks)
+    assert math.isfinite(main["loss"]) and math.isfinite(other["loss"])
+    assert main["report"] == other["report"] == StepReport(grad_norm=math.inf, clip_factor=0.0)
+    assert main["is_same"] is True
+    expected, found = _see(_plain()), main["following"]
     assert difference(found.traces, expected.traces) < FP32_ROUNDING
     assert found.state is not None and expected.state is not None
     assert largest_gap(found.state, expected.state) < STATE_ROUNDING

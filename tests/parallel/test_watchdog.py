@@ -6,47 +6,65 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 from moetrain.parallel.watchdog import Place, hang_message
+from tests.distributed import free_port
 
 PROGRAM = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
+import torch.distributed as dist
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.topology import setup
 topology = setup(ParallelConfig(timeout_s=4))
-for step in range(5):
+stopped, late_s = int(sys.argv[1]), float(sys.argv[2])
+for step in range(4):
     topology.enter_step(step)
-    if step == 3 and topology.rank == 1:
-        print(f"stopped {os.getpid()}", flush=True)
-        os.kill(os.getpid(), signal.SIGSTOP)
     topology.all_reduce_sum(torch.ones(3))
+if topology.rank == stopped:
+    os.kill(os.getpid(), signal.SIGSTOP)
+if topology.rank == 2:
+    time.sleep(late_s)
+dist.recv(torch.ones(3), src=stopped)  # a rank that ends does not end this
 """
 
 
-def test_a_rank_that_is_stopped_is_named_with_the_step_by_one_that_waits() -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    from tests.distributed import _free_port
+@pytest.mark.parametrize(("stopped", "late_s"), [(1, 1.0), (1, 3.5), (0, 0.0)])
+def test_a_rank_that_is_stopped_is_named_with_the_step_and_none_that_waits(stopped: int, late_s: float) -> None:
+    """Rank 2 begins to wait while rank 0 does, looks at it while rank 0 looks itself, or after rank 0 has ended.
 
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    Where rank 0 is stopped it keeps the store, as on several machines; otherwise the launcher does.
+    """
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3"}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if stopped else None
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": str(store is not None)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", PROGRAM, str(stopped), str(late_s)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(3)
     ]
+    waiting = [rank for rank in range(3) if rank != stopped]
     try:
-        _, said = ranks[0].communicate(timeout=120)
+        said = [ranks[rank].communicate(timeout=120)[1] for rank in waiting]
     finally:
         for process in ranks:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    assert ranks[0].returncode == 1
-    assert "step 3: rank 0 has waited in the collective at moetrain/parallel/topology.py:" in said
-    assert "did not arrive: rank 1: rank 1 gives no sign of life" in said
+    assert [ranks[rank].returncode for rank in waiting] == [1, 1]
+    named = [line for line in "".join(said).splitlines() if "did not arrive" in line]
+    assert len(named) == 2, said
+    for line in named:
+        assert line.startswith("moetrain: step 3: rank ")
+        assert "has waited in the collective at <string>:" in line
+        assert f"did not arrive: rank {stopped}: rank {stopped} gives no sign of life" in line
 
 
 def test_a_rank_that_is_somewhere_else_is_named_with_its_line() -> None:

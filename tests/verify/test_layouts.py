@@ -62,7 +62,38 @@ def test_a_planted_fault_is_found(fault: LayoutFault) -> None:
         fault=LayoutFault.none,
     )
     assert max(differences(traces[LayoutFault.none], expected).values()) < STEP_BOUND
-    assert max(differences(traces[fault], expected).values()) > STEP_BOUND
+    found = differences(traces[fault], expected)
+    assert max(found.values()) > STEP_BOUND
+    if fault is LayoutFault.norm_without_experts:
+        assert {figure for figure, gap in found.items() if gap > STEP_BOUND} == {"grad_norm", "clip_factor"}
+
+
+def test_a_norm_without_experts_is_the_same_however_experts_are_split(tmp_path: Path) -> None:
+    run = _run("world_sizes=[2]", "experts=[1,2]", "zeros=[2,3]", "accumulations=[2]", "recomputes=[none]")
+    run.optimizers, run.scenarios = [OptimizerName.muon], [LayoutScenario.routed]
+    run.fault = LayoutFault.norm_without_experts
+    save_config(run, tmp_path / "config.yaml")
+    outcome = verify_layouts(run, folder=tmp_path)
+    assert len(outcome.gaps) == 4
+    norms = [gaps["grad_norm"] for gaps in outcome.gaps.values()]
+    assert min(norms) > 1000 * STEP_BOUND
+    assert max(norms) - min(norms) < STEP_BOUND
+    with pytest.raises(BoundError) as caught:
+        check_rows(rows_of(outcome))
+    assert [reason.split(":")[0] for reason in str(caught.value).split("; ")] == ["grad_norm", "clip_factor"]
+
+
+def test_a_reference_left_out_whole_and_a_step_that_did_not_clip_are_misses() -> None:
+    trace = Trace(loss=[1.0, 1.0], grad_norm=[2.0, 0.1], clip_factor=[0.5, 1.0], bias=[], loads=[])
+    noise = dict.fromkeys(("loss", "grad_norm", "clip_factor", "bias", "loads", "weights"), 0.0)
+    references = {
+        "muon.routed": Reference(trace=trace, noise=noise, margin=1.0, coin_flip=0.1),
+        "adamw.routed": Reference(trace=trace, noise=noise, margin=0.0, coin_flip=0.1),
+    }
+    rows = {row.name: row for row in rows_of(Outcome(references=references, gaps={PLAIN: noise}, left_out=[]))}
+    missed = {name: row.value for name, row in rows.items() if not row.is_kept}
+    assert missed == {"references without a layout": 1, "steps that did not clip": 2}
+    assert "adamw.routed" in rows["references without a layout"].note
 
 
 def test_nothing_compared_is_a_miss() -> None:
