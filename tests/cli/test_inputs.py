@@ -64,7 +64,7 @@ def test_a_recipe_meets_a_mistake_of_any_stage_before_the_first_one_starts(
         (["pretrain", "init_from="], "init_from is empty: give a folder, or null"),
         (["pretrain", "init_from=file"], "init_from is file: that is a file"),
         (["pretrain", "task.name=nope"], "task.name is nope: there are database"),
-        (["pretrain", "data.sources.english.format=nope"], "data.sources.*.format is nope: known are messages, text"),
+        (["pretrain", "data.sources.english.format=nope"], "data.sources.*.format is nope: known are messages"),
         (["pretrain", "run.folder=file"], "cannot be written: file is a file"),
     ],
 )
