@@ -13,17 +13,14 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from moetrain.bench.step import engine_of, take_step
 from moetrain.data.build import Data
-from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig
-from moetrain.optim.schedule import learning_rate
-from moetrain.parallel.engine import build_engine
-from moetrain.parallel.protocol import Engine, Objective
+from moetrain.parallel.protocol import Engine
 from moetrain.train.load import count_loads, violations
-from moetrain.train.loss import GlobalCounts, language_model_objective
 from moetrain.train.rows import micro_batches, rank_rows
-from moetrain.train.stages import DTYPES, Sections
-from moetrain.train.step import TIME_PREFIX, train_step
+from moetrain.train.stages import Sections
+from moetrain.train.step import TIME_PREFIX
 from moetrain.train.validate import validate
 
 LOADS = ("maxvio", "maxvio_micro", "load_variation", "dead_experts", "router_entropy", "bias_range")
@@ -66,12 +63,15 @@ def bench_balance(
     on_step: called after each step of all methods with a word on it.
     """
     train = sections.train
-    engines = {name: _engine(sections, balance) for name, balance in methods.items()}
+    runs = {
+        name: replace(sections, model=replace(sections.model, balance=balance)) for name, balance in methods.items()
+    }
+    engines = {name: engine_of(run) for name, run in runs.items()}
     results = {name: MethodResult(name=name, balance=balance) for name, balance in methods.items()}
     history: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for step in range(train.steps):
         for name, engine in engines.items():
-            values = _step(sections, results[name].balance, engine=engine, data=data, step=step)
+            values = take_step(runs[name], engine=engine, data=data, step=step)
             history[name].append(values)
             results[name].maxvio.append(values["maxvio"])
             results[name].seconds.append(values[TIME_PREFIX + "seconds"])
@@ -83,37 +83,6 @@ def bench_balance(
         results[name].figures["maxvio_held_out"] = _held_out_violation(sections, engine=engine, data=data)
         results[name].figures |= validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
     return list(results.values())
-
-
-def _engine(sections: Sections, balance: BalanceConfig) -> Engine:
-    return build_engine(
-        replace(sections.model, balance=balance),
-        sections.parallel,
-        optim_config=sections.optim,
-        quant_config=sections.quant,
-        compute_dtype=DTYPES[sections.train.compute_dtype],
-        seed=sections.seed,
-    )
-
-
-def _step(sections: Sections, balance: BalanceConfig, *, engine: Engine, data: Data, step: int) -> dict[str, float]:
-    train, optim, topology = sections.train, sections.optim, engine.topology
-    batch = data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1))
-    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
-    present = balance.at(step, steps=train.steps)
-
-    def objective_for(counts: GlobalCounts) -> Objective:
-        return language_model_objective(counts, balance=present, max_logits=MaxLogits.needed(optim.qk_clip))
-
-    return train_step(
-        engine,
-        objective_for,
-        micro_batches=micro_batches(rows, rows=train.rows_per_micro_batch),
-        learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
-        balance=present,
-        step=step,
-        qk_clip=optim.qk_clip,
-    )
 
 
 def _held_out_violation(sections: Sections, *, engine: Engine, data: Data) -> float:

@@ -15,19 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
+from moetrain.bench.step import engine_of, take_step
 from moetrain.data.build import Data
 from moetrain.errors import DivergenceError
-from moetrain.model.attention import MaxLogits
 from moetrain.optim.config import OptimConfig, OptimizerName
-from moetrain.optim.schedule import learning_rate
-from moetrain.parallel.engine import build_engine
-from moetrain.parallel.protocol import Engine, Objective
 from moetrain.report.plots import Line, line_chart, moving_average
 from moetrain.report.style import STYLE
-from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches, rank_rows
-from moetrain.train.stages import DTYPES, Sections
-from moetrain.train.step import train_step
+from moetrain.train.stages import Sections
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -115,17 +109,10 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
     optim, train = sections.optim, sections.train
     clip = f", clip {optim.qk_clip:g}" if optim.qk_clip is not None and math.isfinite(optim.qk_clip) else ""
     result = OptimizerResult(name=f"{optim.name} {optim.lr:g}{clip}", optim=optim)
-    engine = build_engine(
-        sections.model,
-        sections.parallel,
-        optim_config=optim,
-        quant_config=sections.quant,
-        compute_dtype=DTYPES[train.compute_dtype],
-        seed=sections.seed,
-    )
+    engine = engine_of(sections)
     for step in range(train.steps):
         try:
-            values = _step(sections, engine=engine, data=data, step=step)
+            values = take_step(sections, engine=engine, data=data, step=step)
         except DivergenceError as error:  # a rate that is too high is a finding, not the end of the sweep
             _log.warning("%s: %s", result.name, error)
             result.validation = dict.fromkeys(data.validation, math.nan)
@@ -137,26 +124,6 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
     figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
     result.validation = {name.removeprefix(_VALIDATION): value for name, value in figures.items()}
     return result
-
-
-def _step(sections: Sections, *, engine: Engine, data: Data, step: int) -> dict[str, float]:
-    train, optim, topology = sections.train, sections.optim, engine.topology
-    batch = data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1))
-    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
-    balance = sections.model.balance.at(step, steps=train.steps)
-
-    def objective_for(counts: GlobalCounts) -> Objective:
-        return language_model_objective(counts, balance=balance, max_logits=MaxLogits.measured)
-
-    return train_step(
-        engine,
-        objective_for,
-        micro_batches=micro_batches(rows, rows=train.rows_per_micro_batch),
-        learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
-        balance=balance,
-        step=step,
-        qk_clip=optim.qk_clip,
-    )
 
 
 def render(comparison: Comparison) -> Table:

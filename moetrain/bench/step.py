@@ -1,0 +1,44 @@
+"""One run of a bench that compares whole runs: its engine, and its training step, which is that of pretraining."""
+
+from moetrain.data.build import Data
+from moetrain.model.attention import MaxLogits
+from moetrain.optim.schedule import learning_rate
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.protocol import Engine, Objective
+from moetrain.train.loss import GlobalCounts, language_model_objective
+from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.stages import DTYPES, Sections
+from moetrain.train.step import train_step
+
+
+def engine_of(sections: Sections) -> Engine:
+    """Return the engine of a run. A collective."""
+    return build_engine(
+        sections.model,
+        sections.parallel,
+        optim_config=sections.optim,
+        quant_config=sections.quant,
+        compute_dtype=DTYPES[sections.train.compute_dtype],
+        seed=sections.seed,
+    )
+
+
+def take_step(sections: Sections, *, engine: Engine, data: Data, step: int) -> dict[str, float]:
+    """Take step `step` of a run and return its metrics. A collective. Raises `DivergenceError`."""
+    train, optim, topology = sections.train, sections.optim, engine.topology
+    batch = data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1))
+    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
+    balance = sections.model.balance.at(step, steps=train.steps)
+
+    def objective_for(counts: GlobalCounts) -> Objective:
+        return language_model_objective(counts, balance=balance, max_logits=MaxLogits.needed(optim.qk_clip))
+
+    return train_step(
+        engine,
+        objective_for,
+        micro_batches=micro_batches(rows, rows=train.rows_per_micro_batch),
+        learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
+        balance=balance,
+        step=step,
+        qk_clip=optim.qk_clip,
+    )
