@@ -163,15 +163,34 @@ def numbers(stage: Path) -> list[dict[str, Any]]:
 
 
 def final_state(stage: Path) -> dict[str, str]:
-    """Return a digest of every file of the last checkpoint, of state.json and index.json without what a clock gave."""
+    """Return a digest of every file of the last checkpoint, state.json without what a clock gave."""
     digests: dict[str, str] = {}
-    for path in sorted(checkpoints(stage)[-1].iterdir()):
+    for path in sorted(path for newest in checkpoints(stage)[-1:] for path in newest.iterdir()):
         content = path.read_bytes()
         if path.name == "state.json":
             content = json.dumps(_without_seconds(json.loads(content)), sort_keys=True).encode()
         if path.name != "index.json":  # digests of the others, state.json with its seconds among them
             digests[path.name] = hashlib.sha256(content).hexdigest()
     return digests
+
+
+@dataclass(kw_only=True)
+class Difference:
+    """Where two runs differ: the number of lines of metrics, and files of the last checkpoint."""
+
+    num_lines: int
+    files: list[str]
+
+
+def difference(stage: Path, *, whole: Path) -> Difference:
+    """Return where a run differs from the undisturbed one: in everything when it has no checkpoint."""
+    ours, theirs = numbers(stage) if checkpoints(stage) else [], numbers(whole)
+    num_lines = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+    files, expected = final_state(stage), final_state(whole)
+    return Difference(
+        num_lines=num_lines,
+        files=[name for name in sorted({*files, *expected}) if files.get(name) != expected.get(name)],
+    )
 
 
 def _without_seconds(value: Any) -> Any:

@@ -296,22 +296,19 @@ def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:
     """Return rows that say whether two runs are the same bit for bit: metrics, and files of the last checkpoint."""
     if not fault_runs.checkpoints(other) or not fault_runs.checkpoints(whole):
         return [Row(name=f"{title}: no checkpoint to compare", value=1, bound=0)]
-    ours, theirs = fault_runs.numbers(other), fault_runs.numbers(whole)
-    differing = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
-    files, expected = fault_runs.final_state(other), fault_runs.final_state(whole)
-    wrong = [name for name in sorted({*files, *expected}) if files.get(name) != expected.get(name)]
+    found = fault_runs.difference(other, whole=whole)
     lives = len(list(other.parent.parent.glob(f"{other.parent.name}.life_*")))
     return [
         Row(
             name=f"{title}: lines of metrics that differ",
-            value=differing,
+            value=found.num_lines,
             bound=0,
-            note=f"of {len(theirs)}, undisturbed against {lives} lives",
+            note=f"of {len(fault_runs.numbers(whole))}, undisturbed against {lives} lives",
         ),
         Row(
             name=f"{title}: files of the last checkpoint that differ",
-            value=len(wrong),
+            value=len(found.files),
             bound=0,
-            note=f"of {len(expected)} in {fault_runs.checkpoints(whole)[-1].name}",
+            note=f"of {len(fault_runs.final_state(whole))} in {fault_runs.checkpoints(whole)[-1].name}",
         ),
     ]

@@ -33,13 +33,8 @@ cp -r "$DISK"/. "$COPY"
 
 def same(layout: Layout, name: str) -> int:
     """Return the number of lines of metrics and files of the last checkpoint in which a run differs from `whole`."""
-    whole, other = layout.stage("whole"), layout.stage(name)
-    if not fault_runs.checkpoints(other):
-        return len(fault_runs.numbers(whole))
-    ours, theirs = fault_runs.numbers(other), fault_runs.numbers(whole)
-    lines = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
-    files, expected = fault_runs.final_state(other), fault_runs.final_state(whole)
-    return lines + sum(files.get(key) != expected.get(key) for key in {*files, *expected})
+    found = fault_runs.difference(layout.stage(name), whole=layout.stage("whole"))
+    return found.num_lines + len(found.files)
 
 
 def full_disk_row(layout: Layout) -> Row:
