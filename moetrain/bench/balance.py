@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from moetrain.bench.step import engine_of, take_step
+from moetrain.bench.step import take_step
 from moetrain.data.build import Data
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.load import count_loads, violations
 from moetrain.train.rows import micro_batches, rank_rows
-from moetrain.train.stages import Sections
+from moetrain.train.stages import Sections, engine_of
 from moetrain.train.step import TIME_PREFIX
 from moetrain.train.validate import validate
 

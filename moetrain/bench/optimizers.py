@@ -15,13 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
-from moetrain.bench.step import engine_of, take_step
+from moetrain.bench.step import take_step
 from moetrain.data.build import Data
 from moetrain.errors import DivergenceError
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.report.plots import Line, line_chart, moving_average
 from moetrain.report.style import STYLE
-from moetrain.train.stages import Sections
+from moetrain.train.stages import Sections, engine_of
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)

@@ -1,26 +1,13 @@
-"""One run of a bench that compares whole runs: its engine, and its training step, which is that of pretraining."""
+"""A training step of the runs that a bench compares: that of pretraining."""
 
 from moetrain.data.build import Data
 from moetrain.model.attention import MaxLogits
 from moetrain.optim.schedule import learning_rate
-from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine, Objective
 from moetrain.train.loss import GlobalCounts, language_model_objective
 from moetrain.train.rows import micro_batches, rank_rows
-from moetrain.train.stages import DTYPES, Sections
+from moetrain.train.stages import Sections
 from moetrain.train.step import train_step
-
-
-def engine_of(sections: Sections) -> Engine:
-    """Return the engine of a run. A collective."""
-    return build_engine(
-        sections.model,
-        sections.parallel,
-        optim_config=sections.optim,
-        quant_config=sections.quant,
-        compute_dtype=DTYPES[sections.train.compute_dtype],
-        seed=sections.seed,
-    )
 
 
 def take_step(sections: Sections, *, engine: Engine, data: Data, step: int) -> dict[str, float]:

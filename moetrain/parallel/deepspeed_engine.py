@@ -28,9 +28,9 @@ from moetrain.parallel.protocol import (
     Piece,
     StateReader,
     StepReport,
-    clip_factor_of,
     forget_rounded,
     on_device,
+    report_of,
 )
 from moetrain.parallel.state import (
     STATE_NAMES,
@@ -188,9 +188,7 @@ class DeepSpeedEngine:
         self.engine.step()
         forget_rounded(self.model)
         grad_norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            return StepReport(grad_norm=math.inf, clip_factor=0.0)
-        return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
+        return report_of(grad_norm, clip_norm=self.config.clip_norm)
 
     @torch.no_grad()
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ An engine owns the model's parameters, their gradients and the optimizer's state
 is handed an objective. `TorchEngine` is the plain twin that `DeepSpeedEngine` is tested against.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
@@ -137,6 +138,13 @@ class Engine(Protocol):
 def clip_factor_of(grad_norm: float, *, clip_norm: float) -> float:
     """Return what a gradient of norm `grad_norm` is multiplied by."""
     return min(1.0, clip_norm / (grad_norm + CLIP_EPS))
+
+
+def report_of(grad_norm: float, *, clip_norm: float) -> StepReport:
+    """Return what a step whose gradient has this norm reports."""
+    if not math.isfinite(grad_norm):
+        return StepReport(grad_norm=math.inf, clip_factor=0.0)
+    return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=clip_norm))
 
 
 def forget_rounded(model: Transformer) -> None:

@@ -17,9 +17,9 @@ from moetrain.parallel.protocol import (
     Piece,
     StateReader,
     StepReport,
-    clip_factor_of,
     forget_rounded,
     on_device,
+    report_of,
 )
 from moetrain.parallel.state import (
     STATE_NAMES,
@@ -82,9 +82,7 @@ class TorchEngine:
         for param in params:
             param.grad = None
         forget_rounded(self.model)
-        if not math.isfinite(grad_norm):
-            return StepReport(grad_norm=math.inf, clip_factor=0.0)
-        return StepReport(grad_norm=grad_norm, clip_factor=clip_factor_of(grad_norm, clip_norm=self.config.clip_norm))
+        return report_of(grad_norm, clip_norm=self.config.clip_norm)
 
     def discard(self) -> None:
         """Drop the accumulated gradient; parameters and optimizer state stay."""

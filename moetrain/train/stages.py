@@ -96,14 +96,7 @@ def train_stage(
         dialogues=made,
         mixes=mixes_of(sections.data, sections.train),
     )
-    engine = build_engine(
-        sections.model,
-        sections.parallel,
-        optim_config=sections.optim,
-        quant_config=sections.quant,
-        compute_dtype=DTYPES[sections.train.compute_dtype],
-        seed=sections.seed,
-    )
+    engine = engine_of(sections)
     if origin is not None:
         start_from(engine, origin, model=sections.model)
     training = _training(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
@@ -121,6 +114,18 @@ def mixes_of(data: DataConfig, train: TrainConfig) -> list[Mix]:
         Mix(first_row=train.rows_before(step), weights=weights)
         for step, weights in zip(first_steps, data.mix_weights(), strict=True)
     ]
+
+
+def engine_of(sections: Sections) -> Engine:
+    """Return the engine of a run, initialised from its seed. A collective; raises ConfigError where nothing fits."""
+    return build_engine(
+        sections.model,
+        sections.parallel,
+        optim_config=sections.optim,
+        quant_config=sections.quant,
+        compute_dtype=DTYPES[sections.train.compute_dtype],
+        seed=sections.seed,
+    )
 
 
 def stage_tokenizer(

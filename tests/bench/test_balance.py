@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 
 from moetrain.bench.balance import MethodResult, bench_balance, render, write_results
-from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.commands import BenchBalanceRun
-from moetrain.data.build import build_data, prepare_tokenizer
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.build import build_data
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind
 from moetrain.errors import ConfigError
 from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig
 from moetrain.optim.config import OptimConfig
-from moetrain.parallel.config import EngineName, ParallelConfig
-from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.stages import Sections
+from tests.bench.text_run import TEXT, VOCAB_SIZE, text_sections
 
-TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
 OFF = BalanceConfig(bias_rule=BiasRule.none, sequence_loss=0.0)
 METHODS = {
     "none": OFF,
@@ -28,35 +22,16 @@ METHODS = {
     "global": BalanceConfig(bias_rule=BiasRule.none, sequence_loss=0.0, global_loss=0.05),
 }
 STEPS = 12
+MODEL = ModelConfig(
+    vocab_size=VOCAB_SIZE, hidden_size=32, num_layers=2, intermediate_size=48, moe_intermediate_size=16, num_experts=16
+)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MethodResult]:
-    data_config = DataConfig(
-        seq_len=64,
-        sources={"text": SourceConfig(kind=SourceKind.jsonl, path=str(TEXT))},
-        tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
-        validation_fraction=0.1,
-    )
     folder = tmp_path_factory.mktemp("bench") / "tokenizer"
-    prepare_tokenizer(data_config, folder=folder)
-    sections = Sections(
-        model=ModelConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            num_layers=2,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_experts=16,
-        ),
-        data=data_config,
-        optim=OptimConfig(lr=1e-2),
-        train=TrainConfig(steps=STEPS, rows_per_step=8, rows_per_micro_batch=4, compute_dtype=ComputeDtype.float32),
-        parallel=ParallelConfig(engine=EngineName.torch),
-        quant=QuantConfig(),
-        seed=0,
-    )
-    data = build_data(data_config, 0, tokenizer_folder=folder)
+    sections = text_sections(folder, model=MODEL, optim=OptimConfig(lr=1e-2), steps=STEPS, rows=8)
+    data = build_data(sections.data, 0, tokenizer_folder=folder)
     notes: list[str] = []
     found = bench_balance(sections, METHODS, data=data, tail_share=0.25, on_step=notes.append)
     assert len(notes) == STEPS

@@ -7,51 +7,33 @@ from pathlib import Path
 import pytest
 
 from moetrain.bench.optimizers import Comparison, OptimizerResult, bench_optimizers, picture, render, write_results
-from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.commands import BenchOptimizersRun
-from moetrain.data.build import build_data, prepare_tokenizer
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.build import build_data
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig, OptimizerName, ScheduleConfig
-from moetrain.parallel.config import EngineName, ParallelConfig
-from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.stages import Sections
+from tests.bench.text_run import TEXT, VOCAB_SIZE, text_sections
 
-TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
 STEPS, THRESHOLD = 16, 3.0
+MODEL = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    q_lora_rank=None,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=4,
+)
 RATES = {OptimizerName.muon: [0.01, 0.02], OptimizerName.adamw: [0.01, 1e30]}
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    data_config = DataConfig(
-        seq_len=64,
-        sources={"text": SourceConfig(kind=SourceKind.jsonl, path=str(TEXT))},
-        tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
-        validation_fraction=0.1,
-    )
     folder = tmp_path_factory.mktemp("bench") / "tokenizer"
-    prepare_tokenizer(data_config, folder=folder)
-    sections = Sections(
-        model=ModelConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=2,
-            q_lora_rank=None,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_experts=4,
-        ),
-        data=data_config,
-        optim=OptimConfig(schedule=ScheduleConfig(warmup_steps=2)),
-        train=TrainConfig(steps=STEPS, rows_per_step=4, rows_per_micro_batch=4, compute_dtype=ComputeDtype.float32),
-        parallel=ParallelConfig(engine=EngineName.torch),
-        quant=QuantConfig(),
-        seed=0,
+    sections = text_sections(
+        folder, model=MODEL, optim=OptimConfig(schedule=ScheduleConfig(warmup_steps=2)), steps=STEPS, rows=4
     )
     notes: list[str] = []
     found = bench_optimizers(
@@ -59,7 +41,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         RATES,
         clip_rate=0.4,
         threshold=THRESHOLD,
-        data=build_data(data_config, 0, tokenizer_folder=folder),
+        data=build_data(sections.data, 0, tokenizer_folder=folder),
         on_step=notes.append,
     )
     assert len(notes) == 5 * STEPS + 1  # the absurd rate diverges in its second step
