@@ -269,8 +269,8 @@ class RecipeRun:
     """Weights & Biases, for every stage."""
     plugins: list[str] = field(default_factory=list)
     """Plugins of every stage, beside those that the recipe names."""
-    num_processes: int = 1
-    """Ranks on this machine for the stages that train."""
+    num_processes: int | None = None
+    """Ranks on this machine for the stages that train or evaluate; null takes what the recipe says."""
     threads: int | None = None
     """Threads of every process (run.threads); null takes what the recipe says."""
     again_from: str | None = None

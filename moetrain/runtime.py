@@ -7,11 +7,13 @@ import ctypes
 import hashlib
 import platform
 import random
+import signal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+_PR_SET_PDEATHSIG = 1
 _SEED_BITS = 63  # the largest seed that torch, numpy and random all take
 
 
@@ -43,6 +45,12 @@ def torch_stream(seed: int, name: str, *index: int) -> "torch.Generator":
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_BLOCK = 1 << 30
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends; does nothing elsewhere."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,5 @@
 """`dry_run=true`: prints what a stage would take, and stops."""
 
-import os
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +10,9 @@ from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 
 
-def show(name: str, run: Any) -> None:
+def show(name: str, run: Any, *, world_size: int) -> None:
     """Print parameters, memory, tokens and expected time of a training stage; that others' input is good."""
-    plan = plan_of(run)
+    plan = plan_of(run, world_size=world_size)
     if plan is None:
         print(f"{name}: the input is good; this command trains nothing, so there is nothing to plan")
         return
@@ -23,8 +22,8 @@ def show(name: str, run: Any) -> None:
     Console().print(table)
 
 
-def plan_of(run: Any) -> StagePlan | None:
-    """Return what a stage takes on as many ranks as a launcher started; None for a stage that trains nothing."""
+def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
+    """Return what a stage takes on `world_size` ranks; None for a stage that trains nothing."""
     if not isinstance(run, TrainingRun):
         return None
     if isinstance(run, RlRun):
@@ -40,7 +39,7 @@ def plan_of(run: Any) -> StagePlan | None:
         run.model,
         optim=run.optim,
         parallel=run.parallel,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         tokens=tokens,
         seq_len=seq_len,
         tokens_in_memory=in_memory,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.stage import CONFIG, stage_folder, write_json
+from moetrain.cli.stage import CONFIG, num_ranks, rank, stage_folder, write_json
 from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import CheckpointError, ConfigError
@@ -30,6 +30,8 @@ def main(run: EvalRun) -> int:
     from moetrain.eval.stage import EVAL, evaluate
     from moetrain.export.read import is_export
     from moetrain.inference.weights import build_weights
+    from moetrain.parallel.config import EngineName, ParallelConfig
+    from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
     from moetrain.tasks import registry
 
@@ -54,7 +56,11 @@ def main(run: EvalRun) -> int:
             rollout=run.rollout,
             seed=run.run.seed,
             before=before,
+            # One process needs no group, and without one DeepSpeed need not be imported.
+            topology=setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch)),
         )
+        if rank() > 0:
+            return 0
         for mode, trajectories in evaluation.trajectories.items():
             path = folder / "traces" / f"{mode}.jsonl"
             write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)

@@ -5,11 +5,11 @@ records are read whole, weights bring torch in. `moetrain check` does all of it,
 start ranks, so that a mistake in the input is one line and not one a rank.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetrain.cli.plugins import load_plugins, plugin_spec
+from moetrain.cli.stage import num_ranks
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import EvalRun, ExportRun, GenerateRun, ReadingRun, RlRun, StageRun, TrainingRun
 from moetrain.data.config import DataConfig, SourceKind
@@ -45,7 +45,7 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
     for plugin in run.plugins:
         plugin_spec(plugin)
     if isinstance(run, TrainingRun):
-        run.parallel.check_world_size(int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+        run.parallel.check_world_size(num_ranks() if world_size is None else world_size)
     for source in _data(run).sources.values():
         if source.kind in LOCAL_KINDS:
             local_files(source)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from moetrain.cli import check, dry_run, help_page, run
 from moetrain.cli.command_line import composed, split_command
 from moetrain.cli.inputs import check_inputs, check_names
-from moetrain.cli.stage import check_folder, rank
+from moetrain.cli.stage import check_folder, num_ranks, rank
 from moetrain.errors import MoetrainError
 from moetrain.log import setup_logging
-from moetrain.runtime import keep_freed_memory
+from moetrain.runtime import die_with_parent, keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()
     keep_freed_memory()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # a rank that outlives its launcher holds the run's folder, and waits for the others
     setup_logging(rank=rank())
     try:
         return _dispatch(words)
@@ -67,7 +69,7 @@ def _dispatch(words: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(config.run.threads)  # read when torch is first imported
     if config.dry_run:
         if rank() == 0:
-            dry_run.show(command, config)
+            dry_run.show(command, config, world_size=num_ranks())
         return 0
     code: int = importlib.import_module(f"moetrain.cli.{command.replace(' ', '_')}").main(config)
     return code

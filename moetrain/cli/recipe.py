@@ -1,11 +1,13 @@
 """Recipes: `recipe.yaml` into stages, each with its own checked config. Nothing runs here.
 
     plugins: [my_task.py]            # optional; a path is relative to the recipe's folder
+    processes: 2                     # optional; ranks of the stages that can have several
     threads: 1                       # optional; run.threads of every stage
     stages:
       - name: pretrain
         command: pretrain
         overrides: [model=k2_nano, train.steps=300]
+        processes: 1                 # optional, as `threads`: for this stage alone
       - name: sft
         command: sft
         overrides: [model=k2_nano, "init_from=${stage:pretrain}"]
@@ -14,19 +16,22 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder, quoted, read_yaml, suggestion
-from moetrain.config import RecipeRun
+from moetrain.config import EvalRun, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
 _OWN = {field.name for field in fields(RecipeRun)}
+_COUNTS = ("processes", "threads")
+_OF_RANKS = (TrainingRun, EvalRun)
+"""Configs of the stages that several ranks can share."""
 
 
 @dataclass(kw_only=True)
@@ -36,6 +41,8 @@ class RecipeStage:
     name: str
     command: str
     overrides: list[str]
+    processes: int | None
+    threads: int | None
 
 
 @dataclass(kw_only=True)
@@ -45,18 +52,18 @@ class Recipe:
     name: str
     folder: Path
     plugins: list[str]
-    threads: int | None
     stages: list[RecipeStage]
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """A stage that can run: its checked config, and the earlier stages whose folders it takes."""
+    """A stage that can run: its checked config, the earlier stages whose folders it takes, and its ranks."""
 
     name: str
     command: str
     config: Any
     inputs: list[str]
+    processes: int
 
 
 def load(recipe: str) -> Recipe:
@@ -72,15 +79,14 @@ def load(recipe: str) -> Recipe:
     content = read_yaml(path)
     if not isinstance(content.get("stages"), list) or not content["stages"]:
         raise ConfigError(f"{path} has no list of stages")
-    _check_keys(content, ["plugins", "threads", "stages"], str(path))
+    _check_keys(content, ["plugins", *_COUNTS, "stages"], str(path))
+    of_all = {key: _count(content, key, str(path)) for key in _COUNTS}
     stages: list[RecipeStage] = []
     for number, item in enumerate(content["stages"], start=1):
-        stages.append(_stage(item, where=f"{path}, stage {number}", earlier=[stage.name for stage in stages]))
+        earlier = [stage.name for stage in stages]
+        stages.append(_stage(item, where=f"{path}, stage {number}", earlier=earlier, of_all=of_all))
     plugins = [_beside(folder, plugin) for plugin in _strings(content, "plugins", str(path))]
-    threads = content.get("threads")
-    if threads is not None and not (isinstance(threads, int) and threads >= 1):
-        raise ConfigError(f"{path}: threads is {threads!r}: give a whole number from 1")
-    return Recipe(name=folder.resolve().name, folder=folder, plugins=plugins, threads=threads, stages=stages)
+    return Recipe(name=folder.resolve().name, folder=folder, plugins=plugins, stages=stages)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,7 +115,7 @@ def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) 
         extra[match.group(2)].append((match.group(1) or "") + match.group(3))
     stages: list[Stage] = []
     for stage in recipe.stages:
-        words = [*stage.overrides, *_of_run(recipe, run, stage.name), *extra[stage.name]]
+        words = [*stage.overrides, *_of_run(recipe, run, stage), *extra[stage.name]]
         stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=[done.name for done in stages]))
     return stages
 
@@ -130,17 +136,18 @@ def _compose_stage(
         config = compose(stage.command, overrides, stage_folder=folder_of, search=search)
     except ConfigError as error:
         raise ConfigError(f"stage {stage.name}: {error}") from None
-    return Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(inputs))
+    processes = (run.num_processes or stage.processes or 1) if isinstance(config, _OF_RANKS) else 1
+    return Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(inputs), processes=processes)
 
 
-def _of_run(recipe: Recipe, run: RecipeRun, name: str) -> list[str]:
+def _of_run(recipe: Recipe, run: RecipeRun, stage: RecipeStage) -> list[str]:
     """Return what the run says to each of its stages, as overrides."""
     plugins = [*recipe.plugins, *run.plugins]
-    threads = run.threads or recipe.threads
+    threads = run.threads or stage.threads
     return [
         f"run.folder={quoted(run.folder)}",
         f"run.name={quoted(run.name or recipe.name)}",
-        f"run.stage={name}",
+        f"run.stage={stage.name}",
         f"run.seed={run.seed}",
         *([f"run.threads={threads}"] if threads else []),
         f"run.wandb.project={quoted(run.wandb.project)}",
@@ -149,10 +156,10 @@ def _of_run(recipe: Recipe, run: RecipeRun, name: str) -> list[str]:
     ]
 
 
-def _stage(item: Any, *, where: str, earlier: Sequence[str]) -> RecipeStage:
+def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str, int | None]) -> RecipeStage:
     if not isinstance(item, dict):
         raise ConfigError(f"{where} is {item!r}: give name, command and overrides")
-    _check_keys(item, ["name", "command", "overrides"], where)
+    _check_keys(item, ["name", "command", "overrides", *_COUNTS], where)
     command = item.get("command")
     name = item.get("name", command)
     commands = [command for command in SCHEMAS if command not in ("run", "generate")]
@@ -160,7 +167,15 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str]) -> RecipeStage:
         raise ConfigError(f"{where}: command is {command!r}; {suggestion(str(command), commands)}")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN or name in earlier:
         raise ConfigError(f"{where}: name is {name!r}; give a new one of small letters, digits and _")
-    return RecipeStage(name=name, command=command, overrides=_strings(item, "overrides", where))
+    counts = {key: _count(item, key, where) or of_all[key] for key in _COUNTS}
+    return RecipeStage(name=name, command=command, overrides=_strings(item, "overrides", where), **counts)
+
+
+def _count(content: dict[Any, Any], key: str, where: str) -> int | None:
+    value = content.get(key)
+    if value is not None and not (isinstance(value, int) and value >= 1):
+        raise ConfigError(f"{where}: {key} is {value!r}: give a whole number from 1")
+    return value
 
 
 def _check_keys(content: dict[Any, Any], keys: Sequence[str], where: str) -> None:

@@ -9,7 +9,6 @@ the stages that it takes. `started.json` has the key a stage began with: a stopp
 with another key is moved aside and begins anew. `done.json`, written last, says that it is done.
 """
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -35,13 +34,13 @@ from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import RecipeRun, ReportRun, TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.log import duration
+from moetrain.runtime import die_with_parent
 
 _log = logging.getLogger(__name__)
 
 _STARTED, _DONE = "started.json", "done.json"
 _NO_MATTER = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run")
 """Keys of a config that change no result."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(kw_only=True)
@@ -67,7 +66,7 @@ def main(words: Sequence[str]) -> int:
     prepared = prepare(words)
     if prepared.run.dry_run:
         for stage in prepared.stages:
-            dry_run.show(stage.name, stage.config)
+            dry_run.show(stage.name, stage.config, world_size=stage.processes)
         return 0
     keys = stage_keys(prepared)
     rows: list[Row] = []
@@ -118,7 +117,7 @@ def prepare(words: Sequence[str]) -> Prepared:
     check_writable(folder)
     for number, stage in enumerate(stages):
         made = [Path(folder / earlier.name).expanduser() for earlier in stages[:number]]
-        check_inputs(stage.config, made=made, world_size=_num_ranks(run, stage))
+        check_inputs(stage.config, made=made, world_size=stage.processes)
     for stage in stages:
         check_names(stage.config)
         check_records(stage.config)
@@ -164,7 +163,7 @@ def _first_to_run(prepared: Prepared, keys: Mapping[str, str]) -> int:
 def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[int, float]:
     """Run a stage in a process of its own; return its exit code and seconds."""
     folder = prepared.folder / stage.name
-    check_inputs(stage.config, world_size=_num_ranks(prepared.run, stage))
+    check_inputs(stage.config, world_size=stage.processes)
     if folder.exists() and _read(folder / _STARTED).get("key") != key:
         _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,15 +172,16 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
     _write(folder / _STARTED, {"key": key})
     words = [*stage.command.split(), "--config", str(config)]
     python = [sys.executable, "-m"]
-    launcher, num_ranks, code = python, _num_ranks(prepared.run, stage), 0
+    launcher, code = python, 0
     start = time.monotonic()
-    if num_ranks > 1:
-        launcher = [*python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m"]
+    if stage.processes > 1:
+        torchrun = f"torch.distributed.run --standalone --nproc-per-node {stage.processes} -m".split()
+        launcher = ["env", f"OMP_NUM_THREADS={stage.config.run.threads or 1}", *python, *torchrun]
         # What only reading the weights can tell is one line here, not one a rank.
-        code = _wait(["env", f"WORLD_SIZE={num_ranks}", *python, "moetrain.cli", "check", *words])
+        code = _wait(["env", f"WORLD_SIZE={stage.processes}", *python, "moetrain.cli", "check", *words])
     if code == 0:
         command = [*launcher, "moetrain.cli", *words]
-        _log.info("stage %s: %s", stage.name, " ".join(command[1:]))
+        _log.info("stage %s: %s", stage.name, " ".join(command))
         code = _wait(command)
     seconds = time.monotonic() - start
     if code == 0:
@@ -189,14 +189,9 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
     return code, seconds
 
 
-def _num_ranks(run: RecipeRun, stage: recipe.Stage) -> int:
-    return run.num_processes if isinstance(stage.config, TrainingRun) else 1
-
-
 def _wait(command: Sequence[str]) -> int:
     """Run a process that dies with this one, and that is sent on the signals this one is sent; return its exit code."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    process = subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
+    process = subprocess.Popen(command, preexec_fn=die_with_parent)
 
     def send_on(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)

@@ -13,6 +13,7 @@ from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import progress
+from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
@@ -62,8 +63,9 @@ def run_mode(
     tokenizer: Tokenizer,
     rollout: RolloutConfig,
     seed: int,
+    topology: Topology,
 ) -> list[Trajectory]:
-    """Return one trajectory a task of the mode, in the order of its tasks."""
+    """Return one trajectory a task of the mode, in the order of its tasks. A collective: the ranks share the tasks."""
     config = task_config if mode.tools_fail else replace(task_config, tool_failure=0.0)
     family = family_of(config)
     requests = [
@@ -73,10 +75,10 @@ def run_mode(
             sample=0,
             stream=seed_of(seed, "eval", index, calls or 0),
         )
-        for index, calls in mode.tasks
+        for index, calls in mode.tasks[topology.rank :: topology.world_size]
     ]
     with progress(len(requests), mode.name) as advance:
-        return collect(
+        mine = collect(
             requests,
             weights=weights,
             family=family,
@@ -85,6 +87,9 @@ def run_mode(
             declare_tools=task_config.declare_tools,
             on_finished=lambda trajectory: advance(""),
         )
+    shares = topology.broadcast_object(topology.gather_objects(mine))
+    assert shares is not None
+    return [shares[place % topology.world_size][place // topology.world_size] for place in range(len(mode.tasks))]
 
 
 def _task(family: TaskFamily, index: int, calls: int | None) -> Task:

@@ -5,6 +5,7 @@ Weights, tokenizer and the earlier evaluation are handed in; what comes back is 
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ from moetrain.eval.divergence import divergence
 from moetrain.eval.runner import check_graders, mode_name, modes, run_mode
 from moetrain.eval.summary import paired, summarize
 from moetrain.inference.weights import InferenceWeights
+from moetrain.parallel.topology import Topology
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks.config import TaskConfig
@@ -42,10 +44,22 @@ def evaluate(
     rollout: RolloutConfig,
     seed: int,
     before: Mapping[str, Any] | None,
+    topology: Topology,
 ) -> Evaluation:
-    """Run every mode. `masters`: bf16 masters beside the export; `before`: an earlier `eval.json`."""
-    common = {"family_of": family_of, "task_config": task, "tokenizer": tokenizer, "rollout": rollout, "seed": seed}
-    results = {mode.name: run_mode(mode, weights=weights, **common) for mode in modes(config)}  # type: ignore[arg-type]
+    """Run every mode. `masters`: bf16 masters beside the export; `before`: an earlier `eval.json`.
+
+    A collective: the ranks of `topology` share the tasks, and each returns the same.
+    """
+    run_one = partial(
+        run_mode,
+        family_of=family_of,
+        task_config=task,
+        tokenizer=tokenizer,
+        rollout=rollout,
+        seed=seed,
+        topology=topology,
+    )
+    results = {mode.name: run_one(mode, weights=weights) for mode in modes(config)}
     numbers: dict[str, Any] = {
         "modes": {name: summarize(trajectories) for name, trajectories in results.items()},
         "graders": check_graders(family_of(task), num_tasks=min(config.num_tasks, _GRADER_TASKS)),
@@ -53,7 +67,7 @@ def evaluate(
     }
     if masters is not None:
         beside = [mode for mode in modes(config) if mode.name in map(mode_name, config.temperatures)]
-        runs = {mode.name: run_mode(mode, weights=masters, **common) for mode in beside}  # type: ignore[arg-type]
+        runs = {mode.name: run_one(mode, weights=masters) for mode in beside}
         numbers["masters"] = {name: summarize(trajectories) for name, trajectories in runs.items()}
         sample = next(iter(results.values()))[: config.kl_tasks]
         numbers["divergence"] = asdict(divergence(masters, weights, trajectories=sample))
