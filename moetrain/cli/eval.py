@@ -37,6 +37,8 @@ def main(run: EvalRun) -> int:
 
     before = _earlier(Path(run.eval.before).expanduser(), run, file=EVAL) if run.eval.before is not None else None
     with stage_folder(run) as folder:
+        # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.
+        topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
         origin = read_weights(run.init_from)
         tokenizer = tokenizer_of(origin)
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
@@ -56,8 +58,7 @@ def main(run: EvalRun) -> int:
             rollout=run.rollout,
             seed=run.run.seed,
             before=before,
-            # One process needs no group, and without one DeepSpeed need not be imported.
-            topology=setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch)),
+            topology=topology,
         )
         if rank() > 0:
             return 0

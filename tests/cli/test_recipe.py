@@ -59,11 +59,30 @@ def test_the_run_speaks_to_every_stage_and_overrides_to_one(folder: Path) -> Non
     assert second.config.run.wandb.mode == "disabled"
 
 
-def test_threads_of_the_recipe_reach_every_stage_and_the_run_has_the_last_word(folder: Path) -> None:
-    assert [stage.config.run.threads for stage in stages(folder, run=[], of_stages=[])] == [None, None]
-    (folder / "recipe.yaml").write_text("threads: 1\n" + GOOD)
-    assert [stage.config.run.threads for stage in stages(folder, run=[], of_stages=[])] == [1, 1]
-    assert [stage.config.run.threads for stage in stages(folder, run=["threads=3"], of_stages=[])] == [3, 3]
+@pytest.mark.parametrize(("key", "own"), [("threads", "threads"), ("processes", "num_processes")])
+def test_a_count_reaches_every_stage_a_stage_has_its_own_and_the_run_the_last_word(
+    key: str, own: str, folder: Path
+) -> None:
+    def counts(run: list[str]) -> list[int | None]:
+        made = stages(folder, run=run, of_stages=[])
+        return [stage.config.run.threads if key == "threads" else stage.processes for stage in made]
+
+    assert counts([]) == ([None, None] if key == "threads" else [1, 1])
+    (folder / "recipe.yaml").write_text(f"{key}: 2\n" + GOOD)
+    assert counts([]) == [2, 2]
+    (folder / "recipe.yaml").write_text(
+        f"{key}: 2\n" + GOOD.replace("  - command: sft", f"  - {key}: 3\n    command: sft")
+    )
+    assert counts([]) == [2, 3]
+    assert counts([f"{own}=4"]) == [4, 4]
+
+
+def test_only_stages_that_train_or_evaluate_have_several_ranks(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(
+        "processes: 2\n" + GOOD + '  - {command: export, overrides: ["init_from=${stage:sft}"]}\n'
+        '  - {command: eval, overrides: ["init_from=${stage:export}"]}\n'
+    )
+    assert [stage.processes for stage in stages(folder, run=[], of_stages=[])] == [2, 2, 1, 2]
 
 
 def test_words_of_a_command_line_are_told_apart_by_their_first_name() -> None:
@@ -84,6 +103,7 @@ def test_words_of_a_command_line_are_told_apart_by_their_first_name() -> None:
         ("stages: [{command: pretrain}, {command: pretrain}]", "stage 2: name is 'pretrain'; give a new one"),
         ("stages: [{command: pretrain, overrides: a=b}]", "stage 1: overrides is 'a=b': give a list of strings"),
         ("{threads: 0, stages: [{command: pretrain}]}", "threads is 0: give a whole number from 1"),
+        ("stages: [{command: pretrain, processes: two}]", "stage 1: processes is 'two': give a whole number from 1"),
         ("stages: [", "recipe.yaml:1 is not YAML"),
         ("stages: []", "recipe.yaml has no list of stages"),
         ("steps: []", "recipe.yaml has no list of stages"),

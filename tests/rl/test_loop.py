@@ -1,19 +1,13 @@
 """The RL loop on a task that a random model can solve by chance: stop at once, with an answer of even length."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import SPECIAL_TOKENS
-from moetrain.chat.tool_schema import ToolSpec
-from moetrain.data.tokenizer import Tokenizer, train_tokenizer
-from moetrain.errors import ToolError
 from moetrain.log import JsonlMetrics, read_metrics
-from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig
+from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
@@ -24,78 +18,20 @@ from moetrain.rl.loop import RlTraining, collect_groups, run_rl
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
-from moetrain.tasks.protocol import Grade, Observation, Split
 from moetrain.train.config import TrainConfig
 from tests.distributed import run_ranks
+from tests.even_task import MODEL, EvenFamily, even_tokenizer
 
-_VOCAB = 256 + len(SPECIAL_TOKENS) + 4
-_MODEL = ModelConfig(
-    vocab_size=_VOCAB,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    q_lora_rank=None,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    intermediate_size=32,
-    moe_intermediate_size=32,
-    num_experts=4,
-)
 _QUANT = QuantConfig(enabled=True)
 _TRAIN = TrainConfig(steps=4, checkpoint_every=2)
-
-
-class EvenEnvironment:
-    def call(self, name: str, arguments: str) -> Observation:
-        raise ToolError(f"no tool {name}: {arguments}")
-
-    def grade(self, answer: str) -> Grade:
-        return Grade(success=len(answer) % 2 == 0, reason="even")
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvenTask:
-    index: int
-
-    @property
-    def num_calls(self) -> int:
-        return 1
-
-    @property
-    def prompt(self) -> list[Message]:
-        return [Message(role=Role.user, content=str(self.index))]
-
-    def environment(self, stream: int) -> EvenEnvironment:
-        return EvenEnvironment()
-
-
-class EvenFamily:
-    @property
-    def tools(self) -> Sequence[ToolSpec]:
-        return ()
-
-    def task(self, split: Split, index: int, *, num_calls: int | None = None) -> EvenTask:
-        return EvenTask(index=index)
-
-    def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        return [], Grade(success=False, reason="none")
-
-
-def _tokenizer() -> Tokenizer:
-    return train_tokenizer(["some words to train a tokenizer on " * 3] * 3, vocab_size=_VOCAB)
 
 
 def _training(engine: Engine, seen: list[Trajectory]) -> RlTraining:
     return RlTraining(
         engine=engine,
         family=EvenFamily(),
-        tokenizer=_tokenizer(),
-        model=_MODEL,
+        tokenizer=even_tokenizer(),
+        model=MODEL,
         quant=_QUANT,
         balance=BalanceConfig(),
         rl=RlConfig(tasks_per_step=4, group_size=8),
@@ -112,7 +48,7 @@ def _training(engine: Engine, seen: list[Trajectory]) -> RlTraining:
 def _engine(name: EngineName, *, expert: int = 1, dtype: torch.dtype = torch.bfloat16) -> Engine:
     parallel = ParallelConfig(engine=name, expert=expert)
     optim = OptimConfig(lr=1e-2)
-    return build_engine(_MODEL, parallel, optim_config=optim, quant_config=_QUANT, compute_dtype=dtype, seed=0)
+    return build_engine(MODEL, parallel, optim_config=optim, quant_config=_QUANT, compute_dtype=dtype, seed=0)
 
 
 def _run(folder: Path, steps: int) -> tuple[Engine, list[Trajectory]]:
@@ -147,7 +83,7 @@ def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path:
 def _balanced_step(folder: Path, *, losses: BalanceLosses, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
     """Return the metrics and the biases of one step with every balance loss given a weight."""
     balance = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
-    model = replace(_MODEL, balance=balance)
+    model = replace(MODEL, balance=balance)
     engine = build_engine(
         model,
         ParallelConfig(engine=EngineName.torch),
@@ -203,7 +139,7 @@ def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp
 
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
-    weights = sync_weights(engine, config=_MODEL, quant=_QUANT, dtype=torch.float32)
+    weights = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
     groups = collect_groups(_training(engine, []), weights=weights, step=0)
     return [trajectory.tokens for group in groups for trajectory in group]
 

@@ -1,0 +1,71 @@
+"""A task that a random model can solve by chance: stop at once, with an answer of even length. And a model for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moetrain.chat.messages import Message, Role
+from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.tool_schema import ToolSpec
+from moetrain.data.tokenizer import Tokenizer, train_tokenizer
+from moetrain.errors import ToolError
+from moetrain.model.config import ModelConfig
+from moetrain.tasks.protocol import Grade, Observation, Split
+
+_VOCAB = 256 + len(SPECIAL_TOKENS) + 4
+MODEL = ModelConfig(
+    vocab_size=_VOCAB,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=32,
+    num_experts=4,
+)
+
+
+class EvenEnvironment:
+    def call(self, name: str, arguments: str) -> Observation:
+        raise ToolError(f"no tool {name}: {arguments}")
+
+    def grade(self, answer: str) -> Grade:
+        return Grade(success=len(answer) % 2 == 0, reason="even")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenTask:
+    index: int
+
+    @property
+    def num_calls(self) -> int:
+        return 1
+
+    @property
+    def prompt(self) -> list[Message]:
+        return [Message(role=Role.user, content=str(self.index))]
+
+    def environment(self, stream: int) -> EvenEnvironment:
+        return EvenEnvironment()
+
+
+class EvenFamily:
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        return ()
+
+    def task(self, split: Split, index: int, *, num_calls: int | None = None) -> EvenTask:
+        return EvenTask(index=index)
+
+    def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+        return [], Grade(success=False, reason="none")
+
+
+def even_tokenizer() -> Tokenizer:
+    return train_tokenizer(["some words to train a tokenizer on " * 3] * 3, vocab_size=_VOCAB)
