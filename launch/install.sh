@@ -31,36 +31,29 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit 0
 fi
 
+# Python compiles what is imported when it first is; pip would compile all of it.
+export PIP_NO_COMPILE=1
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 # torch comes first and alone: a machine that offers a CPU build of this version then keeps it.
 pip install "$(grep '^torch==' launch/constraints.txt)"
 took "torch"
-
-# DeepSpeed compiles a small shared-memory op when a CPU process group starts; done here, it is done once, and beside
-# the rest of the installation.
-log="$venv/shm_op.log"
-op=""
-if command -v g++ >/dev/null; then
-    pip install -c launch/constraints.txt deepspeed ninja
-    took "DeepSpeed"
-    PATH="$PWD/$venv/bin:$venv/bin:$PATH" "$venv/bin/python" -c \
-        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)' \
-        >"$log" 2>&1 &
-    op=$!
-    trap 'kill "$op" 2>/dev/null || true' EXIT
-else
-    echo "install: no g++ here, so DeepSpeed's shared-memory op is not built; runs use gloo alone, which is slower" >&2
-fi
 pip install -c launch/constraints.txt -e '.[dev]'
-took "moetrain and its other dependencies"
-if [[ -n "$op" ]]; then
-    if wait "$op"; then
-        took "DeepSpeed's shared-memory op, the rest of it"
+took "moetrain and its dependencies"
+
+# DeepSpeed compiles a small shared-memory op when a CPU process group starts; done here, it is done once.
+if command -v g++ >/dev/null; then
+    log="$venv/shm_op.log"
+    if PATH="$PWD/$venv/bin:$venv/bin:$PATH" "$venv/bin/python" -c \
+        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)' \
+        >"$log" 2>&1; then
+        took "DeepSpeed's shared-memory op"
     else
         tail -n 5 "$log" >&2
         echo "install: DeepSpeed's shared-memory op was not built (log: $log); runs use gloo alone, which is slower" >&2
     fi
+else
+    echo "install: no g++ here, so DeepSpeed's shared-memory op is not built; runs use gloo alone, which is slower" >&2
 fi
 
 echo "$wanted" >"$stamp"

@@ -7,12 +7,16 @@ for GPUs: one grouped product for all experts; sums are ordered differently ther
 S rows sorted by expert, R rows of one expert, D hidden, L experts, F expert width, G = 2F (gate rows first).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from moetrain.model.thread_parts import part_bounds, run_parts
 
 ROW_MULTIPLE = 64
 """Rows of each expert are padded to it: oneDNN builds a kernel for every new shape."""
@@ -73,6 +77,38 @@ def _pieces(counts: list[int]) -> Iterator[tuple[int, slice, slice]]:
         start, padded_start = start + count, padded_start + padded
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some consecutive experts that one thread computes. `end`: rows from here on are other parts' to write."""
+
+    pieces: list[tuple[int, slice, slice]]
+    end: int
+
+
+def _parts(counts: list[int]) -> list[_Part]:
+    """Return the experts in at most as many parts as there are threads, with about as many rows each."""
+    pieces = list(_pieces(counts))
+    ends = [end for _, end in part_bounds(pieces[-1][2].stop)]
+    groups: list[list[tuple[int, slice, slice]]] = [[] for _ in ends]
+    for piece in pieces:
+        groups[min(bisect_right(ends, piece[2].start), len(ends) - 1)].append(piece)
+    filled = [group for group in groups if group]
+    limits = [group[0][1].start for group in filled[1:]] + [sum(counts) + ROW_MULTIPLE]
+    return [_Part(pieces=group, end=end) for group, end in zip(filled, limits, strict=True)]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, rows: slice, part: _Part) -> None:
+    """Write the rows of a @ b that are no padding to `out[rows]`.
+
+    The padding goes after them, where the part's next expert overwrites it, unless others write there.
+    """
+    end = rows.start + len(a)
+    if end <= part.end:
+        torch.mm(a, b, out=out[rows.start : end])
+    else:
+        out[rows] = torch.mm(a, b)[: rows.stop - rows.start]
+
+
 def _padded(rows_RD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Write rows, and zeros after them, to `out`; return it."""
     out[: len(rows_RD)] = rows_RD
@@ -91,16 +127,22 @@ class _WrittenOut(torch.autograd.Function):
         ctx: Any, x_SD: torch.Tensor, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor, counts: list[int]
     ) -> torch.Tensor:
         """Return y_SD."""
-        pieces = list(_pieces(counts))
-        num_padded = pieces[-1][2].stop
+        parts = _parts(counts)
+        num_padded = sum(count + -count % ROW_MULTIPLE for count in counts)
         x_PD = x_SD.new_empty(num_padded, x_SD.shape[1])
         gate_up_PG = x_SD.new_empty(num_padded, gate_up_LGD.shape[1])
         y_SD = x_SD.new_empty(len(x_SD) + ROW_MULTIPLE, x_SD.shape[1])
-        for expert, rows, padded in pieces:
-            x_RD = _padded(x_SD[rows], x_PD[padded])
-            torch.mm(x_RD, gate_up_LGD[expert].T, out=gate_up_PG[padded])
-            gate_RF, up_RF = gate_up_PG[padded].chunk(2, -1)
-            torch.mm(F.silu(gate_RF).mul_(up_RF), down_LDF[expert].T, out=y_SD[rows.start :][: len(x_RD)])
+
+        def compute(index: int) -> None:
+            part = parts[index]
+            for expert, rows, padded in part.pieces:
+                x_RD = _padded(x_SD[rows], x_PD[padded])
+                torch.mm(x_RD, gate_up_LGD[expert].T, out=gate_up_PG[padded])
+                gate_RF, up_RF = gate_up_PG[padded].chunk(2, -1)
+                hidden_RF = F.silu(gate_RF).mul_(up_RF)
+                _product(hidden_RF, down_LDF[expert].T, out=y_SD, rows=rows, part=part)
+
+        run_parts(compute, len(parts))
         ctx.save_for_backward(x_PD, gate_up_PG, gate_up_LGD, down_LDF)
         ctx.counts = counts
         return y_SD[: len(x_SD)]
@@ -113,21 +155,27 @@ class _WrittenOut(torch.autograd.Function):
         (grad_y_SD,) = grads
         grad_x_SD = x_PD.new_empty(len(grad_y_SD) + ROW_MULTIPLE, x_PD.shape[1])
         grad_gate_up_LGD, grad_down_LDF = torch.empty_like(gate_up_LGD), torch.empty_like(down_LDF)
-        for expert, rows, padded in _pieces(ctx.counts):
-            if rows.start == rows.stop:
-                grad_gate_up_LGD[expert].zero_()
-                grad_down_LDF[expert].zero_()
-                continue
-            x_RD, gate_up_RG = x_PD[padded], gate_up_PG[padded]
-            gate_RF, up_RF = gate_up_RG.chunk(2, -1)
-            grad_y_RD = _padded(grad_y_SD[rows], torch.empty_like(x_RD))
-            silu_RF = F.silu(gate_RF)
-            torch.mm(grad_y_RD.T, silu_RF * up_RF, out=grad_down_LDF[expert])
-            grad_hidden_RF = torch.mm(grad_y_RD, down_LDF[expert])
-            grad_gate_up_RG = torch.empty_like(gate_up_RG)
-            grad_gate_RF, grad_up_RF = grad_gate_up_RG.chunk(2, -1)
-            torch.mul(grad_hidden_RF, silu_RF, out=grad_up_RF)
-            torch.ops.aten.silu_backward.grad_input(grad_hidden_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
-            torch.mm(grad_gate_up_RG.T, x_RD, out=grad_gate_up_LGD[expert])
-            torch.mm(grad_gate_up_RG, gate_up_LGD[expert], out=grad_x_SD[rows.start :][: len(x_RD)])
+        parts = _parts(ctx.counts)
+
+        def compute(index: int) -> None:
+            part = parts[index]
+            for expert, rows, padded in part.pieces:
+                if rows.start == rows.stop:
+                    grad_gate_up_LGD[expert].zero_()
+                    grad_down_LDF[expert].zero_()
+                    continue
+                x_RD, gate_up_RG = x_PD[padded], gate_up_PG[padded]
+                gate_RF, up_RF = gate_up_RG.chunk(2, -1)
+                grad_y_RD = _padded(grad_y_SD[rows], torch.empty_like(x_RD))
+                silu_RF = F.silu(gate_RF)
+                torch.mm(grad_y_RD.T, silu_RF * up_RF, out=grad_down_LDF[expert])
+                grad_hidden_RF = torch.mm(grad_y_RD, down_LDF[expert])
+                grad_gate_up_RG = torch.empty_like(gate_up_RG)
+                grad_gate_RF, grad_up_RF = grad_gate_up_RG.chunk(2, -1)
+                torch.mul(grad_hidden_RF, silu_RF, out=grad_up_RF)
+                torch.ops.aten.silu_backward.grad_input(grad_hidden_RF.mul_(up_RF), gate_RF, grad_input=grad_gate_RF)
+                torch.mm(grad_gate_up_RG.T, x_RD, out=grad_gate_up_LGD[expert])
+                _product(grad_gate_up_RG, gate_up_LGD[expert], out=grad_x_SD, rows=rows, part=part)
+
+        run_parts(compute, len(parts))
         return grad_x_SD[: len(grad_y_SD)], grad_gate_up_LGD, grad_down_LDF, None

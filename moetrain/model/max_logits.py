@@ -1,6 +1,6 @@
 """The largest attention logit of each head over the tokens of a batch: what QK-Clip goes by.
 
-A kernel that holds its scores reads the maximum off them (`largest_by_head`). For one that keeps them to itself,
+A kernel that holds its scores reads the maximum off them. For one that keeps them to itself,
 `max_logits` makes the scores again without gradient, a block at a time.
 
 B rows, H heads, T tokens, I queries of a block, J keys of a block, Q query-key width.
@@ -12,12 +12,11 @@ _QUERIES, _KEYS = 128, 1024
 """Size of a block: its scores are all that is held, whatever the length of the rows."""
 
 
-def largest_by_head(scores_BHIJ: torch.Tensor, *, measured_BI: torch.Tensor) -> torch.Tensor:
-    """Return the largest score of each head over the measured queries [H], float32; -inf where there is none.
+def largest_by_head(largest_BHI: torch.Tensor, *, measured_BI: torch.Tensor) -> torch.Tensor:
+    """Return the largest logit of each head over the measured queries [H], float32; -inf where there is none.
 
-    `scores_BHIJ`: softmax inputs, -inf where a query does not see a key. `measured_BI`: False for padding.
+    `largest_BHI`: the largest softmax input of each query, changed in place. `measured_BI`: False for padding.
     """
-    largest_BHI = scores_BHIJ.detach().amax(-1).float()
     return largest_BHI.masked_fill_(~measured_BI[:, None], float("-inf")).amax((0, 2))
 
 
@@ -50,6 +49,6 @@ def max_logits(
             scores_BHIJ = scores_ZIJ.view(num_rows, num_heads, *scores_ZIJ.shape[1:]).masked_fill_(
                 ~seen_B1IJ, float("-inf")
             )
-            block_H = largest_by_head(scores_BHIJ, measured_BI=measured_BT[:, queries])
+            block_H = largest_by_head(scores_BHIJ.amax(-1).float(), measured_BI=measured_BT[:, queries])
             largest_H = torch.maximum(largest_H, block_H)
     return largest_H

@@ -4,16 +4,19 @@ A tile of queries meets only the keys from the first that any of its documents m
 the upper half of the square and most of what lies in other documents. In bf16 with rows up to a few hundred tokens the
 products reach several times what torch's fused CPU kernel does.
 
-B rows, H heads, Z = B * H, T tokens, I queries of a tile, J keys it meets, Q query-key width, V value width.
+B rows, H heads, Z = B * H, z of them in a part, T tokens, I queries of a tile, J keys it meets, Q query-key width, V
+value width.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from moetrain.model.max_logits import largest_by_head
+from moetrain.model.thread_parts import part_bounds, run_parts
 
 TILE = 128
 """Queries of a tile, and the step in which its first key moves: few distinct shapes, for each of which oneDNN builds a
@@ -27,7 +30,7 @@ class Tile:
     start: int
     end: int
     first_key: int
-    bias_B1IJ: torch.Tensor
+    bias_BIJ: torch.Tensor
 
 
 def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
@@ -48,8 +51,16 @@ def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
         seen_BIJ = (keys_J <= queries_I1) & (keys_J >= first_seen_BT[:, start:end, None])
         bias_BIJ = torch.zeros(seen_BIJ.shape, dtype=dtype, device=segments_BT.device)
         bias_BIJ.masked_fill_(~seen_BIJ, float("-inf"))
-        tiles.append(Tile(start=start, end=end, first_key=first_key, bias_B1IJ=bias_BIJ[:, None]))
+        tiles.append(Tile(start=start, end=end, first_key=first_key, bias_BIJ=bias_BIJ))
     return tiles
+
+
+def _bias(tile: Tile, *, first: int, end: int, num_heads: int) -> torch.Tensor:
+    """Return a new [z, I, J] that holds the tile's bias for the heads first..end of all rows."""
+    bias_zIJ = tile.bias_BIJ.new_empty(end - first, *tile.bias_BIJ.shape[1:])
+    for row, bias_IJ in enumerate(tile.bias_BIJ):
+        bias_zIJ[max(row * num_heads - first, 0) : max((row + 1) * num_heads - first, 0)] = bias_IJ
+    return bias_zIJ
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -67,23 +78,30 @@ class _TiledAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the outputs [Z, T, V], and the largest logits [H] over the measured tokens."""
         out_ZTV = v_ZTV.new_empty(v_ZTV.shape)
-        probabilities = []
-        largest = []
-        for tile in tiles:
-            num_rows, _, num_queries, num_keys = tile.bias_B1IJ.shape
-            scores_BHIJ = q_ZTQ.new_empty(num_rows, len(q_ZTQ) // num_rows, num_queries, num_keys)
-            scores_ZIJ = scores_BHIJ.copy_(tile.bias_B1IJ).view(-1, num_queries, num_keys)
-            queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
-            scores_ZIJ.baddbmm_(q_ZTQ[:, queries], k_ZTQ[:, keys].transpose(1, 2), alpha=scale)
-            if measured_BT is not None:
-                largest.append(largest_by_head(scores_BHIJ, measured_BI=measured_BT[:, queries]))
-            probabilities.append(scores_ZIJ.softmax(-1))
-            out_ZTV[:, queries] = torch.bmm(probabilities[-1], v_ZTV[:, keys])
-        ctx.save_for_backward(q_ZTQ, k_ZTQ, v_ZTV, *probabilities)
-        ctx.tiles, ctx.scale = tiles, scale
-        if not largest:
+        largest_ZT = q_ZTQ.new_empty(q_ZTQ.shape[:2], dtype=torch.float32) if measured_BT is not None else None
+        bounds = part_bounds(len(q_ZTQ))
+        probabilities: list[list[torch.Tensor]] = [[] for _ in bounds]
+
+        def part(index: int) -> None:
+            mine = slice(*bounds[index])
+            q_zTQ, k_zTQ, v_zTV, out_zTV = q_ZTQ[mine], k_ZTQ[mine], v_ZTV[mine], out_ZTV[mine]
+            for tile in tiles:
+                queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
+                scores_zIJ = _bias(tile, first=mine.start, end=mine.stop, num_heads=len(q_ZTQ) // len(tile.bias_BIJ))
+                scores_zIJ.baddbmm_(q_zTQ[:, queries], k_zTQ[:, keys].transpose(1, 2), alpha=scale)
+                if largest_ZT is not None:
+                    largest_ZT[mine, queries] = scores_zIJ.amax(-1).float()
+                p_zIJ = scores_zIJ.softmax(-1)
+                out_zTV[:, queries] = torch.bmm(p_zIJ, v_zTV[:, keys])
+                probabilities[index].append(p_zIJ)
+
+        run_parts(part, len(bounds))
+        ctx.save_for_backward(q_ZTQ, k_ZTQ, v_ZTV, *chain.from_iterable(probabilities))
+        ctx.tiles, ctx.bounds, ctx.scale = tiles, bounds, scale
+        if largest_ZT is None or measured_BT is None:
             return out_ZTV, None
-        max_logits_H = torch.stack(largest).amax(0)
+        largest_BHT = largest_ZT.view(len(measured_BT), -1, measured_BT.shape[1])
+        max_logits_H = largest_by_head(largest_BHT, measured_BI=measured_BT)
         ctx.mark_non_differentiable(max_logits_H)
         return out_ZTV, max_logits_H
 
@@ -95,14 +113,21 @@ class _TiledAttention(torch.autograd.Function):
         grad_q_ZTQ = torch.empty_like(q_ZTQ)
         grad_k_ZTQ = torch.zeros_like(k_ZTQ, dtype=torch.float32)
         grad_v_ZTV = torch.zeros_like(v_ZTV, dtype=torch.float32)
-        for tile, p_ZIJ in zip(ctx.tiles, probabilities, strict=True):
-            queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
-            grad_ZIV = grads[0][:, queries]
-            grad_v_ZTV[:, keys] += torch.bmm(p_ZIJ.transpose(1, 2), grad_ZIV)
-            grad_p_ZIJ = torch.bmm(grad_ZIV, v_ZTV[:, keys].transpose(1, 2))
-            grad_scores_ZIJ = torch.ops.aten._softmax_backward_data(grad_p_ZIJ, p_ZIJ, -1, p_ZIJ.dtype)
-            grad_q_ZTQ[:, queries] = torch.bmm(grad_scores_ZIJ, k_ZTQ[:, keys])
-            grad_k_ZTQ[:, keys] += torch.bmm(grad_scores_ZIJ.transpose(1, 2), q_ZTQ[:, queries])
+
+        def part(index: int) -> None:
+            mine = slice(*ctx.bounds[index])
+            q_zTQ, k_zTQ, v_zTV, grad_zTV = q_ZTQ[mine], k_ZTQ[mine], v_ZTV[mine], grads[0][mine]
+            of_part = probabilities[index * len(ctx.tiles) : (index + 1) * len(ctx.tiles)]
+            for tile, p_zIJ in zip(ctx.tiles, of_part, strict=True):
+                queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
+                grad_zIV = grad_zTV[:, queries]
+                grad_v_ZTV[mine, keys] += torch.bmm(p_zIJ.transpose(1, 2), grad_zIV)
+                grad_p_zIJ = torch.bmm(grad_zIV, v_zTV[:, keys].transpose(1, 2))
+                grad_scores_zIJ = torch.ops.aten._softmax_backward_data(grad_p_zIJ, p_zIJ, -1, p_zIJ.dtype)
+                grad_q_ZTQ[mine, queries] = torch.bmm(grad_scores_zIJ, k_zTQ[:, keys])
+                grad_k_ZTQ[mine, keys] += torch.bmm(grad_scores_zIJ.transpose(1, 2), q_zTQ[:, queries])
+
+        run_parts(part, len(ctx.bounds))
         return (
             grad_q_ZTQ.mul_(ctx.scale),
             grad_k_ZTQ.mul_(ctx.scale).to(k_ZTQ.dtype),

@@ -6,6 +6,7 @@ import torch
 from moetrain.model import attention
 from moetrain.model.attention import FusedMask, attend_fused, plan_attention
 from moetrain.model.tiled_attention import TILE, attend_tiled, plan_tiles
+from tests.threads import num_threads
 
 SCALE = 0.3
 
@@ -52,6 +53,26 @@ def test_tiled_and_fused_attention_equal_a_loop_over_queries_forward_and_backwar
         torch.testing.assert_close(out, reference)
         # The tiles add up gradients of keys and values in float32.
         torch.testing.assert_close(torch.autograd.grad(out, heads, upstream), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_that_share_the_heads_give_the_bits_of_one(threads: int) -> None:
+    segments_BT = packed_segments(2 * TILE + 20)
+    heads = random_heads(segments_BT.shape[1], torch.bfloat16)
+    grad = torch.randn(heads[2].shape, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+
+    def outputs() -> list[torch.Tensor]:
+        q, k, v = (tensor.detach().clone().requires_grad_() for tensor in heads)
+        tiles = plan_tiles(segments_BT, torch.bfloat16)
+        out, largest = attend_tiled(q, k, v_BHTV=v, tiles=tiles, scale=SCALE, measured_BT=segments_BT > 0)
+        assert largest is not None
+        return [out.detach(), largest, *torch.autograd.grad(out, [q, k, v], grad)]
+
+    with num_threads(1):
+        alone = outputs()
+    with num_threads(threads):
+        shared = outputs()
+    assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
 
 
 def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

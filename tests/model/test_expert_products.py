@@ -7,6 +7,7 @@ import torch
 
 from moetrain.model.combine import combine, combine_plain
 from moetrain.model.expert_products import expert_grouped, expert_loop, expert_rows, expert_written_out
+from tests.threads import num_threads
 
 Products = Callable[..., torch.Tensor]
 COUNTS = [[5, 0, 64, 131], [0, 0, 0, 200], [200, 0, 0, 0], [63, 65, 1, 71]]
@@ -31,6 +32,17 @@ def test_the_written_out_experts_equal_the_loop_bit_for_bit(counts: list[int], d
     loop, written_out = gradients(expert_loop, counts, dtype), gradients(expert_written_out, counts, dtype)
     for expected, found in zip(loop, written_out, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("counts", [*COUNTS, [1, 0, 136, 63], [136, 1, 0, 63]])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_that_share_the_experts_give_the_bits_of_one(counts: list[int], threads: int) -> None:
+    """Also where the padding of an expert reaches over the rows of another thread."""
+    with num_threads(1):
+        alone = gradients(expert_written_out, counts, torch.bfloat16)
+    with num_threads(threads):
+        shared = gradients(expert_written_out, counts, torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
