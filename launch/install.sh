@@ -31,14 +31,13 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit 0
 fi
 
-# Python compiles what is imported when it first is; pip would compile all of it.
-export PIP_NO_COMPILE=1
+# No compiling: Python does that to what is imported, when it first is.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 # torch comes first and alone: a machine that offers a CPU build of this version then keeps it.
-pip install "$(grep '^torch==' launch/constraints.txt)"
+pip install --no-compile "$(grep '^torch==' launch/constraints.txt)"
 took "torch"
-pip install -c launch/constraints.txt -e '.[dev]'
+pip install --no-compile -c launch/constraints.txt -e '.[dev]'
 took "moetrain and its dependencies"
 
 # DeepSpeed compiles a small shared-memory op when a CPU process group starts; done here, it is done once.
