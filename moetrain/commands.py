@@ -101,10 +101,6 @@ class VerifyLayoutsRun(StageRun):
         """Check ranges."""
         if self.seq_len < 6:
             raise ConfigError(f"seq_len is {self.seq_len}: give at least 6, two documents and some padding")
-        if self.model.num_groups > 1:
-            raise ConfigError(
-                f"model.num_groups is {self.model.num_groups}: margins are measured without groups, use 1"
-            )
         for name in ("world_sizes", "experts", "zeros", "accumulations", "recomputes", "optimizers", "scenarios"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give at least one")

@@ -20,7 +20,13 @@ def main(run: VerifyLayoutsRun) -> int:
         margins = [
             f"{name} {ref.margin:.1e} (coin flip below {ref.coin_flip:.1e})" for name, ref in outcome.references.items()
         ]
+        flips = [
+            f"{name}: {ref.num_coin_flips} draws of tokens"
+            for name, ref in outcome.references.items()
+            if ref.num_coin_flips
+        ]
         counted = f"{len(outcome.gaps)} layouts compared, {len(outcome.left_out)} left out as coin flips"
+        counted += f" ({', '.join(flips)})" if flips else ""
         context = {
             "layouts": counted,
             "margins": "; ".join(margins),

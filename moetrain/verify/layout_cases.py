@@ -6,7 +6,6 @@ sends every token to the same experts, so that with EP other ranks' experts rece
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -51,6 +50,8 @@ class Layout:
     zero: int
     accumulation: int
     recompute: Recompute
+    draw: int = 0
+    """Which draw of the scenario's tokens it trains on."""
 
     @property
     def reference(self) -> str:
@@ -101,10 +102,10 @@ def layouts_of(run: VerifyLayoutsRun) -> list[Layout]:
     ]
 
 
-def make_batch(run: VerifyLayoutsRun, step: int) -> TokenBatch:
+def make_batch(run: VerifyLayoutsRun, step: int, *, draw: int) -> TokenBatch:
     """Return the rows of a step: two documents a row, of random tokens that repeat, weights that differ, padding."""
     shape = (run.rows, run.seq_len)
-    stream = torch_stream(run.run.seed, "verify/layouts", step)
+    stream = torch_stream(run.run.seed, "verify/layouts", draw, step)
     tokens_BT = torch.randint(run.model.vocab_size, shape, generator=stream)
     tokens_BT[:, 2::2] = tokens_BT[:, 1:-1:2]
     segments_BT = torch.ones(shape, dtype=torch.int64)
@@ -147,16 +148,19 @@ def make_engine(run: VerifyLayoutsRun, layout: Layout, *, engine: EngineName) ->
     return built
 
 
-def take_steps(run: VerifyLayoutsRun, engine: Engine, *, accumulation: int, order: Order, fault: LayoutFault) -> Trace:
-    """Train for the run's steps and return what they showed. Collective."""
+def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: Order, fault: LayoutFault) -> Trace:
+    """Train for the run's steps on the layout's tokens and return what they showed. Collective.
+
+    In `reversed_rows` the micro-batches are single rows, whatever the layout's accumulation.
+    """
     trace = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
     topology = engine.topology
     seen: list[torch.Tensor] = []
     _plant(engine, fault, clip_norm=run.optim.clip_norm)
     doubles = fault is LayoutFault.doubled_count and topology.rank == topology.world_size - 1
     for step in range(run.steps):
-        mine = rank_rows(make_batch(run, step), rank=topology.rank, world_size=topology.world_size)
-        size = 1 if order is Order.reversed_rows else len(mine.tokens_BT) // accumulation
+        mine = rank_rows(make_batch(run, step, draw=layout.draw), rank=topology.rank, world_size=topology.world_size)
+        size = 1 if order is Order.reversed_rows else len(mine.tokens_BT) // layout.accumulation
         parts = micro_batches(mine, rows=size)
         values = train_step(
             engine,
@@ -231,35 +235,3 @@ def _drop_first(gate: torch.nn.Module, inputs: Any, routing: Routing) -> Routing
     kept_N1 = torch.ones_like(routing.weights_NK[:, :1])
     kept_N1[0] = 0.0
     return routing._replace(weights_NK=routing.weights_NK * kept_N1)
-
-
-class Margins:
-    """Watches the routers of an engine: scores as they come, and the smallest margin by which an expert was chosen."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.scores: list[torch.Tensor] = []
-        self.smallest = float("inf")
-        for _, layer in engine.model.moe_layers():
-            layer.gate.register_forward_hook(self._watch)
-
-    def _watch(self, gate: Any, inputs: Any, routing: Routing) -> None:
-        del inputs  # torch's signature
-        biased_NE = routing.scores_NE.detach() + gate.e_score_correction_bias
-        num_chosen = routing.expert_ids_NK.shape[1]
-        self.scores.append(routing.scores_NE.detach().clone())
-        if num_chosen < biased_NE.shape[1]:
-            ordered_NE = biased_NE.sort(dim=1, descending=True).values
-            margin_N = ordered_NE[:, num_chosen - 1] - ordered_NE[:, num_chosen]
-            self.smallest = min(self.smallest, float(margin_N.min()))
-
-
-def largest_score_gap(whole: Sequence[torch.Tensor], single: Sequence[torch.Tensor], *, num_layers: int) -> float:
-    """Return the largest difference of any score between a run that took rows whole and one in reverse, row by row."""
-    num_rows = len(single) // len(whole)
-    gap = 0.0
-    for step in range(len(whole) // num_layers):
-        rows = single[step * num_rows * num_layers : (step + 1) * num_rows * num_layers]
-        for layer in range(num_layers):
-            there = torch.cat(list(rows[layer::num_layers])[::-1])
-            gap = max(gap, float((whole[step * num_layers + layer] - there).abs().max()))
-    return gap

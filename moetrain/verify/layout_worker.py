@@ -47,9 +47,7 @@ def main() -> None:
     for fields in json.loads(layouts.read_text()):
         layout = read_layout(fields)
         engine = make_engine(run, layout, engine=EngineName.deepspeed)
-        trace = take_steps(
-            run, engine, accumulation=layout.accumulation, order=Order.whole, fault=LayoutFault(run.fault)
-        )
+        trace = take_steps(run, engine, layout=layout, order=Order.whole, fault=LayoutFault(run.fault))
         state = engine.gather_state(with_optimizer=False)
         if state is not None:
             expected = load_file(folder / f"{layout.reference}.safetensors")

@@ -1,5 +1,6 @@
 """`verify layouts` on its smallest cases: the bounds are kept, and each fault that is planted misses one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,7 @@ def test_two_ranks_with_split_experts_and_weights_and_limited_rows_keep_every_bo
     run.optimizers = [OptimizerName.muon]
     save_config(run, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
-    assert len(outcome.gaps) + len(outcome.left_out) == 4
-    assert outcome.gaps
+    assert len(outcome.gaps) == 4
     check_rows(rows_of(outcome))
 
 
@@ -48,7 +48,7 @@ def test_a_planted_fault_is_found(fault: LayoutFault) -> None:
         planted: take_steps(
             run,
             make_engine(run, PLAIN, engine=EngineName.deepspeed),
-            accumulation=2,
+            layout=PLAIN,
             order=Order.whole,
             fault=planted,
         )
@@ -57,7 +57,7 @@ def test_a_planted_fault_is_found(fault: LayoutFault) -> None:
     expected = take_steps(
         run,
         make_engine(run, PLAIN, engine=EngineName.torch),
-        accumulation=1,
+        layout=replace(PLAIN, accumulation=1),
         order=Order.whole,
         fault=LayoutFault.none,
     )
@@ -87,8 +87,8 @@ def test_a_reference_left_out_whole_and_a_step_that_did_not_clip_are_misses() ->
     trace = Trace(loss=[1.0, 1.0], grad_norm=[2.0, 0.1], clip_factor=[0.5, 1.0], bias=[], loads=[])
     noise = dict.fromkeys(("loss", "grad_norm", "clip_factor", "bias", "loads", "weights"), 0.0)
     references = {
-        "muon.routed": Reference(trace=trace, noise=noise, margin=1.0, coin_flip=0.1),
-        "adamw.routed": Reference(trace=trace, noise=noise, margin=0.0, coin_flip=0.1),
+        "muon.routed": Reference(trace=trace, noise=noise, moved=1.0, margin=1.0, coin_flip=0.1),
+        "adamw.routed": Reference(trace=trace, noise=noise, moved=1.0, margin=0.0, coin_flip=0.1),
     }
     rows = {row.name: row for row in rows_of(Outcome(references=references, gaps={PLAIN: noise}, left_out=[]))}
     missed = {name: row.value for name, row in rows.items() if not row.is_kept}
@@ -96,10 +96,36 @@ def test_a_reference_left_out_whole_and_a_step_that_did_not_clip_are_misses() ->
     assert "adamw.routed" in rows["references without a layout"].note
 
 
+def test_a_draw_of_tokens_with_a_coin_flip_is_left_out_counted_and_drawn_anew(tmp_path: Path) -> None:
+    # With 64 experts ties are common; this seed's first draw has one.
+    run: VerifyLayoutsRun = compose(
+        "verify layouts",
+        ["run.seed=30", "model.num_experts=64", "model.num_experts_per_token=4", "seq_len=32", "steps=2"],
+    )
+    run.world_sizes, run.experts, run.zeros, run.accumulations = [1], [1], [1], [1]
+    run.optimizers, run.scenarios, run.recomputes = [OptimizerName.muon], [LayoutScenario.routed], [Recompute.none]
+    save_config(run, tmp_path / "config.yaml")
+    outcome = verify_layouts(run, folder=tmp_path)
+    (layout,) = outcome.gaps
+    assert layout.draw >= 1
+    assert outcome.left_out == [replace(layout, draw=draw) for draw in range(layout.draw)]
+    check_rows(rows_of(outcome))
+
+
+def test_groups_of_experts_keep_every_bound(tmp_path: Path) -> None:
+    run = _run("world_sizes=[2]", "experts=[2]", "zeros=[1]", "accumulations=[1]", "recomputes=[none]")
+    run.optimizers = [OptimizerName.adamw]
+    run.model.num_groups, run.model.num_groups_per_token = 4, 2
+    save_config(run, tmp_path / "config.yaml")
+    outcome = verify_layouts(run, folder=tmp_path)
+    assert len(outcome.gaps) == 2
+    check_rows(rows_of(outcome))
+
+
 def test_nothing_compared_is_a_miss() -> None:
     empty = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
     noise = dict.fromkeys(("loss", "grad_norm", "clip_factor", "bias", "loads", "weights"), 0.0)
-    reference = Reference(trace=empty, noise=noise, margin=0.0, coin_flip=1.0)
+    reference = Reference(trace=empty, noise=noise, moved=1.0, margin=0.0, coin_flip=1.0)
     assert not reference.is_decided
     with pytest.raises(BoundError, match="loss"):
         check_rows(rows_of(Outcome(references={"muon.routed": reference}, gaps={}, left_out=[PLAIN])))
@@ -108,6 +134,6 @@ def test_nothing_compared_is_a_miss() -> None:
 def test_all_valid_combinations_are_listed_and_half_the_rows_are_sometimes_empty() -> None:
     run: VerifyLayoutsRun = compose("verify layouts", [])
     assert len(layouts_of(run)) == 6 * 3 * 2 * 2 * 2 * 2
-    assert int((make_batch(run, 1).segments_BT[run.rows // 2 :] > 0).sum()) == 0
+    assert int((make_batch(run, 1, draw=0).segments_BT[run.rows // 2 :] > 0).sum()) == 0
     with pytest.raises(ConfigError, match="rows is 6"):
         compose("verify layouts", ["rows=6"])

@@ -1,0 +1,71 @@
+"""How far the routers of a run are from another choice of experts, and how much a reordering moves their scores.
+
+N tokens, E experts, K chosen experts a token, G groups of S experts; O open groups and H closed ones are G again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moetrain.model.config import ModelConfig
+from moetrain.model.router import Routing
+from moetrain.parallel.protocol import Engine
+
+_SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best; see model.router
+
+
+class Margins:
+    """Watches the routers of an engine: scores as they come, and the smallest lead by which an expert was chosen."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.scores: list[torch.Tensor] = []
+        self.smallest = float("inf")
+        for _, layer in engine.model.moe_layers():
+            layer.gate.register_forward_hook(self._watch)
+
+    def _watch(self, gate: Any, inputs: Any, routing: Routing) -> None:
+        del inputs  # torch's signature
+        self.scores.append(routing.scores_NE.detach().clone())
+        biased_NE = routing.scores_NE.detach() + gate.e_score_correction_bias
+        self.smallest = min(self.smallest, smallest_lead(biased_NE, routing.expert_ids_NK, config=gate.config))
+
+
+def smallest_lead(biased_NE: torch.Tensor, expert_ids_NK: torch.Tensor, *, config: ModelConfig) -> float:
+    """Return how far the closest of all choices is from another one: no change of every score by less than half of it
+    sends a token elsewhere; inf where there is no other choice.
+
+    An expert leads one of an open group by the difference of their scores. An open group leads a closed one by the
+    difference of their sums over the number of terms; if it holds no chosen expert, the closed group's best must also
+    pass the last chosen one.
+    """
+    grouped_NGS = biased_NE.view(len(biased_NE), config.num_groups, -1)
+    num_best = min(_SCORES_OF_A_GROUP, grouped_NGS.shape[-1])
+    sums_NG = grouped_NGS.topk(num_best, dim=-1).values.sum(dim=-1)
+    best_ids = sums_NG.topk(config.num_groups_per_token, dim=-1).indices
+    is_open_NG = torch.zeros_like(sums_NG, dtype=torch.bool).scatter(1, best_ids, True)
+    is_chosen_NE = torch.zeros_like(biased_NE, dtype=torch.bool).scatter(1, expert_ids_NK, True)
+    is_chosen_NGS = is_chosen_NE.view_as(grouped_NGS)
+    last_N = biased_NE.gather(1, expert_ids_NK).amin(dim=1)
+
+    is_rival_NGS = is_open_NG[..., None] & ~is_chosen_NGS
+    lead_N = last_N - grouped_NGS.masked_fill(~is_rival_NGS, float("-inf")).flatten(1).amax(dim=1)
+
+    lead_NOH = (sums_NG[:, :, None] - sums_NG[:, None, :]) / num_best
+    behind_NH = last_N[:, None] - grouped_NGS.amax(dim=-1)
+    is_used_NO = is_chosen_NGS.any(dim=-1)
+    lead_NOH = torch.where(is_used_NO[:, :, None], lead_NOH, lead_NOH.maximum(behind_NH[:, None, :]))
+    is_pair_NOH = is_open_NG[:, :, None] & ~is_open_NG[:, None, :]
+    return min(float(lead_N.min()), float(lead_NOH.masked_fill(~is_pair_NOH, float("inf")).min()))
+
+
+def largest_score_gap(whole: Sequence[torch.Tensor], single: Sequence[torch.Tensor], *, num_layers: int) -> float:
+    """Return the largest difference of any score between a run that took rows whole and one in reverse, row by row."""
+    num_rows = len(single) // len(whole)
+    gap = 0.0
+    for step in range(len(whole) // num_layers):
+        rows = single[step * num_rows * num_layers : (step + 1) * num_rows * num_layers]
+        for layer in range(num_layers):
+            there = torch.cat(list(rows[layer::num_layers])[::-1])
+            gap = max(gap, float((whole[step * num_layers + layer] - there).abs().max()))
+    return gap
