@@ -1,4 +1,4 @@
-"""Named, seeded random streams, the device, and what a process asks of the C library.
+"""Named, seeded random streams, the device, a free port, and what a process asks of the C library.
 
 Every draw is a function of (seed, name, index...), never of rank or order.
 """
@@ -8,6 +8,7 @@ import hashlib
 import platform
 import random
 import signal
+import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 _SEED_BITS = 63  # the largest seed that torch, numpy and random all take
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def seed_of(seed: int, name: str, *index: int) -> int:

@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from moetrain.runtime import free_port
 
 TIMEOUT_S = 180.0  # a launch takes 10 s on an idle machine; a hang must end all the same
 
@@ -69,10 +70,3 @@ def _run_rank(
     except BaseException:
         outcome = (None, traceback.format_exc())
     sender.send_bytes(pickle.dumps(outcome))
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

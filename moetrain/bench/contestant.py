@@ -6,7 +6,6 @@ their time goes. Between them a contestant waits for its next line and uses no c
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from moetrain.runtime import free_port
 
 
 class Kind(StrEnum):
@@ -61,7 +62,7 @@ class Remote:
         """Of the steps of the warm-up, the first that the weights see; the mean over ranks."""
         self.memory = 0
         """Largest resident size seen, the sum over ranks."""
-        port = _free_port()
+        port = free_port()
         self._processes = [self._start(rank, config=config, port=port) for rank in range(contestant.ranks)]
 
     def _start(self, rank: int, *, config: Path, port: int) -> "subprocess.Popen[str]":
@@ -128,9 +129,3 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 def _columns(answers: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[float, ...]]:
     """Yield what each rank says of one step, step by step."""
     yield from zip(*(answer[name] for answer in answers), strict=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

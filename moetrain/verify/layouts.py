@@ -5,7 +5,6 @@ plain torch loop, with the noise of a mere reordering in one process beside it.
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from moetrain.commands import LayoutFault, VerifyLayoutsRun
 from moetrain.log import progress
 from moetrain.parallel.config import EngineName
+from moetrain.runtime import free_port
 from moetrain.verify.layout_cases import (
     Layout,
     Order,
@@ -157,10 +157,7 @@ def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Ite
     """Yield the main rank's line for each layout, from processes that are started once for all of them."""
     listed = folder / f"layouts_{world_size}.json"
     listed.write_text(json.dumps([asdict(layout) for layout in layouts]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / "config.yaml"), str(listed)]
     with ExitStack() as stack:
         log = stack.enter_context((folder / f"ranks_{world_size}.log").open("w"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.runtime import free_port
 from tests.cli.command import ENVIRONMENT, ROOT
-from tests.distributed import free_port
 
 TIMEOUT_S = 120
 JOB = {"SLURM_JOB_ID": "61234", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.log import read_metrics
+from moetrain.runtime import free_port
 from tests.cli.command import ENVIRONMENT, ROOT
-from tests.distributed import free_port
 
 TWO_HOSTS = r"""
 set -eu

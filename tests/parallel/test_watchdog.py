@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from moetrain.parallel.watchdog import Place, hang_message
-from tests.distributed import free_port
+from moetrain.runtime import free_port
 
 PROGRAM = """
 import os, signal, sys, time, torch
