@@ -1,10 +1,11 @@
-"""Named, seeded random streams, the device, a free port, and what a process asks of the C library.
+"""Named, seeded random streams, the device, ranks and ports, and what a process asks of the C library.
 
 Every draw is a function of (seed, name, index...), never of rank or order.
 """
 
 import ctypes
 import hashlib
+import os
 import platform
 import random
 import signal
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 _SEED_BITS = 63  # the largest seed that torch, numpy and random all take
+
+
+def num_ranks() -> int:
+    """Return how many ranks a launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def free_port() -> int:

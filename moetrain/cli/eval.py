@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.stage import CONFIG, num_ranks, rank, stage_folder, write_json
+from moetrain.cli.stage import CONFIG, stage_folder, write_json
 from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.runtime import num_ranks
 
 _OF_TASKS = (
     *("run.seed", "eval.num_tasks", "eval.first_task"),
@@ -60,7 +61,7 @@ def main(run: EvalRun) -> int:
             before=before,
             topology=topology,
         )
-        if rank() > 0:
+        if evaluation is None:
             return 0
         for mode, trajectories in evaluation.trajectories.items():
             path = folder / "traces" / f"{mode}.jsonl"

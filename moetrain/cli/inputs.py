@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetrain.cli.plugins import load_plugins, plugin_spec
-from moetrain.cli.stage import num_ranks
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import EvalRun, ExportRun, GenerateRun, ReadingRun, RlRun, StageRun, TrainingRun
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.runtime import num_ranks
 from moetrain.tasks import registry
 
 LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)

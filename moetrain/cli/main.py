@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from moetrain.cli import check, dry_run, help_page, run
 from moetrain.cli.command_line import composed, split_command
 from moetrain.cli.inputs import check_inputs, check_names
-from moetrain.cli.stage import check_folder, num_ranks, rank
+from moetrain.cli.stage import check_folder, rank
 from moetrain.errors import MoetrainError
 from moetrain.log import setup_logging
-from moetrain.runtime import die_with_parent, keep_freed_memory
+from moetrain.runtime import die_with_parent, keep_freed_memory, num_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,8 @@ def _yield_busy_cores() -> None:
     """Have idle OpenMP threads sleep after 1,000 turns of their spin loop; read when torch is first imported.
 
     libgomp spins 300,000 turns. Beside another busy process that made a training step of `k2_nano` 40 times slower;
-    1,000 turns take its half of the cores, and cost nothing on an idle machine.
+    1,000 turns take its half of the cores. On an idle machine, where waking a thread takes longer than a short spin,
+    they cost up to a sixth of a step.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

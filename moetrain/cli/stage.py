@@ -28,11 +28,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def num_ranks() -> int:
-    """Return how many ranks a launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_folder(run: StageRun) -> None:
     """Raise the user's error when the stage's folder cannot be written, or holds what another command wrote."""
     check_writable(run.run.path)

@@ -45,10 +45,11 @@ def evaluate(
     seed: int,
     before: Mapping[str, Any] | None,
     topology: Topology,
-) -> Evaluation:
-    """Run every mode. `masters`: bf16 masters beside the export; `before`: an earlier `eval.json`.
+) -> Evaluation | None:
+    """Run every mode; the main rank returns what was found. `masters`: bf16 masters beside the export; `before`: an
+    earlier `eval.json`.
 
-    A collective: the ranks of `topology` share the tasks, and each returns the same.
+    A collective: the ranks of `topology` share the tasks.
     """
     run_one = partial(
         run_mode,
@@ -60,15 +61,17 @@ def evaluate(
         topology=topology,
     )
     results = {mode.name: run_one(mode, weights=weights) for mode in modes(config)}
+    beside = [mode for mode in modes(config) if mode.name in map(mode_name, config.temperatures)]
+    of_masters = {mode.name: run_one(mode, weights=masters) for mode in beside} if masters is not None else {}
+    if not topology.is_main:
+        return None
     numbers: dict[str, Any] = {
         "modes": {name: summarize(trajectories) for name, trajectories in results.items()},
         "graders": check_graders(family_of(task), num_tasks=min(config.num_tasks, _GRADER_TASKS)),
         "trained_calls": [task.min_calls, task.max_calls],
     }
     if masters is not None:
-        beside = [mode for mode in modes(config) if mode.name in map(mode_name, config.temperatures)]
-        runs = {mode.name: run_one(mode, weights=masters) for mode in beside}
-        numbers["masters"] = {name: summarize(trajectories) for name, trajectories in runs.items()}
+        numbers["masters"] = {name: summarize(trajectories) for name, trajectories in of_masters.items()}
         sample = next(iter(results.values()))[: config.kl_tasks]
         numbers["divergence"] = asdict(divergence(masters, weights, trajectories=sample))
     if before is not None:

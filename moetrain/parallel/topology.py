@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.watchdog import Watchdog, restart_of_shared_store
+from moetrain.runtime import num_ranks
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def setup(parallel: ParallelConfig) -> Topology:
 
     Raises ConfigError when the number of processes does not fit the layout.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = num_ranks()
     parallel.check_world_size(world_size)
     if parallel.engine == EngineName.torch:
         return Topology(device=_local_device())
