@@ -128,7 +128,7 @@ class _WrittenOut(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return y_SD."""
         parts = _parts(counts)
-        num_padded = sum(count + -count % ROW_MULTIPLE for count in counts)
+        num_padded = parts[-1].pieces[-1][2].stop
         x_PD = x_SD.new_empty(num_padded, x_SD.shape[1])
         gate_up_PG = x_SD.new_empty(num_padded, gate_up_LGD.shape[1])
         y_SD = x_SD.new_empty(len(x_SD) + ROW_MULTIPLE, x_SD.shape[1])
@@ -144,7 +144,7 @@ class _WrittenOut(torch.autograd.Function):
 
         run_parts(compute, len(parts))
         ctx.save_for_backward(x_PD, gate_up_PG, gate_up_LGD, down_LDF)
-        ctx.counts = counts
+        ctx.parts = parts
         return y_SD[: len(x_SD)]
 
     @staticmethod
@@ -155,7 +155,7 @@ class _WrittenOut(torch.autograd.Function):
         (grad_y_SD,) = grads
         grad_x_SD = x_PD.new_empty(len(grad_y_SD) + ROW_MULTIPLE, x_PD.shape[1])
         grad_gate_up_LGD, grad_down_LDF = torch.empty_like(gate_up_LGD), torch.empty_like(down_LDF)
-        parts = _parts(ctx.counts)
+        parts: list[_Part] = ctx.parts
 
         def compute(index: int) -> None:
             part = parts[index]

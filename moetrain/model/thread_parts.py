@@ -4,6 +4,7 @@ torch cuts every product among its threads and waits for the last of them. Where
 products, the waits and wake-ups take as long as the work: one thread for each half of the products meets once.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -33,7 +34,7 @@ def run_parts(part: Callable[[int], None], num_parts: int) -> None:
     if num_parts == 1:
         part(0)
         return
-    started = [_workers(num_parts - 1).submit(_on, part, index, share) for index in range(1, num_parts)]
+    started = [_workers().submit(_on, part, index, share) for index in range(1, num_parts)]
     try:
         _on(part, 0, share)
     finally:
@@ -52,5 +53,6 @@ def _on(part: Callable[[int], None], index: int, threads: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _workers(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, thread_name_prefix="parts")
+def _workers() -> ThreadPoolExecutor:
+    """Return the threads of all operations, each started when one is first missing."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parts")
