@@ -31,7 +31,7 @@ def main(run: VerifyLayoutsRun) -> int:
             "layouts": counted,
             "margins": "; ".join(margins),
             "fault": str(run.fault),
-            **{layout.name: str(gaps) for layout, gaps in outcome.gaps.items()},
+            "gaps": {layout.name: gaps for layout, gaps in outcome.gaps.items()},
         }
         write_rows(folder / "verify.json", rows=rows, context=context)
         console = Console(width=_WIDTH)

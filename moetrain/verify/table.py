@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def render(title: str, *, rows: Sequence[Row]) -> Table:
     return table
 
 
-def write_rows(path: Path, *, rows: Sequence[Row], context: Mapping[str, str]) -> None:
+def write_rows(path: Path, *, rows: Sequence[Row], context: Mapping[str, Any]) -> None:
     """Write the rows and what they were measured on as JSON."""
     content = {**context, "rows": [{**asdict(row), "is_kept": row.is_kept} for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
