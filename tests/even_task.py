@@ -1,30 +1,20 @@
 """A task that a random model can solve by chance: stop at once, with an answer of even length. And a model for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ToolError
-from moetrain.model.config import ModelConfig
+from moetrain.model.config import BalanceConfig
 from moetrain.tasks.protocol import Grade, Observation, Split
+from tests.train.toy import toy_model
 
 _VOCAB = 256 + len(SPECIAL_TOKENS) + 4
-MODEL = ModelConfig(
-    vocab_size=_VOCAB,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    q_lora_rank=None,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    intermediate_size=32,
-    moe_intermediate_size=32,
-    num_experts=4,
+MODEL = replace(
+    toy_model(BalanceConfig()), vocab_size=_VOCAB, num_layers=2, intermediate_size=32, max_position_embeddings=128
 )
 
 

@@ -173,7 +173,7 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str
 
 def _count(content: dict[Any, Any], key: str, where: str) -> int | None:
     value = content.get(key)
-    if value is not None and not (isinstance(value, int) and value >= 1):
+    if value is not None and (type(value) is not int or value < 1):  # True is an int of Python's, not of YAML's
         raise ConfigError(f"{where}: {key} is {value!r}: give a whole number from 1")
     return value
 

@@ -103,6 +103,7 @@ def test_words_of_a_command_line_are_told_apart_by_their_first_name() -> None:
         ("stages: [{command: pretrain}, {command: pretrain}]", "stage 2: name is 'pretrain'; give a new one"),
         ("stages: [{command: pretrain, overrides: a=b}]", "stage 1: overrides is 'a=b': give a list of strings"),
         ("{threads: 0, stages: [{command: pretrain}]}", "threads is 0: give a whole number from 1"),
+        ("{processes: true, stages: [{command: pretrain}]}", "processes is True: give a whole number from 1"),
         ("stages: [{command: pretrain, processes: two}]", "stage 1: processes is 'two': give a whole number from 1"),
         ("stages: [", "recipe.yaml:1 is not YAML"),
         ("stages: []", "recipe.yaml has no list of stages"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,36 @@ def test_a_stage_killed_in_the_middle_goes_on_to_the_same_numbers(run: Path) -> 
     assert statuses([], run)["pretrain"] == "done"
     found = [(row["step"], row["loss"]) for row in read_metrics(stage / "metrics.jsonl") if "loss" in row]
     assert found == wanted
+
+
+def test_a_stage_on_two_ranks_ends_with_the_run_that_started_it(run: Path) -> None:
+    words = ["recipe=mine", "name=killed", "num_processes=2", "threads=1", "wandb.mode=disabled"]
+    words += ["pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]
+    command = [sys.executable, "-m", "moetrain.cli", "run", *words]
+    runner = subprocess.Popen(command, cwd=run, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    stage = run / "runs" / "killed" / "pretrain"
+
+    def alive() -> int:
+        """Return how many processes of the stage there are: its ranks and their launcher."""
+        found = 0
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                is_of_stage = b"runs/killed/pretrain" in (process / "cmdline").read_bytes()
+                found += is_of_stage and (process / "cwd").resolve() == run.resolve()
+        return found
+
+    try:
+        while not list(stage.glob("checkpoints/step_*")):
+            assert runner.poll() is None
+            time.sleep(0.1)
+        assert alive() == 3
+    finally:
+        runner.send_signal(signal.SIGKILL)
+        runner.wait()
+    deadline = time.monotonic() + 10
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive() == 0
 
 
 def test_an_error_of_a_stage_is_one_line_and_its_code(run: Path) -> None:

@@ -13,33 +13,40 @@ from moetrain.rollout.sync import sync_weights
 from moetrain.tasks.config import TaskConfig
 from tests.distributed import run_ranks
 from tests.even_task import MODEL, EvenFamily, even_tokenizer
+from tests.threads import num_threads
 
 _QUANT = QuantConfig(enabled=True)
 
 
-def _trajectories(num_tasks: int) -> list[tuple[int, list[int]]]:
-    """Return (task, tokens) of each trajectory that this rank is given back."""
-    parallel = ParallelConfig(engine=EngineName.deepspeed)
+NUM_TASKS = (5, 1)
+"""With two ranks, one has a task more than the other; then the other has none."""
+
+
+def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
+    """Return (task, tokens) of each trajectory that this rank is given back, for each number of tasks."""
+    parallel = ParallelConfig(engine=name)
     engine = build_engine(
         MODEL, parallel, optim_config=OptimConfig(), quant_config=_QUANT, compute_dtype=torch.float32, seed=0
     )
-    trajectories = run_mode(
-        Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
-        weights=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
-        family_of=lambda config: EvenFamily(),
-        task_config=TaskConfig(),
-        tokenizer=even_tokenizer(),
-        rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2),
-        seed=3,
-        topology=setup(parallel),
-    )
-    return [(trajectory.task, trajectory.tokens) for trajectory in trajectories]
+    seen = []
+    for num_tasks in NUM_TASKS:
+        trajectories = run_mode(
+            Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
+            weights=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
+            family_of=lambda config: EvenFamily(),
+            task_config=TaskConfig(),
+            tokenizer=even_tokenizer(),
+            rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2),
+            seed=3,
+            topology=setup(parallel),
+        )
+        seen.append([(trajectory.task, trajectory.tokens) for trajectory in trajectories])
+    return seen
 
 
 def test_ranks_that_share_the_tasks_give_the_trajectories_of_one_process() -> None:
-    """Five tasks: one rank has one more than the other. One task: the other has none."""
-    for num_tasks in (5, 1):
-        (alone,) = run_ranks(_trajectories, 1, num_tasks=num_tasks)
-        first, second = run_ranks(_trajectories, 2, num_tasks=num_tasks)
-        assert [task for task, _ in alone] == list(range(7, 7 + num_tasks))
-        assert first == second == alone
+    with num_threads(1):
+        alone = _trajectories(EngineName.torch)
+    first, second = run_ranks(_trajectories, 2, name=EngineName.deepspeed)
+    assert [[task for task, _ in mode] for mode in alone] == [list(range(7, 7 + number)) for number in NUM_TASKS]
+    assert first == second == alone
