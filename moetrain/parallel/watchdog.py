@@ -6,10 +6,14 @@ the whole `timeout_s` reads what the others told, writes one line that names tho
 process with exit code 1, so that a launcher ends the other ranks too, and starts them again if it was told to. A rank
 that tells nothing any more is stopped, or gone with its machine.
 
+The thread ends before the interpreter does: a thread that comes back from torch's C++ into an interpreter that ends
+takes the process down with SIGABRT.
+
 It takes part in no collective. Waiting is seen from outside: the innermost Python frame lies in torch's or DeepSpeed's
 collectives and the thread uses no processor time.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -59,12 +63,20 @@ class Watchdog:
             address, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
         )
         self._prefix = f"moetrain/{restart_of_shared_store()}"
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End the thread before the interpreter ends; a store that does not answer is not waited for without end."""
+        self._over.set()
+        self._thread.join(2 * _STORE_TIMEOUT.total_seconds())
 
     def _watch(self) -> None:
         waiting_since = time.monotonic()
         used_s = 0.0
-        while True:
+        while not self._over.is_set():
             now_used_s = time.clock_gettime(self._clock)
             place = self._look()
             if not place.waits or now_used_s - used_s > _BUSY_S:
@@ -80,7 +92,7 @@ class Watchdog:
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
                 if time.monotonic() - waiting_since > self._timeout_s:
                     self._end(self._without_store(place, why=str(error)))
-            time.sleep(self._interval_s)
+            self._over.wait(self._interval_s)
 
     def _end_unless_store_answers(self, place: Place) -> None:
         """End this process in a while from now: a store whose process is stopped is waited for without end."""
@@ -121,8 +133,7 @@ class Watchdog:
         """
         first = self._read()
         end = time.monotonic() + 3 * self._interval_s + 1.0
-        while time.monotonic() < end:
-            time.sleep(self._interval_s)
+        while time.monotonic() < end and not self._over.wait(self._interval_s):
             self._tell(self._look())
         second = self._read()
         lives = {rank: place != first[rank] or (place and place.beat == _LAST_BEAT) for rank, place in second.items()}

@@ -67,6 +67,25 @@ def test_a_rank_that_is_stopped_is_named_with_the_step_and_none_that_waits(stopp
         assert f"did not arrive: rank {stopped}: rank {stopped} gives no sign of life" in line
 
 
+ENDS = """
+import os
+import time
+import torch.distributed as dist
+from moetrain.parallel import watchdog
+watchdog._LONGEST_INTERVAL_S = 0.0  # it looks without a pause, and so is at the store when the process ends
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+watchdog.Watchdog(rank=0, world_size=2, timeout_s=60)
+time.sleep(0.2)
+"""
+
+
+def test_a_process_ends_in_peace_while_its_watchdog_is_at_the_store() -> None:
+    """Without an end of the thread before the interpreter's, about a third of such processes end with SIGABRT."""
+    programs = [subprocess.Popen([sys.executable, "-c", ENDS], cwd=Path(__file__).parents[2]) for _ in range(8)]
+    assert [program.wait(timeout=120) for program in programs] == [0] * 8
+
+
 def test_a_rank_that_is_somewhere_else_is_named_with_its_line() -> None:
     own = Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=9)
     others = {0: Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=3)}
