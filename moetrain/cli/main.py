@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _yield_busy_cores() -> None:
-    """Have idle OpenMP threads sleep after 1,000 turns of their spin loop; read when torch is first imported.
+    """Have idle OpenMP threads sleep after 3,000 turns of their spin loop; read when torch is first imported.
 
-    libgomp spins 300,000 turns. Beside another busy process that made a training step of `k2_nano` 40 times slower;
-    1,000 turns take its half of the cores. On an idle machine, where waking a thread takes longer than a short spin,
-    they cost up to a sixth of a step.
+    libgomp spins 300,000 turns. Beside another busy process that made a training step of `k2_nano` 40 times slower.
+    3,000 turns take a tenth more than half of the cores there, and on an idle machine as long as 10,000 do; 1,000 cost
+    a tenth of a step there, because a thread is slow to wake.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _dispatch(words: list[str]) -> int:

@@ -55,14 +55,6 @@ def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
     return tiles
 
 
-def _bias(tile: Tile, *, first: int, end: int, num_heads: int) -> torch.Tensor:
-    """Return a new [z, I, J] that holds the tile's bias for the heads first..end of all rows."""
-    bias_zIJ = tile.bias_BIJ.new_empty(end - first, *tile.bias_BIJ.shape[1:])
-    for row, bias_IJ in enumerate(tile.bias_BIJ):
-        bias_zIJ[max(row * num_heads - first, 0) : max((row + 1) * num_heads - first, 0)] = bias_IJ
-    return bias_zIJ
-
-
 class _TiledAttention(torch.autograd.Function):
     """Keeps the probabilities of every tile for the backward pass; reads the scores' maximum where it is asked to."""
 
@@ -81,13 +73,15 @@ class _TiledAttention(torch.autograd.Function):
         largest_ZT = q_ZTQ.new_empty(q_ZTQ.shape[:2], dtype=torch.float32) if measured_BT is not None else None
         bounds = part_bounds(len(q_ZTQ))
         probabilities: list[list[torch.Tensor]] = [[] for _ in bounds]
+        num_rows = len(tiles[0].bias_BIJ)
+        row_Z = torch.arange(num_rows, device=q_ZTQ.device).repeat_interleave(len(q_ZTQ) // num_rows)
 
         def part(index: int) -> None:
             mine = slice(*bounds[index])
             q_zTQ, k_zTQ, v_zTV, out_zTV = q_ZTQ[mine], k_ZTQ[mine], v_ZTV[mine], out_ZTV[mine]
             for tile in tiles:
                 queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
-                scores_zIJ = _bias(tile, first=mine.start, end=mine.stop, num_heads=len(q_ZTQ) // len(tile.bias_BIJ))
+                scores_zIJ = tile.bias_BIJ.index_select(0, row_Z[mine])
                 scores_zIJ.baddbmm_(q_zTQ[:, queries], k_zTQ[:, keys].transpose(1, 2), alpha=scale)
                 if largest_ZT is not None:
                     largest_ZT[mine, queries] = scores_zIJ.amax(-1).float()
@@ -117,15 +111,16 @@ class _TiledAttention(torch.autograd.Function):
         def part(index: int) -> None:
             mine = slice(*ctx.bounds[index])
             q_zTQ, k_zTQ, v_zTV, grad_zTV = q_ZTQ[mine], k_ZTQ[mine], v_ZTV[mine], grads[0][mine]
+            grad_q_zTQ, grad_k_zTQ, grad_v_zTV = grad_q_ZTQ[mine], grad_k_ZTQ[mine], grad_v_ZTV[mine]
             of_part = probabilities[index * len(ctx.tiles) : (index + 1) * len(ctx.tiles)]
             for tile, p_zIJ in zip(ctx.tiles, of_part, strict=True):
                 queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
-                grad_zIV = grad_zTV[:, queries]
-                grad_v_ZTV[mine, keys] += torch.bmm(p_zIJ.transpose(1, 2), grad_zIV)
+                grad_zIV = grad_zTV[:, queries].contiguous()  # bmm would copy it, each time
+                grad_v_zTV[:, keys].add_(torch.bmm(p_zIJ.transpose(1, 2), grad_zIV))
                 grad_p_zIJ = torch.bmm(grad_zIV, v_zTV[:, keys].transpose(1, 2))
                 grad_scores_zIJ = torch.ops.aten._softmax_backward_data(grad_p_zIJ, p_zIJ, -1, p_zIJ.dtype)
-                grad_q_ZTQ[mine, queries] = torch.bmm(grad_scores_zIJ, k_zTQ[:, keys])
-                grad_k_ZTQ[mine, keys] += torch.bmm(grad_scores_zIJ.transpose(1, 2), q_zTQ[:, queries])
+                grad_q_zTQ[:, queries] = torch.bmm(grad_scores_zIJ, k_zTQ[:, keys])
+                grad_k_zTQ[:, keys].add_(torch.bmm(grad_scores_zIJ.transpose(1, 2), q_zTQ[:, queries]))
 
         run_parts(part, len(ctx.bounds))
         return (
