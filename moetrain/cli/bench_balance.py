@@ -10,15 +10,13 @@ def main(run: BenchBalanceRun) -> int:
     """Train with every method, print the table, and write it as `balance.json` into the stage's folder."""
     # These bring torch in, so only now.
     from moetrain.bench.balance import bench_balance, render, write_results
-    from moetrain.cli.documents import reading_data, sections_of
+    from moetrain.cli.documents import reading_data
     from moetrain.log import progress
 
     with stage_folder(run) as folder:
-        data, topology = reading_data(run, folder)
+        sections, data, topology = reading_data(run, folder)
         with progress(run.train.steps, folder.name, completed=0) as advance:
-            results = bench_balance(
-                sections_of(run), run.methods, data=data, tail_share=run.tail_share, on_step=advance
-            )
+            results = bench_balance(sections, run.methods, data=data, tail_share=run.tail_share, on_step=advance)
         if topology.is_main:
             tokens = run.train.rows_before(run.train.steps) * run.data.seq_len
             write_results(folder / "balance.json", results, context={"steps": run.train.steps, "tokens": tokens})

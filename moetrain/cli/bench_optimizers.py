@@ -11,16 +11,16 @@ def main(run: BenchOptimizersRun) -> int:
     """Train with every optimizer and rate, write `optimizers.json` and `optimizers.html`, and print the table."""
     # These bring torch in, so only now.
     from moetrain.bench.optimizers import bench_optimizers, picture, render, sentence, write_results
-    from moetrain.cli.documents import reading_data, sections_of
+    from moetrain.cli.documents import reading_data
     from moetrain.log import progress
 
     rates = {OptimizerName.muon: run.muon_rates, OptimizerName.adamw: run.adamw_rates}
     num_runs = len(run.muon_rates) + len(run.adamw_rates) + 2
     with stage_folder(run) as folder:
-        data, topology = reading_data(run, folder)
+        sections, data, topology = reading_data(run, folder)
         with progress(num_runs * run.train.steps, folder.name, completed=0) as advance:
             comparison = bench_optimizers(
-                sections_of(run),
+                sections,
                 rates,
                 clip_rate=run.clip_rate,
                 threshold=run.clip_threshold,

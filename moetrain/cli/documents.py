@@ -16,6 +16,7 @@ from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
 from moetrain.train.interrupt import Status
 from moetrain.train.origin import TOKENIZER
+from moetrain.train.precision import settle_dtype
 from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, stage_tokenizer, train_stage
 
 
@@ -46,10 +47,11 @@ def sections_of(run: ReadingRun) -> Sections:
     )
 
 
-def reading_data(run: ReadingRun, folder: Path) -> tuple[Data, Topology]:
-    """Return a run's data, its tokenizer in `folder`, and this process's place: for what trains outside a stage."""
+def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topology]:
+    """Return a run's sections, data and place, its tokenizer in `folder`: for what trains outside a stage."""
     topology = setup(run.parallel)
     sections = sections_of(run)
+    sections.train = settle_dtype(sections.train, folder=folder, topology=topology)
     tokenizer = main_rank_first(
         topology, lambda: stage_tokenizer(run.data, folder, origin=None, dialogue_texts=_texts(run))
     )
@@ -60,7 +62,7 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Data, Topology]:
         dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer),
         mixes=mixes_of(sections.data, sections.train),
     )
-    return data, topology
+    return sections, data, topology
 
 
 def _texts(run: ReadingRun) -> Iterable[str]:

@@ -68,9 +68,12 @@ def _peak(run: TrainingRun) -> float:
     # These bring torch in; only a dry run of a stage that trains needs them here.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.stages import DTYPES
+    from moetrain.train.precision import DTYPES, candidates, faster
 
-    return measure_peak(dtype=DTYPES[run.train.compute_dtype], device=default_device())
+    device = default_device()
+    names = candidates(run.train.compute_dtype, device=device)
+    peaks = {name: measure_peak(dtype=DTYPES[name], device=device) for name in names}
+    return peaks[faster(peaks)]
 
 
 def _bytes(count: int) -> str:

@@ -1,7 +1,7 @@
 """RL: a run's sections into `rl.loop`. Imported once the input is checked: it brings torch in."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moetrain.cli.stage import INTERRUPTED, stage_folder, stage_metrics, write_json
@@ -11,6 +11,7 @@ from moetrain.config import RlRun
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import Engine, build_engine
+from moetrain.parallel.topology import setup
 from moetrain.rl.loop import RlTraining, run_rl
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks import registry
@@ -18,7 +19,8 @@ from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.origin import TOKENIZER, Origin, start_from
-from moetrain.train.stages import DTYPES, SUMMARY
+from moetrain.train.precision import DTYPES, settle_dtype
+from moetrain.train.stages import SUMMARY
 
 
 def learn(run: RlRun, *, init_from: str) -> int:
@@ -26,24 +28,25 @@ def learn(run: RlRun, *, init_from: str) -> int:
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         origin = read_weights(init_from)
         tokenizer = tokenizer_of(origin)
+        train = settle_dtype(run.train, folder=folder, topology=setup(run.parallel))
         engine = build_engine(
             run.model,
             run.parallel,
             optim_config=run.optim,
             quant_config=run.quant,
-            compute_dtype=DTYPES[run.train.compute_dtype],
+            compute_dtype=DTYPES[train.compute_dtype],
             seed=run.run.seed,
         )
         start_from(engine, origin, model=run.model)
         if engine.topology.is_main:
             tokenizer.save(folder / TOKENIZER)
-        training = _training(run, engine, origin=origin, tokenizer=tokenizer, folder=folder)
-        outcome = run_rl(training, run.train, folder=folder, metrics=metrics)
+        training = _training(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
+        outcome = run_rl(training, train, folder=folder, metrics=metrics)
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
-            summary = {"stage": folder.name, "steps": outcome.step, "sampled_tokens": outcome.sampled_tokens}
-            write_json(folder / SUMMARY, summary)
+            summary = {"stage": folder.name, "steps": outcome.step, "compute_dtype": train.compute_dtype}
+            write_json(folder / SUMMARY, summary | {"sampled_tokens": outcome.sampled_tokens})
     return 0
 
 

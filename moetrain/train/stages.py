@@ -8,11 +8,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data, prepare_tokenizer
@@ -32,20 +30,20 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.config import TrainConfig
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, Training, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.train.peak import total_peak
+from moetrain.train.precision import DTYPES, MACHINE, settle_dtype
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 """What a finished stage says of itself; absent until then."""
-DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
 
 Dialogues = Callable[[Tokenizer], Mapping[str, Iterable[TokenizedDocument]]]
 """Makes the documents of each source of kind dialogues, once there is a tokenizer."""
@@ -96,6 +94,7 @@ def train_stage(
         dialogues=made,
         mixes=mixes_of(sections.data, sections.train),
     )
+    sections = replace(sections, train=settle_dtype(sections.train, folder=folder, topology=topology))
     engine = engine_of(sections)
     if origin is not None:
         start_from(engine, origin, model=sections.model)
@@ -117,7 +116,10 @@ def mixes_of(data: DataConfig, train: TrainConfig) -> list[Mix]:
 
 
 def engine_of(sections: Sections) -> Engine:
-    """Return the engine of a run, initialised from its seed. A collective; raises ConfigError where nothing fits."""
+    """Return the engine of a run, initialised from its seed. A collective; raises ConfigError where nothing fits.
+
+    The dtype of products is settled (`train.precision.settle_dtype`).
+    """
     return build_engine(
         sections.model,
         sections.parallel,
@@ -198,7 +200,7 @@ def _training(
             others={"data": asdict(sections.data), "digests": data.digests},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
-        peak_flops=total_peak(folder / "machine.json", dtype=dtype, topology=engine.topology),
+        peak_flops=total_peak(folder / MACHINE, dtype=dtype, topology=engine.topology),
         qk_clip=optim.qk_clip,
     )
 
@@ -220,6 +222,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
     return {
         "stage": folder.name,
         "steps": outcome.step,
+        "compute_dtype": sections.train.compute_dtype,
         "tokens": outcome.counters.tokens,
         "targets": outcome.counters.targets,
         "rows": rows_read,
