@@ -1,20 +1,13 @@
 """`moetrain eval`."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moetrain.cli.stage import CONFIG, stage_folder, write_json
-from moetrain.compose import read_yaml, to_mapping
+from moetrain.cli.earlier import read_before
+from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.runtime import num_ranks
-
-_OF_TASKS = (
-    *("run.seed", "eval.num_tasks", "eval.first_task"),
-    *("task.name", "task.min_calls", "task.max_calls", "task.tool_failure"),
-)
 
 if TYPE_CHECKING:
     from moetrain.train.origin import Origin
@@ -36,7 +29,7 @@ def main(run: EvalRun) -> int:
     from moetrain.quant.config import QuantConfig
     from moetrain.tasks import registry
 
-    before = _earlier(Path(run.eval.before).expanduser(), run, file=EVAL) if run.eval.before is not None else None
+    before = read_before(run)
     with stage_folder(run) as folder:
         # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.
         topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
@@ -93,31 +86,3 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
         dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer_of(origin)),
     )
     return nats_per_character(origin.tensors, origin.model, validation=data.validation)
-
-
-def _earlier(folder: Path, run: EvalRun, *, file: str) -> dict[str, Any]:
-    """Return the numbers of an earlier evaluation of the same tasks; `CheckpointError` when there are none."""
-    from moetrain.train.checkpoint import read_json
-    from moetrain.train.resume import differences
-
-    path = folder / file
-    if not path.is_file():
-        raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
-    numbers = read_json(path)
-    modes = numbers.get("modes")
-    if not isinstance(modes, dict) or not all(isinstance(mode, dict) and "outcomes" in mode for mode in modes.values()):
-        raise CheckpointError(f"eval.before: {path} holds no outcomes; run that evaluation again")
-    changed = differences(_tasks_of(read_yaml(folder / CONFIG)), _tasks_of(to_mapping(run)))
-    if changed:
-        raise CheckpointError(f"eval.before: {folder} evaluated other tasks ({'; '.join(changed)}); give the same ones")
-    return numbers
-
-
-def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an evaluation's config says of which tasks there are."""
-    return {key: _at(config, key) for key in _OF_TASKS}
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config.get(section, {}).get(name)

@@ -8,6 +8,7 @@ start ranks, so that a mistake in the input is one line and not one a rank.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moetrain.cli.earlier import read_before
 from moetrain.cli.plugins import load_plugins, plugin_spec
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import EvalRun, ExportRun, GenerateRun, ReadingRun, RlRun, StageRun, TrainingRun
@@ -71,14 +72,21 @@ def check_records(run: StageRun) -> None:
 
 
 def check_weights(run: StageRun) -> None:
-    """Read the weights that a stage that trains starts from, and raise the user's error when they do not fit."""
-    if run.init_from is None or not isinstance(run, TrainingRun):
+    """Read what a stage that several ranks share starts from, and raise the user's error when it does not fit."""
+    if run.init_from is None or not isinstance(run, TrainingRun | EvalRun):
         return
     # These bring torch in; most command lines name no weights.
     from moetrain.cli.weights import read_weights
     from moetrain.train.origin import check_fit
 
-    check_fit(read_weights(run.init_from), run.model)
+    origin = read_weights(run.init_from)
+    if isinstance(run, TrainingRun):
+        check_fit(origin, run.model)
+        return
+    for path in (run.eval.masters, run.eval.codes_before):
+        if path is not None:
+            read_weights(path)
+    read_before(run)
 
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:

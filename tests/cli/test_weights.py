@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moetrain.cli.inputs import check_weights
 from moetrain.cli.weights import read_weights
+from moetrain.compose import compose
 from moetrain.errors import CheckpointError
 from moetrain.model.hf import hf_disk_tensors, to_hf_config
 from tests.model.test_hf import TINY, make
@@ -55,3 +57,18 @@ def test_a_config_that_does_not_fit_is_named_with_its_folder(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "hidden_size": "abc"}))
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}: config\.json: hidden_size is 'abc': give a number"):
         read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("broken", ["init_from", "eval.masters", "eval.codes_before", "eval.before"])
+def test_what_an_evaluation_takes_is_read_before_its_ranks_start(broken: str, tmp_path: Path) -> None:
+    """Under a launcher each rank would say it, and the launcher's own lines would follow."""
+    good, bad = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "bad"), **{NORM: None})
+    words = [f"init_from={good}", f"eval.masters={good}", f"eval.codes_before={good}"]
+    check_weights(compose("eval", words))
+    with pytest.raises(CheckpointError, match=rf"^{bad}: .* is missing|^eval\.before: there is no {bad}/eval\.json"):
+        check_weights(compose("eval", [*words, f"{broken}={bad}"]))
+
+
+def _folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
