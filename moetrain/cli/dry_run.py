@@ -68,12 +68,10 @@ def _peak(run: TrainingRun) -> float:
     # These bring torch in; only a dry run of a stage that trains needs them here.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.precision import DTYPES, candidates, faster
+    from moetrain.train.precision import DTYPES, expected_dtype
 
     device = default_device()
-    names = candidates(run.train.compute_dtype, device=device)
-    peaks = {name: measure_peak(dtype=DTYPES[name], device=device) for name in names}
-    return peaks[faster(peaks)]
+    return measure_peak(dtype=DTYPES[expected_dtype(run.train.compute_dtype, device=device)], device=device)
 
 
 def _bytes(count: int) -> str:

@@ -19,17 +19,31 @@ def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology) -> float:
     A collective.
     """
     key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}"
-    known: dict[str, float] = json.loads(path.read_text()) if topology.is_main and path.is_file() else {}
-    peak = topology.broadcast_object(known.get(key))
+    peak = topology.broadcast_object(kept(path, key) if topology.is_main else None)
     if peak is None:
         own = torch.tensor(measure_peak(dtype=dtype, device=topology.device), dtype=torch.float64)
         peak = float(topology.all_reduce_sum(own))
         if topology.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.tmp")
-            partial.write_text(json.dumps(known | {key: peak}, indent=1) + "\n")
-            os.replace(partial, path)
+            keep(path, key, measured=peak)
     return peak
+
+
+def kept(path: Path, key: str) -> float | None:
+    """Return what `keep` wrote under `key`, None if nothing."""
+    return _read(path).get(key)
+
+
+def keep(path: Path, key: str, *, measured: float) -> None:
+    """Add what was measured to the JSON file `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(_read(path) | {key: measured}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, float]:
+    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    return known
 
 
 def measure_peak(*, dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:

@@ -1,7 +1,7 @@
 """The dtype of a run's matrix products: the one that the config names, or the faster one on the machine at hand."""
 
 import logging
-from collections.abc import Mapping
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,42 +9,71 @@ import torch
 
 from moetrain.parallel.topology import Topology
 from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.peak import total_peak
+from moetrain.train.peak import keep, kept
 
 _log = logging.getLogger(__name__)
 
 DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
 MACHINE = "machine.json"
 """What was measured of the machine, in a stage's folder."""
+_GAIN = "speed of float32 products over bfloat16 ones"
 _MARGIN = 1.25
-"""How many times as fast float32 products must be to be taken: their operands are twice as large."""
+"""Gain from which on float32 is taken: its operands are twice as large."""
+_SIZE = 512
+_SECONDS = 0.5
 
 
 def settle_dtype(train: TrainConfig, *, folder: Path, topology: Topology) -> TrainConfig:
     """Return `train` with a dtype in place of `fastest`. A collective.
 
-    Both are measured on all ranks at the same time, and kept in the stage's folder: a run that goes on there goes on
-    with the dtype it began with. An accelerator is not measured: bfloat16.
+    The main rank measures, and keeps what it found in the stage's folder: a run that goes on there goes on with the
+    dtype it began with. An accelerator is not measured: bfloat16.
     """
-    names = candidates(train.compute_dtype, device=topology.device)
-    if len(names) == 1:
-        return replace(train, compute_dtype=names[0])
-    peaks = {name: total_peak(folder / MACHINE, dtype=DTYPES[name], topology=topology) for name in names}
-    dtype = faster(peaks)
-    speeds = ", ".join(f"{name} {peak / 1e9:.0f}" for name, peak in peaks.items())
+    if train.compute_dtype is not ComputeDtype.fastest:
+        return train
+    if topology.device.type != "cpu":
+        return replace(train, compute_dtype=ComputeDtype.bfloat16)
+    gain = topology.broadcast_object(_kept_gain(folder / MACHINE) if topology.is_main else 0.0)
+    dtype = faster(gain)
     if topology.is_main:
-        _log.info("products in %s (GFLOP/s here: %s)", dtype, speeds)
+        _log.info("products in %s: %s %.3g times", dtype, _GAIN, gain)
     return replace(train, compute_dtype=dtype)
 
 
-def candidates(wanted: ComputeDtype, *, device: torch.device) -> list[ComputeDtype]:
-    """Return what `wanted` may come to on a device."""
+def expected_dtype(wanted: ComputeDtype, *, device: torch.device) -> ComputeDtype:
+    """Return what a run that begins now on `device` would settle on."""
     if wanted is not ComputeDtype.fastest:
-        return [wanted]
-    return list(DTYPES) if device.type == "cpu" else [ComputeDtype.bfloat16]
+        return wanted
+    return ComputeDtype.bfloat16 if device.type != "cpu" else faster(float32_gain())
 
 
-def faster(peaks: Mapping[ComputeDtype, float]) -> ComputeDtype:
-    """Return which of the candidates to take, given the FLOP/s of products in each."""
-    gains = peaks.get(ComputeDtype.float32, 0.0) > _MARGIN * peaks.get(ComputeDtype.bfloat16, 0.0)
-    return ComputeDtype.float32 if gains else ComputeDtype.bfloat16
+def faster(gain: float) -> ComputeDtype:
+    """Return the dtype to take on a CPU whose products are `gain` times as fast in float32 as in bfloat16."""
+    return ComputeDtype.float32 if gain > _MARGIN else ComputeDtype.bfloat16
+
+
+def _kept_gain(path: Path) -> float:
+    gain = kept(path, _GAIN)
+    if gain is None:
+        gain = float32_gain()
+        keep(path, _GAIN, measured=gain)
+    return gain
+
+
+def float32_gain() -> float:
+    """Return how many times as fast this CPU multiplies square matrices in float32 as in bfloat16.
+
+    By turns, on one thread, the best of each: a busy neighbour that takes a core changes little.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    operands = {dtype: torch.ones(_SIZE, _SIZE, dtype=dtype) for dtype in DTYPES.values()}
+    fastest = dict.fromkeys(operands, float("inf"))
+    end = time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or float("inf") in fastest.values():
+        for dtype, a_MM in operands.items():
+            start = time.perf_counter()
+            torch.mm(a_MM, a_MM)
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
