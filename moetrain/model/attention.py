@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.model.config import ModelConfig
+from moetrain.model.flash_attention import Runs, attend_flash, plan_runs, takes_flash
 from moetrain.model.layers import Linear, RMSNorm
 from moetrain.model.max_logits import max_logits
 from moetrain.model.recompute import Recomputable, run_part
@@ -35,26 +36,30 @@ class MaxLogits(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMask:
-    """[B, 1, T, T], True where a token (row) sees a token (column)."""
+    """[B, 1, T, T], True where a token (row) sees a token (column), and the segments that it was made of."""
 
     seen_B1TT: torch.Tensor
+    segments_BT: torch.Tensor
 
 
-Mask = FusedMask | list[Tile]
+Mask = FusedMask | Runs | list[Tile]
 """What a row's tokens see, in the form of the path that attends: made once for all layers."""
 
 
-def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype) -> Mask:
-    """Return the mask of packed rows: tiles for short rows on a CPU, one square for torch's fused kernel otherwise.
+def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int) -> Mask:
+    """Return the mask of packed rows for queries and keys of this width.
 
-    A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
+    Tiles for short rows on a CPU, runs for the flash kernel on a GPU, and one square for torch's fused kernel where
+    neither goes. A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
+    if takes_flash(segments_BT.device, dtype, width=width):
+        return plan_runs(segments_BT)
     if segments_BT.device.type == "cpu" and num_tokens <= TILED_MAX_TOKENS:
         return plan_tiles(segments_BT, dtype)
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BT.device).tril()
-    return FusedMask(seen_B1TT=(same_BTT & causal_TT)[:, None])
+    return FusedMask(seen_B1TT=(same_BTT & causal_TT)[:, None], segments_BT=segments_BT)
 
 
 def attend_fused(
@@ -130,15 +135,19 @@ class Attention(Recomputable):
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         k_nope_BHTN, v_BHTV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         k_BHTQ = torch.cat([k_nope_BHTN, k_rope_B1TR.expand(-1, config.num_heads, -1, -1)], -1)
-        if isinstance(mask, FusedMask):
-            out_BHTV = attend_fused(q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, mask=mask, scale=config.softmax_scale)
-            max_logits_H = None
-            if measured_BT is not None:
-                max_logits_H = max_logits(
-                    q_BHTQ, k_BHTQ, seen_B1TT=mask.seen_B1TT, measured_BT=measured_BT, scale=config.softmax_scale
-                )
-        else:
+        scale = config.softmax_scale
+        if isinstance(mask, list):
             out_BHTV, max_logits_H = attend_tiled(
-                q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, tiles=mask, scale=config.softmax_scale, measured_BT=measured_BT
+                q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, tiles=mask, scale=scale, measured_BT=measured_BT
+            )
+            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), max_logits_H
+        if isinstance(mask, Runs):
+            out_BHTV = attend_flash(q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, runs=mask, scale=scale)
+        else:
+            out_BHTV = attend_fused(q_BHTQ, k_BHTQ, v_BHTV=v_BHTV, mask=mask, scale=scale)
+        max_logits_H = None
+        if measured_BT is not None:
+            max_logits_H = max_logits(
+                q_BHTQ, k_BHTQ, segments_BT=mask.segments_BT, measured_BT=measured_BT, scale=scale
             )
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), max_logits_H

@@ -25,22 +25,24 @@ def max_logits(
     q_BHTQ: torch.Tensor,
     k_BHTQ: torch.Tensor,
     *,
-    seen_B1TT: torch.Tensor,
+    segments_BT: torch.Tensor,
     measured_BT: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
     """Return the largest logit of each head over the measured tokens [H], float32, without gradient.
 
-    Products run in the dtype of the queries. `seen_B1TT`: whether a token (row) sees a token (column), never a later
-    one; `measured_BT`: False for padding. A head whose tokens are all left out has -inf.
+    Products run in the dtype of the queries. A token sees itself and earlier tokens of its own segment. `measured_BT`:
+    False for padding. A head whose tokens are all left out has -inf.
     """
     num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
+    index_T = torch.arange(num_tokens, device=q_BHTQ.device)
     largest_H = torch.full((num_heads,), float("-inf"), device=q_BHTQ.device)
     for start in range(0, num_tokens, _QUERIES):
         queries = slice(start, min(start + _QUERIES, num_tokens))
         for first_key in range(0, queries.stop, _KEYS):
             keys = slice(first_key, min(first_key + _KEYS, queries.stop))
-            seen_B1IJ = seen_B1TT[:, :, queries, keys]
+            same_BIJ = segments_BT[:, queries, None] == segments_BT[:, None, keys]
+            seen_B1IJ = (same_BIJ & (index_T[keys] <= index_T[queries, None]))[:, None]
             if not seen_B1IJ.any():
                 continue
             q_ZIQ, k_ZJQ = q_BHTQ[:, :, queries].flatten(0, 1), k_BHTQ[:, :, keys].flatten(0, 1)

@@ -39,10 +39,9 @@ def test_tiles_and_blocks_give_the_maximum_of_a_loop_over_queries(
     k = loud_padding(k, segments_BT)
     measured_BT = segments_BT > 0
     expected = slow_max_logits(q, k, segments_BT).float()
-    seen_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril()[:, None]
     tiles = plan_tiles(segments_BT, torch.float64)
     _, of_tiles = attend_tiled(q, k, v_BHTV=v, tiles=tiles, scale=SCALE, measured_BT=measured_BT)
-    of_blocks = max_logits.max_logits(q, k, seen_B1TT=seen_B1TT, measured_BT=measured_BT, scale=SCALE)
+    of_blocks = max_logits.max_logits(q, k, segments_BT=segments_BT, measured_BT=measured_BT, scale=SCALE)
     torch.testing.assert_close(of_tiles, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(of_blocks, expected, rtol=1e-6, atol=0)
 
@@ -122,7 +121,7 @@ def test_yarns_scale_is_part_of_the_logit() -> None:
         layer = Attention(small_model(factor=factor))
         for name, parameter in layer.named_parameters():
             parameter.data.normal_(std=0.3, generator=torch_stream(0, name))
-        mask = plan_attention(segments_BT, torch.float32)
+        mask = plan_attention(segments_BT, torch.float32, width=12)
         _, max_logits_H = layer(x_BTD, rotation=rotation, mask=mask, measured_BT=segments_BT > 0)
         largest.append(max_logits_H)
     torch.testing.assert_close(largest[1], 1.8133 * largest[0], rtol=1e-4, atol=0)
