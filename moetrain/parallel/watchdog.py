@@ -87,6 +87,8 @@ class Watchdog:
                 if time.monotonic() - waiting_since > self._timeout_s:
                     self._end_unless_store_answers(place)
                     message = hang_message(place, self._others(), rank=self._rank, timeout_s=self._timeout_s)
+                    if self._over.is_set():
+                        return  # the one that was late came after all, and the process is done
                     self._tell(replace(place, beat=_LAST_BEAT))
                     self._end(message)
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
