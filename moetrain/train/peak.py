@@ -42,7 +42,11 @@ def keep(path: Path, key: str, *, measured: float) -> None:
 
 
 def _read(path: Path) -> dict[str, float]:
-    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    """Return what was kept; nothing when there is no file, or one that was torn when a machine stopped."""
+    try:
+        known: dict[str, float] = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
     return known
 
 

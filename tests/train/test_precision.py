@@ -43,5 +43,11 @@ def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     assert {first, settle_dtype(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
 
 
+def test_a_file_that_was_torn_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / MACHINE).write_text("")
+    settle_dtype(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
+    assert len(json.loads((tmp_path / MACHINE).read_text())) == 1
+
+
 def test_an_accelerator_takes_bfloat16() -> None:
     assert expected_dtype(ComputeDtype.fastest, device=torch.device("cuda")) is ComputeDtype.bfloat16
