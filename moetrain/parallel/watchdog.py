@@ -85,18 +85,18 @@ class Watchdog:
             try:
                 self._tell(place)
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    self._end_unless_store_answers(place)
-                    message = hang_message(place, self._others(), rank=self._rank, timeout_s=self._timeout_s)
-                    if self._over.is_set():
-                        return  # the one that was late came after all, and the process is done
-                    self._tell(replace(place, beat=_LAST_BEAT))
-                    self._end(message)
+                    timer = self._end_unless_store_answers(place)
+                    others = self._others()
+                    if self._look().waits and time.clock_gettime(self._clock) - used_s <= _BUSY_S:
+                        self._tell(replace(place, beat=_LAST_BEAT))
+                        self._end(hang_message(place, others, rank=self._rank, timeout_s=self._timeout_s))
+                    timer.cancel()  # the one that was late came after all
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
                 if time.monotonic() - waiting_since > self._timeout_s:
                     self._end(self._without_store(place, why=str(error)))
             self._over.wait(self._interval_s)
 
-    def _end_unless_store_answers(self, place: Place) -> None:
+    def _end_unless_store_answers(self, place: Place) -> threading.Timer:
         """End this process in a while from now: a store whose process is stopped is waited for without end."""
         longest_s = 2 * (3 * self._interval_s + 1.0) + _STORE_TIMEOUT.total_seconds()
         others: dict[int, Place | None] = {0: None}
@@ -108,6 +108,7 @@ class Watchdog:
         timer = threading.Timer(longest_s, self._end, args=[message])
         timer.daemon = True
         timer.start()
+        return timer
 
     def _without_store(self, place: Place, *, why: str) -> str:
         return (

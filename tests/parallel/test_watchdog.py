@@ -30,27 +30,32 @@ dist.recv(torch.ones(3), src=stopped)  # a rank that ends does not end this
 """
 
 
+def start_ranks(world_size: int, program: str, *arguments: str, **environment: str) -> list[subprocess.Popen[str]]:
+    root = Path(__file__).parents[2]
+    of_all = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
+    of_all |= {"MASTER_ADDR": "127.0.0.1", **environment}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, **of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
 @pytest.mark.parametrize(("stopped", "late_s"), [(1, 1.0), (1, 3.5), (0, 0.0)])
 def test_a_rank_that_is_stopped_is_named_with_the_step_and_none_that_waits(stopped: int, late_s: float) -> None:
     """Rank 2 begins to wait while rank 0 does, looks at it while rank 0 looks itself, or after rank 0 has ended.
 
     Where rank 0 is stopped it keeps the store, as on several machines; otherwise the launcher does.
     """
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3"}
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if stopped else None
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": str(store is not None)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(stopped), str(late_s)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
+    port = str(store.port if store else free_port())
+    of_store = {"TORCHELASTIC_USE_AGENT_STORE": str(store is not None), "MASTER_PORT": port}
+    ranks = start_ranks(3, PROGRAM, str(stopped), str(late_s), **of_store)
     waiting = [rank for rank in range(3) if rank != stopped]
     try:
         said = [ranks[rank].communicate(timeout=120)[1] for rank in waiting]
@@ -65,6 +70,28 @@ def test_a_rank_that_is_stopped_is_named_with_the_step_and_none_that_waits(stopp
         assert line.startswith("moetrain: step 3: rank ")
         assert "has waited in the collective at <string>:" in line
         assert f"did not arrive: rank {stopped}: rank {stopped} gives no sign of life" in line
+
+
+LATE = """
+import sys, time, torch
+from moetrain.parallel.config import ParallelConfig
+from moetrain.parallel.topology import setup
+topology = setup(ParallelConfig(timeout_s=3))
+topology.all_reduce_sum(torch.ones(3))
+if topology.rank == 1:
+    time.sleep(float(sys.argv[1]))
+topology.all_reduce_sum(torch.ones(3))
+time.sleep(float(sys.argv[2]))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("goes_on_s", [0.0, 4.0])
+def test_a_rank_that_comes_while_others_look_for_it_is_no_hang(goes_on_s: float) -> None:
+    """It comes after the whole timeout, during the last looks; the process ends then, or goes on."""
+    ranks = start_ranks(2, LATE, "3.8", str(goes_on_s), MASTER_PORT=str(free_port()))
+    ends = [(rank.communicate(timeout=120), rank.returncode) for rank in ranks]
+    assert [(out, code) for (out, _), code in ends] == [("done\n", 0)] * 2, ends
 
 
 ENDS = """
