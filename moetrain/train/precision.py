@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,22 +30,21 @@ def settle_dtype(train: TrainConfig, *, folder: Path, topology: Topology) -> Tra
     The main rank measures, and keeps what it found in the stage's folder: a run that goes on there goes on with the
     dtype it began with. An accelerator is not measured: bfloat16.
     """
-    if train.compute_dtype is not ComputeDtype.fastest:
-        return train
-    if topology.device.type != "cpu":
-        return replace(train, compute_dtype=ComputeDtype.bfloat16)
-    gain = topology.broadcast_object(_kept_gain(folder / MACHINE) if topology.is_main else 0.0)
-    dtype = faster(gain)
-    if topology.is_main:
-        _log.info("products in %s: %s %.3g times", dtype, _GAIN, gain)
-    return replace(train, compute_dtype=dtype)
+
+    def kept_gain() -> float:
+        gain: float = topology.broadcast_object(_kept_gain(folder / MACHINE) if topology.is_main else 0.0)
+        if topology.is_main:
+            _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
+        return gain
+
+    return replace(train, compute_dtype=dtype_of(train.compute_dtype, device=topology.device, gain=kept_gain))
 
 
-def expected_dtype(wanted: ComputeDtype, *, device: torch.device) -> ComputeDtype:
-    """Return what a run that begins now on `device` would settle on."""
+def dtype_of(wanted: ComputeDtype, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
+    """Return what `wanted` comes to on a device; `gain` says of a CPU what `float32_gain`, the default, measures."""
     if wanted is not ComputeDtype.fastest:
         return wanted
-    return ComputeDtype.bfloat16 if device.type != "cpu" else faster(float32_gain())
+    return ComputeDtype.bfloat16 if device.type != "cpu" else faster((gain or float32_gain)())
 
 
 def faster(gain: float) -> ComputeDtype:

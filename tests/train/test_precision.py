@@ -9,7 +9,7 @@ import torch
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.topology import setup
 from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.precision import DTYPES, MACHINE, expected_dtype, faster, float32_gain, settle_dtype
+from moetrain.train.precision import DTYPES, MACHINE, dtype_of, faster, float32_gain, settle_dtype
 
 FASTEST = TrainConfig(compute_dtype=ComputeDtype.fastest)
 
@@ -30,7 +30,7 @@ def test_a_dtype_that_is_named_is_kept_and_nothing_is_measured(named: ComputeDty
     train = TrainConfig(compute_dtype=named)
     assert settle_dtype(train, folder=tmp_path, topology=setup(ParallelConfig())) == train
     assert not (tmp_path / MACHINE).exists()
-    assert expected_dtype(named, device=torch.device("cpu")) is named
+    assert dtype_of(named, device=torch.device("cpu")) is named
 
 
 def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
@@ -50,4 +50,4 @@ def test_a_file_that_was_torn_is_measured_anew(tmp_path: Path) -> None:
 
 
 def test_an_accelerator_takes_bfloat16() -> None:
-    assert expected_dtype(ComputeDtype.fastest, device=torch.device("cuda")) is ComputeDtype.bfloat16
+    assert dtype_of(ComputeDtype.fastest, device=torch.device("cuda")) is ComputeDtype.bfloat16
