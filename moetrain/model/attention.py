@@ -47,7 +47,7 @@ Mask = FusedMask | Runs | list[Tile]
 
 
 def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int) -> Mask:
-    """Return the mask of packed rows for queries and keys of this width.
+    """Return the mask of packed rows for heads whose widest of query, key and value is this wide.
 
     Tiles for short rows on a CPU, runs for the flash kernel on a GPU, and one square for torch's fused kernel where
     neither goes. A token sees itself and earlier tokens of its own segment; padding is a segment like any other.

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-_MOST_WIDTH, _WIDTH_MULTIPLE = 256, 8
-"""What FlashAttention-2 takes (arXiv 2307.08691)."""
+_MOST_WIDTH, _WIDTH_MULTIPLE, _CAPABILITY = 256, 8, (8, 0)
+"""What FlashAttention-2 takes (arXiv 2307.08691); heads are padded to one width."""
 _CAUSAL = (-1, 0)
 
 FlashKernel = Callable[..., Any]
@@ -29,9 +29,9 @@ class Runs:
 
 
 def takes_flash(device: torch.device, dtype: torch.dtype, *, width: int) -> bool:
-    """Return whether the flash kernel runs there for queries and keys of this width."""
-    fits = width <= _MOST_WIDTH and width % _WIDTH_MULTIPLE == 0
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits
+    """Return whether the flash kernel runs there for heads whose widest of query, key and value is this wide."""
+    fits = width <= _MOST_WIDTH and dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def plan_runs(segments_BT: torch.Tensor) -> Runs:
@@ -52,13 +52,16 @@ def attend_flash(
     scale: float,
     kernel: FlashKernel = varlen_attn,
 ) -> torch.Tensor:
-    """Return attention outputs [B, H, T, V]; values no wider than queries are padded to their width."""
-    num_rows, num_heads, num_tokens, width = q_BHTQ.shape
+    """Return attention outputs [B, H, T, V]; padding heads to a width of the kernel changes no score."""
+    num_rows, num_heads, num_tokens, query_width = q_BHTQ.shape
     value_width = v_BHTV.shape[-1]
-    padded_BHTQ = F.pad(v_BHTV, (0, width - value_width))
-    q_PHQ, k_PHQ, v_PHQ = (x_BHTQ.transpose(1, 2).flatten(0, 1) for x_BHTQ in (q_BHTQ, k_BHTQ, padded_BHTQ))
+    widest = max(query_width, value_width)
+    width = widest + -widest % _WIDTH_MULTIPLE
+
+    def laid_out(x_BHTX: torch.Tensor) -> torch.Tensor:
+        return F.pad(x_BHTX, (0, width - x_BHTX.shape[-1])).transpose(1, 2).flatten(0, 1)
+
+    heads = (laid_out(q_BHTQ), laid_out(k_BHTQ), laid_out(v_BHTV))
     bounds, longest = runs.bounds, runs.longest
-    out_PHQ: torch.Tensor = kernel(
-        q_PHQ, k_PHQ, v_PHQ, bounds, bounds, longest, longest, scale=scale, window_size=_CAUSAL
-    )
-    return out_PHQ[..., :value_width].reshape(num_rows, num_tokens, num_heads, value_width).transpose(1, 2)
+    out_PHX: torch.Tensor = kernel(*heads, bounds, bounds, longest, longest, scale=scale, window_size=_CAUSAL)
+    return out_PHX[..., :value_width].reshape(num_rows, num_tokens, num_heads, value_width).transpose(1, 2)

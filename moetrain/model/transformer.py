@@ -168,7 +168,8 @@ class Transformer(nn.Module):
         """Return hidden states of packed rows: ids, segments (0 is padding) and positions in each document, int64."""
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
-        mask = plan_attention(segments_BT, self.compute_dtype, width=self.config.qk_head_dim)
+        widest = max(self.config.qk_head_dim, self.config.v_head_dim)
+        mask = plan_attention(segments_BT, self.compute_dtype, width=widest)
         documents = Documents.of(segments_BT)
         measured_BT = segments_BT > 0 if max_logits is MaxLogits.measured else None
         statistics: list[BlockStatistics] = []

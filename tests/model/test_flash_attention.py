@@ -21,7 +21,7 @@ def by_run(q_PHQ, k_PHQ, v_PHQ, bounds_q, bounds_k, longest_q, longest_k, *, sca
     assert window_size == (-1, 0)  # causal
     assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k)
     assert longest_q == longest_k == int(bounds_q.diff().max())
-    assert q_PHQ.shape == k_PHQ.shape == v_PHQ.shape  # the kernel takes one width
+    assert q_PHQ.shape == k_PHQ.shape == v_PHQ.shape and q_PHQ.shape[-1] % 8 == 0  # the kernel takes one width
     sizes = bounds_q.diff().tolist()
     outputs = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in run), is_causal=True, scale=scale).transpose(0, 1)
@@ -30,11 +30,12 @@ def by_run(q_PHQ, k_PHQ, v_PHQ, bounds_q, bounds_k, longest_q, longest_k, *, sca
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 70])
-def test_flash_attention_equals_a_loop_over_queries_forward_and_backward(num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "value_width"), [(1, 8), (70, 8), (70, 20)])
+def test_flash_attention_equals_a_loop_over_queries_forward_and_backward(num_tokens: int, value_width: int) -> None:
     segments_BT = packed_segments(num_tokens)
-    heads = random_heads(num_tokens, torch.float64)
-    q, k, v = heads
+    q, k, _ = random_heads(num_tokens, torch.float64)
+    values = torch.randn(4, 2, num_tokens, value_width, generator=torch_stream(0, "values"), dtype=torch.float64)
+    heads = q, k, v = q, k, values.requires_grad_()
     reference = slow_attention(q, k, v, segments_BT)
     upstream = torch.randn(reference.shape, generator=torch_stream(0, "upstream"), dtype=torch.float64)
     out = attend_flash(q, k, v_BHTV=v, runs=plan_runs(segments_BT), scale=SCALE, kernel=by_run)
@@ -69,18 +70,25 @@ def test_a_layer_on_the_flash_path_gives_what_it_gives_on_tiles(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "taken"),
+    ("device", "capability", "dtype", "width", "taken"),
     [
-        ("cuda", torch.bfloat16, 192, True),
-        ("cuda", torch.float32, 192, False),
-        ("cuda", torch.bfloat16, 320, False),
-        ("cuda", torch.bfloat16, 100, False),
-        ("cpu", torch.bfloat16, 192, False),
+        ("cuda", (9, 0), torch.bfloat16, 192, True),
+        ("cuda", (8, 0), torch.bfloat16, 100, True),
+        ("cuda", (7, 5), torch.bfloat16, 192, False),
+        ("cuda", (9, 0), torch.float32, 192, False),
+        ("cuda", (9, 0), torch.bfloat16, 320, False),
+        ("cpu", (9, 0), torch.bfloat16, 192, False),
     ],
 )
 def test_the_kernel_is_chosen_by_device_dtype_and_width(
-    device: str, dtype: torch.dtype, width: int, taken: bool
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert takes_flash(torch.device(device), dtype, width=width) is taken
 
 
