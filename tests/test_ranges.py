@@ -62,6 +62,11 @@ def test_a_number_out_of_range_is_named_with_its_field(command: str, override: s
             "data.sources.mine.kind=jsonl",
             "data.sources.mine.path is None: a source of kind jsonl needs one",
         ),
+        (
+            "pretrain",
+            "data.sources.mine.path=a.jsonl",
+            "data.sources.mine.path is a.jsonl, which a source of kind stdlib_code does not read",
+        ),
     ],
 )
 def test_what_is_no_single_number_is_named_too(command: str, override: str, message: str) -> None:

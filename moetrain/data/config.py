@@ -35,6 +35,9 @@ class Overlong(StrEnum):
     drop = "drop"
 
 
+_WITH_PATH = (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source of documents."""
@@ -64,8 +67,13 @@ class SourceConfig:
         counts = ("num_documents", "max_characters")
         prefix = f"data.sources.{name}."
         check_ranges(self, prefix=prefix, ranges={COUNT: counts, NOT_NEGATIVE: ("weight",)})
-        if self.kind in (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text) and not self.path:
+        if self.kind in _WITH_PATH and not self.path:
             raise ConfigError(f"{prefix}path is {self.path}: a source of kind {self.kind} needs one")
+        if self.path is not None and self.kind not in _WITH_PATH:
+            raise ConfigError(
+                f"{prefix}path is {self.path}, which a source of kind {self.kind} does not read: "
+                f"give {prefix}kind too, one of {', '.join(_WITH_PATH)}"
+            )
 
 
 @dataclass(kw_only=True)

@@ -68,10 +68,20 @@ def document_of(record: Record, *, column: str, format: Format, where: str) -> D
         said = " ".join(str(error).split())
         raise DataError(f"{where} does not fit its format: {type(error).__name__}: {said}") from error
     if isinstance(result, str):
-        return text_document(result)
+        return _spelt(text_document(result), where=where)
     if not any(piece.is_sampled for piece in result):
         raise DataError(f"{where} has nothing to learn: no part of it is sampled, such as an assistant's turn")
-    return Document(key=pieces_to_text(result), pieces=tuple(result))
+    return _spelt(Document(key=pieces_to_text(result), pieces=tuple(result)), where=where)
+
+
+def _spelt(document: Document, *, where: str) -> Document:
+    """Return the document; DataError when it holds half of a surrogate pair, as JSON may."""
+    try:
+        document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(document.text[error.start])
+        raise DataError(f"{where} holds U+{half:04X}, half of a character, which UTF-8 cannot spell") from error
+    return document
 
 
 def _text(record: Record, column: str) -> str:

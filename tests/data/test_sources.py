@@ -167,6 +167,7 @@ def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
     [
         ("[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
         ('{"text": ' + "1" * 5000 + "}", r"mine\.jsonl:1 cannot be read: ValueError: Exceeds the limit"),
+        (r'{"text": "a\ud800b"}', r"mine\.jsonl:1 holds U\+D800, half of a character"),
     ],
 )
 def test_json_that_python_cannot_hold_is_named_by_line(line: str, message: str, tmp_path) -> None:
