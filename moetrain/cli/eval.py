@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from moetrain.cli.earlier import read_before
 from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import EvalRun, check_length
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.errors import ConfigError
 from moetrain.runtime import num_ranks
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ def main(run: EvalRun) -> int:
         raise ConfigError("init_from is null: give the export to evaluate")
     # These bring torch in, so only now.
     from moetrain.cli.traces import write_traces
-    from moetrain.cli.weights import read_weights, tokenizer_of
+    from moetrain.cli.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import EVAL, evaluate
-    from moetrain.export.read import is_export
     from moetrain.inference.weights import build_weights
     from moetrain.parallel.config import EngineName, ParallelConfig
     from moetrain.parallel.topology import setup
@@ -37,11 +36,8 @@ def main(run: EvalRun) -> int:
         tokenizer = tokenizer_of(origin)
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
         unquantized = QuantConfig()
-        masters = read_weights(run.eval.masters) if run.eval.masters is not None else None
-        if masters is not None and is_export(masters.path):
-            raise CheckpointError(
-                f"eval.masters is {run.eval.masters}: that is an export; give the stage or checkpoint it was made of"
-            )
+        of_eval = run.eval
+        masters = read_masters(of_eval.masters, field="eval.masters", origin=origin) if of_eval.masters else None
         evaluation = evaluate(
             run.eval,
             weights=build_weights(origin.tensors, config=origin.model, quant=origin.quant or unquantized),
@@ -61,7 +57,7 @@ def main(run: EvalRun) -> int:
             write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
         numbers = {**evaluation.numbers, "language": _language(run, origin)}
         if run.eval.codes_before is not None:
-            earlier = read_weights(run.eval.codes_before)
+            earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
             quant = origin.quant or unquantized
             numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
         write_json(folder / EVAL, numbers)

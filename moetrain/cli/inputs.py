@@ -5,7 +5,7 @@ records are read whole, weights bring torch in. `moetrain check` does all of it,
 start ranks, so that a mistake in the input is one line and not one a rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moetrain.cli.earlier import read_before
@@ -71,22 +71,37 @@ def check_records(run: StageRun) -> None:
             read_documents(source, name=name)
 
 
-def check_weights(run: StageRun) -> None:
-    """Read what a stage that several ranks share starts from, and raise the user's error when it does not fit."""
-    if run.init_from is None or not isinstance(run, TrainingRun | EvalRun):
-        return
+def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
+    """Read what a stage starts from, and raise the user's error when it is damaged or does not fit.
+
+    made: folders that earlier stages will write, which are left out.
+    """
+    named = {
+        field: value
+        for field, value in _folders(run)
+        if not any(Path(value).expanduser().is_relative_to(folder) for folder in made)
+    }
+    if "init_from" in named:
+        _check_origin(run, named)
+    if isinstance(run, EvalRun) and "eval.before" in named:
+        read_before(run)
+
+
+def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These bring torch in; most command lines name no weights.
-    from moetrain.cli.weights import read_weights
+    from moetrain.cli.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.train.origin import check_fit
 
-    origin = read_weights(run.init_from)
+    origin = read_weights(named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
-        return
-    for path in (run.eval.masters, run.eval.codes_before):
-        if path is not None:
-            read_weights(path)
-    read_before(run)
+    if origin.tokenizer is not None:
+        tokenizer_of(origin)
+    for field in ("masters", "eval.masters"):
+        if field in named:
+            read_masters(named[field], field=field, origin=origin)
+    if "eval.codes_before" in named:
+        read_beside(named["eval.codes_before"], field="eval.codes_before", origin=origin)
 
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain.cli import dry_run, recipe, report
-from moetrain.cli.inputs import check_inputs, check_names, check_records
-from moetrain.cli.stage import check_writable, lock
+from moetrain.cli.inputs import check_inputs, check_names, check_records, check_weights
+from moetrain.cli.stage import check_writable, has_results, lock
 from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import RecipeRun, ReportRun, TrainingRun
 from moetrain.errors import ConfigError
@@ -115,12 +115,13 @@ def prepare(words: Sequence[str]) -> Prepared:
         raise ConfigError(f"again_from is {run.again_from!r}: {suggestion(run.again_from, names)}")
     folder = Path(run.folder) / (run.name or loaded.name)
     check_writable(folder)
+    made = [Path(folder / stage.name).expanduser() for stage in stages]
     for number, stage in enumerate(stages):
-        made = [Path(folder / earlier.name).expanduser() for earlier in stages[:number]]
-        check_inputs(stage.config, made=made, world_size=stage.processes)
-    for stage in stages:
+        check_inputs(stage.config, made=made[:number], world_size=stage.processes)
+    for number, stage in enumerate(stages):
         check_names(stage.config)
         check_records(stage.config)
+        check_weights(stage.config, made=made[:number])
     return Prepared(run=run, folder=folder, stages=stages)
 
 
@@ -213,7 +214,10 @@ def _move_aside(prepared: Prepared, begin: int) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename a stage's folder to `<stage>.previous`, in place of an earlier one."""
+    """Rename a stage's folder to `<stage>.previous`, in place of an earlier one; one without results just goes."""
+    if not has_results(folder):
+        shutil.rmtree(folder)
+        return
     previous = folder.with_name(folder.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)

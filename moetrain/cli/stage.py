@@ -19,7 +19,7 @@ INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command goes on."""
 CONFIG = "config.yaml"
 """The config of a stage, in its folder."""
-_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json")
+_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html")
 """What a stage leaves that was made with its config."""
 
 
@@ -41,6 +41,11 @@ def check_folder(run: StageRun) -> None:
             f"{run.run.path} is the folder of another command ({CONFIG} there has {', '.join(foreign)}): "
             "give another run.stage or run.name"
         )
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether a stage has left anything there that was made with its config."""
+    return any(next(folder.glob(pattern), None) for pattern in _RESULTS)
 
 
 def check_writable(folder: Path) -> None:
@@ -97,13 +102,13 @@ def stage_folder(run: StageRun) -> Iterator[Path]:
     scratch = folder / f".{CONFIG}.tmp"
     try:
         with lock(folder):
-            has_results = any(next(folder.glob(pattern), None) for pattern in _RESULTS)
+            keeps = has_results(folder)
             save_config(run, scratch)
             try:
-                if not has_results:
+                if not keeps:
                     os.replace(scratch, folder / CONFIG)
                 yield folder
-                if has_results:
+                if keeps:
                     os.replace(scratch, folder / CONFIG)
             finally:
                 scratch.unlink(missing_ok=True)

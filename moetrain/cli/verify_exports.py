@@ -13,7 +13,7 @@ def main(run: VerifyExportsRun) -> int:
     if run.init_from is None or run.masters is None:
         raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made of")
     # These bring torch in, so only now.
-    from moetrain.cli.weights import read_weights
+    from moetrain.cli.weights import read_masters, read_weights
     from moetrain.export.read import is_export
     from moetrain.verify.exports import ExportFault, verify_exports
     from moetrain.verify.table import check_rows, render, write_rows
@@ -25,7 +25,7 @@ def main(run: VerifyExportsRun) -> int:
         check_length(export.model, name="num_tokens", length=run.num_tokens)
         rows = verify_exports(
             export.path,
-            masters=read_weights(run.masters).tensors,
+            masters=read_masters(run.masters, field="masters", origin=export).tensors,
             seed=run.run.seed,
             num_rows=run.num_rows,
             num_tokens=run.num_tokens,

@@ -7,7 +7,7 @@ from moetrain.errors import CheckpointError
 from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
 from moetrain.parallel.state import TensorReader
-from moetrain.train.origin import Origin, read_origin
+from moetrain.train.origin import Origin, read_origin, unfit_fields
 
 EXPORT = "model"
 """Folder of the export in the folder of an export stage."""
@@ -25,6 +25,22 @@ def read_weights(init_from: str) -> Origin:
         if str(error).startswith("config.json: "):
             raise CheckpointError(f"{init_from}: {error}") from error
         raise
+
+
+def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
+    """Return weights that stand beside `origin`; `CheckpointError` that begins with `field` for another model's."""
+    other = read_weights(value)
+    if unfit := unfit_fields(other, origin.model):
+        raise CheckpointError(f"{field} is {value}: that is another model than {origin.path} ({'; '.join(unfit)})")
+    return other
+
+
+def read_masters(value: str, *, field: str, origin: Origin) -> Origin:
+    """Return the float32 masters that `origin` was exported of; raises as `read_beside`, and for an export."""
+    masters = read_beside(value, field=field, origin=origin)
+    if is_export(masters.path):
+        raise CheckpointError(f"{field} is {value}: that is an export; give the stage or checkpoint it was made of")
+    return masters
 
 
 def _read(path: Path) -> Origin:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,12 +92,16 @@ def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
     Raises `CheckpointError` when a field differs that says what the weights mean.
     """
     changed = differences(vars_of(origin.model), vars_of(model))
-    unfit = [line for line in changed if not line.startswith(_FREE)]
-    if unfit:
+    if unfit := unfit_fields(origin, model):
         raise CheckpointError(
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
         )
     return changed
+
+
+def unfit_fields(origin: Origin, model: ModelConfig) -> list[str]:
+    """Return the fields in which `model` is another than that of the weights, as "field: theirs -> this"."""
+    return [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_FREE)]
 
 
 def vars_of(model: ModelConfig) -> dict[str, object]:
@@ -116,7 +121,7 @@ def _of_checkpoint(path: Path) -> Origin:
         reader=tensors,
         model=model_of(identity),
         quant=quant_of(identity),
-        tokenizer=_tokenizer_in(stage / TOKENIZER),
+        tokenizer=_own_tokenizer(stage / TOKENIZER, identity),
         make_digest=lambda: loaded.digest,
         step=loaded.step,
     )
@@ -138,6 +143,20 @@ def _of_hf_folder(path: Path) -> Origin:
 
 def _tokenizer_in(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _own_tokenizer(folder: Path, identity: Mapping[str, Any]) -> Path | None:
+    """Return the tokenizer's folder of a stage that trained with this identity, where its file is the one it wrote."""
+    found = _tokenizer_in(folder)
+    written = identity.get("tokenizer") or identity.get("digests", {}).get("tokenizer")
+    if found is not None and written is not None:
+        path = found / "tokenizer.json"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != written:
+            raise CheckpointError(
+                f"{path}: sha256 is {digest[:12]}..., {written[:12]}... was written; copy the tokenizer there again"
+            )
+    return found
 
 
 def _digest_of_files(path: Path) -> str:

@@ -73,6 +73,48 @@ def test_a_run_leaves_what_its_stages_promise(finished: Path) -> None:
     assert (finished / "runs" / "mine" / "export" / "model" / "config.json").is_file()
 
 
+def flipped(path: Path) -> Path:
+    """Flip a bit of the file's middle byte."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_weights_that_are_damaged_cost_no_stage_that_is_done(run: Path) -> None:
+    copy = shutil.copytree(run / "runs" / "mine" / "pretrain", run / "copy")
+    shards = sorted(copy.glob("checkpoints/step_00000003/*.safetensors"))
+    flipped(shards[0])
+    refused = moetrain("run", "recipe=mine", f"export.init_from={copy}/checkpoints/step_00000003", folder=run)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"moetrain: {shards[0]}: sha256 is ") and refused.stderr.count("\n") == 1
+    assert not (run / "runs" / "mine" / "export.previous").exists()
+    assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
+
+
+def test_a_stage_that_left_nothing_does_not_take_the_place_of_one_that_did(run: Path) -> None:
+    assert statuses(["export.export.format=bf16"], run)["export"] == "done"
+    previous = run / "runs" / "mine" / "export.previous" / "model"
+    of_int4 = (previous / "config.json").read_bytes()
+    stub = run / "runs" / "mine" / "export"  # as a stage leaves it that is refused at its start
+    shutil.rmtree(stub / "model")
+    for name in ("summary.json", "done.json"):
+        (stub / name).unlink()
+    assert statuses([], run)["export"] == "done"
+    assert (previous / "config.json").read_bytes() == of_int4
+
+
+def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    path = stage / "tokenizer" / "tokenizer.json"
+    text = path.read_text()
+    path.write_text(text.replace('"e": 68', '"e": 69'))
+    assert path.read_text() != text
+    refused = moetrain("check", "export", f"init_from={stage}", folder=run)
+    assert refused.returncode == 2
+    assert f"{path}: sha256 is " in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_finished_stages_are_skipped_and_a_change_runs_a_stage_and_those_after_it(run: Path) -> None:
     assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
     again = statuses(["export.export.format=bf16"], run)

@@ -69,6 +69,17 @@ def test_what_an_evaluation_takes_is_read_before_its_ranks_start(broken: str, tm
         check_weights(compose("eval", [*words, f"{broken}={bad}"]))
 
 
+@pytest.mark.parametrize("field", ["eval.masters", "eval.codes_before"])
+def test_weights_of_another_model_are_no_masters(field: str, tmp_path: Path) -> None:
+    good, other = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "other"))
+    config = {**to_hf_config(TINY), "rms_norm_eps": 0.5}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=rf"^{field} is {other}: that is another model than {good} \(rms_norm_eps"
+    ):
+        check_weights(compose("eval", [f"init_from={good}", f"{field}={other}"]))
+
+
 def _folder(parent: Path, name: str) -> Path:
     (parent / name).mkdir()
     return parent / name
