@@ -31,7 +31,7 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit 0
 fi
 
-# No compiling: Python does that to what is imported, when it first is.
+# No compiling of all that comes: what moetrain imports is compiled at the end.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 # torch comes first and alone: a machine that offers a CPU build of this version then keeps it.
@@ -39,6 +39,10 @@ pip install --no-compile "$(grep '^torch==' launch/constraints.txt)"
 took "torch"
 pip install --no-compile -c launch/constraints.txt -e '.[dev]'
 took "moetrain and its dependencies"
+
+# Every stage is a process of its own, which would compile what it imports again where PYTHONDONTWRITEBYTECODE is set.
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" launch/import_all.py 2>"$venv/import.log" || { cat "$venv/import.log" >&2; exit 1; }
+took "bytecode of what is imported"
 
 # DeepSpeed compiles a small shared-memory op when a CPU process group starts; done here, it is done once.
 if command -v g++ >/dev/null; then

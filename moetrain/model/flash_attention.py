@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 _MOST_WIDTH, _WIDTH_MULTIPLE, _CAPABILITY = 256, 8, (8, 0)
 """What FlashAttention-2 takes (arXiv 2307.08691); heads are padded to one width."""
@@ -50,9 +49,13 @@ def attend_flash(
     v_BHTV: torch.Tensor,
     runs: Runs,
     scale: float,
-    kernel: FlashKernel = varlen_attn,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Return attention outputs [B, H, T, V]; padding heads to a width of the kernel changes no score."""
+    if kernel is None:
+        from torch.nn.attention.varlen import varlen_attn  # takes 3 s to import, and no CPU calls it
+
+        kernel = varlen_attn
     num_rows, num_heads, num_tokens, query_width = q_BHTQ.shape
     value_width = v_BHTV.shape[-1]
     widest = max(query_width, value_width)

@@ -4,9 +4,7 @@ DeepSpeed runs in float32: parameters are the masters, and the model casts them 
 from checked values. Gradient accumulation is ours, so that the number of micro-batches may differ from step to step.
 """
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +17,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
+from moetrain.parallel.deepspeed_start import quieten, spare_the_compiler
 from moetrain.parallel.expert import ExpertAdapter, group_name
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
@@ -49,25 +48,6 @@ from moetrain.parallel.zero import ParameterShards, Shards, VectorShards, mark_u
 T = TypeVar("T")
 
 _LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
-
-
-_NO_NEWS = (
-    "untested optimizer",
-    "unknown inputs or outputs type",  # of modules without weights of their own: nothing waits for their hooks
-)
-
-
-def _quieten() -> None:
-    """Let DeepSpeed say what is wrong, but not that our modules are new to it or that torch renames what it calls."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
-    for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        warnings.filterwarnings("ignore", message=f".*{renamed}.* is deprecated", category=FutureWarning)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(phrase in record.getMessage() for phrase in _NO_NEWS)
 
 
 class _ObjectiveModule(nn.Module):
@@ -102,7 +82,8 @@ class DeepSpeedEngine:
         self.config = optim_config
         self.experts = expert_parameter_names(model) if topology.expert_size > 1 else set()
         self.parameters = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        _quieten()
+        quieten()
+        spare_the_compiler()
         if zero_stage == PARTITIONING_STAGE:
             mark_units(model)
         self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)

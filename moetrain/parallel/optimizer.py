@@ -34,6 +34,10 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         self.config = config
         self.dtype = dtype
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, without its decorator: that imports torch's compiler, 3 s of every start."""
+        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
+
     def bind(self, vectors: Iterable[torch.Tensor], partitions: Iterable[Partition]) -> None:
         """Tell each group its vector and how it is cut, and make its state: zeros."""
         for group, flat_P, partition in zip(self.param_groups, vectors, partitions, strict=True):

@@ -55,7 +55,8 @@ def optimizer_charts(stage: Stage) -> str:
 
 def rl_charts(stage: Stage) -> str:
     """Return the charts of an RL stage: reward, success by calls and after tool errors, endings, what may go wrong."""
-    by_calls = sorted(stage.metric_names(_CALLS), key=lambda name: int(name.removeprefix(_CALLS)))
+    names = [name for name in stage.metric_names(_CALLS) if name.removeprefix(_CALLS).isdecimal()]
+    by_calls = sorted(names, key=lambda name: int(name.removeprefix(_CALLS)))
     after_error = _smooth(stage, "success/after_tool_error", color=1)
     endings = [
         Line(name=name.removeprefix("ending/").replace("_", " "), points=_averaged(stage, name), color=0)

@@ -220,7 +220,10 @@ def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]]
 def _traces_of(stage: Stage) -> Sequence[Path]:
     """Return the files of trajectories: all of an evaluation, the first and the last step of RL."""
     paths = sorted((stage.folder / "traces").glob("*.jsonl"))
-    return paths if stage.kind is Kind.evaluation else list(dict.fromkeys([*paths[:1], *paths[-1:]]))
+    if stage.kind is Kind.evaluation:
+        return paths
+    steps = [path for path in paths if path.stem.removeprefix("step_").isdecimal()]
+    return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
 
 
 def _making(run: Run) -> str:

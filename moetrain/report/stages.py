@@ -16,6 +16,17 @@ import yaml
 
 from moetrain.errors import ConfigError, DataError
 from moetrain.log import read_metrics
+from moetrain.report.shapes import (
+    CONFIG_SHAPE,
+    DONE_SHAPE,
+    EVALUATION_SHAPE,
+    EXPORT_SHAPE,
+    SUMMARY_SHAPE,
+    VERIFICATION_SHAPE,
+    Schema,
+    checked,
+    checked_metrics,
+)
 
 CONFIG = "config.yaml"
 
@@ -103,13 +114,13 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
 
     Raises `ConfigError` when there is nothing to report, `DataError` when a file cannot be read.
     """
-    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(folder)
-    configs = {path: config for path in wanted if (config := _yaml(path / CONFIG))}
+    beside = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
+    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(beside)
+    configs = {path: config for path in wanted if (config := beside.get(path) or _yaml(path / CONFIG))}
     if not configs:
         raise ConfigError(
             f"{folder} has no stage with a {CONFIG}: give the name of a run, run.name=..., that has begun"
         )
-    beside = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
     read = [
         _read_stage(path, config, trained_by=_root(path, {**beside, **configs})) for path, config in configs.items()
     ]
@@ -128,27 +139,26 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
         folder=folder,
         kind=next((kind for section, kind in _SECTIONS.items() if section in config), Kind.other),
         config=config,
-        metrics=[row for row in read_metrics(metrics) if "step" in row] if metrics.is_file() else [],
-        summary=_json(folder / "summary.json"),
-        evaluation=_json(folder / "eval.json"),
-        export=_json(folder / "model" / "moetrain.json"),
-        verification=_json(folder / "verify.json"),
-        done=_json(folder / "done.json"),
+        metrics=checked_metrics(read_metrics(metrics), place=metrics) if metrics.is_file() else [],
+        summary=_json(folder / "summary.json", SUMMARY_SHAPE),
+        evaluation=_json(folder / "eval.json", EVALUATION_SHAPE),
+        export=_json(folder / "model" / "moetrain.json", EXPORT_SHAPE),
+        verification=_json(folder / "verify.json", VERIFICATION_SHAPE),
+        done=_json(folder / "done.json", DONE_SHAPE),
         trained_by=trained_by.name,
         weights=trained_by.name,
     )
 
 
-def _ordered(folder: Path) -> list[Path]:
+def _ordered(beside: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
     """Return the stages' folders of a run, each after those that its config names; by name where that is open."""
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if not path.parent.name.endswith(".previous"))
-    configs = {path: _yaml(path / CONFIG) for path in found}
+    configs = {path: config for path, config in beside.items() if not path.name.endswith(".previous")}
 
     def depth(path: Path, trail: tuple[Path, ...] = ()) -> int:
         named = {_stage_at(text, configs) for text in _strings(configs[path])} - {None, path, *trail}
         return 1 + max((depth(taken, (*trail, path)) for taken in named if taken), default=0)
 
-    return sorted(found, key=lambda path: (depth(path), path.name))
+    return sorted(configs, key=lambda path: (depth(path), path.name))
 
 
 def _origin(config: Mapping[str, Any], configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
@@ -190,7 +200,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, shape: Schema) -> dict[str, Any]:
     """Return the object in a JSON file, empty when there is no file."""
     if not path.is_file():
         return {}
@@ -198,16 +208,15 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): run its stage again") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no object: run its stage again")
-    return content
+    return checked(content, shape, place=path)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    """Return a stage's config, empty when there is no file."""
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
         raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]}): run its stage again") from None
-    return content if isinstance(content, dict) else {}
+    return checked(content, CONFIG_SHAPE, place=path)

@@ -28,6 +28,7 @@ from moetrain.chat.template import (
     THINK_END,
 )
 from moetrain.errors import DataError
+from moetrain.report.shapes import TRACE_SHAPE, checked
 
 _MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 _SAID_BY = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
@@ -55,11 +56,12 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     traces = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            traces.append(json.loads(line))
+            trace = json.loads(line)
         except ValueError:
             raise DataError(f"{path}:{number} is not JSON: run its stage again") from None
+        traces.append(checked(trace, TRACE_SHAPE, place=f"{path}:{number}"))
     return traces
 
 
@@ -126,7 +128,7 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
         f"{trace['num_calls_needed']} calls needed, {trace['num_calls']} made{met}"
     )
     parts = [_block_html(block) for block in blocks(trace["text"])]
-    sampled = sum(trace["is_sampled"])
+    sampled = sum(map(bool, trace["is_sampled"]))
     said = (
         f"graded {escape(str(grade['reason']))}; ended: {escape(str(trace['ending']).replace('_', ' '))}; "
         f"{trace['num_turns']} turns, {sampled} tokens sampled of {len(trace['tokens'])}"

@@ -64,8 +64,8 @@ def write_run(root: Path, *, name: str = "nano") -> Path:
         report = {"format": "int4", "num_bytes": 300_000, "num_bytes_bf16": 1_200_000, "num_groups": 9}
         write_json(folder / f"{stage}_export" / "summary.json", {"stage": "export", **report})
         write_json(folder / f"{stage}_export" / "model" / "moetrain.json", {"report": report, "sha256": f"of {stage}"})
-    before = [trajectory(index, success=index % 2 == 0, failures=index % 3 == 0) for index in range(12)]
-    after = [trajectory(index, success=index != 7, failures=index % 3 == 0) for index in range(12)]
+    before = [trajectory(index, success=index % 2 == 0, failures=int(index % 3 == 0)) for index in range(12)]
+    after = [trajectory(index, success=index != 7, failures=int(index % 3 == 0)) for index in range(12)]
     _write_evaluation(folder / "sft_eval", before, earlier=None)
     _write_evaluation(folder / "rl_eval", after, earlier=before)
     rows = [{"name": "codes that differ", "value": 0, "bound": 0, "note": "of 9", "is_kept": True}]

@@ -1,0 +1,123 @@
+"""What the files of a stage hold that a report reads, as JSON Schema: a file that was damaged is found at its door.
+
+Only what is read is described; other fields may be there.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import jsonschema
+
+from moetrain.errors import DataError
+
+Schema = Mapping[str, Any]
+_LONGEST = 200  # characters of what is said to be wrong
+
+
+def _object(required: Mapping[str, Any] | None = None, **optional: Any) -> dict[str, Any]:
+    """Return the schema of an object with these fields; others may be there."""
+    needed = dict(required or {})
+    return {"type": "object", "required": list(needed), "properties": {**needed, **optional}}
+
+
+def _each(value: Mapping[str, Any], *, names: str = "") -> dict[str, Any]:
+    """Return the schema of an object whose values are alike; `names` is a pattern of theirs."""
+    return {"type": "object", "additionalProperties": value, "propertyNames": {"pattern": names}}
+
+
+_TEXT, _NUMBER, _WHOLE, _LIST = ({"type": kind} for kind in ("string", "number", "integer", "array"))
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_BYTES = {"type": "integer", "exclusiveMinimum": 0}
+_RATE = _object({"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE})
+_MODE = _object(
+    {"all": _RATE, "by_calls": _each(_RATE, names="^[0-9]+$"), "after_tool_error": _RATE},
+    without_tool_error=_RATE,
+    endings=_each(_WHOLE),
+    grades=_each(_WHOLE),
+    outcomes=_each({"type": "boolean"}),
+)
+_REPORT_OF_EXPORT = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}
+
+CONFIG_SHAPE: Schema = _object(
+    run=_object(folder=_TEXT, name=_TEXT, stage=_TEXT),
+    init_from=_TEXT_OR_NULL,
+    eval=_object(before=_TEXT_OR_NULL, codes_before=_TEXT_OR_NULL),
+    **{section: _object() for section in ("model", "optim", "train", "data", "quant", "task", "rollout", "rl")},
+    **{section: _object() for section in ("export", "parallel", "report")},
+)
+"""`config.yaml`."""
+SUMMARY_SHAPE: Schema = {
+    **_object(
+        validation=_each(
+            _object(
+                {"nats_per_character": _NUMBER, "characters": _WHOLE, "targets": _WHOLE},
+                bigram_nats_per_character={"type": ["number", "null"]},
+            )
+        ),
+        parameters=_object({"total": _WHOLE, "active_with_head": _WHOLE, "routed": _WHOLE}),
+        digests=_object(),
+        **_REPORT_OF_EXPORT,
+    ),
+    "dependentRequired": {"num_bytes": ["num_bytes_bf16"]},
+}
+"""`summary.json`."""
+EVALUATION_SHAPE: Schema = _object(
+    {"modes": _each(_MODE)},
+    masters=_each(_object({"all": _RATE}, after_tool_error=_RATE)),
+    paired=_each(_RATE),
+    graders=_object({"null_policy": _NUMBER, "perfect_expert": _NUMBER, "num_tasks": _WHOLE}),
+    trained_calls={"type": "array", "items": _WHOLE},
+    language=_each(_NUMBER),
+    divergence=_object(dict.fromkeys(("mean_kl", "max_kl", "top1_changed", "num_tokens"), _NUMBER)),
+    code_changes=_object({"code_flip_rate": _NUMBER, "scale_change_rate": _NUMBER}),
+    export=_object({"bytes": _BYTES, "bf16_bytes": _BYTES}),
+)
+"""`eval.json`."""
+EXPORT_SHAPE: Schema = _object(report=SUMMARY_SHAPE, sha256=_TEXT)
+"""`model/moetrain.json`."""
+VERIFICATION_SHAPE: Schema = _object(
+    {
+        "rows": {
+            "type": "array",
+            "items": _object(
+                {"name": _TEXT, "value": _NUMBER, "bound": _NUMBER, "is_kept": {"type": "boolean"}, "note": _TEXT}
+            ),
+        }
+    }
+)
+"""`verify.json`."""
+DONE_SHAPE: Schema = _object({"key": _TEXT}, seconds=_NUMBER)
+"""`done.json`."""
+TRACE_SHAPE: Schema = _object(
+    {
+        "text": _TEXT,
+        "grade": _object({"success": {"type": "boolean"}, "reason": _TEXT}),
+        "ending": _TEXT,
+        "tokens": _LIST,
+        "is_sampled": _LIST,
+        **dict.fromkeys(("task", "num_calls_needed", "num_calls", "num_turns", "num_transient_errors"), _WHOLE),
+    }
+)
+"""A line of `traces/*.jsonl`."""
+
+
+def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]:
+    """Return what was read from `place`; `DataError` names the first field that is not of the shape."""
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(content))
+    if error is None:
+        found: dict[str, Any] = content
+        return found
+    field = ".".join(str(part) for part in error.absolute_path)
+    said = shorten(error.message, _LONGEST, placeholder=" ...")
+    raise DataError(f"{place}: {field + ': ' if field else ''}{said}; the file is damaged: run its stage again")
+
+
+def checked_metrics(rows: Sequence[Mapping[str, Any]], *, place: Path) -> list[dict[str, Any]]:
+    """Return the rows of `metrics.jsonl` that have a step; `DataError` names a value that is no number."""
+    for row in rows:
+        for name, value in row.items():
+            if not isinstance(value, int | float):
+                raise DataError(f"{place}: step {row.get('step')}: {name} is no number; the file is damaged: repair it")
+    return [dict(row) for row in rows if "step" in row]
