@@ -52,10 +52,7 @@ def attend_flash(
     kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Return attention outputs [B, H, T, V]; padding heads to a width of the kernel changes no score."""
-    if kernel is None:
-        from torch.nn.attention.varlen import varlen_attn  # takes 3 s to import, and no CPU calls it
-
-        kernel = varlen_attn
+    attend = kernel or _kernel_of_torch()
     num_rows, num_heads, num_tokens, query_width = q_BHTQ.shape
     value_width = v_BHTV.shape[-1]
     widest = max(query_width, value_width)
@@ -66,5 +63,11 @@ def attend_flash(
 
     heads = (laid_out(q_BHTQ), laid_out(k_BHTQ), laid_out(v_BHTV))
     bounds, longest = runs.bounds, runs.longest
-    out_PHX: torch.Tensor = kernel(*heads, bounds, bounds, longest, longest, scale=scale, window_size=_CAUSAL)
+    out_PHX: torch.Tensor = attend(*heads, bounds, bounds, longest, longest, scale=scale, window_size=_CAUSAL)
     return out_PHX[..., :value_width].reshape(num_rows, num_tokens, num_heads, value_width).transpose(1, 2)
+
+
+def _kernel_of_torch() -> FlashKernel:
+    from torch.nn.attention.varlen import varlen_attn  # takes 3 s to import, and no CPU calls it
+
+    return varlen_attn
