@@ -148,7 +148,8 @@ def _check_key(schema: type, key: str) -> list[Any]:
             if part not in hints:
                 leaves = [leaf for leaf, _ in leaf_keys(schema)]
                 elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
-                said = f"did you mean {elsewhere[0]}?" if elsewhere else suggestion(part, list(hints))
+                is_slip = difflib.get_close_matches(part, hints, cutoff=0.8)  # of a letter, in the right place
+                said = f"did you mean {elsewhere[0]}?" if elsewhere and not is_slip else suggestion(part, list(hints))
                 place = f"in {above}" if above else "here"
                 raise ConfigError(f"{key}: there is no {part!r} {place}; {said}")
             kinds.append(_without_none(hints[part]))

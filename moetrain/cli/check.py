@@ -6,10 +6,12 @@ from typing import get_type_hints
 
 from moetrain.cli import recipe, run
 from moetrain.cli.command_line import composed, split_command
+from moetrain.cli.going_on import check_going_on
 from moetrain.cli.inputs import check_inputs, check_names, check_records, check_weights
 from moetrain.cli.stage import check_folder
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
+from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
 
 
@@ -42,6 +44,8 @@ def _check_line(words: list[str]) -> None:
         check_names(config)
         check_records(config)
         check_weights(config)
+        if isinstance(config, TrainingRun):
+            check_going_on(config)
 
 
 def _check_choice(group: str, choice: str) -> None:

@@ -8,6 +8,7 @@ from moetrain.cli.stage import CONFIG
 from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun
 from moetrain.errors import CheckpointError
+from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, checked
 
 _OF_TASKS = (
     *("run.seed", "eval.num_tasks", "eval.first_task"),
@@ -30,11 +31,11 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
     path = folder / EVAL
     if not path.is_file():
         raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
-    numbers = read_json(path)
-    modes = numbers.get("modes")
-    if not isinstance(modes, dict) or not all(isinstance(mode, dict) and "outcomes" in mode for mode in modes.values()):
+    numbers = checked(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")
+    if not numbers["modes"] or not all("outcomes" in mode for mode in numbers["modes"].values()):
         raise CheckpointError(f"eval.before: {path} holds no outcomes; run that evaluation again")
-    changed = differences(_tasks_of(read_yaml(folder / CONFIG)), _tasks_of(to_mapping(run)))
+    config = checked(read_yaml(folder / CONFIG), CONFIG_SHAPE, place=f"eval.before: {folder / CONFIG}")
+    changed = differences(_tasks_of(config), _tasks_of(to_mapping(run)))
     if changed:
         raise CheckpointError(f"eval.before: {folder} evaluated other tasks ({'; '.join(changed)}); give the same ones")
     return numbers

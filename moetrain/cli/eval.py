@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moetrain.cli.earlier import read_before
+from moetrain.cli.inputs import check_records
 from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
@@ -28,6 +29,7 @@ def main(run: EvalRun) -> int:
     from moetrain.quant.config import QuantConfig
     from moetrain.tasks import registry
 
+    check_records(run)  # they are read last, when all tasks were rolled out
     before = read_before(run)
     with stage_folder(run) as folder:
         # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.

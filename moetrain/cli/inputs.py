@@ -11,7 +11,16 @@ from pathlib import Path
 from moetrain.cli.earlier import read_before
 from moetrain.cli.plugins import load_plugins, plugin_spec
 from moetrain.commands import VerifyExportsRun
-from moetrain.config import EvalRun, ExportRun, GenerateRun, ReadingRun, RlRun, StageRun, TrainingRun
+from moetrain.config import (
+    EvalRun,
+    ExportRun,
+    GenerateRun,
+    ReadingRun,
+    RlRun,
+    StageRun,
+    TrainingRun,
+    check_length,
+)
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
@@ -45,8 +54,11 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
             raise CheckpointError(f"{field} is {value}: {wrong}")
     for plugin in run.plugins:
         plugin_spec(plugin)
+    ranks = num_ranks() if world_size is None else world_size
     if isinstance(run, TrainingRun):
-        run.parallel.check_world_size(num_ranks() if world_size is None else world_size)
+        run.parallel.check_world_size(ranks)
+    elif ranks > 1 and not isinstance(run, EvalRun):
+        raise ConfigError(f"{ranks} ranks were started, and this command is one process: start it without a launcher")
     for source in _data(run).sources.values():
         if source.kind in LOCAL_KINDS:
             local_files(source)
@@ -95,6 +107,8 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     origin = read_weights(named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
+    if isinstance(run, EvalRun):
+        check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     if origin.tokenizer is not None:
         tokenizer_of(origin)
     for field in ("masters", "eval.masters"):

@@ -1,9 +1,10 @@
 """RL: a run's sections into `rl.loop`. Imported once the input is checked: it brings torch in."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
+from moetrain.cli.going_on import own_sections
 from moetrain.cli.stage import INTERRUPTED, stage_folder, stage_metrics, write_json
 from moetrain.cli.traces import write_traces
 from moetrain.cli.weights import read_weights, tokenizer_of
@@ -57,7 +58,6 @@ def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenize
             path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
 
-    sections = {"task": asdict(run.task), "rollout": asdict(run.rollout), "rl": asdict(run.rl)}
     return RlTraining(
         engine=engine,
         family=registry.build(run.task, run.run.seed),
@@ -76,7 +76,7 @@ def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenize
             train=run.train,
             seed=run.run.seed,
             origin=engine.topology.broadcast_object(origin.digest if engine.topology.is_main else None),
-            others={**sections, "tokenizer": tokenizer.digest},
+            others={**own_sections(run), "tokenizer": tokenizer.digest},
         ),
         seed=run.run.seed,
         first_task=RL_FIRST_TASK,

@@ -228,7 +228,7 @@ def _traces_of(stage: Stage) -> Sequence[Path]:
 
 def _making(run: Run) -> str:
     seconds = times(run)
-    rows = [[stage.name, "; ".join(_settings(stage.config)), _time(seconds.get(stage.name))] for stage in run.stages]
+    rows = [[stage.name, "; ".join(_settings(stage)), _time(seconds.get(stage.name))] for stage in run.stages]
     parameters = next((stage.summary["parameters"] for stage in run.trained if "parameters" in stage.summary), None)
     notes = []
     if parameters:
@@ -260,11 +260,13 @@ def _making(run: Run) -> str:
     )
 
 
-def _settings(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings of a stage that say most."""
+def _settings(stage: Stage) -> Iterator[str]:
+    """Yield the settings of a stage that say most, as it settled them."""
     for section, names in _TELLING:
-        values = config.get(section)
+        values = stage.config.get(section)
         if isinstance(values, dict) and values.get("enabled") is not False:
+            if section == "train" and "compute_dtype" in stage.summary:
+                values = {**values, "compute_dtype": stage.summary["compute_dtype"]}
             said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if said:
                 yield f"{section}: {said}"

@@ -49,7 +49,7 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
     if found.path is None:
         return Resumed(step=0, state={}, num_damaged=0)
     loaded = checkpoint.open_checkpoint(found.path)
-    _check_identity(loaded, identity)
+    check_identity(loaded, identity)
     engine.load_state(loaded.tensors, with_optimizer=True)
     _log.info("going on from %s", loaded.path)
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
@@ -89,7 +89,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
     return lines
 
 
-def _check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:
+def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` when a checkpoint is of a run with another identity; it names each field."""
     as_written = json.loads(json.dumps(identity))  # tuples become lists, as in the file
     changed = differences(loaded.state["identity"], as_written)
     if changed:

@@ -7,16 +7,27 @@ import pytest
 
 from moetrain.cli.eval import main
 from moetrain.compose import compose, save_config
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, DataError
+from moetrain.eval.summary import summarize
+from tests.report.nano_run import trajectory
 
-GOOD = json.dumps({"modes": {"greedy": {"outcomes": [True, False, True, True]}}})
+MODE = summarize([trajectory(task, success=task > 0) for task in range(4)])
+GOOD = json.dumps({"modes": {"greedy": MODE}})
+WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.items() if name != "outcomes"}}})
 
 
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
         ('{"modes": ', [], r"eval\.json: not readable as JSON"),
-        ('{"modes": 3}', [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
+        ('{"modes": 3}', [], r"eval\.before: .*eval\.json: modes: 3 is not of type 'object'; the file is damaged"),
+        ('{"modes": {}}', [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
+        (WITHOUT, [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
+        (
+            GOOD.replace('"outcomes": {', '"outcomes": null, "x": {'),
+            [],
+            r"modes\.greedy\.outcomes: None is not of type",
+        ),
         (GOOD, ["eval.num_tasks=4"], r"before evaluated other tasks \(eval\.num_tasks: 4 -> 2\); give the same ones"),
         (GOOD, ["eval.num_tasks=2", "task.max_calls=3"], r"evaluated other tasks \(task\.max_calls: 3 -> 8\)"),
         (None, [], r"eval\.before: there is no .*eval\.json; give the folder of an evaluation that is done"),
@@ -31,6 +42,20 @@ def test_an_earlier_evaluation_that_cannot_be_paired_is_refused(
     if content is not None:
         (before / "eval.json").write_text(content)
     words = [f"init_from={tmp_path}", f"eval.before={before}", "eval.num_tasks=2", f"run.folder={tmp_path / 'runs'}"]
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, DataError), match=message):
         main(compose("eval", words))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_beside_an_earlier_evaluation_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(GOOD)
+    (tmp_path / "config.yaml").write_text("eval: 3\n")
+    with pytest.raises(DataError, match=r"eval\.before: .*config\.yaml: eval: 3 is not of type 'object'"):
+        main(compose("eval", [f"init_from={tmp_path}", f"eval.before={tmp_path}", f"run.folder={tmp_path / 'runs'}"]))
+
+
+def test_records_that_are_read_last_are_checked_first(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": \n')
+    source = [f"data.sources.x.{word}" for word in ("kind=jsonl", f"path={tmp_path / 'broken.jsonl'}")]
+    with pytest.raises(DataError, match=r"broken\.jsonl:1 is not JSON"):
+        main(compose("eval", [f"init_from={tmp_path}", *source, f"run.folder={tmp_path / 'runs'}"]))

@@ -84,6 +84,8 @@ def test_check_and_dry_run_find_what_the_run_would(
         (["abc", "pretrain"], "torchrun.sh: RANKS is 'abc': give a whole number from 1"),
         (["0", "pretrain"], "torchrun.sh: RANKS is '0': give a whole number from 1"),
         (["2", "pretrain", "parallel.expert=4"], "moetrain: parallel.expert is 4: it must divide the number of proc"),
+        (["2", "report"], "moetrain: 2 ranks were started, and this command is one process: start it without a lau"),
+        (["2", "export", "init_from=mine"], "moetrain: 2 ranks were started, and this command is one process"),
         (["2", "pretrain", "parallel.engine=torch"], "parallel.engine is torch, which runs in one process, not 2"),
         (
             ["2", "pretrain", "data.sources.x.kind=jsonl", "data.sources.x.path=broken.jsonl"],

@@ -1,0 +1,50 @@
+"""What a stage left is checked before it goes on, so that a launcher starts no rank for what each would refuse."""
+
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.main import main
+
+TINY = ["pretrain", "model=k2_nano_test", "data=test", "train.steps=1", "parallel.engine=torch"]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of runs that has a stage with a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*TINY, f"run.folder={folder}", "run.wandb.mode=disabled", "train.compute_dtype=fastest"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lr=0.5"], "optim.lr: 0.003 -> 0.5"),
+        (["run.seed=3"], "seed: 0 -> 3"),
+        (["data.seq_len=64"], "data.seq_len: 512 -> 64"),
+    ],
+)
+def test_another_configuration_is_named(
+    words: list[str], message: str, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *TINY, f"run.folder={begun}", "train.compute_dtype=fastest", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["train.compute_dtype=fastest"], ["train.compute_dtype=fastest", "parallel.zero=1"]])
+def test_the_same_configuration_in_another_layout_is_taken(words: list[str], begun: Path) -> None:
+    assert main(["check", *TINY, f"run.folder={begun}", "train.compute_dtype=fastest", *words]) == 0
+
+
+def test_a_broken_line_of_metrics_is_named(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = begun / "default" / "pretrain" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("{\n" + whole)
+    try:
+        assert main(["check", *TINY, f"run.folder={begun}", "train.compute_dtype=fastest"]) == 2
+    finally:
+        metrics.write_text(whole)
+    assert "metrics.jsonl:1 is not a JSON object" in capsys.readouterr().err
