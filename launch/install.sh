@@ -3,6 +3,10 @@
 # The second call is fast: it does nothing when neither pyproject.toml nor the constraints changed.
 # PYTHON=python3.12 chooses the interpreter, VENV=/path the folder.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n 's/^# //p; /^set/q' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${VENV:-.venv}"

@@ -2,6 +2,10 @@
 # From a fresh clone to an INT4 agent: installs, then runs every stage of recipes/k2_nano.
 # Arguments go to `moetrain run`, e.g. `bash launch/quickstart.sh pretrain.train.steps=100`.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n 's/^# //p; /^set/q' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/install.sh

@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Installs, then lint, types and tests. Arguments go to pytest, e.g. `bash launch/test.sh tests/quant`.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n 's/^# //p; /^set/q' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/install.sh
