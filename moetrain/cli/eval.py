@@ -1,7 +1,7 @@
 """`moetrain eval`."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetrain.cli.earlier import read_before
 from moetrain.cli.inputs import check_records
@@ -57,7 +57,7 @@ def main(run: EvalRun) -> int:
         for mode, trajectories in evaluation.trajectories.items():
             path = folder / "traces" / f"{mode}.jsonl"
             write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
-        numbers = {**evaluation.numbers, "language": _language(run, origin)}
+        numbers = {**evaluation.numbers, **_language(run, origin)}
         if run.eval.codes_before is not None:
             earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
             quant = origin.quant or unquantized
@@ -66,10 +66,10 @@ def main(run: EvalRun) -> int:
     return 0
 
 
-def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
-    """Return nats a character on the validation split of each source; nothing without sources."""
+def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:
+    """Return nats a character on the validation split of each source, and the digests of what was read."""
     if not run.data.sources:
-        return {}
+        return {"language": {}}
     from moetrain.cli.documents import dialogues_of
     from moetrain.cli.weights import tokenizer_of
     from moetrain.data.build import build_data
@@ -83,4 +83,5 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, float]:
         tokenizer_folder=origin.tokenizer,
         dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer_of(origin)),
     )
-    return nats_per_character(origin.tensors, origin.model, validation=data.validation)
+    found = nats_per_character(origin.tensors, origin.model, validation=data.validation)
+    return {"language": found, "digests": dict(data.digests)}

@@ -1,12 +1,13 @@
 """What a training stage left in its folder, checked before it goes on: the stage finds the same, but once a rank."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from moetrain.config import ReadingRun, RlRun, TrainingRun
 from moetrain.errors import CheckpointError
 from moetrain.log import read_metrics
-from moetrain.train.config import ComputeDtype
+from moetrain.runtime import default_device
 
 
 def check_going_on(run: TrainingRun) -> None:
@@ -20,6 +21,7 @@ def check_going_on(run: TrainingRun) -> None:
     # These bring torch in; most stages have not begun.
     from moetrain.train import checkpoint
     from moetrain.train.identity import identity_of
+    from moetrain.train.precision import dtype_of, found_gain
     from moetrain.train.resume import check_identity
 
     try:
@@ -28,8 +30,8 @@ def check_going_on(run: TrainingRun) -> None:
         return  # damaged, or none: the stage takes an earlier one
     kept: dict[str, Any] = loaded.state["identity"]
     train = run.train
-    if train.compute_dtype is ComputeDtype.fastest:  # which one that is, the stage has measured
-        train = replace(train, compute_dtype=ComputeDtype(kept["train"]["compute_dtype"]))
+    gain = partial(found_gain, run.run.path)
+    train = replace(train, compute_dtype=dtype_of(train.compute_dtype, device=default_device(), gain=gain))
     said = identity_of(
         model=run.model,
         quant=run.quant,

@@ -19,6 +19,7 @@ from moetrain.config import (
     RlRun,
     StageRun,
     TrainingRun,
+    UpcycleRun,
     check_length,
 )
 from moetrain.data.config import DataConfig, SourceKind
@@ -103,10 +104,13 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These bring torch in; most command lines name no weights.
     from moetrain.cli.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.train.origin import check_fit
+    from moetrain.train.upcycle import check_dense
 
     origin = read_weights(named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
+    if isinstance(run, UpcycleRun):
+        check_dense(origin, model=run.model)
     if isinstance(run, EvalRun):
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     if origin.tokenizer is not None:

@@ -90,7 +90,8 @@ def digests(run: Run) -> dict[str, dict[str, str]]:
     """Return by stage the digests of what it read or wrote: sources, tokenizer, exported files."""
     found: dict[str, dict[str, str]] = {}
     for stage in run.stages:
-        of_stage = {name: str(value) for name, value in stage.summary.get("digests", {}).items()}
+        read = {**stage.summary.get("digests", {}), **stage.evaluation.get("digests", {})}
+        of_stage = {name: str(value) for name, value in read.items()}
         if "sha256" in stage.export:
             of_stage["export"] = stage.export["sha256"]
         if of_stage:

@@ -13,6 +13,7 @@ from moetrain.optim.config import OptimConfig
 from moetrain.quant.config import GridName, QuantConfig
 from moetrain.train.config import TrainConfig
 
+_LEFT_OUT = ("path", "tokens_per_micro_batch")
 _OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype")
 
 
@@ -28,8 +29,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return the identity of a training run. origin: digest of the weights it starts from. others: sections of its own.
 
-    Paths are left out wherever they stand: a digest says what they hold, and a folder may be moved. Infinity, which a
-    threshold may be and JSON has not, is the string "inf".
+    Paths are left out wherever they stand: a digest says what they hold, and a folder may be moved. So are
+    micro-batches. Infinity, which a threshold may be and JSON has not, is the string "inf".
     """
     sections = {
         "model": asdict(model),
@@ -40,7 +41,7 @@ def identity_of(
         "origin": origin,
         **others,
     }
-    return {name: _as_kept(section) for name, section in sections.items()}
+    return as_kept(sections)
 
 
 def model_of(identity: Mapping[str, Any]) -> ModelConfig:
@@ -61,10 +62,14 @@ def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
     return QuantConfig(grid=GridName(fields.pop("grid")), **fields)
 
 
-def _as_kept(value: Any) -> Any:
-    """Return a value without the paths in it, and its numbers that JSON has not as strings."""
+def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping without the paths and micro-batches in it, its numbers that JSON has not as strings."""
+    return {name: _kept(value) for name, value in mapping.items() if name not in _LEFT_OUT}
+
+
+def _kept(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _as_kept(inner) for name, inner in value.items() if name != "path"}
+        return as_kept(value)
     if isinstance(value, list | tuple):
-        return [_as_kept(inner) for inner in value]
+        return [_kept(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -52,6 +52,12 @@ def faster(gain: float) -> ComputeDtype:
     return ComputeDtype.float32 if gain > _MARGIN else ComputeDtype.bfloat16
 
 
+def found_gain(folder: Path) -> float:
+    """Return the gain that a stage's folder keeps, or measure it where there is none; nothing is written."""
+    gain = kept(folder / MACHINE, _GAIN)
+    return float32_gain() if gain is None else gain
+
+
 def _kept_gain(path: Path) -> float:
     gain = kept(path, _GAIN)
     if gain is None:

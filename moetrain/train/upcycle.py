@@ -50,8 +50,22 @@ class Upcycling:
 def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: UpcyclePlan, seed: int) -> Upcycling:
     """Return the sparse model of the shape `model` that computes what the dense weights of `origin` compute.
 
-    Raises CheckpointError when the weights are not dense, or are of another shape than `model` says.
+    Raises the errors of `check_dense`.
     """
+    check_dense(origin, model=model)
+    tensors = UpcycledTensors(origin.tensors, model=model, plan=plan, seed=seed)
+    layers = range(model.num_dense_layers, model.num_layers) if config.check_tokens else []
+    changes = {
+        layer: layer_change(
+            origin.tensors, tensors, layer=layer, model=model, plan=plan, num_tokens=config.check_tokens
+        )
+        for layer in layers
+    }
+    return Upcycling(origin=origin, model=model, plan=plan, tensors=tensors, changes=changes)
+
+
+def check_dense(origin: Origin, *, model: ModelConfig) -> None:
+    """Raise CheckpointError when weights are not dense, or are of another shape than `model` says."""
     if origin.model.num_moe_layers:
         raise CheckpointError(
             f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers have experts "
@@ -63,15 +77,6 @@ def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: 
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
         )
     _check_tensors(origin)
-    tensors = UpcycledTensors(origin.tensors, model=model, plan=plan, seed=seed)
-    layers = range(model.num_dense_layers, model.num_layers) if config.check_tokens else []
-    changes = {
-        layer: layer_change(
-            origin.tensors, tensors, layer=layer, model=model, plan=plan, num_tokens=config.check_tokens
-        )
-        for layer in layers
-    }
-    return Upcycling(origin=origin, model=model, plan=plan, tensors=tensors, changes=changes)
 
 
 def check_untrained(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.log import read_metrics
+from moetrain.runtime import die_with_parent
 from moetrain.verify.injection import VARIABLE, Plan
 
 ROWS_PER_STEP = 4
@@ -123,7 +124,9 @@ def begin(layout: Layout, name: str, *, plan: dict[str, Any], more: Sequence[str
     command = layout.command(name, more=more, restarts=restarts)
     environment = environment_of(Plan(folder=str(told), **plan))
     with (told / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent
+        )
     return Life(process=process, told=told, log=told / "log", started=time.monotonic())
 
 

@@ -1,10 +1,12 @@
 """What a stage left is checked before it goes on, so that a launcher starts no rank for what each would refuse."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moetrain.cli.main import main
+from moetrain.train import precision
 
 TINY = ["pretrain", "model=k2_nano_test", "data=test", "train.steps=1", "parallel.engine=torch"]
 
@@ -32,6 +34,19 @@ def test_another_configuration_is_named(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_the_fastest_dtype_is_not_the_one_that_it_began_with(
+    begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "found_gain", lambda folder: 0.5 if settled(begun) == "float32" else 2.0)
+    assert main(["check", *TINY, f"run.folder={begun}", "train.compute_dtype=fastest"]) == 2
+    assert "train.compute_dtype: " in capsys.readouterr().err
+
+
+def settled(folder: Path) -> str:
+    summary = json.loads((folder / "default" / "pretrain" / "summary.json").read_text())
+    return str(summary["compute_dtype"])
 
 
 @pytest.mark.parametrize("words", [["train.compute_dtype=fastest"], ["train.compute_dtype=fastest", "parallel.zero=1"]])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,29 +72,46 @@ def test_weights_of_every_kind_speak(run: Path) -> None:
         assert done.stdout.endswith("\n")
 
 
-def test_two_ranks_that_share_the_experts_give_the_losses_of_one(tmp_path: Path) -> None:
-    one = moetrain("pretrain", *TINY, "run.name=one", folder=tmp_path)
-    assert one.returncode == 0, one.stderr[-4000:]
+def losses_of_one(folder: Path, *words: str) -> list[float]:
+    """Return the losses of a run of one process."""
+    done = moetrain("pretrain", *TINY, *words, folder=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return losses_in(folder)
+
+
+def losses_of_two(folder: Path, *words: str) -> list[float]:
+    """Return the losses of a run of two ranks that share the experts."""
     environment = {**ENVIRONMENT, "VENV": str(Path(sys.executable).parents[1])}
-    command = [
-        "bash",
-        str(ROOT / "launch" / "torchrun.sh"),
-        "2",
-        "pretrain",
-        *TINY,
-        "parallel.expert=2",
-        "run.name=two",
-    ]
-    two = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "2", "pretrain", *TINY, "parallel.expert=2", *words]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
-    assert two.returncode == 0, two.stderr[-4000:]
-    losses = [
-        [row["loss"] for row in read_metrics(tmp_path / "runs" / name / "pretrain" / "metrics.jsonl") if "loss" in row]
-        for name in ("one", "two")
-    ]
-    assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return losses_in(folder)
+
+
+def losses_in(folder: Path) -> list[float]:
+    """Return the losses of the one run in a folder, and move it aside."""
+    (run,) = (folder / "runs").iterdir()
+    losses = [row["loss"] for row in read_metrics(run / "pretrain" / "metrics.jsonl") if "loss" in row]
+    shutil.rmtree(folder / "runs")
+    return losses
+
+
+def test_two_ranks_that_share_the_experts_give_the_losses_of_one(tmp_path: Path) -> None:
+    one = losses_of_one(tmp_path)
+    assert len(one) == 3
+    assert losses_of_two(tmp_path) == pytest.approx(one, rel=1e-5)
+
+
+def test_in_bf16_two_ranks_differ_from_one_by_what_a_reordering_in_one_makes(tmp_path: Path) -> None:
+    words = ["train.compute_dtype=bfloat16", "train.rows_per_step=8", "train.steps=10"]
+    one = losses_of_one(tmp_path, *words, "train.rows_per_micro_batch=4")
+    reordered = [losses_of_one(tmp_path, *words, f"train.rows_per_micro_batch={rows}") for rows in (1, 2)]
+    spread = max(abs(loss - other) for losses in reordered for loss, other in zip(losses, one, strict=True))
+    assert 0 < spread < 1e-3
+    two = losses_of_two(tmp_path, *words, "train.rows_per_micro_batch=4")
+    assert two == pytest.approx(one, rel=0, abs=2 * spread)
 
 
 def test_a_mistake_is_one_line_under_torchrun_too(tmp_path: Path) -> None:

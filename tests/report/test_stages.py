@@ -1,8 +1,11 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from moetrain.commands import SCHEMAS
+from moetrain.compose import compose, save_config
 from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.report.stages import Kind, read_run
 from tests.report.nano_run import STAGES
@@ -56,6 +59,18 @@ def test_a_stage_that_has_only_begun_is_there_without_numbers(own: Path) -> None
     run = read_run(own, [])
     assert [stage.name for stage in run.stages if not stage.is_finished] == ["sft", "rl_eval"]
     assert [stage.name for stage in run.evaluations] == ["sft_eval"]
+
+
+def test_folders_of_every_command_are_read(own: Path) -> None:
+    for command in (name for name in SCHEMAS if name != "run"):
+        stage = command.replace(" ", "_") + "_too"
+        (own / stage).mkdir()
+        save_config(compose(command, [f"run.folder={own.parent}", f"run.name={own.name}"]), own / stage / "config.yaml")
+    counts = {"total": 1, "routed": 1, "active": 1, "active_with_head": 1}
+    summary = {"stage": "upcycle_too", "parameters": {"dense": counts, "sparse": counts}, "plan": {}}
+    (own / "upcycle_too" / "summary.json").write_text(json.dumps(summary))
+    names = {stage.name for stage in read_run(own, []).stages}
+    assert {"verify_faults_too", "upcycle_too", "bench_train_too"} <= names
 
 
 def test_a_folder_without_stages_is_the_users_error(tmp_path: Path) -> None:
