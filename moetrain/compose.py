@@ -97,6 +97,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(_not_yaml(error, str(path))) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a date that is none
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__} where keys and values are wanted")
     return content or {}

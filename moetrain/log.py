@@ -23,6 +23,8 @@ from moetrain.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
+TIME_PREFIX = "time/"
+"""Metrics that a clock gives; all others are the same each time a run is repeated."""
 _PLAIN_INTERVAL_S = 15.0  # between lines of progress where there is no terminal
 
 
@@ -65,7 +67,7 @@ class JsonlMetrics:
 
     The first write to a file that exists cuts off what a run that was stopped wrote beyond its last checkpoint: every
     line from the first one on that is of a later step, or of this step with one of these names. So the file holds each
-    number once, however often the run was stopped.
+    number once, however often the run was stopped. Names of times do not count: lines of one step share them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,8 +80,9 @@ class JsonlMetrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
         if self._earlier is not None:
+            names = {name for name in values if not name.startswith(TIME_PREFIX)}
             for offset, row in self._earlier:
-                if row.get("step", step + 1) > step or (row["step"] == step and values.keys() & row.keys()):
+                if not row or row["step"] > step or (row["step"] == step and names & row.keys()):
                     os.truncate(self._path, offset)
                     break
             self._earlier = None
@@ -97,21 +100,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Return (offset in bytes, object) of each line; a torn last line is an empty object."""
+    """Return (offset in bytes, object) of each line; a torn last line is an empty object.
+
+    Raises `CheckpointError` where a line is none, or its step no number or smaller than that of the line before.
+    """
     rows: list[tuple[int, dict[str, Any]]] = []
-    offset = 0
+    offset, last = 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError
-            rows.append((offset, row))
         except ValueError:
             if number < len(lines):
                 raise CheckpointError(f"{path}:{number} is not a JSON object: repair or remove the file") from None
             _log.warning("%s: the last line is torn and is left out", path)
-            rows.append((offset, {}))
+            row = {}
+        step = row.get("step", last) if row else last
+        if not isinstance(step, int) or step < last or (row and "step" not in row):
+            raise CheckpointError(f"{path}:{number}: its step is no number from {last}: repair or remove the file")
+        last = step
+        rows.append((offset, row))
         offset += len(line)
     return rows
 

@@ -1,6 +1,7 @@
 """Metrics survive a stop, W&B's offline file holds what was written, progress does without a terminal."""
 
 import io
+import json
 import logging
 import struct
 import time
@@ -49,6 +50,28 @@ def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_an_error(tmp_
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1 is not a JSON object"):
         JsonlMetrics(path)
     assert path.read_text() == '{"step": 0,\n{"step": 1, "a": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    "second", ['{"steq": 2, "a": 1.0}', '{"step": null, "a": 1.0}', '{"step": "b"}', '{"step": 7}']
+)
+def test_a_line_whose_step_is_damaged_is_named_and_costs_no_line_after_it(second: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "a": 1.0}}\n{second}\n{{"step": 3, "a": 1.0}}\n')
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[23]: its step is no number from [17]"):
+        JsonlMetrics(path)
+    assert path.read_bytes() == before
+
+
+def test_a_line_of_the_same_step_stays_when_only_times_are_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 4, "loss": 1.0, "time/checkpoint_s": 0.1}, {"step": 4, "validation/a": 2.0, "time/s": 0.2}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = JsonlMetrics(path)
+    again.write(4, {"validation/a": 2.0, "time/checkpoint_s": 0.3})
+    again.close()
+    assert read_metrics(path) == [lines[0], {"step": 4, "validation/a": 2.0, "time/checkpoint_s": 0.3}]
 
 
 def test_wandb_offline_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

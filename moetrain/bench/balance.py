@@ -15,12 +15,12 @@ from rich.table import Table
 
 from moetrain.bench.step import take_step
 from moetrain.data.build import Data
+from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.load import count_loads, violations
 from moetrain.train.rows import micro_batches, rank_rows
 from moetrain.train.stages import Sections, engine_of
-from moetrain.train.step import TIME_PREFIX
 from moetrain.train.validate import validate
 
 LOADS = ("maxvio", "maxvio_micro", "load_variation", "dead_experts", "router_entropy", "bias_range")

@@ -54,14 +54,14 @@ def main(run: EvalRun) -> int:
         )
         if evaluation is None:
             return 0
-        for mode, trajectories in evaluation.trajectories.items():
-            path = folder / "traces" / f"{mode}.jsonl"
-            write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
         numbers = {**evaluation.numbers, **_language(run, origin)}
         if run.eval.codes_before is not None:
             earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
             quant = origin.quant or unquantized
             numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
+        for mode, trajectories in evaluation.trajectories.items():
+            path = folder / "traces" / f"{mode}.jsonl"
+            write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
         write_json(folder / EVAL, numbers)
     return 0
 

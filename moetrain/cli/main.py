@@ -4,6 +4,7 @@ A command is a module of this package with a function `main`. That of a stage ge
 body imports torch.
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -14,9 +15,12 @@ from moetrain.cli import check, dry_run, help_page, run
 from moetrain.cli.command_line import composed, split_command
 from moetrain.cli.inputs import check_inputs, check_names
 from moetrain.cli.stage import check_folder, rank
-from moetrain.errors import MoetrainError
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.log import setup_logging
 from moetrain.runtime import die_with_parent, keep_freed_memory, num_ranks
+
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
+"""What is wrong with a path that the user gave, wherever it is opened."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        print(f"moetrain: {str(error.filename)[:200]}: {error.strerror}; give another path", file=sys.stderr)
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         print("moetrain: stopped", file=sys.stderr)
         return 128 + signal.SIGINT

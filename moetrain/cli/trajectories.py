@@ -17,8 +17,10 @@ from moetrain.rl.loop import RlTraining, run_rl
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
+from moetrain.train import checkpoint
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
+from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.origin import TOKENIZER, Origin, start_from
 from moetrain.train.precision import DTYPES, settle_dtype
 from moetrain.train.stages import SUMMARY
@@ -39,7 +41,9 @@ def learn(run: RlRun, *, init_from: str) -> int:
             seed=run.run.seed,
         )
         start_from(engine, origin, model=run.model)
-        if engine.topology.is_main:
+        # A stage that has checkpoints keeps its tokenizer: whether this is the same, resuming finds out.
+        is_begun = checkpoint.steps(folder / CHECKPOINTS) and (folder / TOKENIZER).is_dir()
+        if engine.topology.is_main and not is_begun:
             tokenizer.save(folder / TOKENIZER)
         training = _training(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
         outcome = run_rl(training, train, folder=folder, metrics=metrics)

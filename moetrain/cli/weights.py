@@ -77,4 +77,8 @@ def tokenizer_of(origin: Origin) -> Tokenizer:
     """Return the tokenizer that lies beside the weights."""
     if origin.tokenizer is None:
         raise CheckpointError(f"{origin.path}: there is no {TOKENIZER_FILE} beside the weights; copy theirs there")
-    return Tokenizer.load(origin.tokenizer)
+    tokenizer = Tokenizer.load(origin.tokenizer)
+    if tokenizer.vocab_size > origin.model.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens and the weights beside it {origin.model.vocab_size}"
+        raise CheckpointError(f"{origin.tokenizer}: it has {sizes}; put theirs there")
+    return tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.weights import InferenceWeights
-from moetrain.log import Metrics, progress
+from moetrain.log import TIME_PREFIX, Metrics, progress
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.parallel.engine import Engine
@@ -37,7 +37,7 @@ from moetrain.train.nonfinite import Skips
 from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import rank_rows
 from moetrain.train.saver import Saver
-from moetrain.train.step import TIME_PREFIX, train_step
+from moetrain.train.step import train_step
 
 _log = logging.getLogger(__name__)
 

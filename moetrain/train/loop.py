@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.data.batch import TokenBatch
-from moetrain.log import Metrics, progress
+from moetrain.log import TIME_PREFIX, Metrics, progress
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.checkpoint_write import Retention
@@ -25,7 +25,7 @@ from moetrain.train.nonfinite import Skips
 from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import micro_batches, rank_rows
 from moetrain.train.saver import Saver
-from moetrain.train.step import TIME_PREFIX, train_step
+from moetrain.train.step import train_step
 
 _log = logging.getLogger(__name__)
 

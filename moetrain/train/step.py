@@ -12,6 +12,7 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.errors import DivergenceError
+from moetrain.log import TIME_PREFIX
 from moetrain.model.balance import update_bias
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.model.transformer import Transformer
@@ -22,9 +23,6 @@ from moetrain.train.config import NonfinitePolicy
 from moetrain.train.load import global_loads, load_metrics, micro_violations
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
 from moetrain.train.nonfinite import SKIPPED
-
-TIME_PREFIX = "time/"
-"""Metrics that a clock gives; all others are the same each time a run is repeated."""
 
 
 def train_step(

@@ -111,6 +111,14 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_nothing(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
+def test_a_path_that_no_file_can_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("init_from", "data.tokenizer.path"):
+        assert main(["pretrain", f"{word}={'n' * 300}"]) == 2
+        said = capsys.readouterr().err
+        assert "File name too long" in said
+        assert said.count("\n") == 1
+
+
 def test_checking_a_command_line_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["check", "pretrain", "train.steps=5"]) == 0
