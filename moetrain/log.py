@@ -102,7 +102,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return (offset in bytes, object) of each line; a torn last line is an empty object.
 
-    Raises `CheckpointError` where a line is none, or its step no number or smaller than that of the line before.
+    Raises `CheckpointError` where a line is none, or its step is missing or smaller than that of the line before.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     offset, last = 0, 0
@@ -116,9 +116,10 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             if number < len(lines):
                 raise CheckpointError(f"{path}:{number} is not a JSON object: repair or remove the file") from None
             _log.warning("%s: the last line is torn and is left out", path)
-            row = {}
-        step = row.get("step", last) if row else last
-        if not isinstance(step, int) or step < last or (row and "step" not in row):
+            rows.append((offset, {}))
+            break
+        step = row.get("step")
+        if not isinstance(step, int) or step < last:
             raise CheckpointError(f"{path}:{number}: its step is no number from {last}: repair or remove the file")
         last = step
         rows.append((offset, row))

@@ -38,8 +38,11 @@ def main(run: EvalRun) -> int:
         tokenizer = tokenizer_of(origin)
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
         unquantized = QuantConfig()
-        of_eval = run.eval
-        masters = read_masters(of_eval.masters, field="eval.masters", origin=origin) if of_eval.masters else None
+        masters = earlier = None  # read before the tasks are rolled out, which takes longest
+        if run.eval.masters is not None:
+            masters = read_masters(run.eval.masters, field="eval.masters", origin=origin)
+        if run.eval.codes_before is not None:
+            earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
         evaluation = evaluate(
             run.eval,
             weights=build_weights(origin.tensors, config=origin.model, quant=origin.quant or unquantized),
@@ -55,8 +58,7 @@ def main(run: EvalRun) -> int:
         if evaluation is None:
             return 0
         numbers = {**evaluation.numbers, **_language(run, origin)}
-        if run.eval.codes_before is not None:
-            earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
+        if earlier is not None:
             quant = origin.quant or unquantized
             numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
         for mode, trajectories in evaluation.trajectories.items():

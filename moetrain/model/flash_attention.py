@@ -68,6 +68,6 @@ def attend_flash(
 
 
 def _kernel_of_torch() -> FlashKernel:
-    from torch.nn.attention.varlen import varlen_attn  # takes 3 s to import, and no CPU calls it
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and no CPU calls it
 
     return varlen_attn

@@ -35,7 +35,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         self.dtype = dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, without its decorator: that imports torch's compiler, 3 s of every start."""
+        """Add a group as torch does, without its decorator: that imports torch's compiler, seconds of every start."""
         torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
 
     def bind(self, vectors: Iterable[torch.Tensor], partitions: Iterable[Partition]) -> None:

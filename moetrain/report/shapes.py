@@ -3,7 +3,7 @@
 Only what is read is described; other fields may be there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -114,10 +114,10 @@ def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]
     raise DataError(f"{place}: {field + ': ' if field else ''}{said}; the file is damaged: run its stage again")
 
 
-def checked_metrics(rows: Sequence[Mapping[str, Any]], *, place: Path) -> list[dict[str, Any]]:
-    """Return the rows of `metrics.jsonl` that have a step; `DataError` names a value that is no number."""
+def checked_metrics(rows: list[dict[str, Any]], *, place: Path) -> list[dict[str, Any]]:
+    """Return the rows of `metrics.jsonl`; `DataError` names a value that is no number."""
     for row in rows:
         for name, value in row.items():
             if not isinstance(value, int | float):
-                raise DataError(f"{place}: step {row.get('step')}: {name} is no number; the file is damaged: repair it")
-    return [dict(row) for row in rows if "step" in row]
+                raise DataError(f"{place}: step {row['step']}: {name} is no number; the file is damaged: repair it")
+    return rows

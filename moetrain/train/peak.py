@@ -44,10 +44,10 @@ def keep(path: Path, key: str, *, measured: float) -> None:
 def _read(path: Path) -> dict[str, float]:
     """Return what was kept; nothing when there is no file, or one that was torn when a machine stopped."""
     try:
-        known: dict[str, float] = json.loads(path.read_bytes())
+        known = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return known
+    return known if isinstance(known, dict) else {}
 
 
 def measure_peak(*, dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:

@@ -32,8 +32,9 @@ def settle_dtype(train: TrainConfig, *, folder: Path, topology: Topology) -> Tra
     """
 
     def kept_gain() -> float:
-        gain: float = topology.broadcast_object(_kept_gain(folder / MACHINE) if topology.is_main else 0.0)
+        gain: float = topology.broadcast_object(found_gain(folder) if topology.is_main else 0.0)
         if topology.is_main:
+            keep(folder / MACHINE, _GAIN, measured=gain)
             _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
         return gain
 
@@ -56,14 +57,6 @@ def found_gain(folder: Path) -> float:
     """Return the gain that a stage's folder keeps, or measure it where there is none; nothing is written."""
     gain = kept(folder / MACHINE, _GAIN)
     return float32_gain() if gain is None else gain
-
-
-def _kept_gain(path: Path) -> float:
-    gain = kept(path, _GAIN)
-    if gain is None:
-        gain = float32_gain()
-        keep(path, _GAIN, measured=gain)
-    return gain
 
 
 def float32_gain() -> float:

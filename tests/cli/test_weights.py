@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from moetrain.cli.inputs import check_weights
-from moetrain.cli.weights import read_weights
+from moetrain.cli.weights import read_weights, tokenizer_of
 from moetrain.compose import compose
+from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.model.hf import hf_disk_tensors, to_hf_config
 from tests.model.test_hf import TINY, make
@@ -78,6 +79,13 @@ def test_weights_of_another_model_are_no_masters(field: str, tmp_path: Path) -> 
         CheckpointError, match=rf"^{field} is {other}: that is another model than {good} \(rms_norm_eps"
     ):
         check_weights(compose("eval", [f"init_from={good}", f"{field}={other}"]))
+
+
+def test_a_tokenizer_of_more_tokens_than_the_weights_have_is_named(tmp_path: Path) -> None:
+    folder = write(_folder(tmp_path, "good"))
+    train_tokenizer(["a tokenizer of every byte and some more " * 20], vocab_size=300).save(folder)
+    with pytest.raises(CheckpointError, match=rf"{folder}: it has \d+ tokens and the weights beside it 50; put theirs"):
+        tokenizer_of(read_weights(str(folder)))
 
 
 def _folder(parent: Path, name: str) -> Path:

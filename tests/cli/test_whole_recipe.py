@@ -91,7 +91,7 @@ def losses_of_two(folder: Path, *words: str) -> list[float]:
 
 
 def losses_in(folder: Path) -> list[float]:
-    """Return the losses of the one run in a folder, and move it aside."""
+    """Return the losses of the one run in a folder, and remove it."""
     (run,) = (folder / "runs").iterdir()
     losses = [row["loss"] for row in read_metrics(run / "pretrain" / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(folder / "runs")

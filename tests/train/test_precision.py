@@ -43,8 +43,9 @@ def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     assert {first, settle_dtype(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
 
 
-def test_a_file_that_was_torn_is_measured_anew(tmp_path: Path) -> None:
-    (tmp_path / MACHINE).write_text("")
+@pytest.mark.parametrize("content", ["", "[]", '"x"'])
+def test_a_file_that_was_torn_is_measured_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / MACHINE).write_text(content)
     settle_dtype(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
     assert len(json.loads((tmp_path / MACHINE).read_text())) == 1
 
