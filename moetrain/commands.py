@@ -18,6 +18,7 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.errors import ConfigError
+from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.ranges import COUNT, check_ranges
@@ -205,6 +206,8 @@ class BenchTrainRun(StageRun):
     """Rows a step, over all ranks."""
     seq_len: int = 512
     """Tokens a row; a row is one document."""
+    kernels: Kernels = Kernels.auto
+    """What ours computes with, as train.kernels of a stage."""
     steps: int = 2
     """Steps that a contestant takes in each of its turns."""
     repetitions: int = 5

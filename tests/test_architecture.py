@@ -17,6 +17,7 @@ PACKAGE = ROOT / "moetrain"
 LAYERS = [
     ["errors"],
     ["runtime", "log", "ranges"],
+    ["kernels"],
     ["chat", "quant", "optim"],
     ["model", "data", "tools"],
     ["tasks", "parallel"],

@@ -7,6 +7,8 @@ import torch
 from moetrain.bench.contestant import Contestant, Kind
 from moetrain.commands import BenchTrainRun
 from moetrain.data.batch import TokenBatch
+from moetrain.kernels.choice import find, use
+from moetrain.kernels.config import Kernels
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Objective
@@ -18,11 +20,12 @@ from moetrain.train.step import train_step
 class Ours:
     """Implements `Trainee` with an engine of ours."""
 
-    setting = ""
-
     def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
         self.run = run
         self.num_steps = 0
+        library, _ = find(run.kernels)
+        use(library)
+        self.setting = f"{Kernels.native if library else Kernels.torch} kernels"
         name = EngineName.torch if contestant.kind is Kind.moetrain_torch else EngineName.deepspeed
         self.engine = build_engine(
             run.model,

@@ -16,7 +16,7 @@ from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
 from moetrain.train.interrupt import Status
 from moetrain.train.origin import TOKENIZER
-from moetrain.train.precision import settle_dtype
+from moetrain.train.precision import settle_products
 from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, stage_tokenizer, train_stage
 
 
@@ -51,7 +51,7 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
     """Return a run's sections, data and place, its tokenizer in `folder`: for what trains outside a stage."""
     topology = setup(run.parallel)
     sections = sections_of(run)
-    sections.train = settle_dtype(sections.train, folder=folder, topology=topology)
+    sections.train = settle_products(sections.train, folder=folder, topology=topology)
     tokenizer = main_rank_first(
         topology, lambda: stage_tokenizer(run.data, folder, origin=None, dialogue_texts=_texts(run))
     )

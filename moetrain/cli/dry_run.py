@@ -68,10 +68,10 @@ def _peak(run: TrainingRun) -> float:
     # These bring torch in; only a dry run of a stage that trains needs them here.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.precision import DTYPES, dtype_of
+    from moetrain.train.precision import DTYPES, settled_dtype
 
     device = default_device()
-    return measure_peak(dtype=DTYPES[dtype_of(run.train.compute_dtype, device=device)], device=device)
+    return measure_peak(dtype=DTYPES[settled_dtype(run.train, device=device)], device=device)
 
 
 def _bytes(count: int) -> str:

@@ -21,7 +21,7 @@ def check_going_on(run: TrainingRun) -> None:
     # These bring torch in; most stages have not begun.
     from moetrain.train import checkpoint
     from moetrain.train.identity import identity_of
-    from moetrain.train.precision import dtype_of, found_gain
+    from moetrain.train.precision import found_gain, settled_dtype
     from moetrain.train.resume import check_identity
 
     try:
@@ -31,7 +31,7 @@ def check_going_on(run: TrainingRun) -> None:
     kept: dict[str, Any] = loaded.state["identity"]
     train = run.train
     gain = partial(found_gain, run.run.path)
-    train = replace(train, compute_dtype=dtype_of(train.compute_dtype, device=default_device(), gain=gain))
+    train = replace(train, compute_dtype=settled_dtype(train, device=default_device(), gain=gain))
     said = identity_of(
         model=run.model,
         quant=run.quant,

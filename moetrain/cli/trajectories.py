@@ -22,7 +22,7 @@ from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.origin import TOKENIZER, Origin, start_from
-from moetrain.train.precision import DTYPES, settle_dtype
+from moetrain.train.precision import DTYPES, settle_products
 from moetrain.train.stages import SUMMARY
 
 
@@ -31,7 +31,7 @@ def learn(run: RlRun, *, init_from: str) -> int:
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         origin = read_weights(init_from)
         tokenizer = tokenizer_of(origin)
-        train = settle_dtype(run.train, folder=folder, topology=setup(run.parallel))
+        train = settle_products(run.train, folder=folder, topology=setup(run.parallel))
         engine = build_engine(
             run.model,
             run.parallel,
@@ -50,7 +50,8 @@ def learn(run: RlRun, *, init_from: str) -> int:
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
-            summary = {"stage": folder.name, "steps": outcome.step, "compute_dtype": train.compute_dtype}
+            products = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
+            summary = {"stage": folder.name, "steps": outcome.step, **products}
             write_json(folder / SUMMARY, summary | {"sampled_tokens": outcome.sampled_tokens})
     return 0
 

@@ -9,13 +9,15 @@ from enum import StrEnum
 import torch
 from torch.nn import functional as F
 
+from moetrain.kernels import autograd as native
+from moetrain.kernels.choice import in_use
 from moetrain.model.config import ModelConfig
 from moetrain.model.flash_attention import Runs, attend_flash, plan_runs, takes_flash
 from moetrain.model.layers import Linear, RMSNorm
-from moetrain.model.max_logits import max_logits
+from moetrain.model.max_logits import largest_by_head, max_logits
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.rope import Rotation, rotate
-from moetrain.model.tiled_attention import Tile, attend_tiled, plan_tiles
+from moetrain.model.tiled_attention import Tile, attend_tiled, first_seen, plan_tiles
 
 LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without the config's epsilon
 TILED_MAX_TOKENS = 2048
@@ -42,17 +44,27 @@ class FusedMask:
     segments_BT: torch.Tensor
 
 
-Mask = FusedMask | Runs | list[Tile]
+@dataclass(frozen=True, kw_only=True)
+class FirstSeen:
+    """The first key that each token sees, int32, for the native kernel."""
+
+    first_seen_BT: torch.Tensor
+
+
+Mask = FusedMask | Runs | list[Tile] | FirstSeen
 """What a row's tokens see, in the form of the path that attends: made once for all layers."""
 
 
 def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int) -> Mask:
     """Return the mask of packed rows for heads whose widest of query, key and value is this wide.
 
-    Tiles for short rows on a CPU, runs for the flash kernel on a GPU, and one square for torch's fused kernel where
-    neither goes. A token sees itself and earlier tokens of its own segment; padding is a segment like any other.
+    First keys for the native kernel where it is in use, tiles for short rows on a CPU, runs for the flash kernel on a
+    GPU, and one square for torch's fused kernel where none of them goes. A token sees itself and earlier tokens of its
+    own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
+    if in_use() and segments_BT.device.type == "cpu" and dtype == torch.bfloat16:
+        return FirstSeen(first_seen_BT=first_seen(segments_BT).int())
     if takes_flash(segments_BT.device, dtype, width=width):
         return plan_runs(segments_BT)
     if segments_BT.device.type == "cpu" and num_tokens <= TILED_MAX_TOKENS:
@@ -94,15 +106,19 @@ class Attention(Recomputable):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
-    def _queries(self, x_BTD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    def _projected_queries(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Return queries [B, T, H, Q] without rotation."""
         config = self.config
         if config.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
+            q: torch.Tensor = self.q_proj(x_BTD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope, q_rope = q.unflatten(-1, (config.num_heads, -1)).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], -1
-        )
+        return q.view(*q.shape[:-1], config.num_heads, -1)
+
+    def _queries(self, x_BTD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        config = self.config
+        projected = self._projected_queries(x_BTD)
+        q_nope, q_rope = torch.split(projected, [config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return torch.cat([q_nope.transpose(1, 2), rotate(q_rope, rotation).transpose(1, 2)], -1)
 
     def forward(
@@ -127,13 +143,17 @@ class Attention(Recomputable):
         self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, measured_BT: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.config
-        q_BHTQ = self._queries(x_BTD, rotation)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split(
             [config.kv_lora_rank, config.qk_rope_head_dim], -1
         )
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (config.num_heads, -1))
+        if isinstance(mask, FirstSeen):
+            return self._attend_natively(
+                self._projected_queries(x_BTD), kv, k_rope_BTR, rotation=rotation, mask=mask, measured_BT=measured_BT
+            )
+        q_BHTQ = self._queries(x_BTD, rotation)
         k_rope_B1TR = rotate(k_rope_BTR[:, :, None], rotation).transpose(1, 2)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
-        k_nope_BHTN, v_BHTV = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        k_nope_BHTN, v_BHTV = kv.transpose(1, 2).split([config.qk_nope_head_dim, config.v_head_dim], -1)
         k_BHTQ = torch.cat([k_nope_BHTN, k_rope_B1TR.expand(-1, config.num_heads, -1, -1)], -1)
         scale = config.softmax_scale
         if isinstance(mask, list):
@@ -151,3 +171,25 @@ class Attention(Recomputable):
                 q_BHTQ, k_BHTQ, segments_BT=mask.segments_BT, measured_BT=measured_BT, scale=scale
             )
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), max_logits_H
+
+    def _attend_natively(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        k_rope_BTR: torch.Tensor,
+        *,
+        rotation: Rotation,
+        mask: FirstSeen,
+        measured_BT: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        library = in_use()
+        assert library is not None, "the native kernels were put out of use between plan and attention"
+        rows = native.Rows(
+            cosine_BTP=rotation.cos.squeeze(2), sine_BTP=rotation.sin.squeeze(2), first_seen_BT=mask.first_seen_BT
+        )
+        scale = self.config.softmax_scale
+        out_BTHV, largest_BHT = native.latent_attention(
+            q, kv, k_rotary_BTR=k_rope_BTR, rows=rows, scale=scale, library=library
+        )
+        max_logits_H = None if measured_BT is None else largest_by_head(largest_BHT, measured_BI=measured_BT)
+        return self.o_proj(out_BTHV.flatten(2)), max_logits_H

@@ -1,4 +1,6 @@
-"""The weighted sum of what a token's experts gave: the plain way, and one for CPUs that goes through in slices.
+"""Rows for a token's experts, and the weighted sum of what they gave: the plain way, and two for CPUs.
+
+One goes through the sum in slices, the other is native.
 
 S = N * K rows (a token times a chosen expert), N tokens, n tokens of a slice, K chosen experts, D hidden.
 """
@@ -8,7 +10,18 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from moetrain.kernels import autograd as native
+from moetrain.kernels.choice import native_for
+
 _SLICE_ELEMENTS = 1 << 18  # of a slice in float32: 1 MB, which stays in cache
+
+
+def spread(x_ND: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
+    """Return rows [S, D]: row i is the token of (token, k) number `order_S[i]`."""
+    num_chosen = len(order_S) // max(len(x_ND), 1)
+    if library := native_for(x_ND):
+        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=library)
+    return x_ND.index_select(0, order_S // num_chosen)
 
 
 def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -16,10 +29,17 @@ def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tens
 
     Row i of `y_SD` is (token, k) number `order_S[i]`.
     """
-    inverse_S = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    inverse_S = inverse(order_S)
+    if library := native_for(y_SD):
+        return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=library)
     if y_SD.device.type == "cpu":
         return combine_in_slices(y_SD, order_S, inverse_S=inverse_S, weights_NK=weights_NK)
     return combine_plain(y_SD, inverse_S, weights_NK=weights_NK)
+
+
+def inverse(order_S: torch.Tensor) -> torch.Tensor:
+    """Return where each of 0..S-1 stands in a permutation."""
+    return torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
 
 
 def combine_plain(y_SD: torch.Tensor, inverse_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What the routed experts of a layer make of their rows: three ways to the same numbers, chosen by device and dtype.
+"""What the routed experts of a layer make of their rows: four ways to the same numbers, chosen by device and dtype.
 
 `expert_loop` is the plain one, in torch's own operations, and the reference of the others. `expert_written_out` is for
-CPUs: bit for bit the same, with the backward pass written out, which saves copies and keeps less. `expert_grouped` is
-for GPUs: one grouped product for all experts; sums are ordered differently there.
+CPUs: bit for bit the same, with the backward pass written out, which saves copies and keeps less. Where the native
+kernels are in use, they take its place in bfloat16. `expert_grouped` is for GPUs: one grouped product for all experts.
+Sums are ordered differently in the last two.
 
 S rows sorted by expert, R rows of one expert, D hidden, L experts, F expert width, G = 2F (gate rows first).
 """
@@ -16,6 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moetrain.kernels import autograd as native
+from moetrain.kernels.choice import native_for
 from moetrain.model.thread_parts import part_bounds, run_parts
 
 ROW_MULTIPLE = 64
@@ -29,6 +32,8 @@ def expert_rows(
 
     An expert without rows still has a gradient: zero.
     """
+    if library := native_for(x_SD):
+        return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=library)
     if x_SD.device.type == "cpu":
         return expert_written_out(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
     if x_SD.dtype == torch.bfloat16:

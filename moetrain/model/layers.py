@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moetrain.kernels import autograd as native
+from moetrain.kernels.choice import native_for
 from moetrain.model.recompute import Recomputable, run_part
 
 
@@ -22,6 +24,8 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T over the last axis."""
+        if library := native_for(x):
+            return native.linear(x, self.weight, library=library)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -58,6 +62,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normed and scaled x in its own dtype."""
+        if library := native_for(x):
+            return native.rms_norm(x, self.weight, eps=self.eps, library=library)
         normed: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return normed
 
@@ -76,5 +82,8 @@ class FeedForward(Recomputable):
         return run_part(self._compute, x, parameters=self.parameters(), recompute=self.recompute)
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return hidden
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        library = native_for(x)
+        hidden = native.swiglu(gate, up, library=library) if library else F.silu(gate) * up
+        y: torch.Tensor = self.down_proj(hidden)
+        return y

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from moetrain.kernels.choice import native_for
 from moetrain.model.balance import required_biases, z_loss_sum
-from moetrain.model.combine import combine
+from moetrain.model.combine import combine, spread
 from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.expert_products import expert_rows
 from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
@@ -54,8 +55,13 @@ class Experts(Recomputable):
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, width, dtype=torch.float32))
 
     def compute_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through the INT4 grid."""
+        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through the INT4 grid.
+
+        Masters where the native kernels are in use, which cast what they read.
+        """
         if self.fake_quant is None:
+            if native_for(self.gate_up_proj.new_empty(0, dtype=self.compute_dtype)):
+                return self.gate_up_proj, self.down_proj
             return self.gate_up_proj.to(self.compute_dtype), self.down_proj.to(self.compute_dtype)
         return (
             self.fake_quant(self.gate_up_proj, self.compute_dtype),
@@ -112,7 +118,7 @@ class LocalDispatcher:
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         tokens_S = order_S // expert_ids_NK.shape[1]
         if self.expert_rows is None or len(order_S) <= self.expert_rows:
-            y_SD = experts.compute(x_ND.index_select(0, tokens_S), counts_E)
+            y_SD = experts.compute(spread(x_ND, order_S), counts_E)
         else:
             rounds = _local_rounds(counts_E, limit=self.expert_rows)
             y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)

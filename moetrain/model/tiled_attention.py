@@ -33,16 +33,25 @@ class Tile:
     bias_BIJ: torch.Tensor
 
 
+def first_seen(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Return the first token [B, T] of each token's own segment, int64.
+
+    Segments are runs; padding is a segment like any other.
+    """
+    index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    starts_run_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_run_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return torch.where(starts_run_BT, index_T, 0).cummax(1).values
+
+
 def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
     """Return the tiles of packed rows, for all layers of a forward pass.
 
-    A token sees itself and earlier tokens of its own segment; segments are runs, padding is a segment like any other.
+    A token sees itself and earlier tokens of its own segment.
     """
     num_tokens = segments_BT.shape[1]
     index_T = torch.arange(num_tokens, device=segments_BT.device)
-    starts_run_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-    starts_run_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    first_seen_BT = torch.where(starts_run_BT, index_T, 0).cummax(1).values
+    first_seen_BT = first_seen(segments_BT)
     tiles = []
     for start in range(0, num_tokens, TILE):
         end = min(start + TILE, num_tokens)

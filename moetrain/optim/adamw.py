@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moetrain.kernels.choice import in_use
+
 _SLICE_ELEMENTS = 1 << 17  # stepped at once on a CPU: 512 KB of each tensor, which stay in cache
 
 
@@ -25,6 +27,15 @@ def adamw_update(
     All four are contiguous and of one shape.
     """
     beta1, beta2 = betas
+    library = in_use()
+    if library and param.device.type == "cpu":
+        library(
+            "adamw_step",
+            *(param, grad.contiguous(), exp_avg, exp_avg_sq, param.numel()),
+            *(1.0 - learning_rate * weight_decay, 1.0 - beta1, beta2, math.sqrt(1.0 - beta2**step)),
+            *(eps, learning_rate / (1.0 - beta1**step)),
+        )
+        return
     whole = (param.view(-1), grad.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1))
     # Elsewhere slices would only be more kernels to start.
     length = _SLICE_ELEMENTS if param.device.type == "cpu" else max(param.numel(), 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.combine import combine
+from moetrain.model.combine import combine, spread
 from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.moe import Experts
 from moetrain.parallel.topology import Topology
@@ -91,7 +91,7 @@ class AllToAllDispatcher:
         if self.expert_rows is None:
             received_GL = torch.empty_like(counts_GL)
             dist.all_to_all_single(received_GL, counts_GL, group=self.group)
-            y_SD = self._at_once(x_ND.index_select(0, tokens_S), counts_GL, received_GL=received_GL, experts=experts)
+            y_SD = self._at_once(spread(x_ND, order_S), counts_GL, received_GL=received_GL, experts=experts)
             return combine(y_SD, order_S, weights_NK=weights_NK)
 
         counts_HGL = [torch.empty_like(counts_GL) for _ in range(self.num_ranks)]
@@ -101,7 +101,7 @@ class AllToAllDispatcher:
             y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
         else:
             received_GL = torch.stack([counts[self.rank] for counts in counts_HGL])
-            y_SD = self._at_once(x_ND.index_select(0, tokens_S), counts_GL, received_GL=received_GL, experts=experts)
+            y_SD = self._at_once(spread(x_ND, order_S), counts_GL, received_GL=received_GL, experts=experts)
         return combine(y_SD, order_S, weights_NK=weights_NK)
 
     def _at_once(

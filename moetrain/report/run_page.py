@@ -28,13 +28,14 @@ from moetrain.report.trace_page import chosen, pairs, read_traces, trajectory_ht
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """What a browser lets the page do: nothing but style itself, whatever a model wrote into a trajectory."""
+_SETTLED = ("compute_dtype", "kernels")
 _TELLING = [
     (
         "model",
         ("hidden_size", "num_layers", "num_experts", "num_experts_per_token", "num_shared_experts", "vocab_size"),
     ),
     ("optim", ("name", "lr")),
-    ("train", ("steps", "batch_ramp", "rows_per_step", "compute_dtype")),
+    ("train", ("steps", "batch_ramp", "rows_per_step", "compute_dtype", "kernels")),
     ("data", ("seq_len", "mix")),
     ("quant", ("enabled", "grid", "group_size")),
     ("task", ("name", "min_calls", "max_calls", "tool_failure")),
@@ -265,8 +266,8 @@ def _settings(stage: Stage) -> Iterator[str]:
     for section, names in _TELLING:
         values = stage.config.get(section)
         if isinstance(values, dict) and values.get("enabled") is not False:
-            if section == "train" and "compute_dtype" in stage.summary:
-                values = {**values, "compute_dtype": stage.summary["compute_dtype"]}
+            if section == "train":  # what it came to, where the config leaves it to the machine
+                values = values | {name: stage.summary[name] for name in _SETTLED if name in stage.summary}
             said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if said:
                 yield f"{section}: {said}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
@@ -53,8 +54,12 @@ class TrainConfig:
     rows_per_micro_batch: int = 16
     """Rows that one rank holds in memory at once."""
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
-    """Precision of the matrix products. fastest measures both when the run begins: many CPUs multiply float32 faster,
-    those without bf16 instructions tens of times. Accelerators take bfloat16."""
+    """Precision of the matrix products. fastest is bfloat16 with the native kernels; without them it measures both when
+    the run begins: many CPUs multiply float32 faster, those without bf16 instructions tens of times. Accelerators take
+    bfloat16."""
+    kernels: Kernels = Kernels.auto
+    """What computes in bfloat16 on a CPU: native, the project's own C++, or torch. auto is native where a CPU with AVX2
+    and no AMX and a C++ compiler are there. Results differ by rounding alone."""
     validate_every: int = 100
     """Steps between validations; 0 validates only at the end."""
     checkpoint_every: int = 100
@@ -84,6 +89,11 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.{name} is {rows}: give a multiple of train.rows_per_micro_batch={self.rows_per_micro_batch}"
                 )
+        if self.kernels is Kernels.native and self.compute_dtype is ComputeDtype.float32:
+            raise ConfigError(
+                "train.kernels is native, which multiplies bfloat16, and train.compute_dtype is float32: "
+                "change one of them, or give train.kernels=auto"
+            )
         ramp_steps = sum(part.steps for part in self.batch_ramp)
         if ramp_steps > self.steps:
             raise ConfigError(

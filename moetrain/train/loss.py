@@ -4,12 +4,11 @@ The head runs only where the next token is in the loss mask, a few rows at a tim
 logits of all tokens never exist at once. Log-softmax is in float32. Objectives return this micro-batch's share of a
 global mean, so that neither packing nor micro-batches nor ranks change the sum.
 
-Letters: B rows, T tokens a row, N predicted tokens, C rows of one chunk, D hidden size, V vocabulary.
+Letters: B rows, T tokens a row, N predicted tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,9 +18,7 @@ from moetrain.model.balance import global_balance_loss
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.model.transformer import ForwardOutput, Transformer
 from moetrain.parallel.protocol import Objective, ObjectiveResult
-
-_CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
-_KEPT_ELEMENTS = 1 << 25  # logits of a micro-batch that are kept for the backward pass: 64 MB in bf16
+from moetrain.train.logprobs import chunked_logprobs
 
 
 @dataclass(kw_only=True)
@@ -60,7 +57,7 @@ def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: Token
     targets_N = batch.tokens_BT[row_N, column_N]
 
     def read_out(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _ChunkedLogprobs.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call,no-any-return]
+        return chunked_logprobs(hidden_ND, weight_VD, targets_N=targets_N)
 
     logprobs_N, entropies_N = model.lm_head(hidden_ND, read_out)
     return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
@@ -141,62 +138,3 @@ def language_model_objective(
 
 ObjectiveFor = Callable[[GlobalCounts], Objective]
 """Makes the objective of one step once the step's global counts are known."""
-
-
-class _ChunkedLogprobs(torch.autograd.Function):
-    """Head, log-softmax and choice of the target in one, chunk by chunk.
-
-    The backward pass makes the logits again, but for a micro-batch whose logits are few: those are kept as they were.
-    Products run in the dtype of the hidden states; the head's gradient is summed over chunks in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logprobs_N and entropies_N."""
-        cast_VD = weight_VD.to(hidden_ND.dtype)
-        logprobs_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
-        entropies_N = torch.empty_like(logprobs_N)
-        normalizers_N = torch.empty_like(logprobs_N)
-        keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
-        kept = []
-        for chunk in _chunks(len(targets_N), len(weight_VD)):
-            product_CV = hidden_ND[chunk] @ cast_VD.T
-            if keeps:
-                kept.append(product_CV)
-            logits_CV = product_CV.float()
-            target_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
-            largest_C = logits_CV.amax(dim=-1)
-            terms_CV = (logits_CV - largest_C[:, None]).exp_()
-            sum_C = terms_CV.sum(dim=-1)
-            normalizers_N[chunk] = largest_C + sum_C.log()
-            logprobs_N[chunk] = target_C - normalizers_N[chunk]
-            entropies_N[chunk] = normalizers_N[chunk] - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, normalizers_N, *kept)
-        ctx.mark_non_differentiable(entropies_N)
-        return logprobs_N, entropies_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Return the gradients of the hidden states and of the head: d logprob / d logits = onehot(target) - p."""
-        hidden_ND, weight_VD, targets_N, normalizers_N, *kept = ctx.saved_tensors
-        grad_N = grads[0]
-        cast_VD = weight_VD.to(hidden_ND.dtype)
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for index, chunk in enumerate(_chunks(len(targets_N), len(weight_VD))):
-            hidden_CD = hidden_ND[chunk]
-            product_CV = kept[index] if kept else hidden_CD @ cast_VD.T
-            grad_CV = (product_CV.float() - normalizers_N[chunk, None]).exp_()
-            grad_CV.mul_(-grad_N[chunk, None]).scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
-            cast_CV = grad_CV.to(hidden_ND.dtype)
-            grad_hidden_ND[chunk] = cast_CV @ cast_VD
-            grad_weight_VD += cast_CV.T @ hidden_CD
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None
-
-
-def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    """Return slices of rows whose logits have about `_CHUNK_ELEMENTS` elements."""
-    size = max(64, _CHUNK_ELEMENTS // vocab_size)
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

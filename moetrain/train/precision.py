@@ -1,4 +1,4 @@
-"""The dtype of a run's matrix products: the one that the config names, or the faster one on the machine at hand."""
+"""What a run's products are made with: dtype and kernels, as the config names them or as the machine has them."""
 
 import logging
 import time
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import find, use
+from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
 from moetrain.train.config import ComputeDtype, TrainConfig
 from moetrain.train.peak import keep, kept
@@ -24,11 +27,12 @@ _SIZE = 512
 _SECONDS = 0.5
 
 
-def settle_dtype(train: TrainConfig, *, folder: Path, topology: Topology) -> TrainConfig:
-    """Return `train` with a dtype in place of `fastest`. A collective.
+def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> TrainConfig:
+    """Return `train` with a dtype in place of `fastest` and kernels in place of `auto`, and use those from now on.
 
-    The main rank measures, and keeps what it found in the stage's folder: a run that goes on there goes on with the
-    dtype it began with. An accelerator is not measured: bfloat16.
+    A collective: native where all ranks have it. The main rank measures dtypes, and keeps what it found in the stage's
+    folder: a run that goes on there goes on with the dtype it began with. An accelerator is not measured: bfloat16.
+    Raises ConfigError where `native` is asked for and cannot be had.
     """
 
     def kept_gain() -> float:
@@ -38,14 +42,42 @@ def settle_dtype(train: TrainConfig, *, folder: Path, topology: Topology) -> Tra
             _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
         return gain
 
-    return replace(train, compute_dtype=dtype_of(train.compute_dtype, device=topology.device, gain=kept_gain))
+    library, why = kernels_of(train, device=topology.device)
+    everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
+    if topology.is_main:
+        missing = library is not None and not everywhere
+        _log.info("kernels: %s (%s)", "native" if everywhere else "torch", "not on all ranks" if missing else why)
+    use(library if everywhere else None)
+    kernels = Kernels.native if everywhere else Kernels.torch
+    dtype = dtype_of(replace(train, kernels=kernels), device=topology.device, gain=kept_gain)
+    return replace(train, compute_dtype=dtype, kernels=kernels)
 
 
-def dtype_of(wanted: ComputeDtype, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
-    """Return what `wanted` comes to on a device; `gain` says of a CPU what `float32_gain`, the default, measures."""
-    if wanted is not ComputeDtype.fastest:
-        return wanted
-    return ComputeDtype.bfloat16 if device.type != "cpu" else faster((gain or float32_gain)())
+def kernels_of(train: TrainConfig, *, device: torch.device) -> tuple[Library | None, str]:
+    """Return the native kernels that `train` comes to here, None for torch's, and why. Raises ConfigError."""
+    if device.type != "cpu":
+        return None, f"this is {device.type}"
+    if train.compute_dtype is ComputeDtype.float32:
+        return None, "products are in float32"
+    return find(train.kernels)
+
+
+def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
+    """Return what the dtype of `train` comes to on a device, its kernels not `auto`.
+
+    `gain` says of a CPU what `float32_gain`, the default, measures.
+    """
+    if train.compute_dtype is not ComputeDtype.fastest:
+        return train.compute_dtype
+    if device.type != "cpu" or train.kernels is Kernels.native:
+        return ComputeDtype.bfloat16
+    return faster((gain or float32_gain)())
+
+
+def settled_dtype(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
+    """Return the dtype that `settle_products` comes to in one process."""
+    library, _ = kernels_of(train, device=device)
+    return dtype_of(replace(train, kernels=Kernels.native if library else Kernels.torch), device=device, gain=gain)
 
 
 def faster(gain: float) -> ComputeDtype:

@@ -37,7 +37,7 @@ from moetrain.train.loop import Outcome, Training, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.train.peak import total_peak
-from moetrain.train.precision import DTYPES, MACHINE, settle_dtype
+from moetrain.train.precision import DTYPES, MACHINE, settle_products
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def train_stage(
         dialogues=made,
         mixes=mixes_of(sections.data, sections.train),
     )
-    sections = replace(sections, train=settle_dtype(sections.train, folder=folder, topology=topology))
+    sections = replace(sections, train=settle_products(sections.train, folder=folder, topology=topology))
     engine = engine_of(sections)
     if origin is not None:
         start_from(engine, origin, model=sections.model)
@@ -118,7 +118,7 @@ def mixes_of(data: DataConfig, train: TrainConfig) -> list[Mix]:
 def engine_of(sections: Sections) -> Engine:
     """Return the engine of a run, initialised from its seed. A collective; raises ConfigError where nothing fits.
 
-    The dtype of products is settled (`train.precision.settle_dtype`).
+    Products are settled (`train.precision.settle_products`).
     """
     return build_engine(
         sections.model,
@@ -223,6 +223,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "stage": folder.name,
         "steps": outcome.step,
         "compute_dtype": sections.train.compute_dtype,
+        "kernels": sections.train.kernels,
         "tokens": outcome.counters.tokens,
         "targets": outcome.counters.targets,
         "rows": rows_read,

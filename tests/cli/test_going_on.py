@@ -8,7 +8,10 @@ import pytest
 from moetrain.cli.main import main
 from moetrain.train import precision
 
-TINY = ["pretrain", "model=k2_nano_test", "data=test", "train.steps=1", "train.compute_dtype=fastest"]
+TINY = [
+    *("pretrain", "model=k2_nano_test", "data=test"),
+    *("train.steps=1", "train.compute_dtype=fastest", "train.kernels=torch"),
+]
 
 
 @pytest.fixture(scope="module")

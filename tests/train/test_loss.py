@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.kernels.build import load
+from moetrain.kernels.choice import using
 from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.protocol import ObjectiveResult
-from moetrain.train import loss as loss_module
+from moetrain.train import logprobs
 from moetrain.train.loss import GlobalCounts, language_model_objective, token_logprobs
 from moetrain.train.rows import micro_batches, padded, rank_rows
 from tests.train.toy import toy_batch, toy_model
@@ -72,7 +74,7 @@ def _one_document_a_row(batch: TokenBatch) -> TokenBatch:
 def test_logprobs_and_their_gradients_are_those_of_a_plain_log_softmax(
     chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(logprobs._TorchHead, "chunk_elements", chunk_elements)
     model, batch = _model(), toy_batch(0, rows=8)
     hidden_BTD = _hidden(model, batch).detach().requires_grad_()
     head = model.lm_head.weight
@@ -83,6 +85,26 @@ def test_logprobs_and_their_gradients_are_those_of_a_plain_log_softmax(
     found = torch.autograd.grad((found_N * upstream_N).sum(), (hidden_BTD, head))
     torch.testing.assert_close(found_N, naive_N)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 1 << 22])
+@pytest.mark.parametrize("kept_elements", [0, 1 << 25])
+def test_native_logprobs_and_gradients_are_those_of_torch_but_for_rounding(
+    chunk_elements: int, kept_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs._NativeHead, "chunk_elements", chunk_elements)
+    monkeypatch.setattr(logprobs, "_KEPT_ELEMENTS", kept_elements)
+    model, batch = _model(compute_dtype=torch.bfloat16), toy_batch(0, rows=8)
+    hidden_BTD = _hidden(model, batch).detach().requires_grad_()
+    head, upstream_N = model.lm_head.weight, torch.randn(batch.num_targets)
+    results = []
+    for library in (None, load()):
+        with using(library):
+            read = token_logprobs(model, hidden_BTD, batch=batch)
+            gradients = torch.autograd.grad((read.logprobs_N * upstream_N).sum(), (hidden_BTD, head))
+            results.append([read.logprobs_N, read.entropies_N, *(gradient.float() for gradient in gradients)])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def test_bf16_logits_are_those_of_the_model_and_the_softmax_is_in_float32() -> None:

@@ -1,17 +1,33 @@
 """The dtype of products that `fastest` comes to."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from moetrain.errors import ConfigError
+from moetrain.kernels import choice
+from moetrain.kernels.build import UnavailableError
+from moetrain.kernels.choice import in_use
+from moetrain.kernels.config import Kernels
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.topology import setup
 from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.precision import DTYPES, MACHINE, dtype_of, faster, float32_gain, settle_dtype
+from moetrain.train.precision import (
+    DTYPES,
+    MACHINE,
+    dtype_of,
+    faster,
+    float32_gain,
+    found_gain,
+    settle_products,
+    settled_dtype,
+)
 
-FASTEST = TrainConfig(compute_dtype=ComputeDtype.fastest)
+FASTEST = TrainConfig(compute_dtype=ComputeDtype.fastest, kernels=Kernels.torch)
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("gain", "taken"), [(0.45, "bfloat16"), (1.2, "bfloat16"), (2.0, "float32"), (50, "float32")])
@@ -27,28 +43,63 @@ def test_the_gain_is_that_of_whole_products_and_leaves_the_threads_alone() -> No
 
 @pytest.mark.parametrize("named", list(DTYPES))
 def test_a_dtype_that_is_named_is_kept_and_nothing_is_measured(named: ComputeDtype, tmp_path: Path) -> None:
-    train = TrainConfig(compute_dtype=named)
-    assert settle_dtype(train, folder=tmp_path, topology=setup(ParallelConfig())) == train
+    train = TrainConfig(compute_dtype=named, kernels=Kernels.torch)
+    assert settle_products(train, folder=tmp_path, topology=setup(ParallelConfig())) == train
     assert not (tmp_path / MACHINE).exists()
-    assert dtype_of(named, device=torch.device("cpu")) is named
+    assert dtype_of(train, device=CPU) is named
 
 
 def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     topology = setup(ParallelConfig())
-    first = settle_dtype(FASTEST, folder=tmp_path, topology=topology).compute_dtype
+    first = settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype
     ((key, gain),) = json.loads((tmp_path / MACHINE).read_text()).items()
     assert first is faster(gain)
     # A run that goes on, on a machine that would choose otherwise, goes on with what it began with.
     (tmp_path / MACHINE).write_text(json.dumps({key: 0.5 if first is ComputeDtype.float32 else 5.0}))
-    assert {first, settle_dtype(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
+    assert {first, settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '"x"'])
 def test_a_file_that_was_torn_is_measured_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / MACHINE).write_text(content)
-    settle_dtype(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
+    settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
     assert len(json.loads((tmp_path / MACHINE).read_text())) == 1
 
 
 def test_an_accelerator_takes_bfloat16() -> None:
-    assert dtype_of(ComputeDtype.fastest, device=torch.device("cuda")) is ComputeDtype.bfloat16
+    assert dtype_of(FASTEST, device=torch.device("cuda")) is ComputeDtype.bfloat16
+
+
+def test_fastest_is_bfloat16_with_the_native_kernels_and_they_are_used_from_then_on(tmp_path: Path) -> None:
+    train = TrainConfig(compute_dtype=ComputeDtype.fastest, kernels=Kernels.native)
+    settled = settle_products(train, folder=tmp_path, topology=setup(ParallelConfig()))
+    assert settled == TrainConfig(compute_dtype=ComputeDtype.bfloat16, kernels=Kernels.native)
+    assert in_use() is not None
+    assert not (tmp_path / MACHINE).exists()
+    settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
+    assert in_use() is None
+
+
+def test_what_is_settled_here_is_what_a_check_says_beforehand(tmp_path: Path) -> None:
+    for train in (TrainConfig(compute_dtype=ComputeDtype.fastest), FASTEST, TrainConfig()):
+        settled = settle_products(train, folder=tmp_path, topology=setup(ParallelConfig()))
+        gain = partial(found_gain, tmp_path)
+        assert settled_dtype(train, device=CPU, gain=gain) is settled.compute_dtype
+
+
+def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None:
+    settled = settle_products(
+        TrainConfig(compute_dtype=ComputeDtype.float32), folder=tmp_path, topology=setup(ParallelConfig())
+    )
+    assert settled.kernels is Kernels.torch
+    with pytest.raises(ConfigError, match=r"train\.kernels is native, which multiplies bfloat16"):
+        TrainConfig(compute_dtype=ComputeDtype.float32, kernels=Kernels.native)
+
+
+def test_native_where_it_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable() -> None:
+        raise UnavailableError("no compiler")
+
+    monkeypatch.setattr(choice, "load", unavailable)
+    with pytest.raises(ConfigError, match="no compiler"):
+        settle_products(TrainConfig(kernels=Kernels.native), folder=tmp_path, topology=setup(ParallelConfig()))

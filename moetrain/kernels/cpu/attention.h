@@ -1,0 +1,254 @@
+// Multi-head latent attention between its projections (arXiv 2405.04434, section 2.1): rotary positions, scores, softmax
+// and values of packed rows, forward and backward. Scores exist of a chunk of queries only and are made again in the
+// backward pass (arXiv 2307.08691).
+//
+// B rows, T tokens, H heads, N width without position, R rotary width, Q = N + R, V value width. Token t sees the keys
+// first_seen[b][t]..t.
+#pragma once
+
+#include <limits>
+
+#include "products.h"
+
+struct AttentionShape {
+  int64_t rows, tokens, heads, plain, rotary, value;
+  float scale;
+  int64_t width() const { return plain + rotary; }
+};
+
+// What the projections made: q [B][T][H][N + R], kv [B][T][H][N + V], k_rotary [B][T][R] with rows `ld_rotary` apart;
+// cosine and sine [B][T][R / 2] float32; first_seen [B][T].
+struct AttentionInput {
+  const bf16 *q, *kv, *k_rotary;
+  int64_t ld_rotary;
+  const float *cosine, *sine;
+  const int32_t* first_seen;
+};
+
+// Pairs (x0, x1), (x2, x3).. turned: first members, then second ones.
+inline void rotate(const bf16* x, const float* cosine, const float* sine, int64_t rotary, bf16* out) {
+  for (int64_t p = 0; p < rotary / 2; p++) {
+    const float first = widen(x[2 * p]), second = widen(x[2 * p + 1]);
+    out[p] = narrow(first * cosine[p] - second * sine[p]);
+    out[rotary / 2 + p] = narrow(second * cosine[p] + first * sine[p]);
+  }
+}
+// The gradient of x from that of what `rotate` gave.
+template <class T>
+void rotate_back(const float* grad, const float* cosine, const float* sine, int64_t rotary, T* out) {
+  for (int64_t p = 0; p < rotary / 2; p++) {
+    const float first = grad[p], second = grad[rotary / 2 + p];
+    store(out + 2 * p, first * cosine[p] + second * sine[p]);
+    store(out + 2 * p + 1, second * cosine[p] - first * sine[p]);
+  }
+}
+
+// One head of one row: its queries and keys with their positions in them, [T][Q] bfloat16.
+class Head {
+ public:
+  Head(const AttentionShape& shape, const AttentionInput& in, int64_t b, int64_t h)
+      : q(shape.tokens * shape.width()), k(shape.tokens * shape.width()), first_seen(in.first_seen + b * shape.tokens) {
+    const int64_t width = shape.width();
+    for (int64_t t = 0; t < shape.tokens; t++) {
+      const int64_t at = b * shape.tokens + t;
+      const float *cosine = in.cosine + at * shape.rotary / 2, *sine = in.sine + at * shape.rotary / 2;
+      const bf16* from = in.q + (at * shape.heads + h) * width;
+      std::memcpy(q.get() + t * width, from, shape.plain * sizeof(bf16));
+      rotate(from + shape.plain, cosine, sine, shape.rotary, q.get() + t * width + shape.plain);
+      std::memcpy(k.get() + t * width, in.kv + (at * shape.heads + h) * (shape.plain + shape.value),
+                  shape.plain * sizeof(bf16));
+      rotate(in.k_rotary + at * in.ld_rotary, cosine, sine, shape.rotary, k.get() + t * width + shape.plain);
+    }
+  }
+  // The first key that any of the queries start..end sees, down to whole panels.
+  int64_t first_key(int64_t start, int64_t end) const {
+    return *std::min_element(first_seen + start, first_seen + end) / PANEL * PANEL;
+  }
+
+  Scratch<bf16> q, k;
+  const int32_t* first_seen;
+};
+
+template <class P, bool TRANSPOSED>
+void pack_all(const bf16* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
+  for (int64_t j = 0; j < columns; j += PANEL) {
+    if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
+    else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
+  }
+}
+
+// Scores of keys first..last - 1 become exp(scale * (score - most)); returns their sum, and the largest score in `most`.
+inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t size, float scale, bf16* out, float* most) {
+  float top = -std::numeric_limits<float>::infinity();
+  int64_t j = first;
+  floats tops = every(top);
+  for (; j + LANES <= last; j += LANES) {
+    const floats x = load(scores + j);
+    tops = x > tops ? x : tops;
+  }
+  for (; j < last; j++) top = scores[j] > top ? scores[j] : top;
+  top = std::max(top, largest(tops));
+  floats totals = every(0.0f);
+  float total = 0;
+  std::memset(out, 0, first * sizeof(bf16));
+  for (j = first; j + LANES <= last; j += LANES) {
+    const floats p = exponential((load(scores + j) - top) * scale);
+    totals += p;
+    store(out + j, p);
+  }
+  for (; j < last; j++) {
+    const float p = exponential((scores[j] - top) * scale);
+    total += p;
+    out[j] = narrow(p);
+  }
+  std::memset(out + last, 0, (size - last) * sizeof(bf16));
+  *most = top;
+  return total + sum(totals);
+}
+
+// out [B][T][H][V]; log_sums and largest [B][H][T]: log of the sum of exp of the logits, and the largest logit.
+template <class P>
+void attention(const AttentionShape& shape, const AttentionInput& in, bf16* out, float* log_sums, float* largest_logits) {
+  const int64_t tokens = shape.tokens, width = shape.width(), value = shape.value;
+  const int64_t keys = up_to(tokens, PANEL), padded_value = up_to(value, PANEL);
+#pragma omp parallel
+  {
+    Scratch<float> k_panels(keys * units<P>(width)), v_panels(padded_value * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
+    Scratch<float> scores(CHUNK * keys), sums(CHUNK * padded_value);
+    Scratch<bf16> p(CHUNK * keys);
+    float totals[CHUNK];
+#pragma omp for schedule(dynamic)
+    for (int64_t z = 0; z < shape.rows * shape.heads; z++) {
+      const int64_t b = z / shape.heads, h = z % shape.heads;
+      const Head head(shape, in, b, h);
+      pack_all<P, true>(head.k.get(), width, tokens, width, k_panels.get());
+      pack_all<P, false>(in.kv + (b * tokens * shape.heads + h) * (shape.plain + value) + shape.plain,
+                         shape.heads * (shape.plain + value), value, tokens, v_panels.get());
+      for (int64_t start = 0; start < tokens; start += CHUNK) {
+        const int64_t end = std::min(start + CHUNK, tokens), rows = end - start;
+        const int64_t first = head.first_key(start, end), seen = end - first, ld = up_to(seen, PANEL);
+        rows_times_panels<P>(head.q.get() + start * width, width, rows, width, k_panels.get() + first * units<P>(width),
+                             units<P>(width), seen, scores.get(), ld, false, left.get());
+        for (int64_t r = 0; r < rows; r++) {
+          const int64_t t = start + r;
+          float most;
+          totals[r] = softmax_row(scores.get() + r * ld, head.first_seen[t] - first, t + 1 - first, ld, shape.scale,
+                                  p.get() + r * ld, &most);
+          largest_logits[z * tokens + t] = most * shape.scale;
+          log_sums[z * tokens + t] = most * shape.scale + std::log(totals[r]);
+        }
+        rows_times_panels<P>(p.get(), ld, rows, seen, v_panels.get() + first / P::STEP * PANEL, units<P>(tokens), value,
+                             sums.get(), padded_value, false, left.get());
+        for (int64_t r = 0; r < rows; r++) {
+          bf16* to = out + ((b * tokens + start + r) * shape.heads + h) * value;
+          const float over = 1.0f / totals[r];
+          for (int64_t i = 0; i < value; i++) to[i] = narrow(sums.get()[r * padded_value + i] * over);
+        }
+      }
+    }
+  }
+}
+
+// From scores and gradients of the probabilities of keys first..last - 1: the probabilities, and the gradients of the
+// scores, both zero elsewhere.
+inline void softmax_gradient_row(const float* scores, float* grad, int64_t first, int64_t last, int64_t size, float scale,
+                                 float log_sum, bf16* p, bf16* grad_scores) {
+  std::memset(p, 0, first * sizeof(bf16));
+  std::memset(grad_scores, 0, first * sizeof(bf16));
+  floats alongs = every(0.0f);
+  float along = 0;
+  int64_t j = first;
+  for (; j + LANES <= last; j += LANES) {
+    const floats x = exponential(load(scores + j) * scale - log_sum);
+    alongs += x * load(grad + j);
+    store(p + j, x);
+  }
+  for (; j < last; j++) {
+    const float x = exponential(scores[j] * scale - log_sum);
+    along += x * grad[j];
+    p[j] = narrow(x);
+  }
+  along += sum(alongs);
+  for (j = first; j + LANES <= last; j += LANES) store(grad_scores + j, load(p + j) * (load(grad + j) - along) * scale);
+  for (; j < last; j++) grad_scores[j] = narrow(widen(p[j]) * (grad[j] - along) * scale);
+  std::memset(p + last, 0, (size - last) * sizeof(bf16));
+  std::memset(grad_scores + last, 0, (size - last) * sizeof(bf16));
+}
+
+struct AttentionGradient {
+  bf16 *q, *kv;
+  float* k_rotary;  // [B][H][T][R]: of each head
+};
+
+template <class P>
+void attention_backward(const AttentionShape& shape, const AttentionInput& in, const bf16* grad_out, const float* log_sums,
+                        const AttentionGradient& grads) {
+  constexpr int64_t QUERIES = 2 * CHUNK;
+  const int64_t tokens = shape.tokens, width = shape.width(), value = shape.value, plain = shape.plain;
+  const int64_t keys = up_to(tokens, PANEL), padded_value = up_to(value, PANEL), padded_width = up_to(width, PANEL);
+  const int64_t ld_kv = shape.heads * (plain + value), ld_out = shape.heads * value;
+#pragma omp parallel
+  {
+    Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // of their transposes
+    Scratch<float> k_rows(padded_width * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
+    Scratch<float> q_rows(padded_width * QUERIES), out_rows(padded_value * QUERIES), tiles(up_to(keys, TILE_ROWS) * QUERIES);
+    Scratch<float> scores(CHUNK * keys), grad_p(CHUNK * keys), grad_q(CHUNK * padded_width);
+    Scratch<bf16> p(QUERIES * keys), grad_scores(QUERIES * keys);
+    Scratch<float> grad_k(keys * padded_width), grad_v(keys * padded_value);
+#pragma omp for schedule(dynamic)
+    for (int64_t z = 0; z < shape.rows * shape.heads; z++) {
+      const int64_t b = z / shape.heads, h = z % shape.heads;
+      const Head head(shape, in, b, h);
+      const bf16* v = in.kv + (b * tokens * shape.heads + h) * (plain + value) + plain;
+      const bf16* grad_head = grad_out + (b * tokens * shape.heads + h) * value;
+      pack_all<P, true>(head.k.get(), width, tokens, width, k_panels.get());
+      pack_all<P, true>(v, ld_kv, tokens, value, v_panels.get());
+      pack_all<P, false>(head.k.get(), width, width, tokens, k_rows.get());
+      std::memset(grad_k.get(), 0, keys * padded_width * sizeof(float));
+      std::memset(grad_v.get(), 0, keys * padded_value * sizeof(float));
+      for (int64_t begin = 0; begin < tokens; begin += QUERIES) {
+        const int64_t stop = std::min(begin + QUERIES, tokens), queries = stop - begin;
+        const int64_t first = head.first_key(begin, stop), seen = stop - first, ld = up_to(seen, PANEL);
+        for (int64_t start = begin; start < stop; start += CHUNK) {
+          const int64_t rows = std::min(CHUNK, stop - start), visible = start + rows - first;
+          rows_times_panels<P>(head.q.get() + start * width, width, rows, width, k_panels.get() + first * units<P>(width),
+                               units<P>(width), visible, scores.get(), ld, false, left.get());
+          rows_times_panels<P>(grad_head + start * ld_out, ld_out, rows, value, v_panels.get() + first * units<P>(value),
+                               units<P>(value), visible, grad_p.get(), ld, false, left.get());
+          for (int64_t r = 0; r < rows; r++) {
+            const int64_t t = start + r, at = (t - begin) * ld;
+            softmax_gradient_row(scores.get() + r * ld, grad_p.get() + r * ld, head.first_seen[t] - first, t + 1 - first,
+                                 ld, shape.scale, log_sums[z * tokens + t], p.get() + at, grad_scores.get() + at);
+          }
+          rows_times_panels<P>(grad_scores.get() + (start - begin) * ld, ld, rows, visible,
+                               k_rows.get() + first / P::STEP * PANEL, units<P>(tokens), width, grad_q.get(),
+                               padded_width, false, left.get());
+          for (int64_t r = 0; r < rows; r++) {
+            const int64_t at = b * tokens + start + r;
+            const float* from = grad_q.get() + r * padded_width;
+            bf16* to = grads.q + (at * shape.heads + h) * width;
+            narrow_row(from, to, plain);
+            rotate_back(from + plain, in.cosine + at * shape.rotary / 2, in.sine + at * shape.rotary / 2, shape.rotary,
+                        to + plain);
+          }
+        }
+        pack_all<P, false>(head.q.get() + begin * width, width, width, queries, q_rows.get());
+        pack_all<P, false>(grad_head + begin * ld_out, ld_out, value, queries, out_rows.get());
+        pack_left_transposed<P>(p.get(), ld, seen, queries, tiles.get());
+        tiles_times_panels<P>(tiles.get(), seen, out_rows.get(), padded_value, units<P>(queries),
+                              grad_v.get() + first * padded_value, padded_value, true);
+        pack_left_transposed<P>(grad_scores.get(), ld, seen, queries, tiles.get());
+        tiles_times_panels<P>(tiles.get(), seen, q_rows.get(), padded_width, units<P>(queries),
+                              grad_k.get() + first * padded_width, padded_width, true);
+      }
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = b * tokens + t;
+        bf16* to = grads.kv + (at * shape.heads + h) * (plain + value);
+        narrow_row(grad_k.get() + t * padded_width, to, plain);
+        narrow_row(grad_v.get() + t * padded_value, to + plain, value);
+        rotate_back(grad_k.get() + t * padded_width + plain, in.cosine + at * shape.rotary / 2,
+                    in.sine + at * shape.rotary / 2, shape.rotary, grads.k_rotary + (z * tokens + t) * shape.rotary);
+      }
+    }
+  }
+}

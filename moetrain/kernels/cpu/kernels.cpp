@@ -1,0 +1,191 @@
+// What Python calls, by plain C: pointers, sizes, and which of the two kinds of units products take (`paired`).
+#include <chrono>
+#include <omp.h>
+
+#include "attention.h"
+#include "feed_forward.h"
+#include "rows.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+template <class Call>
+void with_units(int paired, Call call) {
+  if (paired) call(Paired{});
+  else call(Widened{});
+}
+
+// Calls with (start, size) of slices that a cache holds, shared out among threads.
+template <class Call>
+void in_slices(int64_t size, Call call) {
+  constexpr int64_t SLICE = 1 << 13;
+#pragma omp parallel for schedule(static)
+  for (int64_t start = 0; start < size; start += SLICE) call(start, std::min(SLICE, size - start));
+}
+
+template <class P>
+double seconds_of_a_tile() {
+  constexpr int64_t ELEMENTS = 256, TIMES = 400, TRIES = 20;
+  Scratch<float> a(TILE_ROWS * ROW_STRIDE), b(ELEMENTS * PANEL), c(TILE_ROWS * PANEL);
+  std::fill_n(a.get(), TILE_ROWS * ROW_STRIDE, pair(0x3f8d, 0x3f99));  // as floats and as pairs: about one
+  std::fill_n(b.get(), ELEMENTS * PANEL, pair(0x3f77, 0x3f84));
+  double best = 1e9;
+  for (int64_t attempt = 0; attempt < TRIES; attempt++) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < TIMES; i++) {
+      tile<P, ROW_STRIDE, 1>(a.get(), b.get(), units<P>(ELEMENTS), c.get(), PANEL, false);
+      asm volatile("" : : "r"(c.get()) : "memory");  // so that every tile is made
+    }
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+template <class P, class T>
+void experts(const bf16* x, const int64_t* ends, int64_t num, int64_t hidden, int64_t width, const T* gate_up,
+             const T* down, bf16* kept, bf16* y) {
+#pragma omp parallel for schedule(dynamic) if (num >= 2 * omp_get_max_threads())
+  for (int64_t e = 0; e < num; e++) {
+    const int64_t first = e == 0 ? 0 : ends[e - 1], rows = ends[e] - first;
+    const T* gate = gate_up + e * 2 * width * hidden;
+    if (rows > 0)
+      feed_forward<P, T>(x + first * hidden, rows, {gate, gate + width * hidden, down + e * hidden * width, hidden, width},
+                         kept + first * 2 * width, y + first * hidden);
+  }
+}
+
+template <class P, class T>
+void experts_backward(const bf16* grad_y, const bf16* x, const bf16* kept, const int64_t* ends, int64_t num, int64_t hidden,
+                      int64_t width, const T* gate_up, const T* down, bf16* grad_x, float* grad_gate_up, float* grad_down) {
+#pragma omp parallel for schedule(dynamic) if (num >= 2 * omp_get_max_threads())
+  for (int64_t e = 0; e < num; e++) {
+    const int64_t first = e == 0 ? 0 : ends[e - 1], rows = ends[e] - first;
+    const T* gate = gate_up + e * 2 * width * hidden;
+    float* grad_gate = grad_gate_up + e * 2 * width * hidden;
+    feed_forward_backward<P, T>(grad_y + first * hidden, x + first * hidden, kept + first * 2 * width, rows,
+                                {gate, gate + width * hidden, down + e * hidden * width, hidden, width},
+                                grad_x + first * hidden,
+                                {grad_gate, grad_gate + width * hidden, grad_down + e * hidden * width});
+  }
+}
+}  // namespace
+
+// How many times as fast a tile is by pairs as by widened numbers; 1 where the CPU has no instruction for pairs.
+EXPORT double gain_of_pairs() {
+  return Paired::STEP == Widened::STEP ? 1.0 : seconds_of_a_tile<Widened>() / seconds_of_a_tile<Paired>();
+}
+
+EXPORT void linear(int paired, const bf16* x, const float* w, bf16* y, int64_t m, int64_t n, int64_t k) {
+  with_units(paired, [&](auto p) { product<decltype(p), true>(x, k, w, k, y, n, m, n, k); });
+}
+
+// grad_x [m][k] from grad_y [m][n] and w [n][k]
+EXPORT void linear_grad_x(int paired, const bf16* grad_y, const float* w, bf16* grad_x, int64_t m, int64_t n, int64_t k) {
+  with_units(paired, [&](auto p) { product<decltype(p), false>(grad_y, n, w, k, grad_x, k, m, k, n); });
+}
+
+// grad_w [n][k] (+)= grad_y^T x
+EXPORT void linear_grad_w(int paired, const bf16* grad_y, const bf16* x, float* grad_w, int64_t m, int64_t n, int64_t k,
+                          int add) {
+  with_units(paired, [&](auto p) { outer<decltype(p)>(grad_y, n, x, k, grad_w, k, m, n, k, add != 0); });
+}
+
+EXPORT void swiglu(const bf16* gate, const bf16* up, bf16* hidden, int64_t size) {
+  in_slices(size, [&](int64_t at, int64_t n) { swiglu_row(gate + at, up + at, n, hidden + at); });
+}
+
+EXPORT void swiglu_backward(const bf16* grad_hidden, const bf16* gate, const bf16* up, bf16* hidden, bf16* grad_gate,
+                            bf16* grad_up, int64_t size) {
+  in_slices(size, [&](int64_t at, int64_t n) {
+    swiglu_gradient_row(gate + at, up + at, grad_hidden + at, n, hidden + at, grad_gate + at, grad_up + at);
+  });
+}
+
+// Rows of x are sorted by expert; those of expert e end at ends[e]. Weights are float32, or bfloat16 where `halves`.
+EXPORT void expert_rows(int paired, int half, const bf16* x, const int64_t* ends, const void* gate_up, const void* down,
+                        bf16* kept, bf16* y, int64_t num, int64_t hidden, int64_t width) {
+  with_units(paired, [&](auto p) {
+    using P = decltype(p);
+    if (half)
+      experts<P>(x, ends, num, hidden, width, static_cast<const bf16*>(gate_up), static_cast<const bf16*>(down), kept, y);
+    else
+      experts<P>(x, ends, num, hidden, width, static_cast<const float*>(gate_up), static_cast<const float*>(down), kept, y);
+  });
+}
+
+EXPORT void expert_rows_backward(int paired, int half, const bf16* grad_y, const bf16* x, const bf16* kept,
+                                 const int64_t* ends, const void* gate_up, const void* down, bf16* grad_x,
+                                 float* grad_gate_up, float* grad_down, int64_t num, int64_t hidden, int64_t width) {
+  with_units(paired, [&](auto p) {
+    using P = decltype(p);
+    if (half)
+      experts_backward<P>(grad_y, x, kept, ends, num, hidden, width, static_cast<const bf16*>(gate_up),
+                          static_cast<const bf16*>(down), grad_x, grad_gate_up, grad_down);
+    else
+      experts_backward<P>(grad_y, x, kept, ends, num, hidden, width, static_cast<const float*>(gate_up),
+                          static_cast<const float*>(down), grad_x, grad_gate_up, grad_down);
+  });
+}
+
+EXPORT void latent_attention(int paired, const bf16* q, const bf16* kv, const bf16* k_rotary, const float* cosine,
+                             const float* sine, const int32_t* first_seen, bf16* out, float* log_sums, float* largest_logits,
+                             int64_t ld_rotary, int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotary,
+                             int64_t value, float scale) {
+  with_units(paired, [&](auto p) {
+    attention<decltype(p)>({rows, tokens, heads, plain, rotary, value, scale},
+                           {q, kv, k_rotary, ld_rotary, cosine, sine, first_seen}, out, log_sums, largest_logits);
+  });
+}
+
+EXPORT void latent_attention_backward(int paired, const bf16* grad_out, const bf16* q, const bf16* kv, const bf16* k_rotary,
+                                      const float* cosine, const float* sine, const int32_t* first_seen,
+                                      const float* log_sums, bf16* grad_q, bf16* grad_kv, float* grad_k_rotary,
+                                      int64_t ld_rotary, int64_t rows, int64_t tokens, int64_t heads, int64_t plain,
+                                      int64_t rotary, int64_t value, float scale) {
+  with_units(paired, [&](auto p) {
+    attention_backward<decltype(p)>({rows, tokens, heads, plain, rotary, value, scale},
+                                    {q, kv, k_rotary, ld_rotary, cosine, sine, first_seen}, grad_out, log_sums,
+                                    {grad_q, grad_kv, grad_k_rotary});
+  });
+}
+
+EXPORT void rms_norm_rows(const bf16* x, const float* weight, bf16* y, float* inverse, int64_t rows, int64_t width,
+                          float eps) {
+  rms_norm(x, weight, rows, width, eps, y, inverse);
+}
+
+EXPORT void rms_norm_rows_backward(const bf16* grad, const bf16* x, const float* weight, const float* inverse, bf16* grad_x,
+                                   float* grad_weight, int64_t rows, int64_t width) {
+  rms_norm_backward(grad, x, weight, inverse, rows, width, grad_x, grad_weight);
+}
+
+EXPORT void logprob_rows(const bf16* logits, const int64_t* targets, float* normalizers, float* logprobs, float* entropies,
+                         int64_t rows, int64_t size) {
+  log_probabilities(logits, targets, rows, size, normalizers, logprobs, entropies);
+}
+
+EXPORT void logprob_rows_backward(const float* grads, const bf16* logits, const int64_t* targets, const float* normalizers,
+                                  bf16* grad_logits, int64_t rows, int64_t size) {
+  log_probabilities_backward(grads, logits, targets, normalizers, rows, size, grad_logits);
+}
+
+EXPORT void spread_rows(const bf16* x, const int64_t* places, bf16* rows, int64_t tokens, int64_t chosen, int64_t width) {
+  scatter_rows(x, places, tokens, chosen, width, rows);
+}
+
+EXPORT void sum_rows(const bf16* rows, const int64_t* places, const float* weights, bf16* out, int64_t tokens,
+                     int64_t chosen, int64_t width) {
+  combine_rows(rows, places, weights, tokens, chosen, width, out);
+}
+
+EXPORT void sum_rows_backward(const bf16* grad, const bf16* rows, const int64_t* places, const float* weights,
+                              bf16* grad_rows, float* grad_weights, int64_t tokens, int64_t chosen, int64_t width) {
+  combine_rows_backward(grad, rows, places, weights, tokens, chosen, width, grad_rows, grad_weights);
+}
+
+EXPORT void adamw_step(float* param, const float* grad, float* mean, float* square, int64_t size, float keep, float first,
+                       float second, float correction, float eps, float step) {
+  in_slices(size, [&](int64_t at, int64_t n) {
+    adamw(param + at, grad + at, mean + at, square + at, n, {keep, first, second, correction, eps, step});
+  });
+}

@@ -1,0 +1,243 @@
+// Products of bfloat16 matrices with float32 sums. Rows are contiguous; ld is the distance of rows in elements.
+//
+// Both operands are packed into panels of 32-bit units, so that one tile of TILE_ROWS x PANEL sums stays in registers
+// while a panel streams through the first cache (the scheme of Goto and van de Geijn, ACM TOMS 34(3), 2008). What a
+// unit is depends on the CPU: a bfloat16 widened to float32 and multiplied by fused multiply-add, or a pair of
+// bfloat16 and the instruction for them, which is four times as fast on some CPUs and half as fast on others.
+#pragma once
+
+#include <omp.h>
+
+#include "vectors.h"
+
+constexpr int64_t PANEL = 2 * LANES;
+constexpr int64_t DEPTH = 512;                          // units summed in one go
+constexpr int64_t ROW_STRIDE = DEPTH + LANES;           // of packed rows: no power of two, which caches dislike
+constexpr int64_t CHUNK = up_to(32, TILE_ROWS);              // rows at once
+
+struct Widened {
+  static constexpr int64_t STEP = 1;  // bfloat16 in a unit
+  static floats add(floats sums, float a, floats b) { return sums + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Paired {
+  static constexpr int64_t STEP = 2;
+  static floats add(floats sums, float a, floats b) {
+    return bits<floats>(_mm512_dpbf16_ps(bits<__m512>(sums), bits<__m512bh>(every(a)), bits<__m512bh>(b)));
+  }
+};
+#else
+using Paired = Widened;
+#endif
+
+template <class P>
+inline int64_t units(int64_t elements) { return (elements + P::STEP - 1) / P::STEP; }
+inline float pair(bf16 first, bf16 second) { return bits<float>(first | uint32_t(second) << 16); }
+inline floats pairs(halves first, halves second) {
+  return bits<floats>(__builtin_convertvector(first, words) | __builtin_convertvector(second, words) << 16);
+}
+
+// c[r][j] (+)= sum over u of a[r * ROWS + u * DEPTHS] b[u][j], r < TILE_ROWS, j < PANEL
+template <class P, int64_t ROWS, int64_t DEPTHS>
+__attribute__((noinline)) void tile(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+  floats sums[TILE_ROWS][2];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < TILE_ROWS; r++) sums[r][0] = sums[r][1] = floats{};
+  for (int64_t u = 0; u < depth; u++, a += DEPTHS, b += PANEL) {
+    const floats left = load(b), right = load(b + LANES);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < TILE_ROWS; r++) {
+      sums[r][0] = P::add(sums[r][0], a[r * ROWS], left);
+      sums[r][1] = P::add(sums[r][1], a[r * ROWS], right);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < TILE_ROWS; r++)
+    for (int64_t half = 0; half < 2; half++) {
+      float* to = c + r * ldc + half * LANES;
+      store(to, add ? load(to) + sums[r][half] : sums[r][half]);
+    }
+}
+
+// Rows of a left operand [rows][k], widened or copied: row r at out + r * ROW_STRIDE, zeros up to whole tiles.
+template <class P>
+void pack_left(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) {
+  for (int64_t r = 0; r < up_to(rows, TILE_ROWS); r++, out += ROW_STRIDE, a += lda) {
+    if (r >= rows) {
+      std::memset(out, 0, units<P>(k) * sizeof(float));
+    } else if constexpr (P::STEP == 1) {
+      int64_t i = 0;
+      for (; i + LANES <= k; i += LANES) store(out + i, load(a + i));
+      for (; i < k; i++) out[i] = widen(a[i]);
+    } else {
+      std::memcpy(out, a, k * sizeof(bf16));
+      if (k % 2) reinterpret_cast<bf16*>(out)[k] = 0;
+    }
+  }
+}
+
+// A left operand that is stored as its transpose [k][rows]: tile after tile, each [units][TILE_ROWS].
+template <class P>
+void pack_left_transposed(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) {
+  const int64_t depth = units<P>(k);
+  const auto unit = [&](int64_t u, int64_t r) {
+    const bf16* first = a + u * P::STEP * lda + r;
+    if constexpr (P::STEP == 1) return widen(*first);
+    else return pair(*first, 2 * u + 1 < k ? first[lda] : bf16(0));
+  };
+  int64_t r = 0;
+  if constexpr (LANES == 2 * TILE_ROWS) {  // two tiles at once
+    for (; r + LANES <= rows; r += LANES, out += LANES * depth)
+      for (int64_t u = 0; u < depth; u++) {
+        const bf16* first = a + u * P::STEP * lda + r;
+        floats both;
+        if constexpr (P::STEP == 1) both = load(first);
+        else both = pairs(as_halves(first), 2 * u + 1 < k ? as_halves(first + lda) : halves{});
+        std::memcpy(out + u * TILE_ROWS, &both, TILE_ROWS * sizeof(float));
+        std::memcpy(out + (depth + u) * TILE_ROWS, reinterpret_cast<const float*>(&both) + TILE_ROWS,
+                    TILE_ROWS * sizeof(float));
+      }
+  }
+  for (; r < rows; r += TILE_ROWS, out += TILE_ROWS * depth)
+    for (int64_t u = 0; u < depth; u++)
+      for (int64_t i = 0; i < TILE_ROWS; i++) out[u * TILE_ROWS + i] = r + i < rows ? unit(u, r + i) : 0.0f;
+}
+
+// One panel [units][PANEL] of a right operand [k][columns]; T float is rounded to bfloat16.
+template <class P, class T>
+void pack_right(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
+  for (int64_t u = 0; u < units<P>(k); u++, out += PANEL) {
+    const T* first = b + u * P::STEP * ldb;
+    const bool both = P::STEP * u + 1 < k;
+    if (columns >= PANEL) {
+      for (int64_t j = 0; j < PANEL; j += LANES) {
+        if constexpr (P::STEP == 1) store(out + j, widen(as_halves(first + j)));
+        else store(out + j, pairs(as_halves(first + j), both ? as_halves(first + ldb + j) : halves{}));
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < PANEL; j++) {
+      float unit = 0;
+      if (j < columns) {
+        if constexpr (P::STEP == 1) unit = widen(as_bf16(first + j));
+        else unit = pair(as_bf16(first + j), both ? as_bf16(first + ldb + j) : bf16(0));
+      }
+      out[j] = unit;
+    }
+  }
+}
+
+// The same of a right operand that is stored as its transpose [columns][k].
+template <class P, class T>
+void pack_right_transposed(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
+  const int64_t depth = units<P>(k);
+  for (int64_t j = 0; j < PANEL; j++) {
+    if (j >= columns) {
+      for (int64_t u = 0; u < depth; u++) out[u * PANEL + j] = 0;
+      continue;
+    }
+    const T* row = b + j * ldb;
+    for (int64_t u = 0; u < depth; u++) {
+      if constexpr (P::STEP == 1) out[u * PANEL + j] = widen(as_bf16(row + u));
+      else out[u * PANEL + j] = pair(as_bf16(row + 2 * u), 2 * u + 1 < k ? as_bf16(row + 2 * u + 1) : bf16(0));
+    }
+  }
+}
+
+// c[rows][ldc] (+)= a[rows][k] times the panels, columns up to whole panels; `depth`: units of a panel, of which the
+// product starts at the first. c and scratch (CHUNK * ROW_STRIDE) have whole tiles; rows <= CHUNK.
+template <class P>
+void rows_times_panels(const bf16* a, int64_t lda, int64_t rows, int64_t k, const float* panels, int64_t depth,
+                       int64_t columns, float* c, int64_t ldc, bool add, float* scratch) {
+  for (int64_t start = 0; start < units<P>(k); start += DEPTH) {
+    const int64_t now = std::min(DEPTH, units<P>(k) - start);
+    pack_left<P>(a + start * P::STEP, lda, rows, std::min(now * P::STEP, k - start * P::STEP), scratch);
+    for (int64_t j = 0; j < columns; j += PANEL)
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        tile<P, ROW_STRIDE, 1>(scratch + r * ROW_STRIDE, panels + j * depth + start * PANEL, now, c + r * ldc + j, ldc,
+                               add || start > 0);
+  }
+}
+
+// c[rows][columns] (+)= the tiles of `pack_left_transposed` times panels of as many units.
+template <class P>
+void tiles_times_panels(const float* tiles, int64_t rows, const float* panels, int64_t columns, int64_t depth, float* c,
+                        int64_t ldc, bool add) {
+  for (int64_t j = 0; j < columns; j += PANEL)
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      float* to = c + r * ldc + j;
+      if (rows - r >= TILE_ROWS && columns - j >= PANEL) {
+        tile<P, 1, TILE_ROWS>(tiles + r * depth, panels + j * depth, depth, to, ldc, add);
+        continue;
+      }
+      alignas(64) float edge[TILE_ROWS * PANEL];
+      tile<P, 1, TILE_ROWS>(tiles + r * depth, panels + j * depth, depth, edge, PANEL, false);
+      for (int64_t i = 0; i < std::min(TILE_ROWS, rows - r); i++)
+        for (int64_t l = 0; l < std::min(PANEL, columns - j); l++)
+          to[i * ldc + l] = (add ? to[i * ldc + l] : 0.0f) + edge[i * PANEL + l];
+    }
+}
+
+inline void narrow_row(const float* from, bf16* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(to + i, load(from + i));
+  for (; i < size; i++) to[i] = narrow(from[i]);
+}
+
+// All panels of a right operand, shared out among the threads of the team that calls.
+template <class P, bool TRANSPOSED, class T>
+void pack_panels(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
+#pragma omp for schedule(static)
+  for (int64_t j = 0; j < columns; j += PANEL) {
+    if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
+    else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
+  }
+}
+
+// y[m][n] = x[m][k] w, w [k][n], or [n][k] where TRANSPOSED
+template <class P, bool TRANSPOSED, class T>
+void product(const bf16* x, int64_t ldx, const T* w, int64_t ldw, bf16* y, int64_t ldy, int64_t m, int64_t n, int64_t k) {
+  const int64_t padded = up_to(n, PANEL);
+  Scratch<float> panels(padded * units<P>(k));
+#pragma omp parallel
+  {
+    pack_panels<P, TRANSPOSED>(w, ldw, n, k, panels.get());
+    Scratch<float> left(CHUNK * ROW_STRIDE), sums(CHUNK * padded);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; i += CHUNK) {
+      const int64_t rows = std::min(CHUNK, m - i);
+      rows_times_panels<P>(x + i * ldx, ldx, rows, k, panels.get(), units<P>(k), n, sums.get(), padded,
+                           false, left.get());
+      for (int64_t r = 0; r < rows; r++) narrow_row(sums.get() + r * padded, y + (i + r) * ldy, n);
+    }
+  }
+}
+
+// out[n][k] (+)= a[m][n]^T b[m][k], in float32
+template <class P>
+void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, int64_t ldo, int64_t m, int64_t n,
+           int64_t k, bool add) {
+  const int64_t block = DEPTH * P::STEP;
+  Scratch<float> panels(up_to(k, PANEL) * DEPTH);
+#pragma omp parallel
+  {
+    Scratch<float> tiles(CHUNK * DEPTH);
+    // As many parts for each thread; a sum is the same in every part.
+    const int64_t parts = up_to((n + CHUNK - 1) / CHUNK, omp_get_num_threads());
+    const int64_t part = up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS);
+    for (int64_t start = 0; start < m; start += block) {
+      const int64_t rows = std::min(block, m - start), depth = units<P>(rows);
+      pack_panels<P, false>(b + start * ldb, ldb, k, rows, panels.get());
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n; i += part) {
+        const int64_t columns = std::min(part, n - i);
+        pack_left_transposed<P>(a + start * lda + i, lda, columns, rows, tiles.get());
+        tiles_times_panels<P>(tiles.get(), columns, panels.get(), k, depth, out + i * ldo, ldo, add || start > 0);
+      }
+    }
+    if (m == 0 && !add) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n; i++) std::memset(out + i * ldo, 0, k * sizeof(float));
+    }
+  }
+}

@@ -1,0 +1,175 @@
+// What goes through rows or elements once: RMS norm, log-probabilities, rows of experts, AdamW. Sums are in float32, and
+// in an order that no number of threads changes.
+#pragma once
+
+#include <limits>
+
+#include "vectors.h"
+
+// y = x / sqrt(mean(x^2) + eps) * weight, [rows][width]; inverse [rows] is kept for the backward pass.
+inline void rms_norm(const bf16* x, const float* weight, int64_t rows, int64_t width, float eps, bf16* y, float* inverse) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const bf16* row = x + r * width;
+    floats squares = every(0.0f);
+    float square = 0;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) squares += load(row + i) * load(row + i);
+    for (; i < width; i++) square += widen(row[i]) * widen(row[i]);
+    const float over = 1.0f / std::sqrt((square + sum(squares)) / width + eps);
+    inverse[r] = over;
+    for (i = 0; i + LANES <= width; i += LANES) store(y + r * width + i, load(row + i) * over * load(weight + i));
+    for (; i < width; i++) y[r * width + i] = narrow(widen(row[i]) * over * weight[i]);
+  }
+}
+
+// With n = x / rms: grad_x = (g w - n mean(g w n)) / rms and grad_weight = sum over rows of g n.
+inline void rms_norm_backward(const bf16* grad, const bf16* x, const float* weight, const float* inverse, int64_t rows,
+                              int64_t width, bf16* grad_x, float* grad_weight) {
+  constexpr int64_t BLOCK = 256;
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  Scratch<float> partial(blocks * width);
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    float* by_weight = partial.get() + block * width;
+    std::memset(by_weight, 0, width * sizeof(float));
+    for (int64_t r = block * BLOCK; r < std::min((block + 1) * BLOCK, rows); r++) {
+      const bf16 *g = grad + r * width, *row = x + r * width;
+      const float over = inverse[r];
+      floats alongs = every(0.0f);
+      float along = 0;
+      int64_t i = 0;
+      for (; i + LANES <= width; i += LANES) {
+        const floats both = load(row + i) * over * load(g + i);
+        store(by_weight + i, load(by_weight + i) + both);
+        alongs += both * load(weight + i);
+      }
+      for (; i < width; i++) {
+        const float both = widen(row[i]) * over * widen(g[i]);
+        by_weight[i] += both;
+        along += both * weight[i];
+      }
+      const float mean = (along + sum(alongs)) / width * over;
+      for (i = 0; i + LANES <= width; i += LANES)
+        store(grad_x + r * width + i, (load(g + i) * load(weight + i) - load(row + i) * mean) * over);
+      for (; i < width; i++) grad_x[r * width + i] = narrow((widen(g[i]) * weight[i] - widen(row[i]) * mean) * over);
+    }
+  }
+  std::memset(grad_weight, 0, width * sizeof(float));
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t i = 0; i < width; i++) grad_weight[i] += partial.get()[block * width + i];
+}
+
+// Of logits [rows][size]: log of the sum of exp, log-probability of the target, entropy; each [rows].
+inline void log_probabilities(const bf16* logits, const int64_t* targets, int64_t rows, int64_t size, float* normalizers,
+                              float* logprobs, float* entropies) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const bf16* row = logits + r * size;
+    floats tops = every(-std::numeric_limits<float>::infinity());
+    float top = -std::numeric_limits<float>::infinity();
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+      const floats x = load(row + i);
+      tops = x > tops ? x : tops;
+    }
+    for (; i < size; i++) top = std::max(top, widen(row[i]));
+    top = std::max(top, largest(tops));
+    floats terms = every(0.0f), weighted = every(0.0f);
+    float term = 0, weight = 0;
+    for (i = 0; i + LANES <= size; i += LANES) {
+      const floats x = load(row + i), e = exponential(x - top);
+      terms += e;
+      weighted += e * x;
+    }
+    for (; i < size; i++) {
+      const float x = widen(row[i]), e = exponential(x - top);
+      term += e;
+      weight += e * x;
+    }
+    term += sum(terms);
+    normalizers[r] = top + std::log(term);
+    logprobs[r] = widen(row[targets[r]]) - normalizers[r];
+    entropies[r] = normalizers[r] - (weight + sum(weighted)) / term;
+  }
+}
+
+// The gradients of the logits from those of the log-probabilities: g (onehot(target) - p).
+inline void log_probabilities_backward(const float* grads, const bf16* logits, const int64_t* targets,
+                                       const float* normalizers, int64_t rows, int64_t size, bf16* grad_logits) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const bf16* row = logits + r * size;
+    bf16* out = grad_logits + r * size;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) store(out + i, exponential(load(row + i) - normalizers[r]) * -grads[r]);
+    for (; i < size; i++) out[i] = narrow(exponential(widen(row[i]) - normalizers[r]) * -grads[r]);
+    out[targets[r]] = narrow(grads[r] * (1.0f - exponential(widen(row[targets[r]]) - normalizers[r])));
+  }
+}
+
+// rows[places[n][c]] = x[n], for each of `chosen` places of a token
+inline void scatter_rows(const bf16* x, const int64_t* places, int64_t tokens, int64_t chosen, int64_t width, bf16* rows) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t c = 0; c < chosen; c++)
+      std::memcpy(rows + places[n * chosen + c] * width, x + n * width, width * sizeof(bf16));
+}
+
+// out[n] = sum over c of weights[n][c] rows[places[n][c]]; without weights each is one
+inline void combine_rows(const bf16* rows, const int64_t* places, const float* weights, int64_t tokens, int64_t chosen,
+                         int64_t width, bf16* out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < tokens; n++) {
+    const auto weight = [&](int64_t c) { return weights == nullptr ? 1.0f : weights[n * chosen + c]; };
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      floats total = every(0.0f);
+      for (int64_t c = 0; c < chosen; c++) total += load(rows + places[n * chosen + c] * width + i) * weight(c);
+      store(out + n * width + i, total);
+    }
+    for (; i < width; i++) {
+      float total = 0;
+      for (int64_t c = 0; c < chosen; c++) total += widen(rows[places[n * chosen + c] * width + i]) * weight(c);
+      out[n * width + i] = narrow(total);
+    }
+  }
+}
+
+// grad_rows[places[n][c]] = weights[n][c] grad[n] and grad_weights[n][c] = grad[n] . rows[places[n][c]]
+inline void combine_rows_backward(const bf16* grad, const bf16* rows, const int64_t* places, const float* weights,
+                                  int64_t tokens, int64_t chosen, int64_t width, bf16* grad_rows, float* grad_weights) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t c = 0; c < chosen; c++) {
+      const int64_t at = places[n * chosen + c] * width;
+      const float weight = weights[n * chosen + c];
+      floats alongs = every(0.0f);
+      float along = 0;
+      int64_t i = 0;
+      for (; i + LANES <= width; i += LANES) {
+        const floats g = load(grad + n * width + i);
+        alongs += g * load(rows + at + i);
+        store(grad_rows + at + i, g * weight);
+      }
+      for (; i < width; i++) {
+        const float g = widen(grad[n * width + i]);
+        along += g * widen(rows[at + i]);
+        grad_rows[at + i] = narrow(g * weight);
+      }
+      grad_weights[n * chosen + c] = along + sum(alongs);
+    }
+}
+
+struct AdamW {
+  float keep, first, second, correction, eps, step;  // 1 - lr decay, 1 - beta1, beta2, sqrt(1 - beta2^t), eps, lr / (1 - beta1^t)
+};
+
+// One step in place (arXiv 1711.05101), all float32.
+inline void adamw(float* param, const float* grad, float* mean, float* square, int64_t size, const AdamW& by) {
+  for (int64_t i = 0; i < size; i++) {
+    mean[i] += by.first * (grad[i] - mean[i]);
+    square[i] = square[i] * by.second + (1.0f - by.second) * grad[i] * grad[i];
+    param[i] = param[i] * by.keep - by.step * mean[i] / (std::sqrt(square[i]) / by.correction + by.eps);
+  }
+}

@@ -1,0 +1,124 @@
+// Vectors of floats as GCC and Clang write them for any CPU, bfloat16 and back, and exp.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, TILE_ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8, TILE_ROWS = 6;
+#else
+constexpr int64_t LANES = 4, TILE_ROWS = 6;
+#endif
+
+using bf16 = uint16_t;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float floats_anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t halves_anywhere __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float widen(bf16 x) { return bits<float>(uint32_t(x) << 16); }
+inline floats widen(halves x) { return bits<floats>(__builtin_convertvector(x, words) << 16); }
+
+// Nearest even; NaN stays NaN.
+inline bf16 narrow(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return x != x ? bf16(0x7fc0) : bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline halves narrow(floats x) {
+#if defined(__AVX512BF16__)
+  return bits<halves>(_mm512_cvtneps_pbh(bits<__m512>(x)));
+#else
+  const words u = bits<words>(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const words nan = bits<words>(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), halves);
+#endif
+}
+
+inline floats load(const float* from) { return *reinterpret_cast<const floats_anywhere*>(from); }
+inline floats load(const bf16* from) { return widen(halves(*reinterpret_cast<const halves_anywhere*>(from))); }
+inline void store(float* to, floats x) { *reinterpret_cast<floats_anywhere*>(to) = x; }
+inline void store(float* to, float x) { *to = x; }
+inline void store(bf16* to, float x) { *to = narrow(x); }
+inline void store(bf16* to, floats x) { *reinterpret_cast<halves_anywhere*>(to) = narrow(x); }
+inline float get(const float* from) { return *from; }
+inline float get(const bf16* from) { return widen(*from); }
+
+// The number that products of bfloat16 see.
+inline bf16 as_bf16(const float* from) { return narrow(*from); }
+inline bf16 as_bf16(const bf16* from) { return *from; }
+inline halves as_halves(const float* from) { return narrow(load(from)); }
+inline halves as_halves(const bf16* from) { return *reinterpret_cast<const halves_anywhere*>(from); }
+
+inline float sum(floats x) {
+  float total = 0;
+  for (int64_t i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+inline float largest(floats x) {
+  float most = x[0];
+  for (int64_t i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+inline floats every(float x) { return floats{} + x; }
+
+// exp within 2 ulp; what is below the smallest normal number is that number, what is above the largest is infinite.
+template <class V>
+inline V exponential(V x) {
+  constexpr float LOWEST = -87.336544f, HIGHEST = 89.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23 rounds to integers
+  x = x < LOWEST ? V{} + LOWEST : x;
+  x = x > HIGHEST ? V{} + HIGHEST : x;
+  const V n = (x * 1.44269504088896341f + MAGIC) - MAGIC;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = V{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n as two factors: n may be 128.
+  const auto whole = __builtin_convertvector(x == x ? n : V{}, ints);
+  const auto half = whole >> 1;
+  return p * bits<V>((half + 127) << 23) * bits<V>((whole - half + 127) << 23);
+}
+inline float exponential(float x) { return exponential(every(x))[0]; }
+
+template <class V>
+V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+
+constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory aligned to vectors, freed at the end of its scope.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, up_to(size * sizeof(T) + 1, 64)))) {
+    if (data_ == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};

@@ -1,0 +1,183 @@
+"""Head, log-softmax and choice of the target in one, chunk by chunk, so that all logits never exist at once.
+
+C rows of one chunk, N rows, D hidden size, V vocabulary. Products run in the dtype of the hidden states, log-softmax in
+float32.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import native_for
+
+_CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
+_NATIVE_CHUNK_ELEMENTS = 1 << 22  # each chunk packs the head's weight anew
+_KEPT_ELEMENTS = 1 << 25  # logits of a micro-batch that are kept for the backward pass: 64 MB in bf16
+
+
+def chunked_logprobs(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 log-probabilities of the targets [N], and entropies [N], which have no gradient."""
+    found: tuple[torch.Tensor, torch.Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N
+    )
+    return found
+
+
+class _Read(NamedTuple):
+    """What is read of a chunk's logits, float32: log of the sum of exp, log-probability of the target, entropy."""
+
+    normalizers_C: torch.Tensor
+    logprobs_C: torch.Tensor
+    entropies_C: torch.Tensor
+
+
+class _Head(Protocol):
+    """A head's weight and its gradient [V, D] float32, which grows chunk by chunk."""
+
+    chunk_elements: int
+    grad_VD: torch.Tensor
+
+    def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """Return the logits [C, V] in the dtype of the hidden states."""
+
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
+        """Return what is asked of the logits."""
+
+    def backward(
+        self,
+        grad_C: torch.Tensor,
+        hidden_CD: torch.Tensor,
+        logits_CV: torch.Tensor,
+        *,
+        targets_C: torch.Tensor,
+        normalizers_C: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add to the weight's gradient and return that of the hidden states; d logprob / d logits = onehot - p."""
+
+
+class _TorchHead:
+    chunk_elements = _CHUNK_ELEMENTS
+
+    def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> None:
+        self.cast_VD = weight_VD.to(hidden_ND.dtype)
+        self.grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+
+    def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        return hidden_CD @ self.cast_VD.T
+
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
+        logits_CV = logits_CV.float()
+        target_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
+        largest_C = logits_CV.amax(dim=-1)
+        terms_CV = (logits_CV - largest_C[:, None]).exp_()
+        sum_C = terms_CV.sum(dim=-1)
+        normalizers_C = largest_C + sum_C.log()
+        entropies_C = normalizers_C - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
+        return _Read(normalizers_C, target_C - normalizers_C, entropies_C)
+
+    def backward(
+        self,
+        grad_C: torch.Tensor,
+        hidden_CD: torch.Tensor,
+        logits_CV: torch.Tensor,
+        *,
+        targets_C: torch.Tensor,
+        normalizers_C: torch.Tensor,
+    ) -> torch.Tensor:
+        grad_CV = (logits_CV.float() - normalizers_C[:, None]).exp_()
+        grad_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None])
+        cast_CV = grad_CV.to(hidden_CD.dtype)
+        self.grad_VD += cast_CV.T @ hidden_CD
+        return cast_CV @ self.cast_VD
+
+
+class _NativeHead:
+    chunk_elements = _NATIVE_CHUNK_ELEMENTS
+
+    def __init__(self, weight_VD: torch.Tensor, library: Library) -> None:
+        self.weight_VD = weight_VD.contiguous()
+        self.grad_VD = torch.zeros_like(self.weight_VD)
+        self.library = library
+
+    def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        logits_CV = hidden_CD.new_empty(len(hidden_CD), len(self.weight_VD))
+        sizes = (*logits_CV.shape, hidden_CD.shape[1])
+        self.library("linear", self.library.paired, hidden_CD.contiguous(), self.weight_VD, logits_CV, *sizes)
+        return logits_CV
+
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
+        read = _Read(*(logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)))
+        self.library("logprob_rows", logits_CV, targets_C.contiguous(), *read, *logits_CV.shape)
+        return read
+
+    def backward(
+        self,
+        grad_C: torch.Tensor,
+        hidden_CD: torch.Tensor,
+        logits_CV: torch.Tensor,
+        *,
+        targets_C: torch.Tensor,
+        normalizers_C: torch.Tensor,
+    ) -> torch.Tensor:
+        library, hidden_CD = self.library, hidden_CD.contiguous()
+        grad_CV, grad_hidden_CD = torch.empty_like(logits_CV), torch.empty_like(hidden_CD)
+        sources = (grad_C.contiguous(), logits_CV, targets_C.contiguous(), normalizers_C.contiguous())
+        library("logprob_rows_backward", *sources, grad_CV, *logits_CV.shape)
+        sizes = (*logits_CV.shape, hidden_CD.shape[1])
+        library("linear_grad_w", library.paired, grad_CV, hidden_CD, self.grad_VD, *sizes, 1)
+        library("linear_grad_x", library.paired, grad_CV, self.weight_VD, grad_hidden_CD, *sizes)
+        return grad_hidden_CD
+
+
+def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> _Head:
+    library = native_for(hidden_ND)
+    return _NativeHead(weight_VD, library) if library else _TorchHead(hidden_ND, weight_VD)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """The backward pass makes the logits again, but for a micro-batch whose logits are few: those are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        head = _head(hidden_ND, weight_VD)
+        keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
+        whole = _Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
+        kept = []
+        for chunk in _chunks(head, num_rows=len(targets_N)):
+            logits_CV = head.logits(hidden_ND[chunk])
+            if keeps:
+                kept.append(logits_CV)
+            for column_N, column_C in zip(whole, head.read(logits_CV, targets_N[chunk]), strict=True):
+                column_N[chunk] = column_C
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, *kept)
+        ctx.mark_non_differentiable(whole.entropies_C)
+        return whole.logprobs_C, whole.entropies_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_ND, weight_VD, targets_N, normalizers_N, *kept = ctx.saved_tensors
+        head = _head(hidden_ND, weight_VD)
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        for index, chunk in enumerate(_chunks(head, num_rows=len(targets_N))):
+            hidden_CD = hidden_ND[chunk]
+            grad_hidden_ND[chunk] = head.backward(
+                grads[0][chunk],
+                hidden_CD,
+                kept[index] if kept else head.logits(hidden_CD),
+                targets_C=targets_N[chunk],
+                normalizers_C=normalizers_N[chunk],
+            )
+        return grad_hidden_ND, head.grad_VD.to(weight_VD.dtype), None
+
+
+def _chunks(head: _Head, *, num_rows: int) -> list[slice]:
+    """Return slices of rows whose logits have about `chunk_elements` elements."""
+    size = max(64, head.chunk_elements // head.grad_VD.shape[0])
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

@@ -1,0 +1,100 @@
+"""How the native kernels are compiled and chosen."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.errors import ConfigError
+from moetrain.kernels import build, choice
+from moetrain.kernels.build import SOURCES, UnavailableError, load
+from moetrain.kernels.choice import find, in_use, native_for, use, using
+from moetrain.kernels.config import Kernels
+
+
+@pytest.fixture
+def nothing_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have `load` begin anew, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "load", load.__wrapped__)
+    return tmp_path
+
+
+def test_the_library_is_compiled_once_and_then_read(nothing_loaded: Path) -> None:
+    load.__wrapped__()
+    (made,) = (nothing_loaded / "moetrain").iterdir()
+    changed = made.stat().st_mtime_ns
+    assert load.__wrapped__().path == made
+    assert [path.stat().st_mtime_ns for path in (nothing_loaded / "moetrain").iterdir()] == [changed]
+
+
+def test_without_a_compiler_auto_is_torch_and_native_is_refused(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    library, why = find(Kernels.auto)
+    assert library is None
+    assert "no C++ compiler is here" in why
+    with pytest.raises(ConfigError, match=r"kernels=native cannot be had here: no C\+\+ compiler"):
+        find(Kernels.native)
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_its_words_are_shown(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = nothing_loaded / "broken"
+    broken.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(UnavailableError, match="no such instruction"):
+        load.__wrapped__()
+    assert list((nothing_loaded / "moetrain").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nothing_loaded / "moetrain").write_text("a file")
+    with pytest.raises(UnavailableError, match="cannot be written"):
+        load.__wrapped__()
+
+
+def test_a_library_that_is_none_is_named(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(found: str, target: Sequence[str], path: Path) -> None:
+        path.parent.mkdir()
+        path.write_bytes(b"no library")
+
+    monkeypatch.setattr(build, "_compile", torn)
+    with pytest.raises(UnavailableError, match="cannot be loaded"):
+        load.__wrapped__()
+
+
+def test_torch_is_taken_where_it_is_asked_for_or_multiplies_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find(Kernels.torch)[0] is None
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    library, why = find(Kernels.auto)
+    assert library is None
+    assert "AMX" in why
+    assert find(Kernels.native)[0] is not None
+
+
+def test_the_switch_holds_for_bfloat16_on_a_cpu_alone() -> None:
+    library = load()
+    half = torch.zeros(1, dtype=torch.bfloat16)
+    assert native_for(half) is None
+    with using(library):
+        assert native_for(half) is library
+        assert native_for(half.float()) is None
+        assert native_for(half.to("meta")) is None
+        use(None)
+        assert in_use() is None
+        use(library)
+    assert in_use() is None
+
+
+@pytest.mark.parametrize("flags", [["-march=native"], ["-march=haswell"], ["-march=x86-64"]])
+def test_the_sources_compile_without_a_warning(flags: list[str], tmp_path: Path) -> None:
+    found = build.compiler()
+    assert found is not None
+    command = [found, "-O1", "-std=c++17", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags]
+    subprocess.run([*command, str(SOURCES / "kernels.cpp")], check=True)
