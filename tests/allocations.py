@@ -1,7 +1,7 @@
 """How many bytes of tensors a function holds at once."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ class _Allocations(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(made):
+            if storage._cdata not in given:  # a view of what there was makes nothing
+                self._count(storage)
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -42,3 +43,7 @@ class _Allocations(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (tensor.untyped_storage() for tensor in tree_iter(values) if isinstance(tensor, torch.Tensor))

@@ -16,12 +16,18 @@ from moetrain.kernels.choice import native_for
 _SLICE_ELEMENTS = 1 << 18  # of a slice in float32: 1 MB, which stays in cache
 
 
-def spread(x_ND: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
-    """Return rows [S, D]: row i is the token of (token, k) number `order_S[i]`."""
-    num_chosen = len(order_S) // max(len(x_ND), 1)
+def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int) -> torch.Tensor:
+    """Return rows [S, D], `num_chosen` of each token: row i is the token of (token, k) number `order_S[i]`."""
     if library := native_for(x_ND):
         return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=library)
     return x_ND.index_select(0, order_S // num_chosen)
+
+
+def permute(rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor) -> torch.Tensor:
+    """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the way back."""
+    if library := native_for(rows_SD):
+        return native.spread(rows_SD, inverse_S[:, None], library=library)
+    return rows_SD.index_select(0, order_S)
 
 
 def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ class LocalDispatcher:
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         tokens_S = order_S // expert_ids_NK.shape[1]
         if self.expert_rows is None or len(order_S) <= self.expert_rows:
-            y_SD = experts.compute(spread(x_ND, order_S), counts_E)
+            y_SD = experts.compute(spread(x_ND, order_S, num_chosen=expert_ids_NK.shape[1]), counts_E)
         else:
             rounds = _local_rounds(counts_E, limit=self.expert_rows)
             y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)

@@ -17,7 +17,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
-from moetrain.parallel.deepspeed_start import quieten, spare_the_compiler
+from moetrain.parallel.deepspeed_start import quieten, share_memory, spare_the_compiler
 from moetrain.parallel.expert import ExpertAdapter, group_name
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
@@ -84,6 +84,7 @@ class DeepSpeedEngine:
         self.parameters = {name: tuple(param.shape) for name, param in model.named_parameters()}
         quieten()
         spare_the_compiler()
+        share_memory(deepspeed.comm.comm.cdb)
         if zero_stage == PARTITIONING_STAGE:
             mark_units(model)
         self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)

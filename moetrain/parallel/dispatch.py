@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.combine import combine, spread
+from moetrain.model.combine import combine, inverse, permute, spread
 from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.moe import Experts
+from moetrain.parallel.host_memory import memory_of
 from moetrain.parallel.topology import Topology
 
 
@@ -31,8 +32,11 @@ class Splits:
 
 def exchange(rows: torch.Tensor, *, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Return the rows that the ranks of `group` sent to this one, in their order. Empty splits take part too."""
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
+    if memory := memory_of(group, device=rows.device):
+        memory.exchange(rows, send=send, receive=receive, out=received)
+    else:
+        dist.all_to_all_single(received, rows, receive, send, group=group)
     return received
 
 
@@ -86,12 +90,15 @@ class AllToAllDispatcher:
         """Return y_ND, the weighted sum of what each token's experts give, summed in float32. Collective."""
         ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
-        tokens_S = order_S // expert_ids_NK.shape[1]
+        num_chosen = expert_ids_NK.shape[1]
+        tokens_S = order_S // num_chosen
         counts_GL = torch.bincount(ids_S, minlength=self.num_experts).view(self.num_ranks, -1)
         if self.expert_rows is None:
             received_GL = torch.empty_like(counts_GL)
             dist.all_to_all_single(received_GL, counts_GL, group=self.group)
-            y_SD = self._at_once(spread(x_ND, order_S), counts_GL, received_GL=received_GL, experts=experts)
+            y_SD = self._at_once(
+                spread(x_ND, order_S, num_chosen=num_chosen), counts_GL, received_GL=received_GL, experts=experts
+            )
             return combine(y_SD, order_S, weights_NK=weights_NK)
 
         counts_HGL = [torch.empty_like(counts_GL) for _ in range(self.num_ranks)]
@@ -101,7 +108,9 @@ class AllToAllDispatcher:
             y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
         else:
             received_GL = torch.stack([counts[self.rank] for counts in counts_HGL])
-            y_SD = self._at_once(spread(x_ND, order_S), counts_GL, received_GL=received_GL, experts=experts)
+            y_SD = self._at_once(
+                spread(x_ND, order_S, num_chosen=num_chosen), counts_GL, received_GL=received_GL, experts=experts
+            )
         return combine(y_SD, order_S, weights_NK=weights_NK)
 
     def _at_once(
@@ -112,9 +121,9 @@ class AllToAllDispatcher:
         splits = Splits(send=send, receive=receive, group=self.group)
         rows_RD = _all_to_all(rows_SD, splits)
         by_expert_R = _by_expert(received_GL)
-        y_RD = experts.compute(rows_RD.index_select(0, by_expert_R), received_GL.sum(dim=0))
-        by_source_R = by_expert_R.argsort()  # the inverse permutation
-        return _all_to_all(y_RD.index_select(0, by_source_R), splits.reversed())
+        by_source_R = inverse(by_expert_R)
+        y_RD = experts.compute(permute(rows_RD, by_expert_R, inverse_S=by_source_R), received_GL.sum(dim=0))
+        return _all_to_all(permute(y_RD, by_source_R, inverse_S=by_expert_R), splits.reversed())
 
     def _rounds(self, counts_HGL: torch.Tensor, *, limit: int, device: torch.device) -> list[Round]:
         """Return the rounds, equally many on every rank: `counts_HGL` are what each rank H sends, known to all.

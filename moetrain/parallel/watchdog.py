@@ -27,7 +27,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
 _BUSY_S = 0.02  # processor time between two looks from which on a thread computes, and does not wait
 _LONGEST_INTERVAL_S = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)

@@ -1,7 +1,8 @@
 """A plugin that `verify faults` loads into the real program: it stops a rank at a chosen moment, or spoils a batch.
 
 Nothing of the package knows of it. What is wrapped is the system's and torch's (fsync, rename, collectives), so that a
-moment is one of files and messages, however the package is written; the planted faults alone reach into the package.
+moment is one of files and messages, however the package is written; the collectives that need no message, and the
+planted faults, are the package's.
 `MOETRAIN_FAULT` holds a `Plan` as JSON; without it, and after an elastic restart, nothing is done.
 
 A rank that reaches its moment writes it to `<folder>/gate_<rank>` and stops itself with SIGSTOP: all its threads stand
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moetrain.parallel.host_memory import HostMemory
 from moetrain.runtime import seed_of
 
 VARIABLE = "MOETRAIN_FAULT"
@@ -32,6 +34,8 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "reduce",
 )
+IN_MEMORY = ("sum_", "gather", "exchange")
+"""Collectives of ranks that share memory, which need no message."""
 _FINAL = re.compile(r"^step_\d{8}$")
 
 
@@ -107,6 +111,8 @@ def _watch_collectives(gate: _Gate, place: Path) -> None:
 
         return call
 
+    for name in IN_MEMORY:
+        setattr(HostMemory, name, watched(name, getattr(HostMemory, name)))
     for name in COLLECTIVES:
         setattr(dist, name, watched(name, dist.__dict__[name]))
 

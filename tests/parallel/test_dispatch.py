@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.config import ModelConfig, Recompute
 from moetrain.model.expert_products import ROW_MULTIPLE
 from moetrain.model.moe import Experts
+from moetrain.parallel import dispatch
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.dispatch import AllToAllDispatcher
 from moetrain.parallel.engine import Engine
@@ -109,17 +109,18 @@ def _both_ranks() -> dict[str, Any]:
 def _compare(case: Case, limit: int) -> Compared:
     expected = case.run(None)
     received: list[int] = []
-    inner = dist.all_to_all_single
+    inner = dispatch.exchange
 
-    def watched(output: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        received.append(len(output))
-        return inner(output, *arguments, **named)
+    def watched(rows: torch.Tensor, **named: Any) -> torch.Tensor:
+        arrived = inner(rows, **named)
+        received.append(len(arrived))
+        return arrived
 
-    dist.all_to_all_single = watched
+    dispatch.exchange = watched
     try:
         found = case.run(limit)
     finally:
-        dist.all_to_all_single = inner
+        dispatch.exchange = inner
     pairs = [(found[name], tensor) for name, tensor in expected.items()]
     return Compared(
         same_bits=all(torch.equal(ours, theirs) for ours, theirs in pairs),
