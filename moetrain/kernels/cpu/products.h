@@ -13,6 +13,7 @@
 constexpr int64_t PANEL = 2 * LANES;
 constexpr int64_t DEPTH = 512;                          // units summed in one go
 constexpr int64_t ROW_STRIDE = DEPTH + LANES;           // of packed rows: no power of two, which caches dislike
+constexpr int64_t BLOCK_UNITS = 1 << 18;                // of panels, 1 MB
 constexpr int64_t CHUNK = up_to(32, TILE_ROWS);              // rows at once
 
 struct Widened {
@@ -197,18 +198,23 @@ void pack_panels(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out
 // y[m][n] = x[m][k] w, w [k][n], or [n][k] where TRANSPOSED
 template <class P, bool TRANSPOSED, class T>
 void product(const bf16* x, int64_t ldx, const T* w, int64_t ldw, bf16* y, int64_t ldy, int64_t m, int64_t n, int64_t k) {
-  const int64_t padded = up_to(n, PANEL);
-  Scratch<float> panels(padded * units<P>(k));
+  const int64_t depth = units<P>(k), padded = up_to(n, PANEL);
+  // Columns whose panels stay in the second cache while all rows meet them.
+  const int64_t block = std::clamp(BLOCK_UNITS / std::max<int64_t>(depth, 1) / PANEL * PANEL, PANEL, padded);
+  Scratch<float> panels(padded * depth);
 #pragma omp parallel
   {
     pack_panels<P, TRANSPOSED>(w, ldw, n, k, panels.get());
-    Scratch<float> left(CHUNK * ROW_STRIDE), sums(CHUNK * padded);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m; i += CHUNK) {
-      const int64_t rows = std::min(CHUNK, m - i);
-      rows_times_panels<P>(x + i * ldx, ldx, rows, k, panels.get(), units<P>(k), n, sums.get(), padded,
-                           false, left.get());
-      for (int64_t r = 0; r < rows; r++) narrow_row(sums.get() + r * padded, y + (i + r) * ldy, n);
+    Scratch<float> left(CHUNK * ROW_STRIDE), sums(CHUNK * block);
+    for (int64_t j = 0; j < n; j += block) {
+      const int64_t columns = std::min(block, n - j);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < m; i += CHUNK) {
+        const int64_t rows = std::min(CHUNK, m - i);
+        rows_times_panels<P>(x + i * ldx, ldx, rows, k, panels.get() + j * depth, depth, columns, sums.get(), block,
+                             false, left.get());
+        for (int64_t r = 0; r < rows; r++) narrow_row(sums.get() + r * block, y + (i + r) * ldy + j, columns);
+      }
     }
   }
 }

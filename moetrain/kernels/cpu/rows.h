@@ -78,19 +78,19 @@ inline void log_probabilities(const bf16* logits, const int64_t* targets, int64_
     floats terms = every(0.0f), weighted = every(0.0f);
     float term = 0, weight = 0;
     for (i = 0; i + LANES <= size; i += LANES) {
-      const floats x = load(row + i), e = exponential(x - top);
+      const floats x = load(row + i) - top, e = exponential(x);
       terms += e;
       weighted += e * x;
     }
     for (; i < size; i++) {
-      const float x = widen(row[i]), e = exponential(x - top);
+      const float x = widen(row[i]) - top, e = exponential(x);
       term += e;
       weight += e * x;
     }
     term += sum(terms);
     normalizers[r] = top + std::log(term);
     logprobs[r] = widen(row[targets[r]]) - normalizers[r];
-    entropies[r] = normalizers[r] - (weight + sum(weighted)) / term;
+    entropies[r] = std::log(term) - (weight + sum(weighted)) / term;
   }
 }
 

@@ -80,25 +80,21 @@ inline float largest(floats x) {
 }
 inline floats every(float x) { return floats{} + x; }
 
-// exp within 2 ulp; what is below the smallest normal number is that number, what is above the largest is infinite.
-template <class V>
-inline V exponential(V x) {
-  constexpr float LOWEST = -87.336544f, HIGHEST = 89.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23 rounds to integers
-  x = x < LOWEST ? V{} + LOWEST : x;
-  x = x > HIGHEST ? V{} + HIGHEST : x;
-  const V n = (x * 1.44269504088896341f + MAGIC) - MAGIC;
-  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = V{} + 1.9875691500e-4f;
+// exp within 2 ulp from -87.3 to 88, and its value there beyond; NaN stays NaN.
+inline floats exponential(floats x) {
+  constexpr float LOWEST = -87.3f, HIGHEST = 88.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
+  x = x < LOWEST ? every(LOWEST) : x;
+  x = x > HIGHEST ? every(HIGHEST) : x;
+  const floats shifted = x * 1.44269504088896341f + MAGIC, n = shifted - MAGIC;
+  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2
+  floats p = every(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n as two factors: n may be 128.
-  const auto whole = __builtin_convertvector(x == x ? n : V{}, ints);
-  const auto half = whole >> 1;
-  return p * bits<V>((half + 127) << 23) * bits<V>((whole - half + 127) << 23);
+  return p * bits<floats>((bits<words>(shifted) << 23) + (127u << 23));  // the integer is in the last bits
 }
 inline float exponential(float x) { return exponential(every(x))[0]; }
 
