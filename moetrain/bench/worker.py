@@ -19,6 +19,10 @@ from moetrain.runtime import keep_freed_memory, torch_stream
 from moetrain.train.rows import rank_rows
 
 
+_SETTLING_STEPS = 1
+"""Steps of a turn before those that are timed: while the others had theirs, caches and memory were theirs too."""
+
+
 class Trainee(Protocol):
     """A model with its optimizer."""
 
@@ -92,6 +96,7 @@ class Worker:
             seconds, losses = self.take(self.run.warmup_steps)
             self.trainee.choose(self.batch_of, self.run.warmup_steps)
         elif command == "turn":
+            self.take(_SETTLING_STEPS)
             seconds, losses = self.take(self.run.steps)
         else:
             from moetrain.bench.ours import Ours

@@ -20,12 +20,10 @@ ONE_ROUNDING = 2.0**-8
 Make = Callable[..., torch.Tensor]
 
 
-def _target(flags: str) -> Library:
-    return load((flags,))
-
-
 # Both kinds of units on the vectors of this CPU, and the short vectors that laptops have.
 LIBRARIES = [("-march=native", 0), ("-march=native", 1), ("-march=haswell", 0), ("-march=x86-64", 0)]
+if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    LIBRARIES.append(("-march=skylake-avx512", 0))  # without instructions for bfloat16
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
