@@ -18,7 +18,6 @@ from moetrain.data.batch import TokenBatch
 from moetrain.runtime import keep_freed_memory, torch_stream
 from moetrain.train.rows import rank_rows
 
-
 _SETTLING_STEPS = 1
 """Steps of a turn before those that are timed: while the others had theirs, caches and memory were theirs too."""
 

@@ -66,12 +66,16 @@ def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
 
 def _peak(run: TrainingRun) -> float:
     # These bring torch in; only a dry run of a stage that trains needs them here.
+    from moetrain.kernels.choice import using
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.precision import DTYPES, settled_dtype
+    from moetrain.train.precision import DTYPES, kernels_of, settled_dtype
 
     device = default_device()
-    return measure_peak(dtype=DTYPES[settled_dtype(run.train, device=device)], device=device)
+    library, _ = kernels_of(run.train, device=device)
+    dtype = settled_dtype(run.train, device=device, folder=run.run.path)
+    with using(library):
+        return measure_peak(dtype=DTYPES[dtype], device=device)
 
 
 def _bytes(count: int) -> str:

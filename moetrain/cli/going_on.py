@@ -1,7 +1,6 @@
 """What a training stage left in its folder, checked before it goes on: the stage finds the same, but once a rank."""
 
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from moetrain.config import ReadingRun, RlRun, TrainingRun
@@ -21,7 +20,7 @@ def check_going_on(run: TrainingRun) -> None:
     # These bring torch in; most stages have not begun.
     from moetrain.train import checkpoint
     from moetrain.train.identity import identity_of
-    from moetrain.train.precision import found_gain, settled_dtype
+    from moetrain.train.precision import settled_dtype
     from moetrain.train.resume import check_identity
 
     try:
@@ -30,8 +29,7 @@ def check_going_on(run: TrainingRun) -> None:
         return  # damaged, or none: the stage takes an earlier one
     kept: dict[str, Any] = loaded.state["identity"]
     train = run.train
-    gain = partial(found_gain, run.run.path)
-    train = replace(train, compute_dtype=settled_dtype(train, device=default_device(), gain=gain))
+    train = replace(train, compute_dtype=settled_dtype(train, device=default_device(), folder=run.run.path))
     said = identity_of(
         model=run.model,
         quant=run.quant,

@@ -95,10 +95,16 @@ def latent_attention(
     return found
 
 
+def _check_float32(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "the native kernels read contiguous float32"
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: torch.Tensor, weight_OD: torch.Tensor, library: Library) -> torch.Tensor:
         x_XD = x_XD.contiguous()
+        _check_float32(weight_OD)
         num_out, num_in = weight_OD.shape
         y_XO = x_XD.new_empty(*x_XD.shape[:-1], num_out)
         library("linear", library.paired, x_XD, weight_OD, y_XO, x_XD.numel() // num_in, num_out, num_in)
@@ -127,6 +133,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: torch.Tensor, weight_D: torch.Tensor, eps: float, library: Library) -> torch.Tensor:
         x_XD = x_XD.contiguous()
+        _check_float32(weight_D)
         width = len(weight_D)
         y_XD, inverse_X = torch.empty_like(x_XD), x_XD.new_empty(x_XD.shape[:-1], dtype=torch.float32)
         library("rms_norm_rows", x_XD, weight_D, y_XD, inverse_X, inverse_X.numel(), width, eps)
@@ -254,17 +261,18 @@ class _LatentAttention(torch.autograd.Function):
         library: Library,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_BTHC, kv_BTHE = q_BTHC.contiguous(), kv_BTHE.contiguous()
-        if k_rotary_BTR.stride(2) != 1 or k_rotary_BTR.stride(0) != k_rotary_BTR.shape[1] * k_rotary_BTR.stride(1):
-            k_rotary_BTR = k_rotary_BTR.contiguous()
+        flat_NR = k_rotary_BTR.flatten(0, 1)  # a view where rows are as far apart as tokens: of a wider projection
+        flat_NR = flat_NR if flat_NR.stride(1) == 1 else flat_NR.contiguous()
+        _check_float32(rows.cosine_BTP, rows.sine_BTP)
         num_rows, num_tokens, num_heads, width = q_BTHC.shape
-        rotary = k_rotary_BTR.shape[2]
+        rotary = flat_NR.shape[1]
         value = kv_BTHE.shape[3] - (width - rotary)
-        ctx.sizes = (k_rotary_BTR.stride(1), num_rows, num_tokens, num_heads, width - rotary, rotary, value)
+        ctx.sizes = (flat_NR.stride(0), num_rows, num_tokens, num_heads, width - rotary, rotary, value)
         out_BTHV = q_BTHC.new_empty(num_rows, num_tokens, num_heads, value)
         log_sums_BHT = q_BTHC.new_empty(num_rows, num_heads, num_tokens, dtype=torch.float32)
         largest_BHT = torch.empty_like(log_sums_BHT)
         places = (rows.cosine_BTP, rows.sine_BTP, rows.first_seen_BT)
-        sources, results = (q_BTHC, kv_BTHE, k_rotary_BTR), (out_BTHV, log_sums_BHT, largest_BHT)
+        sources, results = (q_BTHC, kv_BTHE, flat_NR), (out_BTHV, log_sums_BHT, largest_BHT)
         library("latent_attention", library.paired, *sources, *places, *results, *ctx.sizes, scale)
         ctx.save_for_backward(*sources, *places, log_sums_BHT)
         ctx.mark_non_differentiable(largest_BHT)
@@ -274,11 +282,11 @@ class _LatentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Gradients:
-        q_BTHC, kv_BTHE, k_rotary_BTR, *rest = ctx.saved_tensors
+        q_BTHC, kv_BTHE, flat_NR, *rest = ctx.saved_tensors
         grad_q_BTHC, grad_kv_BTHE = torch.empty_like(q_BTHC), torch.empty_like(kv_BTHE)
         num_rows, num_tokens, num_heads, _ = q_BTHC.shape
-        grad_k_BHTR = q_BTHC.new_empty(num_rows, num_heads, num_tokens, k_rotary_BTR.shape[2], dtype=torch.float32)
-        sources = (grads[0].contiguous(), q_BTHC, kv_BTHE, k_rotary_BTR, *rest)
+        grad_k_BHTR = q_BTHC.new_empty(num_rows, num_heads, num_tokens, flat_NR.shape[1], dtype=torch.float32)
+        sources = (grads[0].contiguous(), q_BTHC, kv_BTHE, flat_NR, *rest)
         results = (grad_q_BTHC, grad_kv_BTHE, grad_k_BHTR)
         ctx.library("latent_attention_backward", ctx.library.paired, *sources, *results, *ctx.sizes, ctx.scale)
-        return grad_q_BTHC, grad_kv_BTHE, grad_k_BHTR.sum(1).to(k_rotary_BTR.dtype), None, None, None
+        return grad_q_BTHC, grad_kv_BTHE, grad_k_BHTR.sum(1).to(flat_NR.dtype), None, None, None

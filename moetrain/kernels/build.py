@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _GAIN_OF_PAIRS = 1.25
 _SIGNATURES = {
     "linear": "ippplll",
     "linear_grad_x": "ippplll",
-    "linear_grad_w": "ippplll",
+    "linear_grad_w": "ipppllli",
     "swiglu": "pppl",
     "swiglu_backward": "ppppppl",
     "expert_rows": "iippppppl" + "ll",
@@ -41,7 +42,7 @@ _SIGNATURES = {
     "spread_rows": "ppplll",
     "sum_rows": "pppplll",
     "sum_rows_backward": "pppppp" + "lll",
-    "adamw_step": "ppppl" + "ffffff",
+    "adamw_step": "ppppl" + "fffffff",
 }
 """Arguments of each function: p pointer, l int64, i int, f float."""
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -72,8 +73,8 @@ class Library:
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler: CXX of the environment, else g++ or clang++."""
-    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    """Return the C++ compiler: CXX of the environment, else g++."""
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
 
 
 @functools.cache
@@ -84,7 +85,10 @@ def load(target: Sequence[str] = _FOR_THIS_CPU) -> Library:
     found = compiler()
     if found is None:
         raise UnavailableError("no C++ compiler is here; install g++ or name one with CXX")
-    path = _cache() / f"kernels-{_key(found, target)}.so"
+    try:
+        path = _cache() / f"kernels-{_key(found, target)}.so"
+    except (OSError, RuntimeError) as error:  # no home, no compiler that runs
+        raise UnavailableError(str(error)) from error
     if not path.exists():
         _compile(found, target, path)
     try:
@@ -100,8 +104,10 @@ def _cache() -> Path:
 def _key(found: str, target: Sequence[str]) -> str:
     """Return a name for what is compiled: a change of sources, compiler or CPU makes another library."""
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    if "clang" in version:
+        raise RuntimeError(f"{found} is clang, whose OpenMP has threads beside torch's; name g++ with CXX")
     parts = [version, " ".join([*_FLAGS, *target]), _cpu()]
-    parts += [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts += [path.read_text() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -123,6 +129,7 @@ def _compile(found: str, target: Sequence[str], path: Path) -> None:
                 raise UnavailableError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
             with made.open("rb") as file:
                 os.fsync(file.fileno())  # a library that a power cut tears would crash whoever loads it
-            made.replace(path)
+            with suppress(FileExistsError):  # another rank was first; what others have mapped stays
+                os.link(made, path)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be written: {error}") from error

@@ -28,12 +28,12 @@ def adamw_update(
     """
     beta1, beta2 = betas
     library = in_use()
-    if library and param.device.type == "cpu":
+    if library and param.device.type == "cpu" and param.dtype == torch.float32:
         library(
             "adamw_step",
-            *(param, grad.contiguous(), exp_avg, exp_avg_sq, param.numel()),
-            *(1.0 - learning_rate * weight_decay, 1.0 - beta1, beta2, math.sqrt(1.0 - beta2**step)),
-            *(eps, learning_rate / (1.0 - beta1**step)),
+            *(param.view(-1), grad.contiguous(), exp_avg.view(-1), exp_avg_sq.view(-1), param.numel()),
+            *(1.0 - learning_rate * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2),
+            *(math.sqrt(1.0 - beta2**step), eps, learning_rate / (1.0 - beta1**step)),
         )
         return
     whole = (param.view(-1), grad.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1))

@@ -27,7 +27,7 @@ _LINE = 64  # bytes that a CPU reads at once: each rank's number has a line of i
 SMALL = 1 << 16
 """Bytes of a tensor up to which gloo is as fast."""
 _SPINS = 2000  # looks at a number without a pause, about a tenth of a millisecond
-_YIELD_S, _PAUSE_S, _LIVENESS_S = 2e-3, 2e-4, 1.0
+_YIELD_S, _PAUSE_S, _LONGEST_PAUSE_S, _LIVENESS_S = 2e-3, 2e-4, 0.1, 1.0
 
 
 class HostMemory:
@@ -137,7 +137,9 @@ class HostMemory:
         began = looked = time.monotonic()
         while self._turns[other] < self._turn:
             now = time.monotonic()
-            time.sleep(0 if now - began < _YIELD_S else _PAUSE_S)
+            waited = now - began
+            # Ever longer pauses: a thread that takes processor time does not wait in the watchdog's eyes.
+            time.sleep(0 if waited < _YIELD_S else min(max(_PAUSE_S, waited / 50), _LONGEST_PAUSE_S))
             if now - looked > _LIVENESS_S:
                 looked = now
                 if not _lives(self._pids[other]) and self._turns[other] < self._turn:
@@ -166,10 +168,13 @@ def _made(size: int) -> int | None:
     return file
 
 
-def _address(file: int) -> tuple[str, str]:
-    """Return where another process of this host finds a descriptor, and what it sees there."""
+def _address(file: int) -> tuple[str, str] | None:
+    """Return where another process of this host finds a descriptor, and what it sees there; None without /proc."""
     path = f"/proc/{os.getpid()}/fd/{file}"
-    return path, os.readlink(path)
+    try:
+        return path, os.readlink(path)
+    except OSError:
+        return None
 
 
 def _mapped(address: tuple[str, str] | None, *, size: int) -> mmap.mmap | None:

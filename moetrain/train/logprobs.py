@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import native_for
+from moetrain.kernels.choice import native_for, using
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
 _NATIVE_CHUNK_ELEMENTS = 1 << 22  # each chunk packs the head's weight anew
@@ -36,10 +36,9 @@ class _Read(NamedTuple):
 
 
 class _Head(Protocol):
-    """A head's weight and its gradient [V, D] float32, which grows chunk by chunk."""
+    """A head's weight, read chunk by chunk of `chunk_elements` logits."""
 
     chunk_elements: int
-    grad_VD: torch.Tensor
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Return the logits [C, V] in the dtype of the hidden states."""
@@ -55,8 +54,12 @@ class _Head(Protocol):
         *,
         targets_C: torch.Tensor,
         normalizers_C: torch.Tensor,
+        grad_VD: torch.Tensor,
     ) -> torch.Tensor:
-        """Add to the weight's gradient and return that of the hidden states; d logprob / d logits = onehot - p."""
+        """Add to `grad_VD`, the weight's gradient in float32, and return that of the hidden states.
+
+        d logprob / d logits = onehot(target) - p.
+        """
 
 
 class _TorchHead:
@@ -64,7 +67,6 @@ class _TorchHead:
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> None:
         self.cast_VD = weight_VD.to(hidden_ND.dtype)
-        self.grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         return hidden_CD @ self.cast_VD.T
@@ -87,11 +89,12 @@ class _TorchHead:
         *,
         targets_C: torch.Tensor,
         normalizers_C: torch.Tensor,
+        grad_VD: torch.Tensor,
     ) -> torch.Tensor:
         grad_CV = (logits_CV.float() - normalizers_C[:, None]).exp_()
         grad_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None])
         cast_CV = grad_CV.to(hidden_CD.dtype)
-        self.grad_VD += cast_CV.T @ hidden_CD
+        grad_VD += cast_CV.T @ hidden_CD
         return cast_CV @ self.cast_VD
 
 
@@ -100,7 +103,6 @@ class _NativeHead:
 
     def __init__(self, weight_VD: torch.Tensor, library: Library) -> None:
         self.weight_VD = weight_VD.contiguous()
-        self.grad_VD = torch.zeros_like(self.weight_VD)
         self.library = library
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
@@ -122,13 +124,14 @@ class _NativeHead:
         *,
         targets_C: torch.Tensor,
         normalizers_C: torch.Tensor,
+        grad_VD: torch.Tensor,
     ) -> torch.Tensor:
         library, hidden_CD = self.library, hidden_CD.contiguous()
         grad_CV, grad_hidden_CD = torch.empty_like(logits_CV), torch.empty_like(hidden_CD)
         sources = (grad_C.contiguous(), logits_CV, targets_C.contiguous(), normalizers_C.contiguous())
         library("logprob_rows_backward", *sources, grad_CV, *logits_CV.shape)
         sizes = (*logits_CV.shape, hidden_CD.shape[1])
-        library("linear_grad_w", library.paired, grad_CV, hidden_CD, self.grad_VD, *sizes, 1)
+        library("linear_grad_w", library.paired, grad_CV, hidden_CD, grad_VD, *sizes, 1)
         library("linear_grad_x", library.paired, grad_CV, self.weight_VD, grad_hidden_CD, *sizes)
         return grad_hidden_CD
 
@@ -146,16 +149,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head = _head(hidden_ND, weight_VD)
+        logits_shape = (len(targets_N), len(weight_VD))
         keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
         whole = _Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
         kept = []
-        for chunk in _chunks(head, num_rows=len(targets_N)):
+        for chunk in _chunks(*logits_shape, elements=head.chunk_elements):
             logits_CV = head.logits(hidden_ND[chunk])
             if keeps:
                 kept.append(logits_CV)
             for column_N, column_C in zip(whole, head.read(logits_CV, targets_N[chunk]), strict=True):
                 column_N[chunk] = column_C
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, *kept)
+        ctx.library = native_for(hidden_ND)
         ctx.mark_non_differentiable(whole.entropies_C)
         return whole.logprobs_C, whole.entropies_C
 
@@ -163,9 +168,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden_ND, weight_VD, targets_N, normalizers_N, *kept = ctx.saved_tensors
-        head = _head(hidden_ND, weight_VD)
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        for index, chunk in enumerate(_chunks(head, num_rows=len(targets_N))):
+        with using(ctx.library):  # that of the forward pass, whose logits are in its chunks
+            head = _head(hidden_ND, weight_VD)
+        grad_hidden_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        chunks = _chunks(len(targets_N), len(weight_VD), elements=head.chunk_elements)
+        for index, chunk in enumerate(chunks):
             hidden_CD = hidden_ND[chunk]
             grad_hidden_ND[chunk] = head.backward(
                 grads[0][chunk],
@@ -173,11 +180,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 kept[index] if kept else head.logits(hidden_CD),
                 targets_C=targets_N[chunk],
                 normalizers_C=normalizers_N[chunk],
+                grad_VD=grad_VD,
             )
-        return grad_hidden_ND, head.grad_VD.to(weight_VD.dtype), None
+        return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None
 
 
-def _chunks(head: _Head, *, num_rows: int) -> list[slice]:
-    """Return slices of rows whose logits have about `chunk_elements` elements."""
-    size = max(64, head.chunk_elements // head.grad_VD.shape[0])
+def _chunks(num_rows: int, vocab_size: int, *, elements: int) -> list[slice]:
+    """Return slices of rows whose logits have about so many elements."""
+    size = max(64, elements // vocab_size)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

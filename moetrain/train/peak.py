@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moetrain.kernels.autograd import linear
-from moetrain.kernels.choice import native_for
+from moetrain.kernels.choice import in_use, native_for
 from moetrain.parallel.topology import Topology
 
 _SIZE = 1024  # large enough to reach the ceiling on a CPU, small enough to stay short
@@ -22,7 +22,8 @@ def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology) -> float:
 
     A collective.
     """
-    key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}"
+    kernels = ", native kernels" if in_use() else ""
+    key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}{kernels}"
     peak = topology.broadcast_object(kept(path, key) if topology.is_main else None)
     if peak is None:
         own = torch.tensor(measure_peak(dtype=dtype, device=topology.device), dtype=torch.float64)

@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library
 from moetrain.kernels.choice import find, use
 from moetrain.kernels.config import Kernels
@@ -21,6 +23,8 @@ DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.flo
 MACHINE = "machine.json"
 """What was measured of the machine, in a stage's folder."""
 _GAIN = "speed of float32 products over bfloat16 ones"
+_NATIVE = "native kernels"
+"""1 where a stage computes with them, else 0."""
 _MARGIN = 1.25
 """Gain from which on float32 is taken: its operands are twice as large."""
 _SIZE = 512
@@ -30,9 +34,9 @@ _SECONDS = 0.5
 def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> TrainConfig:
     """Return `train` with a dtype in place of `fastest` and kernels in place of `auto`, and use those from now on.
 
-    A collective: native where all ranks have it. The main rank measures dtypes, and keeps what it found in the stage's
-    folder: a run that goes on there goes on with the dtype it began with. An accelerator is not measured: bfloat16.
-    Raises ConfigError where `native` is asked for and cannot be had.
+    A collective: native where all ranks have it. What they come to is kept in the stage's folder: a run that goes on
+    there goes on with the kernels and the dtype it began with. The main rank measures dtypes; an accelerator is not
+    measured: bfloat16. Raises ConfigError where native kernels must be had and are not.
     """
 
     def kept_gain() -> float:
@@ -42,15 +46,33 @@ def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> 
             _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
         return gain
 
-    library, why = kernels_of(train, device=topology.device)
+    train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
+    library, why, refusal = None, "", ""
+    try:
+        library, why = kernels_of(train, device=topology.device)
+    except ConfigError as error:  # on this rank: all of them hear of it first
+        refusal = str(error)
     everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
-    if topology.is_main:
-        missing = library is not None and not everywhere
-        _log.info("kernels: %s (%s)", "native" if everywhere else "torch", "not on all ranks" if missing else why)
-    use(library if everywhere else None)
+    if not everywhere and train.kernels is Kernels.native and topology.device.type == "cpu":
+        raise ConfigError(refusal or "kernels=native cannot be had on another rank. Give kernels=auto or torch")
     kernels = Kernels.native if everywhere else Kernels.torch
+    if topology.is_main:
+        _log.info("kernels: %s (%s)", kernels, why if everywhere or library is None else "not on all ranks")
+        if topology.device.type == "cpu":
+            keep(folder / MACHINE, _NATIVE, measured=float(everywhere))
+    use(library if everywhere else None)
     dtype = dtype_of(replace(train, kernels=kernels), device=topology.device, gain=kept_gain)
     return replace(train, compute_dtype=dtype, kernels=kernels)
+
+
+def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:
+    """Return the kernels of `train`, and in place of `auto` those that the run in a stage's folder began with."""
+    native = kept(folder / MACHINE, _NATIVE)
+    if train.kernels is not Kernels.auto or train.compute_dtype is ComputeDtype.float32:
+        return train.kernels
+    if native is None:  # a folder that knows dtypes alone is older than the kernels
+        return Kernels.auto if kept(folder / MACHINE, _GAIN) is None else Kernels.torch
+    return Kernels.native if native else Kernels.torch
 
 
 def kernels_of(train: TrainConfig, *, device: torch.device) -> tuple[Library | None, str]:
@@ -74,10 +96,11 @@ def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], flo
     return faster((gain or float32_gain)())
 
 
-def settled_dtype(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
-    """Return the dtype that `settle_products` comes to in one process."""
-    library, _ = kernels_of(train, device=device)
-    return dtype_of(replace(train, kernels=Kernels.native if library else Kernels.torch), device=device, gain=gain)
+def settled_dtype(train: TrainConfig, *, device: torch.device, folder: Path) -> ComputeDtype:
+    """Return the dtype that `settle_products` comes to in one process; nothing is written or put to use."""
+    library, _ = kernels_of(replace(train, kernels=begun_with(train, folder=folder)), device=device)
+    kernels = Kernels.native if library else Kernels.torch
+    return dtype_of(replace(train, kernels=kernels), device=device, gain=partial(found_gain, folder))
 
 
 def faster(gain: float) -> ComputeDtype:

@@ -13,6 +13,7 @@ import torch
 
 from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.kernels.config import Kernels
 from moetrain.log import JsonlMetrics, read_metrics
 from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig, ScheduleConfig
@@ -62,7 +63,9 @@ def golden_losses(dtype: ComputeDtype) -> list[float]:
             validation_fraction=0.1,
         ),
         optim=OptimConfig(lr=1e-2, schedule=ScheduleConfig(warmup_steps=4)),
-        train=TrainConfig(steps=20, rows_per_step=4, rows_per_micro_batch=2, compute_dtype=dtype),
+        train=TrainConfig(
+            steps=20, rows_per_step=4, rows_per_micro_batch=2, compute_dtype=dtype, kernels=Kernels.torch
+        ),
         parallel=ParallelConfig(engine=EngineName.torch),
         quant=QuantConfig(enabled=dtype is ComputeDtype.bfloat16),
         seed=1,

@@ -1,7 +1,8 @@
 """The dtype of products that `fastest` comes to."""
 
 import json
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from moetrain.train.precision import (
     dtype_of,
     faster,
     float32_gain,
-    found_gain,
     settle_products,
     settled_dtype,
 )
@@ -45,17 +45,18 @@ def test_the_gain_is_that_of_whole_products_and_leaves_the_threads_alone() -> No
 def test_a_dtype_that_is_named_is_kept_and_nothing_is_measured(named: ComputeDtype, tmp_path: Path) -> None:
     train = TrainConfig(compute_dtype=named, kernels=Kernels.torch)
     assert settle_products(train, folder=tmp_path, topology=setup(ParallelConfig())) == train
-    assert not (tmp_path / MACHINE).exists()
+    assert json.loads((tmp_path / MACHINE).read_text()) == {"native kernels": 0.0}
     assert dtype_of(train, device=CPU) is named
 
 
 def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     topology = setup(ParallelConfig())
     first = settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype
-    ((key, gain),) = json.loads((tmp_path / MACHINE).read_text()).items()
-    assert first is faster(gain)
+    known = json.loads((tmp_path / MACHINE).read_text())
+    (key,) = known.keys() - {"native kernels"}
+    assert first is faster(known[key])
     # A run that goes on, on a machine that would choose otherwise, goes on with what it began with.
-    (tmp_path / MACHINE).write_text(json.dumps({key: 0.5 if first is ComputeDtype.float32 else 5.0}))
+    (tmp_path / MACHINE).write_text(json.dumps(known | {key: 0.5 if first is ComputeDtype.float32 else 5.0}))
     assert {first, settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
 
 
@@ -63,7 +64,7 @@ def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
 def test_a_file_that_was_torn_is_measured_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / MACHINE).write_text(content)
     settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
-    assert len(json.loads((tmp_path / MACHINE).read_text())) == 1
+    assert len(json.loads((tmp_path / MACHINE).read_text())) == 2
 
 
 def test_an_accelerator_takes_bfloat16() -> None:
@@ -75,16 +76,15 @@ def test_fastest_is_bfloat16_with_the_native_kernels_and_they_are_used_from_then
     settled = settle_products(train, folder=tmp_path, topology=setup(ParallelConfig()))
     assert settled == TrainConfig(compute_dtype=ComputeDtype.bfloat16, kernels=Kernels.native)
     assert in_use() is not None
-    assert not (tmp_path / MACHINE).exists()
+    assert json.loads((tmp_path / MACHINE).read_text()) == {"native kernels": 1.0}
     settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
     assert in_use() is None
 
 
 def test_what_is_settled_here_is_what_a_check_says_beforehand(tmp_path: Path) -> None:
-    for train in (TrainConfig(compute_dtype=ComputeDtype.fastest), FASTEST, TrainConfig()):
-        settled = settle_products(train, folder=tmp_path, topology=setup(ParallelConfig()))
-        gain = partial(found_gain, tmp_path)
-        assert settled_dtype(train, device=CPU, gain=gain) is settled.compute_dtype
+    for index, train in enumerate((TrainConfig(compute_dtype=ComputeDtype.fastest), FASTEST, TrainConfig())):
+        settled = settle_products(train, folder=tmp_path / str(index), topology=setup(ParallelConfig()))
+        assert settled_dtype(train, device=CPU, folder=tmp_path / str(index)) is settled.compute_dtype
 
 
 def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None:
@@ -96,10 +96,36 @@ def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None
         TrainConfig(compute_dtype=ComputeDtype.float32, kernels=Kernels.native)
 
 
-def test_native_where_it_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what takes the compiler away."""
+
     def unavailable() -> None:
         raise UnavailableError("no compiler")
 
-    monkeypatch.setattr(choice, "load", unavailable)
+    return lambda: monkeypatch.setattr(choice, "load", unavailable)
+
+
+def test_native_where_it_cannot_be_had_is_refused(tmp_path: Path, no_compiler: Callable[[], None]) -> None:
+    no_compiler()
     with pytest.raises(ConfigError, match="no compiler"):
         settle_products(TrainConfig(kernels=Kernels.native), folder=tmp_path, topology=setup(ParallelConfig()))
+
+
+@pytest.mark.parametrize("compute_dtype", [ComputeDtype.fastest, ComputeDtype.bfloat16])
+def test_a_run_goes_on_with_the_kernels_it_began_with(
+    compute_dtype: ComputeDtype, tmp_path: Path, no_compiler: Callable[[], None]
+) -> None:
+    train, topology = TrainConfig(compute_dtype=compute_dtype), setup(ParallelConfig())
+    native, plain, older = tmp_path / "native", tmp_path / "plain", tmp_path / "older"
+    begun = settle_products(replace(train, kernels=Kernels.native), folder=native, topology=topology)
+    assert settle_products(train, folder=native, topology=topology) == begun
+    settle_products(replace(train, kernels=Kernels.torch), folder=plain, topology=topology)
+    assert settle_products(train, folder=plain, topology=topology).kernels is Kernels.torch
+    older.mkdir()
+    (older / MACHINE).write_text(json.dumps({"speed of float32 products over bfloat16 ones": 5.0}))
+    assert settle_products(train, folder=older, topology=topology).kernels is Kernels.torch
+    assert settled_dtype(train, device=CPU, folder=older) in (ComputeDtype.float32, compute_dtype)
+    no_compiler()
+    with pytest.raises(ConfigError, match="no compiler"):
+        settle_products(train, folder=native, topology=topology)

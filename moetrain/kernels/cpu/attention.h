@@ -102,8 +102,9 @@ inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t siz
     out[j] = narrow(p);
   }
   std::memset(out + last, 0, (size - last) * sizeof(bf16));
-  *most = top;
-  return total + sum(totals);
+  total += sum(totals);
+  *most = total == total ? top : total;  // comparisons pass NaN by
+  return total;
 }
 
 // out [B][T][H][V]; log_sums and largest [B][H][T]: log of the sum of exp of the logits, and the largest logit.

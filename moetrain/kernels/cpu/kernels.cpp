@@ -184,8 +184,8 @@ EXPORT void sum_rows_backward(const bf16* grad, const bf16* rows, const int64_t*
 }
 
 EXPORT void adamw_step(float* param, const float* grad, float* mean, float* square, int64_t size, float keep, float first,
-                       float second, float correction, float eps, float step) {
+                       float kept, float second, float correction, float eps, float step) {
   in_slices(size, [&](int64_t at, int64_t n) {
-    adamw(param + at, grad + at, mean + at, square + at, n, {keep, first, second, correction, eps, step});
+    adamw(param + at, grad + at, mean + at, square + at, n, {keep, first, kept, second, correction, eps, step});
   });
 }

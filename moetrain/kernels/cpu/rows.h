@@ -162,14 +162,15 @@ inline void combine_rows_backward(const bf16* grad, const bf16* rows, const int6
 }
 
 struct AdamW {
-  float keep, first, second, correction, eps, step;  // 1 - lr decay, 1 - beta1, beta2, sqrt(1 - beta2^t), eps, lr / (1 - beta1^t)
+  float keep, first, kept, second;  // 1 - lr decay, 1 - beta1, beta2, 1 - beta2
+  float correction, eps, step;      // sqrt(1 - beta2^t), eps, lr / (1 - beta1^t)
 };
 
 // One step in place (arXiv 1711.05101), all float32.
 inline void adamw(float* param, const float* grad, float* mean, float* square, int64_t size, const AdamW& by) {
   for (int64_t i = 0; i < size; i++) {
     mean[i] += by.first * (grad[i] - mean[i]);
-    square[i] = square[i] * by.second + (1.0f - by.second) * grad[i] * grad[i];
+    square[i] = square[i] * by.kept + by.second * grad[i] * grad[i];
     param[i] = param[i] * by.keep - by.step * mean[i] / (std::sqrt(square[i]) / by.correction + by.eps);
   }
 }
