@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from moetrain.kernels import autograd as native
 from moetrain.kernels.build import Library, load
+from moetrain.kernels.choice import using
 from moetrain.model.combine import combine_plain
 from moetrain.model.rope import Rotation, rotate
 from moetrain.model.tiled_attention import first_seen
+from moetrain.optim.adamw import adamw_update
 from tests.threads import num_threads
 
 BF16 = torch.bfloat16
@@ -254,6 +256,83 @@ def test_what_is_no_number_is_not_lost(library: Library) -> None:
         assert not gated[3, 5].isfinite()
     w[0, 0] = float("nan")
     assert native.linear(_draw(20, 64), w, library=library)[:, 0].isnan().all()
+
+
+def test_a_product_with_infinity_is_infinite(library: Library) -> None:
+    x = torch.ones(20, 64, dtype=BF16)
+    x[3, 5], x[4, 6] = float("inf"), float("-inf")
+    y = native.linear(x, torch.ones(40, 64), library=library)
+    assert torch.equal(y[3].float(), torch.full((40,), float("inf")))
+    assert torch.equal(y[4].float(), torch.full((40,), float("-inf")))
+
+
+def test_what_is_no_number_is_not_lost_in_attention_and_experts(library: Library) -> None:
+    rows = native.Rows(
+        cosine_BTP=torch.ones(1, 40, 2), sine_BTP=torch.zeros(1, 40, 2), first_seen_BT=torch.zeros(1, 40).int()
+    )
+    q, kv, k_rotary = _draw(1, 40, 2, 12), _draw(1, 40, 2, 16), _draw(1, 40, 4)
+    q[0, 20, 1, 0] = float("nan")
+    out, largest = native.latent_attention(q, kv, k_rotary_BTR=k_rotary, rows=rows, scale=1.0, library=library)
+    assert out[0, 20, 1].isnan().all() and largest[0, 1, 20].isnan()
+    assert out[0, :20].isfinite().all() and out[0, 20, 0].isfinite().all()
+    x_SD = _draw(10, 16)
+    x_SD[7, 3] = float("nan")
+    y_SD = native.expert_rows(
+        x_SD,
+        torch.tensor([5, 5]),
+        gate_up_LGD=_draw(2, 8, 16, seed=1).float(),
+        down_LDF=_draw(2, 16, 4, seed=2).float(),
+        library=library,
+    )
+    assert y_SD[7].isnan().all() and y_SD[:7].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 17, 300])
+def test_log_probabilities(size: int, library: Library) -> None:
+    logits_CV, targets_C = _draw(50, size, scale=5), torch.arange(50) % size
+    normalizers_C, logprobs_C, entropies_C = (torch.empty(50) for _ in range(3))
+    library("logprob_rows", logits_CV, targets_C, normalizers_C, logprobs_C, entropies_C, 50, size)
+    exact_CV = logits_CV.double().requires_grad_()
+    log_p_CV = exact_CV.log_softmax(-1)
+    expected_C = log_p_CV.gather(1, targets_C[:, None])[:, 0]
+    torch.testing.assert_close(logprobs_C.double(), expected_C, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(normalizers_C.double(), exact_CV.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(entropies_C.double(), -(log_p_CV.exp() * log_p_CV).sum(-1), rtol=1e-5, atol=1e-5)
+    upstream_C, found_CV = torch.linspace(-2, 2, 50), torch.empty_like(logits_CV)
+    library("logprob_rows_backward", upstream_C, logits_CV, targets_C, normalizers_C, found_CV, 50, size)
+    expected_C.backward(upstream_C.double())
+    torch.testing.assert_close(found_CV.double(), exact_CV.grad, rtol=ONE_ROUNDING, atol=1e-5)
+    logits_CV[3, 0] = float("nan")
+    library("logprob_rows", logits_CV, targets_C, normalizers_C, logprobs_C, entropies_C, 50, size)
+    assert logprobs_C.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_adamw_is_that_of_torch(library: Library) -> None:
+    """With a large second beta, whose difference from one has few digits in float32."""
+    numbers = {"lr": 1e-2, "betas": (0.9, 0.9999), "eps": 1e-8, "weight_decay": 0.1}
+    found, expected = _draw(20_000).float(), _draw(20_000).double().requires_grad_()
+    mean, square = torch.zeros_like(found), torch.zeros_like(found)
+    optimizer = torch.optim.AdamW([expected], **numbers)
+    for step in range(1, 4):
+        grad = _draw(20_000, seed=step).float()
+        with using(library):
+            adamw_update(
+                found,
+                grad,
+                exp_avg=mean,
+                exp_avg_sq=square,
+                step=step,
+                learning_rate=numbers["lr"],
+                betas=numbers["betas"],
+                eps=numbers["eps"],
+                weight_decay=numbers["weight_decay"],
+            )
+        expected.grad = grad.double()
+        optimizer.step()
+    state = optimizer.state[expected]
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(square.double(), state["exp_avg_sq"], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(mean.double(), state["exp_avg"], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("value", [200.0, -200.0, 89.5, -103.0, 0.0])

@@ -53,6 +53,26 @@ def test_a_compiler_that_fails_leaves_nothing_and_its_words_are_shown(
     assert list((nothing_loaded / "moetrain").iterdir()) == []
 
 
+def test_a_user_without_a_home_has_torchs_kernels(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    library, why = find(Kernels.auto)
+    assert library is None
+    assert "home directory" in why
+
+
+def test_clang_is_refused(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = nothing_loaded / "clang++"
+    fake.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    with pytest.raises(UnavailableError, match="OpenMP"):
+        load.__wrapped__()
+
+
 def test_a_cache_that_cannot_be_written_is_named(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (nothing_loaded / "moetrain").write_text("a file")
     with pytest.raises(UnavailableError, match="cannot be written"):

@@ -53,6 +53,7 @@ def build(
     clip_norm: float = 0.5,
     eps: float = 1e-8,
     seed: int = 1,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Engine:
     return build_engine(
         model_config(),
@@ -61,7 +62,7 @@ def build(
         ),
         optim_config=OptimConfig(name=optimizer, clip_norm=clip_norm, eps=eps),
         quant_config=QuantConfig(enabled=quantize),
-        compute_dtype=torch.float32,
+        compute_dtype=compute_dtype,
         seed=seed,
     )
 

@@ -1,5 +1,7 @@
 """Two network namespaces are two hosts: torchrun meets across them, and the losses are those of one host.
 
+The second has its own processes too, so that no rank finds the other's memory.
+
 Two launchers on one machine are two hosts to an elastic restart.
 """
 
@@ -25,7 +27,7 @@ ip addr add 10.77.0.1/24 dev first; ip link set first up; ip link set lo up
 nsenter --net=/proc/$other/ns/net sh -c 'ip addr add 10.77.0.2/24 dev second; ip link set second up; ip link set lo up'
 export NNODES=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29511 MAX_RESTARTS=0
 LOCAL_ADDR=10.77.0.2 NODE_RANK=1 GLOO_SOCKET_IFNAME=second \
-    nsenter --net=/proc/$other/ns/net bash "$@" & second=$!
+    nsenter --net=/proc/$other/ns/net unshare --pid --fork --mount-proc bash "$@" & second=$!
 LOCAL_ADDR=10.77.0.1 NODE_RANK=0 GLOO_SOCKET_IFNAME=first bash "$@"
 wait $second
 """
@@ -63,7 +65,13 @@ def _why_not() -> str | None:
     missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
     if missing:
         return f"there is no {missing[0]} here (util-linux, iproute2)"
-    probe = ["unshare", "-Urn", "sh", "-c", "ip link add first type veth peer name second && unshare --net true"]
+    probe = [
+        "unshare",
+        "-Urn",
+        "sh",
+        "-c",
+        "ip link add first type veth peer name second && unshare --net --pid --fork --mount-proc true",
+    ]
     done = subprocess.run(probe, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"no network namespaces here: {done.stderr.strip()}"
 

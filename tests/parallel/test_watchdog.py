@@ -72,6 +72,35 @@ def test_a_rank_that_is_stopped_is_named_with_the_step_and_none_that_waits(stopp
         assert f"did not arrive: rank {stopped}: rank {stopped} gives no sign of life" in line
 
 
+IN_MEMORY = """
+import os, signal, torch
+import torch.distributed as dist
+from moetrain.parallel.config import ParallelConfig
+from moetrain.parallel.host_memory import memory_of
+from moetrain.parallel.topology import setup
+topology = setup(ParallelConfig(timeout_s=20))
+memory = memory_of(None, device=topology.device)
+topology.enter_step(7)
+memory.sum_(torch.ones(3))
+if topology.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+memory.sum_(torch.ones(3))
+"""
+
+
+def test_a_rank_that_waits_in_shared_memory_waits_to_the_watchdog() -> None:
+    ranks = start_ranks(2, IN_MEMORY, MASTER_PORT=str(free_port()))
+    try:
+        said = ranks[0].communicate(timeout=120)[1]
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert ranks[0].returncode == 1
+    assert "moetrain: step 7: rank 0 has waited in the collective at <string>:" in said
+    assert "did not arrive: rank 1: rank 1 gives no sign of life" in said
+
+
 LATE = """
 import sys, time, torch
 from moetrain.parallel.config import ParallelConfig
