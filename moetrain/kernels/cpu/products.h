@@ -128,20 +128,60 @@ void pack_right(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out)
   }
 }
 
+// LANES units of a row from unit u on, all inside it.
+template <class P, class T>
+floats load_units(const T* row, int64_t u) {
+  if constexpr (P::STEP == 1) return widen(as_halves(row + u));
+  halves both[2] = {as_halves(row + 2 * u), as_halves(row + 2 * u + LANES)};
+  floats units;
+  std::memcpy(&units, both, sizeof(units));
+  return units;
+}
+
+// Lane l of vector i and lane i of vector l change places, by exchanging blocks of 1, 2, 4.. lanes.
+inline void transpose(floats* rows) {
+  for (int64_t size = 1; size < LANES; size *= 2) {
+    ints first, second;
+    for (int64_t l = 0; l < LANES; l++) {
+      first[l] = l & size ? LANES + l - size : l;
+      second[l] = l & size ? LANES + l : l + size;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; i++) {
+      if (i & size) continue;
+      const floats above = rows[i], below = rows[i + size];
+      rows[i] = __builtin_shuffle(above, below, first);
+      rows[i + size] = __builtin_shuffle(above, below, second);
+    }
+  }
+}
+
 // The same of a right operand that is stored as its transpose [columns][k].
 template <class P, class T>
 void pack_right_transposed(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
   const int64_t depth = units<P>(k);
-  for (int64_t j = 0; j < PANEL; j++) {
-    if (j >= columns) {
-      for (int64_t u = 0; u < depth; u++) out[u * PANEL + j] = 0;
-      continue;
+  for (int64_t j = 0; j < PANEL; j += LANES) {
+    int64_t u = 0;
+    if (j + LANES <= columns) {
+      for (; (u + LANES) * P::STEP <= k; u += LANES) {
+        floats block[LANES];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < LANES; i++) block[i] = load_units<P>(b + (j + i) * ldb, u);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < LANES; i++) store(out + (u + i) * PANEL + j, block[i]);
+      }
     }
-    const T* row = b + j * ldb;
-    for (int64_t u = 0; u < depth; u++) {
-      if constexpr (P::STEP == 1) out[u * PANEL + j] = widen(as_bf16(row + u));
-      else out[u * PANEL + j] = pair(as_bf16(row + 2 * u), 2 * u + 1 < k ? as_bf16(row + 2 * u + 1) : bf16(0));
-    }
+    for (; u < depth; u++)
+      for (int64_t i = j; i < j + LANES; i++) {
+        const T* row = b + i * ldb;
+        float unit = 0;
+        if (i < columns) {
+          if constexpr (P::STEP == 1) unit = widen(as_bf16(row + u));
+          else unit = pair(as_bf16(row + 2 * u), 2 * u + 1 < k ? as_bf16(row + 2 * u + 1) : bf16(0));
+        }
+        out[u * PANEL + i] = unit;
+      }
   }
 }
 
@@ -224,7 +264,8 @@ template <class P>
 void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, int64_t ldo, int64_t m, int64_t n,
            int64_t k, bool add) {
   const int64_t block = DEPTH * P::STEP;
-  Scratch<float> panels(up_to(k, PANEL) * DEPTH);
+  const int64_t padded = up_to(k, PANEL) * DEPTH;
+  Scratch<float> panels(2 * padded);  // a thread that is done packs the next block while others read this one
 #pragma omp parallel
   {
     Scratch<float> tiles(CHUNK * DEPTH);
@@ -233,12 +274,13 @@ void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, i
     const int64_t part = up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS);
     for (int64_t start = 0; start < m; start += block) {
       const int64_t rows = std::min(block, m - start), depth = units<P>(rows);
-      pack_panels<P, false>(b + start * ldb, ldb, k, rows, panels.get());
-#pragma omp for schedule(static)
+      float* now = panels.get() + start / block % 2 * padded;
+      pack_panels<P, false>(b + start * ldb, ldb, k, rows, now);
+#pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < n; i += part) {
         const int64_t columns = std::min(part, n - i);
         pack_left_transposed<P>(a + start * lda + i, lda, columns, rows, tiles.get());
-        tiles_times_panels<P>(tiles.get(), columns, panels.get(), k, depth, out + i * ldo, ldo, add || start > 0);
+        tiles_times_panels<P>(tiles.get(), columns, now, k, depth, out + i * ldo, ldo, add || start > 0);
       }
     }
     if (m == 0 && !add) {
