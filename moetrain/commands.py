@@ -21,6 +21,7 @@ from moetrain.errors import ConfigError
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
+from moetrain.parallel.config import ParallelConfig
 from moetrain.ranges import COUNT, check_ranges
 
 
@@ -106,6 +107,16 @@ class VerifyLayoutsRun(StageRun):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give at least one")
         check_ranges(self, prefix="", ranges={COUNT: ("steps", "expert_rows")})
+        if min(self.experts) < 1:
+            raise ConfigError(f"experts is {self.experts}: give numbers from 1")
+        for zero in self.zeros:
+            ParallelConfig(zero=zero)
+        pairs = [(ranks, experts) for ranks in self.world_sizes for experts in self.experts]
+        if not any(ranks % experts == 0 and self.model.num_experts % experts == 0 for ranks, experts in pairs):
+            raise ConfigError(
+                f"experts is {self.experts}: give one that divides one of world_sizes={self.world_sizes} "
+                f"and model.num_experts={self.model.num_experts}"
+            )
         largest = max(self.world_sizes) * max(self.accumulations)
         if min(*self.world_sizes, *self.accumulations) < 1 or self.rows % largest:
             raise ConfigError(f"rows is {self.rows}: give a multiple of the most micro-batches of a step, {largest}")

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -73,8 +72,8 @@ class Library:
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler: CXX of the environment, else g++."""
-    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
+    """Return the C++ compiler: CXX of the environment where that is set, else g++."""
+    return shutil.which(os.environ.get("CXX") or "g++")
 
 
 @functools.cache
@@ -84,7 +83,9 @@ def load(target: Sequence[str] = _FOR_THIS_CPU) -> Library:
         raise UnavailableError(f"they are made for Linux on x86-64, not {platform.system()} on {platform.machine()}")
     found = compiler()
     if found is None:
-        raise UnavailableError("no C++ compiler is here; install g++ or name one with CXX")
+        raise UnavailableError(
+            f"no C++ compiler is here ({os.environ.get('CXX') or 'g++'}); install g++ or name one with CXX"
+        )
     try:
         path = _cache() / f"kernels-{_key(found, target)}.so"
     except (OSError, RuntimeError) as error:  # no home, no compiler that runs
@@ -126,10 +127,15 @@ def _compile(found: str, target: Sequence[str], path: Path) -> None:
             command = [found, *_FLAGS, *target, "-o", str(made), str(SOURCES / _MAIN)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                raise UnavailableError(f"{' '.join(command)} failed: {result.stderr.strip()[-2000:]}")
+                said = result.stderr.strip()[-2000:] or f"exit code {result.returncode}"
+                raise UnavailableError(f"{found} cannot compile {SOURCES / _MAIN}: {said}")
             with made.open("rb") as file:
                 os.fsync(file.fileno())  # a library that a power cut tears would crash whoever loads it
-            with suppress(FileExistsError):  # another rank was first; what others have mapped stays
-                os.link(made, path)
+            try:
+                os.link(made, path)  # what others have mapped stays: another rank may have been first
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                made.replace(path)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be written: {error}") from error

@@ -39,8 +39,11 @@ def native_for(x: torch.Tensor) -> Library | None:
     return in_use() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
 
 
-def find(wanted: Kernels) -> tuple[Library | None, str]:
-    """Return the library that `wanted` comes to on this machine, and why. Raises ConfigError where it must be."""
+def find(wanted: Kernels, *, cure: str = "Give kernels=auto or torch") -> tuple[Library | None, str]:
+    """Return the library that `wanted` comes to on this machine, and why. Raises ConfigError where it must be.
+
+    `cure`: what its message ends with.
+    """
     if wanted is Kernels.torch:
         return None, "asked for"
     if wanted is Kernels.auto and torch.cpu._is_amx_tile_supported():
@@ -51,7 +54,7 @@ def find(wanted: Kernels) -> tuple[Library | None, str]:
         library = load()
     except UnavailableError as error:
         if wanted is Kernels.native:
-            raise ConfigError(f"kernels=native cannot be had here: {error}. Give kernels=auto or torch") from None
+            raise ConfigError(f"kernels=native cannot be had here: {error}. {cure}") from None
         return None, str(error)
     kind = "pairs of bfloat16" if library.paired else "widened bfloat16"
     return library, f"products of {kind}; pairs are {library.gain_of_pairs:.2g} times as fast here"

@@ -46,10 +46,14 @@ def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> 
             _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
         return gain
 
+    if train.kernels is Kernels.torch and kept(folder / MACHINE, _NATIVE) and topology.is_main:
+        _log.warning("this stage began with native kernels and goes on with torch's: numbers differ by rounding")
+    cure = "The stage began with them; train.kernels=torch goes on with others"
+    cures = {"cure": cure} if train.kernels is Kernels.auto else {}
     train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
     library, why, refusal = None, "", ""
     try:
-        library, why = kernels_of(train, device=topology.device)
+        library, why = kernels_of(train, device=topology.device, **cures)
     except ConfigError as error:  # on this rank: all of them hear of it first
         refusal = str(error)
     everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
@@ -75,13 +79,16 @@ def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:
     return Kernels.native if native else Kernels.torch
 
 
-def kernels_of(train: TrainConfig, *, device: torch.device) -> tuple[Library | None, str]:
-    """Return the native kernels that `train` comes to here, None for torch's, and why. Raises ConfigError."""
+def kernels_of(train: TrainConfig, *, device: torch.device, **cure: str) -> tuple[Library | None, str]:
+    """Return the native kernels that `train` comes to here, None for torch's, and why.
+
+    Raises ConfigError where they must be had and are not; `cure`: see `find`.
+    """
     if device.type != "cpu":
         return None, f"this is {device.type}"
     if train.compute_dtype is ComputeDtype.float32:
         return None, "products are in float32"
-    return find(train.kernels)
+    return find(train.kernels, **cure)
 
 
 def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:

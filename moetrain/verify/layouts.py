@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from moetrain.commands import LayoutFault, VerifyLayoutsRun
+from moetrain.compose import save_config
 from moetrain.log import progress
 from moetrain.parallel.config import EngineName
 from moetrain.runtime import free_port
@@ -31,6 +32,9 @@ from moetrain.verify.layout_cases import (
 from moetrain.verify.layout_margins import Margins, largest_score_gap
 from moetrain.verify.layout_worker import weight_gap
 from moetrain.verify.table import Row
+
+CONFIG = "layouts_config.yaml"
+"""What the ranks read. `config.yaml` may still be that of an earlier run here."""
 
 STEP_BOUND = 1e-6
 """Largest relative difference of loss, gradient norm and clip factor of a step; of the bias, of its largest."""
@@ -83,6 +87,7 @@ class Outcome:
 def verify_layouts(run: VerifyLayoutsRun, *, folder: Path) -> Outcome:
     """Return how far each layout of `run` is from the plain loop. Starts and ends its own processes."""
     torch.set_num_threads(1)
+    save_config(run, folder / CONFIG)
     layouts = layouts_of(run)
     references: dict[str, Reference] = {}
     for layout in layouts:
@@ -158,7 +163,7 @@ def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Ite
     listed = folder / f"layouts_{world_size}.json"
     listed.write_text(json.dumps([asdict(layout) for layout in layouts]))
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / "config.yaml"), str(listed)]
+    command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / CONFIG), str(listed)]
     with ExitStack() as stack:
         log = stack.enter_context((folder / f"ranks_{world_size}.log").open("w"))
         ranks = []

@@ -35,7 +35,9 @@ def test_two_ranks_with_split_experts_and_weights_and_limited_rows_keep_every_bo
     run = _run("world_sizes=[2]", "experts=[2]", "zeros=[3]", "accumulations=[1,2]", "recomputes=[blocks]")
     run.expert_rows = 16
     run.optimizers = [OptimizerName.muon]
-    save_config(run, tmp_path / "config.yaml")
+    save_config(
+        _run("world_sizes=[2]", "accumulations=[1]", "run.seed=9"), tmp_path / "config.yaml"
+    )  # of an earlier run
     outcome = verify_layouts(run, folder=tmp_path)
     assert len(outcome.gaps) == 4
     check_rows(rows_of(outcome))
@@ -72,7 +74,6 @@ def test_a_norm_without_experts_is_the_same_however_experts_are_split(tmp_path: 
     run = _run("world_sizes=[2]", "experts=[1,2]", "zeros=[2,3]", "accumulations=[2]", "recomputes=[none]")
     run.optimizers, run.scenarios = [OptimizerName.muon], [LayoutScenario.routed]
     run.fault = LayoutFault.norm_without_experts
-    save_config(run, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
     assert len(outcome.gaps) == 4
     norms = [gaps["grad_norm"] for gaps in outcome.gaps.values()]
@@ -104,7 +105,6 @@ def test_a_draw_of_tokens_with_a_coin_flip_is_left_out_counted_and_drawn_anew(tm
     )
     run.world_sizes, run.experts, run.zeros, run.accumulations = [1], [1], [1], [1]
     run.optimizers, run.scenarios, run.recomputes = [OptimizerName.muon], [LayoutScenario.routed], [Recompute.none]
-    save_config(run, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
     (layout,) = outcome.gaps
     assert layout.draw >= 1
@@ -116,10 +116,23 @@ def test_groups_of_experts_keep_every_bound(tmp_path: Path) -> None:
     run = _run("world_sizes=[2]", "experts=[2]", "zeros=[1]", "accumulations=[1]", "recomputes=[none]")
     run.optimizers = [OptimizerName.adamw]
     run.model.num_groups, run.model.num_groups_per_token = 4, 2
-    save_config(run, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
     assert len(outcome.gaps) == 2
     check_rows(rows_of(outcome))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["zeros=[1,0]"], "parallel.zero is 0"),
+        (["world_sizes=[1]", "experts=[2]"], "experts is "),
+        (["experts=[3]"], "experts is "),
+        (["experts=[0]"], "experts is "),
+    ],
+)
+def test_what_no_layout_can_be_made_of_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(*words)
 
 
 def test_nothing_compared_is_a_miss() -> None:
