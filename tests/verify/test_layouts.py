@@ -35,9 +35,8 @@ def test_two_ranks_with_split_experts_and_weights_and_limited_rows_keep_every_bo
     run = _run("world_sizes=[2]", "experts=[2]", "zeros=[3]", "accumulations=[1,2]", "recomputes=[blocks]")
     run.expert_rows = 16
     run.optimizers = [OptimizerName.muon]
-    save_config(
-        _run("world_sizes=[2]", "accumulations=[1]", "run.seed=9"), tmp_path / "config.yaml"
-    )  # of an earlier run
+    earlier = _run("world_sizes=[2]", "accumulations=[1]", "run.seed=9")
+    save_config(earlier, tmp_path / "config.yaml")
     outcome = verify_layouts(run, folder=tmp_path)
     assert len(outcome.gaps) == 4
     check_rows(rows_of(outcome))
