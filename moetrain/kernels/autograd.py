@@ -167,9 +167,9 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Gradients:
         gate_XF, up_XF = ctx.saved_tensors
-        hidden_XF, grad_gate_XF, grad_up_XF = (torch.empty_like(gate_XF) for _ in range(3))
+        grad_gate_XF, grad_up_XF = torch.empty_like(gate_XF), torch.empty_like(up_XF)
         sources = (grads[0].contiguous(), gate_XF, up_XF)
-        ctx.library("swiglu_backward", *sources, hidden_XF, grad_gate_XF, grad_up_XF, gate_XF.numel())
+        ctx.library("swiglu_backward", *sources, grad_gate_XF, grad_up_XF, gate_XF.numel())
         return grad_gate_XF, grad_up_XF, None
 
 

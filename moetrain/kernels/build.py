@@ -29,7 +29,7 @@ _SIGNATURES = {
     "linear_grad_x": "ippplll",
     "linear_grad_w": "ipppllli",
     "swiglu": "pppl",
-    "swiglu_backward": "ppppppl",
+    "swiglu_backward": "pppppl",
     "expert_rows": "iippppppl" + "ll",
     "expert_rows_backward": "iipppppppppl" + "ll",
     "latent_attention": "ippppppppp" + "lllllllf",

@@ -9,6 +9,7 @@ from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library, UnavailableError, load
 from moetrain.kernels.config import Kernels
 
+CURE = "Give kernels=auto or torch"
 _WIDE = ("AVX2", "AVX512")
 _in_use: list[Library] = []
 
@@ -34,12 +35,17 @@ def in_use() -> Library | None:
     return _in_use[0] if _in_use else None
 
 
+def native_on(device: torch.device, dtype: torch.dtype) -> Library | None:
+    """Return the library if it is in use and takes activations of this kind: bfloat16 on a CPU."""
+    return in_use() if dtype == torch.bfloat16 and device.type == "cpu" else None
+
+
 def native_for(x: torch.Tensor) -> Library | None:
-    """Return the library if it is in use and takes activations like `x`: bfloat16 on a CPU."""
-    return in_use() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
+    """Return the library if it is in use and takes activations like `x`."""
+    return native_on(x.device, x.dtype)
 
 
-def find(wanted: Kernels, *, cure: str = "Give kernels=auto or torch") -> tuple[Library | None, str]:
+def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
     """Return the library that `wanted` comes to on this machine, and why. Raises ConfigError where it must be.
 
     `cure`: what its message ends with.

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.kernels import autograd as native
-from moetrain.kernels.choice import in_use
+from moetrain.kernels.choice import in_use, native_on
 from moetrain.model.config import ModelConfig
 from moetrain.model.flash_attention import Runs, attend_flash, plan_runs, takes_flash
 from moetrain.model.layers import Linear, RMSNorm
@@ -63,7 +63,7 @@ def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int)
     own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
-    if in_use() and segments_BT.device.type == "cpu" and dtype == torch.bfloat16:
+    if native_on(segments_BT.device, dtype):
         return FirstSeen(first_seen_BT=first_seen(segments_BT).int())
     if takes_flash(segments_BT.device, dtype, width=width):
         return plan_runs(segments_BT)

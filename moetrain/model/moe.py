@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from moetrain.kernels.choice import native_for
+from moetrain.kernels.choice import native_on
 from moetrain.model.balance import required_biases, z_loss_sum
 from moetrain.model.combine import combine, spread
 from moetrain.model.config import BiasRule, ModelConfig
@@ -60,7 +60,7 @@ class Experts(Recomputable):
         Masters where the native kernels are in use, which cast what they read.
         """
         if self.fake_quant is None:
-            if native_for(self.gate_up_proj.new_empty(0, dtype=self.compute_dtype)):
+            if native_on(self.gate_up_proj.device, self.compute_dtype):
                 return self.gate_up_proj, self.down_proj
             return self.gate_up_proj.to(self.compute_dtype), self.down_proj.to(self.compute_dtype)
         return (

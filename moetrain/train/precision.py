@@ -11,7 +11,7 @@ import torch
 
 from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import find, use
+from moetrain.kernels.choice import CURE, find, use
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
 from moetrain.train.config import ComputeDtype, TrainConfig
@@ -25,6 +25,7 @@ MACHINE = "machine.json"
 _GAIN = "speed of float32 products over bfloat16 ones"
 _NATIVE = "native kernels"
 """1 where a stage computes with them, else 0."""
+_GO_ON = "The stage began with them; train.kernels=torch goes on with others"
 _MARGIN = 1.25
 """Gain from which on float32 is taken: its operands are twice as large."""
 _SIZE = 512
@@ -48,12 +49,11 @@ def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> 
 
     if train.kernels is Kernels.torch and kept(folder / MACHINE, _NATIVE) and topology.is_main:
         _log.warning("this stage began with native kernels and goes on with torch's: numbers differ by rounding")
-    cure = "The stage began with them; train.kernels=torch goes on with others"
-    cures = {"cure": cure} if train.kernels is Kernels.auto else {}
+    cure = _GO_ON if train.kernels is Kernels.auto else CURE
     train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
     library, why, refusal = None, "", ""
     try:
-        library, why = kernels_of(train, device=topology.device, **cures)
+        library, why = kernels_of(train, device=topology.device, cure=cure)
     except ConfigError as error:  # on this rank: all of them hear of it first
         refusal = str(error)
     everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
@@ -79,7 +79,7 @@ def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:
     return Kernels.native if native else Kernels.torch
 
 
-def kernels_of(train: TrainConfig, *, device: torch.device, **cure: str) -> tuple[Library | None, str]:
+def kernels_of(train: TrainConfig, *, device: torch.device, cure: str = CURE) -> tuple[Library | None, str]:
     """Return the native kernels that `train` comes to here, None for torch's, and why.
 
     Raises ConfigError where they must be had and are not; `cure`: see `find`.
@@ -88,7 +88,7 @@ def kernels_of(train: TrainConfig, *, device: torch.device, **cure: str) -> tupl
         return None, f"this is {device.type}"
     if train.compute_dtype is ComputeDtype.float32:
         return None, "products are in float32"
-    return find(train.kernels, **cure)
+    return find(train.kernels, cure=cure)
 
 
 def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:

@@ -69,14 +69,6 @@ class Head {
   const int32_t* first_seen;
 };
 
-template <class P, bool TRANSPOSED>
-void pack_all(const bf16* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
-  for (int64_t j = 0; j < columns; j += PANEL) {
-    if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
-    else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
-  }
-}
-
 // Scores of keys first..last - 1 become exp(scale * (score - most)); returns their sum, and the largest score in `most`.
 inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t size, float scale, bf16* out, float* most) {
   float top = -std::numeric_limits<float>::infinity();

@@ -23,13 +23,13 @@ inline void swiglu_row(const bf16* gate, const bf16* up, int64_t width, bf16* hi
   for (; i < width; i++) hidden[i] = narrow(widen(gate[i]) * sigmoid(widen(gate[i])) * widen(up[i]));
 }
 
-// The gradients of gate and up from that of hidden, and hidden once more. T float or bf16.
+// The gradients of gate and up from that of hidden, and hidden once more where it is asked for. T float or bf16.
 template <class T>
 void swiglu_gradient_row(const bf16* gate, const bf16* up, const T* grad_hidden, int64_t width, bf16* hidden,
                          bf16* grad_gate, bf16* grad_up) {
   const auto at = [&](int64_t i, auto x, auto u, auto grad) {
     const auto s = sigmoid(x), silu = x * s;
-    store(hidden + i, silu * u);
+    if (hidden != nullptr) store(hidden + i, silu * u);
     store(grad_up + i, grad * silu);
     store(grad_gate + i, grad * u * (s + silu * (1.0f - s)));
   };

@@ -94,10 +94,10 @@ EXPORT void swiglu(const bf16* gate, const bf16* up, bf16* hidden, int64_t size)
   in_slices(size, [&](int64_t at, int64_t n) { swiglu_row(gate + at, up + at, n, hidden + at); });
 }
 
-EXPORT void swiglu_backward(const bf16* grad_hidden, const bf16* gate, const bf16* up, bf16* hidden, bf16* grad_gate,
-                            bf16* grad_up, int64_t size) {
+EXPORT void swiglu_backward(const bf16* grad_hidden, const bf16* gate, const bf16* up, bf16* grad_gate, bf16* grad_up,
+                            int64_t size) {
   in_slices(size, [&](int64_t at, int64_t n) {
-    swiglu_gradient_row(gate + at, up + at, grad_hidden + at, n, hidden + at, grad_gate + at, grad_up + at);
+    swiglu_gradient_row(gate + at, up + at, grad_hidden + at, n, nullptr, grad_gate + at, grad_up + at);
   });
 }
 

@@ -225,14 +225,24 @@ inline void narrow_row(const float* from, bf16* to, int64_t size) {
   for (; i < size; i++) to[i] = narrow(from[i]);
 }
 
-// All panels of a right operand, shared out among the threads of the team that calls.
+// The panel that begins at column j of a right operand, to its place among all panels.
+template <class P, bool TRANSPOSED, class T>
+void pack_panel(const T* b, int64_t ldb, int64_t columns, int64_t k, int64_t j, float* out) {
+  if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
+  else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
+}
+
+// All panels of a right operand, by the thread that calls.
+template <class P, bool TRANSPOSED, class T>
+void pack_all(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
+  for (int64_t j = 0; j < columns; j += PANEL) pack_panel<P, TRANSPOSED>(b, ldb, columns, k, j, out);
+}
+
+// The same, shared out among the threads of the team that calls.
 template <class P, bool TRANSPOSED, class T>
 void pack_panels(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
 #pragma omp for schedule(static)
-  for (int64_t j = 0; j < columns; j += PANEL) {
-    if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
-    else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
-  }
+  for (int64_t j = 0; j < columns; j += PANEL) pack_panel<P, TRANSPOSED>(b, ldb, columns, k, j, out);
 }
 
 // y[m][n] = x[m][k] w, w [k][n], or [n][k] where TRANSPOSED
