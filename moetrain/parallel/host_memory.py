@@ -1,7 +1,7 @@
 """Sums and exchanges among ranks on one host, through a piece of memory that all of them map.
 
-Gloo sends through the loopback device, which copies each byte twice, at about a gigabyte a second; here a rank writes
-where the others read. On several hosts, on GPUs, on CPUs that are not x86 and for small tensors gloo or NCCL do all.
+Gloo sends through the loopback device, which copies each byte twice; here a rank writes where the others read. On
+several hosts, on GPUs, on CPUs that are not x86 and for small tensors gloo or NCCL do all.
 
 G ranks of a group. A slot is the part of the memory that a rank writes to; there is one more, for what they sum.
 """

@@ -35,6 +35,15 @@ class _Read(NamedTuple):
     entropies_C: torch.Tensor
 
 
+class _Chunk(NamedTuple):
+    """What the backward pass reads of a chunk."""
+
+    hidden_CD: torch.Tensor
+    logits_CV: torch.Tensor
+    targets_C: torch.Tensor
+    normalizers_C: torch.Tensor
+
+
 class _Head(Protocol):
     """A head's weight, read chunk by chunk of `chunk_elements` logits."""
 
@@ -46,16 +55,7 @@ class _Head(Protocol):
     def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
         """Return what is asked of the logits."""
 
-    def backward(
-        self,
-        grad_C: torch.Tensor,
-        hidden_CD: torch.Tensor,
-        logits_CV: torch.Tensor,
-        *,
-        targets_C: torch.Tensor,
-        normalizers_C: torch.Tensor,
-        grad_VD: torch.Tensor,
-    ) -> torch.Tensor:
+    def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
         """Add to `grad_VD`, the weight's gradient in float32, and return that of the hidden states.
 
         d logprob / d logits = onehot(target) - p.
@@ -81,16 +81,8 @@ class _TorchHead:
         entropies_C = normalizers_C - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
         return _Read(normalizers_C, target_C - normalizers_C, entropies_C)
 
-    def backward(
-        self,
-        grad_C: torch.Tensor,
-        hidden_CD: torch.Tensor,
-        logits_CV: torch.Tensor,
-        *,
-        targets_C: torch.Tensor,
-        normalizers_C: torch.Tensor,
-        grad_VD: torch.Tensor,
-    ) -> torch.Tensor:
+    def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
+        hidden_CD, logits_CV, targets_C, normalizers_C = chunk
         grad_CV = (logits_CV.float() - normalizers_C[:, None]).exp_()
         grad_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None])
         cast_CV = grad_CV.to(hidden_CD.dtype)
@@ -116,19 +108,11 @@ class _NativeHead:
         self.library("logprob_rows", logits_CV, targets_C.contiguous(), *read, *logits_CV.shape)
         return read
 
-    def backward(
-        self,
-        grad_C: torch.Tensor,
-        hidden_CD: torch.Tensor,
-        logits_CV: torch.Tensor,
-        *,
-        targets_C: torch.Tensor,
-        normalizers_C: torch.Tensor,
-        grad_VD: torch.Tensor,
-    ) -> torch.Tensor:
-        library, hidden_CD = self.library, hidden_CD.contiguous()
+    def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
+        library = self.library
+        hidden_CD, logits_CV, targets_C, normalizers_C = (tensor.contiguous() for tensor in chunk)
         grad_CV, grad_hidden_CD = torch.empty_like(logits_CV), torch.empty_like(hidden_CD)
-        sources = (grad_C.contiguous(), logits_CV, targets_C.contiguous(), normalizers_C.contiguous())
+        sources = (grad_C.contiguous(), logits_CV, targets_C, normalizers_C)
         library("logprob_rows_backward", *sources, grad_CV, *logits_CV.shape)
         sizes = (*logits_CV.shape, hidden_CD.shape[1])
         library("linear_grad_w", library.paired, grad_CV, hidden_CD, grad_VD, *sizes, 1)
@@ -172,16 +156,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
             head = _head(hidden_ND, weight_VD)
         grad_hidden_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
         chunks = _chunks(len(targets_N), len(weight_VD), elements=head.chunk_elements)
-        for index, chunk in enumerate(chunks):
-            hidden_CD = hidden_ND[chunk]
-            grad_hidden_ND[chunk] = head.backward(
-                grads[0][chunk],
-                hidden_CD,
-                kept[index] if kept else head.logits(hidden_CD),
-                targets_C=targets_N[chunk],
-                normalizers_C=normalizers_N[chunk],
-                grad_VD=grad_VD,
-            )
+        for index, rows in enumerate(chunks):
+            hidden_CD = hidden_ND[rows]
+            logits_CV = kept[index] if kept else head.logits(hidden_CD)
+            chunk = _Chunk(hidden_CD, logits_CV, targets_N[rows], normalizers_N[rows])
+            grad_hidden_ND[rows] = head.backward(grads[0][rows], chunk, grad_VD=grad_VD)
         return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None
 
 

@@ -22,6 +22,14 @@ def nothing_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _take_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have the compiler be a shell script."""
+    compiler = folder / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
 def test_the_library_is_compiled_once_and_then_read(nothing_loaded: Path) -> None:
     load.__wrapped__()
     (made,) = (nothing_loaded / "moetrain").iterdir()
@@ -44,10 +52,7 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(
 def test_a_compiler_that_fails_leaves_nothing_and_its_words_are_shown(
     nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = nothing_loaded / "broken"
-    broken.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    _take_compiler(nothing_loaded, monkeypatch, "echo 'no such instruction' >&2; exit 1")
     with pytest.raises(UnavailableError, match="no such instruction"):
         load.__wrapped__()
     assert list((nothing_loaded / "moetrain").iterdir()) == []
@@ -65,10 +70,7 @@ def test_a_user_without_a_home_has_torchs_kernels(nothing_loaded: Path, monkeypa
 
 
 def test_clang_is_refused(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = nothing_loaded / "clang++"
-    fake.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
+    _take_compiler(nothing_loaded, monkeypatch, "echo 'Debian clang version 14.0.6'")
     with pytest.raises(UnavailableError, match="OpenMP"):
         load.__wrapped__()
 
