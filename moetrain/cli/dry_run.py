@@ -69,11 +69,10 @@ def _peak(run: TrainingRun) -> float:
     from moetrain.kernels.choice import using
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.precision import DTYPES, kernels_of, settled_dtype
+    from moetrain.train.precision import DTYPES, settled
 
     device = default_device()
-    library, _ = kernels_of(run.train, device=device)
-    dtype = settled_dtype(run.train, device=device, folder=run.run.path)
+    dtype, library = settled(run.train, device=device, folder=run.run.path)
     with using(library):
         return measure_peak(dtype=DTYPES[dtype], device=device)
 

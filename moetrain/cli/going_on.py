@@ -20,7 +20,7 @@ def check_going_on(run: TrainingRun) -> None:
     # These bring torch in; most stages have not begun.
     from moetrain.train import checkpoint
     from moetrain.train.identity import identity_of
-    from moetrain.train.precision import settled_dtype
+    from moetrain.train.precision import settled
     from moetrain.train.resume import check_identity
 
     try:
@@ -29,7 +29,8 @@ def check_going_on(run: TrainingRun) -> None:
         return  # damaged, or none: the stage takes an earlier one
     kept: dict[str, Any] = loaded.state["identity"]
     train = run.train
-    train = replace(train, compute_dtype=settled_dtype(train, device=default_device(), folder=run.run.path))
+    compute_dtype, _ = settled(train, device=default_device(), folder=run.run.path)
+    train = replace(train, compute_dtype=compute_dtype)
     said = identity_of(
         model=run.model,
         quant=run.quant,

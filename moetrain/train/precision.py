@@ -49,7 +49,7 @@ def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> 
 
     if train.kernels is Kernels.torch and kept(folder / MACHINE, _NATIVE) and topology.is_main:
         _log.warning("this stage began with native kernels and goes on with torch's: numbers differ by rounding")
-    cure = _GO_ON if train.kernels is Kernels.auto else CURE
+    cure = _cure(train)
     train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
     library, why, refusal = None, "", ""
     try:
@@ -103,11 +103,17 @@ def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], flo
     return faster((gain or float32_gain)())
 
 
-def settled_dtype(train: TrainConfig, *, device: torch.device, folder: Path) -> ComputeDtype:
-    """Return the dtype that `settle_products` comes to in one process; nothing is written or put to use."""
-    library, _ = kernels_of(replace(train, kernels=begun_with(train, folder=folder)), device=device)
+def settled(train: TrainConfig, *, device: torch.device, folder: Path) -> tuple[ComputeDtype, Library | None]:
+    """Return the dtype and the kernels that `settle_products` comes to in one process; nothing is written or used."""
+    begun = replace(train, kernels=begun_with(train, folder=folder))
+    library, _ = kernels_of(begun, device=device, cure=_cure(train))
     kernels = Kernels.native if library else Kernels.torch
-    return dtype_of(replace(train, kernels=kernels), device=device, gain=partial(found_gain, folder))
+    return dtype_of(replace(train, kernels=kernels), device=device, gain=partial(found_gain, folder)), library
+
+
+def _cure(train: TrainConfig) -> str:
+    """Return what helps where native kernels cannot be had: with `auto` they must because the stage began with them."""
+    return _GO_ON if train.kernels is Kernels.auto else CURE
 
 
 def faster(gain: float) -> ComputeDtype:

@@ -23,7 +23,7 @@ from moetrain.train.precision import (
     faster,
     float32_gain,
     settle_products,
-    settled_dtype,
+    settled,
 )
 
 FASTEST = TrainConfig(compute_dtype=ComputeDtype.fastest, kernels=Kernels.torch)
@@ -83,8 +83,8 @@ def test_fastest_is_bfloat16_with_the_native_kernels_and_they_are_used_from_then
 
 def test_what_is_settled_here_is_what_a_check_says_beforehand(tmp_path: Path) -> None:
     for index, train in enumerate((TrainConfig(compute_dtype=ComputeDtype.fastest), FASTEST, TrainConfig())):
-        settled = settle_products(train, folder=tmp_path / str(index), topology=setup(ParallelConfig()))
-        assert settled_dtype(train, device=CPU, folder=tmp_path / str(index)) is settled.compute_dtype
+        found = settle_products(train, folder=tmp_path / str(index), topology=setup(ParallelConfig()))
+        assert settled(train, device=CPU, folder=tmp_path / str(index))[0] is found.compute_dtype
 
 
 def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None:
@@ -125,7 +125,11 @@ def test_a_run_goes_on_with_the_kernels_it_began_with(
     older.mkdir()
     (older / MACHINE).write_text(json.dumps({"speed of float32 products over bfloat16 ones": 5.0}))
     assert settle_products(train, folder=older, topology=topology).kernels is Kernels.torch
-    assert settled_dtype(train, device=CPU, folder=older) in (ComputeDtype.float32, compute_dtype)
+    assert settled(train, device=CPU, folder=older)[0] in (ComputeDtype.float32, compute_dtype)
     no_compiler()
-    with pytest.raises(ConfigError, match="no compiler"):
-        settle_products(train, folder=native, topology=topology)
+    for goes_on in (
+        lambda: settle_products(train, folder=native, topology=topology),
+        lambda: settled(train, device=CPU, folder=native),
+    ):
+        with pytest.raises(ConfigError, match=r"no compiler\. The stage began with them"):
+            goes_on()
