@@ -284,9 +284,8 @@ class _LatentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Gradients:
         q_BTHC, kv_BTHE, flat_NR, *rest = ctx.saved_tensors
         grad_q_BTHC, grad_kv_BTHE = torch.empty_like(q_BTHC), torch.empty_like(kv_BTHE)
-        num_rows, num_tokens, num_heads, _ = q_BTHC.shape
-        grad_k_BHTR = q_BTHC.new_empty(num_rows, num_heads, num_tokens, flat_NR.shape[1], dtype=torch.float32)
+        grad_k_BTR = q_BTHC.new_empty(*q_BTHC.shape[:2], flat_NR.shape[1])
         sources = (grads[0].contiguous(), q_BTHC, kv_BTHE, flat_NR, *rest)
-        results = (grad_q_BTHC, grad_kv_BTHE, grad_k_BHTR)
+        results = (grad_q_BTHC, grad_kv_BTHE, grad_k_BTR)
         ctx.library("latent_attention_backward", ctx.library.paired, *sources, *results, *ctx.sizes, ctx.scale)
-        return grad_q_BTHC, grad_kv_BTHE, grad_k_BHTR.sum(1).to(flat_NR.dtype), None, None, None
+        return grad_q_BTHC, grad_kv_BTHE, grad_k_BTR, None, None, None

@@ -19,6 +19,7 @@ from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
 from moetrain.parallel.deepspeed_start import quieten, share_memory, spare_the_compiler
 from moetrain.parallel.expert import ExpertAdapter, group_name
+from moetrain.parallel.gradients import LARGEST_BUCKET
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
 from moetrain.parallel.protocol import (
@@ -46,8 +47,6 @@ from moetrain.parallel.topology import Topology
 from moetrain.parallel.zero import ParameterShards, Shards, VectorShards, mark_units, stage_3_settings
 
 T = TypeVar("T")
-
-_LARGEST_BUCKET = 1 << 26  # elements reduced at once: 256 MB in float32
 
 
 class _ObjectiveModule(nn.Module):
@@ -136,7 +135,7 @@ class DeepSpeedEngine:
                 "overlap_comm": False,
                 "reduce_scatter": True,
                 "round_robin_gradients": False,
-                "reduce_bucket_size": min(num_elements, _LARGEST_BUCKET),
+                "reduce_bucket_size": min(num_elements, LARGEST_BUCKET),
                 **(stage_3_settings(self.model) if zero_stage == PARTITIONING_STAGE else {}),
             },
             "steps_per_print": None,
@@ -147,9 +146,9 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(is_last)
 
         def differentiated(model: Transformer, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
-            """Return the loss whose mean over ranks is the sum of shares, and the result."""
+            """Return the loss whose gradient DeepSpeed makes the sum of the ranks' shares, and the result."""
             result = objective(model, batch)
-            return result.loss * self.topology.world_size, result.detached()
+            return result.loss * self.shards.num_averaged, result.detached()
 
         loss, result = self.engine(differentiated, on_device(batch, self.topology.device))
         self.engine.backward(loss)

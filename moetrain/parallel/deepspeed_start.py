@@ -6,11 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime import compiler
 
-from moetrain.parallel.host_memory import SMALL, memory_of
+from moetrain.parallel.host_memory import is_large, memory_of
 
 _NO_NEWS = (
     "untested optimizer",
@@ -45,34 +44,23 @@ def spare_the_compiler() -> None:
 
 
 def share_memory(backend: TorchBackend) -> None:
-    """Have DeepSpeed sum gradients and gather weights through memory where the ranks of a group share it.
+    """Have DeepSpeed gather weights through memory where the ranks of a group share it.
 
     What it waits for later (`async_op`), small tensors and all else go the way they went. May be called again.
     """
     if _SHARES in vars(backend):
         return
-    all_reduce, all_gather = backend.all_reduce, backend.all_gather_into_tensor
-
-    def _summed(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        is_sum = backend._reduce_op(op) == dist.ReduceOp.SUM  # of torch's or DeepSpeed's own
-        takes = not async_op and is_sum and tensor.dtype == torch.float32 and _is_large(tensor)
-        if takes and (memory := memory_of(group, device=tensor.device)):
-            return memory.sum_(tensor)
-        return all_reduce(tensor, op, group, async_op)
+    all_gather = backend.all_gather_into_tensor
 
     def _gathered(
         output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        takes = not async_op and _is_large(input_tensor) and output_tensor.is_contiguous()
-        if takes and (memory := memory_of(group, device=input_tensor.device)):
+        takes = not async_op and input_tensor.is_contiguous() and output_tensor.is_contiguous()
+        if takes and is_large(input_tensor) and (memory := memory_of(group, device=input_tensor.device)):
             return memory.gather(input_tensor, out=output_tensor)
         return all_gather(output_tensor, input_tensor, group, async_op)
 
-    vars(backend).update({"all_reduce": _summed, "all_gather_into_tensor": _gathered, _SHARES: True})
+    vars(backend).update({"all_gather_into_tensor": _gathered, _SHARES: True})
 
 
 _SHARES = "shares_memory"
-
-
-def _is_large(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.numel() * tensor.element_size() > SMALL

@@ -7,7 +7,7 @@ parts, the last padded, and lays the parts of a rank end to end.
 P elements of a rank's vector.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,6 +95,10 @@ class VectorPartition:
     def place(self, span: Span) -> int:
         """Return where this rank's piece of `span` begins in this rank's vector."""
         return max(0, span.slot.offset + span.start - self.index * self.size)
+
+    def used(self, slots: Sequence[Slot]) -> int:
+        """Return how many elements of this rank's vector `slots`, all of the group's, fill; the rest is padding."""
+        return min(max(slots[-1].end - self.index * self.size, 0), self.size)
 
 
 @dataclass(frozen=True, kw_only=True)

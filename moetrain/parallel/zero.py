@@ -1,7 +1,8 @@
 """What DeepSpeed's ZeRO optimizers hold, and how weights that were changed outside a step reach it.
 
-The one place that reads their fields: stages 1 and 2 keep a whole copy of the weights beside a rank's part of the
-float32 masters, stage 3 keeps parts alone and brings weights together for the call of the module that owns them.
+The one place, beside `parallel.gradients`, that reads their fields: in stages 1 and 2 a rank has all weights, and those
+that it steps are a part of them; stage 3 keeps parts alone and brings weights together for the call of the module that
+owns them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from moetrain.model.attention import Attention
 from moetrain.model.layers import FeedForward
 from moetrain.model.moe import Experts
 from moetrain.model.transformer import Transformer
+from moetrain.parallel.gradients import VectorGradients
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import ParameterPartition, Partition, Slot, VectorPartition, own_piece
 from moetrain.parallel.protocol import StateReader
@@ -48,6 +50,9 @@ def stage_3_settings(model: Transformer) -> dict[str, Any]:
 class Shards(Protocol):
     """A rank's parts of masters and weights, by parameter group."""
 
+    num_averaged: int
+    """Ranks by whose number DeepSpeed divides the sum of their gradients; 1 where it does not."""
+
     def vectors(self) -> Iterator[torch.Tensor]:
         """Yield each group's float32 masters of this rank, one flat vector a group."""
 
@@ -71,9 +76,19 @@ class VectorShards:
     """ZeRO 1 and 2."""
 
     def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
+        self.num_averaged = 1
         self.zero = zero
         self.model = model
         self.optimizer = optimizer
+        VectorGradients(zero, optimizer.param_groups)
+        self._share_masters()
+
+    def _share_masters(self) -> None:
+        """Make a rank's masters its part of the weights: both are float32, DeepSpeed's second copy is dropped."""
+        for index, flat_P in enumerate(self.vectors()):
+            rank = dist.get_rank(self.zero.real_dp_process_group[index])
+            flat_P.data = self.zero.parallel_partitioned_bit16_groups[index][rank].data
+        self.zero._link_all_hp_params()  # views that would hold the memory of the copy
 
     def vectors(self) -> Iterator[torch.Tensor]:
         """Yield the masters of each group."""
@@ -100,20 +115,18 @@ class VectorShards:
             )
 
     def read(self, slot: Slot, reader: StateReader, *, group: Mapping[str, Any], first: int) -> None:
-        """Fill the whole copy of a parameter."""
-        del group  # the masters follow from the copy
+        """Fill the whole of a parameter."""
+        del group
         read_into(self.model.get_parameter(slot.name).data, reader, name=slot.name, first=first)
 
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """Multiply both the copy and the masters by the same factors: they hold the same bits, and nothing travels."""
+        """Multiply all weights, of which the masters are a part: nothing travels."""
         for name, factor_M in factors.items():
             param = self.model.get_parameter(name)
             param.data.mul_(factor_M.to(param.device)[:, None])
-        self.optimizer.multiply_rows(factors)
 
     def written(self) -> None:
-        """Take the masters from the whole copy."""
-        self.zero.refresh_fp32_params()
+        """Do nothing: the masters are a part of what was read."""
 
     def discarded(self) -> None:
         """Do nothing: DeepSpeed drops the whole of it."""
@@ -123,6 +136,7 @@ class ParameterShards:
     """ZeRO 3. Padding of the last rank's parts is set to zero, which it stays: its gradient is zero."""
 
     def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
+        self.num_averaged = dist.get_world_size()
         self.zero = zero
         self.optimizer = optimizer
         self.names = {id(param): name for name, param in model.named_parameters()}

@@ -12,7 +12,7 @@ from moetrain.kernels.build import load
 from moetrain.kernels.choice import using
 from moetrain.model.config import Recompute
 from moetrain.optim.config import OptimizerName
-from moetrain.parallel import deepspeed_start
+from moetrain.parallel import deepspeed_engine, host_memory
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.host_memory import HostMemory
 from tests.distributed import run_ranks
@@ -63,7 +63,8 @@ def _counted(name: str, met: Counter[str]) -> Callable[..., None]:
 
 
 def _two_ranks() -> list[Trained]:
-    deepspeed_start.SMALL = 0  # the model is
+    host_memory.SMALL = 0  # the model is
+    deepspeed_engine.LARGEST_BUCKET = 700  # some of its parameters are larger
     return [_trained(EngineName.deepspeed, **layout) for layout in LAYOUTS]
 
 

@@ -27,20 +27,23 @@ struct AttentionInput {
 
 // Pairs (x0, x1), (x2, x3).. turned: first members, then second ones.
 inline void rotate(const bf16* x, const float* cosine, const float* sine, int64_t rotary, bf16* out) {
-  for (int64_t p = 0; p < rotary / 2; p++) {
-    const float first = widen(x[2 * p]), second = widen(x[2 * p + 1]);
-    out[p] = narrow(first * cosine[p] - second * sine[p]);
-    out[rotary / 2 + p] = narrow(second * cosine[p] + first * sine[p]);
-  }
+  const auto turn = [&](int64_t p, auto first, auto second, auto c, auto s) {
+    store(out + p, first * c - second * s);
+    store(out + rotary / 2 + p, second * c + first * s);
+  };
+  int64_t p = 0;
+  for (; p + LANES <= rotary / 2; p += LANES) turn(p, firsts(x + 2 * p), seconds(x + 2 * p), load(cosine + p), load(sine + p));
+  for (; p < rotary / 2; p++) turn(p, widen(x[2 * p]), widen(x[2 * p + 1]), cosine[p], sine[p]);
 }
 // The gradient of x from that of what `rotate` gave.
-template <class T>
-void rotate_back(const float* grad, const float* cosine, const float* sine, int64_t rotary, T* out) {
-  for (int64_t p = 0; p < rotary / 2; p++) {
-    const float first = grad[p], second = grad[rotary / 2 + p];
-    store(out + 2 * p, first * cosine[p] + second * sine[p]);
-    store(out + 2 * p + 1, second * cosine[p] - first * sine[p]);
-  }
+inline void rotate_back(const float* grad, const float* cosine, const float* sine, int64_t rotary, bf16* out) {
+  const auto turn = [&](int64_t p, auto first, auto second, auto c, auto s) {
+    store_pairs(out + 2 * p, first * c + second * s, second * c - first * s);
+  };
+  const float* half = grad + rotary / 2;
+  int64_t p = 0;
+  for (; p + LANES <= rotary / 2; p += LANES) turn(p, load(grad + p), load(half + p), load(cosine + p), load(sine + p));
+  for (; p < rotary / 2; p++) turn(p, grad[p], half[p], cosine[p], sine[p]);
 }
 
 // One head of one row: its queries and keys with their positions in them, [T][Q] bfloat16.
@@ -69,32 +72,35 @@ class Head {
   const int32_t* first_seen;
 };
 
-// Scores of keys first..last - 1 become exp(scale * (score - most)); returns their sum, and the largest score in `most`.
+// A row of whole vectors holds something in first..last - 1: what shares a vector with it becomes x.
+inline void surround(float* row, int64_t first, int64_t last, float x) {
+  std::fill(row + first / LANES * LANES, row + first, x);
+  std::fill(row + last, row + up_to(last, LANES), x);
+}
+inline void clear_around(bf16* row, int64_t first, int64_t last, int64_t size) {
+  std::memset(row, 0, first * sizeof(bf16));
+  std::memset(row + last, 0, (size - last) * sizeof(bf16));
+}
+constexpr float HIDDEN = -std::numeric_limits<float>::infinity();  // a score; its probability rounds to nothing
+
+// out = exp(scale * (score - most)) of keys first..last - 1, zero elsewhere; returns their sum, and the largest score in
+// `most`.
 inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t size, float scale, bf16* out, float* most) {
-  float top = -std::numeric_limits<float>::infinity();
-  int64_t j = first;
-  floats tops = every(top);
-  for (; j + LANES <= last; j += LANES) {
+  const int64_t start = first / LANES * LANES;
+  surround(scores, first, last, HIDDEN);
+  floats tops = every(HIDDEN), totals = every(0.0f);
+  for (int64_t j = start; j < last; j += LANES) {
     const floats x = load(scores + j);
     tops = x > tops ? x : tops;
   }
-  for (; j < last; j++) top = scores[j] > top ? scores[j] : top;
-  top = std::max(top, largest(tops));
-  floats totals = every(0.0f);
-  float total = 0;
-  std::memset(out, 0, first * sizeof(bf16));
-  for (j = first; j + LANES <= last; j += LANES) {
+  const float top = largest(tops);
+  for (int64_t j = start; j < last; j += LANES) {
     const floats p = exponential((load(scores + j) - top) * scale);
     totals += p;
     store(out + j, p);
   }
-  for (; j < last; j++) {
-    const float p = exponential((scores[j] - top) * scale);
-    total += p;
-    out[j] = narrow(p);
-  }
-  std::memset(out + last, 0, (size - last) * sizeof(bf16));
-  total += sum(totals);
+  clear_around(out, first, last, size);
+  const float total = sum(totals);
   *most = total == total ? top : total;  // comparisons pass NaN by
   return total;
 }
@@ -144,33 +150,25 @@ void attention(const AttentionShape& shape, const AttentionInput& in, bf16* out,
 
 // From scores and gradients of the probabilities of keys first..last - 1: the probabilities, and the gradients of the
 // scores, both zero elsewhere.
-inline void softmax_gradient_row(const float* scores, float* grad, int64_t first, int64_t last, int64_t size, float scale,
+inline void softmax_gradient_row(float* scores, float* grad, int64_t first, int64_t last, int64_t size, float scale,
                                  float log_sum, bf16* p, bf16* grad_scores) {
-  std::memset(p, 0, first * sizeof(bf16));
-  std::memset(grad_scores, 0, first * sizeof(bf16));
+  const int64_t start = first / LANES * LANES;
+  surround(scores, first, last, HIDDEN);
+  surround(grad, first, last, 0.0f);
   floats alongs = every(0.0f);
-  float along = 0;
-  int64_t j = first;
-  for (; j + LANES <= last; j += LANES) {
+  for (int64_t j = start; j < last; j += LANES) {
     const floats x = exponential(load(scores + j) * scale - log_sum);
     alongs += x * load(grad + j);
     store(p + j, x);
   }
-  for (; j < last; j++) {
-    const float x = exponential(scores[j] * scale - log_sum);
-    along += x * grad[j];
-    p[j] = narrow(x);
-  }
-  along += sum(alongs);
-  for (j = first; j + LANES <= last; j += LANES) store(grad_scores + j, load(p + j) * (load(grad + j) - along) * scale);
-  for (; j < last; j++) grad_scores[j] = narrow(widen(p[j]) * (grad[j] - along) * scale);
-  std::memset(p + last, 0, (size - last) * sizeof(bf16));
-  std::memset(grad_scores + last, 0, (size - last) * sizeof(bf16));
+  const float along = sum(alongs);
+  for (int64_t j = start; j < last; j += LANES) store(grad_scores + j, load(p + j) * (load(grad + j) - along) * scale);
+  clear_around(p, first, last, size);
+  clear_around(grad_scores, first, last, size);
 }
 
 struct AttentionGradient {
-  bf16 *q, *kv;
-  float* k_rotary;  // [B][H][T][R]: of each head
+  bf16 *q, *kv, *k_rotary;  // k_rotary [B][T][R]
 };
 
 template <class P>
@@ -180,6 +178,7 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
   const int64_t tokens = shape.tokens, width = shape.width(), value = shape.value, plain = shape.plain;
   const int64_t keys = up_to(tokens, PANEL), padded_value = up_to(value, PANEL), padded_width = up_to(width, PANEL);
   const int64_t ld_kv = shape.heads * (plain + value), ld_out = shape.heads * value;
+  Scratch<float> grad_k_rotary(shape.rows * shape.heads * tokens * shape.rotary);  // of each head, turned
 #pragma omp parallel
   {
     Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // of their transposes
@@ -239,9 +238,18 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
         bf16* to = grads.kv + (at * shape.heads + h) * (plain + value);
         narrow_row(grad_k.get() + t * padded_width, to, plain);
         narrow_row(grad_v.get() + t * padded_value, to + plain, value);
-        rotate_back(grad_k.get() + t * padded_width + plain, in.cosine + at * shape.rotary / 2,
-                    in.sine + at * shape.rotary / 2, shape.rotary, grads.k_rotary + (z * tokens + t) * shape.rotary);
+        std::memcpy(grad_k_rotary.get() + (z * tokens + t) * shape.rotary, grad_k.get() + t * padded_width + plain,
+                    shape.rotary * sizeof(float));
       }
+    }
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < shape.rows * tokens; at++) {
+      const int64_t b = at / tokens, t = at % tokens;
+      float* total = grad_k_rotary.get() + (b * shape.heads * tokens + t) * shape.rotary;  // of the first head, and all
+      for (int64_t h = 1; h < shape.heads; h++)
+        for (int64_t i = 0; i < shape.rotary; i++) total[i] += total[h * tokens * shape.rotary + i];
+      rotate_back(total, in.cosine + at * shape.rotary / 2, in.sine + at * shape.rotary / 2, shape.rotary,
+                  grads.k_rotary + at * shape.rotary);
     }
   }
 }

@@ -139,7 +139,7 @@ EXPORT void latent_attention(int paired, const bf16* q, const bf16* kv, const bf
 
 EXPORT void latent_attention_backward(int paired, const bf16* grad_out, const bf16* q, const bf16* kv, const bf16* k_rotary,
                                       const float* cosine, const float* sine, const int32_t* first_seen,
-                                      const float* log_sums, bf16* grad_q, bf16* grad_kv, float* grad_k_rotary,
+                                      const float* log_sums, bf16* grad_q, bf16* grad_kv, bf16* grad_k_rotary,
                                       int64_t ld_rotary, int64_t rows, int64_t tokens, int64_t heads, int64_t plain,
                                       int64_t rotary, int64_t value, float scale) {
   with_units(paired, [&](auto p) {

@@ -34,9 +34,6 @@ using Paired = Widened;
 template <class P>
 inline int64_t units(int64_t elements) { return (elements + P::STEP - 1) / P::STEP; }
 inline float pair(bf16 first, bf16 second) { return bits<float>(first | uint32_t(second) << 16); }
-inline floats pairs(halves first, halves second) {
-  return bits<floats>(__builtin_convertvector(first, words) | __builtin_convertvector(second, words) << 16);
-}
 
 // c[r][j] (+)= sum over u of a[r * ROWS + u * DEPTHS] b[u][j], r < TILE_ROWS, j < PANEL
 template <class P, int64_t ROWS, int64_t DEPTHS>

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -36,7 +36,13 @@ inline To bits(From from) {
 }
 
 inline float widen(bf16 x) { return bits<float>(uint32_t(x) << 16); }
-inline floats widen(halves x) { return bits<floats>(__builtin_convertvector(x, words) << 16); }
+inline floats widen(halves x) {
+#if defined(__AVX512F__)
+  return bits<floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(x)), 16));
+#else
+  return bits<floats>(__builtin_convertvector(x, words) << 16);
+#endif
+}
 
 // Nearest even; NaN stays NaN.
 inline bf16 narrow(float x) {
@@ -67,6 +73,26 @@ inline bf16 as_bf16(const float* from) { return narrow(*from); }
 inline bf16 as_bf16(const bf16* from) { return *from; }
 inline halves as_halves(const float* from) { return narrow(load(from)); }
 inline halves as_halves(const bf16* from) { return *reinterpret_cast<const halves_anywhere*>(from); }
+
+// A word of two neighbours: the first in its lower half.
+inline floats pairs(halves first, halves second) {
+  return bits<floats>(__builtin_convertvector(first, words) | __builtin_convertvector(second, words) << 16);
+}
+inline words load_pairs(const bf16* from) {
+  words both;
+  std::memcpy(&both, from, sizeof(both));
+  return both;
+}
+inline floats firsts(const bf16* from) { return bits<floats>(load_pairs(from) << 16); }
+inline floats seconds(const bf16* from) { return bits<floats>(load_pairs(from) & 0xffff0000u); }
+inline void store_pairs(bf16* to, floats first, floats second) {
+  const floats both = pairs(narrow(first), narrow(second));
+  std::memcpy(to, &both, sizeof(both));
+}
+inline void store_pairs(bf16* to, float first, float second) {
+  to[0] = narrow(first);
+  to[1] = narrow(second);
+}
 
 inline float sum(floats x) {
   float total = 0;
