@@ -25,7 +25,7 @@ from moetrain.quant.fake_quant import FakeQuantizer
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Which document each token of a batch is in: `ids_N` int64 in 0..count-1; `is_token_N` False on padding."""
+    """The document of each token: `ids_N` int64 in 0..M-1, and M on padding, where `is_token_N` is False."""
 
     ids_N: torch.Tensor
     is_token_N: torch.Tensor
@@ -37,10 +37,24 @@ class Documents:
         """Return the documents of packed rows."""
         num_segments = int(segments_BT.max()) + 1
         rows_B1 = torch.arange(segments_BT.shape[0], device=segments_BT.device)[:, None]
-        ids_N = (rows_B1 * num_segments + segments_BT).flatten()
+        num_documents = segments_BT.shape[0] * num_segments
         is_token_N = (segments_BT > 0).flatten()
-        lengths_M = torch.bincount(ids_N[is_token_N], minlength=segments_BT.shape[0] * num_segments)
+        ids_N = torch.where(is_token_N, (rows_B1 * num_segments + segments_BT).flatten(), num_documents)
+        lengths_M = torch.bincount(ids_N, minlength=num_documents + 1)[:num_documents]
         return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M)
+
+    def counts(self, expert_ids_NK: torch.Tensor, *, num_experts: int) -> torch.Tensor:
+        """Return how many tokens of each document chose each expert [M, E], int64; padding is left out."""
+        num_documents = len(self.lengths_M)
+        pairs_NK = self.ids_N[:, None] * num_experts + expert_ids_NK
+        counts = torch.bincount(pairs_NK.flatten(), minlength=(num_documents + 1) * num_experts)
+        return counts.view(-1, num_experts)[:num_documents]
+
+    def sums(self, values_NE: torch.Tensor) -> torch.Tensor:
+        """Return the sum over each document's tokens [M, E]; padding is left out."""
+        num_documents = len(self.lengths_M)
+        sums = values_NE.new_zeros(num_documents + 1, values_NE.shape[1]).index_add(0, self.ids_N, values_NE)
+        return sums[:num_documents]
 
 
 class Experts(Recomputable):
@@ -169,14 +183,10 @@ def sequence_balance_loss(
     f_e is the document's share of choices times E (1 when even), P_e its mean normalised score. The factor length makes
     the sum over any split into batches, divided by the number of tokens, the same number.
     """
-    num_experts, num_documents = normalized_NE.shape[1], documents.lengths_M.shape[0]
-    kept_N = documents.is_token_N
-    ids_N = documents.ids_N[kept_N]
-    pairs = ids_N[:, None] * num_experts + expert_ids_NK[kept_N]
-    counts_ME = torch.bincount(pairs.flatten(), minlength=num_documents * num_experts).view(num_documents, num_experts)
-    scores_ME = normalized_NE.new_zeros(num_documents, num_experts).index_add(0, ids_N, normalized_NE[kept_N])
+    num_experts = normalized_NE.shape[1]
     even_M1 = (documents.lengths_M * expert_ids_NK.shape[1]).clamp(min=1)[:, None] / num_experts
-    return (counts_ME / even_M1 * scores_ME).sum()
+    counts_ME = documents.counts(expert_ids_NK, num_experts=num_experts)
+    return (counts_ME / even_M1 * documents.sums(normalized_NE)).sum()
 
 
 class MoE(nn.Module):
@@ -207,8 +217,7 @@ def _statistics(routing: Routing, documents: Documents, *, gate: Router) -> Rout
     balance = gate.config.balance
     wants_required = balance.bias_rule == BiasRule.quantile and torch.is_grad_enabled()
     with torch.no_grad():
-        chosen = routing.expert_ids_NK[kept_N].flatten()
-        counts_E = torch.bincount(chosen, minlength=normalized_NE.shape[1])
+        counts_E = documents.counts(routing.expert_ids_NK, num_experts=normalized_NE.shape[1]).sum(dim=0)
         entropy_N = torch.special.entr(normalized_NE).sum(-1)
         entropy = (entropy_N * kept_N).sum() / kept_N.sum().clamp(min=1)
         if wants_required:
