@@ -42,6 +42,7 @@ _SIGNATURES = {
     "sum_rows": "pppplll",
     "sum_rows_backward": "pppppp" + "lll",
     "adamw_step": "ppppl" + "fffffff",
+    "sum_of_squares": "plp",
 }
 """Arguments of each function: p pointer, l int64, i int, f float."""
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}

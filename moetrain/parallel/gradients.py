@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
+from moetrain.kernels.choice import in_use
 from moetrain.parallel.host_memory import sum_over
 from moetrain.parallel.partition import Slot, own_piece
 
@@ -83,11 +84,22 @@ class VectorGradients:
             for slot in group["slots"]:
                 if slot.name not in self._reached[index]:
                     own_piece(vector_P, slot.whole, partition=group["partition"]).zero_()
-            for piece in vector_P.split(_AT_ONCE):
-                wide_P = piece.double()
-                total += torch.dot(wide_P, wide_P)
+            total += sum_of_squares(vector_P)
         dist.all_reduce(total, group=self._zero.dp_process_group)
         return total.sqrt().float()
+
+
+def sum_of_squares(values_P: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of a contiguous float32 vector, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=values_P.device)
+    library = in_use()
+    if library and values_P.device.type == "cpu":
+        library("sum_of_squares", values_P, len(values_P), total)
+        return total
+    for piece_P in torch.split(values_P, _AT_ONCE):
+        wide_P = piece_P.double()
+        total += torch.dot(wide_P, wide_P)
+    return total
 
 
 def _always(index: int) -> bool:

@@ -13,6 +13,7 @@ from moetrain.model.combine import combine_plain
 from moetrain.model.rope import Rotation, rotate
 from moetrain.model.tiled_attention import first_seen
 from moetrain.optim.adamw import adamw_update
+from moetrain.parallel.gradients import sum_of_squares
 from tests.threads import num_threads
 
 BF16 = torch.bfloat16
@@ -149,7 +150,8 @@ ATTENTION = [
     # tokens, heads, plain, rotary, value, lengths of documents
     (1, 1, 4, 2, 3, [1]),
     (37, 2, 16, 8, 24, [37]),
-    (130, 2, 24, 8, 16, [40, 1, 89]),
+    (37, 3, 16, 42, 24, [20, 17]),
+    (130, 2, 24, 64, 16, [40, 1, 89]),
     (200, 3, 16, 16, 33, [64, 64, 72]),
     (600, 1, 16, 8, 8, [600]),
 ]
@@ -232,7 +234,15 @@ def _everything(library: Library) -> list[torch.Tensor]:
     counts = torch.tensor([100, 0, 300, 7, 93, 50, 50, 40, 60])
     z = native.expert_rows(rows, counts, gate_up_LGD=gate_up, down_LDF=down, library=library)
     z.backward(_draw(700, 72, seed=5))
-    return [y, x.grad, w.grad, norm.grad, z, rows.grad, *(weight.grad for weight in weights)]  # type: ignore[list-item]
+    q, kv, k = (_draw(2, 70, *width).requires_grad_() for width in ((3, 24), (3, 32), (8,)))
+    angles = _draw(2, 70, 4, dtype=torch.float32)
+    seen = native.Rows(cosine_BTP=angles.cos(), sine_BTP=angles.sin(), first_seen_BT=torch.zeros(2, 70).int())
+    out, _ = native.latent_attention(q, kv, k_rotary_BTR=k, rows=seen, scale=0.2, library=library)
+    out.backward(_draw(2, 70, 3, 16, seed=6))
+    leaves = [x, w, norm, rows, *weights, q, kv, k]
+    with using(library):
+        squares = sum_of_squares(_draw(100_000).float())
+    return [y, z, out, squares, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
 def test_any_number_of_threads_gives_the_same_bits(library: Library) -> None:
@@ -333,6 +343,18 @@ def test_adamw_is_that_of_torch(library: Library) -> None:
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(square.double(), state["exp_avg_sq"], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(mean.double(), state["exp_avg"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [0, 1, 17, 8192, 20_001])
+def test_a_sum_of_squares_is_in_float64(size: int, library: Library) -> None:
+    values = _draw(size).float()
+    expected = values.double().square().sum().item()
+    assert sum_of_squares(values).item() == pytest.approx(expected, rel=1e-14)
+    with using(library):
+        assert sum_of_squares(values).item() == pytest.approx(expected, rel=1e-14)
+        if size:
+            values[-1] = float("nan")
+            assert sum_of_squares(values).isnan()
 
 
 @pytest.mark.parametrize("value", [200.0, -200.0, 89.5, -103.0, 0.0])

@@ -183,7 +183,7 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
   {
     Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // of their transposes
     Scratch<float> k_rows(padded_width * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
-    Scratch<float> q_rows(padded_width * QUERIES), out_rows(padded_value * QUERIES), tiles(up_to(keys, TILE_ROWS) * QUERIES);
+    Scratch<float> q_rows(padded_width * QUERIES), out_rows(padded_value * QUERIES), tiles(up_to(keys, BESIDE) * QUERIES);
     Scratch<float> scores(CHUNK * keys), grad_p(CHUNK * keys), grad_q(CHUNK * padded_width);
     Scratch<bf16> p(QUERIES * keys), grad_scores(QUERIES * keys);
     Scratch<float> grad_k(keys * padded_width), grad_v(keys * padded_value);
@@ -226,10 +226,10 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
         }
         pack_all<P, false>(head.q.get() + begin * width, width, width, queries, q_rows.get());
         pack_all<P, false>(grad_head + begin * ld_out, ld_out, value, queries, out_rows.get());
-        pack_left_transposed<P>(p.get(), ld, seen, queries, tiles.get());
+        pack_left_transposed<P>(p.get(), ld, seen, ld, queries, tiles.get());
         tiles_times_panels<P>(tiles.get(), seen, out_rows.get(), padded_value, units<P>(queries),
                               grad_v.get() + first * padded_value, padded_value, true);
-        pack_left_transposed<P>(grad_scores.get(), ld, seen, queries, tiles.get());
+        pack_left_transposed<P>(grad_scores.get(), ld, seen, ld, queries, tiles.get());
         tiles_times_panels<P>(tiles.get(), seen, q_rows.get(), padded_width, units<P>(queries),
                               grad_k.get() + first * padded_width, padded_width, true);
       }

@@ -15,10 +15,11 @@ void with_units(int paired, Call call) {
   else call(Widened{});
 }
 
-// Calls with (start, size) of slices that a cache holds, shared out among threads.
+constexpr int64_t SLICE = 1 << 13;  // elements that a cache holds
+
+// Calls with (start, size) of slices, shared out among threads.
 template <class Call>
 void in_slices(int64_t size, Call call) {
-  constexpr int64_t SLICE = 1 << 13;
 #pragma omp parallel for schedule(static)
   for (int64_t start = 0; start < size; start += SLICE) call(start, std::min(SLICE, size - start));
 }
@@ -188,4 +189,11 @@ EXPORT void adamw_step(float* param, const float* grad, float* mean, float* squa
   in_slices(size, [&](int64_t at, int64_t n) {
     adamw(param + at, grad + at, mean + at, square + at, n, {keep, first, kept, second, correction, eps, step});
   });
+}
+
+EXPORT void sum_of_squares(const float* x, int64_t size, double* total) {
+  Scratch<double> of_slices(size / SLICE + 1);
+  in_slices(size, [&](int64_t at, int64_t n) { of_slices.get()[at / SLICE] = sum_squares(x + at, n); });
+  *total = 0;
+  for (int64_t at = 0; at < size; at += SLICE) *total += of_slices.get()[at / SLICE];
 }

@@ -11,10 +11,11 @@
 #include "vectors.h"
 
 constexpr int64_t PANEL = 2 * LANES;
-constexpr int64_t DEPTH = 512;                          // units summed in one go
-constexpr int64_t ROW_STRIDE = DEPTH + LANES;           // of packed rows: no power of two, which caches dislike
-constexpr int64_t BLOCK_UNITS = 1 << 18;                // of panels, 1 MB
-constexpr int64_t CHUNK = up_to(32, TILE_ROWS);              // rows at once
+constexpr int64_t DEPTH = 512, OUTER_DEPTH = 256;  // units summed in one go, and in one of an outer product
+constexpr int64_t ROW_STRIDE = DEPTH + LANES;      // of packed rows: no power of two, which caches dislike
+constexpr int64_t BLOCK_UNITS = 1 << 18;           // of panels, 1 MB
+constexpr int64_t CHUNK = up_to(32, TILE_ROWS);    // rows at once
+constexpr int64_t BESIDE = LANES % TILE_ROWS == 0 ? LANES : TILE_ROWS;  // rows of a transposed left operand, side by side
 
 struct Widened {
   static constexpr int64_t STEP = 1;  // bfloat16 in a unit
@@ -74,31 +75,29 @@ void pack_left(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) 
   }
 }
 
-// A left operand that is stored as its transpose [k][rows]: tile after tile, each [units][TILE_ROWS].
+// A left operand that is stored as its transpose [k][rows]: [units][BESIDE] for each BESIDE of its rows. The rows up to
+// `readable` may be read too.
 template <class P>
-void pack_left_transposed(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) {
+void pack_left_transposed(const bf16* a, int64_t lda, int64_t rows, int64_t readable, int64_t k, float* out) {
   const int64_t depth = units<P>(k);
-  const auto unit = [&](int64_t u, int64_t r) {
-    const bf16* first = a + u * P::STEP * lda + r;
-    if constexpr (P::STEP == 1) return widen(*first);
-    else return pair(*first, 2 * u + 1 < k ? first[lda] : bf16(0));
-  };
-  int64_t r = 0;
-  if constexpr (LANES == 2 * TILE_ROWS) {  // two tiles at once
-    for (; r + LANES <= rows; r += LANES, out += LANES * depth)
-      for (int64_t u = 0; u < depth; u++) {
-        const bf16* first = a + u * P::STEP * lda + r;
-        floats both;
-        if constexpr (P::STEP == 1) both = load(first);
-        else both = pairs(as_halves(first), 2 * u + 1 < k ? as_halves(first + lda) : halves{});
-        std::memcpy(out + u * TILE_ROWS, &both, TILE_ROWS * sizeof(float));
-        std::memcpy(out + (depth + u) * TILE_ROWS, reinterpret_cast<const float*>(&both) + TILE_ROWS,
-                    TILE_ROWS * sizeof(float));
+  for (int64_t r = 0; r < rows; r += BESIDE, out += BESIDE * depth)
+    for (int64_t u = 0; u < depth; u++) {
+      const bf16* first = a + u * P::STEP * lda + r;
+      const bool both = P::STEP * u + 1 < k;
+      if (BESIDE == LANES && r + LANES <= readable) {
+        if constexpr (P::STEP == 1) store(out + u * BESIDE, load(first));
+        else store(out + u * BESIDE, pairs(as_halves(first), both ? as_halves(first + lda) : halves{}));
+        continue;
       }
-  }
-  for (; r < rows; r += TILE_ROWS, out += TILE_ROWS * depth)
-    for (int64_t u = 0; u < depth; u++)
-      for (int64_t i = 0; i < TILE_ROWS; i++) out[u * TILE_ROWS + i] = r + i < rows ? unit(u, r + i) : 0.0f;
+      for (int64_t i = 0; i < BESIDE; i++) {
+        float unit = 0;
+        if (r + i < rows) {
+          if constexpr (P::STEP == 1) unit = widen(first[i]);
+          else unit = pair(first[i], both ? first[lda + i] : bf16(0));
+        }
+        out[u * BESIDE + i] = unit;
+      }
+    }
 }
 
 // One panel [units][PANEL] of a right operand [k][columns]; T float is rounded to bfloat16.
@@ -136,21 +135,21 @@ floats load_units(const T* row, int64_t u) {
 }
 
 // Lane l of vector i and lane i of vector l change places, by exchanging blocks of 1, 2, 4.. lanes.
+template <int64_t SIZE = 1>
 inline void transpose(floats* rows) {
-  for (int64_t size = 1; size < LANES; size *= 2) {
-    ints first, second;
-    for (int64_t l = 0; l < LANES; l++) {
-      first[l] = l & size ? LANES + l - size : l;
-      second[l] = l & size ? LANES + l : l + size;
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; i++) {
-      if (i & size) continue;
-      const floats above = rows[i], below = rows[i + size];
-      rows[i] = __builtin_shuffle(above, below, first);
-      rows[i + size] = __builtin_shuffle(above, below, second);
-    }
+  ints first, second;
+  for (int64_t l = 0; l < LANES; l++) {
+    first[l] = l & SIZE ? LANES + l - SIZE : l;
+    second[l] = l & SIZE ? LANES + l : l + SIZE;
   }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; i++) {
+    if (i & SIZE) continue;
+    const floats above = rows[i], below = rows[i + SIZE];
+    rows[i] = __builtin_shuffle(above, below, first);
+    rows[i + SIZE] = __builtin_shuffle(above, below, second);
+  }
+  if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
 }
 
 // The same of a right operand that is stored as its transpose [columns][k].
@@ -197,19 +196,20 @@ void rows_times_panels(const bf16* a, int64_t lda, int64_t rows, int64_t k, cons
   }
 }
 
-// c[rows][columns] (+)= the tiles of `pack_left_transposed` times panels of as many units.
+// c[rows][columns] (+)= what `pack_left_transposed` made times panels of as many units.
 template <class P>
 void tiles_times_panels(const float* tiles, int64_t rows, const float* panels, int64_t columns, int64_t depth, float* c,
                         int64_t ldc, bool add) {
   for (int64_t j = 0; j < columns; j += PANEL)
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const float* from = tiles + r / BESIDE * BESIDE * depth + r % BESIDE;
       float* to = c + r * ldc + j;
       if (rows - r >= TILE_ROWS && columns - j >= PANEL) {
-        tile<P, 1, TILE_ROWS>(tiles + r * depth, panels + j * depth, depth, to, ldc, add);
+        tile<P, 1, BESIDE>(from, panels + j * depth, depth, to, ldc, add);
         continue;
       }
       alignas(64) float edge[TILE_ROWS * PANEL];
-      tile<P, 1, TILE_ROWS>(tiles + r * depth, panels + j * depth, depth, edge, PANEL, false);
+      tile<P, 1, BESIDE>(from, panels + j * depth, depth, edge, PANEL, false);
       for (int64_t i = 0; i < std::min(TILE_ROWS, rows - r); i++)
         for (int64_t l = 0; l < std::min(PANEL, columns - j); l++)
           to[i * ldc + l] = (add ? to[i * ldc + l] : 0.0f) + edge[i * PANEL + l];
@@ -270,12 +270,12 @@ void product(const bf16* x, int64_t ldx, const T* w, int64_t ldw, bf16* y, int64
 template <class P>
 void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, int64_t ldo, int64_t m, int64_t n,
            int64_t k, bool add) {
-  const int64_t block = DEPTH * P::STEP;
-  const int64_t padded = up_to(k, PANEL) * DEPTH;
+  const int64_t block = OUTER_DEPTH * P::STEP;
+  const int64_t padded = up_to(k, PANEL) * OUTER_DEPTH;
   Scratch<float> panels(2 * padded);  // a thread that is done packs the next block while others read this one
 #pragma omp parallel
   {
-    Scratch<float> tiles(CHUNK * DEPTH);
+    Scratch<float> tiles(up_to(CHUNK, BESIDE) * OUTER_DEPTH);
     // As many parts for each thread; a sum is the same in every part.
     const int64_t parts = up_to((n + CHUNK - 1) / CHUNK, omp_get_num_threads());
     const int64_t part = up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS);
@@ -286,7 +286,7 @@ void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, i
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < n; i += part) {
         const int64_t columns = std::min(part, n - i);
-        pack_left_transposed<P>(a + start * lda + i, lda, columns, rows, tiles.get());
+        pack_left_transposed<P>(a + start * lda + i, lda, columns, n - i, rows, tiles.get());
         tiles_times_panels<P>(tiles.get(), columns, now, k, depth, out + i * ldo, ldo, add || start > 0);
       }
     }

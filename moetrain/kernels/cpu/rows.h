@@ -1,5 +1,5 @@
-// What goes through rows or elements once: RMS norm, log-probabilities, rows of experts, AdamW. Sums are in float32, and
-// in an order that no number of threads changes.
+// What goes through rows or elements once: RMS norm, log-probabilities, rows of experts, squares, AdamW. Sums are in an
+// order that no number of threads changes.
 #pragma once
 
 #include <limits>
@@ -159,6 +159,21 @@ inline void combine_rows_backward(const bf16* grad, const bf16* rows, const int6
       }
       grad_weights[n * chosen + c] = along + sum(alongs);
     }
+}
+
+// Sum of squares in float64.
+inline double sum_squares(const float* x, int64_t size) {
+  typedef double doubles __attribute__((vector_size(8 * LANES)));
+  doubles totals = {};
+  double total = 0;
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    const doubles wide = __builtin_convertvector(load(x + i), doubles);
+    totals += wide * wide;
+  }
+  for (; i < size; i++) total += double(x[i]) * x[i];
+  for (int64_t l = 0; l < LANES; l++) total += totals[l];
+  return total;
 }
 
 struct AdamW {

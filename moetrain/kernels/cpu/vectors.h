@@ -94,15 +94,20 @@ inline void store_pairs(bf16* to, float first, float second) {
   to[1] = narrow(second);
 }
 
+// What `op` makes of all lanes, halves first.
+template <int64_t SIZE = LANES / 2, class Op>
+inline float fold(floats x, Op op) {
+  ints other;
+  for (int64_t l = 0; l < LANES; l++) other[l] = l ^ SIZE;
+  x = op(x, __builtin_shuffle(x, other));
+  if constexpr (SIZE > 1) return fold<SIZE / 2>(x, op);
+  else return x[0];
+}
 inline float sum(floats x) {
-  float total = 0;
-  for (int64_t i = 0; i < LANES; i++) total += x[i];
-  return total;
+  return fold(x, [](floats a, floats b) { return a + b; });
 }
 inline float largest(floats x) {
-  float most = x[0];
-  for (int64_t i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  return fold(x, [](floats a, floats b) { return a > b ? a : b; });
 }
 inline floats every(float x) { return x - floats{}; }  // no operation: x may be any 32 bits
 
