@@ -96,6 +96,7 @@ class DeepSpeedEngine:
         kind: type[ParameterShards] | type[VectorShards]
         kind = ParameterShards if zero_stage == PARTITIONING_STAGE else VectorShards
         self.shards: Shards = kind(self.engine.optimizer, model, optimizer=self.optimizer)
+        self.loss_factor = self.shards.loss_factor
         self.optimizer.bind(self.shards.vectors(), self.shards.partitions())
 
     def _adapter(self) -> ExpertAdapter | None:
@@ -148,7 +149,7 @@ class DeepSpeedEngine:
         def differentiated(model: Transformer, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
             """Return the loss whose gradient DeepSpeed makes the sum of the ranks' shares, and the result."""
             result = objective(model, batch)
-            return result.loss * self.shards.num_averaged, result.detached()
+            return result.loss * self.loss_factor, result.detached()
 
         loss, result = self.engine(differentiated, on_device(batch, self.topology.device))
         self.engine.backward(loss)

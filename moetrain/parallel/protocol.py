@@ -88,6 +88,8 @@ class Engine(Protocol):
 
     model: Transformer
     topology: Topology
+    loss_factor: int
+    """What this rank multiplies a loss by before it differentiates it; gradients of a step are freed of it again."""
 
     def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
         """Add the gradient of one micro-batch, and return its numbers, detached. Collective.

@@ -46,6 +46,7 @@ class TorchEngine:
         self.topology = topology
         self.config = optim_config
         self.compute_dtype = compute_dtype
+        self.loss_factor = 1
         self.num_steps = 0
         self.rules = {
             name: parameter_rule(name, param.shape, hidden_rule=optim_config.name)

@@ -50,8 +50,8 @@ def stage_3_settings(model: Transformer) -> dict[str, Any]:
 class Shards(Protocol):
     """A rank's parts of masters and weights, by parameter group."""
 
-    num_averaged: int
-    """Ranks by whose number DeepSpeed divides the sum of their gradients; 1 where it does not."""
+    loss_factor: int
+    """What to multiply a loss by: the number of ranks where DeepSpeed divides the sum of their gradients by it."""
 
     def vectors(self) -> Iterator[torch.Tensor]:
         """Yield each group's float32 masters of this rank, one flat vector a group."""
@@ -76,7 +76,7 @@ class VectorShards:
     """ZeRO 1 and 2."""
 
     def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
-        self.num_averaged = 1
+        self.loss_factor = 1
         self.zero = zero
         self.model = model
         self.optimizer = optimizer
@@ -136,7 +136,7 @@ class ParameterShards:
     """ZeRO 3. Padding of the last rank's parts is set to zero, which it stays: its gradient is zero."""
 
     def __init__(self, zero: Any, model: Transformer, *, optimizer: PartitionedOptimizer) -> None:
-        self.num_averaged = dist.get_world_size()
+        self.loss_factor = dist.get_world_size()
         self.zero = zero
         self.optimizer = optimizer
         self.names = {id(param): name for name, param in model.named_parameters()}

@@ -206,6 +206,7 @@ class _NormWithoutExperts:
 
     def __init__(self, engine: Engine, *, clip_norm: float) -> None:
         self._true_step, self._topology, self._clip_norm = engine.step, engine.topology, clip_norm
+        self._loss_factor = engine.loss_factor
         self._params = [param for _, layer in engine.model.moe_layers() for param in layer.experts.parameters()]
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         for param in self._params:
@@ -219,10 +220,10 @@ class _NormWithoutExperts:
         report, topology = self._true_step(learning_rate), self._topology
         squares = torch.zeros(1, dtype=torch.float64, device=topology.device)
         for param in self._params:  # in the same order on every rank
-            mean = self._sums[param] / topology.world_size  # an engine's loss is multiplied by it
+            whole = self._sums[param] / self._loss_factor
             if topology.world_size > 1:
-                dist.all_reduce(mean, group=topology.expert_data_group)  # None: all ranks
-            squares += mean.square().sum()
+                dist.all_reduce(whole, group=topology.expert_data_group)  # None: all ranks
+            squares += whole.square().sum()
         self._sums.clear()
         # As many ranks hold an expert as there are expert groups.
         of_experts = float(topology.all_reduce_sum(squares)) * topology.expert_size / topology.world_size
