@@ -3,7 +3,7 @@
 DeepSpeed's own way copies it into a bucket, a partition, a vector and, for the norm, to float64. It has a seam for what
 is done with a full bucket, one for a gradient that is a vector already, and one for the norm: all three are taken here.
 
-P elements, of a bucket or of a rank's vector.
+P elements, of a bucket or of a rank's vector; G parameter groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,16 +77,18 @@ class VectorGradients:
         return GradPartitionBufferGroup([vector_P], vector_P)
 
     def _norm(self) -> torch.Tensor:
-        """Return the norm of the whole gradient, float32: one sum of squares in float64 over all that ranks hold."""
-        total = torch.zeros((), dtype=torch.float64, device=self._groups[0]["vector"].device)
+        """Return the norm of the whole gradient, float32: sums of squares in float64 over all that ranks hold."""
+        totals = []
         for index, group in enumerate(self._groups):
             vector_P = self._zero.averaged_gradients[index].flat_partition
             for slot in group["slots"]:
                 if slot.name not in self._reached[index]:
                     own_piece(vector_P, slot.whole, partition=group["partition"]).zero_()
-            total += sum_of_squares(vector_P)
-        dist.all_reduce(total, group=self._zero.dp_process_group)
-        return total.sqrt().float()
+            totals.append(sum_of_squares(vector_P))
+        total_G = torch.stack(totals)  # a parameter group each
+        dist.all_reduce(total_G, group=self._zero.dp_process_group)
+        norm: torch.Tensor = torch.linalg.vector_norm(total_G.float().sqrt())  # rounded where DeepSpeed rounds
+        return norm
 
 
 def sum_of_squares(values_P: torch.Tensor) -> torch.Tensor:
