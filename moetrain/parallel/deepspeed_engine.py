@@ -19,7 +19,6 @@ from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
 from moetrain.parallel.deepspeed_start import quieten, share_memory, spare_the_compiler
 from moetrain.parallel.expert import ExpertAdapter, group_name
-from moetrain.parallel.gradients import LARGEST_BUCKET
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
 from moetrain.parallel.protocol import (
@@ -47,6 +46,10 @@ from moetrain.parallel.topology import Topology
 from moetrain.parallel.zero import ParameterShards, Shards, VectorShards, mark_units, stage_3_settings
 
 T = TypeVar("T")
+
+_LARGEST_BUCKET = 1 << 20
+"""Elements of small gradients that ZeRO 1 and 2 gather and sum at once; a larger gradient is summed where it lies."""
+_LARGEST_BUCKET_OF_STAGE_3 = 1 << 26  # 256 MB in float32
 
 
 class _ObjectiveModule(nn.Module):
@@ -125,6 +128,7 @@ class DeepSpeedEngine:
 
     def _deepspeed_config(self, zero_stage: int) -> dict[str, Any]:
         num_elements = sum(param.numel() for param in self.model.parameters())
+        bucket = _LARGEST_BUCKET_OF_STAGE_3 if zero_stage == PARTITIONING_STAGE else _LARGEST_BUCKET
         return {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
             "gradient_accumulation_steps": 1,
@@ -136,7 +140,7 @@ class DeepSpeedEngine:
                 "overlap_comm": False,
                 "reduce_scatter": True,
                 "round_robin_gradients": False,
-                "reduce_bucket_size": min(num_elements, LARGEST_BUCKET),
+                "reduce_bucket_size": min(num_elements, bucket),
                 **(stage_3_settings(self.model) if zero_stage == PARTITIONING_STAGE else {}),
             },
             "steps_per_print": None,

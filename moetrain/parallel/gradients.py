@@ -1,25 +1,33 @@
 """How ZeRO 1 and 2 add up a gradient: over ranks where it lies, then once into this rank's vector.
 
-DeepSpeed's own way copies it into a bucket, a partition, a vector and, for the norm, to float64. It has a seam for what
-is done with a full bucket, one for a gradient that is a vector already, and one for the norm: all three are taken here.
+DeepSpeed's own way copies it into a bucket, a partition, a vector and, for the norm, to float64. Here its methods for
+a full bucket, for a gradient that is one vector already and for the norm are replaced.
 
 P elements, of a bucket or of a rank's vector; G parameter groups.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 
 from moetrain.kernels.choice import in_use
 from moetrain.parallel.host_memory import sum_over
 from moetrain.parallel.partition import Slot, own_piece
 
-LARGEST_BUCKET = 1 << 20
-"""Elements of small gradients that are gathered and summed over ranks at once; a larger one is summed where it lies."""
 _AT_ONCE = 1 << 17  # elements squared in float64 at once: 1 MB, which stays in cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """The gradient of a parameter, flat, and its group's index."""
+
+    index: int
+    slot: Slot
+    values_P: torch.Tensor
 
 
 class VectorGradients:
@@ -30,34 +38,42 @@ class VectorGradients:
     """
 
     def __init__(self, zero: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+        assert zero.compute_grad_norm and not zero.check_grad_overflow, "the norm must be the first to read a gradient"
         self._zero = zero
         self._groups = groups
         self._reached: list[set[str]] = [set() for _ in groups]  # parameters whose gradient is in the vector
-        zero.average_tensor = self._take
-        zero._use_compact_grad_partition_buffer = _always
-        zero._build_compact_grad_partition_buffer = self._begin
-        zero.scaled_global_norm = self._norm
+        methods: dict[str, Callable[..., Any]] = {
+            "average_tensor": self._take,
+            "scaled_global_norm": self._norm,
+            "_use_compact_grad_partition_buffer": lambda index: True,
+            "_build_compact_grad_partition_buffer": self._begin,
+        }
+        missing = methods.keys() - vars(DeepSpeedZeroOptimizer).keys()
+        assert not missing, f"this DeepSpeed has no {sorted(missing)}: install the version that pyproject.toml gives"
+        vars(zero).update(methods)
 
     def _take(self, bucket_P: torch.Tensor, dtype: torch.dtype) -> None:
         """Sum a full bucket, or one large gradient, over ranks, and add what is this rank's to its vectors."""
-        pieces: dict[dist.ProcessGroup, list[tuple[int, Slot, torch.Tensor]]] = {}
+        members: dict[dist.ProcessGroup, list[_Member]] = {}
         start = 0
         for index, place, _ in self._zero.ipg_buckets[dtype].params:
             slot = self._groups[index]["slots"][place]
             values_P = bucket_P[start : start + slot.shape.numel()]
-            pieces.setdefault(self._zero.real_dp_process_group[index], []).append((index, slot, values_P))
+            ranks = self._zero.real_dp_process_group[index]
+            members.setdefault(ranks, []).append(_Member(index=index, slot=slot, values_P=values_P))
             start += len(values_P)
-        for ranks, of_group in pieces.items():
-            values = [values_P for _, _, values_P in of_group]
-            whole_P = bucket_P if len(pieces) == 1 else torch.cat(values)
+        for ranks, of_ranks in members.items():
+            values = [member.values_P for member in of_ranks]
+            whole_P = bucket_P if len(members) == 1 else torch.cat(values)
             sum_over(whole_P, ranks)
-            summed = torch.split(whole_P, [len(values_P) for values_P in values])
-            for (index, slot, _), summed_P in zip(of_group, summed, strict=True):
-                self._add(index, slot, summed_P)
+            for member, summed_P in zip(of_ranks, torch.split(whole_P, [len(v) for v in values]), strict=True):
+                self._add(member, summed_P)
+        for index, place, _ in self._zero.ipg_buckets[dtype].params:
+            self._zero.bit16_groups[index][place].grad = None  # or a large one would live to the end of the pass
 
-    def _add(self, index: int, slot: Slot, summed_P: torch.Tensor) -> None:
-        """Add this rank's piece of a parameter's gradient to the vector of group `index`."""
-        partition = self._groups[index]["partition"]
+    def _add(self, member: _Member, summed_P: torch.Tensor) -> None:
+        """Add this rank's piece of a parameter's gradient to the vector of its group."""
+        index, slot, partition = member.index, member.slot, self._groups[member.index]["partition"]
         if self._zero.averaged_gradients.get(index) is None:
             self._zero.averaged_gradients[index] = self._begin(index)
         vector_P = self._zero.averaged_gradients[index].flat_partition
@@ -77,7 +93,10 @@ class VectorGradients:
         return GradPartitionBufferGroup([vector_P], vector_P)
 
     def _norm(self) -> torch.Tensor:
-        """Return the norm of the whole gradient, float32: sums of squares in float64 over all that ranks hold."""
+        """Return the norm of the whole gradient, float32: sums of squares in float64 over all that ranks hold.
+
+        What no micro-batch reached is zero from here on.
+        """
         totals = []
         for index, group in enumerate(self._groups):
             vector_P = self._zero.averaged_gradients[index].flat_partition
@@ -85,7 +104,7 @@ class VectorGradients:
                 if slot.name not in self._reached[index]:
                     own_piece(vector_P, slot.whole, partition=group["partition"]).zero_()
             totals.append(sum_of_squares(vector_P))
-        total_G = torch.stack(totals)  # a parameter group each
+        total_G = torch.stack(totals)
         dist.all_reduce(total_G, group=self._zero.dp_process_group)
         norm: torch.Tensor = torch.linalg.vector_norm(total_G.float().sqrt())  # rounded where DeepSpeed rounds
         return norm
@@ -102,9 +121,3 @@ def sum_of_squares(values_P: torch.Tensor) -> torch.Tensor:
         wide_P = piece_P.double()
         total += torch.dot(wide_P, wide_P)
     return total
-
-
-def _always(index: int) -> bool:
-    """Say of any group that its gradient is one vector."""
-    del index
-    return True

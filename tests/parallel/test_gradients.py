@@ -31,9 +31,9 @@ def _state(engine: Engine) -> dict[str, torch.Tensor]:
 def test_a_gradient_is_the_same_in_a_bucket_and_alone(largest: int, zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
     together = build(zero=zero)
     sizes = [param.numel() for param in together.model.parameters()]
-    assert min(sizes) < 700 < max(sizes) < sum(sizes) < deepspeed_engine.LARGEST_BUCKET
+    assert min(sizes) < 700 < max(sizes) < sum(sizes) < deepspeed_engine._LARGEST_BUCKET
     train(together, STEPS)
-    monkeypatch.setattr(deepspeed_engine, "LARGEST_BUCKET", largest)
+    monkeypatch.setattr(deepspeed_engine, "_LARGEST_BUCKET", largest)
     apart = build(zero=zero)
     train(apart, STEPS)
     assert identical(_state(apart), _state(together))
@@ -81,3 +81,21 @@ def test_masters_are_the_weights_themselves(zero: int) -> None:
     before = {name: param.detach().clone() for name, param in engine.model.named_parameters()}
     train(engine, range(1))
     assert all(not torch.equal(param, before[name]) for name, param in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_gradient_is_let_go_once_the_vector_has_it(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_engine, "_LARGEST_BUCKET", 700)
+    engine = build(zero=zero)
+    assert isinstance(engine, DeepSpeedEngine)
+    optimizer = engine.engine.optimizer
+    held: list[bool] = []
+    clear = optimizer._clear_param_grad_only  # what DeepSpeed ends a backward pass with
+
+    def look_and_clear() -> None:
+        held.extend(param.grad is not None for param in engine.model.parameters())
+        clear()
+
+    monkeypatch.setattr(optimizer, "_clear_param_grad_only", look_and_clear)
+    train(engine, range(1))
+    assert held and not any(held)

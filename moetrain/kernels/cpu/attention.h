@@ -32,7 +32,8 @@ inline void rotate(const bf16* x, const float* cosine, const float* sine, int64_
     store(out + rotary / 2 + p, second * c + first * s);
   };
   int64_t p = 0;
-  for (; p + LANES <= rotary / 2; p += LANES) turn(p, firsts(x + 2 * p), seconds(x + 2 * p), load(cosine + p), load(sine + p));
+  for (; p + LANES <= rotary / 2; p += LANES)
+    turn(p, firsts(x + 2 * p), seconds(x + 2 * p), load(cosine + p), load(sine + p));
   for (; p < rotary / 2; p++) turn(p, widen(x[2 * p]), widen(x[2 * p + 1]), cosine[p], sine[p]);
 }
 // The gradient of x from that of what `rotate` gave.
@@ -81,7 +82,7 @@ inline void clear_around(bf16* row, int64_t first, int64_t last, int64_t size) {
   std::memset(row, 0, first * sizeof(bf16));
   std::memset(row + last, 0, (size - last) * sizeof(bf16));
 }
-constexpr float HIDDEN = -std::numeric_limits<float>::infinity();  // a score; its probability rounds to nothing
+constexpr float HIDDEN = -std::numeric_limits<float>::infinity();  // a score; beside a sum its exp is nothing
 
 // out = exp(scale * (score - most)) of keys first..last - 1, zero elsewhere; returns their sum, and the largest score in
 // `most`.

@@ -193,7 +193,7 @@ EXPORT void adamw_step(float* param, const float* grad, float* mean, float* squa
 
 EXPORT void sum_of_squares(const float* x, int64_t size, double* total) {
   Scratch<double> of_slices(size / SLICE + 1);
-  in_slices(size, [&](int64_t at, int64_t n) { of_slices.get()[at / SLICE] = sum_squares(x + at, n); });
+  in_slices(size, [&](int64_t at, int64_t n) { of_slices.get()[at / SLICE] = squares(x + at, n); });
   *total = 0;
   for (int64_t at = 0; at < size; at += SLICE) *total += of_slices.get()[at / SLICE];
 }

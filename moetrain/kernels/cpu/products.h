@@ -278,7 +278,7 @@ void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, i
     Scratch<float> tiles(up_to(CHUNK, BESIDE) * OUTER_DEPTH);
     // As many parts for each thread; a sum is the same in every part.
     const int64_t parts = up_to((n + CHUNK - 1) / CHUNK, omp_get_num_threads());
-    const int64_t part = up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS);
+    const int64_t part = std::max(up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS), TILE_ROWS);
     for (int64_t start = 0; start < m; start += block) {
       const int64_t rows = std::min(block, m - start), depth = units<P>(rows);
       float* now = panels.get() + start / block % 2 * padded;

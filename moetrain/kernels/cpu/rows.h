@@ -162,7 +162,7 @@ inline void combine_rows_backward(const bf16* grad, const bf16* rows, const int6
 }
 
 // Sum of squares in float64.
-inline double sum_squares(const float* x, int64_t size) {
+inline double squares(const float* x, int64_t size) {
   typedef double doubles __attribute__((vector_size(8 * LANES)));
   doubles totals = {};
   double total = 0;

@@ -94,7 +94,7 @@ inline void store_pairs(bf16* to, float first, float second) {
   to[1] = narrow(second);
 }
 
-// What `op` makes of all lanes, halves first.
+// What `op` makes of all lanes: of the two halves of a vector, of the halves of that..
 template <int64_t SIZE = LANES / 2, class Op>
 inline float fold(floats x, Op op) {
   ints other;
