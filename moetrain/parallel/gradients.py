@@ -114,10 +114,12 @@ def sum_of_squares(values_P: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares of a contiguous float32 vector, float64."""
     total = torch.zeros((), dtype=torch.float64, device=values_P.device)
     library = in_use()
-    if library and values_P.device.type == "cpu":
+    if values_P.device.type != "cpu":
+        total += torch.linalg.vector_norm(values_P, dtype=torch.float64).square()
+    elif library:
         library("sum_of_squares", values_P, len(values_P), total)
-        return total
-    for piece_P in torch.split(values_P, _AT_ONCE):
-        wide_P = piece_P.double()
-        total += torch.dot(wide_P, wide_P)
+    else:
+        for piece_P in torch.split(values_P, _AT_ONCE):
+            wide_P = piece_P.double()
+            total += torch.dot(wide_P, wide_P)
     return total
