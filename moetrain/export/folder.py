@@ -62,7 +62,9 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
 
     def flush() -> None:
         nonlocal pending_bytes
-        save_file(pending, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        path = folder / f"{len(shards)}.safetensors"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # those who may read the folder; alone, it writes private files
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
 from moetrain.data.batch import TokenBatch
+from moetrain.model.attention import MaxLogits
 from moetrain.model.config import Recompute
 from moetrain.model.router import Routing
 from moetrain.model.transformer import Transformer
@@ -169,19 +170,21 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: 
             learning_rate=run.optim.lr,
             balance=run.model.balance,
             step=step,
+            qk_clip=run.optim.qk_clip,
         )
         trace.loss.append(values["loss"])
         trace.grad_norm.append(values["grad_norm"])
         trace.clip_factor.append(values["clip_factor"])
         biases = [layer.gate.e_score_correction_bias for _, layer in engine.model.moe_layers()]
-        trace.bias.append(torch.cat(biases).tolist())
+        trace.bias.append(torch.cat(biases).tolist() if biases else [])
         trace.loads.append(topology.all_reduce_sum(torch.stack(seen).sum(dim=0)).flatten().double().tolist())
         seen.clear()
     return trace
 
 
 def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.Tensor], doubles: bool) -> Objective:
-    inner = language_model_objective(counts, balance=run.model.balance)
+    max_logits = MaxLogits.needed(run.optim.qk_clip)
+    inner = language_model_objective(counts, balance=run.model.balance, max_logits=max_logits)
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         result = inner(model, batch)

@@ -26,6 +26,8 @@ class Margins:
 
     def _watch(self, gate: Any, inputs: Any, routing: Routing) -> None:
         del inputs  # torch's signature
+        if not torch.is_grad_enabled():
+            return  # a pass that counts the step's choices first; see train.load
         self.scores.append(routing.scores_NE.detach().clone())
         biased_NE = routing.scores_NE.detach() + gate.e_score_correction_bias
         self.smallest = min(self.smallest, smallest_lead(biased_NE, routing.expert_ids_NK, config=gate.config))

@@ -24,6 +24,14 @@ def test_shards_hold_every_tensor_once_and_the_index_finds_it(tmp_path: Path) ->
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"] == {"total_size": 160}
 
 
+def test_weights_may_be_read_by_those_who_may_read_the_folder(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as partial:
+        write_weights(partial, {"a": torch.ones(2)}.items(), shard_bytes=100)
+        (partial / "other").touch()
+        (weights,) = partial.glob("*.safetensors")
+        assert weights.stat().st_mode == (partial / "other").stat().st_mode
+
+
 def test_a_block_that_fails_leaves_neither_the_folder_nor_a_part_of_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("x")

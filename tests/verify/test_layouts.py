@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
 from moetrain.compose import compose, save_config
@@ -120,9 +121,31 @@ def test_groups_of_experts_keep_every_bound(tmp_path: Path) -> None:
     check_rows(rows_of(outcome))
 
 
+def test_a_loss_that_counts_first_and_clipped_heads_keep_every_bound(tmp_path: Path) -> None:
+    weights = []
+    for name, clip in (("clipped", 1e-3), ("free", None)):
+        run = _run("world_sizes=[2]", "experts=[1]", "zeros=[2]", "accumulations=[2]", "recomputes=[none]")
+        run.optimizers, run.scenarios = [OptimizerName.muon], [LayoutScenario.routed]
+        run.model.balance.global_loss = 0.01
+        run.optim.qk_clip = clip
+        (tmp_path / name).mkdir()
+        check_rows(rows_of(verify_layouts(run, folder=tmp_path / name)))
+        state = load_file(tmp_path / name / "muon.routed.safetensors")
+        weights.append(state["model.layers.0.self_attn.q_b_proj.weight"])
+    assert weights[0].norm() < 0.9 * weights[1].norm()
+
+
+def test_a_model_without_experts_keeps_every_bound(tmp_path: Path) -> None:
+    run = _run("world_sizes=[2]", "experts=[1]", "zeros=[2]", "accumulations=[1]", "recomputes=[none]")
+    run.optimizers, run.scenarios = [OptimizerName.adamw], [LayoutScenario.routed]
+    run.model.num_dense_layers = run.model.num_layers
+    check_rows(rows_of(verify_layouts(run, folder=tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["fault=dropped_token", "model.num_dense_layers=3"], "without experts"),
         (["zeros=[1,0]"], "parallel.zero is 0"),
         (["world_sizes=[1]", "experts=[2]"], "experts is "),
         (["experts=[3]"], "experts is "),
