@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
         nonlocal pending_bytes
         path = folder / f"{len(shards)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
-        path.chmod(folder.stat().st_mode & 0o666)  # those who may read the folder; alone, it writes private files
+        with suppress(PermissionError):  # a file system without modes
+            path.chmod(folder.stat().st_mode & 0o666)  # those who may read the folder; alone, it writes private files
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
