@@ -48,7 +48,7 @@ took "moetrain and its dependencies"
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" launch/import_all.py 2>"$venv/import.log" || { cat "$venv/import.log" >&2; exit 1; }
 took "bytecode of what is imported"
 
-# Both are compiled when they are first needed; done here, it is done once.
+# Compiled when first needed; done here, it is done once.
 if command -v g++ >/dev/null; then
     log="$venv/kernels.log"
     if "$venv/bin/python" -c 'from moetrain.kernels.build import load; load()' >"$log" 2>&1; then
@@ -57,18 +57,8 @@ if command -v g++ >/dev/null; then
         tail -n 1 "$log" >&2
         echo "install: the native kernels were not built (log: $log); training on a CPU takes torch's, which are slower" >&2
     fi
-    # DeepSpeed's small shared-memory op, for process groups on a CPU.
-    log="$venv/shm_op.log"
-    if PATH="$PWD/$venv/bin:$venv/bin:$PATH" "$venv/bin/python" -c \
-        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)' \
-        >"$log" 2>&1; then
-        took "DeepSpeed's shared-memory op"
-    else
-        tail -n 5 "$log" >&2
-        echo "install: DeepSpeed's shared-memory op was not built (log: $log); runs use gloo alone, which is slower" >&2
-    fi
 else
-    echo "install: no g++ here: runs use torch's kernels and gloo alone, which are slower than the native kernels and DeepSpeed's shared-memory op" >&2
+    echo "install: no g++ here: training on a CPU uses torch's kernels, which are slower than the native ones" >&2
 fi
 
 echo "$wanted" >"$stamp"

@@ -13,7 +13,6 @@ from moetrain.eval.config import EvalConfig
 from moetrain.export.config import ExportConfig
 from moetrain.log import WandbMode
 from moetrain.model.config import ModelConfig
-from moetrain.model.upcycle_config import UpcycleConfig, plan_upcycling
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
@@ -23,6 +22,7 @@ from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
 from moetrain.train.config import TrainConfig
+from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from moetrain.data.build import Data
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
-from moetrain.train.load import count_loads, violations
+from moetrain.train.expert_load import count_loads, violations
 from moetrain.train.rows import micro_batches, rank_rows
 from moetrain.train.stages import Sections, engine_of
 from moetrain.train.validate import validate

@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from moetrain.bench.contestant import Contestant, Kind
 from moetrain.commands import BenchTrainRun
 from moetrain.data.batch import TokenBatch
-from moetrain.model.hf import to_hf_config
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import ParallelConfig

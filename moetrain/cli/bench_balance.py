@@ -2,16 +2,16 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import BenchBalanceRun
+from moetrain.run.stage import stage_folder
 
 
 def main(run: BenchBalanceRun) -> int:
     """Train with every method, print the table, and write it as `balance.json` into the stage's folder."""
     # These bring torch in, so only now.
     from moetrain.bench.balance import bench_balance, render, write_results
-    from moetrain.cli.documents import reading_data
     from moetrain.log import progress
+    from moetrain.run.reading_stage import reading_data
 
     with stage_folder(run) as folder:
         sections, data, topology = reading_data(run, folder)

@@ -2,17 +2,17 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import BenchOptimizersRun
 from moetrain.optim.config import OptimizerName
+from moetrain.run.stage import stage_folder
 
 
 def main(run: BenchOptimizersRun) -> int:
     """Train with every optimizer and rate, write `optimizers.json` and `optimizers.html`, and print the table."""
     # These bring torch in, so only now.
     from moetrain.bench.optimizers import bench_optimizers, picture, render, sentence, write_results
-    from moetrain.cli.documents import reading_data
     from moetrain.log import progress
+    from moetrain.run.reading_stage import reading_data
 
     rates = {OptimizerName.muon: run.muon_rates, OptimizerName.adamw: run.adamw_rates}
     num_runs = len(run.muon_rates) + len(run.adamw_rates) + 2

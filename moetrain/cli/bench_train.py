@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder, write_json
 from moetrain.commands import BenchTrainRun
+from moetrain.run.stage import stage_folder, write_json
 
 _WIDTH = 130  # of the table, also where there is no terminal
 

@@ -4,15 +4,15 @@ names. Runs nothing; needs torch only where a command line names weights."""
 from collections.abc import Sequence
 from typing import get_type_hints
 
-from moetrain.cli import recipe, run
 from moetrain.cli.command_line import composed, split_command
-from moetrain.cli.going_on import check_going_on
-from moetrain.cli.inputs import check_inputs, check_names, check_records, check_weights
-from moetrain.cli.stage import check_folder
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
 from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
+from moetrain.run import recipe, runner
+from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
+from moetrain.run.resume_check import check_going_on
+from moetrain.run.stage import check_folder
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
 def _check_line(words: list[str]) -> None:
     command, rest = split_command(words)
     if command == "run":
-        run.prepare(rest)
+        runner.prepare(rest)
     elif command != "check":
         config = composed(command, rest)
         check_inputs(config)

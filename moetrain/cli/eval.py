@@ -3,15 +3,15 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moetrain.cli.earlier import read_before
-from moetrain.cli.inputs import check_records
-from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
+from moetrain.run.earlier_evaluation import read_before
+from moetrain.run.inputs import check_records
+from moetrain.run.stage import stage_folder, write_json
 from moetrain.runtime import num_ranks
 
 if TYPE_CHECKING:
-    from moetrain.train.origin import Origin
+    from moetrain.checkpoint.origin import Origin
 
 
 def main(run: EvalRun) -> int:
@@ -19,14 +19,14 @@ def main(run: EvalRun) -> int:
     if run.init_from is None:
         raise ConfigError("init_from is null: give the export to evaluate")
     # These bring torch in, so only now.
-    from moetrain.cli.traces import write_traces
-    from moetrain.cli.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import EVAL, evaluate
     from moetrain.inference.weights import build_weights
     from moetrain.parallel.config import EngineName, ParallelConfig
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
+    from moetrain.rollout.traces import write_traces
+    from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
     check_records(run)  # they are read last, when all tasks were rolled out
@@ -72,10 +72,10 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:
     """Return nats a character on the validation split of each source, and the digests of what was read."""
     if not run.data.sources:
         return {"language": {}}
-    from moetrain.cli.documents import dialogues_of
-    from moetrain.cli.weights import tokenizer_of
     from moetrain.data.build import build_data
     from moetrain.eval.language import nats_per_character
+    from moetrain.run.reading_stage import dialogues_of
+    from moetrain.run.weights import tokenizer_of
 
     assert origin.tokenizer is not None  # tokenizer_of checked it
     own = replace(run.data.tokenizer, path=str(origin.tokenizer), vocab_size=origin.model.vocab_size)

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict
 
-from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import ExportRun
 from moetrain.errors import ConfigError
+from moetrain.run.stage import stage_folder, write_json
 
 
 def main(run: ExportRun) -> int:
@@ -12,8 +12,8 @@ def main(run: ExportRun) -> int:
     if run.init_from is None:
         raise ConfigError("init_from is null: give the stage or checkpoint to export")
     # These bring torch in, so only now.
-    from moetrain.cli.weights import EXPORT, read_weights, tokenizer_of
     from moetrain.export.write import export_model
+    from moetrain.run.weights import EXPORT, read_weights, tokenizer_of
     from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:

@@ -11,10 +11,10 @@ def main(run: GenerateRun) -> int:
     # These bring torch in, so only now.
     from moetrain.chat.messages import Message, Role
     from moetrain.chat.template import BOS, EOS, IM_END, conversation_pieces, generation_prompt, pieces_to_tokens
-    from moetrain.cli.weights import read_weights, tokenizer_of
     from moetrain.inference.engine import GenerationEngine, Sequence
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
+    from moetrain.run.weights import read_weights, tokenizer_of
     from moetrain.runtime import seed_of
 
     origin = read_weights(run.init_from)

@@ -11,12 +11,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from moetrain.cli import check, dry_run, help_page, run
+from moetrain.cli import check, help_page, run
 from moetrain.cli.command_line import composed, split_command
-from moetrain.cli.inputs import check_inputs, check_names
-from moetrain.cli.stage import check_folder, rank
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.log import setup_logging
+from moetrain.run import dry_run
+from moetrain.run.inputs import check_inputs, check_names
+from moetrain.run.stage import check_folder, rank
 from moetrain.runtime import die_with_parent, keep_freed_memory, num_ranks
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)

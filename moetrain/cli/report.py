@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.config import ReportRun
 from moetrain.report.stages import Kind, Run, read_run
 from moetrain.report.table import show, tables
 from moetrain.report.write import PAGE, RESULTS_JSON, RESULTS_MARKDOWN, write_report
+from moetrain.run.stage import stage_folder
 
 _PLAIN_WIDTH = 120
 

@@ -8,6 +8,6 @@ def main(run: RlRun) -> int:
     """Run the stage; return its exit code."""
     if run.init_from is None:
         raise ConfigError("init_from is null: RL begins with weights that solve some tasks, give those of an SFT stage")
-    from moetrain.cli.trajectories import learn  # brings torch in, so only now
+    from moetrain.run.rl_stage import learn  # brings torch in, so only now
 
     return learn(run, init_from=run.init_from)

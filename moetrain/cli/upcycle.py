@@ -4,11 +4,11 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder, write_json
 from moetrain.config import UpcycleRun
 from moetrain.errors import ConfigError
 from moetrain.model.flops import num_parameters
-from moetrain.model.upcycle_config import plan_upcycling
+from moetrain.run.stage import stage_folder, write_json
+from moetrain.upcycle.config import plan_upcycling
 from moetrain.verify.table import Row, check_rows, render, write_rows
 
 RELATIVE_BOUND = 1e-5
@@ -23,9 +23,9 @@ def main(run: UpcycleRun) -> int:
         raise ConfigError("init_from is null: give the stage, checkpoint or Hugging Face folder of a dense model")
     plan = plan_upcycling(run.model, run.upcycle)
     # These bring torch in, so only now.
-    from moetrain.cli.weights import read_weights
+    from moetrain.run.weights import read_weights
     from moetrain.train.stages import SUMMARY
-    from moetrain.train.upcycle import check_untrained, upcycle, write_upcycled
+    from moetrain.upcycle.stage import check_untrained, upcycle, write_upcycled
 
     with stage_folder(run) as folder:
         check_untrained(folder)

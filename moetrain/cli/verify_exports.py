@@ -2,10 +2,10 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import check_length
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyExportsRun) -> int:
@@ -13,8 +13,8 @@ def main(run: VerifyExportsRun) -> int:
     if run.init_from is None or run.masters is None:
         raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made of")
     # These bring torch in, so only now.
-    from moetrain.cli.weights import read_masters, read_weights
     from moetrain.export.read import is_export
+    from moetrain.run.weights import read_masters, read_weights
     from moetrain.verify.exports import ExportFault, verify_exports
     from moetrain.verify.table import check_rows, render, write_rows
 

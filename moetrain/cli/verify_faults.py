@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyFaultsRun
+from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyFaultsRun) -> int:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyHfRun
+from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyHfRun) -> int:

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from moetrain.cli.stage import stage_folder
 from moetrain.commands import VerifyLayoutsRun
+from moetrain.run.stage import stage_folder
 
 _WIDTH = 150  # of the table, also where there is no terminal
 

@@ -66,13 +66,6 @@ class Tokenizer:
         """Return the text of `ids`; special tokens give their names, broken UTF-8 the replacement character."""
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that one ordinary token stands for."""
-        piece = self._inner.id_to_token(token)
-        if piece is None or token in self.special_names:
-            raise DataError(f"token {token} is not an ordinary token of this tokenizer")
-        return bytes(_BYTE_OF[character] for character in piece)
-
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads; each file appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,17 +145,6 @@ def without_specials(text: str) -> str:
     for name in SPECIAL_TOKENS:
         text = text.replace(name, "\n")
     return text
-
-
-def _byte_characters() -> dict[str, int]:
-    """Return the byte of each character of the byte-level alphabet (printable bytes stand for themselves)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
-    shifted = {chr(NUM_BYTES + index): byte for index, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | shifted
-
-
-_BYTE_OF = _byte_characters()
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain.checkpoint.read import TensorFiles, read_json, whole_tensor_files
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint import TensorFiles, read_json, whole_tensor_files
 
 RECORD_FILE = "moetrain.json"
 CONFIG_FILE = "config.json"

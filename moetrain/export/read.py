@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
+from moetrain.checkpoint.read import read_json
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import is_packed, unpacked_experts
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
 from moetrain.export.layout import layout_of
+from moetrain.hf.shape import from_hf_config, fused_tensors
 from moetrain.model.config import ModelConfig
-from moetrain.model.hf import from_hf_config, fused_tensors
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import GridName, QuantConfig
 from moetrain.quant.grids import Quantized, dequantize
-from moetrain.train.checkpoint import read_json
 
 
 @dataclass(kw_only=True)

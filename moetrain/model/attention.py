@@ -9,15 +9,15 @@ from enum import StrEnum
 import torch
 from torch.nn import functional as F
 
-from moetrain.kernels import autograd as native
 from moetrain.kernels.choice import in_use, native_on
 from moetrain.model.config import ModelConfig
-from moetrain.model.flash_attention import Runs, attend_flash, plan_runs, takes_flash
 from moetrain.model.layers import Linear, RMSNorm
-from moetrain.model.max_logits import largest_by_head, max_logits
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.rope import Rotation, rotate
-from moetrain.model.tiled_attention import Tile, attend_tiled, first_seen, plan_tiles
+from moetrain.ops import native
+from moetrain.ops.flash_attention import Runs, attend_flash, plan_runs, takes_flash
+from moetrain.ops.max_logits import largest_by_head, max_logits
+from moetrain.ops.tiled_attention import Tile, attend_tiled, first_seen, plan_tiles
 
 LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without the config's epsilon
 TILED_MAX_TOKENS = 2048

@@ -10,9 +10,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moetrain.kernels import autograd as native
 from moetrain.kernels.choice import native_for
 from moetrain.model.recompute import Recomputable, run_part
+from moetrain.ops import native
 
 
 class Linear(nn.Module):

@@ -13,13 +13,13 @@ from torch import nn
 
 from moetrain.kernels.choice import native_on
 from moetrain.model.balance import required_biases, z_loss_sum
-from moetrain.model.combine import combine, spread
 from moetrain.model.config import BiasRule, ModelConfig
-from moetrain.model.expert_products import expert_rows
-from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.layers import FeedForward
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
+from moetrain.ops.combine import combine, spread
+from moetrain.ops.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
+from moetrain.ops.experts import expert_rows
 from moetrain.quant.fake_quant import FakeQuantizer
 
 

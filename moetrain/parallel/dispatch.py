@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.combine import combine, inverse, permute, spread
-from moetrain.model.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.model.moe import Experts
+from moetrain.ops.combine import combine, inverse, permute, spread
+from moetrain.ops.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.parallel.host_memory import memory_of
 from moetrain.parallel.topology import Topology
 

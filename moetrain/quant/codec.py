@@ -16,7 +16,6 @@ from torch import Tensor
 from moetrain.errors import CheckpointError
 from moetrain.quant.grids import Quantized
 
-CODES_PER_WORD = 8
 CODE_OFFSET = 8
 PACKED_SUFFIX = ".weight_packed"
 SCALE_SUFFIX = ".weight_scale"

@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.checkpoint.resume import resume, saved_state
+from moetrain.checkpoint.saver import Saver
+from moetrain.checkpoint.write import Retention
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import TIME_PREFIX, Metrics, progress
@@ -29,14 +33,10 @@ from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
-from moetrain.train.checkpoint_write import Retention
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
-from moetrain.train.loop import CHECKPOINTS
 from moetrain.train.nonfinite import Skips
-from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import rank_rows
-from moetrain.train.saver import Saver
 from moetrain.train.step import train_step
 
 _log = logging.getLogger(__name__)

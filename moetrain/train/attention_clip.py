@@ -1,6 +1,6 @@
 """QK-Clip in a training step: the largest logits of the whole batch, and the rows that they make smaller.
 
-The arithmetic is in `optim.qk_clip`, the logits come from `model.max_logits`, and the engine multiplies its masters.
+The arithmetic is in `optim.qk_clip`, the logits come from `ops.max_logits`, and the engine multiplies its masters.
 A layers with attention, H heads.
 """
 

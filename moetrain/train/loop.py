@@ -13,24 +13,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.checkpoint.resume import resume, saved_state
+from moetrain.checkpoint.saver import Saver
+from moetrain.checkpoint.write import Retention
 from moetrain.data.batch import TokenBatch
 from moetrain.log import TIME_PREFIX, Metrics, progress
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
-from moetrain.train.checkpoint_write import Retention
 from moetrain.train.config import TrainConfig
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.loss import ObjectiveFor
 from moetrain.train.nonfinite import Skips
-from moetrain.train.resume import resume, saved_state
 from moetrain.train.rows import micro_batches, rank_rows
-from moetrain.train.saver import Saver
 from moetrain.train.step import train_step
 
 _log = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a stage's folder."""
 
 
 @dataclass(kw_only=True)
@@ -40,7 +38,7 @@ class Training:
     batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. mix_at: the number of the mix of
     sources that a step is of. validate: figures by name, the
     same on every rank (collective). opening: metrics of a run that begins. identity: what must be equal for a stopped
-    run to go on (see `train.resume`). flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
+    run to go on (see `checkpoint.resume`). flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
     together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the objective measures the logits.
     """
 

@@ -17,8 +17,8 @@ from moetrain.model.attention import MaxLogits
 from moetrain.model.balance import global_balance_loss
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.model.transformer import ForwardOutput, Transformer
+from moetrain.ops.logprobs import chunked_logprobs
 from moetrain.parallel.protocol import Objective, ObjectiveResult
-from moetrain.train.logprobs import chunked_logprobs
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from moetrain.kernels.autograd import linear
 from moetrain.kernels.choice import in_use, native_for
+from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
 
 _SIZE = 1024  # large enough to reach the ceiling on a CPU, small enough to stay short

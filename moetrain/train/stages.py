@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data, prepare_tokenizer
 from moetrain.data.config import DataConfig
@@ -35,7 +36,6 @@ from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, Training, run_training
 from moetrain.train.loss import language_model_objective
-from moetrain.train.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, settle_products
 from moetrain.train.validate import validate
@@ -76,9 +76,9 @@ def train_stage(
 ) -> Status:
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
-    A collective. origin: weights to start from (`train.origin.read_origin`). dialogue_texts: rendered dialogues that a
-    tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data, checkpoints and
-    layout; an interrupted stage goes on when it is run again.
+    A collective. origin: weights to start from (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues
+    that a tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data,
+    checkpoints and layout; an interrupted stage resumes when it is run again.
     """
     if origin is not None:
         check_fit(origin, sections.model)  # before the data, which takes longest

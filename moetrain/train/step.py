@@ -20,7 +20,7 @@ from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepR
 from moetrain.parallel.topology import Topology
 from moetrain.train.attention_clip import batch_max_logits, clip_attention, logit_metrics
 from moetrain.train.config import NonfinitePolicy
-from moetrain.train.load import global_loads, load_metrics, micro_violations
+from moetrain.train.expert_load import global_loads, load_metrics, micro_violations
 from moetrain.train.loss import GlobalCounts, ObjectiveFor
 from moetrain.train.nonfinite import SKIPPED
 

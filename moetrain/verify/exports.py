@@ -21,7 +21,7 @@ from moetrain.export.config import ExportFormat
 from moetrain.export.folder import RECORD_FILE, read_record, write_record
 from moetrain.export.layout import layout_of
 from moetrain.export.read import Export, read_export
-from moetrain.model.hf import to_hf_config
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer
 from moetrain.quant.codec import PACKED_SUFFIX, SCALE_SUFFIX
 from moetrain.quant.grids import Quantized, dequantize, quantize

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from moetrain.export.folder import CONFIG_FILE, write_weights
+from moetrain.hf.folder import open_hf_folder
+from moetrain.hf.shape import hf_disk_tensors, to_hf_config
 from moetrain.model.config import ModelConfig, YarnConfig
-from moetrain.model.hf import hf_disk_tensors, to_hf_config
-from moetrain.model.hf_folder import open_hf_folder
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import read_into
 from moetrain.runtime import torch_stream

@@ -21,13 +21,6 @@ def test_any_text_comes_back_unchanged(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(samples) == [tokenizer.encode(text) for text in samples]
 
 
-def test_bytes_of_tokens_join_to_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
-    text = "Question: naïve 北京 🙂\n"
-    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
-    with pytest.raises(DataError, match="not an ordinary token"):
-        tokenizer.token_bytes(tokenizer.eos_id)
-
-
 def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
     text = "".join(SPECIAL_TOKENS) + " <|im_end|> [EOS]"
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_names)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
-from moetrain.model.hf import to_hf_config
 from tests.cli.command import ENVIRONMENT, ROOT
 
 DOCS = ROOT / "docs"

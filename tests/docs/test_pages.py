@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.cli import recipe
 from moetrain.cli.command_line import composed, split_command
 from moetrain.compose import compose
 from moetrain.log import read_metrics
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.types import Ending, Trajectory
+from moetrain.run import recipe
 from moetrain.tasks.protocol import Grade
 from tests.cli.command import ROOT, moetrain
 

@@ -14,9 +14,9 @@ from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import write_weights
 from moetrain.export.layout import layout_of
 from moetrain.export.write import export_model
+from moetrain.hf.folder import open_hf_folder
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
-from moetrain.model.hf import to_hf_config
-from moetrain.model.hf_folder import open_hf_folder
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.state import read_into
 from moetrain.quant.config import QuantConfig

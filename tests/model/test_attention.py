@@ -5,7 +5,7 @@ import torch
 
 from moetrain.model import attention
 from moetrain.model.attention import FusedMask, attend_fused, plan_attention
-from moetrain.model.tiled_attention import TILE, attend_tiled, plan_tiles
+from moetrain.ops.tiled_attention import TILE, attend_tiled, plan_tiles
 from tests.threads import num_threads
 
 SCALE = 0.3

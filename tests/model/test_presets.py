@@ -7,9 +7,9 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moetrain.compose import compose
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import num_parameters
-from moetrain.model.hf import to_hf_config
 from moetrain.model.transformer import Transformer
 
 # total, routed, active with the head and without the input embedding, entries of balance biases

@@ -7,8 +7,8 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moetrain.errors import ConfigError
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
-from moetrain.model.hf import to_hf_config
 from moetrain.model.transformer import Transformer, initialize
 
 TINY = ModelConfig(

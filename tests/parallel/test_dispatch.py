@@ -10,8 +10,8 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.model.config import ModelConfig, Recompute
-from moetrain.model.expert_products import ROW_MULTIPLE
 from moetrain.model.moe import Experts
+from moetrain.ops.experts import ROW_MULTIPLE
 from moetrain.parallel import dispatch
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.dispatch import AllToAllDispatcher

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.checkpoint import read as checkpoint
+from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.data.batch import TokenBatch
 from moetrain.errors import CheckpointError, DivergenceError
 from moetrain.log import JsonlMetrics
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.protocol import Objective, ObjectiveResult
-from moetrain.train import checkpoint
 from moetrain.train.config import NonfinitePolicy, TrainConfig
 from moetrain.train.interrupt import Status
-from moetrain.train.loop import CHECKPOINTS, Outcome, run_training
+from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import GlobalCounts
 from moetrain.train.nonfinite import SKIPPED
 from moetrain.train.step import train_step

@@ -10,8 +10,8 @@ from moetrain.kernels.build import load
 from moetrain.kernels.choice import using
 from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer, initialize
+from moetrain.ops import logprobs
 from moetrain.parallel.protocol import ObjectiveResult
-from moetrain.train import logprobs
 from moetrain.train.loss import GlobalCounts, language_model_objective, token_logprobs
 from moetrain.train.rows import micro_batches, padded, rank_rows
 from tests.train.toy import toy_batch, toy_model

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.checkpoint import read as checkpoint
+from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, read_origin
+from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.data.config import DataConfig, MixConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.errors import CheckpointError
 from moetrain.log import JsonlMetrics, read_metrics
@@ -18,11 +21,8 @@ from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.train import checkpoint
 from moetrain.train.config import ComputeDtype, RampConfig, TrainConfig
 from moetrain.train.interrupt import Status
-from moetrain.train.loop import CHECKPOINTS
-from moetrain.train.origin import TOKENIZER, Origin, check_fit, read_origin
 from moetrain.train.stages import SUMMARY, Sections, train_stage
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model

@@ -7,8 +7,8 @@ import pytest
 
 from moetrain.errors import BoundError
 from moetrain.export.folder import write_weights
+from moetrain.hf.shape import hf_disk_tensors, to_hf_config
 from moetrain.model.config import YarnConfig
-from moetrain.model.hf import hf_disk_tensors, to_hf_config
 from moetrain.verify import hf
 from moetrain.verify.hf import HfFault, verify_folder, verify_matrix
 from moetrain.verify.table import Row, check_rows

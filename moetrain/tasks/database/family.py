@@ -9,8 +9,8 @@ from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import DataError
 from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.database.demonstrator import PERFECT, demonstrate
 from moetrain.tasks.database.environment import DatabaseEnvironment
-from moetrain.tasks.database.expert import PERFECT, demonstrate
 from moetrain.tasks.database.phrases import phrase, question
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables

@@ -1,0 +1,41 @@
+"""The identity of a run as JSON: kept in its checkpoints, compared on resuming, and read back as configs."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig, ScoreFunction, YarnConfig
+from moetrain.quant.config import GridName, QuantConfig
+
+_LEFT_OUT = ("path", "tokens_per_micro_batch")
+
+
+def model_of(identity: Mapping[str, Any]) -> ModelConfig:
+    """Return the model section of an identity as a config."""
+    fields = dict(identity["model"])
+    balance = dict(fields.pop("balance"))
+    return ModelConfig(
+        score_function=ScoreFunction(fields.pop("score_function")),
+        yarn=YarnConfig(**fields.pop("yarn")),
+        balance=BalanceConfig(bias_rule=BiasRule(balance.pop("bias_rule")), **balance),
+        **fields,
+    )
+
+
+def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
+    """Return the quantisation section of an identity as a config."""
+    fields = dict(identity["quant"])
+    return QuantConfig(grid=GridName(fields.pop("grid")), **fields)
+
+
+def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping without the paths and micro-batches in it, its numbers that JSON has not as strings."""
+    return {name: _kept(value) for name, value in mapping.items() if name not in _LEFT_OUT}
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return as_kept(value)
+    if isinstance(value, list | tuple):
+        return [_kept(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

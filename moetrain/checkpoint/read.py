@@ -1,0 +1,316 @@
+"""Checkpoint folders, read: checked against their checksums, free of the layout that wrote them. No engine, no ranks.
+
+A checkpoint is a folder `step_00000100`. Its tensors are global, one a logical parameter; each is one or several pieces
+in safetensors (`model-r<rank>-<n>` for parameters and buffers, `optimizer-r<rank>-<n>` for what the optimizer holds),
+written by the ranks that owned them. `index.json` says which flat range of which tensor lies where, and has size and
+sha256 of every file and of itself; `state.json` has step, configuration, position in the data and random streams. A
+folder with the final name is whole (see `checkpoint.write`). Nothing is pickled.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moetrain.errors import CheckpointError
+from moetrain.hf.slices import flat_range
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in a stage's folder."""
+FORMAT = 2
+_WHOLE_TENSORS = 1  # the format before: each tensor whole in one file; read, never written
+OPTIMIZER_PREFIX = "optimizer/"
+STATE_FILE, INDEX_FILE = "state.json", "index.json"
+REPAIR = "name another checkpoint, or copy this one again from where it is whole"
+_STEP_FOLDER = re.compile(r"^step_(\d{8})$")
+_REPLACED = ".replaced.tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a flat range of a tensor lies: `count` elements from element `start` on, under `key` in the file `file`."""
+
+    file: str
+    key: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A global tensor of a checkpoint: its shape, and its pieces in the order of their starts."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Stored, ...]
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of a folder by name, each read from its files when it is asked for, whole or a flat range of it."""
+
+    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+        """Hold where in `folder` the tensors lie."""
+        self._folder = folder
+        self._stored = dict(stored)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return one tensor whole, on the CPU; `CheckpointError` when a file does not hold it."""
+        shape = self._stored[name].shape
+        return self.read(name, first=0, last=math.prod(shape)).view(shape)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self._stored.items()}
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        """Return the elements [first, last) of a tensor laid flat; opens only the files that hold some of them."""
+        wanted = [
+            self._range(piece, first=max(first, piece.start), last=min(last, piece.start + piece.count), name=name)
+            for piece in self._stored[name].pieces
+            if piece.start < last and first < piece.start + piece.count
+        ]
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted) if wanted else torch.empty(0)
+
+    def _range(self, piece: Stored, *, first: int, last: int, name: str) -> torch.Tensor:
+        path = self._folder / piece.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return flat_range(file.get_slice(piece.key), first=first - piece.start, last=last - piece.start)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot read tensor {name} ({error}): {REPAIR}") from error
+
+    def of_model(self) -> "TensorFiles":
+        """Return parameters and buffers alone, without what the optimizer holds."""
+        kept = {name: tensor for name, tensor in self._stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
+        return TensorFiles(self._folder, kept)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._stored)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A checkpoint whose index and state were found to be whole. state: what the run saved, with "step". files: size
+    and sha256 by name. digest: sha256 that changes with the weights."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    tensors: TensorFiles
+    files: dict[str, dict[str, Any]]
+    digest: str
+
+
+@dataclass(kw_only=True)
+class Latest:
+    """The newest good checkpoint of a folder (None: it has none), and how many damaged ones were passed over."""
+
+    path: Path | None
+    num_damaged: int
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, ascending, damaged ones included."""
+    if not folder.is_dir():
+        return []
+    found = (_STEP_FOLDER.match(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """Return the folder of checkpoint `step`."""
+    return folder / f"step_{step:08d}"
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove what a killed process left half-written or half-removed in `folder`; return how many folders there were.
+
+    A checkpoint that was being replaced and whose successor did not get its name is put back.
+    """
+    leftovers = sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []
+    for path in leftovers:
+        final = folder / path.name.removeprefix(".").removesuffix(_REPLACED)
+        if path.name.endswith(_REPLACED) and not final.exists():
+            _log.warning("putting %s back, whose replacement was not finished", final)
+            path.rename(final)
+            continue
+        _log.warning("removing %s, left half-written by a process that was stopped", path)
+        shutil.rmtree(path)
+    return len(leftovers)
+
+
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with the checkpoint folder `path`, or None when every file has its checksum."""
+    try:
+        load(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def latest(
+    folder: Path, *, present: Sequence[int] | None = None, damage: Callable[[Path], str | None] = damage_of
+) -> Latest:
+    """Return the newest checkpoint in `folder` without `damage`, passing over damaged ones with a log line each.
+
+    present: the steps to look at, ascending; None takes those that `steps` finds. Raises `CheckpointError` when there
+    are checkpoints but none of them is good.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps(folder) if present is None else present):
+        path = folder_of(folder, step)
+        found = damage(path)
+        if found is None:
+            for reason in damaged:
+                _log.warning("a checkpoint is damaged, falling back to %s: %s", path, reason)
+            return Latest(path=path, num_damaged=len(damaged))
+        damaged.append(found)
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: none of its {len(damaged)} checkpoints is good; the newest: {damaged[0]}; "
+            "delete the folder to start from the beginning"
+        )
+    return Latest(path=None, num_damaged=0)
+
+
+def load(path: Path) -> Checkpoint:
+    """Check every file of the checkpoint folder `path` against its checksum and return it, tensors read on demand.
+
+    Raises `CheckpointError` that names the file: missing folder or shard, flipped byte, truncated JSON.
+    """
+    found = open_checkpoint(path)
+    check_files(found)
+    return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder `path` with index and state checked, its weight files not yet.
+
+    Raises `CheckpointError` that names the file.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint folder; give a folder named step_*")
+    index = read_json(path / INDEX_FILE)
+    digest = index.pop("sha256", None)
+    if index.get("format") not in (FORMAT, _WHOLE_TENSORS):
+        raise CheckpointError(
+            f"{path / INDEX_FILE}: format is {index.get('format')}, this version reads {_WHOLE_TENSORS} and {FORMAT}; "
+            f"{REPAIR}"
+        )
+    if digest != index_digest(index):
+        raise CheckpointError(f"{path / INDEX_FILE}: its content does not have the sha256 it states; {REPAIR}")
+    _check_file(path / STATE_FILE, index["files"][STATE_FILE])
+    state = read_json(path / STATE_FILE)
+    if state.get("step") != index["step"]:
+        raise CheckpointError(f"{path / STATE_FILE}: step is {state.get('step')}, the index says {index['step']}")
+    is_of_whole_tensors = index["format"] == _WHOLE_TENSORS
+    stored = _whole_tensors(path, index["tensors"]) if is_of_whole_tensors else _stored_tensors(index["tensors"])
+    return Checkpoint(
+        path=path,
+        step=index["step"],
+        state=state,
+        tensors=TensorFiles(path, stored),
+        files=index["files"],
+        digest=index_digest({name: file for name, file in index["files"].items() if name.startswith("model-")}),
+    )
+
+
+def check_files(checkpoint: Checkpoint, *, part: int = 0, num_parts: int = 1) -> None:
+    """Raise `CheckpointError` that names a file without its size or checksum, among every `num_parts`-th file.
+
+    Ranks that each take their `part` have checked all of them together.
+    """
+    for name in sorted(checkpoint.files)[part::num_parts]:
+        _check_file(checkpoint.path / name, checkpoint.files[name])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `path` has the form of a checkpoint folder, good or not."""
+    return _STEP_FOLDER.match(path.name) is not None or (path / INDEX_FILE).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; `CheckpointError` when it is missing, truncated or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the file is missing; {REPAIR}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); {REPAIR}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; {REPAIR}")
+    return value
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """Return the JSON text of which digests are taken."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def index_digest(index: Mapping[str, Any]) -> str:
+    """Return the sha256 of an index without its own."""
+    return hashlib.sha256(dump({key: value for key, value in index.items() if key != "sha256"}).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return size and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def whole_tensor_files(folder: Path, file_of: Mapping[str, str]) -> TensorFiles:
+    """Return the tensors of a folder whose every tensor is whole in the file that `file_of` names.
+
+    Raises `CheckpointError` that names a file which is missing, unreadable, or lacks a tensor.
+    """
+    return TensorFiles(folder, _whole_tensors(folder, file_of))
+
+
+def _whole_tensors(folder: Path, file_of: Mapping[str, str]) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(file_of.values())):
+        try:
+            with safe_open(folder / file_name, framework="pt") as file:
+                for name in (name for name in file_of if file_of[name] == file_name):
+                    shape = tuple(file.get_slice(name).get_shape())
+                    piece = Stored(file=file_name, key=name, start=0, count=math.prod(shape))
+                    stored[name] = StoredTensor(shape=shape, pieces=(piece,))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder / file_name}: the file is missing; {REPAIR}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / file_name}: cannot be read ({error}): {REPAIR}") from error
+    return {name: stored[name] for name in file_of}
+
+
+def _stored_tensors(table: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(shape=tuple(entry["shape"]), pieces=tuple(Stored(**piece) for piece in entry["pieces"]))
+        for name, entry in table.items()
+    }
+
+
+def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing; {REPAIR}")
+    found = fingerprint(path)
+    if found["bytes"] != expected["bytes"]:
+        raise CheckpointError(f"{path}: has {found['bytes']} bytes, {expected['bytes']} were written; {REPAIR}")
+    if found["sha256"] != expected["sha256"]:
+        raise CheckpointError(
+            f"{path}: sha256 is {found['sha256'][:12]}..., {expected['sha256'][:12]}... was written; {REPAIR}"
+        )

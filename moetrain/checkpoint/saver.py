@@ -1,0 +1,139 @@
+"""Saving off the training path: a copy of the state is taken, a thread of each rank writes its part, training goes on.
+
+Every method of `Saver` that talks to other ranks is called by all of them at the same place, and whether a save goes on
+is known to all alike; the thread itself meets nobody. A save is finished at the first step boundary at which all
+threads are done: the main rank then gives the checkpoint its name (`checkpoint_write` has the order of things).
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from moetrain.checkpoint.write import Retention, begin, commit, write_part
+from moetrain.errors import CheckpointError, DivergenceError
+from moetrain.parallel.protocol import Engine, Piece
+from moetrain.parallel.topology import Topology
+
+CURE = "free some space or give another run.folder, and start again: the last good checkpoint is as it was"
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A save that goes on: its step, the folder it is written into, what its state.json gets, this rank's thread."""
+
+    step: int
+    partial: Path
+    state: Mapping[str, Any]
+    future: Future[None]
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time. held_s: seconds that training waited for it."""
+
+    def __init__(self, topology: Topology, folder: Path, *, retention: Retention) -> None:
+        """Save into `folder`, which all ranks see."""
+        self._topology = topology
+        self._folder = folder
+        self._retention = retention
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self.held_s = 0.0
+
+    def __enter__(self) -> "Saver":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the save that goes on, unless an error took this rank away from the others: then only the thread ends.
+
+        What it wrote is a leftover that the next start removes.
+        """
+        if error is None or isinstance(error, DivergenceError) or self._topology.world_size == 1:
+            self.finish()
+        self._threads.shutdown()
+
+    def begin(self, engine: Engine, *, step: int, state: Mapping[str, Any]) -> None:
+        """Begin to save the engine's state as checkpoint `step`; waits for the save before. Collective.
+
+        state: what state.json gets. Raises CheckpointError on every rank when a file cannot be written, by this save or
+        by the one before; the checkpoints that are there stay, and nothing half-written.
+        """
+        self.finish()
+        start = time.perf_counter()
+        partial = self._on_main(lambda: begin(self._folder, step), step=step)
+        pieces = [_copy(piece) for piece in engine.pieces(with_optimizer=True)]
+        future = self._threads.submit(write_part, partial, pieces, rank=self._topology.rank)
+        self._pending = _Pending(step=step, partial=partial, state=state, future=future)
+        self.held_s += time.perf_counter() - start
+
+    def poll(self) -> None:
+        """Finish the save that goes on if all ranks have written; call it at every step boundary. Collective.
+
+        Raises what `begin` raises.
+        """
+        if self._pending is None:
+            return
+        start = time.perf_counter()
+        is_writing = torch.tensor(0.0 if self._pending.future.done() else 1.0)
+        if float(self._topology.all_reduce_max(is_writing)) == 0.0:
+            self._complete(self._pending)
+        self.held_s += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Wait until the save that goes on, if any, is a checkpoint. Collective; raises what `begin` raises."""
+        if self._pending is None:
+            return
+        start = time.perf_counter()
+        self._complete(self._pending)
+        self.held_s += time.perf_counter() - start
+
+    def take_held_s(self) -> float:
+        """Return the seconds that training waited since this was last asked."""
+        held_s, self.held_s = self.held_s, 0.0
+        return held_s
+
+    def _complete(self, pending: _Pending) -> None:
+        self._pending = None
+        error = pending.future.exception()  # waits for the thread
+        failures = self._topology.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        failed = next((rank for rank, failure in enumerate(failures or ()) if failure is not None), None)
+
+        def give_name() -> Path:
+            if failures is not None and failed is not None:
+                raise CheckpointError(f"rank {failed} could not write its part: {failures[failed]}")
+            num_parts = self._topology.world_size
+            return commit(
+                pending.partial, pending.step, num_parts=num_parts, state=pending.state, retention=self._retention
+            )
+
+        self._on_main(give_name, step=pending.step, partial=pending.partial)
+
+    def _on_main(self, work: Callable[[], Path], *, step: int, partial: Path | None = None) -> Path:
+        """Return on every rank what `work` gives on the main one, or raise its error there, `partial` removed."""
+        path = self._folder
+        failure: str | None = None
+        if self._topology.is_main:
+            try:
+                path = work()
+            except Exception as error:  # whatever it is: the other ranks wait to hear of it
+                is_told = isinstance(error, OSError | CheckpointError)
+                failure = f"{error}" if is_told else f"{type(error).__name__}: {error}"
+                if partial is not None:
+                    shutil.rmtree(partial, ignore_errors=True)  # what a failing disk keeps goes at the next start
+        path, failure = self._topology.broadcast_object((path, failure))
+        if failure is not None:
+            raise CheckpointError(f"{self._folder}: checkpoint {step} was not written: {failure}; {CURE}")
+        return path
+
+
+def _copy(piece: Piece) -> Piece:
+    return replace(piece, values_P=piece.values_P.detach().to("cpu", copy=True))

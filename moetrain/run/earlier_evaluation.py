@@ -1,0 +1,51 @@
+"""The earlier evaluation that an evaluation is paired with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moetrain.compose import read_yaml, to_mapping
+from moetrain.config import EvalRun
+from moetrain.errors import CheckpointError
+from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, checked
+from moetrain.run.stage import CONFIG
+
+_OF_TASKS = (
+    *("run.seed", "eval.num_tasks", "eval.first_task"),
+    *("task.name", "task.min_calls", "task.max_calls", "task.tool_failure"),
+)
+
+
+def read_before(run: EvalRun) -> dict[str, Any] | None:
+    """Return the numbers of the evaluation that `eval.before` names, None without one.
+
+    Raises `CheckpointError` when there are none, or they are of other tasks.
+    """
+    if run.eval.before is None:
+        return None
+    from moetrain.checkpoint.read import read_json
+    from moetrain.checkpoint.resume import differences
+    from moetrain.eval.stage import EVAL  # brings torch in, so only now
+
+    folder = Path(run.eval.before).expanduser()
+    path = folder / EVAL
+    if not path.is_file():
+        raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
+    numbers = checked(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")
+    if not numbers["modes"] or not all("outcomes" in mode for mode in numbers["modes"].values()):
+        raise CheckpointError(f"eval.before: {path} holds no outcomes; run that evaluation again")
+    config = checked(read_yaml(folder / CONFIG), CONFIG_SHAPE, place=f"eval.before: {folder / CONFIG}")
+    changed = differences(_tasks_of(config), _tasks_of(to_mapping(run)))
+    if changed:
+        raise CheckpointError(f"eval.before: {folder} evaluated other tasks ({'; '.join(changed)}); give the same ones")
+    return numbers
+
+
+def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation's config says of which tasks there are."""
+    return {key: _at(config, key) for key in _OF_TASKS}
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config.get(section, {}).get(name)

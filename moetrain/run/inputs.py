@@ -1,0 +1,144 @@
+"""What a config names, checked before anything starts: folders and files, plugins, names, records, weights.
+
+`check_inputs` looks at paths alone and is what every process does first. The rest reads more: names need the plugins,
+records are read whole, weights bring torch in. `moetrain check` does all of it, and launchers call that before they
+start ranks, so that a mistake in the input is one line and not one a rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from moetrain.commands import VerifyExportsRun
+from moetrain.config import (
+    EvalRun,
+    ExportRun,
+    GenerateRun,
+    ReadingRun,
+    RlRun,
+    StageRun,
+    TrainingRun,
+    UpcycleRun,
+    check_length,
+)
+from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.formats import format_named
+from moetrain.data.sources import local_files, read_documents
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.run.earlier_evaluation import read_before
+from moetrain.run.plugins import load_plugins, plugin_spec
+from moetrain.runtime import num_ranks
+from moetrain.tasks import registry
+
+LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+"""Kinds of sources that are files."""
+_NEED_WEIGHTS: dict[type[StageRun], str] = {
+    RlRun: "RL begins with weights that solve some tasks, give those of an SFT stage",
+    ExportRun: "give the stage or checkpoint to export",
+    EvalRun: "give the export to evaluate",
+    GenerateRun: "give the folder of the weights",
+    VerifyExportsRun: "give the export to verify",
+}
+"""What to give as init_from where it cannot be null."""
+
+
+def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | None = None) -> None:
+    """Raise the user's error when what the config names is not there; ranks and files come after this.
+
+    made: folders that earlier stages will write. world_size: ranks that will start; None takes what the launcher says.
+    """
+    for field, value in _folders(run):
+        if not value:
+            raise ConfigError(f"{field} is empty: give a folder, or null")
+        folder = Path(value).expanduser()
+        if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in made):
+            wrong = "that is a file" if folder.exists() else "there is no such folder"
+            raise CheckpointError(f"{field} is {value}: {wrong}")
+    for plugin in run.plugins:
+        plugin_spec(plugin)
+    ranks = num_ranks() if world_size is None else world_size
+    if isinstance(run, TrainingRun):
+        run.parallel.check_world_size(ranks)
+    elif ranks > 1 and not isinstance(run, EvalRun):
+        raise ConfigError(f"{ranks} ranks were started, and this command is one process: start it without a launcher")
+    for source in _data(run).sources.values():
+        if source.kind in LOCAL_KINDS:
+            local_files(source)
+
+
+def check_names(run: StageRun) -> None:
+    """Load the plugins, and raise the user's error where a task or a format is named that nobody registered."""
+    load_plugins(run.plugins)
+    for schema, needed in _NEED_WEIGHTS.items():
+        if isinstance(run, schema) and run.init_from is None:
+            raise ConfigError(f"init_from is null: {needed}")
+    if isinstance(run, ReadingRun | RlRun | EvalRun):
+        registry.build(run.task, run.run.seed)
+    for source in _data(run).sources.values():
+        format_named(source.format)
+
+
+def check_records(run: StageRun) -> None:
+    """Read every document of the sources that are files; `DataError` names the file and line that cannot be used."""
+    for name, source in _data(run).sources.items():
+        if source.kind in LOCAL_KINDS:
+            read_documents(source, name=name)
+
+
+def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
+    """Read what a stage starts from, and raise the user's error when it is damaged or does not fit.
+
+    made: folders that earlier stages will write, which are left out.
+    """
+    named = {
+        field: value
+        for field, value in _folders(run)
+        if not any(Path(value).expanduser().is_relative_to(folder) for folder in made)
+    }
+    if "init_from" in named:
+        _check_origin(run, named)
+    if isinstance(run, EvalRun) and "eval.before" in named:
+        read_before(run)
+
+
+def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
+    # These bring torch in; most command lines name no weights.
+    from moetrain.checkpoint.origin import check_fit
+    from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
+    from moetrain.upcycle.stage import check_dense
+
+    origin = read_weights(named["init_from"])
+    if isinstance(run, TrainingRun):
+        check_fit(origin, run.model)
+    if isinstance(run, UpcycleRun):
+        check_dense(origin, model=run.model)
+    if isinstance(run, EvalRun):
+        check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
+    if origin.tokenizer is not None:
+        tokenizer_of(origin)
+    for field in ("masters", "eval.masters"):
+        if field in named:
+            read_masters(named[field], field=field, origin=origin)
+    if "eval.codes_before" in named:
+        read_beside(named["eval.codes_before"], field="eval.codes_before", origin=origin)
+
+
+def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
+    """Yield (field, folder) of what a config takes of others."""
+    named = {"init_from": run.init_from}
+    if isinstance(run, VerifyExportsRun):
+        named["masters"] = run.masters
+    if isinstance(run, EvalRun):
+        of_eval = run.eval
+        named |= {
+            "eval.masters": of_eval.masters,
+            "eval.before": of_eval.before,
+            "eval.codes_before": of_eval.codes_before,
+        }
+    named["data.tokenizer.path"] = _data(run).tokenizer.path
+    for field, value in named.items():
+        if value is not None:
+            yield field, value
+
+
+def _data(run: StageRun) -> DataConfig:
+    return run.data if isinstance(run, ReadingRun | EvalRun) else DataConfig()

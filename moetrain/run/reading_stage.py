@@ -1,0 +1,89 @@
+"""Pretraining and SFT: a run's sections into `train.stages`. Imported once the input is checked: it brings torch in."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moetrain.checkpoint.origin import TOKENIZER
+from moetrain.config import ReadingRun
+from moetrain.data.build import Data, build_data
+from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.packing import TokenizedDocument
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.parallel.topology import Topology, setup
+from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
+from moetrain.run.weights import read_weights
+from moetrain.tasks import registry
+from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.dialogues import dialogue_texts, dialogues
+from moetrain.train.interrupt import Status
+from moetrain.train.precision import settle_products
+from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, stage_tokenizer, train_stage
+
+
+def train(run: ReadingRun) -> int:
+    """Run a stage that learns from documents; return its exit code."""
+    with stage_folder(run) as folder, stage_metrics(run) as metrics:
+        status = train_stage(
+            sections_of(run),
+            folder=folder,
+            metrics=metrics,
+            origin=read_weights(run.init_from) if run.init_from is not None else None,
+            dialogues=dialogues_of(run.data, run.task, seed=run.run.seed),
+            dialogue_texts=_texts(run),
+        )
+    return INTERRUPTED if status is Status.interrupted else 0
+
+
+def sections_of(run: ReadingRun) -> Sections:
+    """Return the sections of a run that a training stage takes."""
+    return Sections(
+        model=run.model,
+        data=run.data,
+        optim=run.optim,
+        train=run.train,
+        parallel=run.parallel,
+        quant=run.quant,
+        seed=run.run.seed,
+    )
+
+
+def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topology]:
+    """Return a run's sections, data and place, its tokenizer in `folder`: for what trains outside a stage."""
+    topology = setup(run.parallel)
+    sections = sections_of(run)
+    sections.train = settle_products(sections.train, folder=folder, topology=topology)
+    tokenizer = main_rank_first(
+        topology, lambda: stage_tokenizer(run.data, folder, origin=None, dialogue_texts=_texts(run))
+    )
+    data = build_data(
+        run.data,
+        run.run.seed,
+        tokenizer_folder=folder / TOKENIZER,
+        dialogues=dialogues_of(run.data, run.task, seed=run.run.seed)(tokenizer),
+        mixes=mixes_of(sections.data, sections.train),
+    )
+    return sections, data, topology
+
+
+def _texts(run: ReadingRun) -> Iterable[str]:
+    """Return the rendered dialogues that a tokenizer trained for this run sees too."""
+    most = max(dialogue_counts(run.data).values(), default=0)
+    return dialogue_texts(registry.build(run.task, run.run.seed), count=most)
+
+
+def dialogue_counts(data: DataConfig) -> dict[str, int]:
+    """Return how many dialogues each source of that kind has."""
+    return {name: source.num_documents for name, source in data.sources.items() if source.kind is SourceKind.dialogues}
+
+
+def dialogues_of(data: DataConfig, task: TaskConfig, *, seed: int) -> Dialogues:
+    """Return a function that makes the documents of the sources of kind dialogues, given a tokenizer."""
+    family = registry.build(task, seed)
+
+    def make(tokenizer: Tokenizer) -> dict[str, list[TokenizedDocument]]:
+        return {
+            name: list(dialogues(family, tokenizer, count=count, source=name, declare_tools=task.declare_tools))
+            for name, count in dialogue_counts(data).items()
+        }
+
+    return make

@@ -1,0 +1,90 @@
+"""RL: a run's sections into `rl.loop`. Imported once the input is checked: it brings torch in."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moetrain.checkpoint import read as checkpoint
+from moetrain.checkpoint.origin import TOKENIZER, Origin, start_from
+from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.config import RlRun
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.optim.schedule import learning_rate
+from moetrain.parallel.engine import Engine, build_engine
+from moetrain.parallel.topology import setup
+from moetrain.rl.loop import RlTraining, run_rl
+from moetrain.rollout.traces import write_traces
+from moetrain.rollout.types import Trajectory
+from moetrain.run.resume_check import own_sections
+from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics, write_json
+from moetrain.run.weights import read_weights, tokenizer_of
+from moetrain.tasks import registry
+from moetrain.tasks.dialogues import RL_FIRST_TASK
+from moetrain.train.identity import identity_of
+from moetrain.train.interrupt import Status
+from moetrain.train.precision import DTYPES, settle_products
+from moetrain.train.stages import SUMMARY
+
+
+def learn(run: RlRun, *, init_from: str) -> int:
+    """Run an RL stage; return its exit code."""
+    with stage_folder(run) as folder, stage_metrics(run) as metrics:
+        origin = read_weights(init_from)
+        tokenizer = tokenizer_of(origin)
+        train = settle_products(run.train, folder=folder, topology=setup(run.parallel))
+        engine = build_engine(
+            run.model,
+            run.parallel,
+            optim_config=run.optim,
+            quant_config=run.quant,
+            compute_dtype=DTYPES[train.compute_dtype],
+            seed=run.run.seed,
+        )
+        start_from(engine, origin, model=run.model)
+        # A stage that has checkpoints keeps its tokenizer: whether this is the same, resuming finds out.
+        is_begun = checkpoint.steps(folder / CHECKPOINTS) and (folder / TOKENIZER).is_dir()
+        if engine.topology.is_main and not is_begun:
+            tokenizer.save(folder / TOKENIZER)
+        training = _training(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
+        outcome = run_rl(training, train, folder=folder, metrics=metrics)
+        if outcome.status is Status.interrupted:
+            return INTERRUPTED
+        if engine.topology.is_main:
+            products = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
+            summary = {"stage": folder.name, "steps": outcome.step, **products}
+            write_json(folder / SUMMARY, summary | {"sampled_tokens": outcome.sampled_tokens})
+    return 0
+
+
+def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, folder: Path) -> RlTraining:
+    def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
+        """Keep the first group of each step for reading."""
+        if engine.topology.is_main:
+            path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
+            write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
+
+    return RlTraining(
+        engine=engine,
+        family=registry.build(run.task, run.run.seed),
+        tokenizer=tokenizer,
+        model=run.model,
+        quant=run.quant,
+        balance=run.model.balance,
+        rl=run.rl,
+        rollout=run.rollout,
+        declare_tools=run.task.declare_tools,
+        learning_rate=lambda step: learning_rate(step, run.train.steps, lr=run.optim.lr, schedule=run.optim.schedule),
+        identity=identity_of(
+            model=run.model,
+            quant=run.quant,
+            optim=run.optim,
+            train=run.train,
+            seed=run.run.seed,
+            origin=engine.topology.broadcast_object(origin.digest if engine.topology.is_main else None),
+            others={**own_sections(run), "tokenizer": tokenizer.digest},
+        ),
+        seed=run.run.seed,
+        first_task=RL_FIRST_TASK,
+        on_trajectories=keep,
+        qk_clip=run.optim.qk_clip,
+    )

@@ -1,0 +1,84 @@
+"""Where weights come from, exports included. Imported by commands once their input is checked: it brings torch in."""
+
+from pathlib import Path
+
+from moetrain.checkpoint.origin import Origin, read_origin, unfit_fields
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.export.layout import layout_of
+from moetrain.export.read import is_export, read_export
+from moetrain.parallel.state import TensorReader
+
+EXPORT = "model"
+"""Folder of the export in the folder of an export stage."""
+
+
+def read_weights(init_from: str) -> Origin:
+    """Return the weights of a stage's folder, a checkpoint, an export or a Hugging Face folder.
+
+    Those of an INT4 export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
+    what is missing or damaged.
+    """
+    try:
+        return _read(Path(init_from).expanduser())
+    except CheckpointError as error:
+        if str(error).startswith("config.json: "):
+            raise CheckpointError(f"{init_from}: {error}") from error
+        raise
+
+
+def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
+    """Return weights that stand beside `origin`; `CheckpointError` that begins with `field` for another model's."""
+    other = read_weights(value)
+    if unfit := unfit_fields(other, origin.model):
+        raise CheckpointError(f"{field} is {value}: that is another model than {origin.path} ({'; '.join(unfit)})")
+    return other
+
+
+def read_masters(value: str, *, field: str, origin: Origin) -> Origin:
+    """Return the float32 masters that `origin` was exported of; raises as `read_beside`, and for an export."""
+    masters = read_beside(value, field=field, origin=origin)
+    if is_export(masters.path):
+        raise CheckpointError(f"{field} is {value}: that is an export; give the stage or checkpoint it was made of")
+    return masters
+
+
+def _read(path: Path) -> Origin:
+    if is_export(path / EXPORT):
+        path = path / EXPORT
+    if not is_export(path):
+        origin = read_origin(path)
+        if (path / "config.json").is_file():
+            _check_foreign(origin)
+        return origin
+    export = read_export(path)
+    tensors = export.weights()
+    return Origin(
+        path=path,
+        tensors=tensors,
+        reader=TensorReader(tensors),
+        model=export.model,
+        quant=export.quant,
+        tokenizer=path,
+        make_digest=lambda: str(export.record["sources"]),
+        step=export.step,
+    )
+
+
+def _check_foreign(origin: Origin) -> None:
+    """Check the tensors of a folder that another program wrote, to which no checksum of ours belongs."""
+    try:
+        layout_of(origin.model).check(origin.reader)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin.path}: {error}") from error
+
+
+def tokenizer_of(origin: Origin) -> Tokenizer:
+    """Return the tokenizer that lies beside the weights."""
+    if origin.tokenizer is None:
+        raise CheckpointError(f"{origin.path}: there is no {TOKENIZER_FILE} beside the weights; copy theirs there")
+    tokenizer = Tokenizer.load(origin.tokenizer)
+    if tokenizer.vocab_size > origin.model.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens and the weights beside it {origin.model.vocab_size}"
+        raise CheckpointError(f"{origin.tokenizer}: it has {sizes}; put theirs there")
+    return tokenizer

@@ -1,0 +1,151 @@
+"""A dense checkpoint to a sparse one whose first loss is the dense model's last: a stage's folder for `init_from=`.
+
+The folder gets `checkpoints/step_00000000` (weights alone, no optimizer state), the tokenizer that lay beside the dense
+weights, and `summary.json`. It is written layer by layer, so that the sparse model is never in memory whole.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moetrain.checkpoint import read as checkpoint
+from moetrain.checkpoint import write as checkpoint_write
+from moetrain.checkpoint.origin import TOKENIZER, Origin, vars_of
+from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.checkpoint.resume import differences
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.protocol import Piece
+from moetrain.quant.config import QuantConfig
+from moetrain.upcycle.config import UpcycleConfig, UpcyclePlan
+from moetrain.upcycle.tensors import LayerChange, UpcycledTensors, layer_change
+
+_log = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
+_NEW = (
+    *("num_dense_layers", "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts"),
+    *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
+    *("initializer_range", "max_position_embeddings", "balance."),
+)
+"""Fields of the model that may differ: what the experts are, and what changes no output."""
+
+
+@dataclass(kw_only=True)
+class Upcycling:
+    """A dense model and what it becomes, checked. changes: of each layer that gets experts, by its number."""
+
+    origin: Origin
+    model: ModelConfig
+    plan: UpcyclePlan
+    tensors: UpcycledTensors
+    changes: Mapping[int, LayerChange]
+
+
+def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: UpcyclePlan, seed: int) -> Upcycling:
+    """Return the sparse model of the shape `model` that computes what the dense weights of `origin` compute.
+
+    Raises the errors of `check_dense`.
+    """
+    check_dense(origin, model=model)
+    tensors = UpcycledTensors(origin.tensors, model=model, plan=plan, seed=seed)
+    layers = range(model.num_dense_layers, model.num_layers) if config.check_tokens else []
+    changes = {
+        layer: layer_change(
+            origin.tensors, tensors, layer=layer, model=model, plan=plan, num_tokens=config.check_tokens
+        )
+        for layer in layers
+    }
+    return Upcycling(origin=origin, model=model, plan=plan, tensors=tensors, changes=changes)
+
+
+def check_dense(origin: Origin, *, model: ModelConfig) -> None:
+    """Raise CheckpointError when weights are not dense, or are of another shape than `model` says."""
+    if origin.model.num_moe_layers:
+        raise CheckpointError(
+            f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers have experts "
+            "already; give dense weights (model.num_dense_layers = model.num_layers)"
+        )
+    unfit = [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_NEW)]
+    if unfit:
+        raise CheckpointError(
+            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
+        )
+    _check_tensors(origin)
+
+
+def check_untrained(folder: Path) -> None:
+    """Raise CheckpointError when a stage's folder holds checkpoints of training: checkpoint 0 would remove them."""
+    if trained := [step for step in checkpoint.steps(folder / CHECKPOINTS) if step > 0]:
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS}: holds {len(trained)} checkpoints of training, the last of step {trained[-1]}, "
+            "and upcycling would remove them; give another run.stage or run.name"
+        )
+
+
+def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
+    """Write the weights as checkpoint 0 of a stage's folder, with the tokenizer; return the checkpoint's path.
+
+    Raises what `check_untrained` raises.
+    """
+    check_untrained(folder)
+    origin = upcycling.origin
+    if origin.tokenizer is None:
+        _log.warning("there is no tokenizer beside %s: the stage that goes on from here has to name one", origin.path)
+    else:
+        Tokenizer.load(origin.tokenizer).save(folder / TOKENIZER)
+    identity = {
+        "model": asdict(upcycling.model),
+        "quant": asdict(QuantConfig()),
+        "upcycle": asdict(upcycling.plan),
+        "origin": origin.digest,
+    }
+    partial = checkpoint_write.begin(folder / CHECKPOINTS, 0)
+    parts = _layers(upcycling.tensors)
+    for number, names in enumerate(parts):
+        pieces = [_piece(name, upcycling.tensors[name]) for name in names]
+        checkpoint_write.write_part(partial, pieces, rank=number)
+    return checkpoint_write.commit(
+        partial,
+        0,
+        num_parts=len(parts),
+        state={"identity": identity, "loop": {}},
+        retention=checkpoint_write.Retention(newest=1),
+    )
+
+
+def _layers(names: Iterable[str]) -> list[list[str]]:
+    """Return the names of each layer, and of what is outside of the layers one by one."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = _LAYER.match(name)
+        layers.setdefault(match[0] if match else name, []).append(name)
+    return list(layers.values())
+
+
+def _piece(name: str, tensor: torch.Tensor) -> Piece:
+    return Piece(name=name, shape=tuple(tensor.shape), start=0, values_P=tensor.detach().reshape(-1))
+
+
+def _check_tensors(origin: Origin) -> None:
+    """Raise CheckpointError unless the tensors are those of the dense model, all of them finite."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(origin.model).state_dict().items()}
+    if missing := sorted(shapes.keys() - origin.tensors.keys()):
+        raise CheckpointError(f"{origin.path}: {missing[0]} is missing: the weights do not fit its config")
+    if left_over := sorted(origin.tensors.keys() - shapes.keys()):
+        raise CheckpointError(f"{origin.path}: {left_over[0]} is no tensor of its model")
+    for name, shape in shapes.items():
+        tensor = origin.tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{origin.path}: {name} has shape {list(tensor.shape)}, its config says {list(shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{origin.path}: {name} holds numbers that are not finite")

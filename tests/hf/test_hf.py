@@ -1,0 +1,131 @@
+"""Folders and names of Hugging Face, both ways."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from moetrain.errors import CheckpointError
+from moetrain.hf.folder import open_hf_folder
+from moetrain.hf.shape import from_hf_config, fused_tensors, hf_disk_tensors, to_hf_config
+from moetrain.model.config import ModelConfig, YarnConfig
+from moetrain.model.gate_scale import routed_scaling_factor
+from moetrain.model.transformer import Transformer, initialize
+
+TINY = ModelConfig(
+    vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, q_lora_rank=8, kv_lora_rank=8, num_experts=4,
+    qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=24, moe_intermediate_size=8,
+)  # fmt: skip
+
+
+def make() -> Transformer:
+    model = Transformer(TINY, compute_dtype=torch.float32)
+    initialize(model, 3)
+    model.moe_layers()[0][1].gate.e_score_correction_bias.uniform_()
+    return model
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, replace(TINY, q_lora_rank=None, yarn=YarnConfig(factor=32, beta_fast=32.0)), replace(TINY, num_groups=2)],
+)
+def test_config_survives_the_way_through_config_json(config: ModelConfig) -> None:
+    written = json.loads(json.dumps(to_hf_config(config)))
+    assert written["topk_method"] == "noaux_tc" and written["scoring_func"] == "sigmoid" and written["norm_topk_prob"]
+    expected = replace(config, routed_scaling_factor=routed_scaling_factor(config))
+    assert from_hf_config(written) == expected
+    assert from_hf_config(DeepseekV3Config(**written).to_dict()) == expected
+
+
+def test_config_of_the_fourth_transformers_is_read() -> None:
+    values = to_hf_config(TINY)
+    del values["rope_parameters"]
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+               "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+    config = from_hf_config({**values, "rope_theta": 10000, "rope_scaling": scaling})
+    assert (config.rope_theta, config.yarn.factor, config.yarn.beta_fast) == (10000.0, 40.0, 32.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
+        ({"scoring_func": "linear"}, "scoring_func is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": "x"}, "the rope parameters are 'x': give an object with rope_theta"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x': give a number"),
+        ({"hidden_size": "abc"}, r"^config\.json: hidden_size is 'abc': give a number"),
+        ({"num_hidden_layers": [1]}, r"num_hidden_layers is \[1\]: give a number"),
+        ({"hidden_size": None}, "hidden_size is null: give a number"),
+        ({"hidden_size": 0}, r"config\.json: model\.hidden_size is 0: give at least 1"),
+    ],
+)
+def test_a_config_that_cannot_be_computed_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        from_hf_config({**to_hf_config(TINY), **change})
+
+
+def test_a_config_that_is_no_object_is_refused_and_one_without_a_base_takes_the_default() -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list: give an object"):
+        from_hf_config([])  # type: ignore[arg-type]
+    values = {**to_hf_config(TINY), "rope_parameters": {"rope_type": "default"}}
+    assert from_hf_config(values).rope_theta == 10000.0  # transformers' own
+
+
+def test_experts_go_to_disk_one_by_one_and_come_back() -> None:
+    state = make().state_dict()
+    disk = dict(hf_disk_tensors(state))
+    prefix = "model.layers.1.mlp.experts"
+    fused = state[f"{prefix}.gate_up_proj"]
+    assert torch.equal(disk[f"{prefix}.2.gate_proj.weight"], fused[2, :8])
+    assert torch.equal(disk[f"{prefix}.2.up_proj.weight"], fused[2, 8:])
+    assert f"{prefix}.gate_up_proj" not in disk
+    assert_same(fused_tensors(disk), state)
+
+
+def test_a_missing_expert_matrix_is_named() -> None:
+    disk = dict(hf_disk_tensors(make().state_dict()))
+    del disk["model.layers.1.mlp.experts.1.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"experts\.1\.up_proj\.weight is missing"):
+        fused_tensors(disk)
+
+
+def test_our_folder_loads_in_transformers_and_its_folder_loads_here(tmp_path: Path) -> None:
+    state = make().state_dict()
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    disk = {name: tensor.contiguous() for name, tensor in hf_disk_tensors(state)}
+    save_file(disk, ours / "model.safetensors", metadata={"format": "pt"})
+    model = DeepseekV3ForCausalLM.from_pretrained(ours, dtype=torch.float32)
+    assert_same(model.state_dict(), state)
+    model.save_pretrained(theirs)
+    for folder in (ours, theirs):
+        config, tensors = open_hf_folder(folder)
+        assert config == replace(TINY, routed_scaling_factor=routed_scaling_factor(TINY))
+        assert_same(tensors, state)
+
+
+def test_folders_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        open_hf_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+        open_hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        open_hf_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "quantization_config": {}}))
+    with pytest.raises(CheckpointError, match="the weights are quantised"):
+        open_hf_folder(tmp_path)

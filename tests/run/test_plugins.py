@@ -1,0 +1,42 @@
+"""Plugins: each is run, and what is wrong with one is a single line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain.errors import ConfigError
+from moetrain.run.plugins import load_plugins
+
+
+def test_a_plugin_with_the_name_of_a_module_is_run_too_and_once(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("runs = []\nruns.append(1)\n")
+    first, second = (load_plugins([str(tmp_path / "json.py")])[-1] for _ in range(2))
+    assert first is second
+    assert first.runs == [1]
+    assert sys.modules["json"] is not first
+
+
+@pytest.mark.parametrize(
+    ("files", "plugin", "message"),
+    [
+        ({"a.py": "import sys\nsys.exit(3)"}, "a.py", r"plugins: .*a\.py fails when it is imported: SystemExit: 3$"),
+        ({"b.py": "raise ValueError('one\\n  two')"}, "b.py", r"b\.py fails .*: ValueError: one two$"),
+        ({"c.py": "1 +"}, "c.py", r"c\.py fails when it is imported: SyntaxError: "),
+        ({"pk1/__init__.py": "1 / 0", "pk1/sub.py": ""}, "pk1.sub", r"plugins: pk1\.sub fails .*: ZeroDivisionError"),
+        ({"pk2/__init__.py": "import no_such", "pk2/sub.py": ""}, "pk2.sub", r"ModuleNotFoundError: .*no_such"),
+        ({"pk3/__init__.py": ""}, "pk3.sub", r"plugins: there is no pk3\.sub; give a module"),
+        ({}, ".foo", r"plugins: there is no \.foo; give a module that Python finds"),
+    ],
+)
+def test_what_a_plugin_raises_is_one_line(
+    files: dict[str, str], plugin: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_plugins([plugin])
+    assert "\n" not in str(caught.value)

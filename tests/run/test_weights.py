@@ -1,0 +1,93 @@
+"""Weights of a folder that another program wrote are checked tensor by tensor when they are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moetrain.compose import compose
+from moetrain.data.tokenizer import train_tokenizer
+from moetrain.errors import CheckpointError
+from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.run.inputs import check_weights
+from moetrain.run.weights import read_weights, tokenizer_of
+from tests.hf.test_hf import TINY, make
+
+NORM = "model.norm.weight"
+
+
+def write(folder: Path, **changes: torch.Tensor | None) -> Path:
+    """Write a folder whose tensors are a small model's but for `changes`; None leaves one out."""
+    tensors = {name: tensor.contiguous() for name, tensor in hf_disk_tensors(make().state_dict())}
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    (folder / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (NORM, None, r"model\.norm\.weight is missing: the weights do not fit this model"),
+        ("lm_head.weight", None, r"lm_head\.weight is missing"),
+        ("extra.weight", torch.zeros(3), r"extra\.weight is no tensor of this model"),
+        (NORM, torch.zeros(3), r"model\.norm\.weight has shape \[3\], this model's has"),
+        (NORM, torch.full((TINY.hidden_size,), torch.nan), r"model\.norm\.weight holds numbers that are not finite"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_its_folder(
+    name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: {message}"):
+        read_weights(str(write(tmp_path, **{name: tensor})))
+
+
+def test_a_whole_folder_is_read_and_a_derived_buffer_in_it_is_nobodys_mistake(tmp_path: Path) -> None:
+    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    assert read_weights(str(write(tmp_path, **derived))).step == 0
+
+
+def test_a_config_that_does_not_fit_is_named_with_its_folder(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "hidden_size": "abc"}))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: config\.json: hidden_size is 'abc': give a number"):
+        read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("broken", ["init_from", "eval.masters", "eval.codes_before", "eval.before"])
+def test_what_an_evaluation_takes_is_read_before_its_ranks_start(broken: str, tmp_path: Path) -> None:
+    """Under a launcher each rank would say it, and the launcher's own lines would follow."""
+    good, bad = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "bad"), **{NORM: None})
+    words = [f"init_from={good}", f"eval.masters={good}", f"eval.codes_before={good}"]
+    check_weights(compose("eval", words))
+    with pytest.raises(CheckpointError, match=rf"^{bad}: .* is missing|^eval\.before: there is no {bad}/eval\.json"):
+        check_weights(compose("eval", [*words, f"{broken}={bad}"]))
+
+
+@pytest.mark.parametrize("field", ["eval.masters", "eval.codes_before"])
+def test_weights_of_another_model_are_no_masters(field: str, tmp_path: Path) -> None:
+    good, other = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "other"))
+    config = {**to_hf_config(TINY), "rms_norm_eps": 0.5}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=rf"^{field} is {other}: that is another model than {good} \(rms_norm_eps"
+    ):
+        check_weights(compose("eval", [f"init_from={good}", f"{field}={other}"]))
+
+
+def test_a_tokenizer_of_more_tokens_than_the_weights_have_is_named(tmp_path: Path) -> None:
+    folder = write(_folder(tmp_path, "good"))
+    train_tokenizer(["a tokenizer of every byte and some more " * 20], vocab_size=300).save(folder)
+    with pytest.raises(CheckpointError, match=rf"{folder}: it has \d+ tokens and the weights beside it 50; put theirs"):
+        tokenizer_of(read_weights(str(folder)))
+
+
+def _folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
