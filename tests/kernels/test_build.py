@@ -42,6 +42,7 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(
     nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     library, why = find(Kernels.auto)
     assert library is None
     assert "no C++ compiler is here" in why
@@ -63,6 +64,7 @@ def test_a_user_without_a_home_has_torchs_kernels(nothing_loaded: Path, monkeypa
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(Path, "home", homeless)
     library, why = find(Kernels.auto)
     assert library is None

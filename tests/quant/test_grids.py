@@ -98,3 +98,9 @@ def test_every_stored_scale_is_also_an_fp16_number() -> None:
 def test_a_group_size_that_does_not_divide_the_inputs_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"quant.group_size is 32: it must divide the 48 inputs"):
         quantize(torch.zeros(2, 48), grid=GridName.kimi7, group_size=32)
+
+
+def test_the_rounding_error_of_gaussian_weights_is_that_of_the_grid() -> None:
+    weight = 0.02 * torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    error = dequantize(_quantize(weight)).double() - weight.double()
+    assert float(error.norm() / weight.double().norm()) == pytest.approx(0.0971, abs=0.002)
