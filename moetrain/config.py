@@ -21,7 +21,7 @@ from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
-from moetrain.train.config import TrainConfig
+from moetrain.train.config import ReadingConfig, TrainConfig
 from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
 
 
@@ -90,7 +90,7 @@ class TrainingRun(StageRun):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Steps, batch and checkpoints."""
+    """Steps and checkpoints."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over processes."""
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -117,6 +117,8 @@ class TrainingRun(StageRun):
 class ReadingRun(TrainingRun):
     """What the stages that learn from documents have in common."""
 
+    train: ReadingConfig = field(default_factory=ReadingConfig)
+    """Steps, batch and checkpoints."""
     data: DataConfig = field(default_factory=DataConfig)
     """What the model reads."""
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -183,8 +185,6 @@ class RlRun(TrainingRun):
         """Check what spans sections."""
         super().__post_init__()
         check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
-        if self.train.batch_ramp:
-            raise ConfigError("train.batch_ramp is set: a step of RL is rl.tasks_per_step groups, take it out")
 
 
 def check_folder_name(field: str, folder: str) -> None:

@@ -19,7 +19,7 @@ from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.expert_load import count_loads, violations
-from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.rows import rank_rows, split_rows
 from moetrain.train.stages import Sections, engine_of
 from moetrain.train.validate import validate
 
@@ -91,7 +91,7 @@ def _held_out_violation(sections: Sections, *, engine: Engine, data: Data) -> fl
     loads_LE = torch.zeros((), dtype=torch.int64)
     for source in data.validation.values():
         rows = rank_rows(source.batch, rank=topology.rank, world_size=topology.world_size)
-        loads_LE = loads_LE + count_loads(engine, micro_batches(rows, rows=sections.train.rows_per_micro_batch)).cpu()
+        loads_LE = loads_LE + count_loads(engine, split_rows(rows, rows=sections.train.rows_per_micro_batch)).cpu()
     return float(violations(loads_LE).mean())
 
 

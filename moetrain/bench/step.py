@@ -5,7 +5,7 @@ from moetrain.model.attention import MaxLogits
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.protocol import Engine, Objective
 from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.rows import rank_rows, split_rows
 from moetrain.train.stages import Sections
 from moetrain.train.step import train_step
 
@@ -23,7 +23,7 @@ def take_step(sections: Sections, *, engine: Engine, data: Data, step: int) -> d
     return train_step(
         engine,
         objective_for,
-        micro_batches=micro_batches(rows, rows=train.rows_per_micro_batch),
+        micro_batches=split_rows(rows, rows=train.rows_per_micro_batch),
         learning_rate=learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
         balance=balance,
         step=step,

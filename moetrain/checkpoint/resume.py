@@ -1,4 +1,4 @@
-"""From a checkpoint folder to where a run stands, for training and RL loops alike; `checkpoint.saver` is the way there.
+"""From a checkpoint folder to where a run stands, for every training stage; `checkpoint.saver` is the way there.
 
 `identity` is what makes a run the run it is (its configuration apart from layout, and the digests of its data): a
 folder whose checkpoints have another identity is refused, field by field, instead of being continued into something
@@ -56,12 +56,12 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
 
 
-def saved_state(*, identity: Mapping[str, Any], loop: Mapping[str, Any], rows_read: int) -> dict[str, Any]:
+def saved_state(identity: Mapping[str, Any], *, loop: Mapping[str, Any], data: Mapping[str, int]) -> dict[str, Any]:
     """Return what state.json keeps of a run: identity, the loop's counters, position in the data, random streams."""
     return {
         "identity": dict(identity),
         "loop": dict(loop),
-        "data": {"rows_read": rows_read},
+        "data": dict(data),
         "random": {"seed": identity.get("seed"), "rule": RANDOM_RULE},
     }
 

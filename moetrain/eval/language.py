@@ -10,7 +10,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import on_device
 from moetrain.runtime import default_device
 from moetrain.train.loss import token_logprobs
-from moetrain.train.rows import micro_batches
+from moetrain.train.rows import split_rows
 
 _ROWS = 8
 
@@ -27,7 +27,7 @@ def nats_per_character(
     results = {}
     for name, rows in validation.items():
         nats = 0.0
-        for part in micro_batches(rows.batch, rows=_ROWS):
+        for part in split_rows(rows.batch, rows=_ROWS):
             part = on_device(part, device)
             output = model(part.tokens_BT, segments_BT=part.segments_BT, positions_BT=part.positions_BT)
             nats -= float(token_logprobs(model, output.hidden_BTD, batch=part).logprobs_N.double().sum())

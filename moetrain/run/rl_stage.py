@@ -1,4 +1,4 @@
-"""RL: a run's sections into `rl.loop`. Imported once the input is checked: it brings torch in."""
+"""RL: a run's sections into `rl.stage`. Imported once the input is checked: it brings torch in."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import setup
-from moetrain.rl.loop import RlTraining, run_rl
+from moetrain.rl.stage import RlStage, rl_training
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
 from moetrain.run.resume_check import own_sections
@@ -22,6 +22,7 @@ from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
+from moetrain.train.loop import run_training
 from moetrain.train.precision import DTYPES, settle_products
 from moetrain.train.stages import SUMMARY
 
@@ -45,25 +46,25 @@ def learn(run: RlRun, *, init_from: str) -> int:
         is_begun = checkpoint.steps(folder / CHECKPOINTS) and (folder / TOKENIZER).is_dir()
         if engine.topology.is_main and not is_begun:
             tokenizer.save(folder / TOKENIZER)
-        training = _training(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
-        outcome = run_rl(training, train, folder=folder, metrics=metrics)
+        stage = _stage(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
+        outcome = run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
             products = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
             summary = {"stage": folder.name, "steps": outcome.step, **products}
-            write_json(folder / SUMMARY, summary | {"sampled_tokens": outcome.sampled_tokens})
+            write_json(folder / SUMMARY, summary | outcome.counters.totals)
     return 0
 
 
-def _training(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, folder: Path) -> RlTraining:
+def _stage(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, folder: Path) -> RlStage:
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
         """Keep the first group of each step for reading."""
         if engine.topology.is_main:
             path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
 
-    return RlTraining(
+    return RlStage(
         engine=engine,
         family=registry.build(run.task, run.run.seed),
         tokenizer=tokenizer,

@@ -42,58 +42,67 @@ class RampConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """One training stage."""
+    """Steps, precision and checkpoints: what every training stage has."""
 
     steps: int = 400
     """Optimizer steps."""
+    compute_dtype: ComputeDtype = ComputeDtype.bfloat16
+    """Precision of the matrix products. fastest is bfloat16 with the native kernels; without them both are measured
+    when the run begins: many CPUs multiply float32 faster, those without bf16 instructions tens of times. Accelerators
+    use bfloat16."""
+    kernels: Kernels = Kernels.auto
+    """What computes in bfloat16 on a CPU: native, the project's own C++, or torch. auto is native on a CPU with AVX2
+    and without AMX where there is a C++ compiler. Results differ by rounding alone."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of it are kept as well; 0 keeps the newest alone."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
+    """A loss or gradient norm that is not finite: stop ends the run; skip drops the step's gradient, leaves weights,
+    momentum and balance bias as they are, counts the step in `skipped_steps`, and continues with the next batch."""
+    max_skipped_in_row: int = 10
+    """Maximum number of consecutive skipped steps (on_nonfinite=skip); one more ends the run."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        counts = ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "max_skipped_in_row")
+        check_ranges(self, prefix="train.", ranges={COUNT: counts, NOT_NEGATIVE: ("keep_every",)})
+        if self.kernels is Kernels.native and self.compute_dtype is ComputeDtype.float32:
+            raise ConfigError(
+                "train.kernels is native, which multiplies bfloat16, and train.compute_dtype is float32: "
+                "change one of them, or give train.kernels=auto"
+            )
+
+
+@dataclass(kw_only=True)
+class ReadingConfig(TrainConfig):
+    """What the stages that read documents, pretraining and SFT, have besides."""
+
     rows_per_step: int = 16
-    """Rows of data.seq_len tokens an optimizer step, over all ranks and micro-batches."""
+    """Rows of data.seq_len tokens per optimizer step, over all ranks and micro-batches."""
     batch_ramp: list[RampConfig] = field(default_factory=list)
     """Smaller (or larger) batches at the beginning: parts in order, each so many steps of so many rows;
     train.rows_per_step holds after the last of them."""
     rows_per_micro_batch: int = 16
     """Rows that one rank holds in memory at once."""
-    compute_dtype: ComputeDtype = ComputeDtype.bfloat16
-    """Precision of the matrix products. fastest is bfloat16 with the native kernels; without them it measures both when
-    the run begins: many CPUs multiply float32 faster, those without bf16 instructions tens of times. Accelerators take
-    bfloat16."""
-    kernels: Kernels = Kernels.auto
-    """What computes in bfloat16 on a CPU: native, the project's own C++, or torch. auto is native where a CPU with AVX2
-    and no AMX and a C++ compiler are there. Results differ by rounding alone."""
     validate_every: int = 100
     """Steps between validations; 0 validates only at the end."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    keep_every: int = 0
-    """Checkpoints whose step is a multiple of it stay as well; 0 keeps the newest alone."""
-    log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
-    on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
-    """A loss or gradient norm that is not finite: stop ends the run; skip drops the step's gradient, leaves weights,
-    momentum and balance bias as they are, counts the step in `skipped_steps`, and goes on with the next batch."""
-    max_skipped_in_row: int = 10
-    """Steps left out one after the other that on_nonfinite=skip bears; one more ends the run."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        counts = (
-            *("steps", "rows_per_step", "rows_per_micro_batch"),
-            *("checkpoint_every", "keep_checkpoints", "log_every", "max_skipped_in_row"),
-        )
-        check_ranges(self, prefix="train.", ranges={COUNT: counts, NOT_NEGATIVE: ("validate_every", "keep_every")})
+        super().__post_init__()
+        counts = ("rows_per_step", "rows_per_micro_batch")
+        check_ranges(self, prefix="train.", ranges={COUNT: counts, NOT_NEGATIVE: ("validate_every",)})
         sizes = [("rows_per_step", self.rows_per_step), *(("batch_ramp: rows", part.rows) for part in self.batch_ramp)]
         for name, rows in sizes:
             if rows % self.rows_per_micro_batch and rows > self.rows_per_micro_batch:
                 raise ConfigError(
                     f"train.{name} is {rows}: give a multiple of train.rows_per_micro_batch={self.rows_per_micro_batch}"
                 )
-        if self.kernels is Kernels.native and self.compute_dtype is ComputeDtype.float32:
-            raise ConfigError(
-                "train.kernels is native, which multiplies bfloat16, and train.compute_dtype is float32: "
-                "change one of them, or give train.kernels=auto"
-            )
         ramp_steps = sum(part.steps for part in self.batch_ramp)
         if ramp_steps > self.steps:
             raise ConfigError(

@@ -14,6 +14,7 @@ from moetrain.quant.config import QuantConfig
 from moetrain.train.config import TrainConfig
 
 _OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype")
+"""Fields of the section `train` that change numbers; a stage has those that its schema has."""
 
 
 def identity_of(
@@ -35,7 +36,7 @@ def identity_of(
         "model": asdict(model),
         "quant": asdict(quant),
         "optim": asdict(optim),
-        "train": {name: asdict(train)[name] for name in _OF_TRAIN},
+        "train": {name: value for name, value in asdict(train).items() if name in _OF_TRAIN},
         "seed": seed,
         "origin": origin,
         **others,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from moetrain.train.config import ComputeDtype, TrainConfig
 from moetrain.train.peak import keep, kept
 
 _log = logging.getLogger(__name__)
+_Config = TypeVar("_Config", bound=TrainConfig)
 
 DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
 MACHINE = "machine.json"
@@ -32,7 +34,7 @@ _SIZE = 512
 _SECONDS = 0.5
 
 
-def settle_products(train: TrainConfig, *, folder: Path, topology: Topology) -> TrainConfig:
+def settle_products(train: _Config, *, folder: Path, topology: Topology) -> _Config:
     """Return `train` with a dtype in place of `fastest` and kernels in place of `auto`, and use those from now on.
 
     A collective: native where all ranks have it. What they come to is kept in the stage's folder: a run that goes on

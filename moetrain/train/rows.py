@@ -26,6 +26,6 @@ def rank_rows(batch: TokenBatch, *, rank: int, world_size: int) -> TokenBatch:
     return padded(batch, rows * world_size).rows(rank * rows, (rank + 1) * rows)
 
 
-def micro_batches(batch: TokenBatch, *, rows: int) -> list[TokenBatch]:
-    """Return `batch` cut into pieces of at most `rows` rows, in order."""
+def split_rows(batch: TokenBatch, *, rows: int) -> list[TokenBatch]:
+    """Return `batch` as micro-batches of at most `rows` rows, in order."""
     return [batch.rows(start, start + rows) for start in range(0, len(batch.tokens_BT), rows)]

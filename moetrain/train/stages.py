@@ -31,13 +31,14 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import TrainConfig
+from moetrain.train.config import ReadingConfig
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
-from moetrain.train.loop import Outcome, Training, run_training
+from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, settle_products
+from moetrain.train.reading import Reading, reading_training
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Sections:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
-    train: TrainConfig
+    train: ReadingConfig
     parallel: ParallelConfig
     quant: QuantConfig
     seed: int
@@ -98,15 +99,15 @@ def train_stage(
     engine = engine_of(sections)
     if origin is not None:
         start_from(engine, origin, model=sections.model)
-    training = _training(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
-    outcome = run_training(training, sections.train, folder=folder, metrics=metrics)
+    reading = _reading(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
+    outcome = run_training(reading_training(reading, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
         _write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
     topology.barrier()
     return outcome.status
 
 
-def mixes_of(data: DataConfig, train: TrainConfig) -> list[Mix]:
+def mixes_of(data: DataConfig, train: ReadingConfig) -> list[Mix]:
     """Return the mixes of a run, each with the row of the run that it begins with."""
     first_steps = [0, *(change.first_step(train.steps) for change in data.mix)]
     return [
@@ -164,7 +165,7 @@ def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokeni
     return made if made is not None else make()
 
 
-def _training(
+def _reading(
     sections: Sections,
     *,
     engine: Engine,
@@ -172,7 +173,7 @@ def _training(
     origin: Origin | None,
     folder: Path,
     evaluate: Evaluate | None,
-) -> Training:
+) -> Reading:
     train, optim, balance = sections.train, sections.optim, sections.model.balance
     max_logits = MaxLogits.needed(optim.qk_clip)
 
@@ -181,7 +182,7 @@ def _training(
         return {**figures, **(evaluate(engine, data.tokenizer) if evaluate else {})}
 
     dtype = DTYPES[train.compute_dtype]
-    return Training(
+    return Reading(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
         batch_at=lambda step: data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1)),
@@ -224,8 +225,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "steps": outcome.step,
         "compute_dtype": sections.train.compute_dtype,
         "kernels": sections.train.kernels,
-        "tokens": outcome.counters.tokens,
-        "targets": outcome.counters.targets,
+        **outcome.counters.totals,
         "rows": rows_read,
         "epochs": data.loader.epochs(rows_read),
         "mixes": data.loader.mix_rows(rows_read),
@@ -235,7 +235,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "digests": data.digests,
         "documents": {name: asdict(counts) for name, counts in data.counts.items()},
         "checkpoint": str(outcome.checkpoint.relative_to(folder)),
-        "time": {"seconds": seconds, "tokens_per_s": outcome.counters.tokens / seconds if seconds else None},
+        "time": {"seconds": seconds, "tokens_per_s": outcome.counters.totals["tokens"] / seconds if seconds else None},
     }
 
 

@@ -9,7 +9,7 @@ from moetrain.data.packing import ValidationRows
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import Engine
 from moetrain.train.loss import token_logprobs
-from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.rows import rank_rows, split_rows
 
 
 def validate(engine: Engine, held_out: Mapping[str, ValidationRows], *, rows_per_micro_batch: int) -> dict[str, float]:
@@ -26,7 +26,7 @@ def total_nats(engine: Engine, batch: TokenBatch, *, rows_per_micro_batch: int) 
     topology = engine.topology
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
     nats = torch.zeros((), dtype=torch.float64)
-    for part in micro_batches(rows, rows=rows_per_micro_batch):
+    for part in split_rows(rows, rows=rows_per_micro_batch):
         nats += engine.inspect(_nats, part).cpu()
     return float(topology.all_reduce_sum(nats))
 

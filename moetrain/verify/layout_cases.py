@@ -27,7 +27,7 @@ from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult, StepR
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import torch_stream
 from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.rows import rank_rows, split_rows
 from moetrain.train.step import train_step
 
 _PUSH = 10.0  # added to the bias of the first experts; scores are at most 1
@@ -162,7 +162,7 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: 
     for step in range(run.steps):
         mine = rank_rows(make_batch(run, step, draw=layout.draw), rank=topology.rank, world_size=topology.world_size)
         size = 1 if order is Order.reversed_rows else len(mine.tokens_BT) // layout.accumulation
-        parts = micro_batches(mine, rows=size)
+        parts = split_rows(mine, rows=size)
         values = train_step(
             engine,
             lambda counts: _objective(run, counts, seen=seen, doubles=doubles),

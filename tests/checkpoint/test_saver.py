@@ -38,7 +38,7 @@ IDENTITY = {"seed": 1}
 
 def _save(engine: Engine, folder: Path, *, step: int) -> None:
     with Saver(engine.topology, folder, retention=Retention(newest=9)) as writer:
-        writer.begin(engine, step=step, state=saved_state(identity=IDENTITY, loop={}, rows_read=4 * step))
+        writer.begin(engine, step=step, state=saved_state(IDENTITY, loop={}, data={"rows_read": 4 * step}))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.train.attention_clip import batch_max_logits, clip_attention, row_factors
 from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches
+from moetrain.train.rows import split_rows
 from moetrain.train.step import train_step
 from tests.train.toy import ROWS, SEQ_LEN, toy_batch, toy_engine, toy_model
 
@@ -168,9 +168,9 @@ def _repacked(batch: TokenBatch) -> TokenBatch:
 @pytest.mark.parametrize(
     "cut",
     [
-        lambda batch: micro_batches(batch, rows=1),
+        lambda batch: split_rows(batch, rows=1),
         lambda batch: [_repacked(batch)],
-        lambda batch: micro_batches(_repacked(batch), rows=3),
+        lambda batch: split_rows(_repacked(batch), rows=3),
     ],
     ids=["micro-batches", "packing", "both"],
 )

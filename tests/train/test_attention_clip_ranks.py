@@ -12,7 +12,7 @@ from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.protocol import Engine, Objective
 from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches, rank_rows
+from moetrain.train.rows import rank_rows, split_rows
 from moetrain.train.step import train_step
 from tests.distributed import run_ranks
 from tests.parallel.nano import LEARNING_RATE, batch_of, build, largest_gap, padding
@@ -48,7 +48,7 @@ def _see(engine: Engine, *, rows_per_micro_batch: int, only_first_rank: bool = F
             train_step(
                 engine,
                 _objective_for,
-                micro_batches=micro_batches(mine, rows=rows_per_micro_batch),
+                micro_batches=split_rows(mine, rows=rows_per_micro_batch),
                 learning_rate=LEARNING_RATE,
                 balance=BALANCE,
                 step=step,

@@ -16,13 +16,14 @@ from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.config import ComputeDtype, ReadingConfig
 from moetrain.train.loop import run_training
 from moetrain.train.loss import language_model_objective
-from moetrain.train.rows import micro_batches, padded, rank_rows
+from moetrain.train.reading import reading_training
+from moetrain.train.rows import padded, rank_rows, split_rows
 from moetrain.train.step import train_step
 from tests.distributed import run_ranks
-from tests.train.toy import toy_batch, toy_engine, toy_model, toy_training
+from tests.train.toy import toy_batch, toy_engine, toy_model, toy_reading
 
 ALL = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
 """Weights that make each loss felt in the sum."""
@@ -65,10 +66,10 @@ def unpacked(batch: TokenBatch) -> TokenBatch:
 
 
 CUTS: dict[str, Callable[[TokenBatch], list[TokenBatch]]] = {
-    "two micro-batches": lambda batch: micro_batches(batch, rows=2),
-    "one row a micro-batch": lambda batch: micro_batches(batch, rows=1),
-    "rows of padding": lambda batch: micro_batches(padded(batch, 7), rows=3),
-    "a document a row": lambda batch: micro_batches(unpacked(batch), rows=3),
+    "two micro-batches": lambda batch: split_rows(batch, rows=2),
+    "one row a micro-batch": lambda batch: split_rows(batch, rows=1),
+    "rows of padding": lambda batch: split_rows(padded(batch, 7), rows=3),
+    "a document a row": lambda batch: split_rows(unpacked(batch), rows=3),
 }
 
 
@@ -93,7 +94,7 @@ def test_the_global_loss_is_the_formula_on_the_counts_of_the_whole_batch() -> No
         for count, score_sum in zip(counts_E, score_sums_E, strict=True):
             share = count / (batch.num_tokens * config.num_experts_per_token) * config.num_experts
             expected += share * score_sum / batch.num_tokens
-    found = take_step(engine, micro_batches(batch, rows=1), balance=balance)
+    found = take_step(engine, split_rows(batch, rows=1), balance=balance)
     assert found["global_balance_loss"] == pytest.approx(0.5 * expected, rel=FP32_ROUNDING)
 
 
@@ -117,12 +118,12 @@ def test_metrics_of_losses_that_are_off_are_left_out() -> None:
 def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     def trained(folder: str, *, steps: int) -> Engine:
         engine = toy_engine(balance=ALL, compute_dtype=torch.bfloat16)
-        training = replace(
-            toy_training(engine, steps=4),
+        reading = replace(
+            toy_reading(engine, steps=4),
             balance=ALL,
             objective_for=lambda counts: language_model_objective(counts, balance=ALL),
         )
-        config = TrainConfig(
+        config = ReadingConfig(
             steps=steps,
             rows_per_step=4,
             rows_per_micro_batch=2,
@@ -130,7 +131,7 @@ def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoi
             compute_dtype=ComputeDtype.bfloat16,
         )
         metrics = JsonlMetrics(tmp_path / f"{folder}.jsonl")
-        run_training(training, config, folder=tmp_path / folder, metrics=metrics)
+        run_training(reading_training(reading, config), config, folder=tmp_path / folder, metrics=metrics)
         metrics.close()
         return engine
 
@@ -162,7 +163,7 @@ def _trace(engine: Engine, *, rows: int) -> dict[str, Any]:
     steps = []
     for step in range(STEPS):
         mine = rank_rows(toy_batch(step), rank=topology.rank, world_size=topology.world_size)
-        steps.append(take_step(engine, micro_batches(mine, rows=rows), step=step))
+        steps.append(take_step(engine, split_rows(mine, rows=rows), step=step))
     return {"steps": steps, "biases": biases(engine)}
 
 

@@ -5,19 +5,19 @@ import pytest
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.model.config import BalanceConfig, BiasRule
-from moetrain.train.config import RampConfig, TrainConfig
+from moetrain.train.config import RampConfig, ReadingConfig
 
 RAMP = [RampConfig(steps=3, rows=2), RampConfig(steps=2, rows=4)]
 
 
 def test_the_rows_of_a_ramp_are_a_function_of_the_step() -> None:
-    train = TrainConfig(steps=8, rows_per_step=8, rows_per_micro_batch=2, batch_ramp=RAMP)
+    train = ReadingConfig(steps=8, rows_per_step=8, rows_per_micro_batch=2, batch_ramp=RAMP)
     assert [train.rows_before(step) for step in range(9)] == [0, 2, 4, 6, 10, 14, 22, 30, 38]
     assert train.most_rows == 8
 
 
 def test_without_a_ramp_every_step_has_the_same_rows() -> None:
-    train = TrainConfig(steps=8, rows_per_step=6, rows_per_micro_batch=3)
+    train = ReadingConfig(steps=8, rows_per_step=6, rows_per_micro_batch=3)
     assert [train.rows_before(step) for step in (0, 1, 8)] == [0, 6, 48]
 
 
@@ -79,6 +79,11 @@ def test_what_does_not_fit_is_refused_by_name(word: str, said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_rl_refuses_a_ramp() -> None:
-    with pytest.raises(ConfigError, match="is set: a step of RL"):
-        compose("rl", ["model=k2_nano_test", "train.rows_per_micro_batch=1", "train.batch_ramp=[{steps: 1, rows: 1}]"])
+@pytest.mark.parametrize(
+    "word",
+    ["train.rows_per_step=8", "train.rows_per_micro_batch=1", "train.validate_every=1", "train.batch_ramp=[]"],
+)
+def test_rl_refuses_what_its_steps_do_not_have(word: str) -> None:
+    with pytest.raises(ConfigError, match=word.split("=")[0]) as raised:
+        compose("rl", ["model=k2_nano_test", word])
+    assert "\n" not in str(raised.value)

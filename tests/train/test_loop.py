@@ -22,19 +22,20 @@ from moetrain.log import JsonlMetrics
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.protocol import Objective, ObjectiveResult
-from moetrain.train.config import NonfinitePolicy, TrainConfig
+from moetrain.train.config import NonfinitePolicy, ReadingConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import GlobalCounts
 from moetrain.train.nonfinite import SKIPPED
+from moetrain.train.reading import reading_training
 from moetrain.train.step import train_step
-from tests.train.toy import losses, toy_batch, toy_engine, toy_training
+from tests.train.toy import losses, toy_batch, toy_engine, toy_reading
 
 STEPS = 6
 
 
-def _config(*, on_nonfinite: NonfinitePolicy, max_skipped_in_row: int, steps: int = STEPS) -> TrainConfig:
-    return TrainConfig(
+def _config(*, on_nonfinite: NonfinitePolicy, max_skipped_in_row: int, steps: int = STEPS) -> ReadingConfig:
+    return ReadingConfig(
         steps=steps,
         rows_per_step=4,
         rows_per_micro_batch=2,
@@ -58,7 +59,7 @@ def _run(
     max_skipped_in_row: int = 10,
 ) -> Outcome:
     metrics = JsonlMetrics(folder / "metrics.jsonl")
-    training = toy_training(
+    reading = toy_reading(
         toy_engine(engine=engine, compute_dtype=compute_dtype, quantised=quantised),
         steps=STEPS,
         batch_at=batch_at,
@@ -66,7 +67,7 @@ def _run(
     )
     try:
         config = _config(steps=steps, on_nonfinite=on_nonfinite, max_skipped_in_row=max_skipped_in_row)
-        return run_training(training, config, folder=folder, metrics=metrics)
+        return run_training(reading_training(reading, config), config, folder=folder, metrics=metrics)
     finally:
         metrics.close()
 
@@ -165,7 +166,7 @@ def test_a_stop_signal_saves_at_the_end_of_the_step_and_a_new_start_goes_on(
         outcome = _run(stopped, batch_at=_signalled_at(2, number))
     assert outcome.status is Status.interrupted
     assert outcome.step == 3
-    assert f"stopped by {number.name} at step 3; start again to go on" in caplog.text
+    assert f"stopped by {number.name} at step 3; run the same command again to resume" in caplog.text
     assert checkpoint.steps(stopped / CHECKPOINTS) == [2, 3]
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     _run(stopped)
@@ -196,7 +197,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     _run(tmp_path)
     outcome = _run(tmp_path, batch_at=_killed_at(0))
     assert outcome.status is Status.finished
-    assert outcome.counters.tokens == sum(toy_batch(step).num_tokens for step in range(STEPS))
+    assert outcome.counters.totals["tokens"] == sum(toy_batch(step).num_tokens for step in range(STEPS))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from moetrain.model.transformer import Transformer, initialize
 from moetrain.ops import logprobs
 from moetrain.parallel.protocol import ObjectiveResult
 from moetrain.train.loss import GlobalCounts, language_model_objective, token_logprobs
-from moetrain.train.rows import micro_batches, padded, rank_rows
+from moetrain.train.rows import padded, rank_rows, split_rows
 from tests.train.toy import toy_batch, toy_model
 
 
@@ -138,8 +138,8 @@ def test_the_objective_is_the_weighted_mean_over_predicted_tokens_plus_the_balan
 def test_loss_and_gradients_do_not_depend_on_micro_batches() -> None:
     model, batch = _model(), toy_batch(3)
     whole = _gradients(model, [batch], _counts(batch))
-    assert_same(_gradients(model, micro_batches(batch, rows=1), _counts(batch)), whole)
-    assert_same(_gradients(model, micro_batches(batch, rows=3), _counts(batch)), whole)
+    assert_same(_gradients(model, split_rows(batch, rows=1), _counts(batch)), whole)
+    assert_same(_gradients(model, split_rows(batch, rows=3), _counts(batch)), whole)
 
 
 def test_loss_and_gradients_do_not_depend_on_how_documents_are_packed() -> None:

@@ -21,7 +21,7 @@ from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, RampConfig, TrainConfig
+from moetrain.train.config import ComputeDtype, RampConfig, ReadingConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.stages import SUMMARY, Sections, train_stage
 from tests.distributed import run_ranks
@@ -51,7 +51,7 @@ def sections(texts: Path, *, engine: EngineName = EngineName.torch, expert: int 
             validation_rows=3,
         ),
         optim=OptimConfig(lr=1e-2),
-        train=TrainConfig(
+        train=ReadingConfig(
             steps=3, rows_per_step=4, rows_per_micro_batch=2, checkpoint_every=2, compute_dtype=ComputeDtype.float32
         ),
         parallel=ParallelConfig(engine=engine, expert=expert),

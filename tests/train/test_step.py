@@ -10,7 +10,7 @@ from moetrain.errors import DivergenceError
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.parallel.protocol import Engine, Objective, ObjectiveResult
 from moetrain.train.loss import GlobalCounts, language_model_objective
-from moetrain.train.rows import micro_batches
+from moetrain.train.rows import split_rows
 from moetrain.train.step import global_counts, train_step
 from moetrain.train.validate import total_nats
 from tests.train.toy import toy_batch, toy_engine
@@ -24,7 +24,7 @@ def _step(engine: Engine, *, rows: int, rule: BiasRule = BiasRule.sign) -> dict[
     return train_step(
         engine,
         _objective_for,
-        micro_batches=micro_batches(toy_batch(0), rows=rows),
+        micro_batches=split_rows(toy_batch(0), rows=rows),
         learning_rate=1e-3,
         balance=BalanceConfig(bias_rule=rule, bias_rate=0.25),
         step=0,
@@ -33,7 +33,7 @@ def _step(engine: Engine, *, rows: int, rule: BiasRule = BiasRule.sign) -> dict[
 
 def test_global_counts_are_sums_over_micro_batches() -> None:
     batch = toy_batch(0)
-    counts = global_counts(micro_batches(batch, rows=1), toy_engine().topology)
+    counts = global_counts(split_rows(batch, rows=1), toy_engine().topology)
     assert (counts.tokens, counts.targets) == (batch.num_tokens, batch.num_targets)
     assert counts.target_weight == pytest.approx(float(batch.weights_BT[batch.loss_mask_BT].sum()))
 

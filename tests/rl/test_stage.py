@@ -1,4 +1,4 @@
-"""The RL loop on a task that a random model can solve by chance: stop at once, with an answer of even length."""
+"""RL steps on a task that a random model can solve by chance: stop at once, with an answer of even length."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.log import JsonlMetrics, read_metrics
+from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.log import JsonlMetrics, Metrics, read_metrics
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
@@ -14,11 +15,12 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.rl.config import BalanceLosses, RlConfig
-from moetrain.rl.loop import RlTraining, collect_groups, run_rl
+from moetrain.rl.stage import RlStage, collect_groups, rl_training
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
 from moetrain.train.config import TrainConfig
+from moetrain.train.loop import run_training
 from tests.distributed import run_ranks
 from tests.even_task import MODEL, EvenFamily, even_tokenizer
 
@@ -26,8 +28,8 @@ _QUANT = QuantConfig(enabled=True)
 _TRAIN = TrainConfig(steps=4, checkpoint_every=2)
 
 
-def _training(engine: Engine, seen: list[Trajectory]) -> RlTraining:
-    return RlTraining(
+def _stage(engine: Engine, seen: list[Trajectory]) -> RlStage:
+    return RlStage(
         engine=engine,
         family=EvenFamily(),
         tokenizer=even_tokenizer(),
@@ -51,11 +53,16 @@ def _engine(name: EngineName, *, expert: int = 1, dtype: torch.dtype = torch.bfl
     return build_engine(MODEL, parallel, optim_config=optim, quant_config=_QUANT, compute_dtype=dtype, seed=0)
 
 
+def _take_steps(stage: RlStage, folder: Path, *, steps: int, metrics: Metrics) -> None:
+    config = replace(_TRAIN, steps=steps)
+    run_training(rl_training(stage, config), config, folder=folder, metrics=metrics)
+
+
 def _run(folder: Path, steps: int) -> tuple[Engine, list[Trajectory]]:
     seen: list[Trajectory] = []
     engine = _engine(EngineName.torch)
     metrics = JsonlMetrics(folder / "metrics.jsonl")
-    run_rl(_training(engine, seen), replace(_TRAIN, steps=steps), folder=folder, metrics=metrics)
+    _take_steps(_stage(engine, seen), folder, steps=steps, metrics=metrics)
     metrics.close()
     return engine, seen
 
@@ -69,6 +76,24 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_trajectories_and_weights(tmp
     expected, found = whole.gather_state(with_optimizer=True), resumed.gather_state(with_optimizer=True)
     assert expected is not None and found is not None
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_rl_logs_and_recovers_as_every_stage_does(tmp_path: Path) -> None:
+    """The damaged checkpoint is passed over with a metric, only each second step is logged, totals span both starts."""
+    stage, config = _stage(_engine(EngineName.torch), []), replace(_TRAIN, steps=2, checkpoint_every=1, log_every=2)
+    metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
+    run_training(rl_training(stage, config), config, folder=tmp_path, metrics=metrics)
+    metrics.close()
+    (sampled,) = (row["total/sampled_tokens"] for row in read_metrics(tmp_path / "metrics.jsonl") if "reward" in row)
+    shard = tmp_path / CHECKPOINTS / "step_00000002" / "model-r00000-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
+    outcome = run_training(rl_training(stage, config), config, folder=tmp_path, metrics=metrics)
+    metrics.close()
+    damaged, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert (damaged["step"], damaged["checkpoint/damaged"]) == (1, 1.0)
+    assert (last["step"], last["total/sampled_tokens"]) == (2, sampled)
+    assert outcome.counters.totals["sampled_tokens"] == sampled > last["sampled_tokens"]
 
 
 def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path: Path) -> None:
@@ -92,12 +117,10 @@ def _balanced_step(folder: Path, *, losses: BalanceLosses, tokens: int) -> tuple
         compute_dtype=torch.float32,
         seed=0,
     )
-    training = _training(engine, [])
-    rl = replace(training.rl, balance_losses=losses, tokens_per_micro_batch=tokens)
+    stage = _stage(engine, [])
+    rl = replace(stage.rl, balance_losses=losses, tokens_per_micro_batch=tokens)
     metrics = JsonlMetrics(folder / "metrics.jsonl")
-    run_rl(
-        replace(training, model=model, balance=balance, rl=rl), replace(_TRAIN, steps=1), folder=folder, metrics=metrics
-    )
+    _take_steps(replace(stage, model=model, balance=balance, rl=rl), folder, steps=1, metrics=metrics)
     metrics.close()
     biases = torch.stack([layer.gate.e_score_correction_bias for _, layer in engine.model.moe_layers()])
     (values,) = (row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row)
@@ -123,11 +146,11 @@ def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp
     threshold, seen = 1e-3, []
     for tokens in (1 << 16, 256):
         engine = _engine(EngineName.torch, dtype=torch.float32)
-        training = _training(engine, [])
-        rl = replace(training.rl, tokens_per_micro_batch=tokens)
+        stage = _stage(engine, [])
+        rl = replace(stage.rl, tokens_per_micro_batch=tokens)
         folder = tmp_path / str(tokens)
         metrics = JsonlMetrics(folder / "metrics.jsonl")
-        run_rl(replace(training, rl=rl, qk_clip=threshold), replace(_TRAIN, steps=1), folder=folder, metrics=metrics)
+        _take_steps(replace(stage, rl=rl, qk_clip=threshold), folder, steps=1, metrics=metrics)
         metrics.close()
         (values,) = (row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row)
         seen.append(values)
@@ -140,7 +163,7 @@ def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     weights = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
-    groups = collect_groups(_training(engine, []), weights=weights, step=0)
+    groups = collect_groups(_stage(engine, []), weights=weights, step=0)
     return [trajectory.tokens for group in groups for trajectory in group]
 
 

@@ -1,0 +1,153 @@
+"""What a step of RL is: collect trajectories with the present weights, turn them into columns, update the weights.
+
+A step is a function of (weights, seed, step): tasks, sampling and tool failures come from named streams. The steps are
+taken by `train.loop`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.inference.weights import InferenceWeights
+from moetrain.log import TIME_PREFIX
+from moetrain.model.attention import MaxLogits
+from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.parallel.engine import Engine
+from moetrain.quant.config import QuantConfig
+from moetrain.rl.advantage import group_advantages
+from moetrain.rl.batch import Scored, micro_batches
+from moetrain.rl.config import Algorithm, BalanceLosses, RlConfig
+from moetrain.rl.loss import policy_objective
+from moetrain.rl.metrics import rollout_metrics
+from moetrain.rollout.collect import RolloutRequest, collect
+from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.sync import sync_weights
+from moetrain.rollout.types import Trajectory
+from moetrain.runtime import seed_of
+from moetrain.tasks.protocol import Split, TaskFamily
+from moetrain.train.config import TrainConfig
+from moetrain.train.loop import Training
+from moetrain.train.rows import rank_rows
+from moetrain.train.step import train_step
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RlStage:
+    """What the steps of RL are made of.
+
+    first_task: number of the first task, beyond those of SFT. learning_rate: the rate of a step. identity: see
+    `train.loop.Training`. on_trajectories: is handed each step's trajectories. qk_clip: threshold of QK-Clip, None is
+    off.
+    """
+
+    engine: Engine
+    family: TaskFamily
+    tokenizer: Tokenizer
+    model: ModelConfig
+    quant: QuantConfig
+    balance: BalanceConfig
+    rl: RlConfig
+    rollout: RolloutConfig
+    declare_tools: bool
+    learning_rate: Callable[[int], float]
+    identity: Mapping[str, Any]
+    seed: int
+    first_task: int
+    on_trajectories: Callable[[int, Sequence[Trajectory]], None]
+    qk_clip: float | None = None
+
+
+def rl_training(stage: RlStage, config: TrainConfig) -> Training:
+    """Return the training of an RL stage, for `train.loop.run_training`."""
+    losses = stage.balance
+    if stage.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
+        _log.warning("rl.balance_losses is none: model.balance.global_loss and z_loss are not part of the objective")
+    return Training(
+        engine=stage.engine,
+        take_step=lambda step: take_rl_step(stage, config, step=step),
+        headline="reward",
+        totals=("tokens", "sampled_tokens"),
+        position=lambda step: {"tasks_used": step * stage.rl.tasks_per_step},
+        identity=stage.identity,
+    )
+
+
+def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str, float]:
+    """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
+    started = time.perf_counter()
+    balance = stage.balance.at(step, steps=config.steps)
+    weights = sync_weights(stage.engine, config=stage.model, quant=stage.quant)
+    groups = collect_groups(stage, weights=weights, step=step)
+    collected = time.perf_counter()
+    stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
+    values = rollout_metrics(groups)
+    scored = [
+        Scored(trajectory=trajectory, advantage=advantage)
+        for group in groups
+        for trajectory, advantage in zip(
+            group, group_advantages([t.reward for t in group], stage.rl.algorithm), strict=True
+        )
+    ]
+    counted = scored if stage.rl.algorithm is Algorithm.policy else [s for s in scored if s.advantage]
+    num_tokens = sum(sum(s.trajectory.is_sampled) for s in counted)
+    batches = micro_batches(scored, max_tokens=stage.rl.tokens_per_micro_batch, pad_id=stage.tokenizer.pad_id)
+    if not batches:
+        _log.warning("step %d: every group is all right or all wrong; no update", step + 1)
+        return {**values, TIME_PREFIX + "rollout_s": collected - started}
+    topology = stage.engine.topology
+    if stage.rl.balance_losses is BalanceLosses.none:
+        balance = replace(balance, global_loss=0.0)  # nothing asks for its counts
+    updated = train_step(
+        stage.engine,
+        lambda counts: policy_objective(
+            stage.rl,
+            num_tokens=num_tokens,
+            counts=counts,
+            balance=balance,
+            max_logits=MaxLogits.needed(stage.qk_clip),
+        ),
+        micro_batches=[rank_rows(b, rank=topology.rank, world_size=topology.world_size) for b in batches],
+        learning_rate=stage.learning_rate(step),
+        balance=balance,
+        step=step,
+        qk_clip=stage.qk_clip,
+        on_nonfinite=config.on_nonfinite,
+    )
+    trained = max(updated.pop("trained_tokens"), 1.0)
+    for name in ("logprob_gap", "outside_window", "entropy"):
+        updated[name] /= trained
+    finished = time.perf_counter()
+    times = {TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "update_s": finished - collected}
+    return {**updated, **values, "trained_tokens": trained, **times}
+
+
+def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> list[list[Trajectory]]:
+    """Return the step's trajectories by task, the same on every rank; each rank generates those of some tasks."""
+    topology, rl = stage.engine.topology, stage.rl
+    first = stage.first_task + step * rl.tasks_per_step
+    requests = []
+    for index in range(first, first + rl.tasks_per_step):
+        if index % topology.world_size != topology.rank:
+            continue
+        task = stage.family.task(Split.train, index)
+        for sample in range(rl.group_size):
+            stream = seed_of(stage.seed, "rollout", step, index, sample)
+            requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
+    mine = collect(
+        requests,
+        weights=weights,
+        family=stage.family,
+        tokenizer=stage.tokenizer,
+        config=stage.rollout,
+        declare_tools=stage.declare_tools,
+        version=step,
+    )
+    everyone = topology.broadcast_object(topology.gather_objects(mine))
+    assert everyone is not None
+    ordered = sorted((t for part in everyone for t in part), key=lambda t: (t.task, t.sample))
+    return [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]

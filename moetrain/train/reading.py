@@ -1,0 +1,81 @@
+"""A step of pretraining and SFT: rows of documents in, one update of the weights out."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.data.batch import TokenBatch
+from moetrain.log import TIME_PREFIX
+from moetrain.model.config import BalanceConfig
+from moetrain.parallel.protocol import Engine
+from moetrain.train.config import ReadingConfig
+from moetrain.train.loop import Training
+from moetrain.train.loss import ObjectiveFor
+from moetrain.train.rows import rank_rows, split_rows
+from moetrain.train.step import train_step
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What the steps of pretraining or SFT are made of.
+
+    batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. mix_at: the number of the mix of
+    sources that a step belongs to. validate: metrics of held-out data, a collective. opening: metrics of a run that
+    begins. identity: see `Training`. flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
+    together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the objective measures the logits.
+    """
+
+    engine: Engine
+    objective_for: ObjectiveFor
+    batch_at: Callable[[int], TokenBatch]
+    learning_rate: Callable[[int], float]
+    mix_at: Callable[[int], int]
+    balance: BalanceConfig
+    validate: Callable[[], Mapping[str, float]]
+    identity: Mapping[str, Any]
+    flops_per_token: float
+    peak_flops: float
+    opening: Mapping[str, float] = field(default_factory=dict)
+    qk_clip: float | None = None
+
+
+def reading_training(reading: Reading, config: ReadingConfig) -> Training:
+    """Return the training of a stage that reads documents, for `train.loop.run_training`."""
+    return Training(
+        engine=reading.engine,
+        take_step=lambda step: take_reading_step(reading, config, step=step),
+        headline="loss",
+        totals=("tokens", "targets"),
+        position=lambda step: {"rows_read": config.rows_before(step)},
+        identity=reading.identity,
+        validate=reading.validate,
+        validate_every=config.validate_every,
+        opening=reading.opening,
+    )
+
+
+def take_reading_step(reading: Reading, config: ReadingConfig, *, step: int) -> dict[str, float]:
+    """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
+    start = time.perf_counter()
+    topology = reading.engine.topology
+    batch = reading.batch_at(step)
+    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
+    balance = reading.balance.at(step, steps=config.steps)
+    values = train_step(
+        reading.engine,
+        reading.objective_for,
+        micro_batches=split_rows(rows, rows=config.rows_per_micro_batch),
+        learning_rate=reading.learning_rate(step),
+        balance=balance,
+        step=step,
+        qk_clip=reading.qk_clip,
+        on_nonfinite=config.on_nonfinite,
+    )
+    tokens_per_s = values["tokens"] / (time.perf_counter() - start)
+    values |= {"rows": len(batch.tokens_BT), "mix": reading.mix_at(step), "bias_rate": balance.bias_rate}
+    values[TIME_PREFIX + "tokens_per_s"] = tokens_per_s
+    if math.isfinite(reading.peak_flops):
+        values[TIME_PREFIX + "mfu"] = reading.flops_per_token * tokens_per_s / reading.peak_flops
+    return values
