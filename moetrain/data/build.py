@@ -17,7 +17,7 @@ from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix
 from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
-from moetrain.data.sources import digest_of, key_hash, read_documents
+from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
 from moetrain.log import progress
@@ -124,7 +124,7 @@ def is_held_out(keys: Sequence[str], *, fraction: float) -> list[bool]:
     Of several documents at least the one with the smallest hash, so that a small source has validation rows too; a
     single document is for training.
     """
-    hashes = [key_hash(key) for key in keys]
+    hashes = [key_hash(key, choice=Choice.hold_out) for key in keys]
     if len(hashes) == 1:
         return [False]
     smallest = min(hashes)
@@ -176,7 +176,7 @@ def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) ->
         budget = config.tokenizer.max_characters * config.sources[name].weight / total if total else 0.0
         held_out = is_held_out([document.key for document in documents], fraction=config.validation_fraction)
         training = [document for document, is_out in zip(documents, held_out, strict=True) if not is_out]
-        for document in sorted(training, key=lambda document: key_hash(document.key)):
+        for document in sorted(training, key=lambda document: key_hash(document.key, choice=Choice.train_tokenizer)):
             if budget <= 0:
                 break
             chosen.append(without_specials(document.text)[: int(budget) + 1])

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,25 @@ def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
     return documents
 
 
-def key_hash(key: str) -> float:
-    """Return a number in [0, 1) that depends on the key alone."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+class Choice(StrEnum):
+    """What documents are chosen for by their hash; the name is the salt.
+
+    Two choices with the same salt would not be independent: documents kept for their low hashes would then be those
+    held out for their low hashes.
+    """
+
+    keep = "keep"
+    """Which documents `max_characters` keeps."""
+    hold_out = "hold_out"
+    """Which documents are for validation."""
+    train_tokenizer = "train_tokenizer"
+    """Which documents a tokenizer is trained on."""
+
+
+def key_hash(key: str, *, choice: Choice) -> float:
+    """Return a number in [0, 1) that depends on the key and on what is chosen, and on nothing else."""
+    data = key.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(data, digest_size=8, salt=choice.value.encode()).digest()
     return int.from_bytes(digest, "big") / 2.0**64
 
 
@@ -196,7 +213,7 @@ def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
     """Return whole documents up to the limit, chosen by hash so that they come from all over the source."""
     chosen: set[int] = set()
     num_characters = 0
-    for index in sorted(range(len(documents)), key=lambda index: key_hash(documents[index].key)):
+    for index in sorted(range(len(documents)), key=lambda index: key_hash(documents[index].key, choice=Choice.keep)):
         length = len(documents[index].text)
         if num_characters + length <= max_characters:
             num_characters += length

@@ -7,6 +7,7 @@ import torch
 from moetrain.data.build import Data, build_data, is_held_out, prepare_tokenizer
 from moetrain.data.config import DataConfig, Overlong, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.data.packing import TokenizedDocument
+from moetrain.data.sources import read_documents
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError, DataError
 
@@ -133,13 +134,39 @@ def test_no_sources_and_broken_sources_leave_nothing_written(tmp_path, write_jso
     assert not folder.exists()
 
 
-def test_overlong_documents_are_counted_by_policy(tmp_path) -> None:
+def test_overlong_documents_are_counted_by_policy(tmp_path, write_jsonl) -> None:
+    long = [f"document {number}: " + "many words " * 60 for number in range(20)]
+    source = SourceConfig(
+        kind=SourceKind.jsonl, path=str(write_jsonl("a.jsonl", [{"text": t} for t in [*long, "short"]]))
+    )
     for policy, field in [(Overlong.split, "num_split"), (Overlong.drop, "num_dropped")]:
-        config = dataclasses.replace(config_of(one=maths()), overlong=policy)
+        config = dataclasses.replace(config_of(one=source), overlong=policy, validation_fraction=1e-9)
+        config.tokenizer.vocab_size = 280
         data = build_data(config, 0, tokenizer_folder=tmp_path)
         assert dataclasses.asdict(data.counts["one"])[field] > 0
-        # Dropping leaves none of the few that are held out: there is nothing to measure, and nothing to divide by.
+        # Dropping leaves none of the one that is held out: there is nothing to measure, and nothing to divide by.
         assert set(data.validation) == ({"one"} if policy is Overlong.split else set())
+
+
+@pytest.mark.parametrize("max_characters", [None, 3_000_000, 1_000_000, 600_000, 200_000])
+def test_a_limit_of_characters_leaves_the_share_of_held_out_documents_as_stated(
+    write_jsonl, max_characters: int | None
+) -> None:
+    path = write_jsonl("many.jsonl", [{"text": f"document {number} " * 20} for number in range(12_000)])
+    source = SourceConfig(kind=SourceKind.jsonl, path=str(path), max_characters=max_characters)
+    documents = read_documents(source, name="many")
+    held_out = is_held_out([document.key for document in documents], fraction=0.02)
+    expected = 0.02 * len(documents)
+    assert abs(sum(held_out) - expected) < 4 * expected**0.5  # four standard deviations of a fair draw
+
+
+def test_data_built_under_a_limit_of_characters_trains_on_nearly_all_of_it(tmp_path) -> None:
+    config = dataclasses.replace(config_of(one=maths(2000, max_characters=60_000)), seq_len=2048, validation_rows=1000)
+    data = build_data(config, 0, tokenizer_folder=tmp_path)
+    share = data.validation["one"].batch.num_targets / (
+        data.validation["one"].batch.num_targets + data.counts["one"].num_targets
+    )
+    assert 0.05 < share < 0.15  # validation_fraction is 0.1
 
 
 def test_the_split_holds_out_about_the_fraction_and_at_least_one() -> None:
