@@ -15,7 +15,7 @@ from moetrain.checkpoint.identity import model_of, quant_of
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.checkpoint.resume import differences
 from moetrain.errors import CheckpointError
-from moetrain.hf.folder import open_hf_folder
+from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.parallel.protocol import Engine, StateReader
@@ -162,7 +162,7 @@ def _own_tokenizer(folder: Path, identity: Mapping[str, Any]) -> Path | None:
 def _digest_of_files(path: Path) -> str:
     """Return a sha256 over the config and the weight files of a folder."""
     digest = hashlib.sha256()
-    for file_path in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+    for file_path in [path / "config.json", *(path / file for file in weight_files(path))]:
         with file_path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
-from moetrain.hf.shape import fused_tensors, hf_disk_tensors
+from moetrain.hf.names import fused_tensors, hf_disk_tensors
 from moetrain.quant.codec import PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX, decode, encode
 from moetrain.quant.config import GridName
 from moetrain.quant.grids import GRIDS, Quantized

@@ -16,12 +16,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain.checkpoint.read import TensorFiles, read_json, whole_tensor_files
+from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_tensor_files
 from moetrain.errors import CheckpointError
+from moetrain.hf.folder import INDEX_FILE
 
 RECORD_FILE = "moetrain.json"
 CONFIG_FILE = "config.json"
-WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 _FORMAT = 1
 _REPAIR = "export again, or copy the folder again from where it is whole"
 
@@ -82,13 +82,13 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file_name)
         file_of.update(dict.fromkeys(names, file_name))
-    write_json(folder / WEIGHT_INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
     return total
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `moetrain.json` with `record` and the digest of every file in `folder`; call last."""
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **record, "files": files}
     write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)})
 
@@ -112,14 +112,14 @@ def read_record(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
-        if _fingerprint(path) != expected:
+        if fingerprint(path) != expected:
             raise CheckpointError(f"{path}: not as it was written, its size or sha256 differs; {_REPAIR}")
     return record
 
 
 def open_weights(folder: Path) -> TensorFiles:
     """Return the tensors of a folder by name, each read when it is asked for."""
-    return whole_tensor_files(folder, read_json(folder / WEIGHT_INDEX_FILE)["weight_map"])
+    return whole_tensor_files(folder, read_json(folder / INDEX_FILE)["weight_map"])
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -129,11 +129,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:

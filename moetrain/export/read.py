@@ -12,7 +12,8 @@ from moetrain.export.compressed_tensors import is_packed, unpacked_experts
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
 from moetrain.export.layout import layout_of
-from moetrain.hf.shape import from_hf_config, fused_tensors
+from moetrain.hf.names import fused_tensors
+from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import GridName, QuantConfig

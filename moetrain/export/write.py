@@ -15,7 +15,8 @@ from moetrain.export.compressed_tensors import packed_tensors, quantization_conf
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_json, write_record, write_weights
 from moetrain.export.layout import Layout, layout_of
-from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moetrain.errors import CheckpointError
+from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names
 from moetrain.hf.shape import from_hf_config
 from moetrain.hf.slices import flat_range
 from moetrain.model.config import ModelConfig
 
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_KINDS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,38 +61,31 @@ class HfFolder(Mapping[str, torch.Tensor]):
         a missing or unreadable file, and a missing or misshapen matrix of an expert.
         """
         self._path = path
-        disk: dict[str, DiskTensor] = {}
-        for file in _files(path):
-            for tensor in _tensors_in(path, file):
-                layer = _LAYER.match(tensor.name)
-                if layer is None or int(layer[1]) < config.num_layers:
-                    disk[tensor.name] = tensor
-        self._parts: dict[str, list[DiskTensor]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        prefixes: dict[str, int] = {}
-        for name, tensor in disk.items():
-            match = _SINGLE.fullmatch(name)
-            if match is None:
-                self._parts[name], self._shapes[name] = [tensor], tensor.shape
-            else:
-                prefixes[match["prefix"]] = max(prefixes.get(match["prefix"], 0), int(match["expert"]) + 1)
-        for prefix, num_experts in prefixes.items():
-            self._fuse(prefix, disk, num_experts=num_experts)
+        disk = {
+            name: tensor
+            for name, tensor in _tensors_of(path).items()
+            if (layer := _LAYER.match(name)) is None or int(layer[1]) < config.num_layers
+        }
+        try:
+            fused = fused_names(disk)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self._parts = {name: [tensor] for name, tensor in disk.items() if expert_matrix(name) is None}
+        self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
+        for name, matrices in fused.items():
+            self._fuse(name, [disk[matrix] for matrix in matrices])
 
-    def _fuse(self, prefix: str, disk: Mapping[str, DiskTensor], *, num_experts: int) -> None:
-        for fused, kinds in _KINDS.items():
-            names = [f"{prefix}.{expert}.{kind}_proj.weight" for expert in range(num_experts) for kind in kinds]
-            missing = next((name for name in names if name not in disk), None)
-            if missing is not None:
-                raise CheckpointError(f"{self._path}: {missing} is missing")
-            rows, columns = disk[names[0]].shape
-            for name in names:
-                if disk[name].shape != (rows, columns):
-                    raise CheckpointError(
-                        f"{self._path}: {name} has shape {list(disk[name].shape)}, {names[0]} has {[rows, columns]}"
-                    )
-            self._parts[f"{prefix}.{fused}"] = [disk[name] for name in names]
-            self._shapes[f"{prefix}.{fused}"] = (num_experts, rows * len(kinds), columns)
+    def _fuse(self, name: str, matrices: list[DiskTensor]) -> None:
+        first = matrices[0]
+        for matrix in matrices:
+            if matrix.shape != first.shape or len(matrix.shape) != 2:
+                raise CheckpointError(
+                    f"{self._path}: {matrix.name} has shape {list(matrix.shape)}, {first.name} has {list(first.shape)}"
+                )
+        num_parts = len(FUSED_KINDS[name.rsplit(".", 1)[1]])
+        rows, columns = first.shape
+        self._parts[name] = matrices
+        self._shapes[name] = (len(matrices) // num_parts, rows * num_parts, columns)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return name and shape of every tensor."""
@@ -161,18 +154,53 @@ def _json(path: Path) -> dict[str, object]:
     return values
 
 
-def _files(path: Path) -> list[str]:
-    """Return the names of the weight files: those of the index where there is one."""
+def weight_files(path: Path) -> list[str]:
+    """Return the names of the weight files: those of the index; without one `model.safetensors`, else all there are.
+
+    Raises CheckpointError when there are none, or when the index names a file that is not there.
+    """
     if (path / INDEX_FILE).is_file():
-        weight_map = _json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{path / INDEX_FILE}: has no weight_map")
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(_weight_map(path).values()))
+        for file in files:
+            if not (path / file).is_file():
+                raise CheckpointError(f"{path / file}: the file is missing, and {INDEX_FILE} names it: copy it there")
+    elif (path / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: holds no .safetensors file")
     return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX_FILE}: has no weight_map from names of tensors to names of files")
+    return weight_map
+
+
+def _tensors_of(path: Path) -> dict[str, DiskTensor]:
+    """Return every tensor of a folder by its name on disk.
+
+    Raises CheckpointError when two files hold one tensor, or when the files do not hold what the index says.
+    """
+    tensors: dict[str, DiskTensor] = {}
+    for file in weight_files(path):
+        for tensor in _tensors_in(path, file):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{path}: {tensor.name} stands in two files, {tensors[tensor.name].file} and {file}: "
+                    "remove the file that does not belong to these weights"
+                )
+            tensors[tensor.name] = tensor
+    if (path / INDEX_FILE).is_file():
+        for name, file in _weight_map(path).items():
+            if name not in tensors or tensors[name].file != file:
+                raise CheckpointError(
+                    f"{path / file}: {name} is not in it, and {INDEX_FILE} says so: copy the folder again"
+                )
+    return tensors
 
 
 def _tensors_in(path: Path, file_name: str) -> Iterator[DiskTensor]:

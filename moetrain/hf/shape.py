@@ -1,15 +1,7 @@
-"""Between this package and Hugging Face folders of DeepseekV3ForCausalLM: config.json and tensor names, both ways.
+"""The shape of a model as the config.json of DeepseekV3ForCausalLM, both ways. Needs neither transformers nor torch."""
 
-In memory transformers v5 fuses a layer's experts into `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj`
-[E, D, F]; on disk each expert is three matrices. Needs neither transformers nor the network. E experts, F expert width,
-D hidden.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
@@ -52,8 +44,8 @@ _YARN_NUMBERS = (
     *("mscale", "mscale_all_dim"),
 )
 _MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
-_FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
-_SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
+_ARCHITECTURE = "DeepseekV3ForCausalLM"
+_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -73,8 +65,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
             "mscale_all_dim": yarn.mscale_all_dim,
         }
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [_ARCHITECTURE],
+        "model_type": _MODEL_TYPES[0],
         **values,
         "num_key_value_heads": config.num_heads,
         "routed_scaling_factor": routed_scaling_factor(config),
@@ -96,6 +88,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
+    _check_architecture(values)
     for name, required in _REQUIRED_VALUES.items():
         if values.get(name, required) != required:
             raise CheckpointError(f"config.json: {name} is {values[name]!r}: only {required!r} is supported")
@@ -135,6 +128,21 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"config.json: {error}") from error
 
 
+def _check_architecture(values: Mapping[str, Any]) -> None:
+    """Raise CheckpointError when the file names another architecture than the one that this package computes."""
+    architectures, model_type = values.get("architectures"), values.get("model_type")
+    if architectures:
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else str(architectures)
+        is_known = named == _ARCHITECTURE
+    else:
+        named, is_known = f"of model_type {model_type}", model_type is None or model_type in _MODEL_TYPES
+    if not is_known:
+        raise CheckpointError(
+            f"config.json: architecture {named} is not supported; moetrain reads {_ARCHITECTURE} "
+            "(DeepSeek-V3, Kimi K2, Moonlight): give a folder of such a model"
+        )
+
+
 def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
     """Return the YaRN fields of rope parameters, with transformers' defaults where a field is missing."""
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -155,51 +163,3 @@ def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
         mscale=float(rope["mscale"]),
         mscale_all_dim=float(rope["mscale_all_dim"]),
     )
-
-
-def hf_disk_tensors(
-    tensors: Mapping[str, torch.Tensor], *, first_expert: int = 0
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors under their names on disk, experts one by one; views, nothing is copied.
-
-    first_expert: number of the first of the experts that the fused tensors hold.
-    """
-    for name, tensor in tensors.items():
-        match = _FUSED.fullmatch(name)
-        if match is None:
-            yield name, tensor
-            continue
-        for expert, weight in enumerate(tensor, start=first_expert):
-            prefix = f"{match['prefix']}.{expert}"
-            if match["kind"] == "down_proj":
-                yield f"{prefix}.down_proj.weight", weight
-            else:
-                gate, up = weight.chunk(2)
-                yield f"{prefix}.gate_proj.weight", gate
-                yield f"{prefix}.up_proj.weight", up
-
-
-def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors under their names in memory, from those on disk: the inverse of `hf_disk_tensors`.
-
-    Raises CheckpointError when an expert lacks one of its matrices.
-    """
-    fused: dict[str, torch.Tensor] = {}
-    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _SINGLE.fullmatch(name)
-        if match is None:
-            fused[name] = tensor
-        else:
-            experts.setdefault(match["prefix"], {})[int(match["expert"]), match["kind"]] = tensor
-    for prefix, matrices in experts.items():
-        num_experts = max(expert for expert, _ in matrices) + 1
-        for expert in range(num_experts):
-            for kind in ("gate", "up", "down"):
-                if (expert, kind) not in matrices:
-                    raise CheckpointError(f"{prefix}.{expert}.{kind}_proj.weight is missing")
-        fused[f"{prefix}.gate_up_proj"] = torch.stack(
-            [torch.cat([matrices[expert, "gate"], matrices[expert, "up"]]) for expert in range(num_experts)]
-        )
-        fused[f"{prefix}.down_proj"] = torch.stack([matrices[expert, "down"] for expert in range(num_experts)])
-    return fused

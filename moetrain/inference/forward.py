@@ -9,11 +9,10 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from moetrain.inference.weights import InferenceWeights, LayerWeights
+from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.model.rope import RopeTable, apply_rope
 from moetrain.model.router import route
-
-_LATENT_NORM_EPS = 1e-6  # transformers builds the latent norms without passing the config's epsilon
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -74,11 +73,11 @@ def _attention(
     if layer.q_a is None or layer.q_a_norm is None:
         q = F.linear(x_BTD, layer.q_b)
     else:
-        q = F.linear(rms_norm(F.linear(x_BTD, layer.q_a), layer.q_a_norm, eps=_LATENT_NORM_EPS), layer.q_b)
+        q = F.linear(rms_norm(F.linear(x_BTD, layer.q_a), layer.q_a_norm, eps=LATENT_NORM_EPS), layer.q_b)
     q_BTHQ = q.view(num_rows, num_new, config.num_heads, config.qk_head_dim)
     latent_BTC = F.linear(x_BTD, layer.kv_a)
     key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT=positions_BT)[..., 0, :]
-    new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=_LATENT_NORM_EPS), key_rope_BTR], -1)
+    new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=LATENT_NORM_EPS), key_rope_BTR], -1)
     cache_BSC[torch.arange(num_rows, device=x_BTD.device)[:, None], positions_BT] = new_BTC
     q_latent = torch.bmm(rearrange(q_BTHQ[..., :nope], "b t h n -> h (b t) n"), layer.up_k_HNC)
     q_latent_BTHC = rearrange(q_latent, "h (b t) c -> b t h c", b=num_rows)

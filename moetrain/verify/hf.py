@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moetrain.export.folder import CONFIG_FILE, write_weights
 from moetrain.hf.folder import open_hf_folder
-from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import read_into

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from moetrain.checkpoint.origin import read_origin
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder
-from moetrain.hf.shape import from_hf_config, fused_tensors, hf_disk_tensors, to_hf_config
+from moetrain.hf.names import fused_tensors, hf_disk_tensors
+from moetrain.hf.shape import from_hf_config, to_hf_config
 from moetrain.model.config import ModelConfig, YarnConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.transformer import Transformer, initialize
@@ -129,3 +131,62 @@ def test_folders_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**to_hf_config(TINY), "quantization_config": {}}))
     with pytest.raises(CheckpointError, match="the weights are quantised"):
         open_hf_folder(tmp_path)
+
+
+def two_files(folder: Path, *, names: tuple[str, str]) -> dict[str, torch.Tensor]:
+    """Write the weights to the first file and zeros under the same names to the second; no index."""
+    state = make().state_dict()
+    disk = {name: tensor.contiguous() for name, tensor in hf_disk_tensors(state)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    save_file(disk, folder / names[0])
+    save_file({name: torch.zeros_like(tensor) for name, tensor in disk.items()}, folder / names[1])
+    return state
+
+
+def test_an_old_weight_file_beside_the_only_one_is_not_read(tmp_path: Path) -> None:
+    state = two_files(tmp_path / "hf", names=("model.safetensors", "pytorch_model_old.safetensors"))
+    assert_same(dict(open_hf_folder(tmp_path / "hf")[1]), state)
+    before = read_origin(tmp_path / "hf").digest
+    (tmp_path / "hf" / "pytorch_model_old.safetensors").unlink()
+    assert read_origin(tmp_path / "hf").digest == before
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    two_files(tmp_path / "hf", names=("weights.safetensors", "weights_old.safetensors"))
+    with pytest.raises(CheckpointError, match=r"stands in two files, weights\.safetensors and weights_old"):
+        open_hf_folder(tmp_path / "hf")
+    index = {name: "weights.safetensors" for name, _ in hf_disk_tensors(make().state_dict())}
+    index["lm_head.weight"] = "weights_old.safetensors"
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(CheckpointError, match=r"stands in two files"):
+        open_hf_folder(tmp_path / "hf")
+
+
+def test_an_index_must_agree_with_the_files(tmp_path: Path) -> None:
+    two_files(tmp_path / "hf", names=("a.safetensors", "b.safetensors"))
+    index = {name: "a.safetensors" for name, _ in hf_disk_tensors(make().state_dict())}
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index | {"model.norm.weight": "c.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: the file is missing, and .*index\.json names it"):
+        open_hf_folder(tmp_path / "hf")
+    path.write_text(json.dumps({"weight_map": index | {"model.extra.weight": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: model\.extra\.weight is not in it"):
+        open_hf_folder(tmp_path / "hf")
+    path.write_text(json.dumps({"weight_map": ["a.safetensors"]}))
+    with pytest.raises(CheckpointError, match="has no weight_map from names of tensors to names of files"):
+        open_hf_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "architecture Qwen3MoeForCausalLM is"),
+        ({"architectures": None, "model_type": "deepseek_v2"}, "architecture of model_type deepseek_v2 is not"),
+        ({"architectures": "LlamaForCausalLM"}, "architecture LlamaForCausalLM is not supported; moetrain reads Deep"),
+    ],
+)
+def test_another_architecture_is_refused_by_its_name(names: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        from_hf_config({"num_attention_heads": 4, "num_key_value_heads": 2, **names})
+    assert from_hf_config({**to_hf_config(TINY), "model_type": "kimi_k2"}).num_heads == TINY.num_heads

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import CheckpointError
-from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.shape import to_hf_config
 from moetrain.run.inputs import check_weights
 from moetrain.run.weights import read_weights, tokenizer_of
 from tests.hf.test_hf import TINY, make

@@ -17,7 +17,8 @@ from moetrain.cli import upcycle as command
 from moetrain.compose import compose
 from moetrain.config import RunConfig, UpcycleRun
 from moetrain.errors import BoundError, CheckpointError
-from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.shape import to_hf_config
 from moetrain.log import read_metrics
 from moetrain.model.config import ModelConfig
 from moetrain.train.interrupt import Status

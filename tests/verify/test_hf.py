@@ -7,7 +7,8 @@ import pytest
 
 from moetrain.errors import BoundError
 from moetrain.export.folder import write_weights
-from moetrain.hf.shape import hf_disk_tensors, to_hf_config
+from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import YarnConfig
 from moetrain.verify import hf
 from moetrain.verify.hf import HfFault, verify_folder, verify_matrix

@@ -1,0 +1,99 @@
+"""Names of the tensors of DeepseekV3ForCausalLM, in memory and on disk.
+
+In memory transformers v5 fuses a layer's experts into `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj`
+[E, D, F]; on disk each expert is three matrices. E experts, F expert width, D hidden.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.errors import CheckpointError
+
+FUSED_KINDS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""The fused tensors of a layer's experts, each with the projections that it holds, in order."""
+_FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+_SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMatrix:
+    """One matrix of one expert. prefix: name of the layer's experts module. kind: gate, up or down."""
+
+    prefix: str
+    expert: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Its name on disk."""
+        return f"{self.prefix}.{self.expert}.{self.kind}_proj.weight"
+
+
+def expert_matrix(name: str) -> ExpertMatrix | None:
+    """Return which matrix of which expert a name on disk stands for; None for every other tensor."""
+    match = _SINGLE.fullmatch(name)
+    if match is None:
+        return None
+    return ExpertMatrix(prefix=match["prefix"], expert=int(match["expert"]), kind=match["kind"])
+
+
+def fused_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return for each fused tensor in memory the names of its matrices on disk, in the order in which they are laid.
+
+    Raises CheckpointError when an expert lacks a matrix.
+    """
+    present = set(names)
+    num_experts: dict[str, int] = {}
+    for matrix in filter(None, map(expert_matrix, sorted(present))):
+        num_experts[matrix.prefix] = max(num_experts.get(matrix.prefix, 0), matrix.expert + 1)
+    fused = {
+        f"{prefix}.{kind}": [
+            ExpertMatrix(prefix=prefix, expert=expert, kind=part).name for expert in range(count) for part in parts
+        ]
+        for prefix, count in num_experts.items()
+        for kind, parts in FUSED_KINDS.items()
+    }
+    missing = next((name for matrices in fused.values() for name in matrices if name not in present), None)
+    if missing is not None:
+        raise CheckpointError(f"{missing} is missing")
+    return fused
+
+
+def hf_disk_tensors(
+    tensors: Mapping[str, torch.Tensor], *, first_expert: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors under their names on disk, experts one by one; views, nothing is copied.
+
+    first_expert: number of the first of the experts that the fused tensors hold.
+    """
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            yield name, tensor
+            continue
+        for expert, weight in enumerate(tensor, start=first_expert):
+            prefix = f"{match['prefix']}.{expert}"
+            if match["kind"] == "down_proj":
+                yield f"{prefix}.down_proj.weight", weight
+            else:
+                gate, up = weight.chunk(2)
+                yield f"{prefix}.gate_proj.weight", gate
+                yield f"{prefix}.up_proj.weight", up
+
+
+def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors under their names in memory, from those on disk: the inverse of `hf_disk_tensors`.
+
+    Raises CheckpointError when an expert lacks one of its matrices.
+    """
+    fused = {name: tensor for name, tensor in tensors.items() if expert_matrix(name) is None}
+    for name, matrices in fused_names(tensors).items():
+        num_parts = len(FUSED_KINDS[name.rsplit(".", 1)[1]])
+        stacked = [tensors[matrix] for matrix in matrices]
+        fused[name] = torch.stack(
+            [torch.cat(stacked[first : first + num_parts]) for first in range(0, len(stacked), num_parts)]
+        )
+    return fused
