@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moetrain.errors import CheckpointError
+from moetrain.files import to_json
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class JsonlMetrics:
                     os.truncate(self._path, offset)
                     break
             self._earlier = None
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

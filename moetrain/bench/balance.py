@@ -4,7 +4,6 @@ The methods take their steps in turn, so that what else the machine does falls o
 experts.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from moetrain.bench.step import take_step
 from moetrain.data.build import Data
+from moetrain.files import write_json
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
@@ -120,4 +120,4 @@ def render(results: list[MethodResult]) -> Table:
 def write_results(path: Path, results: list[MethodResult], *, context: Mapping[str, float]) -> None:
     """Write all of it as JSON, the MaxVio of every step included."""
     rows = [{**asdict(result), "time_ratio": result.time_ratios(results[0])} for result in results]
-    path.write_text(json.dumps({**context, "methods": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(path, {**context, "methods": rows})

@@ -4,20 +4,19 @@ Every run has the same initial weights, tokens and order of tokens; its optimize
 Each optimizer is given a sweep of rates and stands for itself with its best one.
 """
 
-import json
 import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from moetrain.bench.step import take_step
 from moetrain.data.build import Data
 from moetrain.errors import DivergenceError
+from moetrain.files import write_json
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.report.plots import Line, line_chart, moving_average
 from moetrain.report.style import STYLE
@@ -170,15 +169,7 @@ def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, f
     runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
     rows = [{**asdict(run), "held_out": run.held_out} for run in runs]
     content = {**context, "share_of_tokens": comparison.share_of_tokens(), "runs": rows}
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(path, content)
 
 
 def picture(comparison: Comparison) -> str:

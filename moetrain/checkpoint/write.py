@@ -40,6 +40,7 @@ from moetrain.checkpoint.read import (
     steps,
 )
 from moetrain.errors import CheckpointError
+from moetrain.files import sync, write_text
 from moetrain.parallel.protocol import Piece
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def write_part(partial: Path, pieces: Sequence[Piece], *, rank: int, shard_bytes
                 stored = Stored(file=file_name, key=_key(piece), start=piece.start, count=piece.values_P.numel())
                 entry = tensors.setdefault(piece.name, {"shape": list(piece.shape), "pieces": []})
                 entry["pieces"].append(asdict(stored))
-    _write_text(_part_file(partial, rank), dump({"files": files, "tensors": tensors}))
+    write_text(_part_file(partial, rank), dump({"files": files, "tensors": tensors}))
 
 
 def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any], retention: Retention) -> Path:
@@ -128,13 +129,13 @@ def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any]
     for name, entry in tensors.items():
         entry["pieces"].sort(key=lambda piece: int(piece["start"]))
         _check_whole(name, entry)
-    _write_text(partial / STATE_FILE, dump({**state, "step": step}))
+    write_text(partial / STATE_FILE, dump({**state, "step": step}))
     files[STATE_FILE] = fingerprint(partial / STATE_FILE)
     index: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
-    _write_text(partial / INDEX_FILE, dump({**index, "sha256": index_digest(index)}))
+    write_text(partial / INDEX_FILE, dump({**index, "sha256": index_digest(index)}))
     for rank in range(num_parts):
         _part_file(partial, rank).unlink()
-    _sync_folder(partial)
+    sync(partial)
     final = folder_of(folder, step)
     _move_into_place(partial, final)
     _retain(folder, step, retention=retention)
@@ -243,19 +244,4 @@ def _move_into_place(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced)
     else:
         partial.rename(final)
-    _sync_folder(final.parent)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)

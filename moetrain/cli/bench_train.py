@@ -3,7 +3,8 @@
 from rich.console import Console
 
 from moetrain.commands import BenchTrainRun
-from moetrain.run.stage import stage_folder, write_json
+from moetrain.files import write_json
+from moetrain.run.stage import stage_folder
 
 _WIDTH = 130  # of the table, also where there is no terminal
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
+from moetrain.files import write_json
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
-from moetrain.run.stage import stage_folder, write_json
+from moetrain.run.stage import stage_folder
 from moetrain.runtime import num_ranks
 
 if TYPE_CHECKING:

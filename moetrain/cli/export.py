@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 from moetrain.config import ExportRun
 from moetrain.errors import ConfigError
-from moetrain.run.stage import stage_folder, write_json
+from moetrain.files import write_json
+from moetrain.run.stage import stage_folder
 
 
 def main(run: ExportRun) -> int:

@@ -6,8 +6,9 @@ from rich.console import Console
 
 from moetrain.config import UpcycleRun
 from moetrain.errors import ConfigError
+from moetrain.files import write_json
 from moetrain.model.flops import num_parameters
-from moetrain.run.stage import stage_folder, write_json
+from moetrain.run.stage import stage_folder
 from moetrain.upcycle.config import plan_upcycling
 from moetrain.verify.table import Row, check_rows, render, write_rows
 

@@ -8,7 +8,6 @@ with an optional space before it.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from moetrain.chat.template import BOS, EOS, JINJA, PAD, SPECIAL_TOKENS, UNK
 from moetrain.data.config import MIN_VOCAB_SIZE, NUM_BYTES
 from moetrain.errors import DataError
+from moetrain.files import write_text
 
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Letters, one digit, punctuation, trailing space, other space; nothing joins a quote to a letter."""
@@ -79,9 +79,9 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
         }
-        _write(folder / CHAT_TEMPLATE_FILE, JINJA)
-        _write(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _write(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
+        write_text(folder / CHAT_TEMPLATE_FILE, JINJA)
+        write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -145,9 +145,3 @@ def without_specials(text: str) -> str:
     for name in SPECIAL_TOKENS:
         text = text.replace(name, "\n")
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

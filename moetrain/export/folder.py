@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_tensor_files
 from moetrain.errors import CheckpointError
+from moetrain.files import sync, write_json
 from moetrain.hf.folder import INDEX_FILE
 
 RECORD_FILE = "moetrain.json"
@@ -41,7 +42,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _sync(path)
+            sync(path)
         if final.exists():
             replaced = final.with_name(f".{final.name}.{os.getpid()}.replaced.tmp")
             final.rename(replaced)
@@ -49,7 +50,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -82,7 +83,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file_name)
         file_of.update(dict.fromkeys(names, file_name))
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of}, indent=2)
     return total
 
 
@@ -90,7 +91,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `moetrain.json` with `record` and the digest of every file in `folder`; call last."""
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **record, "files": files}
-    write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)})
+    write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)}, indent=2)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -122,18 +123,5 @@ def open_weights(folder: Path) -> TensorFiles:
     return whole_tensor_files(folder, read_json(folder / INDEX_FILE)["weight_map"])
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

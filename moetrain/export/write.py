@@ -13,8 +13,9 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
 from moetrain.export.config import ExportConfig, ExportFormat
-from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_json, write_record, write_weights
+from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
 from moetrain.export.layout import Layout, layout_of
+from moetrain.files import write_json
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
@@ -77,8 +78,10 @@ def export_model(
     with atomic_folder(folder) as partial:
         written = _disk_tensors(reader, layout=layout, quant=quant, report=report)
         report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
-        write_json(partial / CONFIG_FILE, _config(model, quant, export=export, layout=layout, tokenizer=tokenizer))
-        write_json(partial / "generation_config.json", _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)})
+        config = _config(model, quant, export=export, layout=layout, tokenizer=tokenizer)
+        write_json(partial / CONFIG_FILE, config, indent=2)
+        ids = _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)}
+        write_json(partial / "generation_config.json", ids, indent=2)
         tokenizer.save(partial)
         write_record(partial, _record(quant, report, tokenizer=tokenizer, step=step, sources=sources))
     _log.info(

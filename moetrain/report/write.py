@@ -3,10 +3,9 @@
 `results.json` and `results.md` repeat to the last digit when a run does; `times.json` has what a clock gave.
 """
 
-import json
-import os
 from pathlib import Path
 
+from moetrain.files import write_json, write_text
 from moetrain.report.config import ReportConfig
 from moetrain.report.numbers import results, times
 from moetrain.report.run_page import run_page
@@ -20,18 +19,12 @@ def write_report(run: Run, config: ReportConfig, *, folder: Path) -> None:
     """Write the four files of a report into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join([f"# {run.name}\n", *(markdown(table) for table in tables(run)), *_left_out(run)])
-    _write(folder / PAGE, run_page(run, num_trajectories=config.num_trajectories))
-    _write(folder / RESULTS_JSON, json.dumps(results(run), indent=1, allow_nan=False) + "\n")
-    _write(folder / RESULTS_MARKDOWN, text)
-    _write(folder / TIMES, json.dumps(times(run), indent=1) + "\n")
+    write_text(folder / PAGE, run_page(run, num_trajectories=config.num_trajectories))
+    write_json(folder / RESULTS_JSON, results(run))
+    write_text(folder / RESULTS_MARKDOWN, text)
+    write_json(folder / TIMES, times(run))
 
 
 def _left_out(run: Run) -> list[str]:
     unfinished = [*run.missing, *(stage.name for stage in run.stages if not stage.is_finished)]
     return [f"Not finished: {', '.join(unfinished)}.\n"] if unfinished else []
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

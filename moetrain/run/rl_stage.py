@@ -9,6 +9,7 @@ from moetrain.checkpoint.origin import TOKENIZER, Origin, start_from
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.config import RlRun
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.files import write_json
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import setup
@@ -16,7 +17,7 @@ from moetrain.rl.stage import RlStage, rl_training
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
 from moetrain.run.resume_check import own_sections
-from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics, write_json
+from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.weights import read_weights, tokenizer_of
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK

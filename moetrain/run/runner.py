@@ -12,7 +12,6 @@ with another key is moved aside and begins anew. `done.json`, written last, says
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any, get_type_hints
 from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
+from moetrain.files import read_json_or_empty, write_json
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
 from moetrain.run.stage import check_writable, has_results, lock
@@ -77,9 +77,8 @@ def run_stages(prepared: Prepared) -> Ran:
         code = 0
         for number, stage in enumerate(prepared.stages):
             if number < begin:
-                row = Row(
-                    stage=stage.name, status="unchanged", seconds=_read(prepared.folder / stage.name / _DONE)["seconds"]
-                )
+                done = read_json_or_empty(prepared.folder / stage.name / _DONE)
+                row = Row(stage=stage.name, status="unchanged", seconds=done["seconds"])
             else:
                 code, seconds = _run_stage(prepared, stage, key=keys[stage.name])
                 row = Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds)
@@ -142,7 +141,7 @@ def code_digest() -> str:
 def _first_to_run(prepared: Prepared, keys: Mapping[str, str]) -> int:
     """Return the number of the first stage that is not done and unchanged; it and those after it run."""
     for number, stage in enumerate(prepared.stages):
-        done = _read(prepared.folder / stage.name / _DONE)
+        done = read_json_or_empty(prepared.folder / stage.name / _DONE)
         is_done = done.get("key") == keys[stage.name] and "seconds" in done
         if stage.name == prepared.run.again_from:
             _move_aside(prepared, number)
@@ -156,12 +155,12 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
     """Run a stage in a process of its own; return its exit code and seconds."""
     folder = prepared.folder / stage.name
     check_inputs(stage.config, world_size=stage.processes)
-    if folder.exists() and _read(folder / _STARTED).get("key") != key:
+    if folder.exists() and read_json_or_empty(folder / _STARTED).get("key") != key:
         _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
     save_config(stage.config, config)
-    _write(folder / _STARTED, {"key": key})
+    write_json(folder / _STARTED, {"key": key})
     words = [*stage.command.split(), "--config", str(config)]
     python = [sys.executable, "-m"]
     launcher, code = python, 0
@@ -177,7 +176,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
         code = _wait(command)
     seconds = time.monotonic() - start
     if code == 0:
-        _write(folder / _DONE, {"key": key, "seconds": seconds, "inputs": stage.inputs})
+        write_json(folder / _DONE, {"key": key, "seconds": seconds, "inputs": stage.inputs})
     return code, seconds
 
 
@@ -241,18 +240,3 @@ def _without(mapping: dict[str, Any], keys: Sequence[str], prefix: str = "") -> 
         for name, value in mapping.items()
         if prefix + name not in keys
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty when there is none, or one that was torn when a machine stopped."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -1,14 +1,12 @@
 """What the commands of all stages share: the stage's folder and its metrics."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from moetrain.compose import read_yaml, save_config, to_mapping
 from moetrain.config import StageRun
@@ -138,10 +136,3 @@ def stage_metrics(run: StageRun) -> Iterator[Metrics]:
         yield metrics
     finally:
         metrics.close()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -1,7 +1,5 @@
 """The speed that this machine reaches in a plain matrix product: the denominator of MFU. Measured, not looked up."""
 
-import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moetrain.files import read_json_or_empty, write_json
 from moetrain.kernels.choice import in_use, native_for
 from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
@@ -35,24 +34,12 @@ def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology) -> float:
 
 def kept(path: Path, key: str) -> float | None:
     """Return what `keep` wrote under `key`, None if nothing."""
-    return _read(path).get(key)
+    return read_json_or_empty(path).get(key)
 
 
 def keep(path: Path, key: str, *, measured: float) -> None:
     """Add what was measured to the JSON file `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(_read(path) | {key: measured}, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def _read(path: Path) -> dict[str, float]:
-    """Return what was kept; nothing when there is no file, or one that was torn when a machine stopped."""
-    try:
-        known = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+    write_json(path, read_json_or_empty(path) | {key: measured})
 
 
 def measure_peak(*, dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:

@@ -4,9 +4,7 @@ A stage's folder gets `tokenizer/`, `checkpoints/` and, at the end, `summary.jso
 package comes in as a function: dialogues, metrics, an evaluation.
 """
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from moetrain.data.loader import Mix
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import MoetrainError
+from moetrain.files import write_json
 from moetrain.log import Metrics
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import ModelConfig
@@ -102,7 +101,7 @@ def train_stage(
     reading = _reading(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
     outcome = run_training(reading_training(reading, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
-        _write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
+        write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
     topology.barrier()
     return outcome.status
 
@@ -237,9 +236,3 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "checkpoint": str(outcome.checkpoint.relative_to(folder)),
         "time": {"seconds": seconds, "tokens_per_s": outcome.counters.totals["tokens"] / seconds if seconds else None},
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

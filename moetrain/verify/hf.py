@@ -4,7 +4,6 @@ Over a matrix of tiny models, through both layouts of experts (fused in memory, 
 for one folder with weights. B rows, T tokens, V vocabulary.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.export.folder import CONFIG_FILE, write_weights
+from moetrain.files import write_json
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
@@ -140,7 +140,7 @@ def _through_folder(folder: Path, *, config: ModelConfig, weights: Mapping[str, 
 
     disable_progress_bar()
     folder.mkdir()
-    (folder / CONFIG_FILE).write_text(json.dumps(to_hf_config(config)))
+    write_json(folder / CONFIG_FILE, to_hf_config(config))
     write_weights(folder, hf_disk_tensors(weights), shard_bytes=_SHARD_BYTES)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from moetrain.commands import LayoutFault, VerifyLayoutsRun
 from moetrain.compose import save_config
+from moetrain.files import to_json, write_text
 from moetrain.log import progress
 from moetrain.parallel.config import EngineName
 from moetrain.runtime import free_port
@@ -161,7 +162,7 @@ def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
 def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the main rank's line for each layout, from processes that are started once for all of them."""
     listed = folder / f"layouts_{world_size}.json"
-    listed.write_text(json.dumps([asdict(layout) for layout in layouts]))
+    write_text(listed, to_json([asdict(layout) for layout in layouts]))
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / CONFIG), str(listed)]
     with ExitStack() as stack:

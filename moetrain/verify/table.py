@@ -1,6 +1,5 @@
 """The rows that every `moetrain verify` makes: a measured value, the bound it must keep, the error for a missed one."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from moetrain.errors import BoundError
+from moetrain.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,7 @@ def render(title: str, *, rows: Sequence[Row]) -> Table:
 def write_rows(path: Path, *, rows: Sequence[Row], context: Mapping[str, Any]) -> None:
     """Write the rows and what they were measured on as JSON."""
     content = {**context, "rows": [{**asdict(row), "is_kept": row.is_kept} for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def check_rows(rows: Sequence[Row]) -> None:
