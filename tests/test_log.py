@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import struct
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from moetrain.errors import CheckpointError
 from moetrain.log import Fanout, JsonlMetrics, WandbMetrics, WandbMode, progress, read_metrics
+from moetrain.report.shapes import checked_metrics
 
 
 def test_a_run_that_goes_on_writes_each_number_once(tmp_path: Path) -> None:
@@ -34,6 +36,15 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     metrics.write(0, {"train/loss": 0.1})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "train/loss": 0.1}]
     metrics.close()
+
+
+def test_a_metric_that_is_not_finite_is_null_in_the_file_and_absent_in_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = JsonlMetrics(path)
+    metrics.write(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.5})
+    metrics.close()
+    assert path.read_text() == '{"step": 1, "train/loss": null, "train/grad_norm": null, "train/lr": 0.5}\n'
+    assert checked_metrics(read_metrics(path), place=path) == [{"step": 1, "train/lr": 0.5}]
 
 
 def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_an_error(tmp_path: Path) -> None:

@@ -115,9 +115,12 @@ def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]
 
 
 def checked_metrics(rows: list[dict[str, Any]], *, place: Path) -> list[dict[str, Any]]:
-    """Return the rows of `metrics.jsonl`; `DataError` names a value that is no number."""
+    """Return the rows of `metrics.jsonl` without values that are null, which stands for NaN and infinity.
+
+    `DataError` names a value that is not a number.
+    """
     for row in rows:
         for name, value in row.items():
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float | None):
                 raise DataError(f"{place}: step {row['step']}: {name} is no number; the file is damaged: repair it")
-    return rows
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
