@@ -188,14 +188,14 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
 
 
 def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
-    """Set a value inside a dict of sections, making the entry when it is new: `data.sources.mine.path=x.jsonl`."""
+    """Set a value inside a dict, making the entry when it is new: `data.sources.mine.path=x.jsonl`."""
     key = override.key_or_group
     kinds = _check_key(schema, key)
     parts = key.split(".")
     depth = next(depth for depth, kind in enumerate(kinds) if get_origin(kind) is dict) + 1
     sections = OmegaConf.select(tree, ".".join(parts[: depth - 1]))
     with open_dict(sections):
-        if parts[depth - 1] not in sections:
+        if parts[depth - 1] not in sections and is_dataclass(kinds[depth]):
             sections[parts[depth - 1]] = OmegaConf.structured(kinds[depth])
     OmegaConf.update(tree, key, override.value(), force_add=True)
 

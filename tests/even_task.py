@@ -23,7 +23,7 @@ class EvenEnvironment:
         raise ToolError(f"no tool {name}: {arguments}")
 
     def grade(self, answer: str) -> Grade:
-        return Grade(success=len(answer) % 2 == 0, reason="even")
+        return Grade(reward=float(len(answer) % 2 == 0), reason="even")
 
     def close(self) -> None:
         """Nothing is held."""
@@ -54,7 +54,7 @@ class EvenFamily:
         return EvenTask(index=index)
 
     def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        return [], Grade(success=False, reason="none")
+        return [], Grade(reward=0.0, reason="none")
 
 
 def even_tokenizer() -> Tokenizer:

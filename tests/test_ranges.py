@@ -27,7 +27,12 @@ OUT_OF_RANGE = {
         ),
         *("task.tool_failure=1", "run.seed=-1", "run.seed=99999999999999999999", "run.threads=0"),
     ],
-    "rl": ["rl.tau=nan", "rl.tokens_per_micro_batch=0", "rollout.temperature=nan", "rollout.max_seconds=-1"],
+    "rl": [
+        "rl.tokens_per_micro_batch=-1",
+        "rl.tokens_per_micro_batch=0",
+        "rollout.temperature=nan",
+        "rollout.max_seconds=-1",
+    ],
     "eval": ["eval.first_task=-1", "eval.kl_tasks=0", "eval.num_traces=-1", "eval.longer_tasks=-1"],
     "generate": ["temperature=nan", "temperature=-1", "max_new_tokens=0"],
     "verify exports": ["num_rows=0", "num_tokens=0"],

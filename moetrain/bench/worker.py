@@ -46,7 +46,6 @@ def make_batch(run: BenchTrainRun, step: int) -> TokenBatch:
         segments_BT=torch.ones(shape, dtype=torch.int64),
         positions_BT=positions_BT,
         loss_mask_BT=positions_BT > 0,
-        weights_BT=torch.ones(shape),
     )
 
 

@@ -64,6 +64,9 @@ def _fields(schema: Any, values: Any, prefix: str) -> Iterator[tuple[str, str, s
         value = getattr(values, name) if values is not None else None
         if get_origin(hint) is dict:
             entry = get_args(hint)[1]
+            if not (isinstance(entry, type) and is_dataclass(entry)):
+                yield f"{key}.*", _type_name(entry), _shown(value or "none"), docs[name]
+                continue
             yield key, "sections by name", ", ".join(value or {}) or "none", docs[name]
             yield from _fields(entry, entry(), f"{key}.*.")
         elif is_dataclass(hint):

@@ -1,30 +1,32 @@
 """The only thing that travels from data and rollouts to the trainer: per-token columns of packed rows.
 
-B rows, T tokens a row.
+B rows, T tokens per row, N predicted tokens.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+
+WEIGHT = "weight"
+"""Column of the factor on each token's loss, float32; 1 where a batch has none."""
 
 
 @dataclass(kw_only=True)
 class TokenBatch:
     """Packed rows. A document never spans rows; attention and positions do not cross documents.
 
-    tokens_BT: int64 ids. segments_BT: int64, 0 is padding, documents of a row count from 1. positions_BT: int64, from 0
-    in each document. loss_mask_BT: bool; True where the token at t is predicted, from t-1 of the same document (never
-    True at position 0). weights_BT: float32 factor on each token's loss. advantages_BT, logprobs_BT: float32, the
-    advantage of the token's trajectory and its logprob as sampled; None outside RL.
+    tokens_BT: int64 ids. segments_BT: int64, 0 is padding, the documents of a row count from 1. positions_BT: int64,
+    from 0 in each document. loss_mask_BT: bool; True where the token at t is predicted, from t-1 of the same document
+    (never True at position 0). columns: what else an objective reads per token, by name; each tensor begins with the
+    axes [B, T].
     """
 
     tokens_BT: torch.Tensor
     segments_BT: torch.Tensor
     positions_BT: torch.Tensor
     loss_mask_BT: torch.Tensor
-    weights_BT: torch.Tensor
-    advantages_BT: torch.Tensor | None = None
-    logprobs_BT: torch.Tensor | None = None
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +38,33 @@ class TokenBatch:
         """Tokens that are predicted."""
         return int(self.loss_mask_BT.sum())
 
+    def target_weights(self) -> torch.Tensor:
+        """Return the factor on the loss of each predicted token, float32 [N]."""
+        if WEIGHT in self.columns:
+            return self.at_targets(WEIGHT)
+        return torch.ones(self.num_targets, device=self.tokens_BT.device)
+
+    def at_targets(self, name: str) -> torch.Tensor:
+        """Return a column at the predicted tokens, [N, ...], row by row. Raises KeyError for no such column."""
+        return self.columns[name][self.loss_mask_BT]
+
+    def with_columns(self, columns: Mapping[str, torch.Tensor]) -> "TokenBatch":
+        """Return the batch with `columns` added, in place of those of the same names."""
+        return TokenBatch(**{**vars(self), "columns": {**self.columns, **columns}})
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
+        """Return the batch with `function` applied to every tensor."""
+        changed = {name: function(value) for name, value in vars(self).items() if name != "columns"}
+        return TokenBatch(**changed, columns={name: function(value) for name, value in self.columns.items()})
+
     def rows(self, start: int, stop: int) -> "TokenBatch":
         """Return rows start to stop as a batch."""
-        columns = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
-        return replace(self, **columns)
+        return self.map(lambda column: column[start:stop])
+
+
+def concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Return the rows of all batches, in order; the batches have the same row length and the same columns."""
+    first = batches[0]
+    own = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(first) if name != "columns"}
+    columns = {name: torch.cat([batch.columns[name] for batch in batches]) for name in first.columns}
+    return TokenBatch(**own, columns=columns)

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
-from moetrain.data.batch import TokenBatch
+from moetrain.data.batch import TokenBatch, concatenated
 from moetrain.data.packing import PackedRows
 from moetrain.errors import DataError
 from moetrain.runtime import python_stream
@@ -130,8 +128,7 @@ class Loader:
         """Return rows `start` up to `stop` of the run as a batch."""
         places = [self.place(index) for index in range(start, stop)]
         singles = [self._rows[place.source].batch([place.row], pad_id=self._pad_id) for place in places]
-        columns = ("tokens_BT", "segments_BT", "positions_BT", "loss_mask_BT", "weights_BT")
-        return TokenBatch(**{name: torch.cat([vars(single)[name] for single in singles]) for name in columns})
+        return concatenated(singles)
 
     def mix_rows(self, num_rows: int) -> list[dict[str, int]]:
         """Return how many of the first `num_rows` rows of the run each mix takes from each source."""

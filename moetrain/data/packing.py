@@ -101,7 +101,6 @@ class PackedRows:
             segments_BT=torch.from_numpy(segments_BT),
             positions_BT=torch.from_numpy(positions_BT),
             loss_mask_BT=torch.from_numpy(loss_mask_BT),
-            weights_BT=torch.ones(shape, dtype=torch.float32),
         )
 
 

@@ -14,7 +14,7 @@ from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import build_rope
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import quantize
-from moetrain.rollout.types import Trajectory
+from moetrain.rollout.types import Segment, Trajectory
 
 _ROWS = 8
 
@@ -36,8 +36,9 @@ def divergence(
     """Return how `other` departs from `reference` on the sampled tokens of `trajectories`."""
     kls: list[torch.Tensor] = []
     changed: list[torch.Tensor] = []
-    for start in range(0, len(trajectories), _ROWS):
-        rows = trajectories[start : start + _ROWS]
+    segments = [segment for trajectory in trajectories for segment in trajectory.segments if segment.num_sampled]
+    for start in range(0, len(segments), _ROWS):
+        rows = segments[start : start + _ROWS]
         first, second = (_logprobs(weights, rows) for weights in (reference, other))
         kls.append((first.exp() * (first - second)).sum(-1))
         changed.append(first.argmax(-1) != second.argmax(-1))
@@ -70,7 +71,7 @@ def code_changes(
     }
 
 
-def _logprobs(weights: InferenceWeights, rows: Sequence[Trajectory]) -> torch.Tensor:
+def _logprobs(weights: InferenceWeights, rows: Sequence[Segment]) -> torch.Tensor:
     config = weights.config
     length = max(len(row.tokens) for row in rows)
     tokens_BT = torch.zeros(len(rows), length, dtype=torch.long)

@@ -19,7 +19,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 
     `outcomes` lists success by task number and length, for pairing with another evaluation of the same tasks.
     """
-    by_calls = sorted({trajectory.num_calls_needed for trajectory in trajectories})
+    by_calls = sorted({calls for trajectory in trajectories if (calls := trajectory.num_calls_needed) is not None})
     return {
         "all": rate_row(wilson([t.grade.success for t in trajectories])),
         "by_calls": {
@@ -31,7 +31,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "endings": dict(sorted(Counter(t.ending.value for t in trajectories).items())),
         "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
         "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
-        "outcomes": {f"{t.task}/{t.num_calls_needed}": bool(t.grade.success) for t in trajectories},
+        "outcomes": {f"{t.task}/{t.num_calls_needed}": t.grade.success for t in trajectories},
     }
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moetrain.ops.logprobs import exponentials
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _UNIT = 2.0**-53
@@ -33,9 +35,9 @@ def sample(
     """
     is_greedy_B = temperatures_B == 0
     scaled_BV = logits_BV.float() / torch.where(is_greedy_B, 1.0, temperatures_B)[:, None]
-    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-    cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+    terms_BV, _, normalizers_B = exponentials(scaled_BV)
+    cumulative_BV = terms_BV.double().cumsum(dim=-1)
     thresholds_B1 = (uniforms_B.double() * cumulative_BV[:, -1])[:, None]
     drawn_B = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)[:, 0].clamp_max(logits_BV.shape[-1] - 1)
     tokens_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), drawn_B)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return tokens_B, scaled_BV.gather(1, tokens_B[:, None])[:, 0] - normalizers_B

@@ -18,21 +18,49 @@ _KEPT_ELEMENTS = 1 << 25  # logits of a micro-batch that are kept for the backwa
 
 
 def chunked_logprobs(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, targets_N: torch.Tensor
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    *,
+    targets_N: torch.Tensor,
+    temperatures_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 log-probabilities of the targets [N], and entropies [N], which have no gradient."""
+    """Return float32 log-probabilities of the targets [N], and entropies [N], which have no gradient.
+
+    temperatures_N: float32 above 0, what the logits of each row are divided by; None is 1 everywhere.
+    """
     found: tuple[torch.Tensor, torch.Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N
+        hidden_ND, weight_VD, targets_N, temperatures_N
     )
     return found
 
 
-class _Read(NamedTuple):
-    """What is read of a chunk's logits, float32: log of the sum of exp, log-probability of the target, entropy."""
+class Read(NamedTuple):
+    """What is read off rows of logits, float32: log of the sum of exp, log-probability of the target, entropy."""
 
     normalizers_C: torch.Tensor
     logprobs_C: torch.Tensor
     entropies_C: torch.Tensor
+
+
+def read_logits(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None = None
+) -> Read:
+    """Return what is asked of logits, in torch's operations; of logits over temperatures where these are given."""
+    scaled_CV = logits_CV.float() if temperatures_C is None else logits_CV.float() / temperatures_C[:, None]
+    terms_CV, sum_C, normalizers_C = exponentials(scaled_CV)
+    entropies_C = normalizers_C - terms_CV.mul_(scaled_CV).sum(dim=-1) / sum_C
+    return Read(normalizers_C, scaled_CV.gather(1, targets_C[:, None])[:, 0] - normalizers_C, entropies_C)
+
+
+def exponentials(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return exp(logit - largest of the row) [C, V], its sum [C], and the log of the sum of exp(logit) [C], float32.
+
+    Training and sampling both take log-probabilities from here, so that equal logits give equal bits.
+    """
+    largest_C = logits_CV.amax(dim=-1)
+    terms_CV = (logits_CV - largest_C[:, None]).exp_()
+    sum_C = terms_CV.sum(dim=-1)
+    return terms_CV, sum_C, largest_C + sum_C.log()
 
 
 class _Chunk(NamedTuple):
@@ -42,6 +70,7 @@ class _Chunk(NamedTuple):
     logits_CV: torch.Tensor
     targets_C: torch.Tensor
     normalizers_C: torch.Tensor
+    temperatures_C: torch.Tensor | None
 
 
 class _Head(Protocol):
@@ -52,13 +81,13 @@ class _Head(Protocol):
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Return the logits [C, V] in the dtype of the hidden states."""
 
-    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
-        """Return what is asked of the logits."""
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
+        """Return what is asked of the logits, divided by the temperatures where these are given."""
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
         """Add to `grad_VD`, the weight's gradient in float32, and return that of the hidden states.
 
-        d logprob / d logits = onehot(target) - p.
+        d logprob / d logits = (onehot(target) - p) / temperature.
         """
 
 
@@ -71,19 +100,15 @@ class _TorchHead:
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         return hidden_CD @ self.cast_VD.T
 
-    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
-        logits_CV = logits_CV.float()
-        target_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
-        largest_C = logits_CV.amax(dim=-1)
-        terms_CV = (logits_CV - largest_C[:, None]).exp_()
-        sum_C = terms_CV.sum(dim=-1)
-        normalizers_C = largest_C + sum_C.log()
-        entropies_C = normalizers_C - terms_CV.mul_(logits_CV).sum(dim=-1) / sum_C
-        return _Read(normalizers_C, target_C - normalizers_C, entropies_C)
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
+        return read_logits(logits_CV, targets_C, temperatures_C=temperatures_C)
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
-        hidden_CD, logits_CV, targets_C, normalizers_C = chunk
-        grad_CV = (logits_CV.float() - normalizers_C[:, None]).exp_()
+        hidden_CD, logits_CV, targets_C, normalizers_C, temperatures_C = chunk
+        scaled_CV = logits_CV.float()
+        if temperatures_C is not None:
+            scaled_CV, grad_C = scaled_CV / temperatures_C[:, None], grad_C / temperatures_C
+        grad_CV = (scaled_CV - normalizers_C[:, None]).exp_()
         grad_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None])
         cast_CV = grad_CV.to(hidden_CD.dtype)
         grad_VD += cast_CV.T @ hidden_CD
@@ -103,16 +128,16 @@ class _NativeHead:
         self.library("linear", self.library.paired, hidden_CD.contiguous(), self.weight_VD, logits_CV, *sizes)
         return logits_CV
 
-    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> _Read:
-        read = _Read(*(logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)))
-        self.library("logprob_rows", logits_CV, targets_C.contiguous(), *read, *logits_CV.shape)
+    def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
+        read = Read(*(logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)))
+        self.library("logprob_rows", logits_CV, targets_C.contiguous(), temperatures_C, *read, *logits_CV.shape)
         return read
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
         library = self.library
-        hidden_CD, logits_CV, targets_C, normalizers_C = (tensor.contiguous() for tensor in chunk)
+        hidden_CD, logits_CV, targets_C, normalizers_C = (tensor.contiguous() for tensor in chunk[:4])
         grad_CV, grad_hidden_CD = torch.empty_like(logits_CV), torch.empty_like(hidden_CD)
-        sources = (grad_C.contiguous(), logits_CV, targets_C, normalizers_C)
+        sources = (grad_C.contiguous(), logits_CV, targets_C, normalizers_C, chunk.temperatures_C)
         library("logprob_rows_backward", *sources, grad_CV, *logits_CV.shape)
         sizes = (*logits_CV.shape, hidden_CD.shape[1])
         library("linear_grad_w", library.paired, grad_CV, hidden_CD, grad_VD, *sizes, 1)
@@ -130,28 +155,33 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        temperatures_N: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head = _head(hidden_ND, weight_VD)
         logits_shape = (len(targets_N), len(weight_VD))
         keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
-        whole = _Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
+        whole = Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
         kept = []
         for chunk in _chunks(*logits_shape, elements=head.chunk_elements):
             logits_CV = head.logits(hidden_ND[chunk])
             if keeps:
                 kept.append(logits_CV)
-            for column_N, column_C in zip(whole, head.read(logits_CV, targets_N[chunk]), strict=True):
+            read = head.read(logits_CV, targets_N[chunk], temperatures_C=_part(temperatures_N, chunk))
+            for column_N, column_C in zip(whole, read, strict=True):
                 column_N[chunk] = column_C
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, *kept)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, temperatures_N, *kept)
         ctx.library = native_for(hidden_ND)
         ctx.mark_non_differentiable(whole.entropies_C)
         return whole.logprobs_C, whole.entropies_C
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden_ND, weight_VD, targets_N, normalizers_N, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_ND, weight_VD, targets_N, normalizers_N, temperatures_N, *kept = ctx.saved_tensors
         with using(ctx.library):  # that of the forward pass, whose logits are in its chunks
             head = _head(hidden_ND, weight_VD)
         grad_hidden_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -159,9 +189,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for index, rows in enumerate(chunks):
             hidden_CD = hidden_ND[rows]
             logits_CV = kept[index] if kept else head.logits(hidden_CD)
-            chunk = _Chunk(hidden_CD, logits_CV, targets_N[rows], normalizers_N[rows])
+            temperatures_C = _part(temperatures_N, rows)
+            chunk = _Chunk(hidden_CD, logits_CV, targets_N[rows], normalizers_N[rows], temperatures_C)
             grad_hidden_ND[rows] = head.backward(grads[0][rows], chunk, grad_VD=grad_VD)
-        return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None
+        return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None, None
+
+
+def _part(temperatures_N: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if temperatures_N is None else temperatures_N[rows].contiguous()
 
 
 def _chunks(num_rows: int, vocab_size: int, *, elements: int) -> list[slice]:

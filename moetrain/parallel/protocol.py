@@ -160,4 +160,4 @@ def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     """Return `batch` with its columns on `device`."""
     if batch.tokens_BT.device == device:
         return batch
-    return replace(batch, **{name: value.to(device) for name, value in vars(batch).items() if value is not None})
+    return batch.map(lambda column: column.to(device))

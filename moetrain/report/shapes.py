@@ -95,9 +95,9 @@ TRACE_SHAPE: Schema = _object(
         "text": _TEXT,
         "grade": _object({"success": {}, "reason": _TEXT}),
         "ending": _TEXT,
-        "tokens": _LIST,
-        "is_sampled": _LIST,
-        **dict.fromkeys(("task", "num_calls_needed", "num_calls", "num_turns", "num_transient_errors"), _WHOLE),
+        "segments": {"type": "array", "items": _object({"tokens": _LIST, "is_sampled": _LIST})},
+        "num_calls_needed": {"type": ["integer", "null"]},
+        **dict.fromkeys(("task", "num_calls", "num_turns", "num_transient_errors"), _WHOLE),
     }
 )
 """A line of `traces/*.jsonl`."""

@@ -111,7 +111,9 @@ def chosen(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, An
 
     Those that met a tool failure come first, then those of more calls: they show most.
     """
-    order = sorted(traces, key=lambda trace: (-min(trace["num_transient_errors"], 1), -trace["num_calls_needed"]))
+    order = sorted(
+        traces, key=lambda trace: (-min(trace["num_transient_errors"], 1), -(trace["num_calls_needed"] or 0))
+    )
     right = [trace for trace in order if trace["grade"]["success"]]
     wrong = [trace for trace in order if not trace["grade"]["success"]]
     return right[:count] + wrong[:count]
@@ -123,15 +125,17 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
     verdict = "right" if grade["success"] else "wrong"
     errors = trace["num_transient_errors"]
     met = f", {errors} tool failure{'s' if errors > 1 else ''} met" if errors else ""
+    needed = "" if trace["num_calls_needed"] is None else f"{trace['num_calls_needed']} calls needed, "
     summary = (
         f'<span class="verdict {verdict}">{verdict}</span> {escape(title)}: task {trace["task"]}, '
-        f"{trace['num_calls_needed']} calls needed, {trace['num_calls']} made{met}"
+        f"{needed}{trace['num_calls']} calls made{met}"
     )
     parts = [_block_html(block) for block in blocks(trace["text"])]
-    sampled = sum(map(bool, trace["is_sampled"]))
+    sampled = sum(sum(map(bool, segment["is_sampled"])) for segment in trace["segments"])
+    num_tokens = sum(len(segment["tokens"]) for segment in trace["segments"])
     said = (
         f"graded {escape(str(grade['reason']))}; ended: {escape(str(trace['ending']).replace('_', ' '))}; "
-        f"{trace['num_turns']} turns, {sampled} tokens sampled of {len(trace['tokens'])}"
+        f"{trace['num_turns']} turns, {sampled} tokens sampled of {num_tokens}"
     )
     verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{said}</p></div>'
     opened = " open" if is_open else ""

@@ -1,17 +1,16 @@
-"""From rewards to advantages, group by group."""
+"""Advantages per token. G trajectories of a group."""
 
 from collections.abc import Sequence
 
-from moetrain.rl.config import Algorithm
+from moetrain.rollout.types import Trajectory
 
 
-def group_advantages(rewards_G: Sequence[float], algorithm: Algorithm) -> list[float]:
-    """Return one advantage a trajectory of a group.
+def constant(trajectory: Trajectory, value: float) -> list[list[float]]:
+    """Return `value` for every token of every segment of a trajectory."""
+    return [[value] * len(segment.tokens) for segment in trajectory.segments]
 
-    policy: reward minus the group's mean, not divided by its deviation (arXiv 2602.02276, eq. 1; 2503.20783).
-    rejection: 1 for a right trajectory, 0 for a wrong one.
-    """
-    if algorithm is Algorithm.rejection:
-        return [float(reward > 0) for reward in rewards_G]
-    mean = sum(rewards_G) / len(rewards_G)
-    return [reward - mean for reward in rewards_G]
+
+def centred(group_G: Sequence[Trajectory]) -> list[list[list[float]]]:
+    """Return each trajectory's reward minus the group's mean, for every token of its segments."""
+    mean = sum(trajectory.reward for trajectory in group_G) / len(group_G)
+    return [constant(trajectory, trajectory.reward - mean) for trajectory in group_G]

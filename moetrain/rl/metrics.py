@@ -1,4 +1,4 @@
-"""What a batch of trajectories says, as named numbers."""
+"""A step's trajectories as named numbers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -7,23 +7,42 @@ from moetrain.rollout.types import Ending, Trajectory
 
 
 def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-    """Return reward, lengths, errors and endings of a step's trajectories; `success/calls_n` by calls needed."""
+    """Return rewards, lengths, errors and endings of a step's trajectories.
+
+    `reward`, its parts and `success/*` are means over the scored trajectories, and are left out where there are none;
+    `unscored` is the share of the others. `success/calls_n` are the trajectories whose task needs n calls.
+    """
     trajectories = [trajectory for group in groups for trajectory in group]
-    count = len(trajectories)
-    rewards = [trajectory.reward for trajectory in trajectories]
-    by_calls: dict[int, list[float]] = defaultdict(list)
-    for trajectory in trajectories:
-        by_calls[trajectory.num_calls_needed].append(trajectory.reward)
-    after_error = [trajectory.reward for trajectory in trajectories if trajectory.num_transient_errors]
+    count = max(len(trajectories), 1)
     endings = Counter(trajectory.ending for trajectory in trajectories)
     return {
-        "reward": sum(rewards) / count,
-        **{f"success/calls_{calls}": sum(values) / len(values) for calls, values in sorted(by_calls.items())},
-        **({"success/after_tool_error": sum(after_error) / len(after_error)} if after_error else {}),
-        "groups_with_signal": sum(len({t.reward for t in group}) > 1 for group in groups) / len(groups),
-        "sampled_tokens": sum(sum(trajectory.is_sampled) for trajectory in trajectories),
-        "trajectory_tokens": sum(len(trajectory.tokens) for trajectory in trajectories) / count,
+        **_rewards([trajectory for trajectory in trajectories if trajectory.is_scored]),
+        "unscored": sum(not trajectory.is_scored for trajectory in trajectories) / count,
+        "groups_with_signal": sum(len({t.reward for t in group if t.is_scored}) > 1 for group in groups)
+        / max(len(groups), 1),
+        "sampled_tokens": sum(trajectory.num_sampled for trajectory in trajectories),
+        "trajectory_tokens": sum(trajectory.num_tokens for trajectory in trajectories) / count,
         "turns": sum(trajectory.num_turns for trajectory in trajectories) / count,
         "tool_errors": sum(trajectory.num_errors for trajectory in trajectories) / count,
         **{f"ending/{ending.value}": endings[ending] / count for ending in Ending},
+    }
+
+
+def _rewards(scored: Sequence[Trajectory]) -> dict[str, float]:
+    if not scored:
+        return {}
+    by_calls: dict[int, list[bool]] = defaultdict(list)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for trajectory in scored:
+        if trajectory.num_calls_needed is not None:
+            by_calls[trajectory.num_calls_needed].append(trajectory.grade.success)
+        for name, value in trajectory.grade.parts.items():
+            parts[name].append(value)
+    after_error = [trajectory.grade.success for trajectory in scored if trajectory.num_transient_errors]
+    return {
+        "reward": sum(trajectory.reward for trajectory in scored) / len(scored),
+        "success": sum(trajectory.grade.success for trajectory in scored) / len(scored),
+        **{f"reward/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
+        **{f"success/calls_{calls}": sum(values) / len(values) for calls, values in sorted(by_calls.items())},
+        **({"success/after_tool_error": sum(after_error) / len(after_error)} if after_error else {}),
     }

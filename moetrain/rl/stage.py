@@ -17,11 +17,12 @@ from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.parallel.engine import Engine
 from moetrain.quant.config import QuantConfig
-from moetrain.rl.advantage import group_advantages
-from moetrain.rl.batch import Scored, micro_batches
-from moetrain.rl.config import Algorithm, BalanceLosses, RlConfig
-from moetrain.rl.loss import policy_objective
+from moetrain.rl.columns import micro_batches
+from moetrain.rl.config import BalanceLosses, RlConfig
+from moetrain.rl.loss import SUM_PREFIX, rl_objective
 from moetrain.rl.metrics import rollout_metrics
+from moetrain.rl.protocol import Algorithm
+from moetrain.rl.score import score
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
@@ -30,7 +31,6 @@ from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.train.config import TrainConfig
 from moetrain.train.loop import Training
-from moetrain.train.rows import rank_rows
 from moetrain.train.step import train_step
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class RlStage:
     quant: QuantConfig
     balance: BalanceConfig
     rl: RlConfig
+    algorithm: Algorithm
     rollout: RolloutConfig
     declare_tools: bool
     learning_rate: Callable[[int], float]
@@ -85,33 +86,32 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     groups = collect_groups(stage, weights=weights, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
-    values = rollout_metrics(groups)
-    scored = [
-        Scored(trajectory=trajectory, advantage=advantage)
-        for group in groups
-        for trajectory, advantage in zip(
-            group, group_advantages([t.reward for t in group], stage.rl.algorithm), strict=True
-        )
-    ]
-    counted = scored if stage.rl.algorithm is Algorithm.policy else [s for s in scored if s.advantage]
-    num_tokens = sum(sum(s.trajectory.is_sampled) for s in counted)
-    batches = micro_batches(scored, max_tokens=stage.rl.tokens_per_micro_batch, pad_id=stage.tokenizer.pad_id)
-    if not batches:
-        _log.warning("step %d: every group is all right or all wrong; no update", step + 1)
+    scored = score(groups, stage.algorithm)
+    values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
+    if not scored.rows:
+        _log.warning("step %d: no group has rewards that differ; the weights stay as they are", step + 1)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology
     if stage.rl.balance_losses is BalanceLosses.none:
         balance = replace(balance, global_loss=0.0)  # nothing asks for its counts
     updated = train_step(
         stage.engine,
-        lambda counts: policy_objective(
-            stage.rl,
-            num_tokens=num_tokens,
+        lambda counts: rl_objective(
+            stage.algorithm,
+            divisor=scored.divisor,
             counts=counts,
             balance=balance,
+            balance_losses=stage.rl.balance_losses,
             max_logits=MaxLogits.needed(stage.qk_clip),
         ),
-        micro_batches=[rank_rows(b, rank=topology.rank, world_size=topology.world_size) for b in batches],
+        micro_batches=micro_batches(
+            scored.rows,
+            columns=stage.algorithm.columns,
+            max_tokens=stage.rl.tokens_per_micro_batch,
+            pad_id=stage.tokenizer.pad_id,
+            rank=topology.rank,
+            world_size=topology.world_size,
+        ),
         learning_rate=stage.learning_rate(step),
         balance=balance,
         step=step,
@@ -119,8 +119,10 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
         on_nonfinite=config.on_nonfinite,
     )
     trained = max(updated.pop("trained_tokens"), 1.0)
-    for name in ("logprob_gap", "outside_window", "entropy"):
-        updated[name] /= trained
+    updated = {
+        name.removeprefix(SUM_PREFIX): value / trained if name.startswith(SUM_PREFIX) else value
+        for name, value in updated.items()
+    }
     finished = time.perf_counter()
     times = {TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "update_s": finished - collected}
     return {**updated, **values, "trained_tokens": trained, **times}

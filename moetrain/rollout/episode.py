@@ -17,7 +17,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError, ToolError
 from moetrain.inference.engine import Sequence
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.types import Ending, Trajectory
+from moetrain.rollout.types import Ending, Segment, Trajectory
 from moetrain.tasks.protocol import Environment, Grade, Observation, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Episode:
         self._num_turns = self._num_calls = self._num_errors = self._num_transient = self._num_repeats = 0
         self._last_call = ("", "")
         self._ending: Ending | None = None
-        self._grade = Grade(success=False, reason="unfinished")
+        self._grade = Grade(reward=0.0, reason="unfinished")
 
     @property
     def is_finished(self) -> bool:
@@ -122,7 +122,7 @@ class Episode:
 
     def _end(self, ending: Ending, *, reason: str = "") -> None:
         self._ending = ending
-        self._grade = Grade(success=False, reason=reason or ending.value)
+        self._grade = Grade(reward=0.0, reason=reason or ending.value)
 
     def finish(self, *, task: int, sample: int, version: int) -> Trajectory:
         """Close the environment and return the trajectory."""
@@ -132,14 +132,19 @@ class Episode:
             task=task,
             sample=sample,
             num_calls_needed=self._task.num_calls,
-            tokens=self.sequence.tokens,
-            is_sampled=self.sequence.is_sampled,
-            logprobs=self.sequence.logprobs,
+            segments=[
+                Segment(
+                    tokens=self.sequence.tokens,
+                    is_sampled=self.sequence.is_sampled,
+                    logprobs=self.sequence.logprobs,
+                    versions=[version] * len(self.sequence.tokens),
+                    temperature=self.sequence.temperature,
+                )
+            ],
             grade=self._grade,
             ending=self._ending,
             num_turns=self._num_turns,
             num_calls=self._num_calls,
             num_errors=self._num_errors,
             num_transient_errors=self._num_transient,
-            version=version,
         )

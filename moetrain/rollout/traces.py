@@ -1,8 +1,9 @@
 """Whole trajectories as JSON lines, for reading."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.files import write_json_lines
@@ -11,4 +12,11 @@ from moetrain.rollout.types import Trajectory
 
 def write_traces(path: Path, trajectories: Sequence[Trajectory], *, tokenizer: Tokenizer) -> None:
     """Write trajectories with their text, one per line; replace an earlier file."""
-    write_json_lines(path, [{"text": tokenizer.decode(item.tokens), **asdict(item)} for item in trajectories])
+    write_json_lines(path, [trace(item, decode=tokenizer.decode) for item in trajectories])
+
+
+def trace(trajectory: Trajectory, *, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """Return a trajectory as JSON: its fields, the text of its segments, and whether it solved the task."""
+    content = asdict(trajectory)
+    content["grade"]["success"] = trajectory.grade.success
+    return {"text": "\n".join(decode(segment.tokens) for segment in trajectory.segments), **content}

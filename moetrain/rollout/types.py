@@ -1,5 +1,6 @@
-"""What a rollout brings back: trajectories as token columns, with their grade and how they ended."""
+"""What a rollout brings back: trajectories as segments of tokens, with their grade and how they ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -7,7 +8,7 @@ from moetrain.tasks.protocol import Grade
 
 
 class Ending(StrEnum):
-    """Why a trajectory ended. Only `answered` can be graded right."""
+    """Why a trajectory ended. Only `answered` is graded; other endings of the agent's own making have reward 0."""
 
     answered = "answered"
     invalid_turn = "invalid_turn"
@@ -17,28 +18,69 @@ class Ending(StrEnum):
     stalled = "stalled"
     max_seconds = "max_seconds"
     environment_failed = "environment_failed"
+    prompt_too_long = "prompt_too_long"
+
+
+UNSCORED = frozenset({Ending.max_seconds, Ending.environment_failed, Ending.prompt_too_long})
+"""Endings that say nothing about the agent: such trajectories are left out of rewards, baselines and updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of tokens that the model saw as one context. The lists have one entry per token.
+
+    is_sampled: whether the model produced the token; prompts and tool results are given. logprobs: natural log of the
+    probability that the token was sampled with; 0.0 for given tokens. versions: of the weights that sampled the token,
+    or that were present when it was given. temperature: of the sampling; 0 is greedy, whose logprobs are those of
+    temperature 1.
+    """
+
+    tokens: list[int]
+    is_sampled: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+    temperature: float
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the model produced."""
+        return sum(self.is_sampled)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """One finished trajectory. `tokens`, `is_sampled` and `logprobs` have one entry a token; tool results and the
-    prompt are not sampled. `version` is that of the weights that sampled it."""
+    """One finished trajectory. Its segments share its reward.
+
+    num_calls_needed: tool calls of the shortest solution; None where the task family does not say.
+    """
 
     task: int
     sample: int
-    num_calls_needed: int
-    tokens: list[int]
-    is_sampled: list[bool]
-    logprobs: list[float]
+    num_calls_needed: int | None
+    segments: Sequence[Segment]
     grade: Grade
     ending: Ending
     num_turns: int
     num_calls: int
     num_errors: int
     num_transient_errors: int
-    version: int
 
     @property
     def reward(self) -> float:
-        """1 for a right trajectory, 0 for any other."""
-        return float(self.grade.success)
+        """What the grader gave; 0 where the agent ended before it could be graded."""
+        return self.grade.reward
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the reward says something about the agent."""
+        return self.ending not in UNSCORED
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all segments."""
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of all segments that the model produced."""
+        return sum(segment.num_sampled for segment in self.segments)

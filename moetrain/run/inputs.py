@@ -73,6 +73,10 @@ def check_names(run: StageRun) -> None:
             raise ConfigError(f"init_from is null: {needed}")
     if isinstance(run, ReadingRun | RlRun | EvalRun):
         registry.build(run.task, run.run.seed)
+    if isinstance(run, RlRun):
+        from moetrain.rl.registry import build  # brings torch in
+
+        build(run.rl)
     for source in _data(run).sources.values():
         format_named(source.format)
 

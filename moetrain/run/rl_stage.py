@@ -13,6 +13,7 @@ from moetrain.files import write_json
 from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import setup
+from moetrain.rl.registry import build
 from moetrain.rl.stage import RlStage, rl_training
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
@@ -73,6 +74,7 @@ def _stage(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, 
         quant=run.quant,
         balance=run.model.balance,
         rl=run.rl,
+        algorithm=build(run.rl),
         rollout=run.rollout,
         declare_tools=run.task.declare_tools,
         learning_rate=lambda step: learning_rate(step, run.train.steps, lr=run.optim.lr, schedule=run.optim.schedule),

@@ -3,8 +3,9 @@
 A plugin that offers these three protocols and calls `tasks.registry.register` is all that a new environment needs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -30,10 +31,26 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """Verdict on a finished trajectory, from the environment's final state and the answer; `reason` is one word."""
+    """Verdict on a finished trajectory, from the environment's final state and the answer.
 
-    success: bool
+    reward: any finite number; what RL learns from. reason: one word. parts: what the reward is made of, by name, for
+    the metrics. threshold: a reward from which on the task counts as solved.
+    """
+
+    reward: float
     reason: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a reward that is not a finite number: it would spoil the advantages of its whole group."""
+        if not all(math.isfinite(value) for value in (self.reward, *self.parts.values())):
+            raise ValueError(f"reward {self.reward} with parts {dict(self.parts)}: give finite numbers")
+
+    @property
+    def success(self) -> bool:
+        """Whether the task is solved."""
+        return self.reward >= self.threshold
 
 
 class Environment(Protocol):

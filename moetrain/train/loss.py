@@ -50,14 +50,21 @@ class GlobalCounts:
     loads: Callable[[torch.Tensor], torch.Tensor] = _only_these
 
 
-def token_logprobs(model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch) -> TokenLogprobs:
-    """Return the float32 log-probability of every token in the loss mask, predicted from the token before it."""
+def token_logprobs(
+    model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch, temperatures_N: torch.Tensor | None = None
+) -> TokenLogprobs:
+    """Return the float32 log-probability of every token in the loss mask, predicted from the token before it.
+
+    temperatures_N: what the logits of each predicted token are divided by, float32 above 0; None is 1 everywhere.
+    """
     row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, column_N - 1]
     targets_N = batch.tokens_BT[row_N, column_N]
+    if temperatures_N is not None and bool((temperatures_N == 1).all()):
+        temperatures_N = None  # the same numbers with less work
 
     def read_out(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return chunked_logprobs(hidden_ND, weight_VD, targets_N=targets_N)
+        return chunked_logprobs(hidden_ND, weight_VD, targets_N=targets_N, temperatures_N=temperatures_N)
 
     logprobs_N, entropies_N = model.lm_head(hidden_ND, read_out)
     return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
@@ -115,7 +122,7 @@ def language_model_objective(
             batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, max_logits=max_logits
         )
         predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
-        weights_N = batch.weights_BT[batch.loss_mask_BT]
+        weights_N = batch.target_weights()
         cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
         terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
         layers = [name for name, _ in model.moe_layers()]

@@ -1,7 +1,5 @@
 """Which rows of a global batch a rank works on, and in which pieces. Pure functions of sizes."""
 
-from dataclasses import replace
-
 import torch
 
 from moetrain.data.batch import TokenBatch
@@ -12,12 +10,7 @@ def padded(batch: TokenBatch, num_rows: int) -> TokenBatch:
     missing = num_rows - len(batch.tokens_BT)
     if missing <= 0:
         return batch
-    columns = {
-        name: torch.cat([value, value.new_zeros(missing, value.shape[1])])
-        for name, value in vars(batch).items()
-        if value is not None
-    }
-    return replace(batch, **columns)
+    return batch.map(lambda column: torch.cat([column, column.new_zeros(missing, *column.shape[1:])]))
 
 
 def rank_rows(batch: TokenBatch, *, rank: int, world_size: int) -> TokenBatch:

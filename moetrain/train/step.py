@@ -95,8 +95,7 @@ def _divergence(step: int, *, loss: float, grad_norm: float) -> DivergenceError:
 def global_counts(micro_batches: Sequence[TokenBatch], topology: Topology) -> GlobalCounts:
     """Return the totals of all ranks' micro-batches. A collective."""
     local = [
-        (batch.num_tokens, batch.num_targets, float(batch.weights_BT[batch.loss_mask_BT].double().sum()))
-        for batch in micro_batches
+        (batch.num_tokens, batch.num_targets, float(batch.target_weights().double().sum())) for batch in micro_batches
     ]
     tokens, targets, weight = topology.all_reduce_sum(torch.tensor(local, dtype=torch.float64).sum(dim=0)).tolist()
     return GlobalCounts(tokens=max(int(tokens), 1), targets=max(int(targets), 1), target_weight=weight or 1.0)

@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from moetrain.data.batch import WEIGHT
 from moetrain.parallel.host_memory import HostMemory
 from moetrain.runtime import seed_of
 
@@ -126,9 +128,9 @@ def _spoil_batch(first_row: int) -> None:
         batch = rows_between(self, start, stop)
         if start != first_row:
             return batch
-        weights_BT = batch.weights_BT.clone()
+        weights_BT = torch.ones(batch.tokens_BT.shape)
         weights_BT[-1] = float("nan")  # one row, so that one rank alone sees it
-        return replace(batch, weights_BT=weights_BT)
+        return batch.with_columns({WEIGHT: weights_BT})
 
     Loader.rows_between = spoilt  # type: ignore[method-assign]
 

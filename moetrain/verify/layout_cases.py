@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
-from moetrain.data.batch import TokenBatch
+from moetrain.data.batch import WEIGHT, TokenBatch
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import Recompute
 from moetrain.model.router import Routing
@@ -120,7 +120,7 @@ def make_batch(run: VerifyLayoutsRun, step: int, *, draw: int) -> TokenBatch:
         segments_BT=segments_BT,
         positions_BT=positions_BT,
         loss_mask_BT=(positions_BT > 0) & (segments_BT > 0),
-        weights_BT=0.5 + torch.rand(shape, generator=stream),
+        columns={WEIGHT: 0.5 + torch.rand(shape, generator=stream)},
     )
 
 

@@ -28,7 +28,7 @@ def mixes(*weights: dict[str, float], rows: int = 0) -> list[Mix]:
 
 
 def columns(batch: TokenBatch) -> list[torch.Tensor]:
-    return [value for value in vars(batch).values() if value is not None]
+    return [value for name, value in vars(batch).items() if name != "columns"]
 
 
 def names(loader: Loader, num_rows: int) -> list[int]:

@@ -55,7 +55,7 @@ def test_first_tokens_and_padding_are_never_predicted() -> None:
     assert not batch.loss_mask_BT[batch.positions_BT == 0].any()
     assert not batch.loss_mask_BT[batch.segments_BT == 0].any()
     assert batch.loss_mask_BT[(batch.positions_BT > 0) & (batch.segments_BT > 0)].all()
-    assert (batch.weights_BT == 1).all() and batch.weights_BT.dtype == torch.float32
+    assert (batch.target_weights() == 1).all() and batch.target_weights().dtype == torch.float32
 
 
 def test_split_cuts_a_long_document_into_documents_of_their_own_and_loses_nothing() -> None:

@@ -65,6 +65,13 @@ def test_the_guide_to_data_can_be_followed(tmp_path: Path) -> None:
     assert summary["documents"].keys() == {"notes", "chats", "quiz"}
 
 
+def test_the_guide_to_rl_losses_can_be_followed(tmp_path: Path) -> None:
+    printed = follow("add-an-rl-loss.md", tmp_path)
+    assert "capped 1 of 2" in printed
+    summary = json.loads((tmp_path / "runs" / "toy" / "rl" / "summary.json").read_text())
+    assert summary["steps"] == 1
+
+
 def test_the_guide_to_environments_can_be_followed(tmp_path: Path) -> None:
     printed = follow("add-an-environment.md", tmp_path)
     assert "<|tool_call_begin|>functions.read:0" in printed

@@ -11,7 +11,7 @@ from moetrain.cli.command_line import composed, split_command
 from moetrain.compose import compose
 from moetrain.log import read_metrics
 from moetrain.rl.metrics import rollout_metrics
-from moetrain.rollout.types import Ending, Trajectory
+from moetrain.rollout.types import Ending, Segment, Trajectory
 from moetrain.run import recipe
 from moetrain.tasks.protocol import Grade
 from tests.cli.command import ROOT, moetrain
@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 STARTS = ("moetrain ", "bash launch/torchrun.sh ", "bash launch/deepspeed.sh ", "sbatch launch/slurm.sbatch ")
-FOLLOWED = ("add-a-model.md", "add-data.md", "add-an-environment.md")
+FOLLOWED = ("add-a-model.md", "add-data.md", "add-an-environment.md", "add-an-rl-loss.md")
 """Guides whose commands `test_guides.py` runs, on files that the guides make."""
 PLACEHOLDER = re.compile(r"\.\.\.|<|\b[A-Z]{2,}\b|my_|path/to")
 
@@ -30,16 +30,13 @@ TRAJECTORY = Trajectory(
     task=0,
     sample=0,
     num_calls_needed=2,
-    tokens=[1, 2],
-    is_sampled=[False, True],
-    logprobs=[0.0, -1.0],
-    grade=Grade(success=True, reason="right"),
+    segments=[Segment(tokens=[1, 2], is_sampled=[False, True], logprobs=[0.0, -1.0], versions=[0, 0], temperature=1.0)],
+    grade=Grade(reward=1.0, reason="right"),
     ending=Ending.answered,
     num_turns=3,
     num_calls=3,
     num_errors=1,
     num_transient_errors=1,
-    version=0,
 )
 
 

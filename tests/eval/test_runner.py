@@ -40,7 +40,7 @@ def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
             seed=3,
             topology=setup(parallel),
         )
-        seen.append([(trajectory.task, trajectory.tokens) for trajectory in trajectories])
+        seen.append([(trajectory.task, trajectory.segments[0].tokens) for trajectory in trajectories])
     return seen
 
 

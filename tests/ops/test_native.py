@@ -297,23 +297,28 @@ def test_what_is_no_number_is_not_lost_in_attention_and_experts(library: Library
     assert y_SD[7].isnan().all() and y_SD[:7].isfinite().all()
 
 
+@pytest.mark.parametrize("has_temperatures", [False, True])
 @pytest.mark.parametrize("size", [1, 17, 300])
-def test_log_probabilities(size: int, library: Library) -> None:
+def test_log_probabilities(size: int, has_temperatures: bool, library: Library) -> None:
     logits_CV, targets_C = _draw(50, size, scale=5), torch.arange(50) % size
-    normalizers_C, logprobs_C, entropies_C = (torch.empty(50) for _ in range(3))
-    library("logprob_rows", logits_CV, targets_C, normalizers_C, logprobs_C, entropies_C, 50, size)
+    temperatures_C = torch.linspace(0.5, 2, 50) if has_temperatures else None
+    read = [torch.empty(50) for _ in range(3)]
+    normalizers_C, logprobs_C, entropies_C = read
+    library("logprob_rows", logits_CV, targets_C, temperatures_C, *read, 50, size)
     exact_CV = logits_CV.double().requires_grad_()
-    log_p_CV = exact_CV.log_softmax(-1)
+    scaled_CV = exact_CV / (1 if temperatures_C is None else temperatures_C.double()[:, None])
+    log_p_CV = scaled_CV.log_softmax(-1)
     expected_C = log_p_CV.gather(1, targets_C[:, None])[:, 0]
     torch.testing.assert_close(logprobs_C.double(), expected_C, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(normalizers_C.double(), exact_CV.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(normalizers_C.double(), scaled_CV.logsumexp(-1), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(entropies_C.double(), -(log_p_CV.exp() * log_p_CV).sum(-1), rtol=1e-5, atol=1e-5)
     upstream_C, found_CV = torch.linspace(-2, 2, 50), torch.empty_like(logits_CV)
-    library("logprob_rows_backward", upstream_C, logits_CV, targets_C, normalizers_C, found_CV, 50, size)
+    sources = (upstream_C, logits_CV, targets_C, normalizers_C, temperatures_C)
+    library("logprob_rows_backward", *sources, found_CV, 50, size)
     expected_C.backward(upstream_C.double())
     torch.testing.assert_close(found_CV.double(), exact_CV.grad, rtol=ONE_ROUNDING, atol=1e-5)
     logits_CV[3, 0] = float("nan")
-    library("logprob_rows", logits_CV, targets_C, normalizers_C, logprobs_C, entropies_C, 50, size)
+    library("logprob_rows", logits_CV, targets_C, temperatures_C, *read, 50, size)
     assert logprobs_C.isnan().nonzero().flatten().tolist() == [3]
 
 

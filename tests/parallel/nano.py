@@ -79,7 +79,6 @@ def batch_of(step: int) -> TokenBatch:
         segments_BT=segments_BT,
         positions_BT=positions_BT,
         loss_mask_BT=(positions_BT > 0) & (segments_BT > 0),
-        weights_BT=torch.ones(ROWS, LENGTH),
     )
 
 
@@ -91,7 +90,6 @@ def padding() -> TokenBatch:
         segments_BT=zeros_BT,
         positions_BT=zeros_BT,
         loss_mask_BT=zeros_BT.bool(),
-        weights_BT=torch.ones(1, LENGTH),
     )
 
 

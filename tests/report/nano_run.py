@@ -11,7 +11,8 @@ from moetrain.chat.template import conversation_pieces, pieces_to_text
 from moetrain.compose import compose, save_config
 from moetrain.eval.rates import paired_difference
 from moetrain.eval.summary import summarize
-from moetrain.rollout.types import Ending, Trajectory
+from moetrain.rollout.traces import trace
+from moetrain.rollout.types import Ending, Segment, Trajectory
 from moetrain.tasks.protocol import Grade
 
 STAGES = ["pretrain", "sft", "sft_export", "sft_eval", "rl", "rl_export", "rl_eval", "verify"]
@@ -20,21 +21,26 @@ HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
 def trajectory(task: int, *, success: bool, failures: int = 0, calls: int = 2) -> Trajectory:
-    grade = Grade(success=success, reason="right" if success else "wrong_answer")
+    grade = Grade(reward=float(success), reason="right" if success else "wrong_answer")
     return Trajectory(
         task=task,
         sample=0,
         num_calls_needed=calls,
-        tokens=[1, 2, 3],
-        is_sampled=[False, True, True],
-        logprobs=[0.0, -0.5, -0.1],
+        segments=[
+            Segment(
+                tokens=[1, 2, 3],
+                is_sampled=[False, True, True],
+                logprobs=[0.0, -0.5, -0.1],
+                versions=[0, 0, 0],
+                temperature=1.0,
+            )
+        ],
         grade=grade,
         ending=Ending.answered,
         num_turns=calls + 1,
         num_calls=calls,
         num_errors=failures,
         num_transient_errors=failures,
-        version=0,
     )
 
 
@@ -178,7 +184,7 @@ def _write_evaluation(folder: Path, trajectories: list[Trajectory], *, earlier: 
 def write_traces(path: Path, trajectories: list[Trajectory]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"text": conversation("blue" if t.grade.success else "red"), **asdict(t)}) + "\n"
+        json.dumps(trace(t, decode=lambda tokens, t=t: conversation("blue" if t.grade.success else "red"))) + "\n"  # type: ignore[misc]
         for t in trajectories
     ]
     path.write_text("".join(lines))

@@ -1,5 +1,4 @@
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,13 @@ import pytest
 from moetrain.chat.template import CALL_BEGIN, EOS, IM_END, THINK_BEGIN
 from moetrain.errors import DataError
 from moetrain.report.trace_page import blocks, chosen, pairs, read_traces, trajectory_html
+from moetrain.rollout.traces import trace as trace_of
 from tests.report.nano_run import HOSTILE, conversation, trajectory
 
 
 def trace(task: int, *, success: bool, failures: int = 0, calls: int = 2) -> dict[str, Any]:
-    return {"text": conversation("blue"), **asdict(trajectory(task, success=success, failures=failures, calls=calls))}
+    done = trajectory(task, success=success, failures=failures, calls=calls)
+    return trace_of(done, decode=lambda tokens: conversation("blue"))
 
 
 def test_a_conversation_is_read_turn_by_turn() -> None:

@@ -14,6 +14,7 @@ from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
+from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.config import BalanceLosses, RlConfig
 from moetrain.rl.stage import RlStage, collect_groups, rl_training
 from moetrain.rollout.config import RolloutConfig
@@ -37,6 +38,7 @@ def _stage(engine: Engine, seen: list[Trajectory]) -> RlStage:
         quant=_QUANT,
         balance=BalanceConfig(),
         rl=RlConfig(tasks_per_step=4, group_size=8),
+        algorithm=K25(),
         rollout=RolloutConfig(num_slots=32, max_tokens=80, max_turn_tokens=60, max_turns=2),
         declare_tools=False,
         learning_rate=lambda step: 1e-2,
@@ -72,7 +74,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_trajectories_and_weights(tmp
     _, first = _run(tmp_path / "parts", 2)
     resumed, rest = _run(tmp_path / "parts", 4)
     assert any(trajectory.reward for trajectory in all_seen)
-    assert [t.tokens for t in first + rest] == [t.tokens for t in all_seen]
+    assert [t.segments for t in first + rest] == [t.segments for t in all_seen]
     expected, found = whole.gather_state(with_optimizer=True), resumed.gather_state(with_optimizer=True)
     assert expected is not None and found is not None
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -102,7 +104,7 @@ def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path:
     after = engine.gather_state(with_optimizer=False)
     assert before is not None and after is not None
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
-    assert {trajectory.version for trajectory in seen} == {0, 1}
+    assert {version for t in seen for segment in t.segments for version in segment.versions} == {0, 1}
 
 
 def _balanced_step(folder: Path, *, losses: BalanceLosses, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
@@ -164,7 +166,7 @@ def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     weights = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
     groups = collect_groups(_stage(engine, []), weights=weights, step=0)
-    return [trajectory.tokens for group in groups for trajectory in group]
+    return [trajectory.segments[0].tokens for group in groups for trajectory in group]
 
 
 def test_two_ranks_with_split_experts_collect_the_trajectories_of_one_process() -> None:

@@ -60,10 +60,11 @@ def test_a_right_trajectory_is_graded_right_and_its_columns_line_up(tokenizer: T
     trajectory = _solve(task, episode, tokenizer)
     assert trajectory.grade.success and trajectory.ending is Ending.answered
     assert trajectory.num_calls == task.num_calls and trajectory.num_errors == 0
-    assert len(trajectory.tokens) == len(trajectory.is_sampled) == len(trajectory.logprobs)
+    (segment,) = trajectory.segments
+    assert len(segment.tokens) == len(segment.is_sampled) == len(segment.logprobs) == len(segment.versions)
     assert all(
         logprob == (-1.0 if sampled else 0.0)
-        for logprob, sampled in zip(trajectory.logprobs, trajectory.is_sampled, strict=True)
+        for logprob, sampled in zip(segment.logprobs, segment.is_sampled, strict=True)
     )
 
 

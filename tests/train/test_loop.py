@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.read import CHECKPOINTS
-from moetrain.data.batch import TokenBatch
+from moetrain.data.batch import WEIGHT, TokenBatch
 from moetrain.errors import CheckpointError, DivergenceError
 from moetrain.log import JsonlMetrics
 from moetrain.model.config import BalanceConfig
@@ -203,7 +202,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     def batch_at(step: int) -> TokenBatch:
         batch = toy_batch(step)
-        return replace(batch, weights_BT=batch.weights_BT * math.nan) if step == 3 else batch
+        return batch.with_columns({WEIGHT: batch.columns[WEIGHT] * math.nan}) if step == 3 else batch
 
     with pytest.raises(DivergenceError, match=r"step 3: the loss is nan"):
         _run(tmp_path, batch_at=batch_at)
@@ -225,7 +224,7 @@ def _infected(*steps: int, value: float = math.nan) -> Callable[[int], TokenBatc
 
     def batch_at(step: int) -> TokenBatch:
         batch = toy_batch(step)
-        return replace(batch, weights_BT=batch.weights_BT * value) if step in steps else batch
+        return batch.with_columns({WEIGHT: batch.columns[WEIGHT] * value}) if step in steps else batch
 
     return batch_at
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moetrain.data.batch import TokenBatch
+from moetrain.data.batch import TokenBatch, concatenated
 from moetrain.kernels.build import load
 from moetrain.kernels.choice import using
 from moetrain.model.config import BalanceConfig
@@ -30,14 +30,18 @@ def _hidden(model: Transformer, batch: TokenBatch) -> torch.Tensor:
     return model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT).hidden_BTD
 
 
-def _naive_logprobs(model: Transformer, hidden_BTD: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-    logprobs_BTV = torch.log_softmax(model.logits(hidden_BTD.flatten(0, 1)), dim=-1).unflatten(0, batch.tokens_BT.shape)
+def _naive_logprobs(
+    model: Transformer, hidden_BTD: torch.Tensor, batch: TokenBatch, *, temperature: float = 1.0
+) -> torch.Tensor:
+    logprobs_BTV = torch.log_softmax(model.logits(hidden_BTD.flatten(0, 1)) / temperature, dim=-1).unflatten(
+        0, batch.tokens_BT.shape
+    )
     picked = [logprobs_BTV[b, t - 1, batch.tokens_BT[b, t]] for b, t in batch.loss_mask_BT.nonzero().tolist()]
     return torch.stack(picked)
 
 
 def _counts(batch: TokenBatch) -> GlobalCounts:
-    weight = float(batch.weights_BT[batch.loss_mask_BT].double().sum())
+    weight = float(batch.target_weights().double().sum())
     return GlobalCounts(tokens=batch.num_tokens, targets=batch.num_targets, target_weight=weight)
 
 
@@ -58,49 +62,53 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         torch.testing.assert_close(one[name], other[name], rtol=2e-4, atol=2e-6, msg=name)
 
 
-def _one_document_a_row(batch: TokenBatch) -> TokenBatch:
-    """Return the same documents, each on a row of its own, behind each other in one batch."""
+def _one_document_per_row(batch: TokenBatch) -> TokenBatch:
+    """Return the same documents, each on a row of its own, one after the other in one batch."""
     rows = []
     for row in range(len(batch.tokens_BT)):
         for segment in (1, 2):
             chosen_T = batch.segments_BT[row] == segment
-            single = {name: value[row][chosen_T][None] for name, value in vars(batch).items() if value is not None}
-            single["segments_BT"] = torch.ones_like(single["segments_BT"])
-            rows.append({name: torch.nn.functional.pad(v, (0, 11 - v.shape[1])) for name, v in single.items()})
-    return TokenBatch(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+            single = batch.map(lambda column, row=row, chosen_T=chosen_T: column[row][chosen_T][None])  # type: ignore[misc]
+            single = replace(single, segments_BT=torch.ones_like(single.segments_BT))
+            rows.append(single.map(lambda v: torch.nn.functional.pad(v, (0, 11 - v.shape[1]))))
+    return concatenated(rows)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.6, 1.0, 1.7])
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 20])
 def test_logprobs_and_their_gradients_are_those_of_a_plain_log_softmax(
-    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int, temperature: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs._TorchHead, "chunk_elements", chunk_elements)
     model, batch = _model(), toy_batch(0, rows=8)
     hidden_BTD = _hidden(model, batch).detach().requires_grad_()
     head = model.lm_head.weight
     upstream_N = torch.randn(batch.num_targets)
-    naive_N = _naive_logprobs(model, hidden_BTD, batch)
+    naive_N = _naive_logprobs(model, hidden_BTD, batch, temperature=temperature or 1.0)
+    temperatures_N = None if temperature is None else torch.full((batch.num_targets,), temperature)
     expected = torch.autograd.grad((naive_N * upstream_N).sum(), (hidden_BTD, head))
-    found_N = token_logprobs(model, hidden_BTD, batch=batch).logprobs_N
+    found_N = token_logprobs(model, hidden_BTD, batch=batch, temperatures_N=temperatures_N).logprobs_N
     found = torch.autograd.grad((found_N * upstream_N).sum(), (hidden_BTD, head))
     torch.testing.assert_close(found_N, naive_N)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("has_temperatures", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 22])
 @pytest.mark.parametrize("kept_elements", [0, 1 << 25])
 def test_native_logprobs_and_gradients_are_those_of_torch_but_for_rounding(
-    chunk_elements: int, kept_elements: int, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int, kept_elements: int, has_temperatures: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs._NativeHead, "chunk_elements", chunk_elements)
     monkeypatch.setattr(logprobs, "_KEPT_ELEMENTS", kept_elements)
     model, batch = _model(compute_dtype=torch.bfloat16), toy_batch(0, rows=8)
     hidden_BTD = _hidden(model, batch).detach().requires_grad_()
     head, upstream_N = model.lm_head.weight, torch.randn(batch.num_targets)
+    temperatures_N = torch.linspace(0.5, 2, batch.num_targets) if has_temperatures else None
     results = []
     for library in (None, load()):
         with using(library):
-            read = token_logprobs(model, hidden_BTD, batch=batch)
+            read = token_logprobs(model, hidden_BTD, batch=batch, temperatures_N=temperatures_N)
             gradients = torch.autograd.grad((read.logprobs_N * upstream_N).sum(), (hidden_BTD, head))
             results.append([read.logprobs_N, read.entropies_N, *(gradient.float() for gradient in gradients)])
     for expected, found in zip(*results, strict=True):
@@ -127,7 +135,7 @@ def test_entropies_are_those_of_the_predicting_distributions() -> None:
 def test_the_objective_is_the_weighted_mean_over_predicted_tokens_plus_the_balance_loss() -> None:
     model, batch = _model(), toy_batch(2)
     output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
-    weights_N = batch.weights_BT[batch.loss_mask_BT]
+    weights_N = batch.target_weights()
     mean = -(weights_N * _naive_logprobs(model, output.hidden_BTD, batch)).sum() / weights_N.sum()
     expected = mean + 0.1 * output.balance_loss / (batch.segments_BT > 0).sum()
     result = language_model_objective(_counts(batch), balance=BalanceConfig(sequence_loss=0.1))(model, batch)
@@ -144,7 +152,7 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches() -> None:
 
 def test_loss_and_gradients_do_not_depend_on_how_documents_are_packed() -> None:
     model, batch = _model(), toy_batch(4)
-    alone = _one_document_a_row(batch)
+    alone = _one_document_per_row(batch)
     assert alone.num_tokens == batch.num_tokens
     assert_same(_gradients(model, [alone], _counts(batch)), _gradients(model, [batch], _counts(batch)))
 

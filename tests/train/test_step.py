@@ -35,7 +35,7 @@ def test_global_counts_are_sums_over_micro_batches() -> None:
     batch = toy_batch(0)
     counts = global_counts(split_rows(batch, rows=1), toy_engine().topology)
     assert (counts.tokens, counts.targets) == (batch.num_tokens, batch.num_targets)
-    assert counts.target_weight == pytest.approx(float(batch.weights_BT[batch.loss_mask_BT].sum()))
+    assert counts.target_weight == pytest.approx(float(batch.target_weights().sum()))
 
 
 def test_metrics_of_a_step_do_not_depend_on_micro_batches() -> None:
@@ -84,7 +84,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_weights_as_they_were() -> 
 
 def test_validation_nats_are_the_sum_over_predicted_tokens_whatever_the_micro_batch() -> None:
     engine, batch = toy_engine(), toy_batch(1)
-    flat = replace(batch, weights_BT=torch.ones_like(batch.weights_BT))
+    flat = replace(batch, columns={})
     counts = GlobalCounts(tokens=1, targets=1, target_weight=1.0)
     expected = language_model_objective(counts, balance=BalanceConfig(sequence_loss=0.0))(
         engine.model, flat

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain.data.batch import TokenBatch
+from moetrain.data.batch import WEIGHT, TokenBatch
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.optim.config import OptimConfig, ScheduleConfig
 from moetrain.optim.schedule import learning_rate
@@ -56,7 +56,7 @@ def toy_batch(step: int, *, rows: int = ROWS, seed: int = 0) -> TokenBatch:
         segments_BT=segments_BT,
         positions_BT=positions_BT,
         loss_mask_BT=loss_mask_BT,
-        weights_BT=weights_BT,
+        columns={WEIGHT: weights_BT},
     )
 
 

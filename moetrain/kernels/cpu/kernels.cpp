@@ -160,14 +160,14 @@ EXPORT void rms_norm_rows_backward(const bf16* grad, const bf16* x, const float*
   rms_norm_backward(grad, x, weight, inverse, rows, width, grad_x, grad_weight);
 }
 
-EXPORT void logprob_rows(const bf16* logits, const int64_t* targets, float* normalizers, float* logprobs, float* entropies,
-                         int64_t rows, int64_t size) {
-  log_probabilities(logits, targets, rows, size, normalizers, logprobs, entropies);
+EXPORT void logprob_rows(const bf16* logits, const int64_t* targets, const float* temperatures, float* normalizers,
+                         float* logprobs, float* entropies, int64_t rows, int64_t size) {
+  log_probabilities(logits, targets, temperatures, rows, size, normalizers, logprobs, entropies);
 }
 
 EXPORT void logprob_rows_backward(const float* grads, const bf16* logits, const int64_t* targets, const float* normalizers,
-                                  bf16* grad_logits, int64_t rows, int64_t size) {
-  log_probabilities_backward(grads, logits, targets, normalizers, rows, size, grad_logits);
+                                  const float* temperatures, bf16* grad_logits, int64_t rows, int64_t size) {
+  log_probabilities_backward(grads, logits, targets, normalizers, temperatures, rows, size, grad_logits);
 }
 
 EXPORT void spread_rows(const bf16* x, const int64_t* places, bf16* rows, int64_t tokens, int64_t chosen, int64_t width) {

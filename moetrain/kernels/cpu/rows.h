@@ -60,12 +60,14 @@ inline void rms_norm_backward(const bf16* grad, const bf16* x, const float* weig
     for (int64_t i = 0; i < width; i++) grad_weight[i] += partial.get()[block * width + i];
 }
 
-// Of logits [rows][size]: log of the sum of exp, log-probability of the target, entropy; each [rows].
-inline void log_probabilities(const bf16* logits, const int64_t* targets, int64_t rows, int64_t size, float* normalizers,
-                              float* logprobs, float* entropies) {
+// Of logits [rows][size] over the temperature of their row: log of the sum of exp, log-probability of the target,
+// entropy; each [rows]. temperatures [rows]; null is 1 everywhere.
+inline void log_probabilities(const bf16* logits, const int64_t* targets, const float* temperatures, int64_t rows,
+                              int64_t size, float* normalizers, float* logprobs, float* entropies) {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const bf16* row = logits + r * size;
+    const float scale = temperatures == nullptr ? 1.0f : 1.0f / temperatures[r];
     floats tops = every(-std::numeric_limits<float>::infinity());
     float top = -std::numeric_limits<float>::infinity();
     int64_t i = 0;
@@ -74,37 +76,39 @@ inline void log_probabilities(const bf16* logits, const int64_t* targets, int64_
       tops = x > tops ? x : tops;
     }
     for (; i < size; i++) top = std::max(top, widen(row[i]));
-    top = std::max(top, largest(tops));
+    top = std::max(top, largest(tops)) * scale;
     floats terms = every(0.0f), weighted = every(0.0f);
     float term = 0, weight = 0;
     for (i = 0; i + LANES <= size; i += LANES) {
-      const floats x = load(row + i) - top, e = exponential(x);
+      const floats x = load(row + i) * scale - top, e = exponential(x);
       terms += e;
       weighted += e * x;
     }
     for (; i < size; i++) {
-      const float x = widen(row[i]) - top, e = exponential(x);
+      const float x = widen(row[i]) * scale - top, e = exponential(x);
       term += e;
       weight += e * x;
     }
     term += sum(terms);
     normalizers[r] = top + std::log(term);
-    logprobs[r] = widen(row[targets[r]]) - normalizers[r];
+    logprobs[r] = widen(row[targets[r]]) * scale - normalizers[r];
     entropies[r] = std::log(term) - (weight + sum(weighted)) / term;
   }
 }
 
-// The gradients of the logits from those of the log-probabilities: g (onehot(target) - p).
+// The gradients of the logits from those of the log-probabilities: g (onehot(target) - p) / temperature.
 inline void log_probabilities_backward(const float* grads, const bf16* logits, const int64_t* targets,
-                                       const float* normalizers, int64_t rows, int64_t size, bf16* grad_logits) {
+                                       const float* normalizers, const float* temperatures, int64_t rows, int64_t size,
+                                       bf16* grad_logits) {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const bf16* row = logits + r * size;
     bf16* out = grad_logits + r * size;
+    const float scale = temperatures == nullptr ? 1.0f : 1.0f / temperatures[r], grad = grads[r] * scale;
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) store(out + i, exponential(load(row + i) - normalizers[r]) * -grads[r]);
-    for (; i < size; i++) out[i] = narrow(exponential(widen(row[i]) - normalizers[r]) * -grads[r]);
-    out[targets[r]] = narrow(grads[r] * (1.0f - exponential(widen(row[targets[r]]) - normalizers[r])));
+    for (; i + LANES <= size; i += LANES) store(out + i, exponential(load(row + i) * scale - normalizers[r]) * -grad);
+    for (; i < size; i++) out[i] = narrow(exponential(widen(row[i]) * scale - normalizers[r]) * -grad);
+    out[targets[r]] = narrow(grad * (1.0f - exponential(widen(row[targets[r]]) * scale - normalizers[r])));
   }
 }
 

@@ -47,10 +47,10 @@ class DatabaseEnvironment:
         rows = dump(self._connection)
         if rows != expected_rows:
             untouched = rows == {name: table.rows for name, table in sorted(self._tables.items())}
-            return Grade(success=False, reason="unchanged" if untouched else "wrong_rows")
+            return Grade(reward=0.0, reason="unchanged" if untouched else "wrong_rows")
         if _read_answer(answer) != expected_value:
-            return Grade(success=False, reason="wrong_answer" if answer.strip() else "no_answer")
-        return Grade(success=True, reason="right")
+            return Grade(reward=0.0, reason="wrong_answer" if answer.strip() else "no_answer")
+        return Grade(reward=1.0, reason="right")
 
     def close(self) -> None:
         """Close the database."""

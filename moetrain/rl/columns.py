@@ -1,0 +1,137 @@
+"""From graded trajectories to the micro-batches of one rank: per-token columns of rows.
+
+One segment per row; segments of similar length share a micro-batch. A segment never spans micro-batches.
+
+B rows, T tokens per row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.data.batch import TokenBatch
+from moetrain.rollout.types import Segment, Trajectory
+
+_LENGTH_MULTIPLE = 128  # row lengths are rounded up, so that kernels meet few shapes
+LOGPROB, TEMPERATURE = "logprob", "temperature"
+"""Columns that every RL batch has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A segment of a trajectory, with an advantage per token. trajectory_id numbers the trajectories of a step."""
+
+    trajectory: Trajectory
+    segment: Segment
+    advantages: Sequence[float]
+    trajectory_id: int
+
+    @property
+    def width(self) -> int:
+        """Tokens that the row takes in memory: the segment's length, rounded up."""
+        return -(-len(self.segment.tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """How a column is read off a row: one value per token of the segment."""
+
+    dtype: torch.dtype
+    padding: float
+    values: Callable[[Row], Sequence[float]]
+
+
+def _every(value: Callable[[Row], float]) -> Callable[[Row], Sequence[float]]:
+    return lambda row: [value(row)] * len(row.segment.tokens)
+
+
+COLUMNS: Mapping[str, Column] = {
+    "advantage": Column(dtype=torch.float32, padding=0.0, values=lambda row: row.advantages),
+    # As sampled, at the segment's temperature.
+    LOGPROB: Column(dtype=torch.float32, padding=0.0, values=lambda row: row.segment.logprobs),
+    # A greedy token has the logprob of temperature 1.
+    TEMPERATURE: Column(dtype=torch.float32, padding=1.0, values=_every(lambda row: row.segment.temperature or 1.0)),
+    # Of the weights that sampled the token.
+    "version": Column(dtype=torch.int64, padding=0, values=lambda row: row.segment.versions),
+    # Number of the trajectory in the step; -1 is padding. Its segments can lie in several micro-batches.
+    "trajectory": Column(dtype=torch.int64, padding=-1, values=_every(lambda row: row.trajectory_id)),
+    # Sampled tokens of all segments of the token's trajectory: divide by it for a mean per trajectory.
+    "trajectory_tokens": Column(
+        dtype=torch.float32, padding=1.0, values=_every(lambda row: row.trajectory.num_sampled)
+    ),
+}
+"""The columns that an algorithm can ask for by name."""
+
+
+def micro_batches(
+    rows: Sequence[Row], *, columns: Sequence[str], max_tokens: int, pad_id: int, rank: int, world_size: int
+) -> list[TokenBatch]:
+    """Return the micro-batches of one rank, as many on every rank: at most `max_tokens` padded tokens each.
+
+    A row longer than `max_tokens` is a micro-batch of its own. Rows are shared out so that the micro-batches that the
+    ranks compute at the same time are of similar size. A rank without a row in a round gets one row of padding.
+    """
+    shares = share_out(rows, max_tokens=max_tokens, world_size=world_size)
+    names = [*dict.fromkeys([*columns, LOGPROB, TEMPERATURE])]
+    return [_batch(share, columns=names, pad_id=pad_id) for share in shares[rank::world_size]]
+
+
+def share_out(rows: Sequence[Row], *, max_tokens: int, world_size: int) -> list[list[Row]]:
+    """Return the rows in groups whose number is a multiple of `world_size`; group i is for rank i % world_size.
+
+    The number of groups is the smallest that `max_tokens` allows. Rows are grouped in the order of their lengths, such
+    that the largest group is as small as that number allows; no group is empty while another has two rows.
+    """
+    ordered = sorted(rows, key=lambda row: row.width)
+    fewest = len(_groups(ordered, max_tokens=max_tokens))
+    num_groups = -(-fewest // world_size) * world_size
+    low, high = 1, max_tokens
+    while low < high:  # smallest limit that gives no more groups
+        middle = (low + high) // 2
+        if len(_groups(ordered, max_tokens=middle)) <= num_groups:
+            high = middle
+        else:
+            low = middle + 1
+    groups = _groups(ordered, max_tokens=low)
+    while len(groups) < num_groups:
+        group = groups.pop(max(range(len(groups)), key=lambda index: (len(groups[index]) > 1, _size(groups[index]))))
+        half = len(group) // 2  # 0 for a single row: the other part is then empty
+        groups += [group[:half], group[half:]]
+    return sorted(groups, key=_size)
+
+
+def _size(group: Sequence[Row]) -> int:
+    """Return the padded tokens of a group."""
+    return len(group) * max((row.width for row in group), default=0)
+
+
+def _groups(ordered: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
+    """Return rows of ascending width in groups of at most `max_tokens` padded tokens, or of one row."""
+    groups: list[list[Row]] = []
+    for row in ordered:
+        if groups and (len(groups[-1]) + 1) * row.width <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _batch(rows: Sequence[Row], *, columns: Sequence[str], pad_id: int) -> TokenBatch:
+    shape = (max(len(rows), 1), max((row.width for row in rows), default=_LENGTH_MULTIPLE))
+    batch = TokenBatch(
+        tokens_BT=torch.full(shape, pad_id),
+        segments_BT=torch.zeros(shape, dtype=torch.long),
+        positions_BT=torch.zeros(shape, dtype=torch.long),
+        loss_mask_BT=torch.zeros(shape, dtype=torch.bool),
+        columns={name: torch.full(shape, COLUMNS[name].padding, dtype=COLUMNS[name].dtype) for name in columns},
+    )
+    for index, row in enumerate(rows):
+        length = len(row.segment.tokens)
+        batch.tokens_BT[index, :length] = torch.tensor(row.segment.tokens)
+        batch.segments_BT[index, :length] = 1
+        batch.positions_BT[index, :length] = torch.arange(length)
+        batch.loss_mask_BT[index, :length] = torch.tensor(row.segment.is_sampled)
+        for name in columns:
+            batch.columns[name][index, :length] = torch.tensor(COLUMNS[name].values(row), dtype=COLUMNS[name].dtype)
+    return batch

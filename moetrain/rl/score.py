@@ -1,0 +1,45 @@
+"""From the groups of a step to the rows that are trained on, and what their losses are divided by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moetrain.rl.columns import Row
+from moetrain.rl.protocol import Algorithm, Normalizer
+from moetrain.rollout.types import Trajectory
+
+_SMALLEST_GROUP = 2
+"""Scored trajectories that a baseline takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a step trains on. divisor: of the sum of token losses. num_small_groups: groups without a baseline."""
+
+    rows: list[Row]
+    divisor: float
+    num_small_groups: int
+
+
+def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm) -> Scored:
+    """Return the segments that have an advantage.
+
+    Unscored trajectories are left out. So is a group of which fewer than two remain: it has no baseline. A segment
+    whose advantages are all 0 has no policy gradient; its tokens are counted all the same where the algorithm divides
+    by all sampled tokens.
+    """
+    scored = [[trajectory for trajectory in group if trajectory.is_scored] for group in groups]
+    kept = [group for group in scored if len(group) >= _SMALLEST_GROUP]
+    rows: list[Row] = []
+    trajectories = [trajectory for group in kept for trajectory in group]
+    advantages = [per_segment for group in kept for per_segment in algorithm.advantages(group)]
+    for number, (trajectory, per_segment) in enumerate(zip(trajectories, advantages, strict=True)):
+        for segment, per_token in zip(trajectory.segments, per_segment, strict=True):
+            if segment.num_sampled and any(per_token):
+                rows.append(Row(trajectory=trajectory, segment=segment, advantages=per_token, trajectory_id=number))
+    trained = {row.trajectory_id: row.trajectory for row in rows}
+    divisor = {
+        Normalizer.sampled_tokens: sum(trajectory.num_sampled for trajectory in trajectories),
+        Normalizer.trained_tokens: sum(trajectory.num_sampled for trajectory in trained.values()),
+        Normalizer.trajectories: len(trajectories),
+    }[algorithm.normalizer]
+    return Scored(rows=rows, divisor=float(max(divisor, 1)), num_small_groups=len(scored) - len(kept))

@@ -1,0 +1,67 @@
+"""Which trajectories of a step are trained on, and what the metrics say of the others."""
+
+from dataclasses import replace
+
+import pytest
+
+from moetrain.rl.algorithms.k2_5 import K25
+from moetrain.rl.algorithms.rejection import Rejection
+from moetrain.rl.metrics import rollout_metrics
+from moetrain.rl.score import score
+from moetrain.rollout.types import UNSCORED, Ending, Trajectory
+from moetrain.tasks.protocol import Grade
+from tests.rl.trajectories import draw_trajectory, segment_of
+
+
+def _trajectory(
+    reward: float, *, ending: Ending = Ending.answered, parts: dict[str, float] | None = None
+) -> Trajectory:
+    trajectory = draw_trajectory([segment_of(10)], reward=reward, ending=ending)
+    return replace(trajectory, grade=Grade(reward=reward, reason="graded", parts=parts or {}))
+
+
+@pytest.mark.parametrize("ending", sorted(UNSCORED))
+def test_a_failure_of_the_infrastructure_is_no_wrong_answer(ending: Ending) -> None:
+    """It is in neither the baseline, the update, the divisor nor the reward."""
+    group = [_trajectory(1.0), _trajectory(0.0), _trajectory(1.0)]
+    failed = _trajectory(0.0, ending=ending)
+    without, with_failure = score([group], K25()), score([[*group, failed]], K25())
+    assert [row.advantages[0] for row in without.rows] == [row.advantages[0] for row in with_failure.rows]
+    assert without.divisor == with_failure.divisor
+    values = rollout_metrics([[*group, failed]])
+    assert values["reward"] == pytest.approx(2 / 3)
+    assert values["unscored"] == 0.25
+    assert values[f"ending/{ending.value}"] == 0.25
+
+
+def test_a_group_with_one_scored_member_has_no_update() -> None:
+    alone = [_trajectory(1.0), _trajectory(0.0, ending=Ending.environment_failed)]
+    for algorithm in (K25(), Rejection()):
+        scored = score([alone, [_trajectory(1.0), _trajectory(0.0)]], algorithm)
+        assert scored.num_small_groups == 1
+        assert {row.trajectory_id for row in scored.rows} <= {0, 1}
+        assert len(scored.rows) == (2 if isinstance(algorithm, K25) else 1)
+
+
+def test_a_step_of_failures_has_no_reward_and_no_rows() -> None:
+    failed = [[_trajectory(0.0, ending=Ending.max_seconds)] * 2]
+    assert score(failed, K25()).rows == []
+    values = rollout_metrics(failed)
+    assert "reward" not in values
+    assert values["unscored"] == 1.0
+
+
+def test_what_the_losses_are_divided_by() -> None:
+    groups = [[_trajectory(1.0), _trajectory(0.0)], [_trajectory(1.0), _trajectory(1.0)]]
+    assert score(groups, K25()).divisor == 12.0  # three sampled tokens each, those without an advantage included
+    assert score([[_trajectory(1.0), _trajectory(0.0)]], Rejection()).divisor == 3.0
+
+
+def test_rewards_are_numbers_with_parts_and_success_is_a_threshold() -> None:
+    group = [_trajectory(0.5, parts={"format": 0.5}), _trajectory(1.5, parts={"format": 0.5, "rows": 1.0})]
+    values = rollout_metrics([group])
+    assert (values["reward"], values["success"]) == (1.0, 0.5)
+    assert (values["reward/format"], values["reward/rows"]) == (0.5, 1.0)
+    assert Grade(reward=0.5, reason="half", threshold=0.5).success
+    with pytest.raises(ValueError, match="give finite numbers"):
+        Grade(reward=float("nan"), reason="broken")
