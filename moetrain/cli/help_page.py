@@ -110,4 +110,6 @@ def _shown(value: Any) -> str:
         return str(value.value)
     if isinstance(value, list) and value and is_dataclass(value[0]):
         return str([vars(item) for item in value])
+    if isinstance(value, list) and value and isinstance(value[0], Enum):
+        return f"[{', '.join(map(_shown, value))}]"
     return repr(value) if value == "" else str(value)

@@ -1,9 +1,10 @@
 """What an export holds. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
+from moetrain.quant.consumers import Consumer
 
 
 class ExportFormat(StrEnum):
@@ -23,10 +24,15 @@ class ExportConfig:
 
     format: ExportFormat = ExportFormat.int4
     """How the routed experts are stored."""
+    consumers: list[Consumer] = field(default_factory=lambda: [Consumer.transformers])
+    """Programs that must compute from the folder what the model was trained to compute; a model that one of them would
+    compute otherwise is refused. [moetrain] writes a folder that this package alone reads."""
     shard_megabytes: int = 4096
-    """Largest size of a weight file; a tensor is never cut."""
+    """Largest size of a weight file; a tensor is never split."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.shard_megabytes < 1:
             raise ConfigError(f"export.shard_megabytes is {self.shard_megabytes}: give at least 1")
+        if not self.consumers:
+            raise ConfigError(f"export.consumers is empty: give at least one of {', '.join(Consumer)}")

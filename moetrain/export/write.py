@@ -16,11 +16,13 @@ from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
 from moetrain.export.layout import Layout, layout_of
 from moetrain.files import write_json
+from moetrain.hf.consumers import check_consumers, obstacles
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import dequantize, num_zero_groups, quantize
 
 _log = logging.getLogger(__name__)
@@ -65,8 +67,10 @@ def export_model(
     Experts go through `quant`'s grid and group size in every format but bf16, whether or not they were trained so.
     `step` and `sources` (say, the path of the checkpoint and the digest of the data) are kept in moetrain.json. The
     folder appears whole or not at all, and replaces an older export. Raises CheckpointError when the weights do not fit
-    the model or the tokenizer.
+    the model or the tokenizer, and ConfigError when one of `export.consumers` would compute the model otherwise.
     """
+    reasons = _reasons(model, quant, format=export.format)
+    check_consumers(reasons, export.consumers)
     layout = layout_of(model)
     layout.check(reader)
     if tokenizer.vocab_size > model.vocab_size:
@@ -83,7 +87,9 @@ def export_model(
         ids = _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)}
         write_json(partial / "generation_config.json", ids, indent=2)
         tokenizer.save(partial)
-        write_record(partial, _record(quant, report, tokenizer=tokenizer, step=step, sources=sources))
+        write_record(
+            partial, _record(quant, report, tokenizer=tokenizer, step=step, sources=sources) | {"consumers": reasons}
+        )
     _log.info(
         "exported %s as %s: %.1f MB (%.1f MB in bf16), %d parameters quantised, %d of %d groups zero",
         folder,
@@ -94,7 +100,14 @@ def export_model(
         report.num_zero_groups,
         report.num_groups,
     )
+    for consumer, why in reasons.items():
+        _log.info("%s %s", consumer, f"computes it otherwise: {'; '.join(why)}" if why else "reads it as trained")
     return report
+
+
+def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
+    """Return for each consumer why it would not compute the export as trained; no reason when it would."""
+    return {consumer: obstacles(model, consumer) for consumer in Consumer}
 
 
 def _disk_tensors(

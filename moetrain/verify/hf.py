@@ -6,6 +6,7 @@ for one folder with weights. B rows, T tokens, V vocabulary.
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.errors import ConfigError
 from moetrain.export.folder import CONFIG_FILE, write_weights
 from moetrain.files import write_json
+from moetrain.hf.consumers import obstacles
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
-from moetrain.model.config import ModelConfig, YarnConfig
+from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import read_into
+from moetrain.quant.consumers import Consumer
 from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
 
@@ -29,6 +33,34 @@ BOUND = 1e-5
 """Largest difference of logits, over the larger of 1 and the largest logit: two orders of summation, no more."""
 YARNS = ((32.0, 1.0), (40.0, 32.0), (64.0, 1.0))
 """Factor and beta_fast of Kimi K2, DeepSeek-V3 and Kimi K2 Thinking."""
+VARIANTS: tuple[dict[str, Any], ...] = (
+    *({"score_function": function} for function in ScoreFunction),
+    {"normalize_weights": False, "routed_scaling_factor": 1.0},
+    {"normalize_weights": False, "num_groups": 4, "num_groups_per_token": 1},
+    {"num_groups": 2, "num_groups_per_token": 2, "routed_scaling_factor": None},
+    {"num_groups": 16, "num_groups_per_token": 8},
+    *({"num_shared_experts": number} for number in (0, 2)),
+    *({"num_dense_layers": number} for number in (0, 2)),
+    {"num_experts_per_token": 1},
+)
+"""Changes of the tiny model that cover every score function and group setting, counts of shared experts and layers."""
+_TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=16,
+    num_experts_per_token=4,
+    routed_scaling_factor=2.5,
+    initializer_range=0.2,
+)
 _SHARD_BYTES = 100_000  # several files even for the tiny models
 _BIAS_STD, _GAIN_STD = 0.05, 0.1  # biases and gains away from the 0 and 1 that they begin with
 _NORM_FAULT = 1.001
@@ -54,31 +86,56 @@ class ExpertLayout(StrEnum):
 
 
 def verify_matrix(*, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Iterator[Row]:
-    """Yield a row for each tiny model: queries compressed or not, YaRN, groups, layout of the experts."""
+    """Yield a row per tiny model: queries compressed or not, YaRN, groups, router settings, layout of the experts.
+
+    A shape that transformers does not compute has a row that says so, and misses its bound when exports allow it.
+    """
     for q_lora_rank, (factor, beta_fast), groups, layout in product((None, 24), YARNS, (1, 8), ExpertLayout):
-        config = _tiny(q_lora_rank=q_lora_rank, yarn=YarnConfig(factor=factor, beta_fast=beta_fast), groups=groups)
-        weights = _weights(config, seed=seed)
-        with tempfile.TemporaryDirectory() as temporary:
-            if layout is ExpertLayout.fused:
-                theirs = _stock_model(config)
-                theirs.load_state_dict(weights)
-                returned: Mapping[str, Tensor] = weights
-            else:
-                theirs = _through_folder(Path(temporary) / "ours", config=config, weights=weights)
-                theirs.save_pretrained(Path(temporary) / "theirs", max_shard_size=_SHARD_BYTES)
-                returned = dict(open_hf_folder(Path(temporary) / "theirs")[1])
+        yarn = YarnConfig(factor=factor, beta_fast=beta_fast)
+        chosen: dict[str, Any] = {"num_groups": groups, "num_groups_per_token": max(1, groups // 2)}
+        config = replace(_TINY, q_lora_rank=q_lora_rank, yarn=yarn, **chosen)
         name = f"q_lora {q_lora_rank}, YaRN {factor:g}, beta_fast {beta_fast:g}, groups {groups}, experts {layout}"
         tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
-        ours = Transformer(config, compute_dtype=torch.float32)
-        ours.load_state_dict(returned)
-        yield _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
+        yield _tiny_row(name, config, layout=layout, tokens_BT=tokens_BT, seed=seed, fault=fault)
+    for changes in VARIANTS:
+        config = replace(_TINY, **changes)
+        name = ", ".join(f"{field} {value}" for field, value in changes.items())
+        reasons = obstacles(config, Consumer.transformers)
+        if reasons:
+            yield Row(name=f"{name}: export allowed", value=0, bound=0, note=f"refused: {'; '.join(reasons)}")
+            continue
+        tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
+        yield _tiny_row(name, config, layout=ExpertLayout.single, tokens_BT=tokens_BT, seed=seed, fault=fault)
+
+
+def _tiny_row(
+    name: str, config: ModelConfig, *, layout: ExpertLayout, tokens_BT: Tensor, seed: int, fault: HfFault
+) -> Row:
+    weights = _weights(config, seed=seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        if layout is ExpertLayout.fused:
+            theirs = _stock_model(config)
+            theirs.load_state_dict(weights)
+            returned: Mapping[str, Tensor] = weights
+        else:
+            theirs = _through_folder(Path(temporary) / "ours", config=config, weights=weights)
+            theirs.save_pretrained(Path(temporary) / "theirs", max_shard_size=_SHARD_BYTES)
+            returned = dict(open_hf_folder(Path(temporary) / "theirs")[1])
+    ours = Transformer(config, compute_dtype=torch.float32)
+    ours.load_state_dict(returned)
+    return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
 
 
 def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Row:
-    """Return the row of a Hugging Face folder of bf16 or fp32 weights; both models are in memory, in float32."""
+    """Return the row of a Hugging Face folder of bf16 or fp32 weights; both models are in memory, in float32.
+
+    Raises ConfigError for a shape that transformers does not compute.
+    """
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
     config, reader = open_hf_folder(path)
+    if reasons := obstacles(config, Consumer.transformers):
+        raise ConfigError(f"init_from is {path}: transformers does not compute this model ({'; '.join(reasons)})")
     ours = Transformer(config, compute_dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():
@@ -86,29 +143,6 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
     tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
     return _row(str(path), ours=ours, theirs=theirs, tokens_BT=tokens_BT, fault=fault)
-
-
-def _tiny(*, q_lora_rank: int | None, yarn: YarnConfig, groups: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        q_lora_rank=q_lora_rank,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_experts=16,
-        num_experts_per_token=4,
-        num_groups=groups,
-        num_groups_per_token=max(1, groups // 2),
-        routed_scaling_factor=2.5,
-        initializer_range=0.2,
-        yarn=yarn,
-    )
 
 
 @torch.no_grad()

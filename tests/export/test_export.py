@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import CheckpointError
-from moetrain.export.config import ExportFormat
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import open_weights
 from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
-from moetrain.export.write import ExportReport
-from moetrain.model.config import ModelConfig
+from moetrain.export.write import ExportReport, export_model
+from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.apply import apply
 from moetrain.quant.config import GridName, QuantConfig
+from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import quantize
 
 Exporter = Callable[..., ExportReport]
@@ -167,3 +170,38 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(
         export(tmp_path / "a", tensors=masters | {"extra": torch.zeros(1)})
     export(tmp_path / "a", tensors=masters | {"optimizer/step": torch.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("function", [ScoreFunction.softmax, ScoreFunction.sqrt_softplus])
+def test_a_shape_that_a_consumer_computes_otherwise_needs_an_explicit_choice(
+    tmp_path: Path, masters: Tensors, model_config: ModelConfig, tokenizer: Tokenizer, function: ScoreFunction
+) -> None:
+    model = replace(model_config, score_function=function)
+
+    def export_for(consumers: list[Consumer]) -> None:
+        export_model(
+            TensorReader(masters), folder=tmp_path / "out", model=model, quant=QuantConfig(),
+            export=ExportConfig(consumers=consumers), tokenizer=tokenizer, step=1, sources={},
+        )  # fmt: skip
+
+    message = rf"export\.consumers names transformers.*score_function={function}.*set export\.consumers=\[moetrain"
+    with pytest.raises(ConfigError, match=message):
+        export_for(ExportConfig().consumers)
+    assert not (tmp_path / "out").exists()
+    export_for([Consumer.moetrain])
+    read = read_export(tmp_path / "out")
+    assert read.model.score_function is function
+    reasons = read.record["consumers"]
+    assert reasons["moetrain"] == [] and reasons["transformers"] != []
+    assert (reasons["vllm"] == []) is (function is ScoreFunction.softmax)
+
+
+def test_the_record_says_who_reads_the_export_as_trained(tmp_path: Path, export: Exporter) -> None:
+    export(tmp_path / "out")
+    reasons = read_export(tmp_path / "out").record["consumers"]
+    assert reasons == {consumer: [] for consumer in Consumer}
+
+
+def test_an_export_for_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"export\.consumers is empty"):
+        ExportConfig(consumers=[])

@@ -1,0 +1,72 @@
+"""Which programs compute from an exported shape what this package computes, and why the others do not.
+
+transformers is checked by `moetrain verify hf`. What vLLM and llama.cpp do is read from their sources and from trials
+(docs/numerics.md), not measured on each export. No torch here.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from moetrain.errors import ConfigError
+from moetrain.model.config import ModelConfig, ScoreFunction
+from moetrain.quant.consumers import Consumer
+
+_SCORES = {
+    Consumer.moetrain: tuple(ScoreFunction),
+    Consumer.transformers: (ScoreFunction.sigmoid,),
+    Consumer.vllm: (ScoreFunction.sigmoid, ScoreFunction.softmax),
+    Consumer.llama_cpp: (ScoreFunction.sigmoid, ScoreFunction.softmax),
+}
+"""Score functions that a program computes; transformers ignores `scoring_func` and always computes sigmoid."""
+_LITE_LAYERS = (26, 27)
+"""llama.cpp takes a model of so many layers for one without compressed queries, and every other for one with them."""
+
+
+def obstacles(model: ModelConfig, consumer: Consumer) -> list[str]:
+    """Return why `consumer` would not compute this shape as this package does; empty when it would."""
+    found = list(_of_rope(model, consumer))
+    if model.num_moe_layers:
+        found += _of_router(model, consumer)
+    if consumer is Consumer.llama_cpp and (model.num_layers in _LITE_LAYERS) is not (model.q_lora_rank is None):
+        found.append(
+            f"model.q_lora_rank={model.q_lora_rank} with model.num_layers={model.num_layers}: its converter expects "
+            "uncompressed queries in models of 26 or 27 layers and compressed ones in all others"
+        )
+    return found
+
+
+def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer]) -> None:
+    """Raise ConfigError when a wanted consumer is among those that have reasons not to read an export rightly."""
+    for consumer in wanted:
+        if reasons[consumer]:
+            able = ", ".join(other for other in Consumer if not reasons[other])
+            cure = f"set export.consumers=[{able}] to export for those alone" if able else "change the model"
+            raise ConfigError(
+                f"export.consumers names {consumer}, which would not compute this model as it was trained "
+                f"({'; '.join(reasons[consumer])}): {cure}"
+            )
+
+
+def _of_rope(model: ModelConfig, consumer: Consumer) -> Iterator[str]:
+    yarn = model.yarn
+    if yarn.factor <= 1:
+        return
+    if not yarn.mscale or not yarn.mscale_all_dim:
+        yield "model.yarn.mscale or mscale_all_dim is 0, which config.json cannot say"
+    elif consumer is Consumer.llama_cpp and yarn.mscale not in (1.0, yarn.mscale_all_dim):
+        yield f"model.yarn.mscale={yarn.mscale:g}: it takes 1 or mscale_all_dim ({yarn.mscale_all_dim:g})"
+    elif consumer is Consumer.llama_cpp and yarn.mscale == 1.0 != yarn.mscale_all_dim:
+        yield f"model.yarn.mscale_all_dim={yarn.mscale_all_dim:g}: it takes mscale for the same"
+
+
+def _of_router(model: ModelConfig, consumer: Consumer) -> Iterator[str]:
+    if model.score_function not in _SCORES[consumer]:
+        computed = ", ".join(_SCORES[consumer])
+        yield f"model.score_function={model.score_function}: it computes {computed}"
+    if consumer is Consumer.moetrain:
+        return
+    if model.num_experts // model.num_groups < 2:
+        yield f"model.num_groups={model.num_groups}: it needs at least 2 experts per group"
+    if consumer is not Consumer.transformers and model.num_shared_experts == 0:
+        yield "model.num_shared_experts=0: it needs at least 1"
+    if consumer is Consumer.llama_cpp and 1 < model.num_groups == model.num_groups_per_token:
+        yield f"model.num_groups_per_token={model.num_groups_per_token}: it needs fewer than model.num_groups"
