@@ -7,7 +7,7 @@ No torch here, and no Hydra.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.data.config import DataConfig
+from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.export.config import ExportConfig
@@ -128,11 +128,7 @@ class ReadingRun(TrainingRun):
         """Check what spans sections."""
         super().__post_init__()
         check_length(self.model, name="data.seq_len", length=self.data.seq_len)
-        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size != self.model.vocab_size:
-            raise ConfigError(
-                f"data.tokenizer.vocab_size is {self.data.tokenizer.vocab_size}: "
-                f"give model.vocab_size={self.model.vocab_size}"
-            )
+        self._check_tokenizer()
         if not any(source.weight > 0 for source in self.data.sources.values()):
             raise ConfigError("data.sources has no source with a weight above 0: choose some, such as data=pretrain")
         before = 0
@@ -144,6 +140,23 @@ class ReadingRun(TrainingRun):
                     f"train.steps={self.train.steps}"
                 )
             before = first
+
+    def _check_tokenizer(self) -> None:
+        tokenizer, num_rows = self.data.tokenizer, self.model.vocab_size
+        if tokenizer.vocab_size is not None and tokenizer.vocab_size > num_rows:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size is {tokenizer.vocab_size} and model.vocab_size is {num_rows}: "
+                "a model has at least as many rows as its tokenizer has tokens; lower the first or raise the second"
+            )
+        if self.init_from is None and tokenizer.retrain:
+            raise ConfigError(
+                "data.tokenizer.retrain is true and init_from is null: there are no weights whose tokenizer to replace"
+            )
+        if self.init_from is None and tokenizer.path is None and num_rows < MIN_VOCAB_SIZE:
+            raise ConfigError(
+                f"model.vocab_size is {num_rows}: a tokenizer that is trained has at least {MIN_VOCAB_SIZE} tokens; "
+                "give more, or name a tokenizer as data.tokenizer.path"
+            )
 
 
 @dataclass(kw_only=True)

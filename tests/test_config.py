@@ -41,10 +41,20 @@ def test_sequences_have_to_fit_the_positions() -> None:
         RlRun(model=ModelConfig(max_position_embeddings=512), rollout=RolloutConfig(max_tokens=896))
 
 
-def test_a_tokenizer_that_is_trained_has_the_models_vocabulary() -> None:
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size is 512: give model\.vocab_size=1024"):
-        PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512)))
-    assert PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512, path="there"))).model.vocab_size == 1024
+def test_a_model_has_at_least_as_many_rows_as_its_tokenizer_has_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size is 2048 and model\.vocab_size is 1024: "):
+        PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=2048)))
+    assert PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512))).model.vocab_size == 1024
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size is 100: a tokenizer that is trained has at least 272"):
+        PretrainRun(data=data(), model=ModelConfig(vocab_size=100))
+    assert PretrainRun(
+        data=data(tokenizer=TokenizerConfig(path="there")), model=ModelConfig(vocab_size=100)
+    ).data.tokenizer.path
+
+
+def test_without_weights_there_is_no_tokenizer_to_replace() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.retrain is true and init_from is null"):
+        PretrainRun(data=data(tokenizer=TokenizerConfig(retrain=True)))
 
 
 def test_there_have_to_be_data() -> None:

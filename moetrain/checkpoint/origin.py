@@ -2,11 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,8 +34,9 @@ class Origin:
 
     tensors: parameters and buffers under their names in memory, each read when it is asked for where they lie in files.
     reader: the same, of which ranges can be read. quant: the grid they were trained on, None when that is not known.
-    tokenizer: its folder, None when there is none beside the weights. make_digest: see `digest`. step: steps trained,
-    0 for a Hugging Face folder.
+    tokenizer: its folder, None when there is none beside the weights. tokenizer_digest: of the tokenizer that they were
+    trained with, None when that is not known. make_digest: see `digest`. step: steps trained, 0 for a Hugging Face
+    folder.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class Origin:
     tokenizer: Path | None
     make_digest: Callable[[], str]
     step: int
+    tokenizer_digest: str | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -61,12 +62,13 @@ def read_origin(path: Path) -> Origin:
     `CheckpointError` that names the file or folder and says what would do.
     """
     if checkpoint.is_checkpoint(path):
-        return _of_checkpoint(path)
+        # A link may name the checkpoint, or the folder in which it lies: the tokenizer is beside one or the other.
+        return _of_checkpoint(path, stages=[path.absolute().parent.parent, path.resolve().parent.parent])
     if (path / CHECKPOINTS).is_dir():
         newest = checkpoint.latest(path / CHECKPOINTS).path
         if newest is None:
             raise CheckpointError(f"{path / CHECKPOINTS}: holds no checkpoint; let the stage write one first")
-        return _of_checkpoint(newest)
+        return _of_checkpoint(newest, stages=[path])
     if (path / "config.json").is_file():
         return _of_hf_folder(path)
     raise CheckpointError(
@@ -110,10 +112,11 @@ def vars_of(model: ModelConfig) -> dict[str, object]:
     return {**vars(model), **sections, "routed_scaling_factor": routed_scaling_factor(model)}
 
 
-def _of_checkpoint(path: Path) -> Origin:
+def _of_checkpoint(path: Path, *, stages: Sequence[Path]) -> Origin:
+    """Return the weights of a checkpoint; `stages` are the folders beside whose checkpoints the tokenizer may lie."""
     loaded = checkpoint.load(path)
     identity = loaded.state["identity"]
-    stage = path.resolve().parent.parent
+    written = identity.get("tokenizer") or identity.get("digests", {}).get("tokenizer")
     tensors = loaded.tensors.of_model()
     return Origin(
         path=path,
@@ -121,7 +124,8 @@ def _of_checkpoint(path: Path) -> Origin:
         reader=tensors,
         model=model_of(identity),
         quant=quant_of(identity),
-        tokenizer=_own_tokenizer(stage / TOKENIZER, identity),
+        tokenizer=_own_tokenizer([stage / TOKENIZER for stage in stages], written),
+        tokenizer_digest=written,
         make_digest=lambda: loaded.digest,
         step=loaded.step,
     )
@@ -145,10 +149,9 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _own_tokenizer(folder: Path, identity: Mapping[str, Any]) -> Path | None:
-    """Return the tokenizer's folder of a stage that trained with this identity, where its file is the one it wrote."""
-    found = _tokenizer_in(folder)
-    written = identity.get("tokenizer") or identity.get("digests", {}).get("tokenizer")
+def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
+    """Return the first folder that holds a tokenizer; CheckpointError when its file is not the one that was written."""
+    found = next(filter(None, map(_tokenizer_in, folders)), None)
     if found is not None and written is not None:
         path = found / "tokenizer.json"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -37,6 +37,7 @@ def main(run: EvalRun) -> int:
         topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
         origin = read_weights(run.init_from)
         tokenizer = tokenizer_of(origin)
+        tokenizer.check_chat()
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
         unquantized = QuantConfig()
         masters = earlier = None  # read before the tasks are rolled out, which takes longest
@@ -79,7 +80,7 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:
     from moetrain.run.weights import tokenizer_of
 
     assert origin.tokenizer is not None  # tokenizer_of checked it
-    own = replace(run.data.tokenizer, path=str(origin.tokenizer), vocab_size=origin.model.vocab_size)
+    own = replace(run.data.tokenizer, path=str(origin.tokenizer), vocab_size=None)
     data = build_data(
         replace(run.data, tokenizer=own),
         run.run.seed,

@@ -10,7 +10,7 @@ def main(run: GenerateRun) -> int:
         raise ConfigError("give init_from=FOLDER and prompt='...'")
     # These bring torch in, so only now.
     from moetrain.chat.messages import Message, Role
-    from moetrain.chat.template import BOS, EOS, IM_END, conversation_pieces, generation_prompt, pieces_to_tokens
+    from moetrain.chat.template import BOS, conversation_pieces, generation_prompt, pieces_to_tokens
     from moetrain.inference.engine import GenerationEngine, Sequence
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
@@ -33,7 +33,7 @@ def main(run: GenerateRun) -> int:
     engine.add(sequence)
     while engine.has_room(sequence):
         engine.step()
-        if sequence.tokens[-1] in (special[EOS], special[IM_END]):
+        if sequence.tokens[-1] in tokenizer.end_ids:
             break
     print(tokenizer.decode(sequence.tokens[len(prompt) :]))
     return 0

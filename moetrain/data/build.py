@@ -62,10 +62,9 @@ def build_data(
     *,
     tokenizer_folder: Path,
     dialogues: Mapping[str, Iterable[TokenizedDocument]] | None = None,
-    dialogue_texts: Iterable[str] = (),
     mixes: Sequence[Mix] = (),
 ) -> Data:
-    """Return the data of a stage; the tokenizer is `prepare_tokenizer`'s.
+    """Return the data of a stage; the tokenizer is that of `prepare_tokenizer`.
 
     `dialogues` holds the documents of each source of kind dialogues. `mixes` are those of the run with their first
     rows; none means the sources' own weights throughout. Raises DataError and ConfigError before anything
@@ -74,7 +73,7 @@ def build_data(
     given = dict(dialogues or {})
     _check_dialogues(config, given)
     texts = _read_texts(config)
-    tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, dialogue_texts=dialogue_texts)
+    tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, num_rows=None, dialogue_texts=())
     digests = {name: digest_of(documents) for name, documents in texts.items()}
     tokenized = {name: _tokenize(documents, tokenizer, name=name) for name, documents in texts.items()}
     keys = {name: [document.key for document in documents] for name, documents in texts.items()}
@@ -106,8 +105,12 @@ def build_data(
     )
 
 
-def prepare_tokenizer(config: DataConfig, *, folder: Path, dialogue_texts: Iterable[str] = ()) -> Tokenizer:
+def prepare_tokenizer(
+    config: DataConfig, *, folder: Path, num_rows: int | None = None, dialogue_texts: Iterable[str] = ()
+) -> Tokenizer:
     """Return the tokenizer of `config.tokenizer.path`, else of `folder`, else train one and save it there.
+
+    num_rows: rows of the model's embedding, which the tokenizer must fit; null where only the tokenizer is wanted.
 
     It is trained on the training split of the mixture, each source up to its weight's share of `max_characters`, and on
     `dialogue_texts`, rendered dialogues whose special tokens are replaced by newlines here. Dialogues are made with a
@@ -115,7 +118,7 @@ def prepare_tokenizer(config: DataConfig, *, folder: Path, dialogue_texts: Itera
     """
     is_there = config.tokenizer.path is not None or (folder / TOKENIZER_FILE).exists()
     texts = {} if is_there else _read_texts(config)
-    return _tokenizer(config, texts, folder=folder, dialogue_texts=dialogue_texts)
+    return _tokenizer(config, texts, folder=folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
 
 
 def is_held_out(keys: Sequence[str], *, fraction: float) -> list[bool]:
@@ -148,25 +151,60 @@ def _read_texts(config: DataConfig) -> dict[str, list[Document]]:
 
 
 def _tokenizer(
-    config: DataConfig, texts: Mapping[str, list[Document]], *, folder: Path, dialogue_texts: Iterable[str]
+    config: DataConfig,
+    texts: Mapping[str, list[Document]],
+    *,
+    folder: Path,
+    num_rows: int | None,
+    dialogue_texts: Iterable[str],
 ) -> Tokenizer:
     is_given = config.tokenizer.path is not None
     if is_given or (folder / TOKENIZER_FILE).exists():
-        source = Path(config.tokenizer.path) if config.tokenizer.path is not None else folder
+        source = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else folder
         tokenizer = Tokenizer.load(source)
-        if tokenizer.vocab_size != config.tokenizer.vocab_size:
-            raise ConfigError(
-                f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}, the tokenizer in {source} has "
-                f"{tokenizer.vocab_size} tokens: set vocab_size (and model.vocab_size) to that"
-            )
+        _check_size(tokenizer, config, source=source, num_rows=num_rows)
         _log.info("tokenizer of %d tokens read from %s", tokenizer.vocab_size, source)
         return tokenizer
+    wanted = config.tokenizer.vocab_size
+    size = num_rows if wanted is None else wanted
+    if size is None:
+        raise ConfigError("data.tokenizer.vocab_size is null and there is no model: give the number of tokens to train")
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
-    tokenizer = train_tokenizer(chosen, vocab_size=config.tokenizer.vocab_size)
+    tokenizer = train_tokenizer(chosen, vocab_size=size)
+    if tokenizer.vocab_size < size:
+        _tell_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
     tokenizer.save(folder)
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
     return tokenizer
+
+
+def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_rows: int | None) -> None:
+    wanted, num_tokens = config.tokenizer.vocab_size, tokenizer.vocab_size
+    if wanted is not None and wanted != num_tokens:
+        raise ConfigError(
+            f"data.tokenizer.vocab_size is {wanted}, the tokenizer in {source} has {num_tokens} tokens: "
+            "leave data.tokenizer.vocab_size out, it is for tokenizers that are trained"
+        )
+    if num_rows is not None and num_tokens > num_rows:
+        raise ConfigError(
+            f"model.vocab_size is {num_rows}, the tokenizer in {source} has {num_tokens} tokens: "
+            f"set model.vocab_size to {num_tokens} or more"
+        )
+
+
+def _tell_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int | None) -> None:
+    """Say that the texts gave fewer tokens than the model has rows; DataError when the user asked for a number."""
+    if wanted is not None:
+        raise DataError(
+            f"data.tokenizer.vocab_size is {wanted}, the texts give {num_tokens} tokens: give more text, or leave "
+            f"data.tokenizer.vocab_size out and set model.vocab_size to {num_tokens} or more"
+        )
+    _log.warning(
+        "the texts give %d tokens, model.vocab_size is %d: the tokenizer has %d tokens, and the other rows of the "
+        "embedding are never used; model.vocab_size=%d saves them",
+        *(num_tokens, num_rows, num_tokens, num_tokens),
+    )
 
 
 def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:
@@ -205,9 +243,12 @@ def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str)
             texts = [piece.text for document in chunk for piece in document.pieces if not piece.is_special]
             encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
             for document in chunk:
-                tokens, mask = pieces_to_tokens(
-                    document.pieces, encode=encoded.__getitem__, special_ids=tokenizer.special_ids
-                )
+                try:
+                    tokens, mask = pieces_to_tokens(
+                        document.pieces, encode=encoded.__getitem__, special_ids=tokenizer.special_ids
+                    )
+                except DataError as error:
+                    raise DataError(f"data.sources.{name}: {error}") from error
                 if tokens[:1] != [tokenizer.bos_id]:
                     tokens, mask = [tokenizer.bos_id, *tokens], [False, *mask]
                 tokens_N, mask_N = np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)

@@ -44,15 +44,15 @@ class SourceConfig:
 
     kind: SourceKind = SourceKind.stdlib_code
     """stdlib_*: the running Python's own library, on every machine; maths: made by procedure; dialogues: the task
-    family's demonstrations; hub, jsonl, parquet, text: through `datasets`."""
+    family's demonstrations; hub: through `datasets`; jsonl, parquet, text: files."""
     weight: float = 1.0
     """Share of the tokens in the mixture, relative to the other sources."""
     path: str | None = None
-    """Hub name, or a local file, glob or folder (hub, jsonl, parquet, text)."""
+    """Hub name, or a local file, folder or glob (hub, jsonl, parquet, text); a path that exists is no glob."""
     split: str = "train"
     """Split of a hub data set."""
-    field: str = "text"
-    """Column that holds the text."""
+    field: str | None = None
+    """Column that holds the text or the messages; null: `messages` with format=messages, else `text`."""
     format: str = "text"
     """Format of a record: text, messages (chat), or one that a plugin registered."""
     num_documents: int = 4000
@@ -61,6 +61,11 @@ class SourceConfig:
     """Policy for documents longer than a row; null takes data.overlong."""
     max_characters: int | None = None
     """Characters read of this source at most, whole documents; null reads all. A hub source then streams."""
+
+    @property
+    def column(self) -> str:
+        """Column of a record that its format reads."""
+        return self.field or ("messages" if self.format == "messages" else "text")
 
     def check(self, name: str) -> None:
         """Raise `ConfigError` when the source `name` cannot be read like this; `DataConfig` calls it of each."""
@@ -81,16 +86,21 @@ class TokenizerConfig:
     """Byte-level BPE, trained on the mixture, or one that exists."""
 
     path: str | None = None
-    """Folder of an existing tokenizer; null trains one."""
-    vocab_size: int = 1024
-    """Tokens, special ones included; must equal model.vocab_size."""
+    """Folder of an existing tokenizer; null takes that of the weights (init_from), or trains one."""
+    retrain: bool = False
+    """Train on from weights (init_from) with another tokenizer than theirs: a new one, or that of `path`. The weights
+    do not know its tokens."""
+    vocab_size: int | None = None
+    """Tokens to train, special ones included, at most model.vocab_size. Null: as many as model.vocab_size, or fewer
+    where the texts cannot fill it."""
     max_characters: int = 4_000_000
     """Characters of the mixture that it is trained on."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="data.tokenizer.", ranges={COUNT: ("vocab_size", "max_characters")})
-        if self.path is None and self.vocab_size < MIN_VOCAB_SIZE:
+        counts = ("max_characters",) if self.vocab_size is None else ("vocab_size", "max_characters")
+        check_ranges(self, prefix="data.tokenizer.", ranges={COUNT: counts})
+        if self.path is None and self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {self.vocab_size}: give at least {MIN_VOCAB_SIZE}, "
                 f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"

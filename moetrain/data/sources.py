@@ -1,8 +1,9 @@
 """Documents of each source, before tokenization, and their digest.
 
-A local path is a file, a glob or a folder. Of JSONL each line is a record, and every line is checked before anything
-is used; parquet and hub data sets are read by `datasets`, one record a row; a text file is cut at blank lines into
+A local path is a file, a folder or a glob; one that exists is never taken as a glob. Of JSONL each line is a record,
+and every line is checked before anything is used; of parquet each row is one; a text file is cut at blank lines into
 documents of 4,000 characters or more, so that a single large file can be split into training and validation too.
+Empty documents and repeated ones are left out and counted in the log.
 
 JSONL is read here and not by `datasets`, which would fit one schema to all records: a tool call's arguments then gain
 the keys of all other calls. Dialogues do not pass through this module; they come as tokens.
@@ -10,7 +11,6 @@ the keys of all other calls. Dialogues do not pass through this module; they com
 
 import glob
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.files import json_records, read_text
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
 from moetrain.data.maths import maths_problems
 from moetrain.data.stdlib import stdlib_code, stdlib_english
@@ -27,9 +28,9 @@ from moetrain.errors import DataError
 _log = logging.getLogger(__name__)
 
 _ENDINGS = {
-    SourceKind.jsonl: (".jsonl", ".json"),
+    SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
     SourceKind.parquet: (".parquet",),
-    SourceKind.text: (".txt", ".md", ".rst", ".py"),
+    SourceKind.text: (".txt", ".md", ".rst", ".py", ".txt.gz"),
 }
 """Files of a folder that count, by kind."""
 _MIN_TEXT = 4000
@@ -43,7 +44,7 @@ def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
 
     Raises DataError that names file and line, path or column, or the source when it holds nothing.
     """
-    documents = _without_duplicates(_READERS[config.kind](config), name=name)
+    documents = _distinct(_READERS[config.kind](config), name=name)
     if config.max_characters is not None:
         documents = _up_to(documents, config.max_characters)
     if not documents:
@@ -90,10 +91,12 @@ def local_files(config: SourceConfig) -> list[Path]:
     path = Path(config.path).expanduser()
     if path.is_dir():
         endings = _ENDINGS[config.kind]
-        files = sorted(item for item in path.rglob("*") if item.is_file() and item.suffix in endings)
+        files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(endings))
         if not files:
             raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}")
         return files
+    if path.is_file():
+        return [path]
     files = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
     if not files:
         wrong = "is no regular file" if path.exists() else "does not exist"
@@ -114,35 +117,13 @@ def _maths(config: SourceConfig) -> Iterator[Document]:
 
 
 def _jsonl(config: SourceConfig) -> Iterator[Document]:
-    records = [record for path in local_files(config) for record in _json_lines(path)]
+    records = [record for path in local_files(config) for record in json_records(path)]
     return _documents(records, config)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where} is not UTF-8 at byte {error.start} of the line") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
-            raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where} holds {type(record).__name__} where an object is wanted")
-        yield where, record
 
 
 def _text(config: SourceConfig) -> Iterator[Document]:
     for path in local_files(config):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 at byte {error.start}") from error
-        yield from map(text_document, _cut(text))
+        yield from map(text_document, _cut(read_text(path)))
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -156,8 +137,23 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _parquet(config: SourceConfig) -> Iterator[Document]:
-    files = [str(path) for path in local_files(config)]
-    return _documents(_load("parquet", config, data_files=files, split="train", streaming=True), config)
+    return _documents((record for path in local_files(config) for record in _rows(path)), config)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow  # only users of parquet pay for it
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    yield f"{path} row {number}", record
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{path} cannot be read: {lines[0]}") from error
 
 
 def _hub(config: SourceConfig) -> Iterator[Document]:
@@ -190,22 +186,27 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[
 def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> Iterator[Document]:
     format = format_named(config.format)
     for where, record in records:
-        yield document_of(record, column=config.field, format=format, where=where)
+        yield document_of(record, column=config.column, format=format, where=where)
 
 
-def _without_duplicates(documents: Iterable[Document], *, name: str) -> list[Document]:
+def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
+    """Return the documents that hold text, each text once; the log says how many were left out."""
     seen: set[bytes] = set()
     kept = []
-    num_dropped = 0
+    num_empty = num_identical = 0
     for document in documents:
+        if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
+            num_empty += 1
+            continue
         identity = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if identity in seen:
-            num_dropped += 1
+            num_identical += 1
             continue
         seen.add(identity)
         kept.append(document)
-    if num_dropped:
-        _log.info("data.sources.%s: %d identical documents dropped", name, num_dropped)
+    for number, what in [(num_empty, "empty"), (num_identical, "identical")]:
+        if number:
+            _log.info("data.sources.%s: %d %s documents dropped", name, number, what)
     return kept
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import build_data
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.data.sources import read_documents
 
 
@@ -20,7 +20,7 @@ def main() -> None:
         "english": SourceConfig(kind=SourceKind.stdlib_english, weight=0.40),
         "maths": SourceConfig(kind=SourceKind.maths, weight=0.15),
     }
-    config = DataConfig(sources=sources, validation_rows=64)
+    config = DataConfig(sources=sources, validation_rows=64, tokenizer=TokenizerConfig(vocab_size=1024))
     with tempfile.TemporaryDirectory() as folder:
         data = build_data(config, 0, tokenizer_folder=Path(folder))
     baseline = bigram_baseline(data.loader.rows, data.validation, vocab_size=data.tokenizer.vocab_size)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.chat.template import BOS, EOS, IM_END, PAD
+from moetrain.chat.template import BOS, EOS, PAD
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
@@ -84,7 +84,7 @@ def export_model(
         report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
         config = _config(model, quant, export=export, layout=layout, tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
-        ids = _token_ids(tokenizer) | {"eos_token_id": _end_ids(tokenizer)}
+        ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
         write_json(partial / "generation_config.json", ids, indent=2)
         tokenizer.save(partial)
         write_record(
@@ -151,11 +151,6 @@ def _config(
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     ids = tokenizer.special_ids
     return {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
-
-
-def _end_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return what ends a generation: the end of a turn, or of a document."""
-    return [tokenizer.special_ids[IM_END], tokenizer.special_ids[EOS]]
 
 
 def _record(

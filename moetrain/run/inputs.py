@@ -108,11 +108,14 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These bring torch in; most command lines name no weights.
     from moetrain.checkpoint.origin import check_fit
     from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
+    from moetrain.train.stage_tokenizer import check_tokenizer
     from moetrain.upcycle.stage import check_dense
 
     origin = read_weights(named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
+    if isinstance(run, ReadingRun):
+        check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)
     if isinstance(run, EvalRun):

@@ -17,7 +17,8 @@ from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
 from moetrain.train.interrupt import Status
 from moetrain.train.precision import settle_products
-from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, stage_tokenizer, train_stage
+from moetrain.train.stage_tokenizer import stage_tokenizer
+from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, train_stage
 
 
 def train(run: ReadingRun) -> int:
@@ -53,7 +54,10 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
     sections = sections_of(run)
     sections.train = settle_products(sections.train, folder=folder, topology=topology)
     tokenizer = main_rank_first(
-        topology, lambda: stage_tokenizer(run.data, folder, origin=None, dialogue_texts=_texts(run))
+        topology,
+        lambda: stage_tokenizer(
+            run.data, folder, num_rows=run.model.vocab_size, origin=None, dialogue_texts=_texts(run)
+        ),
     )
     data = build_data(
         run.data,

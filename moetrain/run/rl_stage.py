@@ -34,6 +34,7 @@ def learn(run: RlRun, *, init_from: str) -> int:
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         origin = read_weights(init_from)
         tokenizer = tokenizer_of(origin)
+        tokenizer.check_chat()
         train = settle_products(run.train, folder=folder, topology=setup(run.parallel))
         engine = build_engine(
             run.model,

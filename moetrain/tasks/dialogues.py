@@ -15,6 +15,7 @@ def dialogues(
     family: TaskFamily, tokenizer: Tokenizer, *, count: int, source: str, declare_tools: bool = False
 ) -> Iterator[TokenizedDocument]:
     """Yield the scripted expert's conversations of training tasks 0 to count - 1, what it says as targets."""
+    tokenizer.check_chat()
     tools = family.tools if declare_tools else ()
     for index in range(min(count, RL_FIRST_TASK)):
         messages, _ = family.demonstrate(family.task(Split.train, index), index)

@@ -12,11 +12,11 @@ from typing import Any
 
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, start_from
 from moetrain.data.bigram import bigram_baseline
-from moetrain.data.build import Data, build_data, prepare_tokenizer
+from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig
 from moetrain.data.loader import Mix
 from moetrain.data.packing import TokenizedDocument
-from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import MoetrainError
 from moetrain.files import write_json
 from moetrain.log import Metrics
@@ -38,6 +38,7 @@ from moetrain.train.loss import language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, settle_products
 from moetrain.train.reading import Reading, reading_training
+from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,14 @@ def train_stage(
         check_fit(origin, sections.model)  # before the data, which takes longest
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
-        topology, lambda: stage_tokenizer(sections.data, folder, origin=origin, dialogue_texts=dialogue_texts)
+        topology,
+        lambda: stage_tokenizer(
+            sections.data,
+            folder,
+            num_rows=sections.model.vocab_size,
+            origin=origin,
+            dialogue_texts=dialogue_texts,
+        ),
     )
     made = dialogues(tokenizer) if dialogues else None
     data = build_data(
@@ -128,25 +136,6 @@ def engine_of(sections: Sections) -> Engine:
         compute_dtype=DTYPES[sections.train.compute_dtype],
         seed=sections.seed,
     )
-
-
-def stage_tokenizer(
-    config: DataConfig, folder: Path, *, origin: Origin | None, dialogue_texts: Iterable[str] = ()
-) -> Tokenizer:
-    """Return the tokenizer of a stage: the one named, else the one beside the weights, else one trained on the data.
-
-    It is kept in `folder/tokenizer`, so that what comes after needs the stage's folder alone.
-    """
-    own = folder / TOKENIZER
-    if config.tokenizer.path is None and origin is not None and origin.tokenizer is not None:
-        if not (own / TOKENIZER_FILE).is_file():
-            Tokenizer.load(origin.tokenizer).save(own)
-    elif config.tokenizer.path is None and origin is not None:
-        _log.warning("there is no tokenizer beside %s: one is trained, and the weights do not know it", origin.path)
-    tokenizer = prepare_tokenizer(config, folder=own, dialogue_texts=dialogue_texts)
-    if not (own / TOKENIZER_FILE).is_file():
-        tokenizer.save(own)
-    return tokenizer
 
 
 def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokenizer:
@@ -228,6 +217,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "rows": rows_read,
         "epochs": data.loader.epochs(rows_read),
         "mixes": data.loader.mix_rows(rows_read),
+        "vocabulary": {"tokens": data.tokenizer.vocab_size, "rows": sections.model.vocab_size},
         "parameters": asdict(num_parameters(sections.model)),
         "validation": sources,
         "figures": {name: value for name, value in outcome.validation.items() if not name.startswith("validation/")},

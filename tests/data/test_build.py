@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from moetrain.data.build import Data, build_data, is_held_out, prepare_tokenizer
 from moetrain.data.config import DataConfig, Overlong, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.sources import read_documents
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError, DataError
 
 
@@ -112,8 +113,46 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path) -> None:
     prepare_tokenizer(config_of(one=maths()), folder=tmp_path)
     config = config_of(one=maths())
     config.tokenizer.vocab_size = 512
-    with pytest.raises(ConfigError, match=r"vocab_size is 512, the tokenizer in .* has 320 tokens"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 512, the tokenizer in .* has 320 tokens: leave"):
         prepare_tokenizer(config, folder=tmp_path)
+
+
+def test_a_model_may_have_more_rows_than_the_tokenizer_has_tokens_and_not_fewer(tmp_path) -> None:
+    prepare_tokenizer(config_of(one=maths()), folder=tmp_path)
+    config = config_of(one=maths())
+    config.tokenizer = TokenizerConfig(path=str(tmp_path))
+    assert prepare_tokenizer(config, folder=tmp_path, num_rows=448).vocab_size == 320
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 300, the tokenizer in .* has 320 tokens: set"):
+        prepare_tokenizer(config, folder=tmp_path, num_rows=300)
+
+
+def test_texts_that_cannot_fill_the_vocabulary_give_a_smaller_tokenizer(tmp_path, caplog, write_jsonl) -> None:
+    path = write_jsonl("few.jsonl", [{"text": f"few words {number}"} for number in range(9)])
+    config = config_of(one=SourceConfig(kind=SourceKind.jsonl, path=str(path)))
+    config.tokenizer = TokenizerConfig()
+    num_tokens = prepare_tokenizer(config, folder=tmp_path / "a", num_rows=1024).vocab_size
+    assert f"the texts give {num_tokens} tokens, model.vocab_size is 1024" in caplog.text
+    config.tokenizer = TokenizerConfig(vocab_size=1000)
+    wanted = rf"data\.tokenizer\.vocab_size is 1000, the texts give {num_tokens} tokens.*set model\.vocab_size to"
+    with pytest.raises(DataError, match=wanted):
+        prepare_tokenizer(config, folder=tmp_path / "b", num_rows=1024)
+    assert not (tmp_path / "b").exists()
+
+
+def test_chats_need_the_tokens_of_the_template(tmp_path, write_jsonl) -> None:
+    prepare_tokenizer(config_of(one=maths()), folder=tmp_path)
+    path = tmp_path / TOKENIZER_FILE
+    content = json.loads(path.read_text())
+    content["added_tokens"] = content["added_tokens"][:4]
+    path.write_text(json.dumps(content))
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    source = SourceConfig(
+        kind=SourceKind.jsonl, path=str(write_jsonl("c.jsonl", [{"messages": chat}])), format="messages"
+    )
+    config = dataclasses.replace(config_of(talk=source), tokenizer=TokenizerConfig())
+    with pytest.raises(DataError, match=r"data\.sources\.talk: the tokenizer has no special token <\|im_user\|>"):
+        build_data(config, 0, tokenizer_folder=tmp_path)
+    assert build_data(dataclasses.replace(config, sources={"one": maths()}), 0, tokenizer_folder=tmp_path).training
 
 
 def test_dialogues_that_do_not_match_the_sources_are_refused(tmp_path) -> None:

@@ -1,3 +1,6 @@
+import gzip
+import json
+import logging
 import re
 from pathlib import Path
 
@@ -39,6 +42,69 @@ def test_a_line_that_is_no_object_is_refused(write_jsonl) -> None:
     path = write_jsonl("a.jsonl", [{"text": "one"}, ["two"]])
     with pytest.raises(DataError, match=re.escape(f"{path}:2 holds list where an object")):
         read_documents(jsonl(path), name="mine")
+
+
+def test_an_array_in_a_file_is_read_as_its_objects(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert [document.text for document in read_documents(jsonl(path), name="mine")] == [f"one{EOS}", f"two{EOS}"]
+    path.write_text('[{"text": "one"}, 2]')
+    with pytest.raises(DataError, match=re.escape(f"{path} record 2 holds int where an object")):
+        read_documents(jsonl(path), name="mine")
+    path.write_text('{\n "text": "one"\n}')
+    with pytest.raises(
+        DataError, match=re.escape(f"{path}:1 is not JSON") + ".*give one object per line, or one array"
+    ):
+        read_documents(jsonl(path), name="mine")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path) -> None:
+    lines, text = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    lines.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
+    text.write_bytes(b"\xef\xbb\xbfHello\r\nworld\r\n")
+    (document,) = read_documents(jsonl(lines), name="mine")
+    assert document.text == f"one{EOS}"
+    (document,) = read_documents(SourceConfig(kind=SourceKind.text, path=str(text)), name="mine")
+    assert document.text == f"Hello\nworld\n{EOS}"
+
+
+def test_a_file_packed_with_gzip_is_read_and_a_torn_one_is_named(tmp_path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    for given in (path, tmp_path):
+        assert [document.text for document in read_documents(jsonl(given), name="mine")] == [f"one{EOS}"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=re.escape(f"{path} cannot be read")):
+        read_documents(jsonl(path), name="mine")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\x28\xb5\x2f\xfd....", "is packed with zstd: unpack it"),
+        ("text".encode("utf-16"), "is UTF-16: convert it to UTF-8"),
+    ],
+)
+def test_a_file_that_is_packed_or_written_otherwise_is_named_with_the_cure(tmp_path, data: bytes, said: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=re.escape(f"{path} {said}")):
+        read_documents(SourceConfig(kind=SourceKind.text, path=str(path)), name="mine")
+
+
+def test_a_path_that_exists_is_no_pattern(write_jsonl) -> None:
+    write_jsonl("notes1.jsonl", [{"text": "other"}])
+    path = write_jsonl("notes[1].jsonl", [{"text": "mine"}])
+    assert [document.text for document in read_documents(jsonl(path), name="mine")] == [f"mine{EOS}"]
+    path.unlink()
+    assert [document.text for document in read_documents(jsonl(path), name="mine")] == [f"other{EOS}"]
+
+
+def test_empty_documents_are_dropped_and_counted(write_jsonl, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl("a.jsonl", [{"text": "one"}, {"text": ""}, {"text": " \n"}])
+    with caplog.at_level(logging.INFO):
+        assert [document.text for document in read_documents(jsonl(path), name="mine")] == [f"one{EOS}"]
+    assert "data.sources.mine: 2 empty documents dropped" in caplog.text
 
 
 def test_a_wrong_column_is_answered_with_those_there_are(write_jsonl) -> None:
@@ -92,6 +158,10 @@ def test_parquet_is_read_and_a_broken_file_is_named(tmp_path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), path)
     config = SourceConfig(kind=SourceKind.parquet, path=str(path))
     assert [document.pieces[0].text for document in read_documents(config, name="mine")] == ["one", "two"]
+    named = path.rename(tmp_path / "a[1].parquet")
+    of_name = SourceConfig(kind=SourceKind.parquet, path=str(named))
+    assert [document.pieces[0].text for document in read_documents(of_name, name="mine")] == ["one", "two"]
+    named.rename(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=re.escape(f"{path} cannot be read")):
         read_documents(config, name="mine")
@@ -114,7 +184,7 @@ def test_messages_are_rendered_by_the_template_and_only_assistants_are_learned(w
         {"role": "assistant", "content": "A"},
     ]
     path = write_jsonl("chat.jsonl", [{"messages": messages}])
-    (document,) = read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+    (document,) = read_documents(jsonl(path, format="messages"), name="chat")
     learned = "".join(piece.text for piece in document.pieces if piece.is_sampled)
     assert learned.startswith("<think>R</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get:0")
     assert learned.endswith(f"<think></think>A{IM_END}")
@@ -128,17 +198,17 @@ def test_arguments_of_a_call_do_not_gain_the_keys_of_other_calls(write_jsonl) ->
         return {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
 
     path = write_jsonl("chat.jsonl", [record({"a": 1}), record({"b": 2})])
-    first, second = read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+    first, second = read_documents(jsonl(path, format="messages"), name="chat")
     assert '{"a": 1}' in first.text and '{"b": 2}' in second.text
 
 
 def test_an_unknown_role_and_a_conversation_without_assistant_are_refused(write_jsonl) -> None:
     path = write_jsonl("chat.jsonl", [{"messages": [{"role": "robot", "content": "x"}]}])
     with pytest.raises(DataError, match=re.escape(f"{path}:1: a message has the role 'robot'")):
-        read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+        read_documents(jsonl(path, format="messages"), name="chat")
     path = write_jsonl("chat.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(DataError, match="has nothing to learn"):
-        read_documents(jsonl(path, field="messages", format="messages"), name="chat")
+        read_documents(jsonl(path, format="messages"), name="chat")
 
 
 def test_a_plugin_registers_a_format_once(write_jsonl) -> None:
@@ -165,7 +235,7 @@ def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
+        ('{"text": ' + "[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
         ('{"text": ' + "1" * 5000 + "}", r"mine\.jsonl:1 cannot be read: ValueError: Exceeds the limit"),
         (r'{"text": "a\ud800b"}', r"mine\.jsonl:1 holds U\+D800, half of a character"),
     ],
@@ -214,7 +284,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
 )
 def test_a_message_of_another_form_is_named_by_file_and_line(message, said: str, write_jsonl) -> None:
     path = write_jsonl("mine.jsonl", [{"messages": [ASSISTANT]}, {"messages": [message, ASSISTANT]}])
-    config = SourceConfig(kind=SourceKind.jsonl, path=str(path), field="messages", format="messages")
+    config = SourceConfig(kind=SourceKind.jsonl, path=str(path), format="messages")
     with pytest.raises(DataError, match=rf"mine\.jsonl:2: {said}"):
         read_documents(config, name="mine")
 
@@ -223,6 +293,6 @@ def test_parts_of_type_text_are_read_as_their_text(write_jsonl) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     users = [{"role": "user", "content": content} for content in ("hello", parts)]
     files = [write_jsonl(f"{number}.jsonl", [{"messages": [user, ASSISTANT]}]) for number, user in enumerate(users)]
-    configs = [SourceConfig(kind=SourceKind.jsonl, path=str(f), field="messages", format="messages") for f in files]
+    configs = [SourceConfig(kind=SourceKind.jsonl, path=str(f), format="messages") for f in files]
     plain, in_parts = (read_documents(config, name="mine") for config in configs)
     assert plain == in_parts

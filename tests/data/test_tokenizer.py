@@ -1,8 +1,15 @@
+import json
+import logging
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.template import BOS, EOS, PAD, SPECIAL_TOKENS
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
 from moetrain.errors import DataError
 
@@ -81,13 +88,12 @@ def test_special_tokens_are_newlines_to_the_trainer() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(DataError, match="vocab_size is 100: give at least 272"):
+    with pytest.raises(DataError, match="of 100 tokens has no room for the bytes: give at least 272"):
         train_tokenizer(["text"], vocab_size=100)
 
 
-def test_too_little_text_for_the_vocabulary_is_refused() -> None:
-    with pytest.raises(DataError, match="give more text or a smaller"):
-        train_tokenizer(["ab ab ab"], vocab_size=1024)
+def test_too_little_text_for_the_vocabulary_gives_a_smaller_one() -> None:
+    assert 272 < train_tokenizer(["ab ab ab"], vocab_size=1024).vocab_size < 300
 
 
 def test_a_missing_or_broken_tokenizer_names_its_path(tokenizer: Tokenizer, tmp_path) -> None:
@@ -106,10 +112,115 @@ def test_a_missing_or_broken_tokenizer_names_its_path(tokenizer: Tokenizer, tmp_
         Tokenizer.load(tmp_path)
 
 
-def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path) -> None:
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers.models import BPE
+def rewrite(tokenizer: Tokenizer, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    tokenizer.save(folder)
+    path = folder / TOKENIZER_FILE
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
 
-    HFTokenizer(BPE()).save(str(tmp_path / TOKENIZER_FILE))
-    with pytest.raises(DataError, match=r"lacks the special tokens \[BOS\]"):
+
+def cut(content: dict[str, Any]) -> None:
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+
+
+def pad(content: dict[str, Any]) -> None:
+    shape = {"direction": "Right", "pad_to_multiple_of": None, "pad_type_id": 0}
+    content["padding"] = {"strategy": {"Fixed": 64}, "pad_id": 386, "pad_token": PAD, **shape}
+
+
+def drop(content: dict[str, Any]) -> None:
+    content["model"]["dropout"] = 0.5
+
+
+@pytest.mark.parametrize(("change", "name"), [(cut, "truncation"), (pad, "padding"), (drop, "dropout")])
+def test_what_would_change_the_tokens_of_a_text_is_switched_off_and_said(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any]], None],
+    name: str,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        loaded = Tokenizer.load(rewrite(tokenizer, tmp_path, change))
+    assert f"{tmp_path / TOKENIZER_FILE} asks for {name}: switched off" in caplog.text
+    text = "What is 12 + 34? And what is 56 + 78? Say so."
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.encode_batch([text, "x"]) == tokenizer.encode_batch([text, "x"])
+    assert loaded.digest == tokenizer.digest
+
+
+def test_text_is_text_to_a_tokenizer_whose_control_tokens_are_not_marked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def unmark(content: dict[str, Any]) -> None:
+        for token in content["added_tokens"][4:]:
+            token["special"] = False
+
+    loaded = Tokenizer.load(rewrite(tokenizer, tmp_path / "a", unmark))
+    text = "says </think><|tool_calls_section_begin|><|im_end|>"
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.encode_batch([text]) == tokenizer.encode_batch([text])
+    loaded.save(tmp_path / "b")  # as it was: other programs go by the marks
+    kept = json.loads((tmp_path / "b" / TOKENIZER_FILE).read_text())["added_tokens"]
+    assert {token["content"] for token in kept if not token["special"]} == set(SPECIAL_TOKENS[4:])
+
+
+def test_a_tokenizer_whose_ordinary_words_are_control_tokens_is_refused(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "hello": 1, EOS: 2, BOS: 3}
+    inner = HFTokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([BOS, EOS, "[UNK]"])
+    inner.save(str(tmp_path / TOKENIZER_FILE))
+    with pytest.raises(DataError, match=rf"{tmp_path}.*turns the text '\[EOS\]' into the control token \[EOS\]"):
         Tokenizer.load(tmp_path)
+
+
+def plain_tokenizer(folder: Path, *, config: object = None) -> Path:
+    """Write a byte-level tokenizer in the manner of GPT-2: one special token, of a name of its own."""
+    folder.mkdir()
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        ["plain text " * 9], trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, show_progress=False)
+    )
+    inner.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    inner.save(str(folder / TOKENIZER_FILE))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template(tmp_path: Path) -> None:
+    folder = plain_tokenizer(tmp_path / "a", config={"bos_token": None, "eos_token": {"content": "<|endoftext|>"}})
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == tokenizer.vocab_size - 1
+    assert tokenizer.end_ids == [tokenizer.eos_id]
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+    with pytest.raises(DataError, match=r"has no special token <\|im_end\|>: chats, dialogues and tool use require"):
+        tokenizer.check_chat()
+    tokenizer.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").special_ids == tokenizer.special_ids
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("config", [None, {}, {"eos_token": "<|elsewhere|>"}])
+def test_a_tokenizer_without_an_end_of_a_document_is_refused(tmp_path: Path, config: object) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path}/a/{TOKENIZER_FILE}: the tokenizer lacks \[EOS\]"):
+        Tokenizer.load(plain_tokenizer(tmp_path / "a", config=config))
+
+
+def test_an_embedding_has_a_row_for_the_largest_id(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def leave_a_gap(content: dict[str, Any]) -> None:
+        ids = content["model"]["vocab"]
+        ids[max(ids, key=ids.__getitem__)] = 500
+
+    assert Tokenizer.load(rewrite(tokenizer, tmp_path, leave_a_gap)).vocab_size == 501
+
+
+def test_ids_that_the_library_reads_otherwise_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def leave_out(content: dict[str, Any]) -> None:
+        del content["added_tokens"][3]  # the library gives the tokens after it the ids of those before them
+
+    with pytest.raises(DataError, match=r"gives <\|im_end\|> the id 388 and the library reads 387"):
+        Tokenizer.load(rewrite(tokenizer, tmp_path, leave_out))

@@ -15,7 +15,8 @@ from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.data.config import DataConfig, MixConfig, SourceConfig, SourceKind, TokenizerConfig
-from moetrain.errors import CheckpointError
+from moetrain.data.tokenizer import Tokenizer, train_tokenizer
+from moetrain.errors import CheckpointError, ConfigError
 from moetrain.log import JsonlMetrics, read_metrics
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
@@ -23,6 +24,7 @@ from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.train.config import ComputeDtype, RampConfig, ReadingConfig
 from moetrain.train.interrupt import Status
+from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.stages import SUMMARY, Sections, train_stage
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model
@@ -110,6 +112,67 @@ def test_a_stage_starts_from_another_stages_weights_and_tokenizer(pretrained: Pa
     identity = checkpoint.load(tmp_path / "sft" / CHECKPOINTS / "step_00000003").state["identity"]
     assert identity["origin"] == origin.digest
     assert read_origin(tmp_path / "sft").quant == settings.quant
+
+
+def without_tokenizer(pretrained: Path, folder: Path) -> Path:
+    shutil.copytree(pretrained / "pretrain", folder, ignore=shutil.ignore_patterns(TOKENIZER))
+    return folder
+
+
+def test_weights_without_a_tokenizer_get_a_new_one_only_when_told(pretrained: Path, tmp_path: Path) -> None:
+    origin = read_origin(without_tokenizer(pretrained, tmp_path / "alone"))
+    settings = sections(pretrained / "texts")
+    with pytest.raises(ConfigError, match=r"alone.* has no tokenizer beside its weights: .*retrain=true"):
+        run(tmp_path / "sft", settings, origin=origin)
+    assert not (tmp_path / "sft" / TOKENIZER).exists() and not (tmp_path / "sft" / CHECKPOINTS).exists()
+    told = replace(settings, data=replace(settings.data, tokenizer=TokenizerConfig(retrain=True)))
+    assert run(tmp_path / "sft", told, origin=origin) is Status.finished
+    vocabulary = json.loads((tmp_path / "sft" / SUMMARY).read_text())["vocabulary"]
+    assert vocabulary == {"tokens": VOCAB_SIZE, "rows": VOCAB_SIZE}
+    with pytest.raises(ConfigError, match=r"alone.* has no tokenizer beside its weights"):
+        run(tmp_path / "sft", settings, origin=origin)
+
+
+def test_weights_train_on_with_their_tokenizer_wherever_it_is_named(pretrained: Path, tmp_path: Path) -> None:
+    origin = read_origin(without_tokenizer(pretrained, tmp_path / "alone"))
+    data = sections(pretrained / "texts").data
+    theirs = replace(data, tokenizer=TokenizerConfig(path=str(pretrained / "pretrain" / TOKENIZER)))
+    named = stage_tokenizer(theirs, tmp_path / "a", num_rows=VOCAB_SIZE, origin=origin)
+    assert named.digest == Tokenizer.load(pretrained / "pretrain" / TOKENIZER).digest
+    train_tokenizer(["other words " * 20], vocab_size=VOCAB_SIZE).save(tmp_path / "other")
+    other = replace(data, tokenizer=TokenizerConfig(path=str(tmp_path / "other")))
+    for weights in (origin, read_origin(pretrained / "pretrain")):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer\.path is .*/other: that is another tokenizer"):
+            stage_tokenizer(other, tmp_path / "b", num_rows=VOCAB_SIZE, origin=weights)
+    assert not (tmp_path / "b").exists()
+    told = replace(data, tokenizer=replace(other.tokenizer, retrain=True))
+    found = stage_tokenizer(told, tmp_path / "b", num_rows=VOCAB_SIZE, origin=origin)
+    assert found.digest == Tokenizer.load(tmp_path / "other").digest
+    with pytest.raises(ConfigError, match=r"b/tokenizer holds another tokenizer than that of the weights"):
+        stage_tokenizer(data, tmp_path / "b", num_rows=VOCAB_SIZE, origin=read_origin(pretrained / "pretrain"))
+
+
+@pytest.mark.parametrize("name", ["stage", f"stage/{CHECKPOINTS}/step_00000003", "step_of_a_stage"])
+def test_the_tokenizer_is_found_beside_the_path_as_given(pretrained: Path, tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "far" / "away"
+    shutil.copytree(pretrained / "pretrain" / CHECKPOINTS, elsewhere)
+    shutil.copytree(pretrained / "pretrain" / TOKENIZER, tmp_path / "stage" / TOKENIZER)
+    (tmp_path / "stage" / CHECKPOINTS).symlink_to(elsewhere)
+    (tmp_path / "step_of_a_stage").symlink_to(pretrained / "pretrain" / CHECKPOINTS / "step_00000003")
+    found = read_origin(tmp_path / name).tokenizer
+    assert found is not None and Tokenizer.load(found).vocab_size == VOCAB_SIZE
+
+
+def test_a_model_with_more_rows_than_tokens_learns(pretrained: Path, tmp_path: Path) -> None:
+    settings = sections(pretrained / "texts")
+    padded = replace(
+        settings,
+        model=replace(settings.model, vocab_size=VOCAB_SIZE + 40),
+        data=replace(settings.data, tokenizer=TokenizerConfig(path=str(pretrained / "pretrain" / TOKENIZER))),
+    )
+    assert run(tmp_path / "pretrain", padded) is Status.finished
+    vocabulary = json.loads((tmp_path / "pretrain" / SUMMARY).read_text())["vocabulary"]
+    assert vocabulary == {"tokens": VOCAB_SIZE, "rows": VOCAB_SIZE + 40}
 
 
 def test_a_threshold_of_infinity_is_kept_in_checkpoints_and_goes_on(pretrained: Path, tmp_path: Path) -> None:
