@@ -133,4 +133,4 @@ def test_table_json_and_picture_hold_every_run(comparison: Comparison, tmp_path:
 def test_sweeps_without_rates_and_thresholds_that_clip_all_are_refused(values: dict[str, object], said: str) -> None:
     data = DataConfig(sources={"text": SourceConfig(kind=SourceKind.jsonl, path=str(TEXT))})
     with pytest.raises(ConfigError, match=said):
-        BenchOptimizersRun(data=data, model=ModelConfig(vocab_size=data.tokenizer.vocab_size), **values)  # type: ignore[arg-type]
+        BenchOptimizersRun(data=data, model=ModelConfig(), **values)  # type: ignore[arg-type]
