@@ -8,7 +8,8 @@ Everything that is wrong becomes one line that names the key. Nothing behind thi
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -24,8 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.commands import SCHEMAS
 from moetrain.errors import ConfigError
+from moetrain.files import write_text
 
 _SEARCH_PATH = "hydra.searchpath"
+_STAGE = re.compile(r"(\$\{stage:[^{}]*\})|(?:(?!\$\{stage:[^{}]*\}).)+", re.DOTALL)
+"""Either the folder of a stage, or the text up to the next one."""
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"', re.DOTALL)
 _Resolver = Callable[[str], str]
 
 
@@ -47,7 +52,8 @@ def compose(
     schema = SCHEMAS[command]
     name = command.replace(" ", "_")
     try:
-        direct, entries = _split(schema, OverridesParser.create().parse_overrides(list(overrides)))
+        words = [_with_quoted_text(schema, word) for word in overrides]
+        direct, entries = _split(schema, OverridesParser.create().parse_overrides(words))
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
         if search:
@@ -60,9 +66,8 @@ def compose(
             _set_entry(tree, schema, entry)
         return OmegaConf.to_object(tree)
     except OverrideParseException as error:
-        reason = str(error).split("\n")[-2 if "See https" in str(error) else -1]
         raise ConfigError(
-            f"{error.override}: not key=value ({reason}); quote a value that has special characters: 'key=\"a=b\"'"
+            f"{error.override}: not key=value; a value is a number, a word, a 'quoted text' or a [list]"
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, schema)) from None
@@ -72,17 +77,17 @@ def compose(
 
 def save_config(run: Any, path: Path) -> None:
     """Write every value of a checked config as YAML, for `load_config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_mapping(run), allow_unicode=True, sort_keys=False))
 
 
 def load_config(command: str, path: Path) -> Any:
-    """Return the checked root dataclass of `command` that `save_config` wrote."""
+    """Return the checked root dataclass of `command` that `save_config` wrote; a `${` in it is text."""
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
     schema = SCHEMAS[command]
     content = read_yaml(path)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(content)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(content))))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
 
@@ -106,7 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def to_mapping(run: Any) -> dict[str, Any]:
     """Return a checked config as plain dicts, lists, strings and numbers."""
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)  # type: ignore[assignment]
+    plain: dict[str, Any] = _plain(run)
     return plain
 
 
@@ -118,9 +123,67 @@ def suggestion(word: str, options: Sequence[str]) -> str:
 
 def quoted(text: str) -> str:
     """Return a string as an override's value, whatever characters it has."""
-    # A backslash is one but for those right before a quote, which come in pairs.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    # A backslash is one but for those right before a quote or at the end, which come in pairs.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
+
+
+def _with_quoted_text(schema: type, word: str) -> str:
+    """Return an override with its value quoted when that is text, so that Hydra's grammar does not interpret it.
+
+    Text is the value of a key of type `str`: all that follows the first `=`. Three forms are special: a value that is
+    one quoted string stands for what is inside the quotes, `null` is null where the key allows it, and
+    `${stage:NAME}` is the folder of a recipe's stage.
+    """
+    key, equals, value = word.partition("=")
+    try:
+        kinds = _check_key(schema, key)
+    except ConfigError:
+        return word  # a config group, Hydra's own syntax, or unknown, which is reported later
+    if not equals or kinds[-1] is not str:
+        return word
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{key} is {value!r}, which is not UTF-8: give it in UTF-8")
+    is_nullable = is_dataclass(kinds[-2]) and get_type_hints(kinds[-2])[key.split(".")[-1]] is not str
+    if value == "null" and is_nullable:
+        return word
+    return f"{key}={quoted(_STAGE.sub(lambda match: match[1] or _escape(match[0]), _unquoted(value)))}"
+
+
+def _unquoted(value: str) -> str:
+    """Return what is inside the quotes of a value that is one quoted string, and any other value as it is."""
+    if not _QUOTED.fullmatch(value):
+        return value
+
+    def half(match: re.Match[str]) -> str:
+        return match[1][: len(match[1]) // 2] + match[2]
+
+    return re.sub(rf"(\\+)({value[0]}|\Z)", half, value[1:-1])
+
+
+def _escape(text: str) -> str:
+    """Return text in which OmegaConf sees no interpolation."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _escaped(content: Any) -> Any:
+    """Return what a YAML file holds with every string escaped."""
+    if isinstance(content, dict):
+        return {key: _escaped(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_escaped(value) for value in content]
+    return _escape(content) if isinstance(content, str) else content
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a checked config as dicts, lists, strings and numbers."""
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def leaf_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -220,18 +283,27 @@ def _in_one_line(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group} is {choice!r}: {suggestion(choice, error.options or [])}"
-    text = str(error.__cause__ or error)
-    text = text.removeprefix("ConfigError raised while resolving interpolation: ")
-    found = re.search(r"full_key: (\S+)", text)
-    what = re.sub(r"^In '(\S+)': \w+ raised while composing config:\n", r"config \1: ", text).split("\n")[0]
-    if not found:
+    found = next((each for each in _chain(error) if isinstance(each, OmegaConfBaseException)), None)
+    if found is None:
+        return " ".join(str(error).split())
+    what, key = str(found.msg or found).split("\n")[0], found.full_key
+    cause = next((each for each in _chain(found) if isinstance(each, ConfigError)), None)
+    if cause is not None:  # of a resolver of ours
+        return f"{key}: {cause}" if key else str(cause)
+    if not key:
         return what
-    key = found.group(1)
-    if " not in '" in what:
-        try:
-            _check_key(schema, key)
-        except ConfigError as unknown:
-            return str(unknown)
-    if wrong := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", what):
-        return f"{key} is {wrong.group(1)!r}: {suggestion(wrong.group(1), wrong.group(2).split(', '))}"
+    try:
+        kind = _check_key(schema, key)[-1]
+    except ConfigError as unknown:
+        return str(unknown)
+    if isinstance(kind, type) and issubclass(kind, Enum) and found.value not in kind.__members__:
+        return f"{key} is {str(found.value)!r}: {suggestion(str(found.value), list(kind.__members__))}"
     return f"{key}: {what}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from or while handling."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__

@@ -250,7 +250,7 @@ class GenerateRun(StageRun):
     """What a checkpoint or an export says to a prompt."""
 
     prompt: str = ""
-    """Text to go on with."""
+    """Text to continue. `-` reads it from standard input: `prompt=- < prompt.txt`."""
     chat: bool = False
     """Take the prompt as a user's message and answer it."""
     max_new_tokens: int = 64

@@ -59,7 +59,8 @@ def test_a_source_can_be_removed() -> None:
         (["train.steps=0"], "train.steps is 0: give at least 1"),
         (["train.steps.x=3"], "train.steps.x: train.steps is one value and has no 'x'"),
         (["train.steps"], "train.steps: not key=value"),
-        (["init_from=a=b"], "init_from=a=b: not key=value"),
+        (["train.steps=5)"], "train.steps=5): not key=value; a value is a number, a word, a 'quoted text' or a [list]"),
+        (["init_from=\udcff"], "init_from is '\\udcff', which is not UTF-8"),
         (
             ["hydra.run.dir=foo"],
             "hydra.run.dir=foo: moetrain sets Hydra up itself, but for hydra.searchpath; take it out",
@@ -89,14 +90,52 @@ def test_a_mistake_in_a_yaml_names_the_key_or_the_line(tmp_path: Path) -> None:
         compose("pretrain", ["model=torn"], search=[tmp_path])
 
 
-def test_any_string_can_be_quoted() -> None:
-    text = "a 'b' \"c\"\\ d=[e], {f}"
-    assert compose("pretrain", [f"init_from={quoted(text)}"]).init_from == text
+TEXTS = [
+    "a 'b' \"c\"\\ d=[e], {f}",
+    "Hello, world! (1 + 2) = 3; $5, ${HOME} ${a.b} ${ \\${x} 100% #1",
+    "line\none\n\\\n",
+    "Привет, мир: что это? 你好,世界 😀",
+    "it's",
+    "'one' and 'two'",
+    "C:\\new\\",
+    "null and void",
+    "a=b",
+    "~+x",
+    "1e5",
+    " ",
+    "[",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["init_from", "run.wandb.project", "data.sources.mine.path"])
+def test_text_is_taken_as_it_is_typed_and_survives_the_config_file(key: str, text: str, tmp_path: Path) -> None:
+    new = ["data.sources.mine.kind=jsonl"] if "mine" in key else []
+    for value in (text, quoted(text)):
+        run = compose("pretrain", [*new, f"{key}={value}"])
+        found = {
+            "init_from": run.init_from,
+            "run.wandb.project": run.run.wandb.project,
+            "data.sources.mine.path": run.data.sources["mine"].path if new else None,
+        }
+        assert found[key] == text
+        save_config(run, tmp_path / "config.yaml")
+        assert load_config("pretrain", tmp_path / "config.yaml") == run
+
+
+def test_a_value_that_is_one_quoted_string_stands_for_what_is_inside() -> None:
+    assert compose("pretrain", ["init_from='a \\'b\\' \"c\"'"]).init_from == "a 'b' \"c\""
+    assert compose("pretrain", ['init_from="it\'s"']).init_from == "it's"
+    assert compose("pretrain", ["init_from=null"]).init_from is None
+    assert compose("pretrain", ["init_from='null'"]).init_from == "null"
+    assert compose("generate", ["prompt=null"]).prompt == "null"
 
 
 def test_stage_becomes_a_folder_in_a_recipe() -> None:
     run = compose("pretrain", ["init_from=${stage:before}/x"], stage_folder=lambda name: f"runs/{name}")
     assert run.init_from == "runs/before/x"
+    run = compose("pretrain", ["init_from=${stage:a}, ${b} and ${stage:c}"], stage_folder=lambda name: f"<{name}>")
+    assert run.init_from == "<a>, ${b} and <c>"
 
 
 @pytest.mark.parametrize("command", SCHEMAS)

@@ -1,5 +1,7 @@
-"""`moetrain check`: composes and checks every config and recipe, or one command line with the files it
-names. Runs nothing; needs torch only where a command line names weights."""
+"""`moetrain check`: composes and checks every config and recipe, or one command line with the files it names.
+
+Prints what is right as `ok` lines. Runs nothing; needs torch only where a command line names weights.
+"""
 
 from collections.abc import Sequence
 from typing import get_type_hints
@@ -34,18 +36,30 @@ def main(words: Sequence[str]) -> int:
 
 
 def _check_line(words: list[str]) -> None:
+    """Check one command line, printing a line for each part that is right."""
     command, rest = split_command(words)
+    if command == "check":
+        raise ConfigError("check takes a command line of another command, such as: moetrain check sft train.steps=50")
     if command == "run":
-        runner.prepare(rest)
-    elif command != "check":
-        config = composed(command, rest)
-        check_inputs(config)
-        check_folder(config)
-        check_names(config)
-        check_records(config)
-        check_weights(config)
-        if isinstance(config, TrainingRun):
-            check_going_on(config)
+        for stage in runner.prepare(rest).stages:
+            print(f"ok  {stage.name}: config and inputs of `{stage.command}`")
+        return
+    config = composed(command, rest)
+    print(f"ok  config: every key and value of `{command}`")
+    check_inputs(config)
+    print("ok  inputs: what the config names exists")
+    check_folder(config)
+    print(f"ok  folder: {config.run.path} can be written")
+    check_names(config)
+    print("ok  names: plugins, tasks and formats")
+    check_records(config)
+    print("ok  records: every document of the sources that are files")
+    check_weights(config)
+    if config.init_from is not None:
+        print(f"ok  weights: {config.init_from} can be read and fits")
+    if isinstance(config, TrainingRun):
+        check_going_on(config)
+        print("ok  resume: nothing in the folder contradicts the config")
 
 
 def _check_choice(group: str, choice: str) -> None:

@@ -1,5 +1,7 @@
 """`moetrain generate`."""
 
+import sys
+
 from moetrain.config import GenerateRun, check_length
 from moetrain.errors import ConfigError
 
@@ -7,7 +9,8 @@ from moetrain.errors import ConfigError
 def main(run: GenerateRun) -> int:
     """Print what the weights say to the prompt; return the exit code."""
     if run.init_from is None or not run.prompt:
-        raise ConfigError("give init_from=FOLDER and prompt='...'")
+        raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
+    text = _standard_input() if run.prompt == "-" else run.prompt
     # These bring torch in, so only now.
     from moetrain.chat.messages import Message, Role
     from moetrain.chat.template import BOS, conversation_pieces, generation_prompt, pieces_to_tokens
@@ -21,10 +24,10 @@ def main(run: GenerateRun) -> int:
     tokenizer = tokenizer_of(origin)
     special = tokenizer.special_ids
     if run.chat:
-        pieces = [*conversation_pieces([Message(role=Role.user, content=run.prompt)]), *generation_prompt()]
+        pieces = [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
         prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=special)[0]
     else:
-        prompt = [special[BOS], *tokenizer.encode(run.prompt)]
+        prompt = [special[BOS], *tokenizer.encode(text)]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
     engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
@@ -37,3 +40,14 @@ def main(run: GenerateRun) -> int:
             break
     print(tokenizer.decode(sequence.tokens[len(prompt) :]))
     return 0
+
+
+def _standard_input() -> str:
+    """Return what standard input holds, without the newline that ends its last line."""
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt=-: standard input is not UTF-8 at byte {error.start}: convert it") from None
+    if not text.removesuffix("\n"):
+        raise ConfigError("prompt=-: standard input is empty: give the prompt there, as in prompt=- < prompt.txt")
+    return text.removesuffix("\n")

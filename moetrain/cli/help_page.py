@@ -20,7 +20,8 @@ def overview() -> str:
     lines = ["moetrain COMMAND [key=value ...]      moetrain COMMAND --help lists every key", ""]
     summaries = {name: _summary(schema) for name, schema in SCHEMAS.items()}
     summaries["check"] = "Compose and check every config and recipe, or the command line that follows; runs nothing."
-    lines += [f"  {name:<16}{summary}" for name, summary in summaries.items()]
+    width = max(map(len, summaries)) + 2
+    lines += [f"  {name:<{width}}{summary}" for name, summary in summaries.items()]
     recipes = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
     lines += ["", f"recipes: {', '.join(recipes)}"]
     return "\n".join(lines)

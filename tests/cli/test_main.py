@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one line for a mistake, plugins, and no torch before the input is checked."""
 
+import io
 import os
 import subprocess
 import sys
@@ -37,6 +38,22 @@ def test_help_lists_every_key_with_its_docstring(command: str, capsys: pytest.Ca
     for key, _ in leaf_keys(SCHEMAS[command]):
         assert f"  {key} (" in page
     assert "Name" in page
+
+
+def test_the_overview_separates_each_command_from_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for command in [*SCHEMAS, "check"]:
+        assert any(line.startswith(f"  {command}  ") for line in lines), command
+
+
+@pytest.mark.parametrize(("sent", "message"), [(b"\xff", "not UTF-8 at byte 0"), (b"\n", "standard input is empty")])
+def test_a_prompt_from_standard_input_that_is_none_is_refused(
+    sent: bytes, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
+    assert main(["generate", f"init_from={tmp_path}", "prompt=-"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,11 +136,19 @@ def test_a_path_that_no_file_can_have_is_one_line(capsys: pytest.CaptureFixture[
         assert said.count("\n") == 1
 
 
-def test_checking_a_command_line_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_command_line_says_what_is_right_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["check", "pretrain", "train.steps=5"]) == 0
+    words = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ["ok  config", "ok  inputs", "ok  folder", "ok  names", "ok  records", "ok  resume"]
     assert main(["check", "pretrain", "train.steps=0"]) == 2
+    assert capsys.readouterr().out == ""
+    assert main(["check", "run", "recipe=k2_nano", "sft.train.steps=50"]) == 0
+    assert "ok  sft: config and inputs of `sft`\n" in capsys.readouterr().out
     assert main(["check", "run", "recipe=k2_nano", "sft.train.steps=0"]) == 2
+    assert main(["check", "check", "sft"]) == 2
     assert list(tmp_path.iterdir()) == []
 
 
