@@ -1,10 +1,15 @@
-"""Rates with their uncertainty: Wilson intervals, and the interval of a paired difference."""
+"""Rates with their uncertainty: Wilson's interval of a rate, Tango's of a paired difference, McNemar's exact test.
+
+All three hold on few tasks, where an interval of normal theory is too narrow and is empty when nothing changed.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_BISECTIONS = 50  # to the last digits of a float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +29,18 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two rates on the same tasks and its 95 % interval."""
+    """A difference of two rates on the same tasks, its 95 % interval and the p-value of no difference."""
 
     value: float
     low: float
     high: float
     count: int
+    gained: int
+    """Tasks that failed before and succeed after."""
+    lost: int
+    """Tasks that succeeded before and fail after."""
+    p_value: float
+    """Two-sided exact McNemar test."""
 
 
 def wilson(outcomes: Sequence[bool]) -> Rate:
@@ -44,12 +55,51 @@ def wilson(outcomes: Sequence[bool]) -> Rate:
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Difference:
-    """Return the mean of after - before over the same tasks, with the normal interval of the mean of paired values."""
+    """Return the mean of after - before over the same tasks, with Tango's score interval."""
     if len(before) != len(after) or not before:
         raise ValueError(f"{len(before)} and {len(after)} outcomes cannot be paired: give the same tasks on both sides")
-    values = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
-    count = len(values)
-    mean = sum(values) / count
-    variance = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
-    half = _Z * math.sqrt(variance / count)
-    return Difference(value=mean, low=mean - half, high=mean + half, count=count)
+    count = len(before)
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost = sum(a and not b for a, b in zip(before, after, strict=True))
+    return Difference(
+        value=(gained - lost) / count,
+        low=-_upper_bound(lost, gained, count=count),
+        high=_upper_bound(gained, lost, count=count),
+        count=count,
+        gained=gained,
+        lost=lost,
+        p_value=mcnemar(gained, lost),
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the exact two-sided p-value that tasks are as likely gained as lost (McNemar, Psychometrika 12, 1947)."""
+    changed = gained + lost
+    tail = sum(math.comb(changed, number) for number in range(min(gained, lost) + 1))
+    return min(1.0, float(Fraction(2 * tail, 1 << changed)))  # exact also where a float overflows
+
+
+def _upper_bound(gained: int, lost: int, *, count: int) -> float:
+    """Return the largest difference that the score test does not reject (Tango, Statistics in Medicine 17, 1998)."""
+    low, high = (gained - lost) / count, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if _score(gained, lost, count=count, difference=middle) > -_Z:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _score(gained: int, lost: int, *, count: int, difference: float) -> float:
+    """Return Tango's statistic, standard normal when the true difference is `difference`."""
+    # The share of lost tasks that is likeliest under this difference solves a x^2 + b x + c = 0.
+    a = 2 * count
+    b = (2 * count - gained + lost) * difference - gained - lost
+    c = -lost * difference * (1 - difference)
+    share = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = count * (2 * share + difference * (1 - difference))
+    excess = gained - lost - count * difference
+    if variance <= 0:
+        return math.copysign(math.inf, excess) if excess else 0.0
+    return excess / math.sqrt(variance)

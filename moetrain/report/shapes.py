@@ -30,7 +30,11 @@ def _each(value: Mapping[str, Any], *, names: str = "") -> dict[str, Any]:
 _TEXT, _NUMBER, _WHOLE, _LIST = ({"type": kind} for kind in ("string", "number", "integer", "array"))
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _BYTES = {"type": "integer", "exclusiveMinimum": 0}
-_RATE = _object({"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE})
+_NUMBER_OR_NULL = {"type": ["number", "null"]}  # null stands for NaN: no tasks, or weights that are not finite
+_RATE = _object({"value": _NUMBER_OR_NULL, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE})
+_DIFFERENCE = _object(
+    {"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE}, gained=_WHOLE, lost=_WHOLE, p_value=_NUMBER
+)
 _MODE = _object(
     {"all": _RATE, "by_calls": _each(_RATE, names="^[0-9]+$"), "after_tool_error": _RATE},
     without_tool_error=_RATE,
@@ -65,11 +69,11 @@ SUMMARY_SHAPE: Schema = {
 EVALUATION_SHAPE: Schema = _object(
     {"modes": _each(_MODE)},
     masters=_each(_object({"all": _RATE}, after_tool_error=_RATE)),
-    paired=_each(_RATE),
+    paired=_each(_DIFFERENCE),
     graders=_object({"null_policy": _NUMBER, "perfect_expert": _NUMBER, "num_tasks": _WHOLE}),
     trained_calls={"type": "array", "items": _WHOLE},
     language=_each(_NUMBER),
-    divergence=_object(dict.fromkeys(("mean_kl", "max_kl", "top1_changed", "num_tokens"), _NUMBER)),
+    divergence=_object({**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _WHOLE}),
     digests=_object(),
     code_changes=_object({"code_flip_rate": _NUMBER, "scale_change_rate": _NUMBER}),
     export=_object({"bytes": _BYTES, "bf16_bytes": _BYTES}),

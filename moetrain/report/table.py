@@ -87,7 +87,7 @@ def success_table(run: Run) -> Table | None:
     longer = [_beside(stage, mode, LONGER) for stage, mode in columns]
     for calls in _calls(summary for summary in longer if summary):
         add(f"{calls}, longer", [summary["by_calls"].get(calls) if summary else None for summary in longer])
-    notes = ["% of tasks right, with 95 % intervals (Wilson); the databases and phrasings are not those of training"]
+    notes = ["% of tasks right, with 95 % intervals (Wilson), on held-out tasks"]
     if len(trained) == 2:
         notes.append(f"trained on tasks of {trained[0]} to {trained[1]} calls")
     notes += _graded(run.evaluations[-1].evaluation)
@@ -101,12 +101,13 @@ def difference_table(run: Run) -> Table | None:
             f"{stage.weights} {mode_title(mode)}",
             f"{100 * row['value']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            *([str(row["gained"]), str(row["lost"]), f"{row['p_value']:.2g}"] if "p_value" in row else [NONE] * 3),
             str(row["count"]),
         ]
         for stage in run.evaluations
         for mode, row in stage.evaluation.get("paired", {}).items()
     ]
-    header = ["success", "points", "95 % interval", "tasks"]
+    header = ["success", "points", "95 % interval", "gained", "lost", "exact p", "tasks"]
     return Table(title="Against the earlier evaluation, paired by task", header=header, rows=rows) if rows else None
 
 
@@ -237,7 +238,9 @@ def _graded(evaluation: dict[str, Any]) -> list[str]:
 def _divergence(stage: Stage) -> str:
     """Return how far the export is from its masters, and how many of its codes training has changed."""
     row, changes, said = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
-    if row:
+    if row and row["mean_kl"] is None:
+        said.append("KL(bf16 || INT4) is not finite")
+    elif row:
         said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats a token on average, at most {row['max_kl']:.3g}")
         said.append(f"likeliest token changed at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
     if changes:
