@@ -27,7 +27,7 @@ from moetrain.ranges import COUNT, check_ranges
 
 @dataclass(kw_only=True)
 class VerifyExportsRun(StageRun):
-    """Shows that an INT4 export is what was trained: for its masters, for transformers and for our own model."""
+    """Shows that a quantised export is what was trained: for its masters, for transformers and for our own model."""
 
     masters: str | None = None
     """Stage or checkpoint that the export of init_from was made of."""

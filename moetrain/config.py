@@ -94,7 +94,7 @@ class TrainingRun(StageRun):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over processes."""
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """INT4 quantisation-aware training."""
+    """Quantisation-aware training of the routed experts."""
 
     def __post_init__(self) -> None:
         """Check what spans sections."""
@@ -215,10 +215,10 @@ def check_length(model: ModelConfig, *, name: str, length: int) -> None:
 
 @dataclass(kw_only=True)
 class ExportRun(StageRun):
-    """Export to a folder that transformers loads: routed experts in INT4, tokenizer, chat template and config."""
+    """Export to a folder that transformers loads: quantised routed experts, tokenizer, chat template and config."""
 
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """Grid of the experts, for weights that were trained without one; others keep theirs."""
+    """Format and grid of the experts, for weights that were trained without one; others keep theirs."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """What is written."""
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig, ScoreFunction, YarnConfig
-from moetrain.quant.config import GridName, QuantConfig
+from moetrain.quant.config import QuantConfig, quant_config
 
 _LEFT_OUT = ("path", "tokens_per_micro_batch")
 
@@ -24,8 +25,12 @@ def model_of(identity: Mapping[str, Any]) -> ModelConfig:
 
 def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
     """Return the quantisation section of an identity as a config."""
-    fields = dict(identity["quant"])
-    return QuantConfig(grid=GridName(fields.pop("grid")), **fields)
+    return quant_config(identity["quant"])
+
+
+def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the fields that older versions did not write, at the values which they had then."""
+    return {**identity, "quant": asdict(quant_of(identity))} if "quant" in identity else dict(identity)
 
 
 def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:

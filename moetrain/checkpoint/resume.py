@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint import read as checkpoint
-from moetrain.checkpoint.identity import as_kept
+from moetrain.checkpoint.identity import as_kept, upgraded
 from moetrain.errors import CheckpointError
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology
@@ -93,7 +93,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
 def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` when a checkpoint is of a run with another identity; it names each field."""
     as_written = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    changed = differences(as_kept(loaded.state["identity"]), as_written)  # older ones hold more
+    changed = differences(as_kept(upgraded(loaded.state["identity"])), as_written)  # older ones hold more
     if changed:
         raise CheckpointError(
             f"{loaded.path}: was written by a run with another configuration ({'; '.join(changed)}); "

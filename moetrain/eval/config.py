@@ -27,7 +27,7 @@ class EvalConfig:
     before: str | None = None
     """Stage folder of an earlier evaluation of the same tasks; differences are paired with it."""
     codes_before: str | None = None
-    """Weights of an earlier stage; the share of INT4 codes and scales that differ from theirs is given."""
+    """Weights of an earlier stage; the share of codes and scales that differ from theirs is given."""
     kl_tasks: int = 64
     """Trajectories on which the KL divergence between masters and export is measured."""
     num_traces: int = 8

@@ -1,6 +1,6 @@
-"""The `pack-quantized` form of compressed-tensors: its part of config.json, and experts as packed tensors, both ways.
+"""Quantised experts as compressed-tensors stores them: its part of config.json, and tensors by name, both ways.
 
-No rounding happens here: codes and scales come from `quant.grids`, words from `quant.codec`.
+No rounding happens here: codes and scales come from `quant.grids`, their packing from the row of `quant.formats`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,42 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.errors import CheckpointError
 from moetrain.hf.names import fused_tensors, hf_disk_tensors
-from moetrain.quant.codec import PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX, decode, encode
-from moetrain.quant.config import GridName
-from moetrain.quant.grids import GRIDS, Quantized
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.formats import FORMATS, Format
+from moetrain.quant.grids import Quantized
 
 _WEIGHT_SUFFIX = ".weight"
 
 
-def quantization_config(*, grid: GridName, group_size: int, ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_config(quant: QuantConfig, *, ignore: Iterable[str]) -> dict[str, Any]:
     """Return config.json's `quantization_config`: every linear layer is packed but those named in `ignore`.
 
-    The keys are those of the released Kimi K2 Thinking; compressed-tensors refuses any it does not know.
+    compressed-tensors refuses keys that it does not know.
     """
-    weights = {
-        "num_bits": GRIDS[grid].num_bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group_size,
-        "dynamic": False,
-        "observer": "minmax",
-        "observer_kwargs": {},
-        "actorder": None,
-        "block_structure": None,
-    }
+    row = FORMATS[quant.format]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": row.compression,
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "ignore": sorted(ignore),
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": weights,
+                "weights": {**row.weights, "group_size": quant.group_size},
                 "input_activations": None,
                 "output_activations": None,
             }
@@ -51,8 +39,10 @@ def quantization_config(*, grid: GridName, group_size: int, ignore: Iterable[str
     }
 
 
-def packed_tensors(name: str, quantized: Quantized, *, first_expert: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the fused experts tensor `name` as a packed triple for each expert and projection, by name on disk.
+def packed_tensors(
+    name: str, quantized: Quantized, *, format: Format, first_expert: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the fused experts tensor `name` as the format's tensors for each expert and projection, by name on disk.
 
     first_expert: number of the first of the experts that `quantized` holds.
     """
@@ -60,23 +50,22 @@ def packed_tensors(name: str, quantized: Quantized, *, first_expert: int = 0) ->
     scales = hf_disk_tensors({name: quantized.scales_XOG}, first_expert=first_expert)
     for (disk_name, codes_OI), (_, scales_OG) in zip(codes, scales, strict=True):
         one = Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)
-        yield from encode(disk_name.removesuffix(_WEIGHT_SUFFIX), one).items()
+        yield from format.named(disk_name.removesuffix(_WEIGHT_SUFFIX), one).items()
 
 
-def is_packed(name: str) -> bool:
-    """Return whether a tensor on disk is one of a packed triple."""
-    return name.endswith((PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX))
+def unpacked_experts(tensors: Mapping[str, Tensor], *, format: Format) -> dict[str, Quantized]:
+    """Return fused codes and scales by name in memory, from the format's tensors by name on disk.
 
-
-def unpacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Quantized]:
-    """Return fused codes and scales by name in memory, from packed triples by name on disk.
-
-    Raises CheckpointError when a tensor of a triple, or a matrix of an expert, is missing.
+    Raises CheckpointError when a tensor of a matrix, or a matrix of an expert, is missing.
     """
-    prefixes = [name.removesuffix(PACKED_SUFFIX) for name in tensors if name.endswith(PACKED_SUFFIX)]
-    if len(tensors) != 3 * len(prefixes):
-        raise CheckpointError(f"{len(tensors)} tensors for {len(prefixes)} packed weights: each has three")
-    matrices = {prefix: decode(prefix, tensors) for prefix in prefixes}
+    prefixes = dict.fromkeys(module_of(name, format=format) for name in tensors)
+    matrices = {prefix: format.read(prefix, tensors) for prefix in prefixes}
     codes = fused_tensors({prefix + _WEIGHT_SUFFIX: one.codes_XOI for prefix, one in matrices.items()})
     scales = fused_tensors({prefix + _WEIGHT_SUFFIX: one.scales_XOG for prefix, one in matrices.items()})
     return {name: Quantized(codes_XOI=codes[name], scales_XOG=scales[name]) for name in codes}
+
+
+def module_of(name: str, *, format: Format) -> str:
+    """Return the module that a packed tensor on disk belongs to."""
+    suffix = next(suffix for suffix in format.suffixes if name.endswith(suffix))
+    return name.removesuffix(suffix)

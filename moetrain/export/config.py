@@ -10,19 +10,19 @@ from moetrain.quant.consumers import Consumer
 class ExportFormat(StrEnum):
     """How the routed experts are stored; everything else is the same in each."""
 
-    int4 = "int4"
-    """Codes and scales, `pack-quantized` as compressed-tensors reads it."""
+    quantized = "quantized"
+    """Codes and scales in the format of the weights (`quant.format`), as compressed-tensors reads it."""
     bf16 = "bf16"
     """The masters, cast to bf16: not what a quantised model was trained as."""
     bf16_dequantized = "bf16_dequantized"
-    """The numbers that codes and scales stand for, in bf16: for engines without an INT4 kernel."""
+    """The numbers that codes and scales stand for, in bf16: for engines without a kernel for the format."""
 
 
 @dataclass(kw_only=True)
 class ExportConfig:
     """Writing a model for other programs."""
 
-    format: ExportFormat = ExportFormat.int4
+    format: ExportFormat = ExportFormat.quantized
     """How the routed experts are stored."""
     consumers: list[Consumer] = field(default_factory=lambda: [Consumer.transformers])
     """Programs that must compute from the folder what the model was trained to compute; a model that one of them would

@@ -1,5 +1,6 @@
 """An export read back: checked against its digests, then its model, its weights, and its codes and scales."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from moetrain.checkpoint.read import read_json
 from moetrain.errors import CheckpointError
-from moetrain.export.compressed_tensors import is_packed, unpacked_experts
+from moetrain.export.compressed_tensors import unpacked_experts
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
 from moetrain.export.layout import layout_of
@@ -16,7 +17,8 @@ from moetrain.hf.names import fused_tensors
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.state import TensorReader
-from moetrain.quant.config import GridName, QuantConfig
+from moetrain.quant.config import FormatName, QuantConfig, quant_config
+from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize
 
 
@@ -55,16 +57,16 @@ def read_export(folder: Path) -> Export:
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
     files = open_weights(folder)
-    experts = unpacked_experts({name: files[name] for name in files if is_packed(name)})
-    dense = fused_tensors({name: files[name] for name in files if not is_packed(name)})
-    grid = record["grid"]
+    quant = _quant_of(record, folder)
+    format = FORMATS[quant.format]
+    packed = {name for name in files if name.endswith(format.suffixes)}
+    experts = unpacked_experts({name: files[name] for name in files if name in packed}, format=format)
+    dense = fused_tensors({name: files[name] for name in files if name not in packed})
     export = Export(
         path=folder,
-        format=ExportFormat(record["report"]["format"]),
+        format=_format_of(record, folder),
         model=model,
-        quant=QuantConfig()
-        if grid is None
-        else QuantConfig(enabled=True, grid=GridName(grid["name"]), group_size=grid["group_size"]),
+        quant=quant,
         step=record["step"],
         record=record,
         dense=dense,
@@ -76,3 +78,26 @@ def read_export(folder: Path) -> Export:
         if name not in layout.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(f"{folder}: {name} is quantised in groups of {quantized.group_size}: not as recorded")
     return export
+
+
+def _quant_of(record: Mapping[str, Any], folder: Path) -> QuantConfig:
+    """Return format and grid of the experts from a record; not enabled where the file holds cast masters."""
+    grid = record["grid"]
+    if grid is None:
+        return QuantConfig()
+    fields = {"enabled": True, "grid": grid["name"], **{name: grid[name] for name in grid if name != "name"}}
+    try:
+        return quant_config(fields)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RECORD_FILE}: {error}; this version cannot read it") from error
+
+
+def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
+    """Return how the experts are stored; a record names the quantisation format where they are packed."""
+    stored = record["report"]["format"]
+    if stored in list(FormatName):
+        return ExportFormat.quantized
+    try:
+        return ExportFormat(stored)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RECORD_FILE}: format is {stored!r}; this version cannot read it") from error

@@ -23,6 +23,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.consumers import Consumer
+from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import dequantize, num_zero_groups, quantize
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ _BYTES_PER_BF16 = 2
 class ExportReport:
     """What was written. Bytes are those of the tensors, without the files' headers."""
 
-    format: ExportFormat
+    format: str
+    """The quantisation format where experts are packed, else the `ExportFormat`."""
     num_bytes: int = 0
     """Bytes of the weights as stored."""
     num_bytes_bf16: int = 0
@@ -78,9 +80,10 @@ def export_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
             "export with the tokenizer that the model was trained with"
         )
-    report = ExportReport(format=export.format)
+    is_packed = export.format is ExportFormat.quantized
+    report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
-        written = _disk_tensors(reader, layout=layout, quant=quant, report=report)
+        written = _disk_tensors(reader, layout=layout, quant=quant, format=export.format, report=report)
         report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
         config = _config(model, quant, export=export, layout=layout, tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
@@ -93,7 +96,7 @@ def export_model(
     _log.info(
         "exported %s as %s: %.1f MB (%.1f MB in bf16), %d parameters quantised, %d of %d groups zero",
         folder,
-        export.format.value,
+        report.format,
         report.num_bytes / _BYTES_PER_MEGABYTE,
         report.num_bytes_bf16 / _BYTES_PER_MEGABYTE,
         report.num_quantized,
@@ -107,11 +110,15 @@ def export_model(
 
 def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
     """Return for each consumer why it would not compute the export as trained; no reason when it would."""
-    return {consumer: obstacles(model, consumer) for consumer in Consumer}
+    reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
+    if format is ExportFormat.quantized and model.num_moe_layers:
+        for consumer in Consumer:
+            reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)
+    return reasons
 
 
 def _disk_tensors(
-    reader: StateReader, *, layout: Layout, quant: QuantConfig, report: ExportReport
+    reader: StateReader, *, layout: Layout, quant: QuantConfig, format: ExportFormat, report: ExportReport
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what the files hold, tensor by tensor and expert by expert, and count it in `report`."""
     for name, shape in layout.shapes.items():
@@ -124,15 +131,15 @@ def _disk_tensors(
         for expert in range(shape[0]):
             weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
             report.num_bytes_bf16 += size * _BYTES_PER_BF16
-            if report.format is ExportFormat.bf16:
+            if format is ExportFormat.bf16:
                 yield from hf_disk_tensors({name: layout.stored(name, weight_1OI)}, first_expert=expert)
                 continue
             quantized = quantize(weight_1OI, grid=quant.grid, group_size=quant.group_size)
             report.num_quantized += size
             report.num_groups += quantized.scales_XOG.numel()
             report.num_zero_groups += num_zero_groups(quantized)
-            if report.format is ExportFormat.int4:
-                yield from packed_tensors(name, quantized, first_expert=expert)
+            if format is ExportFormat.quantized:
+                yield from packed_tensors(name, quantized, format=FORMATS[quant.format], first_expert=expert)
             else:
                 yield from hf_disk_tensors({name: dequantize(quantized)}, first_expert=expert)
 
@@ -141,10 +148,8 @@ def _config(
     model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, layout: Layout, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     config = {**to_hf_config(model), "dtype": "bfloat16", **_token_ids(tokenizer)}
-    if export.format is ExportFormat.int4:
-        config["quantization_config"] = quantization_config(
-            grid=quant.grid, group_size=quant.group_size, ignore=layout.unquantized_linears
-        )
+    if export.format is ExportFormat.quantized:
+        config["quantization_config"] = quantization_config(quant, ignore=layout.unquantized_linears)
     return config
 
 
@@ -156,11 +161,11 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 def _record(
     quant: QuantConfig, report: ExportReport, *, tokenizer: Tokenizer, step: int, sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    grid = None if report.format is ExportFormat.bf16 else {"name": quant.grid.value, "group_size": quant.group_size}
+    grid = {"format": quant.format.value, "name": quant.grid.value, "group_size": quant.group_size}
     return {
         "step": step,
         "sources": dict(sources),
-        "grid": grid,
+        "grid": grid if report.num_quantized else None,
         "tokenizer": tokenizer.digest,
         "report": asdict(report),
     }

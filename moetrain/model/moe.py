@@ -69,7 +69,7 @@ class Experts(Recomputable):
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, width, dtype=torch.float32))
 
     def compute_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through the INT4 grid.
+        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through codes and scales.
 
         Masters where the native kernels are in use, which cast what they read.
         """

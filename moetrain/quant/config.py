@@ -1,31 +1,74 @@
-"""What is quantised and on which grid. No torch here."""
+"""What is quantised, in which format and on which grid. No torch here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
 
 from moetrain.errors import ConfigError
 
 
+class FormatName(StrEnum):
+    """A row of `quant.formats.FORMATS`: how codes and scales are stored."""
+
+    int4 = "int4"
+
+
 class GridName(StrEnum):
-    """A row of `quant.grids.GRIDS`."""
+    """A row of `quant.grids.GRIDS`: how a weight becomes a code and a scale."""
 
     kimi7 = "kimi7"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a format allows. grids: those whose codes it stores. group_step: group sizes are multiples of it.
+    largest_group: largest group size, None when there is no limit."""
+
+    grids: tuple[GridName, ...]
+    group_step: int
+    largest_group: int | None = None
+
+
+LIMITS: Mapping[FormatName, Limits] = MappingProxyType(
+    {
+        FormatName.int4: Limits(grids=(GridName.kimi7,), group_step=8),  # 8 codes fill one int32 word
+    }
+)
+"""The limits of every format."""
+
+
 @dataclass(kw_only=True)
 class QuantConfig:
-    """Fake-quant INT4 of the routed experts, with a straight-through gradient."""
+    """Fake quantisation of the routed experts, with a straight-through gradient."""
 
     enabled: bool = False
     """Train with quantised expert weights."""
+    format: FormatName = FormatName.int4
+    """How codes and scales are stored, which decides who can read them."""
     grid: GridName = GridName.kimi7
-    """Grid of codes and scales; kimi7 is the one of the released Kimi K2 Thinking."""
+    """Grid of codes and scales, one of the format's; kimi7 is the one of the released Kimi K2 Thinking."""
     group_size: int = 32
     """Consecutive inputs that share a scale."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.group_size < 8 or self.group_size % 8:
+        """Check ranges, and that the format stores the grid."""
+        limits = LIMITS[self.format]
+        if self.grid not in limits.grids:
+            names = ", ".join(limits.grids)
             raise ConfigError(
-                f"quant.group_size is {self.group_size}: give a multiple of 8 (8 codes fill one int32 word)"
+                f"quant.grid is {self.grid}: quant.format={self.format} stores {names}; "
+                f"set both, or select the group quant={self.format}"
             )
+        step, largest = limits.group_step, limits.largest_group or self.group_size
+        if not step <= self.group_size <= largest or self.group_size % step:
+            allowed = f"{step}" if limits.largest_group == step else f"a multiple of {step}"
+            raise ConfigError(f"quant.group_size is {self.group_size}: quant.format={self.format} takes {allowed}")
+
+
+def quant_config(fields: Mapping[str, Any]) -> QuantConfig:
+    """Return the config of fields that were written as JSON; without `format`, as older versions wrote them, INT4."""
+    named = {"format": FormatName.int4.value, **fields}
+    names = {"format": FormatName(named["format"]), "grid": GridName(named["grid"])}
+    return QuantConfig(**{**named, **names})

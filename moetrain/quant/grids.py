@@ -1,8 +1,8 @@
 """The numerics of record: how a weight matrix becomes codes and scales, and back.
 
-Training, rollout, export and evaluation all call these functions; nothing else in the package rounds a weight. Packing
-into words is `codec`, the straight-through gradient is `fake_quant`. The order of roundings is part of the contract and
-stands in docs/numerics.md.
+Training, rollout, export and evaluation all call these functions; nothing else in the package rounds a weight.
+`formats` packs codes and scales for files, `fake_quant` has the straight-through gradient. The order of roundings is
+part of the contract and stands in docs/numerics.md.
 
 Shape letters: X any leading axes (experts), O outputs, I inputs, G groups of consecutive inputs, S inputs in a group.
 """
@@ -28,16 +28,12 @@ ZERO_GROUP_SCALE = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A row of `GRIDS`: which codes there are, and the scale of a group."""
+    """A row of `GRIDS`: the scale of a group, and the code of a weight over its scale."""
 
-    num_bits: int
-    """Bits of a stored code."""
-    min_code: int
-    """Smallest code."""
-    max_code: int
-    """Largest code."""
     scales_of: Callable[[Tensor], Tensor]
     """bf16 groups [X, O, G, S] -> bf16 scales [X, O, G], before the policy for groups near zero."""
+    codes_of: Callable[[Tensor], Tensor]
+    """bf16 quotients of weights over scales, of any shape -> the nearest codes, in the same shape and dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +68,14 @@ def _kimi7_scales(weight_XOGS: Tensor) -> Tensor:
     return (amax_XOG / 7).to(torch.bfloat16)
 
 
+def _kimi7_codes(quotients: Tensor) -> Tensor:
+    return quotients.round().clamp(-7, 7)
+
+
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
     {
         # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes, and a grid that re-quantises to itself.
-        GridName.kimi7: Grid(num_bits=4, min_code=-7, max_code=7, scales_of=_kimi7_scales),
+        GridName.kimi7: Grid(scales_of=_kimi7_scales, codes_of=_kimi7_codes),
     }
 )
 """Every grid that can be named in a config."""
@@ -93,7 +93,7 @@ def quantize(weight_XOI: Tensor, *, grid: GridName, group_size: int) -> Quantize
     raw_scales_XOG = rule.scales_of(weight_XOGS)
     is_zero_XOG = raw_scales_XOG.abs() < SMALLEST_SCALE
     divisors_XOG1 = raw_scales_XOG.masked_fill(is_zero_XOG, torch.inf).unsqueeze(-1)  # gives codes 0
-    codes_XOGS = (weight_XOGS / divisors_XOG1).round().clamp(rule.min_code, rule.max_code)
+    codes_XOGS = rule.codes_of(weight_XOGS / divisors_XOG1)
     scales_XOG = raw_scales_XOG.masked_fill(is_zero_XOG, ZERO_GROUP_SCALE)
     return Quantized(codes_XOI=_ungrouped(codes_XOGS.to(torch.int8)), scales_XOG=scales_XOG)
 

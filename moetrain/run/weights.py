@@ -16,7 +16,7 @@ EXPORT = "model"
 def read_weights(init_from: str) -> Origin:
     """Return the weights of a stage's folder, a checkpoint, an export or a Hugging Face folder.
 
-    Those of an INT4 export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
+    Those of a quantised export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
     what is missing or damaged.
     """
     try:

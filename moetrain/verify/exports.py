@@ -1,4 +1,4 @@
-"""Whether an INT4 export is what was trained: against the masters, against transformers, and against our own model.
+"""Whether a quantised export is what was trained: against the masters, against transformers, and against our own model.
 
 transformers reads the folder with its stock classes and compressed-tensors; nothing of this package is between the file
 and its logits. B rows, T tokens, V vocabulary.
@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moetrain.errors import ConfigError
+from moetrain.export.compressed_tensors import module_of
 from moetrain.export.config import ExportFormat
-from moetrain.export.folder import RECORD_FILE, read_record, write_record
+from moetrain.export.folder import RECORD_FILE, open_weights, read_record, write_record
 from moetrain.export.layout import layout_of
 from moetrain.export.read import Export, read_export
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer
-from moetrain.quant.codec import PACKED_SUFFIX, SCALE_SUFFIX
+from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize, quantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
@@ -41,7 +42,7 @@ class ExportFault(StrEnum):
     code = "code"
     """One code of the first expert is another one, the digests made to agree."""
     scale = "scale"
-    """The sign of one scale of the first expert is turned, the digests made to agree."""
+    """One scale of the first expert is doubled, the digests made to agree."""
     norm = "norm"
     """Our model's last norm is larger by a thousandth."""
 
@@ -55,15 +56,17 @@ def verify_exports(
     num_tokens: int = 64,
     fault: ExportFault = ExportFault.none,
 ) -> list[Row]:
-    """Return the promises about the INT4 export `folder` of the fp32 `masters` (by name in memory), measured.
+    """Return the promises about the quantised export `folder` of the fp32 `masters` (by name in memory), measured.
 
     Logits are of `num_rows` rows of `num_tokens` random tokens. Raises CheckpointError for a damaged folder, and
     ConfigError for one that holds no codes.
     """
     with _planted(folder, fault=fault) as read_folder:
         export = read_export(read_folder)
-        if export.format is not ExportFormat.int4:
-            raise ConfigError(f"{folder} is an export of format {export.format.value}: verify one of format=int4")
+        if export.format is not ExportFormat.quantized:
+            wanted = f"export.format={ExportFormat.quantized}"
+            raise ConfigError(f"{folder} is an export of format {export.format}: verify one with {wanted}")
+        title = FORMATS[export.quant.format].title
         quantized = {
             name: quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
             for name in layout_of(export.model).experts
@@ -78,12 +81,12 @@ def verify_exports(
             theirs_BTV = _transformers_logits(loaded, tokens_BT)
             reference_BTV = _transformers_logits(_reference_model(export, loaded=loaded, weights=expected), tokens_BT)
             differing = int((theirs_BTV != reference_BTV).sum() + theirs_BTV.isnan().sum())
-            name = str(dtype).removeprefix("torch.")
+            name = f"{str(dtype).removeprefix('torch.')}: {title} file against dequantised weights"
             note = f"of {theirs_BTV.numel()} logits of transformers"
-            rows.append(Row(name=f"{name}: INT4 file against dequantised weights", value=differing, bound=0, note=note))
+            rows.append(Row(name=name, value=differing, bound=0, note=note))
         ours_BTV = _our_logits(export, tokens_BT=tokens_BT, fault=fault)  # the last dtype was float32
         rows.append(_agreement_row(ours_BTV, theirs_BTV))
-        rows.append(_size_row(export))
+        rows.append(_size_row(export, title=title))
     return rows
 
 
@@ -122,14 +125,14 @@ def _agreement_row(ours_BTV: Tensor, theirs_BTV: Tensor) -> Row:
     )
 
 
-def _size_row(export: Export) -> Row:
+def _size_row(export: Export, *, title: str) -> Row:
     report = export.record["report"]
-    num_int4, num_bf16 = int(report["num_bytes"]), int(report["num_bytes_bf16"])
+    num_packed, num_bf16 = int(report["num_bytes"]), int(report["num_bytes_bf16"])
     return Row(
-        name="bytes of INT4 over bytes of bf16",
-        value=num_int4 / num_bf16,
+        name=f"bytes of {title} over bytes of bf16",
+        value=num_packed / num_bf16,
         bound=1.0,
-        note=f"{num_int4} over {num_bf16}; {report['num_zero_groups']} of {report['num_groups']} groups are zero",
+        note=f"{num_packed} over {num_bf16}; {report['num_zero_groups']} of {report['num_groups']} groups are zero",
     )
 
 
@@ -177,22 +180,31 @@ def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Ten
 
 @contextmanager
 def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
-    """Give the folder, or a copy of it whose first packed tensor or scale carries the fault."""
-    suffix = {ExportFault.code: PACKED_SUFFIX, ExportFault.scale: SCALE_SUFFIX}.get(fault)
-    if suffix is None:
+    """Give the folder, or a copy of it whose first packed matrix carries the fault."""
+    if fault not in (ExportFault.code, ExportFault.scale):
         yield folder
         return
     record = read_record(folder)
+    format = FORMATS[read_export(folder).quant.format]
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "export"
         shutil.copytree(folder, copy)
-        path = min(copy.glob("*.safetensors"))
-        tensors = load_file(path)
-        name = min(name for name in tensors if name.endswith(suffix))
-        changed = tensors[name].clone()
-        first = changed.view(-1)
-        first[0] = first[0] ^ 1 if fault is ExportFault.code else -first[0]
-        save_file(tensors | {name: changed}, path, metadata={"format": "pt"})
+        files = open_weights(copy)
+        module = min(module_of(name, format=format) for name in files if name.endswith(format.suffixes))
+        changed = format.named(module, _changed(format.read(module, files), fault=fault))
+        for path in copy.glob("*.safetensors"):
+            tensors = load_file(path)
+            if here := {name: tensor for name, tensor in changed.items() if name in tensors}:
+                save_file(tensors | here, path, metadata={"format": "pt"})
         (copy / RECORD_FILE).unlink()
         write_record(copy, record)
         yield copy
+
+
+def _changed(quantized: Quantized, *, fault: ExportFault) -> Quantized:
+    codes_OI, scales_OG = quantized.codes_XOI.clone(), quantized.scales_XOG.clone()
+    if fault is ExportFault.code:
+        codes_OI[0, 0] = 0 if codes_OI[0, 0] else 1
+    else:
+        scales_OG[0, 0] *= 2
+    return Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)

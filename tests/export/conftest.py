@@ -62,7 +62,7 @@ def export(model_config: ModelConfig, masters: dict[str, torch.Tensor], tokenize
     """Return `export(folder, format=..., tensors=...)`."""
 
     def run(
-        folder: Path, *, format: ExportFormat = ExportFormat.int4, tensors: dict[str, torch.Tensor] | None = None
+        folder: Path, *, format: ExportFormat = ExportFormat.quantized, tensors: dict[str, torch.Tensor] | None = None
     ) -> ExportReport:
         return export_model(
             TensorReader(masters if tensors is None else tensors),

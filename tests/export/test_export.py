@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
-from moetrain.export.folder import open_weights
+from moetrain.export.folder import open_weights, read_record, write_record
 from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
 from moetrain.export.write import ExportReport, export_model
@@ -20,7 +20,7 @@ from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.apply import apply
-from moetrain.quant.config import GridName, QuantConfig
+from moetrain.quant.config import FormatName, GridName, QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import quantize
 
@@ -144,7 +144,7 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, export: Expo
 def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path, export: Exporter) -> None:
     export(tmp_path / "out", format=ExportFormat.bf16)
     export(tmp_path / "out")
-    assert read_export(tmp_path / "out").format is ExportFormat.int4
+    assert read_export(tmp_path / "out").format is ExportFormat.quantized
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -205,3 +205,23 @@ def test_the_record_says_who_reads_the_export_as_trained(tmp_path: Path, export:
 def test_an_export_for_nobody_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"export\.consumers is empty"):
         ExportConfig(consumers=[])
+
+
+def test_an_export_of_an_older_version_which_names_no_format_is_int4(tmp_path: Path, export: Exporter) -> None:
+    export(tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    del record["grid"]["format"]
+    (tmp_path / "out" / "moetrain.json").unlink()
+    write_record(tmp_path / "out", record)
+    read = read_export(tmp_path / "out")
+    assert (read.quant.format, read.format) == (FormatName.int4, ExportFormat.quantized)
+
+
+def test_an_export_of_an_unknown_grid_or_format_is_refused(tmp_path: Path, export: Exporter) -> None:
+    export(tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    for changes in ({"grid": {**record["grid"], "name": "kimi9"}}, {"report": {"format": "int3"}}):
+        (tmp_path / "out" / "moetrain.json").unlink()
+        write_record(tmp_path / "out", record | changes)
+        with pytest.raises(CheckpointError, match=r"moetrain\.json: .*(kimi9|int3).*this version cannot read it"):
+            read_export(tmp_path / "out")

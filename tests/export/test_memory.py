@@ -82,7 +82,7 @@ def _grown(folder: Path, target: Path, tokenizer: Path, format: str) -> float:
     return _status("VmHWM") - before
 
 
-@pytest.mark.parametrize("format", ["bf16", "int4"])
+@pytest.mark.parametrize("format", ["bf16", "quantized"])
 def test_an_export_is_streamed_within_its_bound(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer, format: str
 ) -> None:

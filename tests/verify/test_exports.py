@@ -39,7 +39,7 @@ def _config(*, q_lora_rank: int | None = 24, yarn: YarnConfig | None = None) -> 
     )
 
 
-def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = ExportFormat.int4) -> Tensors:
+def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = ExportFormat.quantized) -> Tensors:
     model = Transformer(config)
     initialize(model, 1)
     stream = torch.Generator().manual_seed(1)
@@ -101,5 +101,5 @@ def test_masters_of_another_step_miss_the_bounds(tmp_path: Path) -> None:
 
 def test_an_export_without_codes_is_refused(tmp_path: Path) -> None:
     masters = _exported(tmp_path / "bf16", _config(), format=ExportFormat.bf16)
-    with pytest.raises(ConfigError, match="format bf16: verify one of format=int4"):
+    with pytest.raises(ConfigError, match=r"format bf16: verify one with export\.format=quantized"):
         verify_exports(tmp_path / "bf16", masters=masters)

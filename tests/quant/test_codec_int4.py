@@ -7,9 +7,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as library_dequantize
 
 from moetrain.errors import CheckpointError
-from moetrain.quant.codec import decode, encode, pack, unpack
-from moetrain.quant.config import GridName
+from moetrain.quant.codec_int4 import pack, unpack
+from moetrain.quant.config import FormatName, GridName
+from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import dequantize, quantize
+
+INT4 = FORMATS[FormatName.int4]
 
 
 def _codes() -> torch.Tensor:
@@ -31,7 +34,7 @@ def test_unpack_inverts_pack() -> None:
 def test_compressed_tensors_dequantises_the_encoded_matrix_to_the_same_bits() -> None:
     weight = 0.02 * torch.randn(24, 64, generator=torch.Generator().manual_seed(5))
     quantized = quantize(weight, grid=GridName.kimi7, group_size=32)
-    tensors = encode("m", quantized)
+    tensors = INT4.named("m", quantized)
     args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
     codes = unpack_from_int32(tensors["m.weight_packed"], 4, torch.Size(tensors["m.weight_shape"].tolist()))
     theirs = library_dequantize(x_q=codes, scale=tensors["m.weight_scale"], args=args)
@@ -41,11 +44,11 @@ def test_compressed_tensors_dequantises_the_encoded_matrix_to_the_same_bits() ->
 
 def test_decode_inverts_encode_and_names_what_is_missing_or_wrong() -> None:
     quantized = quantize(torch.randn(8, 64), grid=GridName.kimi7, group_size=32)
-    tensors = encode("m", quantized)
-    back = decode("m", tensors)
+    tensors = INT4.named("m", quantized)
+    back = INT4.read("m", tensors)
     assert torch.equal(back.codes_XOI, quantized.codes_XOI)
     assert torch.equal(back.scales_XOG, quantized.scales_XOG)
     with pytest.raises(CheckpointError, match=r"m\.weight_scale is missing"):
-        decode("m", {name: t for name, t in tensors.items() if "scale" not in name})
+        INT4.read("m", {name: t for name, t in tensors.items() if "scale" not in name})
     with pytest.raises(CheckpointError, match=r"weight_shape says \[8, 32\]"):
-        decode("m", tensors | {"m.weight_shape": torch.tensor([8, 32], dtype=torch.int32)})
+        INT4.read("m", tensors | {"m.weight_shape": torch.tensor([8, 32], dtype=torch.int32)})

@@ -1,4 +1,4 @@
-"""Codes and scales to the tensors of a `pack-quantized` file, and back: bits and names, no rounding.
+"""INT4 codes and scales to the tensors of a `pack-quantized` file, and back: bits, no rounding.
 
 The layout is that of compressed-tensors: eight codes an int32 word along the inputs, code j of a word in bits 4j to
 4j + 3, stored as code + 8. Words are written through their bytes, least significant first.
@@ -17,9 +17,7 @@ from moetrain.errors import CheckpointError
 from moetrain.quant.grids import Quantized
 
 CODE_OFFSET = 8
-PACKED_SUFFIX = ".weight_packed"
-SCALE_SUFFIX = ".weight_scale"
-SHAPE_SUFFIX = ".weight_shape"
+SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 
 def pack(codes_XOI: Tensor) -> Tensor:
@@ -39,25 +37,19 @@ def unpack(words_XOW: Tensor) -> Tensor:
     return rearrange(nibbles_XOB2, "... B two -> ... (B two)").to(torch.int8) - CODE_OFFSET
 
 
-def encode(prefix: str, quantized: Quantized) -> dict[str, Tensor]:
-    """Return one matrix [out, in] as the three tensors that a file holds, named after the module `prefix`."""
+def encode(quantized: Quantized) -> dict[str, Tensor]:
+    """Return one matrix [out, in] as the three tensors that a file holds, by suffix."""
     shape = torch.tensor(quantized.codes_XOI.shape, dtype=torch.int32)
-    return {
-        prefix + PACKED_SUFFIX: pack(quantized.codes_XOI),
-        prefix + SCALE_SUFFIX: quantized.scales_XOG.contiguous(),
-        prefix + SHAPE_SUFFIX: shape,
-    }
+    packed_OW, scales_OG = pack(quantized.codes_XOI), quantized.scales_XOG.contiguous()
+    return dict(zip(SUFFIXES, (packed_OW, scales_OG, shape), strict=True))
 
 
-def decode(prefix: str, tensors: Mapping[str, Tensor]) -> Quantized:
-    """Return the matrix of the module `prefix` from a file's tensors. Raises CheckpointError when they do not agree."""
-    for suffix in (PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX):
-        if prefix + suffix not in tensors:
-            raise CheckpointError(f"{prefix + suffix} is missing: a packed weight is three tensors")
-    codes_OI, scales_OG = unpack(tensors[prefix + PACKED_SUFFIX]), tensors[prefix + SCALE_SUFFIX]
-    shape = tensors[prefix + SHAPE_SUFFIX].tolist()
+def decode(tensors: Mapping[str, Tensor]) -> Quantized:
+    """Return the matrix of three tensors by suffix. Raises CheckpointError when they do not agree."""
+    packed_OW, scales_OG, stated = (tensors[suffix] for suffix in SUFFIXES)
+    codes_OI, shape = unpack(packed_OW), stated.tolist()
     if list(codes_OI.shape) != shape:
-        raise CheckpointError(f"{prefix}: {list(codes_OI.shape)} codes are packed but weight_shape says {shape}")
+        raise CheckpointError(f"{list(codes_OI.shape)} codes are packed but weight_shape says {shape}")
     if scales_OG.shape[:-1] != codes_OI.shape[:-1] or codes_OI.shape[-1] % scales_OG.shape[-1]:
-        raise CheckpointError(f"{prefix}: scales of shape {list(scales_OG.shape)} do not fit codes of shape {shape}")
+        raise CheckpointError(f"scales of shape {list(scales_OG.shape)} do not fit codes of shape {shape}")
     return Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)
