@@ -83,6 +83,15 @@ class Topology:
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
+    def wait_for_main(self) -> None:
+        """Wait until the main rank calls this too, without a timeout as long as that rank is alive.
+
+        For work that the main rank does alone and that may take longer than `parallel.timeout_s`.
+        """
+        if self.watchdog is not None:
+            self.watchdog.wait_for_main()
+            self.barrier()  # every rank has seen it before the main rank may end, and the store with it
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

@@ -24,12 +24,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch.distributed as dist
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
 _BUSY_S = 0.02  # processor time between two looks from which on a thread computes, and does not wait
 _LONGEST_INTERVAL_S = 5.0
+_SHORTEST_PAUSE_S = 0.01  # between the first looks for what the main rank prepares, which often is there already
 _STORE_TIMEOUT = timedelta(seconds=10)
 _LAST_BEAT = -1  # of a rank that has waited for the whole time and ends: it arrived
 EXIT_CODE = 1
@@ -54,6 +56,7 @@ class Watchdog:
         """Watch the thread that calls this one, with a connection of its own to the store where the ranks met."""
         self.step: int | None = None
         self._beat = 0
+        self._num_waits = 0
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 10)
         self._watched = threading.get_ident()
@@ -67,6 +70,42 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         atexit.register(self._close)
+
+    def wait_for_main(self) -> None:
+        """Return when the main rank has called this as many times as this rank, however long that takes.
+
+        It is no collective, so no timeout of one holds. The process ends with a line when the main rank gives no sign
+        of life for `timeout_s`, or when the store is gone with it.
+        """
+        self._num_waits += 1
+        key = f"{self._prefix}/main/{self._num_waits}"
+        if self._rank == 0:
+            self._store.set(key, "done")
+            return
+        told: Place | None = None
+        told_at = time.monotonic()
+        pause_s = _SHORTEST_PAUSE_S
+        while True:
+            timer = self._end_in_a_while(self._without_main(time.monotonic() - told_at))
+            try:
+                is_done, place = self._store.check([key]), self._place_of(0)
+            except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
+                self._end(f"{self._without_main(time.monotonic() - told_at)}: {error}")
+            timer.cancel()
+            if is_done:
+                return
+            if place != told:
+                told, told_at = place, time.monotonic()
+            elif time.monotonic() - told_at > self._timeout_s:
+                self._end(self._without_main(self._timeout_s))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._interval_s)
+
+    def _without_main(self, silent_s: float) -> str:
+        return (
+            f"rank {self._rank} waits for what rank 0 prepares, and rank 0 has given no sign of life for "
+            f"{silent_s:.0f} s (stopped, or the process or the machine is gone)"
+        )
 
     def _close(self) -> None:
         """End the thread before the interpreter ends; a store that does not answer is not waited for without end."""
@@ -85,7 +124,7 @@ class Watchdog:
             try:
                 self._tell(place)
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    timer = self._end_unless_store_answers(place)
+                    timer = self._end_in_a_while(self._silent_store(place))
                     others = self._others()
                     if self._look().waits and time.clock_gettime(self._clock) - used_s <= _BUSY_S:
                         self._tell(replace(place, beat=_LAST_BEAT))
@@ -96,19 +135,21 @@ class Watchdog:
                     self._end(self._without_store(place, why=str(error)))
             self._over.wait(self._interval_s)
 
-    def _end_unless_store_answers(self, place: Place) -> threading.Timer:
-        """End this process in a while from now: a store whose process is stopped is waited for without end."""
-        longest_s = 2 * (3 * self._interval_s + 1.0) + _STORE_TIMEOUT.total_seconds()
-        others: dict[int, Place | None] = {0: None}
-        message = (
-            self._without_store(place, why=f"nothing came for {longest_s:g} s")
-            if launcher_keeps_store()
-            else hang_message(place, others, rank=self._rank, timeout_s=self._timeout_s)  # rank 0 keeps it
-        )
-        timer = threading.Timer(longest_s, self._end, args=[message])
+    @property
+    def _longest_answer_s(self) -> float:
+        return 2 * (3 * self._interval_s + 1.0) + _STORE_TIMEOUT.total_seconds()
+
+    def _end_in_a_while(self, message: str) -> threading.Timer:
+        """End this process unless cancelled: a call to a store whose process is stopped does not return."""
+        timer = threading.Timer(self._longest_answer_s, self._end, args=[message])
         timer.daemon = True
         timer.start()
         return timer
+
+    def _silent_store(self, place: Place) -> str:
+        if launcher_keeps_store():
+            return self._without_store(place, why=f"nothing came for {self._longest_answer_s:g} s")
+        return hang_message(place, {0: None}, rank=self._rank, timeout_s=self._timeout_s)  # rank 0 keeps it
 
     def _without_store(self, place: Place, *, why: str) -> str:
         return (
@@ -132,7 +173,7 @@ class Watchdog:
     def _others(self) -> dict[int, Place | None]:
         """Return where the other ranks are; None for one that told nothing during three looks.
 
-        This rank goes on telling meanwhile: others may be looking at it.
+        This rank continues to tell meanwhile: others may be looking at it.
         """
         first = self._read()
         end = time.monotonic() + 3 * self._interval_s + 1.0
@@ -143,14 +184,17 @@ class Watchdog:
         return {rank: place if lives[rank] else None for rank, place in second.items()}
 
     def _read(self) -> dict[int, Place | None]:
-        ranks = [rank for rank in range(self._world_size) if rank != self._rank]
-        told = {rank: self._store.check([self._key(rank)]) for rank in ranks}
-        return {rank: Place(**json.loads(self._store.get(self._key(rank)))) if told[rank] else None for rank in ranks}
+        return {rank: self._place_of(rank) for rank in range(self._world_size) if rank != self._rank}
+
+    def _place_of(self, rank: int) -> Place | None:
+        """Return what a rank told last; None when it has told nothing yet."""
+        key = self._key(rank)
+        return Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str) -> NoReturn:
         os.write(2, f"moetrain: {message}\n".encode())  # the main thread may hold the lock of sys.stderr
         os._exit(EXIT_CODE)  # it cannot be woken up
 

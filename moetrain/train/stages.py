@@ -139,7 +139,10 @@ def engine_of(sections: Sections) -> Engine:
 
 
 def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """Return what `make` gives, run on the main rank before the others; its error is raised on every rank."""
+    """Return what `make` gives, run on the main rank before the others; its error is raised on every rank.
+
+    The others wait for as long as it takes: reading a corpus and training a tokenizer on it is no hang.
+    """
     made: Tokenizer | None = None
     failure: MoetrainError | None = None
     if topology.is_main:
@@ -147,6 +150,7 @@ def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokeni
             made = make()
         except MoetrainError as error:
             failure = error
+    topology.wait_for_main()
     failure = topology.broadcast_object(failure)
     if failure is not None:
         raise failure

@@ -142,6 +142,40 @@ def test_a_process_ends_in_peace_while_its_watchdog_is_at_the_store() -> None:
     assert [program.wait(timeout=120) for program in programs] == [0] * 8
 
 
+PREPARES = """
+import os, signal, time
+from moetrain.parallel.config import ParallelConfig
+from moetrain.parallel.topology import setup
+from moetrain.train.stages import main_rank_first
+topology = setup(ParallelConfig(timeout_s=2))
+
+def longer_than_the_timeout():
+    if topology.is_main:
+        time.sleep(4)
+    return "prepared"
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+print(main_rank_first(topology, longer_than_the_timeout), flush=True)
+main_rank_first(topology, stop)
+"""
+
+
+def test_what_the_main_rank_prepares_may_take_longer_than_the_timeout_unless_it_is_dead() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = start_ranks(2, PREPARES, TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT=str(store.port))
+    try:
+        out, said = ranks[1].communicate(timeout=120)
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert out == "prepared\n", said
+    assert ranks[1].returncode == 1
+    assert "moetrain: rank 1 waits for what rank 0 prepares, and rank 0 has given no sign of life for 2 s" in said
+
+
 def test_a_rank_that_is_somewhere_else_is_named_with_its_line() -> None:
     own = Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=9)
     others = {0: Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=3)}
