@@ -7,7 +7,7 @@ import torch
 from moetrain.bench.contestant import Contestant, Kind
 from moetrain.commands import BenchTrainRun
 from moetrain.data.batch import TokenBatch
-from moetrain.kernels.choice import find, use
+from moetrain.kernels.choice import find
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
@@ -24,7 +24,6 @@ class Ours:
         self.run = run
         self.num_steps = 0
         library, _ = find(run.kernels)
-        use(library)
         self.setting = f"{Kernels.native if library else Kernels.torch} kernels"
         name = EngineName.torch if contestant.kind is Kind.moetrain_torch else EngineName.deepspeed
         self.engine = build_engine(
@@ -34,6 +33,7 @@ class Ours:
             quant_config=QuantConfig(),
             compute_dtype=torch.bfloat16,
             seed=run.run.seed,
+            library=library,
         )
 
     def choose(self, batch_of: Callable[[int], TokenBatch], steps: int) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from moetrain.bench.contestant import Contestant, Kind, Remote
 from moetrain.commands import BenchTrainRun, Peer
 from moetrain.errors import MoetrainError
-from moetrain.kernels.choice import find, use
+from moetrain.kernels.choice import find
 from moetrain.model.flops import flops_per_token, num_parameters
 from moetrain.train.peak import measure_peak
 
@@ -47,7 +47,7 @@ def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
     """
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    use(find(run.kernels)[0])  # for the peak
+    library, _ = find(run.kernels)
     remotes = [
         Remote(contestant, config=folder / "config.yaml", log=folder / f"{contestant.name.replace(' ', '_')}.log")
         for contestant in contestants(run, threads=threads)
@@ -57,7 +57,7 @@ def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
             remote.ask("prepare")  # one after the other: what they choose there is measured
         peaks = []
         for turn in range(run.repetitions):
-            peaks.append(measure_peak(dtype=torch.bfloat16, device=torch.device("cpu")))
+            peaks.append(measure_peak(dtype=torch.bfloat16, device=torch.device("cpu"), library=library))
             start = turn % len(remotes)
             for remote in remotes[start:] + remotes[:start]:
                 remote.ask("turn")

@@ -9,9 +9,11 @@ from enum import StrEnum
 import torch
 from torch.nn import functional as F
 
-from moetrain.kernels.choice import in_use, native_on
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import taking_kind
 from moetrain.model.config import ModelConfig
 from moetrain.model.layers import Linear, RMSNorm
+from moetrain.model.multiplying import Multiplying
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.rope import Rotation, rotate
 from moetrain.ops import native
@@ -55,15 +57,15 @@ Mask = FusedMask | Runs | list[Tile] | FirstSeen
 """What a row's tokens see, in the form of the path that attends: made once for all layers."""
 
 
-def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int) -> Mask:
+def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int, library: Library | None) -> Mask:
     """Return the mask of packed rows for heads whose widest of query, key and value is this wide.
 
-    First keys for the native kernel where it is in use, tiles for short rows on a CPU, runs for the flash kernel on a
-    GPU, and one square for torch's fused kernel where none of them goes. A token sees itself and earlier tokens of its
-    own segment; padding is a segment like any other.
+    It has the form of the path that attends: first keys for the native kernel where `library` takes the dtype, tiles
+    for short rows on a CPU, runs for the flash kernel on a GPU, and else one square for torch's fused kernel. A token
+    sees itself and earlier tokens of its own segment; padding is a segment like any other.
     """
     num_tokens = segments_BT.shape[1]
-    if native_on(segments_BT.device, dtype):
+    if taking_kind(library, segments_BT.device, dtype=dtype):
         return FirstSeen(first_seen_BT=first_seen(segments_BT).int())
     if takes_flash(segments_BT.device, dtype, width=width):
         return plan_runs(segments_BT)
@@ -88,7 +90,7 @@ def attend_fused(
     return out[..., :value_width]
 
 
-class Attention(Recomputable):
+class Attention(Recomputable, Multiplying):
     """Queries, and one latent from which keys and values of all heads are made; a rotary key shared by the heads."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -182,14 +184,13 @@ class Attention(Recomputable):
         mask: FirstSeen,
         measured_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        library = in_use()
-        assert library is not None, "the native kernels were put out of use between plan and attention"
+        assert self.library is not None, "the mask was planned for native kernels, which this module was not handed"
         rows = native.Rows(
             cosine_BTP=rotation.cos.squeeze(2), sine_BTP=rotation.sin.squeeze(2), first_seen_BT=mask.first_seen_BT
         )
         scale = self.config.softmax_scale
         out_BTHV, largest_BHT = native.latent_attention(
-            q, kv, k_rotary_BTR=k_rope_BTR, rows=rows, scale=scale, library=library
+            q, kv, k_rotary_BTR=k_rope_BTR, rows=rows, scale=scale, library=self.library
         )
         max_logits_H = None if measured_BT is None else largest_by_head(largest_BHT, measured_BI=measured_BT)
         return self.o_proj(out_BTHV.flatten(2)), max_logits_H

@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from moetrain.kernels.choice import native_on
+from moetrain.kernels.choice import taking_kind
 from moetrain.model.balance import required_biases, z_loss_sum
 from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.layers import FeedForward
+from moetrain.model.multiplying import Multiplying
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
 from moetrain.ops.combine import combine, spread
@@ -57,7 +58,7 @@ class Documents:
         return sums[:num_documents]
 
 
-class Experts(Recomputable):
+class Experts(Recomputable, Multiplying):
     """The routed experts of a layer that live here: SwiGLU, gate rows first, as transformers stores them."""
 
     def __init__(self, config: ModelConfig, *, num_local: int, compute_dtype: torch.dtype) -> None:
@@ -71,10 +72,10 @@ class Experts(Recomputable):
     def compute_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through codes and scales.
 
-        Masters where the native kernels are in use, which cast what they read.
+        Masters for the native kernels, which cast what they read.
         """
         if self.fake_quant is None:
-            if native_on(self.gate_up_proj.device, self.compute_dtype):
+            if taking_kind(self.library, self.gate_up_proj.device, dtype=self.compute_dtype):
                 return self.gate_up_proj, self.down_proj
             return self.gate_up_proj.to(self.compute_dtype), self.down_proj.to(self.compute_dtype)
         return (
@@ -102,7 +103,7 @@ class Experts(Recomputable):
         An expert without rows still has a gradient (zero).
         """
         gate_up_LGD, down_LDF = self.compute_weights()
-        return expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
+        return expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=self.library)
 
 
 class Dispatcher(Protocol):
@@ -132,11 +133,14 @@ class LocalDispatcher:
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         tokens_S = order_S // expert_ids_NK.shape[1]
         if self.expert_rows is None or len(order_S) <= self.expert_rows:
-            y_SD = experts.compute(spread(x_ND, order_S, num_chosen=expert_ids_NK.shape[1]), counts_E)
+            rows_SD = spread(x_ND, order_S, num_chosen=expert_ids_NK.shape[1], library=experts.library)
+            y_SD = experts.compute(rows_SD, counts_E)
         else:
             rounds = _local_rounds(counts_E, limit=self.expert_rows)
-            y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
-        return combine(y_SD, order_S, weights_NK=weights_NK)
+            y_SD = compute_in_rounds(
+                x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds, library=experts.library
+            )
+        return combine(y_SD, order_S, weights_NK=weights_NK, library=experts.library)
 
 
 def _local_rounds(counts_E: torch.Tensor, *, limit: int) -> list[Round]:

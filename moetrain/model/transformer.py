@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moetrain.kernels.build import Library
 from moetrain.model.attention import Attention, Mask, MaxLogits, plan_attention
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.layers import FeedForward, Linear, RMSNorm
 from moetrain.model.moe import Dispatcher, Documents, LocalDispatcher, MoE, RouterStatistics
+from moetrain.model.multiplying import Multiplying, set_kernels
 from moetrain.model.rope import RopeTable, Rotation, build_rope
 from moetrain.runtime import torch_stream
 
@@ -128,11 +130,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class Transformer(nn.Module):
+class Transformer(Multiplying):
     """A model of the DeepSeek-V3 / Kimi K2 shape. Parameters are fp32 masters and are left unset: see `initialize`.
 
-    Products run in `compute_dtype`. `expert_slice` says which of the routed experts live here (all by default); then
-    `dispatcher` must reach the others.
+    Products run in `compute_dtype`, by the native kernels of `library` where they take it. `expert_slice` says which of
+    the routed experts live here (all by default); then `dispatcher` must reach the others.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         compute_dtype: torch.dtype = torch.bfloat16,
+        library: Library | None = None,
         dispatcher: Dispatcher | None = None,
         expert_slice: slice | None = None,
     ) -> None:
@@ -156,6 +159,7 @@ class Transformer(nn.Module):
         )
         self.lm_head = Head(config.hidden_size, config.vocab_size)
         self._rope: RopeTable | None = None
+        set_kernels(self, library)
 
     def forward(
         self,
@@ -169,7 +173,7 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
         widest = max(self.config.qk_head_dim, self.config.v_head_dim)
-        mask = plan_attention(segments_BT, self.compute_dtype, width=widest)
+        mask = plan_attention(segments_BT, self.compute_dtype, width=widest, library=self.library)
         documents = Documents.of(segments_BT)
         measured_BT = segments_BT > 0 if max_logits is MaxLogits.measured else None
         statistics: list[BlockStatistics] = []

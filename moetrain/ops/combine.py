@@ -10,34 +10,39 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moetrain.kernels.choice import native_for
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import taking
 from moetrain.ops import native
 
 _SLICE_ELEMENTS = 1 << 18  # of a slice in float32: 1 MB, which stays in cache
 
 
-def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int) -> torch.Tensor:
+def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None) -> torch.Tensor:
     """Return rows [S, D], `num_chosen` of each token: row i is the token of (token, k) number `order_S[i]`."""
-    if library := native_for(x_ND):
-        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=library)
+    if found := taking(library, x_ND):
+        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=found)
     return x_ND.index_select(0, order_S // num_chosen)
 
 
-def permute(rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor) -> torch.Tensor:
+def permute(
+    rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor, library: Library | None
+) -> torch.Tensor:
     """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the way back."""
-    if library := native_for(rows_SD):
-        return native.spread(rows_SD, inverse_S[:, None], library=library)
+    if found := taking(library, rows_SD):
+        return native.spread(rows_SD, inverse_S[:, None], library=found)
     return rows_SD.index_select(0, order_S)
 
 
-def combine(y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:
+def combine(
+    y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor, library: Library | None
+) -> torch.Tensor:
     """Return the weighted sum [N, D] of a token's K rows, summed in float32, in the dtype of y.
 
     Row i of `y_SD` is (token, k) number `order_S[i]`.
     """
     inverse_S = inverse(order_S)
-    if library := native_for(y_SD):
-        return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=library)
+    if found := taking(library, y_SD):
+        return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=found)
     if y_SD.device.type == "cpu":
         return combine_in_slices(y_SD, order_S, inverse_S=inverse_S, weights_NK=weights_NK)
     return combine_plain(y_SD, inverse_S, weights_NK=weights_NK)

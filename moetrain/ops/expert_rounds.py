@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from moetrain.kernels.build import Library
 from moetrain.ops.experts import expert_rows
 
 Move = Callable[[torch.Tensor], torch.Tensor]
@@ -74,6 +75,7 @@ def compute_in_rounds(
     *,
     weights: tuple[torch.Tensor, torch.Tensor],
     rounds: Sequence[Round],
+    library: Library | None,
 ) -> torch.Tensor:
     """Return y_SD: row i is what its expert makes of token `tokens_S[i]`, in the dtype of x.
 
@@ -81,7 +83,7 @@ def compute_in_rounds(
     part in all rounds in the same order, forward and backward. The gradient of an expert whose rows lie in several
     rounds is the float32 sum of theirs.
     """
-    y_SD: torch.Tensor = _InRounds.apply(x_ND, *weights, tokens_S, rounds)  # type: ignore[no-untyped-call]
+    y_SD: torch.Tensor = _InRounds.apply(x_ND, *weights, tokens_S, rounds, library)  # type: ignore[no-untyped-call]
     return y_SD
 
 
@@ -94,15 +96,17 @@ class _InRounds(torch.autograd.Function):
         down_LDF: torch.Tensor,
         tokens_S: torch.Tensor,
         rounds: Sequence[Round],
+        library: Library | None,
     ) -> torch.Tensor:
         """Return y_SD."""
         y_SD = x_ND.new_empty(len(tokens_S), x_ND.shape[1])
         for now in rounds:
             x_RD = now.to_experts(x_ND.index_select(0, tokens_S[now.sent_P]))
-            y_RD = expert_rows(x_RD, now.counts_l, gate_up_LGD=gate_up_LGD[now.experts], down_LDF=down_LDF[now.experts])
+            own = {"gate_up_LGD": gate_up_LGD[now.experts], "down_LDF": down_LDF[now.experts]}
+            y_RD = expert_rows(x_RD, now.counts_l, **own, library=library)
             y_SD[now.sent_P] = now.from_experts(y_RD)
         ctx.save_for_backward(x_ND, gate_up_LGD, down_LDF, tokens_S)
-        ctx.rounds = rounds
+        ctx.rounds, ctx.library = rounds, library
         return y_SD
 
     @staticmethod
@@ -118,18 +122,24 @@ class _InRounds(torch.autograd.Function):
             x_RD = now.to_experts(x_ND.index_select(0, tokens_S[now.sent_P]))
             grad_y_RD = now.to_experts(grad_y_SD.index_select(0, now.sent_P))
             grad_x_RD, grad_gate_up_lGD, grad_down_lDF = _gradients(
-                x_RD, gate_up_LGD[now.experts], down_LDF[now.experts], counts_l=now.counts_l, grad_y_RD=grad_y_RD
+                *(x_RD, gate_up_LGD[now.experts], down_LDF[now.experts]),
+                counts_l=now.counts_l,
+                grad_y_RD=grad_y_RD,
+                library=ctx.library,
             )
             grad_gate_up_LGD[now.experts] += grad_gate_up_lGD
             grad_down_LDF[now.experts] += grad_down_lDF
             grad_rows_SD[now.sent_P] = now.from_experts(grad_x_RD)
         grad_x_ND = torch.zeros_like(x_ND).index_add_(0, tokens_S, grad_rows_SD)
-        return grad_x_ND, grad_gate_up_LGD.to(gate_up_LGD.dtype), grad_down_LDF.to(down_LDF.dtype), None, None
+        grads_of_weights = grad_gate_up_LGD.to(gate_up_LGD.dtype), grad_down_LDF.to(down_LDF.dtype)
+        return grad_x_ND, *grads_of_weights, None, None, None
 
 
-def _gradients(*tensors: torch.Tensor, counts_l: torch.Tensor, grad_y_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _gradients(
+    *tensors: torch.Tensor, counts_l: torch.Tensor, grad_y_RD: torch.Tensor, library: Library | None
+) -> tuple[torch.Tensor, ...]:
     """Compute a round once more and return the gradients of its rows and of both weights, which are `tensors`."""
     with torch.enable_grad():
         x_RD, gate_up_lGD, down_lDF = (tensor.detach().requires_grad_() for tensor in tensors)
-        y_RD = expert_rows(x_RD, counts_l, gate_up_LGD=gate_up_lGD, down_LDF=down_lDF)
+        y_RD = expert_rows(x_RD, counts_l, gate_up_LGD=gate_up_lGD, down_LDF=down_lDF, library=library)
     return torch.autograd.grad(y_RD, (x_RD, gate_up_lGD, down_lDF), grad_y_RD)

@@ -17,7 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moetrain.kernels.choice import native_for
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import taking
 from moetrain.ops import native
 from moetrain.ops.thread_parts import part_bounds, run_parts
 
@@ -26,14 +27,19 @@ ROW_MULTIPLE = 64
 
 
 def expert_rows(
-    x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
+    x_SD: torch.Tensor,
+    counts_L: torch.Tensor,
+    *,
+    gate_up_LGD: torch.Tensor,
+    down_LDF: torch.Tensor,
+    library: Library | None,
 ) -> torch.Tensor:
     """Return down(silu(gate x) * up x) of rows sorted by expert, `counts_L` int64 rows each, in the dtype of x.
 
     An expert without rows still has a gradient: zero.
     """
-    if library := native_for(x_SD):
-        return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=library)
+    if found := taking(library, x_SD):
+        return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=found)
     if x_SD.device.type == "cpu":
         return expert_written_out(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
     if x_SD.dtype == torch.bfloat16:

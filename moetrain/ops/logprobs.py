@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import native_for, using
+from moetrain.kernels.choice import taking
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
 _NATIVE_CHUNK_ELEMENTS = 1 << 22  # each chunk packs the head's weight anew
@@ -22,6 +22,7 @@ def chunked_logprobs(
     weight_VD: torch.Tensor,
     *,
     targets_N: torch.Tensor,
+    library: Library | None,
     temperatures_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float32 log-probabilities of the targets [N], and entropies [N], which have no gradient.
@@ -29,7 +30,7 @@ def chunked_logprobs(
     temperatures_N: float32 above 0, what the logits of each row are divided by; None is 1 everywhere.
     """
     found: tuple[torch.Tensor, torch.Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, temperatures_N
+        hidden_ND, weight_VD, targets_N, temperatures_N, library
     )
     return found
 
@@ -145,9 +146,9 @@ class _NativeHead:
         return grad_hidden_CD
 
 
-def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> _Head:
-    library = native_for(hidden_ND)
-    return _NativeHead(weight_VD, library) if library else _TorchHead(hidden_ND, weight_VD)
+def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, library: Library | None) -> _Head:
+    found = taking(library, hidden_ND)
+    return _NativeHead(weight_VD, found) if found else _TorchHead(hidden_ND, weight_VD)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -160,8 +161,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
         temperatures_N: torch.Tensor | None,
+        library: Library | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        head = _head(hidden_ND, weight_VD)
+        head = _head(hidden_ND, weight_VD, library=library)
         logits_shape = (len(targets_N), len(weight_VD))
         keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
         whole = Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
@@ -174,16 +176,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for column_N, column_C in zip(whole, read, strict=True):
                 column_N[chunk] = column_C
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, temperatures_N, *kept)
-        ctx.library = native_for(hidden_ND)
+        ctx.library = library
         ctx.mark_non_differentiable(whole.entropies_C)
         return whole.logprobs_C, whole.entropies_C
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         hidden_ND, weight_VD, targets_N, normalizers_N, temperatures_N, *kept = ctx.saved_tensors
-        with using(ctx.library):  # that of the forward pass, whose logits are in its chunks
-            head = _head(hidden_ND, weight_VD)
+        head = _head(hidden_ND, weight_VD, library=ctx.library)
         grad_hidden_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
         chunks = _chunks(len(targets_N), len(weight_VD), elements=head.chunk_elements)
         for index, rows in enumerate(chunks):
@@ -192,7 +193,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             temperatures_C = _part(temperatures_N, rows)
             chunk = _Chunk(hidden_CD, logits_CV, targets_N[rows], normalizers_N[rows], temperatures_C)
             grad_hidden_ND[rows] = head.backward(grads[0][rows], chunk, grad_VD=grad_VD)
-        return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None, None
+        return grad_hidden_ND, grad_VD.to(weight_VD.dtype), None, None, None
 
 
 def _part(temperatures_N: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

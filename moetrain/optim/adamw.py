@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moetrain.kernels.choice import in_use
+from moetrain.kernels.build import Library
 
 _SLICE_ELEMENTS = 1 << 17  # stepped at once on a CPU: 512 KB of each tensor, which stay in cache
 
@@ -21,13 +21,13 @@ def adamw_update(
     betas: Sequence[float],
     eps: float,
     weight_decay: float,
+    library: Library | None = None,
 ) -> None:
     """Step `param`, `exp_avg` and `exp_avg_sq` in place, as torch.optim.AdamW does; `step` counts from 1.
 
-    All four are contiguous and of one shape.
+    All four are contiguous and of one shape. library: native kernels, used for float32 on a CPU.
     """
     beta1, beta2 = betas
-    library = in_use()
     if library and param.device.type == "cpu" and param.dtype == torch.float32:
         library(
             "adamw_step",

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from moetrain.kernels.choice import in_use
+from moetrain.kernels.build import Library
 from moetrain.optim.config import NewtonSchulz, OptimizerName
 
 _JORDAN = (3.4445, -4.7750, 2.0315)  # kellerjordan.github.io/posts/muon: steepest at 0, lands in a band around 1
@@ -76,20 +76,17 @@ def nesterov(grad: torch.Tensor, momentum: torch.Tensor, *, decay: float) -> tor
     return grad.add(momentum, alpha=decay)
 
 
-def _dtype_of_products(direction_BMN: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for products of torch: float32 where native kernels are in use that widen bfloat16.
+def dtype_of_products(dtype: torch.dtype, *, library: Library | None) -> torch.dtype:
+    """Return the dtype in which Newton-Schulz runs: float32 where the native kernels widen bfloat16.
 
-    They do on a CPU whose instruction for bfloat16 is slow, or that has none; this does not go through them.
+    CPUs for which they do have a slow bfloat16 instruction or none. Newton-Schulz runs in torch, without the kernels.
     """
-    library = in_use()
-    slow = library is not None and not library.paired and direction_BMN.device.type == "cpu"
-    return torch.float32 if slow else dtype
+    return torch.float32 if library is not None and not library.paired else dtype
 
 
 def orthogonal_update(direction_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.dtype) -> torch.Tensor:
     """Return the float32 update 0.2 * sqrt(max(M, N)) * NewtonSchulz(direction): its RMS is that of an AdamW update."""
     scale = RMS_OF_ADAMW * math.sqrt(max(direction_BMN.shape[-2:]))
-    dtype = _dtype_of_products(direction_BMN, dtype)
     return newton_schulz(direction_BMN, schedule=schedule, dtype=dtype).float().mul_(scale)
 
 

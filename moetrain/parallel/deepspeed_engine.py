@@ -89,7 +89,9 @@ class DeepSpeedEngine:
         share_memory(deepspeed.comm.comm.cdb)
         if zero_stage == PARTITIONING_STAGE:
             mark_units(model)
-        self.optimizer = PartitionedOptimizer(self._groups(), config=optim_config, dtype=compute_dtype)
+        self.optimizer = PartitionedOptimizer(
+            self._groups(), config=optim_config, dtype=compute_dtype, library=model.library
+        )
         self.engine, _, _, _ = deepspeed.initialize(
             model=_ObjectiveModule(model, adapter=self._adapter()),
             optimizer=self.optimizer,

@@ -96,22 +96,22 @@ class AllToAllDispatcher:
         if self.expert_rows is None:
             received_GL = torch.empty_like(counts_GL)
             dist.all_to_all_single(received_GL, counts_GL, group=self.group)
-            y_SD = self._at_once(
-                spread(x_ND, order_S, num_chosen=num_chosen), counts_GL, received_GL=received_GL, experts=experts
-            )
-            return combine(y_SD, order_S, weights_NK=weights_NK)
+            rows_SD = spread(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
+            y_SD = self._at_once(rows_SD, counts_GL, received_GL=received_GL, experts=experts)
+            return combine(y_SD, order_S, weights_NK=weights_NK, library=experts.library)
 
         counts_HGL = [torch.empty_like(counts_GL) for _ in range(self.num_ranks)]
         dist.all_gather(counts_HGL, counts_GL, group=self.group)
         rounds = self._rounds(torch.stack(counts_HGL).cpu(), limit=self.expert_rows, device=x_ND.device)
         if len(rounds) > 1:
-            y_SD = compute_in_rounds(x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds)
+            y_SD = compute_in_rounds(
+                x_ND, tokens_S, weights=experts.compute_weights(), rounds=rounds, library=experts.library
+            )
         else:
             received_GL = torch.stack([counts[self.rank] for counts in counts_HGL])
-            y_SD = self._at_once(
-                spread(x_ND, order_S, num_chosen=num_chosen), counts_GL, received_GL=received_GL, experts=experts
-            )
-        return combine(y_SD, order_S, weights_NK=weights_NK)
+            rows_SD = spread(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
+            y_SD = self._at_once(rows_SD, counts_GL, received_GL=received_GL, experts=experts)
+        return combine(y_SD, order_S, weights_NK=weights_NK, library=experts.library)
 
     def _at_once(
         self, rows_SD: torch.Tensor, counts_GL: torch.Tensor, *, received_GL: torch.Tensor, experts: Experts
@@ -122,8 +122,10 @@ class AllToAllDispatcher:
         rows_RD = _all_to_all(rows_SD, splits)
         by_expert_R = _by_expert(received_GL)
         by_source_R = inverse(by_expert_R)
-        y_RD = experts.compute(permute(rows_RD, by_expert_R, inverse_S=by_source_R), received_GL.sum(dim=0))
-        return _all_to_all(permute(y_RD, by_source_R, inverse_S=by_expert_R), splits.reversed())
+        sorted_RD = permute(rows_RD, by_expert_R, inverse_S=by_source_R, library=experts.library)
+        y_RD = experts.compute(sorted_RD, received_GL.sum(dim=0))
+        y_RD = permute(y_RD, by_source_R, inverse_S=by_expert_R, library=experts.library)
+        return _all_to_all(y_RD, splits.reversed())
 
     def _rounds(self, counts_HGL: torch.Tensor, *, limit: int, device: torch.device) -> list[Round]:
         """Return the rounds, equally many on every rank: `counts_HGL` are what each rank H sends, known to all.

@@ -3,6 +3,7 @@
 import torch
 
 from moetrain.errors import ConfigError
+from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 from moetrain.model.moe import Dispatcher, LocalDispatcher
 from moetrain.model.recompute import set_recompute
@@ -28,10 +29,12 @@ def build_engine(
     quant_config: QuantConfig,
     compute_dtype: torch.dtype,
     seed: int,
+    library: Library | None = None,
 ) -> Engine:
     """Return an engine around a model that is initialised from `seed`, the same for every layout.
 
-    Raises ConfigError when the layout does not fit the processes or the experts.
+    library: the native kernels that it multiplies with, None for torch's. Raises ConfigError when the layout does not
+    fit the processes or the experts.
     """
     topology = setup(parallel_config)
     if model_config.num_experts % parallel_config.expert:
@@ -45,6 +48,7 @@ def build_engine(
         quant_config=quant_config,
         compute_dtype=compute_dtype,
         seed=seed,
+        library=library,
     )
     if parallel_config.engine == EngineName.torch:
         return TorchEngine(model, topology, optim_config=optim_config, compute_dtype=compute_dtype)
@@ -63,6 +67,7 @@ def _build_model(
     quant_config: QuantConfig,
     compute_dtype: torch.dtype,
     seed: int,
+    library: Library | None = None,
 ) -> Transformer:
     """Return this rank's part of the model, on its device: all of it but the experts, and its share of those."""
     num_local = config.num_experts // topology.expert_size
@@ -74,6 +79,7 @@ def _build_model(
     model = Transformer(
         config,
         compute_dtype=compute_dtype,
+        library=library,
         dispatcher=dispatcher,
         expert_slice=slice(first, first + num_local),
     )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 
-from moetrain.kernels.choice import in_use
+from moetrain.kernels.build import Library
 from moetrain.parallel.host_memory import sum_over
 from moetrain.parallel.partition import Slot, own_piece
 
@@ -37,10 +37,11 @@ class VectorGradients:
     bound. A vector exists from the first sum of a step to its end.
     """
 
-    def __init__(self, zero: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, zero: Any, groups: Sequence[Mapping[str, Any]], *, library: Library | None) -> None:
         assert zero.compute_grad_norm and not zero.check_grad_overflow, "the norm must be the first to read a gradient"
         self._zero = zero
         self._groups = groups
+        self._library = library
         self._reached: list[set[str]] = [set() for _ in groups]  # parameters whose gradient is in the vector
         methods: dict[str, Callable[..., Any]] = {
             "average_tensor": self._take,
@@ -103,17 +104,16 @@ class VectorGradients:
             for slot in group["slots"]:
                 if slot.name not in self._reached[index]:
                     own_piece(vector_P, slot.whole, partition=group["partition"]).zero_()
-            totals.append(sum_of_squares(vector_P))
+            totals.append(sum_of_squares(vector_P, library=self._library))
         total_G = torch.stack(totals)
         dist.all_reduce(total_G, group=self._zero.dp_process_group)
         norm: torch.Tensor = torch.linalg.vector_norm(total_G.float().sqrt())  # rounded where DeepSpeed rounds
         return norm
 
 
-def sum_of_squares(values_P: torch.Tensor) -> torch.Tensor:
+def sum_of_squares(values_P: torch.Tensor, *, library: Library | None) -> torch.Tensor:
     """Return the sum of squares of a contiguous float32 vector, float64."""
     total = torch.zeros((), dtype=torch.float64, device=values_P.device)
-    library = in_use()
     if values_P.device.type != "cpu":
         total += torch.linalg.vector_norm(values_P, dtype=torch.float64).square()
     elif library:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from moetrain.kernels.build import Library
 from moetrain.optim.adamw import adamw_update
 from moetrain.optim.config import OptimConfig, OptimizerName
-from moetrain.optim.muon import apply_update, nesterov, orthogonal_update
+from moetrain.optim.muon import apply_update, dtype_of_products, nesterov, orthogonal_update
 from moetrain.parallel.partition import Matrix, Partition, Slot, matrices_of, own_piece, whole_matrices
 from moetrain.parallel.state import STATE_NAMES
 
@@ -29,10 +30,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     clipped gradient in the vector's `.grad`; ZeRO 3 leaves the other groups in their list, without parameters.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, config: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, config: OptimConfig, dtype: torch.dtype, library: Library | None
+    ) -> None:
         super().__init__(groups, defaults={"lr": config.lr, "step": 0, "partition": None})
         self.config = config
-        self.dtype = dtype
+        self.dtype = dtype_of_products(dtype, library=library)
+        self.library = library
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, without its decorator: that imports torch's compiler, seconds of every start."""
@@ -69,6 +73,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                     betas=self.config.betas,
                     eps=self.config.eps,
                     weight_decay=self.config.weight_decay,
+                    library=self.library,
                 )
 
     def _step_muon(self, flat_P: torch.Tensor, group: Mapping[str, Any]) -> None:

@@ -10,7 +10,14 @@ from moetrain.data.batch import TokenBatch
 from moetrain.model.transformer import Transformer
 from moetrain.optim.adamw import adamw_update
 from moetrain.optim.config import OptimConfig, OptimizerName
-from moetrain.optim.muon import apply_update, logical_matrices, nesterov, orthogonal_update, parameter_rule
+from moetrain.optim.muon import (
+    apply_update,
+    dtype_of_products,
+    logical_matrices,
+    nesterov,
+    orthogonal_update,
+    parameter_rule,
+)
 from moetrain.parallel.protocol import (
     Objective,
     ObjectiveResult,
@@ -45,7 +52,7 @@ class TorchEngine:
         self.model = model
         self.topology = topology
         self.config = optim_config
-        self.compute_dtype = compute_dtype
+        self.muon_dtype = dtype_of_products(compute_dtype, library=model.library)
         self.loss_factor = 1
         self.num_steps = 0
         self.rules = {
@@ -103,10 +110,11 @@ class TorchEngine:
                 betas=config.betas,
                 eps=config.eps,
                 weight_decay=config.weight_decay,
+                library=self.model.library,
             )
             return
         direction_BMN = logical_matrices(name, nesterov(grad, state["momentum"], decay=config.momentum))
-        update_BMN = orthogonal_update(direction_BMN, schedule=config.newton_schulz, dtype=self.compute_dtype)
+        update_BMN = orthogonal_update(direction_BMN, schedule=config.newton_schulz, dtype=self.muon_dtype)
         apply_update(
             param, update_BMN.reshape(param.shape), learning_rate=learning_rate, weight_decay=config.weight_decay
         )

@@ -80,7 +80,7 @@ class VectorShards:
         self.zero = zero
         self.model = model
         self.optimizer = optimizer
-        self.gradients = VectorGradients(zero, optimizer.param_groups)
+        self.gradients = VectorGradients(zero, optimizer.param_groups, library=optimizer.library)
         self._share_masters()
 
     def _share_masters(self) -> None:

@@ -66,15 +66,13 @@ def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
 
 def _peak(run: TrainingRun) -> float:
     # These bring torch in; only a dry run of a stage that trains needs them here.
-    from moetrain.kernels.choice import using
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
     from moetrain.train.precision import DTYPES, settled
 
     device = default_device()
     dtype, library = settled(run.train, device=device, folder=run.run.path)
-    with using(library):
-        return measure_peak(dtype=DTYPES[dtype], device=device)
+    return measure_peak(dtype=DTYPES[dtype], device=device, library=library)
 
 
 def _bytes(count: int) -> str:

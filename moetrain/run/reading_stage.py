@@ -52,7 +52,8 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
     """Return a run's sections, data and place, its tokenizer in `folder`: for what trains outside a stage."""
     topology = setup(run.parallel)
     sections = sections_of(run)
-    sections.train = settle_products(sections.train, folder=folder, topology=topology)
+    products = settle_products(sections.train, folder=folder, topology=topology)
+    sections.train, sections.library = products.train, products.library
     tokenizer = main_rank_first(
         topology,
         lambda: stage_tokenizer(

@@ -35,7 +35,8 @@ def learn(run: RlRun, *, init_from: str) -> int:
         origin = read_weights(init_from)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
-        train = settle_products(run.train, folder=folder, topology=setup(run.parallel))
+        products = settle_products(run.train, folder=folder, topology=setup(run.parallel))
+        train = products.train
         engine = build_engine(
             run.model,
             run.parallel,
@@ -43,6 +44,7 @@ def learn(run: RlRun, *, init_from: str) -> int:
             quant_config=run.quant,
             compute_dtype=DTYPES[train.compute_dtype],
             seed=run.run.seed,
+            library=products.library,
         )
         start_from(engine, origin, model=run.model)
         # A stage that has checkpoints keeps its tokenizer: whether this is the same, resuming finds out.
@@ -54,8 +56,8 @@ def learn(run: RlRun, *, init_from: str) -> int:
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
-            products = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
-            summary = {"stage": folder.name, "steps": outcome.step, **products}
+            settled = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
+            summary = {"stage": folder.name, "steps": outcome.step, **settled}
             write_json(folder / SUMMARY, summary | outcome.counters.totals)
     return 0
 

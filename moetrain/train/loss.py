@@ -64,7 +64,9 @@ def token_logprobs(
         temperatures_N = None  # the same numbers with less work
 
     def read_out(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return chunked_logprobs(hidden_ND, weight_VD, targets_N=targets_N, temperatures_N=temperatures_N)
+        return chunked_logprobs(
+            hidden_ND, weight_VD, targets_N=targets_N, temperatures_N=temperatures_N, library=model.library
+        )
 
     logprobs_N, entropies_N = model.lm_head(hidden_ND, read_out)
     return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)

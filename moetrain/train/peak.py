@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from moetrain.files import read_json_or_empty, write_json
-from moetrain.kernels.choice import in_use, native_for
+from moetrain.kernels.build import Library
+from moetrain.kernels.choice import taking
 from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
 
@@ -16,16 +17,16 @@ _SIZE = 1024  # large enough to reach the ceiling on a CPU, small enough to stay
 _SECONDS = 0.3
 
 
-def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology) -> float:
+def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology, library: Library | None) -> float:
     """Return the matmul peak of all ranks together in FLOP/s, measured at the same time, kept in the JSON file `path`.
 
     A collective.
     """
-    kernels = ", native kernels" if in_use() else ""
+    kernels = ", native kernels" if library else ""
     key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}{kernels}"
     peak = topology.broadcast_object(kept(path, key) if topology.is_main else None)
     if peak is None:
-        own = torch.tensor(measure_peak(dtype=dtype, device=topology.device), dtype=torch.float64)
+        own = torch.tensor(measure_peak(dtype=dtype, device=topology.device, library=library), dtype=torch.float64)
         peak = float(topology.all_reduce_sum(own))
         if topology.is_main:
             keep(path, key, measured=peak)
@@ -42,13 +43,15 @@ def keep(path: Path, key: str, *, measured: float) -> None:
     write_json(path, read_json_or_empty(path) | {key: measured})
 
 
-def measure_peak(*, dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:
-    """Return the best FLOP/s of square products seen in `seconds`: torch's, or by turns the native kernels' in use."""
+def measure_peak(
+    *, dtype: torch.dtype, device: torch.device, library: Library | None, seconds: float = _SECONDS
+) -> float:
+    """Return the best FLOP/s of square products seen in `seconds`: torch's, or by turns those of `library`."""
     a_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     b_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [partial(torch.mm, a_MM, b_MM)]
-    if library := native_for(a_MM):
-        products.append(partial(linear, a_MM, b_MM.float(), library=library))
+    if found := taking(library, a_MM):
+        products.append(partial(linear, a_MM, b_MM.float(), library=found))
     fastest = float("inf")
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or fastest == float("inf"):

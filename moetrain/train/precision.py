@@ -3,16 +3,16 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import CURE, find, use
+from moetrain.kernels.choice import CURE, find
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
 from moetrain.train.config import ComputeDtype, TrainConfig
@@ -34,8 +34,19 @@ _SIZE = 512
 _SECONDS = 0.5
 
 
-def settle_products(train: _Config, *, folder: Path, topology: Topology) -> _Config:
-    """Return `train` with a dtype in place of `fastest` and kernels in place of `auto`, and use those from now on.
+@dataclass(frozen=True, kw_only=True)
+class Products(Generic[_Config]):
+    """What a run multiplies with. train: the config with a dtype and kernels in place of `fastest` and `auto`.
+
+    library: the native kernels, None for torch's.
+    """
+
+    train: _Config
+    library: Library | None
+
+
+def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Products[_Config]:
+    """Return what a run multiplies with.
 
     A collective: native where all ranks have it. What they come to is kept in the stage's folder: a run that goes on
     there goes on with the kernels and the dtype it began with. The main rank measures dtypes; an accelerator is not
@@ -66,9 +77,9 @@ def settle_products(train: _Config, *, folder: Path, topology: Topology) -> _Con
         _log.info("kernels: %s (%s)", kernels, why if everywhere or library is None else "not on all ranks")
         if topology.device.type == "cpu":
             keep(folder / MACHINE, _NATIVE, measured=float(everywhere))
-    use(library if everywhere else None)
     dtype = dtype_of(replace(train, kernels=kernels), device=topology.device, gain=kept_gain)
-    return replace(train, compute_dtype=dtype, kernels=kernels)
+    settled_train = replace(train, compute_dtype=dtype, kernels=kernels)
+    return Products(train=settled_train, library=library if everywhere else None)
 
 
 def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:

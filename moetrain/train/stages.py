@@ -19,6 +19,7 @@ from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import MoetrainError
 from moetrain.files import write_json
+from moetrain.kernels.build import Library
 from moetrain.log import Metrics
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import ModelConfig
@@ -54,7 +55,7 @@ Evaluate = Callable[[Engine, Tokenizer], Mapping[str, float]]
 
 @dataclass(kw_only=True)
 class Sections:
-    """The sections of a run's config that a training stage takes."""
+    """The sections of a run's config that a training stage takes. library: the native kernels, once settled."""
 
     model: ModelConfig
     data: DataConfig
@@ -63,6 +64,7 @@ class Sections:
     parallel: ParallelConfig
     quant: QuantConfig
     seed: int
+    library: Library | None = None
 
 
 def train_stage(
@@ -102,7 +104,8 @@ def train_stage(
         dialogues=made,
         mixes=mixes_of(sections.data, sections.train),
     )
-    sections = replace(sections, train=settle_products(sections.train, folder=folder, topology=topology))
+    products = settle_products(sections.train, folder=folder, topology=topology)
+    sections = replace(sections, train=products.train, library=products.library)
     engine = engine_of(sections)
     if origin is not None:
         start_from(engine, origin, model=sections.model)
@@ -135,6 +138,7 @@ def engine_of(sections: Sections) -> Engine:
         quant_config=sections.quant,
         compute_dtype=DTYPES[sections.train.compute_dtype],
         seed=sections.seed,
+        library=sections.library,
     )
 
 
@@ -193,7 +197,7 @@ def _reading(
             others={"data": asdict(sections.data), "digests": data.digests},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
-        peak_flops=total_peak(folder / MACHINE, dtype=dtype, topology=engine.topology),
+        peak_flops=total_peak(folder / MACHINE, dtype=dtype, topology=engine.topology, library=sections.library),
         qk_clip=optim.qk_clip,
     )
 

@@ -10,7 +10,7 @@ import torch
 from moetrain.errors import ConfigError
 from moetrain.kernels import build, choice
 from moetrain.kernels.build import SOURCES, UnavailableError, load
-from moetrain.kernels.choice import find, in_use, native_for, use, using
+from moetrain.kernels.choice import find, taking
 from moetrain.kernels.config import Kernels
 
 
@@ -46,7 +46,7 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(
     library, why = find(Kernels.auto)
     assert library is None
     assert "no C++ compiler is here" in why
-    with pytest.raises(ConfigError, match=r"kernels=native cannot be had here: no C\+\+ compiler"):
+    with pytest.raises(ConfigError, match=r"kernels=native is unavailable here: no C\+\+ compiler"):
         find(Kernels.native)
 
 
@@ -102,18 +102,13 @@ def test_torch_is_taken_where_it_is_asked_for_or_multiplies_in_tiles(monkeypatch
     assert find(Kernels.native)[0] is not None
 
 
-def test_the_switch_holds_for_bfloat16_on_a_cpu_alone() -> None:
+def test_the_native_kernels_take_bfloat16_on_a_cpu_alone() -> None:
     library = load()
     half = torch.zeros(1, dtype=torch.bfloat16)
-    assert native_for(half) is None
-    with using(library):
-        assert native_for(half) is library
-        assert native_for(half.float()) is None
-        assert native_for(half.to("meta")) is None
-        use(None)
-        assert in_use() is None
-        use(library)
-    assert in_use() is None
+    assert taking(library, half) is library
+    assert taking(None, half) is None
+    assert taking(library, half.float()) is None
+    assert taking(library, half.to("meta")) is None
 
 
 @pytest.mark.parametrize("flags", [["-march=native"], ["-march=haswell"], ["-march=x86-64"]])

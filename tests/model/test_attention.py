@@ -79,9 +79,9 @@ def test_threads_that_share_the_heads_give_the_bits_of_one(threads: int) -> None
 
 def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     segments_BT = packed_segments(40)
-    assert isinstance(plan_attention(segments_BT, torch.float32, width=12), list)
+    assert isinstance(plan_attention(segments_BT, torch.float32, width=12, library=None), list)
     monkeypatch.setattr(attention, "TILED_MAX_TOKENS", 32)
-    mask = plan_attention(segments_BT, torch.float32, width=12)
+    mask = plan_attention(segments_BT, torch.float32, width=12, library=None)
     assert isinstance(mask, FusedMask)
     q, k, v = random_heads(40, torch.float32)
     tiled, _ = attend_tiled(q, k, v_BHTV=v, tiles=plan_tiles(segments_BT, torch.float32), scale=SCALE)
@@ -89,7 +89,7 @@ def test_long_rows_take_the_fused_kernel_and_short_rows_the_tiles(monkeypatch: p
 
 
 def test_rows_on_another_device_than_the_cpu_take_the_fused_kernel() -> None:
-    mask = plan_attention(torch.ones(2, 40, dtype=torch.int64, device="meta"), torch.bfloat16, width=12)
+    mask = plan_attention(torch.ones(2, 40, dtype=torch.int64, device="meta"), torch.bfloat16, width=12, library=None)
     assert isinstance(mask, FusedMask)
     assert mask.seen_B1TT.shape == (2, 1, 40, 40)
 

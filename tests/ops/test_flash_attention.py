@@ -57,10 +57,10 @@ def test_a_layer_on_the_flash_path_gives_what_it_gives_on_tiles(monkeypatch: pyt
         parameter.data.normal_(std=0.3, generator=torch_stream(0, name))
     x_BTD = torch.randn(4, 40, 32, generator=torch_stream(0, "x"))
     rotation = build_rope(small_model(), 40).at(torch.arange(40).expand(4, 40))
-    masks = [plan_attention(segments_BT, torch.float32, width=12)]
+    masks = [plan_attention(segments_BT, torch.float32, width=12, library=None)]
     monkeypatch.setattr(attention, "takes_flash", lambda *where, width: True)
     monkeypatch.setattr(attention, "attend_flash", partial(attend_flash, kernel=by_run))
-    masks.append(plan_attention(segments_BT, torch.float32, width=12))
+    masks.append(plan_attention(segments_BT, torch.float32, width=12, library=None))
     assert isinstance(masks[1], Runs)
     (tiled, of_tiles), (flash, of_flash) = (
         layer(x_BTD, rotation=rotation, mask=mask, measured_BT=segments_BT > 0) for mask in masks

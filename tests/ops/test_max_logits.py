@@ -122,7 +122,7 @@ def test_yarns_scale_is_part_of_the_logit() -> None:
         layer = Attention(small_model(factor=factor))
         for name, parameter in layer.named_parameters():
             parameter.data.normal_(std=0.3, generator=torch_stream(0, name))
-        mask = plan_attention(segments_BT, torch.float32, width=12)
+        mask = plan_attention(segments_BT, torch.float32, width=12, library=None)
         _, max_logits_H = layer(x_BTD, rotation=rotation, mask=mask, measured_BT=segments_BT > 0)
         largest.append(max_logits_H)
     torch.testing.assert_close(largest[1], 1.8133 * largest[0], rtol=1e-4, atol=0)

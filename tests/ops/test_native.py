@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.kernels.build import Library, load
-from moetrain.kernels.choice import using
 from moetrain.model.rope import Rotation, rotate
 from moetrain.ops import native
 from moetrain.ops.combine import combine_plain
@@ -240,8 +239,7 @@ def _everything(library: Library) -> list[torch.Tensor]:
     out, _ = native.latent_attention(q, kv, k_rotary_BTR=k, rows=seen, scale=0.2, library=library)
     out.backward(_draw(2, 70, 3, 16, seed=6))
     leaves = [x, w, norm, rows, *weights, q, kv, k]
-    with using(library):
-        squares = sum_of_squares(_draw(100_000).float())
+    squares = sum_of_squares(_draw(100_000).float(), library=library)
     return [y, z, out, squares, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
@@ -330,18 +328,18 @@ def test_adamw_is_that_of_torch(library: Library) -> None:
     optimizer = torch.optim.AdamW([expected], **numbers)
     for step in range(1, 4):
         grad = _draw(20_000, seed=step).float()
-        with using(library):
-            adamw_update(
-                found,
-                grad,
-                exp_avg=mean,
-                exp_avg_sq=square,
-                step=step,
-                learning_rate=numbers["lr"],
-                betas=numbers["betas"],
-                eps=numbers["eps"],
-                weight_decay=numbers["weight_decay"],
-            )
+        adamw_update(
+            found,
+            grad,
+            exp_avg=mean,
+            exp_avg_sq=square,
+            step=step,
+            learning_rate=numbers["lr"],
+            betas=numbers["betas"],
+            eps=numbers["eps"],
+            weight_decay=numbers["weight_decay"],
+            library=library,
+        )
         expected.grad = grad.double()
         optimizer.step()
     state = optimizer.state[expected]
@@ -354,12 +352,11 @@ def test_adamw_is_that_of_torch(library: Library) -> None:
 def test_a_sum_of_squares_is_in_float64(size: int, library: Library) -> None:
     values = _draw(size).float()
     expected = values.double().square().sum().item()
-    assert sum_of_squares(values).item() == pytest.approx(expected, rel=1e-14)
-    with using(library):
-        assert sum_of_squares(values).item() == pytest.approx(expected, rel=1e-14)
-        if size:
-            values[-1] = float("nan")
-            assert sum_of_squares(values).isnan()
+    assert sum_of_squares(values, library=None).item() == pytest.approx(expected, rel=1e-14)
+    assert sum_of_squares(values, library=library).item() == pytest.approx(expected, rel=1e-14)
+    if size:
+        values[-1] = float("nan")
+        assert sum_of_squares(values, library=library).isnan()
 
 
 @pytest.mark.parametrize("value", [200.0, -200.0, 89.5, -103.0, 0.0])

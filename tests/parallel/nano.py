@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.data.batch import TokenBatch
+from moetrain.kernels.build import Library
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
@@ -54,6 +55,7 @@ def build(
     eps: float = 1e-8,
     seed: int = 1,
     compute_dtype: torch.dtype = torch.float32,
+    library: Library | None = None,
 ) -> Engine:
     return build_engine(
         model_config(),
@@ -64,6 +66,7 @@ def build(
         quant_config=QuantConfig(enabled=quantize),
         compute_dtype=compute_dtype,
         seed=seed,
+        library=library,
     )
 
 

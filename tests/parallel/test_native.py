@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from moetrain.kernels.build import load
-from moetrain.kernels.choice import using
 from moetrain.model.config import Recompute
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel import deepspeed_engine, host_memory
@@ -44,8 +43,9 @@ class Trained:
 def _trained(engine: EngineName, **layout: Any) -> Trained:
     torch.set_num_threads(1)
     met: Counter[str] = Counter()
-    with using(load()), pytest.MonkeyPatch.context() as patch:
-        model = build(engine, optimizer=OptimizerName.adamw, eps=EPS, compute_dtype=torch.bfloat16, **layout)
+    with pytest.MonkeyPatch.context() as patch:
+        kind = {"optimizer": OptimizerName.adamw, "eps": EPS, "compute_dtype": torch.bfloat16, "library": load()}
+        model = build(engine, **kind, **layout)
         for name in IN_MEMORY:
             patch.setattr(HostMemory, name, _counted(name, met))
         traces = train(model, STEPS)

@@ -7,8 +7,8 @@ import torch
 
 from moetrain.data.batch import TokenBatch, concatenated
 from moetrain.kernels.build import load
-from moetrain.kernels.choice import using
 from moetrain.model.config import BalanceConfig
+from moetrain.model.multiplying import set_kernels
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.ops import logprobs
 from moetrain.parallel.protocol import ObjectiveResult
@@ -107,10 +107,10 @@ def test_native_logprobs_and_gradients_are_those_of_torch_but_for_rounding(
     temperatures_N = torch.linspace(0.5, 2, batch.num_targets) if has_temperatures else None
     results = []
     for library in (None, load()):
-        with using(library):
-            read = token_logprobs(model, hidden_BTD, batch=batch, temperatures_N=temperatures_N)
-            gradients = torch.autograd.grad((read.logprobs_N * upstream_N).sum(), (hidden_BTD, head))
-            results.append([read.logprobs_N, read.entropies_N, *(gradient.float() for gradient in gradients)])
+        set_kernels(model, library)
+        read = token_logprobs(model, hidden_BTD, batch=batch, temperatures_N=temperatures_N)
+        gradients = torch.autograd.grad((read.logprobs_N * upstream_N).sum(), (hidden_BTD, head))
+        results.append([read.logprobs_N, read.entropies_N, *(gradient.float() for gradient in gradients)])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 

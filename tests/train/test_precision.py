@@ -10,8 +10,7 @@ import torch
 
 from moetrain.errors import ConfigError
 from moetrain.kernels import choice
-from moetrain.kernels.build import UnavailableError
-from moetrain.kernels.choice import in_use
+from moetrain.kernels.build import UnavailableError, load
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.topology import setup
@@ -19,6 +18,7 @@ from moetrain.train.config import ComputeDtype, TrainConfig
 from moetrain.train.precision import (
     DTYPES,
     MACHINE,
+    Products,
     dtype_of,
     faster,
     float32_gain,
@@ -44,20 +44,22 @@ def test_the_gain_is_that_of_whole_products_and_leaves_the_threads_alone() -> No
 @pytest.mark.parametrize("named", list(DTYPES))
 def test_a_dtype_that_is_named_is_kept_and_nothing_is_measured(named: ComputeDtype, tmp_path: Path) -> None:
     train = TrainConfig(compute_dtype=named, kernels=Kernels.torch)
-    assert settle_products(train, folder=tmp_path, topology=setup(ParallelConfig())) == train
+    assert settle_products(train, folder=tmp_path, topology=setup(ParallelConfig())) == Products(
+        train=train, library=None
+    )
     assert json.loads((tmp_path / MACHINE).read_text()) == {"native kernels": 0.0}
     assert dtype_of(train, device=CPU) is named
 
 
 def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     topology = setup(ParallelConfig())
-    first = settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype
+    first = settle_products(FASTEST, folder=tmp_path, topology=topology).train.compute_dtype
     known = json.loads((tmp_path / MACHINE).read_text())
     (key,) = known.keys() - {"native kernels"}
     assert first is faster(known[key])
     # A run that goes on, on a machine that would choose otherwise, goes on with what it began with.
     (tmp_path / MACHINE).write_text(json.dumps(known | {key: 0.5 if first is ComputeDtype.float32 else 5.0}))
-    assert {first, settle_products(FASTEST, folder=tmp_path, topology=topology).compute_dtype} == set(DTYPES)
+    assert {first, settle_products(FASTEST, folder=tmp_path, topology=topology).train.compute_dtype} == set(DTYPES)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '"x"'])
@@ -71,27 +73,26 @@ def test_an_accelerator_takes_bfloat16() -> None:
     assert dtype_of(FASTEST, device=torch.device("cuda")) is ComputeDtype.bfloat16
 
 
-def test_fastest_is_bfloat16_with_the_native_kernels_and_they_are_used_from_then_on(tmp_path: Path) -> None:
+def test_fastest_is_bfloat16_with_the_native_kernels_which_are_handed_back(tmp_path: Path) -> None:
     train = TrainConfig(compute_dtype=ComputeDtype.fastest, kernels=Kernels.native)
     settled = settle_products(train, folder=tmp_path, topology=setup(ParallelConfig()))
-    assert settled == TrainConfig(compute_dtype=ComputeDtype.bfloat16, kernels=Kernels.native)
-    assert in_use() is not None
+    assert settled.train == TrainConfig(compute_dtype=ComputeDtype.bfloat16, kernels=Kernels.native)
+    assert settled.library is load()
     assert json.loads((tmp_path / MACHINE).read_text()) == {"native kernels": 1.0}
-    settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig()))
-    assert in_use() is None
+    assert settle_products(FASTEST, folder=tmp_path, topology=setup(ParallelConfig())).library is None
 
 
 def test_what_is_settled_here_is_what_a_check_says_beforehand(tmp_path: Path) -> None:
     for index, train in enumerate((TrainConfig(compute_dtype=ComputeDtype.fastest), FASTEST, TrainConfig())):
         found = settle_products(train, folder=tmp_path / str(index), topology=setup(ParallelConfig()))
-        assert settled(train, device=CPU, folder=tmp_path / str(index))[0] is found.compute_dtype
+        assert settled(train, device=CPU, folder=tmp_path / str(index))[0] is found.train.compute_dtype
 
 
 def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None:
     settled = settle_products(
         TrainConfig(compute_dtype=ComputeDtype.float32), folder=tmp_path, topology=setup(ParallelConfig())
     )
-    assert settled.kernels is Kernels.torch
+    assert settled.train.kernels is Kernels.torch
     with pytest.raises(ConfigError, match=r"train\.kernels is native, which multiplies bfloat16"):
         TrainConfig(compute_dtype=ComputeDtype.float32, kernels=Kernels.native)
 
@@ -121,10 +122,10 @@ def test_a_run_goes_on_with_the_kernels_it_began_with(
     begun = settle_products(replace(train, kernels=Kernels.native), folder=native, topology=topology)
     assert settle_products(train, folder=native, topology=topology) == begun
     settle_products(replace(train, kernels=Kernels.torch), folder=plain, topology=topology)
-    assert settle_products(train, folder=plain, topology=topology).kernels is Kernels.torch
+    assert settle_products(train, folder=plain, topology=topology).train.kernels is Kernels.torch
     older.mkdir()
     (older / MACHINE).write_text(json.dumps({"speed of float32 products over bfloat16 ones": 5.0}))
-    assert settle_products(train, folder=older, topology=topology).kernels is Kernels.torch
+    assert settle_products(train, folder=older, topology=topology).train.kernels is Kernels.torch
     assert settled(train, device=CPU, folder=older)[0] in (ComputeDtype.float32, compute_dtype)
     no_compiler()
     for goes_on in (
