@@ -11,8 +11,16 @@ from moetrain.run.inputs import check_records
 from moetrain.run.stage import stage_folder
 from moetrain.runtime import num_ranks
 
+_FINISHED = "finished_modes.json"
+"""Modes that an evaluation which was stopped has finished, in its folder."""
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from moetrain.checkpoint.origin import Origin
+    from moetrain.eval.finished import FinishedModes
+    from moetrain.rollout.types import Trajectory
 
 
 def main(run: EvalRun) -> int:
@@ -20,8 +28,26 @@ def main(run: EvalRun) -> int:
     if run.init_from is None:
         raise ConfigError("init_from is null: give the export to evaluate")
     # These bring torch in, so only now.
+    from moetrain.eval.finished import FinishedModes
+    from moetrain.eval.stage import EVAL
+
+    check_records(run)  # they are read last, when all tasks were rolled out
+    before = read_before(run)
+    with stage_folder(run) as folder:
+        finished = FinishedModes(folder / _FINISHED)
+        numbers = _numbers(run, folder, before=before, finished=finished)
+        if numbers is not None:
+            write_json(folder / EVAL, numbers)
+            finished.remove()
+    return 0
+
+
+def _numbers(
+    run: EvalRun, folder: "Path", *, before: "Mapping[str, Any] | None", finished: "FinishedModes"
+) -> dict[str, Any] | None:
+    """Run the evaluation, writing traces into `folder`; the main rank returns what stands in `eval.json`."""
     from moetrain.eval.divergence import code_changes
-    from moetrain.eval.stage import EVAL, evaluate
+    from moetrain.eval.stage import Contestant, Setting, evaluate
     from moetrain.inference.weights import build_weights
     from moetrain.parallel.config import EngineName, ParallelConfig
     from moetrain.parallel.topology import setup
@@ -30,44 +56,51 @@ def main(run: EvalRun) -> int:
     from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
-    check_records(run)  # they are read last, when all tasks were rolled out
-    before = read_before(run)
-    with stage_folder(run) as folder:
-        # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.
-        topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
-        origin = read_weights(run.init_from)
-        tokenizer = tokenizer_of(origin)
-        tokenizer.check_chat()
-        check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
-        unquantized = QuantConfig()
-        masters = earlier = None  # read before the tasks are rolled out, which takes longest
-        if run.eval.masters is not None:
-            masters = read_masters(run.eval.masters, field="eval.masters", origin=origin)
-        if run.eval.codes_before is not None:
-            earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
-        evaluation = evaluate(
-            run.eval,
-            weights=build_weights(origin.tensors, config=origin.model, quant=origin.quant or unquantized),
-            masters=build_weights(masters.tensors, config=masters.model, quant=unquantized) if masters else None,
-            family_of=lambda task: registry.build(task, run.run.seed),
-            task=run.task,
-            tokenizer=tokenizer,
-            rollout=run.rollout,
-            seed=run.run.seed,
-            before=before,
-            topology=topology,
-        )
-        if evaluation is None:
-            return 0
-        numbers = {**evaluation.numbers, **_language(run, origin)}
-        if earlier is not None:
-            quant = origin.quant or unquantized
-            numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
-        for mode, trajectories in evaluation.trajectories.items():
-            path = folder / "traces" / f"{mode}.jsonl"
-            write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
-        write_json(folder / EVAL, numbers)
-    return 0
+    # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.
+    topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
+    assert run.init_from is not None  # main checked it
+    origin = read_weights(run.init_from)
+    tokenizer = tokenizer_of(origin)
+    tokenizer.check_chat()
+    check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
+    masters = earlier = None  # read before the tasks are rolled out, which takes longest
+    if run.eval.masters is not None:
+        masters = read_masters(run.eval.masters, field="eval.masters", origin=origin)
+    if run.eval.codes_before is not None:
+        earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
+
+    def keep_traces(mode: str, trajectories: "Sequence[Trajectory]") -> None:
+        path = folder / "traces" / f"{mode}.jsonl"
+        write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
+
+    setting = Setting(
+        config=run.eval,
+        family_of=lambda task: registry.build(task, run.run.seed),
+        task=run.task,
+        tokenizer=tokenizer,
+        rollout=run.rollout,
+        seed=run.run.seed,
+        finished=finished,
+        on_finished=keep_traces,
+        topology=topology,
+    )
+
+    def contestant(origin: "Origin", *, quant: QuantConfig) -> Contestant:
+        weights = build_weights(origin.tensors, config=origin.model, quant=quant)
+        return Contestant(weights=weights, digest=origin.digest if topology.is_main else "")
+
+    numbers = evaluate(
+        setting,
+        export=contestant(origin, quant=origin.quant or QuantConfig()),
+        masters=contestant(masters, quant=QuantConfig()) if masters else None,
+        before=before,
+    )
+    if numbers is None:
+        return None
+    if earlier is not None:
+        quant = origin.quant or QuantConfig()
+        numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
+    return {**numbers, **_language(run, origin)}
 
 
 def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:

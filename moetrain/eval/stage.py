@@ -1,17 +1,18 @@
 """A whole evaluation: modes on the export, the same modes on the masters, their divergence, and paired differences.
 
-Weights, tokenizer and the earlier evaluation are handed in; what comes back is plain numbers and the trajectories.
+Weights, tokenizer and the earlier evaluation are handed in; what comes back is plain numbers.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.eval.config import EvalConfig
 from moetrain.eval.divergence import divergence
-from moetrain.eval.runner import check_graders, mode_name, modes, run_mode
+from moetrain.eval.finished import FinishedModes
+from moetrain.eval.runner import Mode, check_graders, mode_name, modes, run_mode
 from moetrain.eval.summary import paired, summarize
 from moetrain.inference.weights import InferenceWeights
 from moetrain.parallel.topology import Topology
@@ -20,60 +21,67 @@ from moetrain.rollout.types import Trajectory
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.protocol import TaskFamily
 
+_log = logging.getLogger(__name__)
+
 EVAL = "eval.json"
 """What an evaluation stage writes."""
 _GRADER_TASKS = 200
 
 
-@dataclass(kw_only=True)
-class Evaluation:
-    """Numbers for `eval.json`, and the export's trajectories by mode."""
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """Weights that are evaluated, and the digest of the files that they were read from."""
 
-    numbers: dict[str, Any]
-    trajectories: dict[str, list[Trajectory]]
+    weights: InferenceWeights
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all modes of an evaluation share.
+
+    finished: keeps the result of each mode as it ends. on_finished: called on the main rank with the name and the
+    trajectories of each mode of the export that ran.
+    """
+
+    config: EvalConfig
+    family_of: Callable[[TaskConfig], TaskFamily]
+    task: TaskConfig
+    tokenizer: Tokenizer
+    rollout: RolloutConfig
+    seed: int
+    finished: FinishedModes
+    on_finished: Callable[[str, list[Trajectory]], None]
+    topology: Topology
 
 
 def evaluate(
-    config: EvalConfig,
-    *,
-    weights: InferenceWeights,
-    masters: InferenceWeights | None,
-    family_of: Callable[[TaskConfig], TaskFamily],
-    task: TaskConfig,
-    tokenizer: Tokenizer,
-    rollout: RolloutConfig,
-    seed: int,
-    before: Mapping[str, Any] | None,
-    topology: Topology,
-) -> Evaluation | None:
-    """Run every mode; the main rank returns what was found. `masters`: bf16 masters beside the export; `before`: an
-    earlier `eval.json`.
+    setting: Setting, *, export: Contestant, masters: Contestant | None, before: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Run every mode that is not finished; the main rank returns the numbers for `eval.json`.
 
-    A collective: the ranks of `topology` share the tasks.
+    masters: bf16 masters beside the export. before: an earlier `eval.json`. A collective: the ranks share the tasks.
     """
-    run_one = partial(
-        run_mode,
-        family_of=family_of,
-        task_config=task,
-        tokenizer=tokenizer,
-        rollout=rollout,
-        seed=seed,
-        topology=topology,
-    )
-    results = {mode.name: run_one(mode, weights=weights) for mode in modes(config)}
-    beside = [mode for mode in modes(config) if mode.name in map(mode_name, config.temperatures)]
-    of_masters = {mode.name: run_one(mode, weights=masters) for mode in beside} if masters is not None else {}
-    if not topology.is_main:
+    config, task = setting.config, setting.task
+    all_modes = list(modes(config))
+    results = {
+        mode.name: _result(setting, mode, export=export, masters=masters if mode is all_modes[0] else None)
+        for mode in all_modes
+    }
+    beside = [mode for mode in all_modes if mode.name in map(mode_name, config.temperatures)]
+    of_masters = {mode.name: _result(setting, mode, export=None, masters=masters) for mode in beside if masters}
+    if not setting.topology.is_main:
         return None
+    family = setting.family_of(task)
     numbers: dict[str, Any] = {
-        "modes": {name: summarize(trajectories) for name, trajectories in results.items()},
-        "graders": check_graders(family_of(task), num_tasks=min(config.num_tasks, _GRADER_TASKS)),
+        "modes": {name: result["summary"] for name, result in results.items()},
+        "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS)),
         "trained_calls": [task.min_calls, task.max_calls],
+        "task": {"name": task.name, "tools": {tool.name: tool.description for tool in family.tools}},
     }
     if masters is not None:
-        numbers["masters"] = {name: summarize(trajectories) for name, trajectories in of_masters.items()}
-        sample = next(iter(results.values()))[: config.kl_tasks]
-        numbers["divergence"] = asdict(divergence(masters, weights, trajectories=sample))
+        numbers["masters"] = {name: result["summary"] for name, result in of_masters.items()}
+        numbers["divergence"] = results[all_modes[0].name]["divergence"]
     if before is not None:
         numbers["paired"] = {
             name: asdict(difference)
@@ -81,4 +89,40 @@ def evaluate(
             if name in before["modes"]
             and (difference := paired(before["modes"][name]["outcomes"], summary["outcomes"])) is not None
         }
-    return Evaluation(numbers=numbers, trajectories=results)
+    return numbers
+
+
+def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters: Contestant | None) -> dict[str, Any]:
+    """Run a mode on the export, or on the masters without one, unless it is finished; return its summary.
+
+    With both, the divergence between them on the trajectories of the export is there too.
+    """
+    config, task, topology = setting.config, setting.task, setting.topology
+    contestant = export or masters
+    assert contestant is not None
+    depends_on = [asdict(mode), asdict(task), asdict(setting.rollout), setting.seed, contestant.digest]
+    if export is not None and masters is not None:
+        depends_on += [masters.digest, config.kl_tasks]
+    found = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)
+    if found is not None:
+        _log.info("%s was finished before the evaluation stopped and is not run again", mode.name)
+        return found
+    trajectories = run_mode(
+        mode,
+        weights=contestant.weights,
+        family_of=setting.family_of,
+        task_config=task,
+        tokenizer=setting.tokenizer,
+        rollout=setting.rollout,
+        seed=setting.seed,
+        topology=topology,
+    )
+    result: dict[str, Any] = {"summary": summarize(trajectories)}
+    if topology.is_main:
+        if export is not None and masters is not None:
+            sample = trajectories[: config.kl_tasks]
+            result["divergence"] = asdict(divergence(masters.weights, export.weights, trajectories=sample))
+        if export is not None:
+            setting.on_finished(mode.name, trajectories)
+        setting.finished.add(depends_on, result)
+    return result

@@ -26,7 +26,7 @@ def test_a_paired_difference_counts_only_tasks_that_changed() -> None:
 
 
 def test_no_change_on_few_tasks_leaves_room_for_one() -> None:
-    # Without changed tasks the variance under a difference d is d (1 - d) / n, so the score test rejects at z^2 / (n + z^2).
+    # Without changed tasks the variance under a difference d is d (1 - d) / n: the bound is z^2 / (n + z^2).
     for count in (2, 10, 1000):
         difference = paired_difference([True] * count, [True] * count)
         bound = 1.959964**2 / (count + 1.959964**2)

@@ -1,0 +1,76 @@
+"""A whole evaluation: modes that were finished before a stop are kept, and are not those of other weights or tasks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.eval.config import EvalConfig
+from moetrain.eval.finished import FinishedModes
+from moetrain.eval.stage import Contestant, Setting, evaluate
+from moetrain.files import to_json
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.parallel.engine import build_engine
+from moetrain.parallel.topology import setup
+from moetrain.quant.config import QuantConfig
+from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.sync import sync_weights
+from moetrain.rollout.types import Trajectory
+from moetrain.tasks.config import TaskConfig
+from tests.even_task import MODEL, EvenFamily, even_tokenizer
+
+_PARALLEL = ParallelConfig(engine=EngineName.torch)
+_QUANT = QuantConfig(enabled=True)
+
+
+class _StopError(Exception):
+    """The process ends here."""
+
+
+def _contestant(digest: str) -> Contestant:
+    engine = build_engine(
+        MODEL, _PARALLEL, optim_config=OptimConfig(), quant_config=_QUANT, compute_dtype=torch.float32, seed=0
+    )
+    return Contestant(weights=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), digest=digest)
+
+
+def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Path) -> None:
+    path = tmp_path / "finished.json"
+    ran: list[str] = []
+    stop_at: list[str] = []
+
+    def on_finished(mode: str, trajectories: list[Trajectory]) -> None:
+        if mode in stop_at:
+            raise _StopError
+        ran.append(mode)
+
+    setting = Setting(
+        config=EvalConfig(num_tasks=3, temperatures=[1.0, 0.0], longer_calls=[], kl_tasks=2),
+        family_of=lambda config: EvenFamily(),
+        task=TaskConfig(),
+        tokenizer=even_tokenizer(),
+        rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=40, max_turns=2),
+        seed=3,
+        finished=FinishedModes(path),
+        on_finished=on_finished,
+        topology=setup(_PARALLEL),
+    )
+    export, masters = _contestant("export"), _contestant("masters")
+    stop_at.append("greedy_error_free")
+    with pytest.raises(_StopError):
+        evaluate(setting, export=export, masters=masters, before=None)
+    assert ran == ["sampled_t1", "greedy"]
+    stop_at.clear()
+    again = evaluate(replace(setting, finished=FinishedModes(path)), export=export, masters=masters, before=None)
+    assert ran == ["sampled_t1", "greedy", "greedy_error_free"]
+    setting.finished.remove()
+    assert not path.exists()
+    whole = evaluate(replace(setting, finished=FinishedModes(path)), export=export, masters=masters, before=None)
+    assert whole is not None and whole["divergence"]["num_tokens"] > 0
+    assert to_json(whole) == to_json(again)
+    ran.clear()
+    other = replace(export, digest="another")
+    evaluate(replace(setting, finished=FinishedModes(path)), export=other, masters=None, before=None)
+    assert ran == ["sampled_t1", "greedy", "greedy_error_free"]
