@@ -1,7 +1,11 @@
-"""Messages of a conversation and calls of tools, as data. No tokens here."""
+"""Messages of a conversation and tool calls, as data. No tokens here."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from moetrain.errors import DataError
+
+_SHOWN = 40  # characters of a bad value that an error message repeats
 
 
 class Role(StrEnum):
@@ -15,16 +19,24 @@ class Role(StrEnum):
 
 @dataclass(kw_only=True)
 class ToolCall:
-    """One call in an assistant's turn; `arguments` is the JSON text as written, `id` is `functions.{name}:{index}`."""
+    """One call in an assistant's turn; `arguments` is the JSON text as written, `id` is `functions.{name}:{index}`.
+
+    `name` is empty when the id that a model wrote has another form: the call then names no tool.
+    """
 
     name: str
     arguments: str
     id: str
 
+    def __post_init__(self) -> None:
+        """Make the texts valid Unicode."""
+        for name in ("name", "arguments", "id"):
+            setattr(self, name, valid_text(getattr(self, name), field=f"{name} of a tool call"))
+
 
 @dataclass(kw_only=True)
 class Message:
-    """One message. `reasoning` and `tool_calls` belong to assistants, `tool_call_id` and `name` to tool results."""
+    """One message. `reasoning` and `tool_calls` belong to assistants, `tool_call_id` to tool results."""
 
     role: Role
     content: str = ""
@@ -32,6 +44,29 @@ class Message:
     tool_calls: list[ToolCall] = field(default_factory=list)
     tool_call_id: str = ""
     name: str = ""
+    """Who speaks, in place of the role's name: the tool of a result, or a participant."""
+    is_learned: bool = True
+    """Whether training learns the message; it has a meaning for assistants only."""
+
+    def __post_init__(self) -> None:
+        """Make the texts valid Unicode."""
+        for name in ("content", "reasoning", "tool_call_id", "name"):
+            setattr(self, name, valid_text(getattr(self, name), field=f"{name} of a message"))
+
+
+def valid_text(text: object, *, field: str) -> str:
+    """Return `text` with each lone surrogate replaced by U+FFFD, because no tokenizer can encode one.
+
+    Files, environments and models produce lone surrogates through JSON escapes such as `\\ud83d`. Raises DataError that
+    names `field` when `text` is no string.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{field} is {type(text).__name__} {str(text)[:_SHOWN]!r}: give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def call_id(name: str, index: int) -> str:

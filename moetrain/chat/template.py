@@ -1,13 +1,18 @@
 """The chat template of the released Kimi K2 Thinking: messages to pieces and tokens, and a turn's tokens back.
 
-Not a Jinja engine: training renders pieces, so that every token is known to be a marker, text that was given, or text
-that the model is to produce. `JINJA` says the same for other programs; a test holds the two together.
+Training renders pieces instead of running a Jinja engine, so that each token is known to be a marker, given text, or
+text that the model produces. `chat/jinja.py` holds the same template for other programs.
+
+A conversation begins with its first role marker and has no `[BOS]`, as in the released template. This holds for
+training documents, demonstrations, rollouts, `generate` and the exported template. Plain text begins with `[BOS]`:
+`with_bos` decides which of the two a document is.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moetrain.chat.messages import Message, Role, ToolCall, call_id
+from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.tool_schema import ToolSpec, declaration
 from moetrain.errors import RolloutError
 
@@ -42,30 +47,6 @@ SPECIAL_TOKENS: list[str] = [
     THINK_END,
 ]
 
-JINJA = """{%- if tools -%}
-<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}<|im_system|>system<|im_middle|>{{ message.content }}<|im_end|>
-{%- elif message.role == 'user' -%}<|im_user|>user<|im_middle|>{{ message.content }}<|im_end|>
-{%- elif message.role == 'tool' -%}
-<|im_system|>{{ message.name or 'tool' }}<|im_middle|>## Return of {{ message.tool_call_id }}
-{{ message.content }}<|im_end|>
-{%- else -%}
-<|im_assistant|>assistant<|im_middle|><think>{{ message.reasoning_content or '' }}</think>{{ message.content or '' }}
-{%- if message.tool_calls -%}<|tool_calls_section_begin|>
-{%- for call in message.tool_calls -%}
-<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>
-{%- if call.function.arguments is string -%}{{ call.function.arguments }}
-{%- else -%}{{ call.function.arguments | tojson }}{%- endif -%}
-<|tool_call_end|>
-{%- endfor -%}
-<|tool_calls_section_end|>{%- endif -%}<|im_end|>
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
-"""The same template for programs that read `chat_template.jinja`. It keeps the reasoning of every turn."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -80,19 +61,29 @@ def _special(token: str, is_sampled: bool = False) -> Piece:
     return Piece(text=token, is_special=True, is_sampled=is_sampled)
 
 
-def declare_pieces(tools: Sequence[ToolSpec]) -> list[Piece]:
-    """Return the message that declares tools; it comes first."""
-    head = [_special(IM_SYSTEM), Piece(text="tool_declare"), _special(IM_MIDDLE)]
-    return [*head, Piece(text=declaration(tools)), _special(IM_END)]
+def with_bos(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces of a document with its beginning: `[BOS]`, or the special token that it begins with already."""
+    if pieces and pieces[0].is_special:
+        return list(pieces)
+    return [_special(BOS), *pieces]
+
+
+def declare_pieces(tools: str) -> list[Piece]:
+    """Return the message that declares tools, given as compact JSON text; it is the first of a conversation."""
+    return [*_header(IM_SYSTEM, "tool_declare"), Piece(text=tools), _special(IM_END)]
+
+
+def _header(marker: str, name: str) -> list[Piece]:
+    return [_special(marker), Piece(text=name), _special(IM_MIDDLE)]
 
 
 def generation_prompt() -> list[Piece]:
     """Return what precedes a model's turn."""
-    return [_special(IM_ASSISTANT), Piece(text="assistant"), _special(IM_MIDDLE)]
+    return _header(IM_ASSISTANT, Role.assistant.value)
 
 
 def turn_pieces(message: Message) -> list[Piece]:
-    """Return what a model produces in its turn, `<think>` to `<|im_end|>`; all of it is sampled."""
+    """Return what a model produces in its turn, `<think>` to `<|im_end|>`; it is sampled when it is learned."""
     pieces = [_special(THINK_BEGIN), Piece(text=message.reasoning), _special(THINK_END), Piece(text=message.content)]
     if message.tool_calls:
         pieces.append(_special(SECTION_BEGIN))
@@ -101,30 +92,24 @@ def turn_pieces(message: Message) -> list[Piece]:
             pieces += [Piece(text=call.arguments), _special(CALL_END)]
         pieces.append(_special(SECTION_END))
     pieces.append(_special(IM_END))
-    return [Piece(text=p.text, is_special=p.is_special, is_sampled=True) for p in pieces if p.text]
+    return [Piece(text=p.text, is_special=p.is_special, is_sampled=message.is_learned) for p in pieces if p.text]
 
 
 def message_pieces(message: Message) -> list[Piece]:
     """Return one message as pieces."""
+    name = message.name or message.role.value
     if message.role is Role.assistant:
-        return [*generation_prompt(), *turn_pieces(message)]
-    if message.role is Role.user:
-        return [
-            _special(IM_USER),
-            Piece(text="user"),
-            _special(IM_MIDDLE),
-            Piece(text=message.content),
-            _special(IM_END),
-        ]
-    name, content = "system", message.content
+        return [*_header(IM_ASSISTANT, name), *turn_pieces(message)]
+    content = message.content
     if message.role is Role.tool:
-        name, content = message.name or "tool", f"## Return of {message.tool_call_id}\n{message.content}"
-    return [_special(IM_SYSTEM), Piece(text=name), _special(IM_MIDDLE), Piece(text=content), _special(IM_END)]
+        content = f"## Return of {message.tool_call_id}\n{content}"
+    marker = IM_USER if message.role is Role.user else IM_SYSTEM
+    return [*_header(marker, name), Piece(text=content), _special(IM_END)]
 
 
 def conversation_pieces(messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[Piece]:
-    """Return a conversation as pieces, tools declared first when there are any."""
-    pieces = declare_pieces(tools) if tools else []
+    """Return a conversation as pieces; the declaration of its tools, if it has any, comes first."""
+    pieces = declare_pieces(declaration(tools)) if tools else []
     for message in messages:
         pieces += message_pieces(message)
     return pieces
@@ -138,7 +123,7 @@ def pieces_to_text(pieces: Sequence[Piece]) -> str:
 def pieces_to_tokens(
     pieces: Sequence[Piece], *, encode: Callable[[str], list[int]], special_ids: Mapping[str, int]
 ) -> tuple[list[int], list[bool]]:
-    """Return token ids and, for each, whether a model produces it. Text never becomes a special token."""
+    """Return token ids and, for each of them, whether a model produces it. Text never becomes a special token."""
     tokens: list[int] = []
     is_sampled: list[bool] = []
     for piece in pieces:
@@ -151,10 +136,11 @@ def pieces_to_tokens(
 def parse_turn(
     tokens: Sequence[int], *, decode: Callable[[Sequence[int]], str], special_names: Mapping[int, str], first_index: int
 ) -> Message:
-    """Return the message that a model's turn says, `<|im_end|>` excluded or included.
+    """Return the message in the tokens of a model's turn, with or without its `<|im_end|>`.
 
-    `first_index` is the number of calls before this turn; it is what a missing or odd id is replaced by.
-    Raises RolloutError when the markers do not nest: the turn then is an invalid call, for the caller to count.
+    A call whose id has another form than `functions.NAME:N` has an empty name and keeps its id; a missing id becomes
+    `call:N`, where N counts from `first_index`, the number of calls before this turn. Raises RolloutError when the
+    markers do not nest.
     """
     parts = _split_at_specials(tokens, decode=decode, special_names=special_names)
     message = Message(role=Role.assistant)
@@ -217,6 +203,10 @@ def _split_at_specials(
     return parts
 
 
+_CALL_ID = re.compile(r"functions\.(?P<name>[^:\s]+):[0-9]+")
+
+
 def _call(header: str, arguments: str, *, index: int) -> ToolCall:
-    name = header.strip().removeprefix("functions.").partition(":")[0]
-    return ToolCall(name=name, arguments=arguments, id=header.strip() or call_id(name, index))
+    identity = header.strip()
+    match = _CALL_ID.fullmatch(identity)
+    return ToolCall(name=match["name"] if match else "", arguments=arguments, id=identity or f"call:{index}")

@@ -1,9 +1,11 @@
-"""What a tool is called with: name, description and JSON schema, and the text that declares it to a model."""
+"""A tool as a model sees it: name, description and JSON schema, and the text that declares it."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from moetrain.chat.messages import valid_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +26,9 @@ def declaration(tools: Sequence[ToolSpec]) -> str:
         }
         for tool in tools
     ]
-    return json.dumps(functions, separators=(",", ":"), ensure_ascii=False)
+    return compact_json(functions)
+
+
+def compact_json(value: object) -> str:
+    """Return `value` as the JSON text of a declaration: no spaces, characters as they are."""
+    return valid_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False), field="tools")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.chat.template import pieces_to_tokens
+from moetrain.chat.template import pieces_to_tokens, with_bos
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix
@@ -234,7 +234,7 @@ def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str) -> list[TokenizedDocument]:
-    """Return the documents as tokens behind a `[BOS]`; texts are encoded many at once."""
+    """Return the documents as tokens, each with its beginning; texts are encoded many at once."""
     tokenized = []
     chunks = range(0, len(documents), _DOCUMENTS_A_CALL)
     with progress(len(chunks), f"tokenize {name}") as advance:
@@ -245,12 +245,10 @@ def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str)
             for document in chunk:
                 try:
                     tokens, mask = pieces_to_tokens(
-                        document.pieces, encode=encoded.__getitem__, special_ids=tokenizer.special_ids
+                        with_bos(document.pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids
                     )
                 except DataError as error:
                     raise DataError(f"data.sources.{name}: {error}") from error
-                if tokens[:1] != [tokenizer.bos_id]:
-                    tokens, mask = [tokenizer.bos_id, *tokens], [False, *mask]
                 tokens_N, mask_N = np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
                 tokenized.append(TokenizedDocument(tokens=tokens_N, loss_mask=mask_N, source=name))
             advance("")

@@ -51,6 +51,8 @@ class SourceConfig:
     """Hub name, or a local file, folder or glob (hub, jsonl, parquet, text); a path that exists is no glob."""
     split: str = "train"
     """Split of a hub data set."""
+    ignore: list[str] = field(default_factory=list)
+    """Keys of records and of their messages that are left out (format=messages refuses those it does not know)."""
     field: str | None = None
     """Column that holds the text or the messages; null: `messages` with format=messages, else `text`."""
     format: str = "text"

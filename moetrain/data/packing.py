@@ -119,7 +119,7 @@ class ValidationRows:
 def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Overlong, bos_id: int) -> PackedRows:
     """Return rows of `documents`: each goes, in the order given, where it leaves the least room (best fit).
 
-    Parts of a cut document begin with `bos_id`, as every document does.
+    The parts of a cut document after its first begin with `bos_id`, because text that goes on has no role marker.
     """
     counts = PackingCounts()
     pieces = [piece for document in documents for piece in _fitted(document, seq_len, overlong, bos_id, counts)]

@@ -149,7 +149,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Record]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
-                    yield f"{path} row {number}", record
+                    yield f"{path} row {number}", _columns(record)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -177,16 +177,33 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[
     datasets.disable_progress_bars()
     try:
         for number, record in enumerate(datasets.load_dataset(builder, **options)):
-            yield f"{config.path} row {number}", record
+            yield f"{config.path} row {number}", _columns(record)
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{config.path} cannot be read: {lines[0]}") from error
 
 
+def _columns(record: Record) -> Record:
+    """Return a row of Arrow without the keys that are null in the objects inside its columns.
+
+    Arrow fits one schema to all rows: each object gains, as null, the keys that any other row has in that place. A null
+    that the author wrote looks the same.
+    """
+    return {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
 def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> Iterator[Document]:
     format = format_named(config.format)
     for where, record in records:
-        yield document_of(record, column=config.column, format=format, where=where)
+        yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
 
 
 def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:

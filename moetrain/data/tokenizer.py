@@ -18,7 +18,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from moetrain.chat.template import BOS, EOS, IM_END, JINJA, PAD, SPECIAL_TOKENS, UNK
+from moetrain.chat.jinja import JINJA
+from moetrain.chat.template import BOS, EOS, IM_END, PAD, SPECIAL_TOKENS, UNK
 from moetrain.data.config import MIN_VOCAB_SIZE, NUM_BYTES
 from moetrain.errors import DataError
 from moetrain.files import write_text

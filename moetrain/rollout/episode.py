@@ -96,6 +96,8 @@ class Episode:
 
     def _observe(self, call: ToolCall) -> Message:
         try:
+            if not call.name:
+                raise ToolError(f"{call.id!r} is no id of a call: write functions.NAME:N, the tool's name and a number")
             observation = self._environment.call(call.name, call.arguments)
         except ToolError as error:
             observation = Observation(text=f"error: {error}", is_error=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 
+from moetrain.chat.messages import valid_text
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ToolError
 
@@ -16,8 +17,12 @@ def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
     """Return the arguments of a call, checked against the tool's schema; ToolError says what is wrong."""
     try:
         arguments = json.loads(text)
+        if "\\u" in text:  # only an escape makes a lone surrogate, which no database or file takes
+            arguments = json.loads(valid_text(json.dumps(arguments, ensure_ascii=False), field="arguments"))
     except json.JSONDecodeError as error:
         raise ToolError(f"arguments are not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        raise ToolError(f"arguments are not JSON that can be read: {str(error)[: 2 * _SHOWN]}") from None
     problem = next(_validator(json.dumps(spec.parameters)).iter_errors(arguments), None)
     if problem is not None:
         raise ToolError(problem.message[: 2 * _SHOWN])

@@ -1,21 +1,19 @@
-import json
-
-import jinja2
 import pytest
 
 from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.template import (
-    JINJA,
+    BOS,
     SPECIAL_TOKENS,
+    Piece,
     conversation_pieces,
-    generation_prompt,
+    message_pieces,
     parse_turn,
     pieces_to_text,
     pieces_to_tokens,
     turn_pieces,
+    with_bos,
 )
 from moetrain.errors import RolloutError
-from moetrain.tools.sql import SQL_TOOLS
 
 _SPECIAL_IDS = {name: 1000 + index for index, name in enumerate(SPECIAL_TOKENS)}
 _SPECIAL_NAMES = {id_: name for name, id_ in _SPECIAL_IDS.items()}
@@ -57,28 +55,6 @@ def test_a_conversation_reads_as_the_released_template_writes_it() -> None:
     assert pieces_to_text(conversation_pieces(_conversation())) == expected
 
 
-def test_the_jinja_template_says_the_same_as_the_pieces() -> None:
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, separators=(", ", ": "): json.dumps(
-        value, separators=separators, ensure_ascii=False
-    )
-    messages = []
-    for message in _conversation():
-        entry: dict[str, object] = {"role": message.role.value, "content": message.content, "name": message.name}
-        entry |= {"reasoning_content": message.reasoning, "tool_call_id": message.tool_call_id}
-        entry["tool_calls"] = [
-            {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls
-        ]
-        messages.append(entry)
-    tools = [
-        {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
-        for t in SQL_TOOLS
-    ]
-    rendered = environment.from_string(JINJA).render(messages=messages, tools=tools, add_generation_prompt=True)
-    pieces = [*conversation_pieces(_conversation(), SQL_TOOLS), *generation_prompt()]
-    assert rendered == pieces_to_text(pieces)
-
-
 def test_a_turn_survives_tokens_and_back() -> None:
     turn = _conversation()[1]
     tokens, is_sampled = pieces_to_tokens(turn_pieces(turn), encode=_encode, special_ids=_SPECIAL_IDS)
@@ -111,3 +87,31 @@ def test_a_tool_result_cannot_forge_a_role() -> None:
 def test_markers_that_do_not_nest_are_refused(names: list[str]) -> None:
     with pytest.raises(RolloutError):
         parse_turn([_SPECIAL_IDS[name] for name in names], decode=_decode, special_names=_SPECIAL_NAMES, first_index=0)
+
+
+@pytest.mark.parametrize("header", ["call_a1B2", "get:0", "functions.get", "functions.:0", "functions.get:x"])
+def test_a_call_whose_id_has_another_form_names_no_tool(header: str) -> None:
+    call = ToolCall(name="get", arguments="{}", id=header)
+    turn = Message(role=Role.assistant, tool_calls=[call])
+    tokens, _ = pieces_to_tokens(turn_pieces(turn), encode=_encode, special_ids=_SPECIAL_IDS)
+    (parsed,) = parse_turn(tokens, decode=_decode, special_names=_SPECIAL_NAMES, first_index=0).tool_calls
+    assert (parsed.name, parsed.id) == ("", header)
+
+
+def test_names_with_dots_and_hyphens_are_read_from_an_id() -> None:
+    call = ToolCall(name="mail.send-now", arguments="{}", id="functions.mail.send-now:12")
+    turn = Message(role=Role.assistant, tool_calls=[call])
+    tokens, _ = pieces_to_tokens(turn_pieces(turn), encode=_encode, special_ids=_SPECIAL_IDS)
+    assert parse_turn(tokens, decode=_decode, special_names=_SPECIAL_NAMES, first_index=0) == turn
+
+
+def test_a_turn_that_is_not_to_be_learned_is_rendered_and_not_sampled() -> None:
+    pieces = message_pieces(Message(role=Role.assistant, content="bad", is_learned=False))
+    assert "bad" in pieces_to_text(pieces) and not any(piece.is_sampled for piece in pieces)
+
+
+def test_text_begins_with_bos_and_a_conversation_with_its_first_marker() -> None:
+    assert with_bos([Piece(text="x")])[0].text == BOS
+    conversation = conversation_pieces(_conversation())
+    assert with_bos(conversation) == conversation
+    assert with_bos(with_bos([Piece(text="x")])) == with_bos([Piece(text="x")])

@@ -204,10 +204,10 @@ def test_arguments_of_a_call_do_not_gain_the_keys_of_other_calls(write_jsonl) ->
 
 def test_an_unknown_role_and_a_conversation_without_assistant_are_refused(write_jsonl) -> None:
     path = write_jsonl("chat.jsonl", [{"messages": [{"role": "robot", "content": "x"}]}])
-    with pytest.raises(DataError, match=re.escape(f"{path}:1: a message has the role 'robot'")):
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: message 0: the role is 'robot'")):
         read_documents(jsonl(path, format="messages"), name="chat")
     path = write_jsonl("chat.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
-    with pytest.raises(DataError, match="has nothing to learn"):
+    with pytest.raises(DataError, match="has nothing to learn: give at least one"):
         read_documents(jsonl(path, format="messages"), name="chat")
 
 
@@ -265,7 +265,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ({"role": "user", "content": 5}, r"content holds int '5': give text, or a list of parts of type text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, r"content holds list .*: give text, or a list of parts"),
         ({"role": "user", "name": 3, "content": "x"}, r"name holds int '3': give text"),
-        ({"role": ["user"], "content": "x"}, r"a message has the role \['user'\]: known are"),
+        ({"role": ["user"], "content": "x"}, r"the role is \['user'\]: known are"),
         ({**ASSISTANT, "tool_calls": 5}, r"tool_calls holds int '5': give a list of calls"),
         (
             {**ASSISTANT, "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {}}}]},
@@ -273,9 +273,9 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ),
         (
             {**ASSISTANT, "tool_calls": [{"function": {"name": "f:7"}}]},
-            r"function\.name is str 'f:7': give a name with",
+            r"function\.name is str 'f:7': give a name without colon or space",
         ),
-        ({**ASSISTANT, "tool_calls": [{"function": {"name": 1}}]}, r"function\.name is int '1': give a name with"),
+        ({**ASSISTANT, "tool_calls": [{"function": {"name": 1}}]}, r"function\.name is int '1': give a name without"),
         (
             {**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": 5}}]},
             r"function\.arguments of f holds int '5': give an object",
@@ -285,7 +285,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
 def test_a_message_of_another_form_is_named_by_file_and_line(message, said: str, write_jsonl) -> None:
     path = write_jsonl("mine.jsonl", [{"messages": [ASSISTANT]}, {"messages": [message, ASSISTANT]}])
     config = SourceConfig(kind=SourceKind.jsonl, path=str(path), format="messages")
-    with pytest.raises(DataError, match=rf"mine\.jsonl:2: {said}"):
+    with pytest.raises(DataError, match=rf"mine\.jsonl:2: message 0: {said}"):
         read_documents(config, name="mine")
 
 

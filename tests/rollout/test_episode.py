@@ -155,3 +155,25 @@ def test_a_turn_whose_markers_do_not_nest_ends_the_trajectory(tokenizer: Tokeniz
         episode.sequence.is_sampled.append(True)
         episode.on_token()
     assert episode.finish(task=0, sample=0, version=0).ending is Ending.invalid_turn
+
+
+def test_a_call_whose_id_has_another_form_is_an_error_that_names_the_form(tokenizer: Tokenizer) -> None:
+    _, episode = _begin(tokenizer)
+    call = ToolCall(name="get", arguments="{}", id="call_a1B2")
+    _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
+    text = tokenizer.decode(episode.sequence.tokens)
+    assert "## Return of call_a1B2\nerror: 'call_a1B2' is no id of a call: write functions.NAME:N" in text
+    assert not episode.is_finished
+
+
+@pytest.mark.parametrize("key", ["table", "id", "column"])
+def test_a_lone_surrogate_in_a_call_ends_no_trajectory(key: str, tokenizer: Tokenizer) -> None:
+    task, episode = _begin(tokenizer)
+    step = task.program.steps[0]
+    arguments = json.loads(step.arguments(task.program.start)) | {key: "\ud83d"}
+    name = step.kind.value
+    call = ToolCall(name=name, arguments=json.dumps(arguments), id=f"functions.{name}:0")
+    assert "\\ud83d" in call.arguments
+    _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
+    assert not episode.is_finished
+    assert f"## Return of functions.{name}:0\nerror" in tokenizer.decode(episode.sequence.tokens)

@@ -1,0 +1,273 @@
+"""Conversations of data sets in the chat-completions form: checked, and read as messages.
+
+What different programs write is read where its meaning is clear: content in parts, calls as `tool_calls` or the older
+`function_call`, ids of any form, results without ids, reasoning under three names, ShareGPT's `from` and `value`. Other
+forms, and keys that are not known, are refused with a `DataError` that names the value and a cure.
+"""
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moetrain.chat.messages import Message, Role, ToolCall, call_id
+from moetrain.chat.template import THINK_BEGIN
+from moetrain.chat.tool_schema import compact_json
+from moetrain.errors import DataError
+
+_ROLES = {role.value: role for role in Role} | {
+    "developer": Role.system,  # OpenAI's newer name of it
+    "function": Role.tool,  # OpenAI's older name of it
+    "ipython": Role.tool,  # Llama's name of it
+}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_CALL_KEYS = ("tool_calls", "function_call")
+_UNSUPPORTED_KEYS = ("refusal", "audio", "annotations")
+"""Keys that OpenAI writes into each message; they must be empty."""
+_MESSAGE_KEYS = (
+    *("role", "content", "name", "tool_call_id", "weight", "train"),
+    *(*_REASONING_KEYS, *_CALL_KEYS, *_UNSUPPORTED_KEYS),
+)
+
+
+def read_messages(value: object) -> list[Message]:
+    """Return the messages of a conversation; its calls have the ids `functions.NAME:N`, N counted from 0.
+
+    Raises DataError when a message cannot be read, or when no message is an assistant's.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise DataError(f"{_shown(value)} is no conversation: give a list of messages")
+    messages: list[Message] = []
+    numbering = _Numbering()
+    for number, item in enumerate(value):
+        try:
+            messages.append(_message(item, numbering=numbering))
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from None
+    numbering.check()
+    if not any(message.role is Role.assistant for message in messages):
+        raise DataError("the conversation has nothing to learn: give at least one message with the role assistant")
+    return messages
+
+
+def read_declaration(value: object) -> str:
+    """Return the compact JSON that declares the tools of a record, or "" when it has none.
+
+    `value` is a list of declarations in the chat-completions form, or its JSON text.
+    """
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"tools holds text that is no JSON: {error}; give a list of declarations") from None
+    if not value:
+        return ""
+    if not isinstance(value, list):
+        raise DataError(f"tools holds {_shown(value)}: give a list of declarations")
+    for item in value:
+        function = item.get("function") if isinstance(item, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"a declaration in tools is {_shown(item)}: give "
+                '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+            )
+        check_keys(item, ("type", "function"), place="a declaration in tools")
+        known = ("name", "description", "parameters", "strict")
+        check_keys(function, known, place=f"the declaration of {function['name']}")
+    return compact_json(value)
+
+
+def check_keys(item: Mapping[str, Any], known: Collection[str], *, place: str) -> None:
+    """Raise DataError when `item` has a key that is not known."""
+    for key in item:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            meant = f"did you mean {close[0]}? Known" if close else "known"
+            raise DataError(
+                f"{place} has the unknown key {key!r}; {meant} are {', '.join(known)} "
+                "(data.sources.NAME.ignore=[KEY] leaves a key of records and messages out)"
+            )
+
+
+class _Numbering:
+    """Ids of the calls of one conversation, and the calls of the last turn that wait for their result."""
+
+    def __init__(self) -> None:
+        self._num_calls = 0
+        self._waiting: list[tuple[str, ToolCall]] = []  # (id in the record, call)
+        self._was_guessed = False
+
+    def add(self, calls: list[tuple[str, ToolCall]]) -> None:
+        """Number the calls of a turn; each comes with its id in the record, which may be empty."""
+        self.check()
+        ids = [identity for identity, _ in calls if identity]
+        if len(set(ids)) < len(ids):
+            raise DataError(f"two calls of one turn have the same id: {', '.join(ids)}; give each its own")
+        for _, call in calls:
+            call.id = call_id(call.name, self._num_calls)
+            self._num_calls += 1
+        self._waiting, self._was_guessed = list(calls), False
+
+    def answer(self, identity: str, *, name: str) -> str:
+        """Return the id of the call that a result belongs to: by its id, else in order among those of its name."""
+        if identity:
+            found = [pair for pair in self._waiting if pair[0] == identity]
+        else:
+            found = [pair for pair in self._waiting if name in ("", pair[1].name)]
+            self._was_guessed |= len(found) > 1
+        if not found:
+            given = f"tool_call_id is {identity!r}" if identity else f"a tool result has no id and the name {name!r}"
+            waiting = ", ".join(identity or call.name for identity, call in self._waiting) or "none"
+            raise DataError(f"{given}: it belongs to no call of the turn before; calls without a result are {waiting}")
+        self._waiting.remove(found[0])
+        return found[0][1].id
+
+    def check(self) -> None:
+        """Raise DataError when results were given to calls in order, and calls are left over."""
+        if self._was_guessed and self._waiting:
+            left = ", ".join(call.id for _, call in self._waiting)
+            raise DataError(
+                "tool results without ids are fewer than the calls of their turn, so that it is not clear which they "
+                f"belong to ({left} without one): give each result its tool_call_id"
+            )
+
+
+def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
+    if "from" in item and "role" not in item:
+        item = _of_sharegpt(item)
+    check_keys(item, _MESSAGE_KEYS, place="the message")
+    given = item.get("role")
+    if not isinstance(given, str) or given not in _ROLES:
+        raise DataError(f"the role is {given!r}: known are {', '.join(_ROLES)}")
+    role = _ROLES[given]
+    for key in _UNSUPPORTED_KEYS:
+        if item.get(key):
+            raise DataError(f"{key} holds {_shown(item[key])}, which cannot be learned: give what is said as content")
+    name, identity = _string(item, "name"), _string(item, "tool_call_id")
+    message = Message(
+        role=role,
+        content=_content(item.get("content")),
+        reasoning=_reasoning(item),
+        name=name,
+        is_learned=_is_learned(item, role=role),
+    )
+    calls = _calls(item)
+    if role is Role.assistant:
+        _check_turn(message, has_calls=bool(calls))
+    elif calls or message.reasoning:
+        raise DataError(f"a message of the role {given} has calls or reasoning: only an assistant's has them")
+    if identity and role is not Role.tool:
+        raise DataError(f"a message of the role {given} has a tool_call_id: only a tool's result has one")
+    if calls:
+        numbering.add(calls)
+        message.tool_calls = [call for _, call in calls]
+    if role is Role.tool:
+        message.tool_call_id = numbering.answer(identity, name=name)
+    return message
+
+
+def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
+    role = item["from"]
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        raise DataError(
+            f"from is {role!r}: known are {', '.join(_SHAREGPT_ROLES)}; write calls and results of tools in the "
+            "chat-completions form (role, content, tool_calls)"
+        )
+    check_keys(item, ("from", "value", "weight", "train"), place="the message")
+    rest = {key: value for key, value in item.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
+
+
+def _check_turn(message: Message, *, has_calls: bool) -> None:
+    if message.content.lstrip().startswith(THINK_BEGIN):
+        raise DataError(f"content begins with {THINK_BEGIN}: give the reasoning as reasoning_content, without markers")
+    if not (message.content or message.reasoning or has_calls):
+        raise DataError("an assistant's message is empty: give it content, reasoning_content or tool_calls, or drop it")
+
+
+def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:
+    """Return whether `weight` (0 or 1) and `train` let the message be learned; null is as if it were not there."""
+    given = {}
+    for key in ("weight", "train"):
+        value = item.get(key)
+        if value is not None and (not isinstance(value, bool | int | float) or value not in (0, 1)):
+            raise DataError(f"{key} is {value!r}: give 0 or 1, false or true; shares between are not supported")
+        if value is not None:
+            given[key] = bool(value)
+    if len(set(given.values())) > 1:
+        raise DataError(f"weight is {item['weight']!r} and train is {item['train']!r}: give one of the two")
+    if role is not Role.assistant and any(given.values()):
+        key = next(iter(given))
+        raise DataError(f"{key} is {item[key]!r} on a message of the role {role}: only an assistant's can be learned")
+    return all(given.values())
+
+
+def _reasoning(item: Mapping[str, Any]) -> str:
+    found = {text for text in (_string(item, key) for key in _REASONING_KEYS) if text}
+    if len(found) > 1:
+        raise DataError(f"{', '.join(_REASONING_KEYS)} hold different texts: give one of them")
+    return found.pop() if found else ""
+
+
+def _content(value: object) -> str:
+    """Return the text of a message: a string, null, or the texts of a list of parts, put together."""
+    parts = value if isinstance(value, list) else [] if value is None else [{"type": "text", "text": value}]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+    for part in parts:
+        check_keys(part, ("type", "text"), place="a part of content")
+    return "".join(map(str, texts))
+
+
+def _calls(item: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:
+    """Return (id in the record, call) of each call in a message."""
+    calls, old = item.get("tool_calls") or [], item.get("function_call")
+    if not isinstance(calls, list):
+        raise DataError(f"tool_calls holds {_shown(calls)}: give a list of calls")
+    if calls and old:
+        raise DataError("a message has tool_calls and function_call: give one of the two")
+    if old:
+        calls = [{"function": old}]
+    return [_call(call) for call in calls]
+
+
+def _call(call: Any) -> tuple[str, ToolCall]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise DataError(f"a tool call is {str(call)[:60]!r}: it needs function.name and function.arguments")
+    check_keys(call, ("id", "type", "function"), place="a tool call")
+    check_keys(function, ("name", "arguments"), place="function of a tool call")
+    if call.get("type") not in (None, "function"):
+        raise DataError(f"type of a tool call is {call['type']!r}: give function")
+    name = function["name"]
+    if not isinstance(name, str) or not name or ":" in name or name != "".join(name.split()):
+        raise DataError(f"function.name is {_shown(name)}: give a name without colon or space, as its ids need")
+    return _string(call, "id"), ToolCall(name=name, arguments=_arguments(function.get("arguments"), name=name), id="")
+
+
+def _arguments(value: object, *, name: str) -> str:
+    """Return the arguments of a call as JSON text: text as it is written, an object as JSON, nothing as {}."""
+    if value is None or value == "":
+        return "{}"
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    try:
+        is_object = isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise DataError(f"function.arguments of {name} holds {_shown(value)}: give an object, or its JSON text")
+    return str(value)
+
+
+def _string(item: Mapping[str, Any], key: str) -> str:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{key} holds {_shown(value)}: give text")
+    return value or ""
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"

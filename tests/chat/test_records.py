@@ -1,0 +1,145 @@
+import re
+
+import pytest
+
+from moetrain.chat.messages import Role
+from moetrain.chat.records import read_declaration, read_messages
+from moetrain.errors import DataError
+
+USER = {"role": "user", "content": "Q"}
+ANSWER = {"role": "assistant", "content": "A"}
+
+
+def call(name: str, arguments: object = "{}", **rest: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **rest}
+
+
+def calls(*calls: object) -> dict[str, object]:
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
+def result(content: str, **rest: object) -> dict[str, object]:
+    return {"role": "tool", "content": content, **rest}
+
+
+def test_ids_are_numbered_over_the_conversation_and_results_follow_their_call() -> None:
+    messages = read_messages(
+        [
+            USER,
+            calls(call("get", id="call_a1"), call("find", id="call_b2")),
+            result("found", tool_call_id="call_b2"),
+            result("got", tool_call_id="call_a1"),
+            calls(call("get", id="call_a1")),
+            result("again", tool_call_id="call_a1"),
+            ANSWER,
+        ]
+    )
+    assert [c.id for m in messages for c in m.tool_calls] == ["functions.get:0", "functions.find:1", "functions.get:2"]
+    assert [m.tool_call_id for m in messages if m.role is Role.tool] == [
+        "functions.find:1",
+        "functions.get:0",
+        "functions.get:2",
+    ]
+
+
+def test_results_without_ids_belong_to_the_calls_in_order_or_by_name() -> None:
+    two = calls(call("get"), call("get"))
+    in_order = read_messages([USER, two, result("1", name="get"), result("2", name="get"), ANSWER])
+    assert [m.tool_call_id for m in in_order[2:4]] == ["functions.get:0", "functions.get:1"]
+    by_name = read_messages([calls(call("get"), call("find")), result("1", name="find"), result("2", name="get")])
+    assert [m.tool_call_id for m in by_name[1:]] == ["functions.find:1", "functions.get:0"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([calls(call("get"), call("get")), result("1"), ANSWER], "fewer than the calls of their turn"),
+        ([calls(call("get"), call("get")), result("1"), calls(call("get"))], "fewer than the calls of their turn"),
+        ([calls(call("get")), result("1"), result("2")], "belongs to no call of the turn before"),
+        ([calls(call("get")), result("1", name="find")], "belongs to no call of the turn before"),
+        ([calls(call("get", id="x")), result("1", tool_call_id="y")], "tool_call_id is 'y': it belongs to no call"),
+        ([calls(call("get", id="x"), call("get", id="x"))], "two calls of one turn have the same id"),
+        ([result("1", tool_call_id="x"), ANSWER], "message 0: tool_call_id is 'x'"),
+    ],
+)
+def test_results_whose_call_is_not_clear_are_refused(messages: list[dict[str, object]], said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_messages(messages)
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": None}])
+@pytest.mark.parametrize("on", [{}, {"weight": 1}, {"train": True}, {"weight": None}])
+def test_turns_that_are_switched_off_are_not_learned(off: dict[str, object], on: dict[str, object]) -> None:
+    messages = read_messages([USER, {**ANSWER, **off}, {**USER, **off}, {**ANSWER, **on}])
+    assert [message.is_learned for message in messages[1::2]] == [False, True]
+
+
+def test_the_older_forms_of_openai_and_sharegpt_are_read() -> None:
+    old = {"role": "assistant", "content": None, "function_call": {"name": "read", "arguments": '{"a": 1}'}}
+    messages = read_messages([USER, old, {"role": "function", "name": "read", "content": "21"}, ANSWER])
+    assert messages[1].tool_calls[0].id == messages[2].tool_call_id == "functions.read:0"
+    assert messages[1].tool_calls[0].arguments == '{"a": 1}'
+    sharegpt = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    chat = [{"role": "developer", "content": "S"}, USER, ANSWER]
+    assert read_messages(sharegpt) == read_messages(chat)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
+    assert read_messages([{**ANSWER, key: "R"}])[0].reasoning == "R"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({**ANSWER, "contnet": "x"}, "the message has the unknown key 'contnet'; did you mean content?"),
+        ({**ANSWER, "zzz": "x"}, "unknown key 'zzz'; known are role, content, name"),
+        ({**ANSWER, "weight": 0.5}, "weight is 0.5: give 0 or 1"),
+        ({**ANSWER, "train": "no"}, "train is 'no': give 0 or 1"),
+        ({**ANSWER, "weight": 0, "train": True}, "give one of the two"),
+        ({**USER, "train": True}, "only an assistant's can be learned"),
+        ({**ANSWER, "refusal": "no"}, "refusal holds str 'no', which cannot be learned"),
+        ({**ANSWER, "content": None}, "an assistant's message is empty"),
+        ({**ANSWER, "content": ""}, "an assistant's message is empty"),
+        ({**ANSWER, "content": "<think>r</think>A"}, "content begins with <think>: give the reasoning as"),
+        ({**ANSWER, "reasoning": "a", "thinking": "b"}, "hold different texts"),
+        ({**USER, "tool_calls": [call("f")]}, "has calls or reasoning: only an assistant's"),
+        ({**ANSWER, "tool_call_id": "x"}, "only a tool's result has one"),
+        ({**calls(call("f")), "function_call": {"name": "f"}}, "tool_calls and function_call: give one"),
+        (calls(call("f", "{'city': Oslo")), "function.arguments of f holds str"),
+        (calls(call("f", "[1]")), "function.arguments of f holds str '[1]'"),
+        (calls(call("f", [])), "function.arguments of f holds list"),
+        (calls(call("f", index=0)), "a tool call has the unknown key 'index'"),
+        (calls({"function": {"name": "f", "args": {}}}), "function of a tool call has the unknown key 'args'"),
+        (calls(call("f") | {"type": "custom"}), "type of a tool call is 'custom'"),
+        (calls({"name": "f", "arguments": {}}), "it needs function.name"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, "a part of content has the unknown"),
+        ({"from": "function_call", "value": "{}"}, "from is 'function_call'"),
+        ({"from": "gpt", "value": "A", "content": "B"}, "the message has the unknown key 'content'"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_refused_with_its_number(message: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError, match="message 1: .*" + re.escape(said)):
+        read_messages([USER, message, ANSWER])
+
+
+def test_declarations_are_read_from_a_list_or_its_json_text() -> None:
+    one = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    text = '[{"type":"function","function":{"name":"f","parameters":{"type":"object"}}}]'
+    assert read_declaration(one) == read_declaration(text.replace(",", ", ")) == text
+    assert read_declaration(None) == read_declaration([]) == read_declaration("") == ""
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ("[", "tools holds text that is no JSON"),
+        ({"f": 1}, "give a list of declarations"),
+        ([{"name": "f", "parameters": {}}], "a declaration in tools is dict"),
+        ([{"type": "function", "function": {"name": "f", "parametres": {}}}], "did you mean parameters?"),
+        ([{"type": "function", "fn": 1, "function": {"name": "f"}}], "has the unknown key 'fn'"),
+    ],
+)
+def test_declarations_of_another_form_are_refused(tools: object, said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_declaration(tools)
