@@ -104,7 +104,7 @@ def export_model(
         report.num_groups,
     )
     for consumer, why in reasons.items():
-        _log.info("%s %s", consumer, f"computes it otherwise: {'; '.join(why)}" if why else "reads it as trained")
+        _log.info("%s %s", consumer, f"may compute it otherwise: {'; '.join(why)}" if why else "reads it as trained")
     return report
 
 

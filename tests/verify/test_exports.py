@@ -19,7 +19,8 @@ from moetrain.verify.table import check_rows
 Tensors = dict[str, torch.Tensor]
 
 
-def _config(*, q_lora_rank: int | None = 24, yarn: YarnConfig | None = None) -> ModelConfig:
+def shape(*, q_lora_rank: int | None = 24, yarn: YarnConfig | None = None) -> ModelConfig:
+    """Return a tiny model."""
     return ModelConfig(
         vocab_size=300,
         hidden_size=64,
@@ -39,7 +40,14 @@ def _config(*, q_lora_rank: int | None = 24, yarn: YarnConfig | None = None) -> 
     )
 
 
-def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = ExportFormat.quantized) -> Tensors:
+def write_export(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    format: ExportFormat = ExportFormat.quantized,
+    quant: QuantConfig | None = None,
+) -> Tensors:
+    """Export a random model and return its masters."""
     model = Transformer(config)
     initialize(model, 1)
     stream = torch.Generator().manual_seed(1)
@@ -50,7 +58,7 @@ def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = Expor
         TensorReader(masters),
         folder=folder,
         model=config,
-        quant=QuantConfig(),
+        quant=quant or QuantConfig(),
         export=ExportConfig(format=format),
         tokenizer=train_tokenizer(["letters and other words " * 3], vocab_size=280),
         step=1,
@@ -61,11 +69,11 @@ def _exported(folder: Path, config: ModelConfig, *, format: ExportFormat = Expor
 
 @pytest.mark.parametrize(
     "config",
-    [_config(), _config(q_lora_rank=None, yarn=YarnConfig(factor=4, original_max_position=32))],
+    [shape(), shape(q_lora_rank=None, yarn=YarnConfig(factor=4, original_max_position=32))],
     ids=["q_lora", "no_q_lora_yarn"],
 )
 def test_every_promise_is_kept(tmp_path: Path, config: ModelConfig) -> None:
-    masters = _exported(tmp_path / "int4", config)
+    masters = write_export(tmp_path / "int4", config)
     rows = verify_exports(tmp_path / "int4", masters=masters)
     assert len(rows) == 7
     check_rows(rows)
@@ -82,7 +90,7 @@ def test_every_promise_is_kept(tmp_path: Path, config: ModelConfig) -> None:
 def test_a_planted_fault_misses_the_bounds_that_it_touches(
     tmp_path: Path, fault: ExportFault, missed: set[str]
 ) -> None:
-    masters = _exported(tmp_path / "int4", _config())
+    masters = write_export(tmp_path / "int4", shape())
     rows = verify_exports(tmp_path / "int4", masters=masters, fault=fault)
     assert {row.name.split(": ")[-1] for row in rows if not row.is_kept} == missed
     with pytest.raises(BoundError) as error:
@@ -92,7 +100,7 @@ def test_a_planted_fault_misses_the_bounds_that_it_touches(
 
 
 def test_masters_of_another_step_miss_the_bounds(tmp_path: Path) -> None:
-    masters = _exported(tmp_path / "int4", _config())
+    masters = write_export(tmp_path / "int4", shape())
     moved = {name: tensor * 1.05 if tensor.ndim == 3 else tensor for name, tensor in masters.items()}
     rows = verify_exports(tmp_path / "int4", masters=moved)
     assert not rows[1].is_kept
@@ -100,6 +108,6 @@ def test_masters_of_another_step_miss_the_bounds(tmp_path: Path) -> None:
 
 
 def test_an_export_without_codes_is_refused(tmp_path: Path) -> None:
-    masters = _exported(tmp_path / "bf16", _config(), format=ExportFormat.bf16)
+    masters = write_export(tmp_path / "bf16", shape(), format=ExportFormat.bf16)
     with pytest.raises(ConfigError, match=r"format bf16: verify one with export\.format=quantized"):
         verify_exports(tmp_path / "bf16", masters=masters)
