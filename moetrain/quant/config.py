@@ -13,12 +13,14 @@ class FormatName(StrEnum):
     """A row of `quant.formats.FORMATS`: how codes and scales are stored."""
 
     int4 = "int4"
+    mxfp4 = "mxfp4"
 
 
 class GridName(StrEnum):
     """A row of `quant.grids.GRIDS`: how a weight becomes a code and a scale."""
 
     kimi7 = "kimi7"
+    mx = "mx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Limits:
 LIMITS: Mapping[FormatName, Limits] = MappingProxyType(
     {
         FormatName.int4: Limits(grids=(GridName.kimi7,), group_step=8),  # 8 codes fill one int32 word
+        FormatName.mxfp4: Limits(grids=(GridName.mx,), group_step=32, largest_group=32),
     }
 )
 """The limits of every format."""
@@ -48,7 +51,7 @@ class QuantConfig:
     format: FormatName = FormatName.int4
     """How codes and scales are stored, which decides who can read them."""
     grid: GridName = GridName.kimi7
-    """Grid of codes and scales, one of the format's; kimi7 is the one of the released Kimi K2 Thinking."""
+    """Grid of codes and scales, one of the format's: kimi7 (INT4) is that of Kimi K2 Thinking, mx that of MXFP4."""
     group_size: int = 32
     """Consecutive inputs that share a scale."""
 

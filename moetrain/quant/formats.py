@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
-from moetrain.quant import codec_int4
+from moetrain.quant import codec_int4, codec_mxfp4
 from moetrain.quant.config import FormatName
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import Quantized
@@ -67,6 +67,14 @@ def _int4_obstacles(consumer: Consumer, group_size: int) -> list[str]:
     return []
 
 
+def _mxfp4_obstacles(consumer: Consumer, _: int) -> list[str]:
+    if consumer is Consumer.llama_cpp:
+        return ["quant.format=mxfp4: its converter reads packed integers only"]
+    if consumer is Consumer.vllm:
+        return ["quant.format=mxfp4: not checked with weights alone quantised"]
+    return []
+
+
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {
         FormatName.int4: Format(
@@ -88,6 +96,24 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
                 "block_structure": None,
             },
             obstacles=_int4_obstacles,
+        ),
+        FormatName.mxfp4: Format(
+            title="MXFP4",
+            suffixes=codec_mxfp4.SUFFIXES,
+            encode=codec_mxfp4.encode,
+            decode=codec_mxfp4.decode,
+            compression="mxfp4-pack-quantized",
+            # Those of compressed-tensors' preset MXFP4A16: weights alone are quantised.
+            weights={
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "group",
+                "dynamic": False,
+                "scale_dtype": "torch.uint8",
+                "zp_dtype": "torch.uint8",
+            },
+            obstacles=_mxfp4_obstacles,
         ),
     }
 )

@@ -72,10 +72,38 @@ def _kimi7_codes(quotients: Tensor) -> Tensor:
     return quotients.round().clamp(-7, 7)
 
 
+E2M1_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
+"""Magnitudes of e2m1, the 4-bit float of OCP Microscaling Formats 1.0 (0 to 6), counted in halves."""
+_E2M1_LARGEST_EXPONENT = 2
+_ROUNDS_UP = 0.875  # of the next power of two: 7 of 8, halfway from the largest number, 6, to 8
+
+
+def _mx_scales(weight_XOGS: Tensor) -> Tensor:
+    """Return half of the scale 2^e that the format stores, because codes count halves.
+
+    e is the exponent of the largest weight less that of the largest e2m1 number. A largest weight that is nearer to 8
+    than to 6 times the scale takes the next e, as compressed-tensors has it.
+    """
+    amax_XOG = weight_XOGS.abs().float().amax(dim=-1)
+    mantissas_XOG, exponents_XOG = torch.frexp(amax_XOG)  # mantissas from 0.5 to 1
+    exponents_XOG = exponents_XOG - 1 + (mantissas_XOG >= _ROUNDS_UP).int() - _E2M1_LARGEST_EXPONENT
+    halves_XOG = torch.ldexp(torch.ones_like(amax_XOG), exponents_XOG - 1)
+    return halves_XOG.masked_fill(amax_XOG == 0, 0.0).to(torch.bfloat16)
+
+
+def _mx_codes(quotients: Tensor) -> Tensor:
+    """Return the nearest e2m1 numbers in halves, ties to the even mantissa: steps of 1 to 4, of 2 to 8, of 4 to 12."""
+    magnitudes = quotients.abs()
+    steps = torch.where(magnitudes <= 4, 1.0, torch.where(magnitudes <= 8, 2.0, 4.0))
+    return ((quotients / steps).round() * steps).clamp(-E2M1_HALVES[-1], E2M1_HALVES[-1])
+
+
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
     {
         # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes, and a grid that re-quantises to itself.
         GridName.kimi7: Grid(scales_of=_kimi7_scales, codes_of=_kimi7_codes),
+        # MXFP4: e2m1 codes, scales that are powers of two. Also a grid that re-quantises to itself.
+        GridName.mx: Grid(scales_of=_mx_scales, codes_of=_mx_codes),
     }
 )
 """Every grid that can be named in a config."""
