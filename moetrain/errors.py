@@ -37,6 +37,10 @@ class ToolError(MoetrainError, RuntimeError):
     """A tool call failed; its text becomes an observation for the model."""
 
 
+class TransientError(MoetrainError, RuntimeError):
+    """An environment failed without any effect, and the same act may work when it is repeated."""
+
+
 class BoundError(MoetrainError, AssertionError):
     """A bound promised by `moetrain verify` was missed."""
 

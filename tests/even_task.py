@@ -9,7 +9,7 @@ from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ToolError
 from moetrain.model.config import BalanceConfig
-from moetrain.tasks.protocol import Grade, Observation, Split
+from moetrain.tasks.protocol import Grade, InlineTask, Observation, Split
 from tests.train.toy import toy_model
 
 _VOCAB = 256 + len(SPECIAL_TOKENS) + 4
@@ -30,7 +30,7 @@ class EvenEnvironment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvenTask:
+class EvenTask(InlineTask):
     index: int
 
     @property
@@ -50,11 +50,8 @@ class EvenFamily:
     def tools(self) -> Sequence[ToolSpec]:
         return ()
 
-    def task(self, split: Split, index: int, *, num_calls: int | None = None) -> EvenTask:
+    def task(self, split: Split, index: int) -> EvenTask:
         return EvenTask(index=index)
-
-    def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        return [], Grade(reward=0.0, reason="none")
 
 
 def even_tokenizer() -> Tokenizer:

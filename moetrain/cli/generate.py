@@ -14,7 +14,8 @@ def main(run: GenerateRun) -> int:
     # These bring torch in, so only now.
     from moetrain.chat.messages import Message, Role
     from moetrain.chat.template import BOS, conversation_pieces, generation_prompt, pieces_to_tokens
-    from moetrain.inference.engine import GenerationEngine, Sequence
+    from moetrain.inference.engine import GenerationEngine
+    from moetrain.inference.protocol import Sequence
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
@@ -32,12 +33,16 @@ def main(run: GenerateRun) -> int:
     weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
     engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
     stream = seed_of(run.run.seed, "generate")
-    sequence = Sequence(tokens=list(prompt), stream=stream, temperature=run.temperature)
+    sequence = Sequence(
+        tokens=list(prompt),
+        stream=stream,
+        temperature=run.temperature,
+        limit=len(prompt) + run.max_new_tokens,
+        stop_ids=frozenset(tokenizer.end_ids),
+    )
     engine.add(sequence)
-    while engine.has_room(sequence):
+    while engine.is_busy:
         engine.step()
-        if sequence.tokens[-1] in tokenizer.end_ids:
-            break
     print(tokenizer.decode(sequence.tokens[len(prompt) :]))
     return 0
 

@@ -4,6 +4,7 @@ Tasks and tool failures are functions of the seed and the task alone, so two eva
 paired. Knows no files of weights: they are handed in.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
+from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import progress
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
+from moetrain.rollout.world import EnvironmentFailure, run_alone
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
-from moetrain.tasks.protocol import Split, Task, TaskFamily
+from moetrain.tasks.protocol import Demonstrates, Grade, MakesLengths, Split, Task, TaskFamily
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,8 @@ class Mode:
     tools_fail: bool = True
 
 
-def modes(config: EvalConfig) -> Iterator[Mode]:
-    """Yield the modes of an evaluation."""
+def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
+    """Yield the modes of an evaluation. Longer tasks are part of it where the family makes tasks of a given length."""
     tasks: list[tuple[int, int | None]] = [
         (index, None) for index in range(config.first_task, config.first_task + config.num_tasks)
     ]
@@ -45,7 +50,9 @@ def modes(config: EvalConfig) -> Iterator[Mode]:
     longer: list[tuple[int, int | None]] = [
         (index, calls) for calls in config.longer_calls for index in range(config.longer_tasks)
     ]
-    if longer:
+    if longer and not isinstance(family, MakesLengths):
+        _log.info("eval.longer_calls is %s: the task family makes no tasks of a given length", config.longer_calls)
+    elif longer:
         yield Mode(name="greedy_longer", temperature=0.0, tasks=longer)
 
 
@@ -77,10 +84,11 @@ def run_mode(
         )
         for index, calls in mode.tasks[topology.rank :: topology.world_size]
     ]
+    num_slots = min(rollout.num_slots, len(requests))
     with progress(len(requests), mode.name) as advance:
         mine = collect(
             requests,
-            weights=weights,
+            generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=rollout.max_tokens),
             family=family,
             tokenizer=tokenizer,
             config=replace(rollout, temperature=mode.temperature),
@@ -93,18 +101,36 @@ def run_mode(
 
 
 def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
-    return family.task(Split.held_out, index, num_calls=calls)
+    if calls is None:
+        return family.task(Split.held_out, index)
+    assert isinstance(family, MakesLengths)  # see `modes`
+    return family.task_of_length(Split.held_out, index, num_calls=calls)
 
 
-def check_graders(family: TaskFamily, *, num_tasks: int) -> dict[str, Any]:
-    """Return the success of a policy that only answers nothing, and of the expert that makes no slips and retries."""
+def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str, Any]:
+    """Return the success of a policy that answers nothing, and of the demonstrator that makes no mistakes, if any.
+
+    Tasks whose environment fails are left out of the first, and counted as failures of the second.
+    """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
-    null = expert = 0
-    for index in range(num_tasks):
-        task = family.task(Split.held_out, index)
-        environment = task.environment(index)
-        null += environment.grade("").success
-        environment.close()
-        expert += family.demonstrate(task, index, perfect=True)[1].success
-    return {"null_policy": null / num_tasks, "perfect_expert": expert / num_tasks, "num_tasks": num_tasks}
+    tasks = [family.task(Split.held_out, index) for index in range(num_tasks)]
+    streams = [seed_of(seed, "graders", index) for index in range(num_tasks)]
+    null = [grade.success for task, stream in zip(tasks, streams, strict=True) if (grade := _null(task, stream))]
+    found = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}
+    if isinstance(family, Demonstrates):
+        graded = [
+            family.demonstrate(task, stream, perfect=True)[1].success
+            for task, stream in zip(tasks, streams, strict=True)
+        ]
+        found["perfect_demonstrator"] = sum(graded) / num_tasks
+    return found
+
+
+def _null(task: Task, stream: int) -> Grade | None:
+    """Return the grade of an empty answer in a fresh environment; None when the environment fails."""
+    try:
+        return run_alone(task, stream, answer="")
+    except EnvironmentFailure as error:
+        _log.warning("graders: the environment failed: %s", error)
+        return None

@@ -19,7 +19,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks.config import TaskConfig
-from moetrain.tasks.protocol import TaskFamily
+from moetrain.tasks.protocol import MakesLengths, TaskFamily
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def evaluate(
     masters: bf16 masters beside the export. before: an earlier `eval.json`. A collective: the ranks share the tasks.
     """
     config, task = setting.config, setting.task
-    all_modes = list(modes(config))
+    family = setting.family_of(task)
+    all_modes = list(modes(config, family))
     results = {
         mode.name: _result(setting, mode, export=export, masters=masters if mode is all_modes[0] else None)
         for mode in all_modes
@@ -72,16 +73,17 @@ def evaluate(
     of_masters = {mode.name: _result(setting, mode, export=None, masters=masters) for mode in beside if masters}
     if not setting.topology.is_main:
         return None
-    family = setting.family_of(task)
     numbers: dict[str, Any] = {
         "modes": {name: result["summary"] for name, result in results.items()},
-        "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS)),
-        "trained_calls": [task.min_calls, task.max_calls],
+        "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS), seed=setting.seed),
         "task": {"name": task.name, "tools": {tool.name: tool.description for tool in family.tools}},
     }
+    if isinstance(family, MakesLengths):
+        numbers["trained_calls"] = list(family.trained_calls)
     if masters is not None:
         numbers["masters"] = {name: result["summary"] for name, result in of_masters.items()}
-        numbers["divergence"] = results[all_modes[0].name]["divergence"]
+        if "divergence" in results[all_modes[0].name]:
+            numbers["divergence"] = results[all_modes[0].name]["divergence"]
     if before is not None:
         numbers["paired"] = {
             name: asdict(difference)
@@ -120,8 +122,9 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
     result: dict[str, Any] = {"summary": summarize(trajectories)}
     if topology.is_main:
         if export is not None and masters is not None:
-            sample = trajectories[: config.kl_tasks]
-            result["divergence"] = asdict(divergence(masters.weights, export.weights, trajectories=sample))
+            sample = [trajectory for trajectory in trajectories if trajectory.num_sampled][: config.kl_tasks]
+            if sample:
+                result["divergence"] = asdict(divergence(masters.weights, export.weights, trajectories=sample))
         if export is not None:
             setting.on_finished(mode.name, trajectories)
         setting.finished.add(depends_on, result)

@@ -17,8 +17,11 @@ def rate_row(rate: Rate) -> dict[str, float | int]:
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return rates of one mode: overall, by calls needed, with and without a tool failure, and endings as counts.
 
-    `outcomes` lists success by task number and length, for pairing with another evaluation of the same tasks.
+    Unscored trajectories are left out of the rates; `unscored` counts them. `outcomes` lists success by task number and
+    length, for pairing with another evaluation of the same tasks.
     """
+    endings = dict(sorted(Counter(t.ending.value for t in trajectories).items()))
+    num_all, trajectories = len(trajectories), [t for t in trajectories if t.is_scored]
     by_calls = sorted({calls for trajectory in trajectories if (calls := trajectory.num_calls_needed) is not None})
     return {
         "all": rate_row(wilson([t.grade.success for t in trajectories])),
@@ -28,7 +31,8 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         },
         "after_tool_error": rate_row(wilson([t.grade.success for t in trajectories if t.num_transient_errors])),
         "without_tool_error": rate_row(wilson([t.grade.success for t in trajectories if not t.num_transient_errors])),
-        "endings": dict(sorted(Counter(t.ending.value for t in trajectories).items())),
+        "endings": endings,
+        "unscored": num_all - len(trajectories),
         "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
         "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
         "outcomes": {f"{t.task}/{t.num_calls_needed}": t.grade.success for t in trajectories},

@@ -1,12 +1,10 @@
-"""Generation of many sequences in lock step: continuous batching over slots of a latent KV cache.
+"""Generation in this process: continuous batching over slots of a latent KV cache, one token per step and sequence.
 
-A sequence is an append-only list of tokens. What must be fed (prompts, tool results) waits in it; once all is fed, each
-step samples one token. Prompts are prefilled in one pass when slots are filled; later forced tokens ride along in the
-decode step. Knows tokens only: no text, tools or tasks.
+Prompts are prefilled together when slots are filled. Tokens that are given later (tool results) are fed one per step.
+An idle sequence keeps its slot and its cache.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from moetrain.errors import RolloutError
 from moetrain.inference.forward import forward
+from moetrain.inference.protocol import Sequence
 from moetrain.inference.sampling import sample, uniforms
 from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import RopeTable, build_rope
@@ -23,39 +22,17 @@ _CACHE_BLOCK = 64
 _REFILL_SHARE = 0.25  # of the slots; fewer free ones wait, so that prompts are prefilled together
 
 
-@dataclass(kw_only=True, eq=False)
-class Sequence:
-    """One sequence: `tokens` are all tokens so far, the first `num_fed` of them in the cache.
+class GenerationEngine:
+    """Slots of a KV cache and the sequences in them; implements `inference.protocol.Generation`.
 
-    `stream` seeds its sampling. `logprobs[i]` and `is_sampled[i]` belong to tokens[i]; given tokens have logprob 0.0.
+    The first slots hold the sequences that are continued, those behind them the idle ones.
     """
 
-    tokens: list[int]
-    stream: int
-    temperature: float = 1.0
-    num_fed: int = 0
-    logprobs: list[float] = field(default_factory=list)
-    is_sampled: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Mark the prompt as given."""
-        self.logprobs = [0.0] * len(self.tokens)
-        self.is_sampled = [False] * len(self.tokens)
-
-    def append(self, tokens: list[int]) -> None:
-        """Add given tokens, to be fed before the next one is sampled."""
-        self.tokens += tokens
-        self.logprobs += [0.0] * len(tokens)
-        self.is_sampled += [False] * len(tokens)
-
-
-class GenerationEngine:
-    """Slots of a KV cache and the sequences in them."""
-
-    def __init__(self, weights: InferenceWeights, *, num_slots: int, max_tokens: int) -> None:
-        """Hold a cache for `num_slots` sequences of at most `max_tokens` tokens."""
+    def __init__(self, weights: InferenceWeights, *, num_slots: int, max_tokens: int, version: int = 0) -> None:
+        """Hold a cache for `num_slots` sequences of at most `max_tokens` tokens; `version` is that of the weights."""
         config = weights.config
         self._weights = weights
+        self._version = version
         self._max_tokens = max_tokens
         self._num_slots = num_slots
         self._width = config.kv_lora_rank + config.qk_rope_head_dim
@@ -68,47 +45,87 @@ class GenerationEngine:
         self._waiting: deque[Sequence] = deque()
 
     @property
-    def has_work(self) -> bool:
-        """Whether any sequence is active or waits for a slot."""
-        return bool(self._active or self._waiting)
+    def is_busy(self) -> bool:
+        """Whether any sequence is to be continued."""
+        return any(not sequence.is_idle for sequence in (*self._active, *self._waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence for a slot."""
         if not 0 < len(sequence.tokens) < self._max_tokens:
             raise RolloutError(
-                f"a prompt has {len(sequence.tokens)} tokens: the cache holds {self._max_tokens} a sequence"
+                f"a prompt has {len(sequence.tokens)} tokens: the cache holds {self._max_tokens} per sequence"
             )
+        sequence.give([], version=self._version)
+        self._limit(sequence, sequence.limit)
         self._waiting.append(sequence)
 
-    def has_room(self, sequence: Sequence, num_tokens: int = 1) -> bool:
-        """Whether `num_tokens` more tokens fit the sequence's slot."""
-        return len(sequence.tokens) + num_tokens <= self._max_tokens
+    def extend(self, sequence: Sequence, tokens: list[int], *, limit: int) -> None:
+        """Append given tokens, which the next steps feed."""
+        sequence.give(tokens, version=self._version)
+        self._limit(sequence, limit)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence that is finished; the last slot moves into its place."""
+    def _limit(self, sequence: Sequence, limit: int) -> None:
+        if not len(sequence.tokens) < limit <= self._max_tokens:
+            raise RolloutError(
+                f"a sequence of {len(sequence.tokens)} tokens is to be continued to {limit}: "
+                f"the cache holds {self._max_tokens} per sequence"
+            )
+        sequence.limit, sequence.is_idle = limit, False
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence; the last slot moves into its place."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+            return
         slot = self._active.index(sequence)
         last = self._active.pop()
         if last is not sequence:
             self._active[slot] = last
             self._cache_LBSC[:, slot, : last.num_fed] = self._cache_LBSC[:, len(self._active), : last.num_fed]
 
+    def load(self, weights: InferenceWeights, *, version: int) -> None:
+        """Use other weights of the same shape. Every sequence is prefilled anew: the cache is that of the old ones."""
+        self._weights, self._version = weights, version
+        for sequence in self._active:
+            sequence.num_fed = 0
+        self._waiting.extendleft(reversed(self._active))
+        self._active = []
+
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """Advance every active sequence by one token; return those that now end in a newly sampled token."""
-        free = self._num_slots - len(self._active)
-        if self._waiting and (free >= self._num_slots * _REFILL_SHARE or not self._active):
-            self._prefill([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+        """Feed one token of every sequence that is not idle, and sample where all are fed."""
+        free = min(self._num_slots - len(self._active), len(self._waiting))
+        is_running = any(not sequence.is_idle for sequence in self._active)
+        if free and (self._num_slots - len(self._active) >= self._num_slots * _REFILL_SHARE or not is_running):
+            self._prefill([self._waiting.popleft() for _ in range(free)])
+        num_running = self._order_slots()
+        if not num_running:
+            return []
+        running = self._active[:num_running]
         self._fit_cache(max(sequence.num_fed for sequence in self._active) + 1)
-        tokens_B1 = self._tensor([[sequence.tokens[sequence.num_fed]] for sequence in self._active])
-        starts_B = self._tensor([sequence.num_fed for sequence in self._active])
-        cache = self._cache_LBSC[:, : len(self._active)]
+        tokens_B1 = self._tensor([[sequence.tokens[sequence.num_fed]] for sequence in running])
+        starts_B = self._tensor([sequence.num_fed for sequence in running])
+        cache = self._cache_LBSC[:, :num_running]
         hidden_B1D = forward(self._weights, tokens_BT=tokens_B1, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
         rows = []
-        for row, sequence in enumerate(self._active):
+        for row, sequence in enumerate(running):
             sequence.num_fed += 1
             if sequence.num_fed == len(sequence.tokens):
                 rows.append(row)
         return self._sample(hidden_B1D[:, 0], rows) if rows else []
+
+    def _order_slots(self) -> int:
+        """Move idle sequences behind the others; return the number of the others."""
+        num_running = 0
+        for slot, sequence in enumerate(self._active):
+            if sequence.is_idle:
+                continue
+            if slot != num_running:
+                pair, swapped = [num_running, slot], [slot, num_running]
+                self._cache_LBSC[:, pair] = self._cache_LBSC[:, swapped]
+                self._active[slot], self._active[num_running] = self._active[num_running], sequence
+            num_running += 1
+        return num_running
 
     def _fit_cache(self, num_positions: int) -> None:
         """Make the cache hold `num_positions`, in whole blocks: larger when it must be, smaller when half would do."""
@@ -137,8 +154,9 @@ class GenerationEngine:
         forward(self._weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
 
     def _sample(self, hidden_BD: torch.Tensor, rows: list[int]) -> list[Sequence]:
+        """Sample the next token of some rows; return the sequences whose turn ends with it."""
         sequences = [self._active[row] for row in rows]
-        hidden_BD = hidden_BD if len(rows) == len(self._active) else hidden_BD[rows]
+        hidden_BD = hidden_BD if len(rows) == len(hidden_BD) else hidden_BD[rows]
         logits_BV = torch.nn.functional.linear(hidden_BD, self._weights.head_VD).float()
         uniforms_B = uniforms(
             np.array([sequence.stream for sequence in sequences], dtype=np.uint64),
@@ -150,10 +168,8 @@ class GenerationEngine:
             uniforms_B=self._tensor(uniforms_B),
         )
         for sequence, token, logprob in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.is_sampled.append(True)
-        return sequences
+            sequence.take(token, logprob=logprob, version=self._version)
+        return [sequence for sequence in sequences if sequence.is_idle]
 
     def _tensor(self, values: list[list[int]] | list[int] | list[float] | NDArray[np.float64]) -> torch.Tensor:
         return torch.as_tensor(values, device=self._device)

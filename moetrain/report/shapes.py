@@ -70,7 +70,9 @@ EVALUATION_SHAPE: Schema = _object(
     {"modes": _each(_MODE)},
     masters=_each(_object({"all": _RATE}, after_tool_error=_RATE)),
     paired=_each(_DIFFERENCE),
-    graders=_object({"null_policy": _NUMBER, "perfect_expert": _NUMBER, "num_tasks": _WHOLE}),
+    graders=_object(
+        {"null_policy": _NUMBER, "num_tasks": _WHOLE}, perfect_demonstrator=_NUMBER, perfect_expert=_NUMBER
+    ),
     trained_calls={"type": "array", "items": _WHOLE},
     language=_each(_NUMBER),
     divergence=_object({**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _WHOLE}),

@@ -231,8 +231,9 @@ def _graded(evaluation: dict[str, Any]) -> list[str]:
     graders = evaluation.get("graders")
     if not graders:
         return []
-    null, expert = 100 * graders["null_policy"], 100 * graders["perfect_expert"]
-    return [f"graders, on {graders['num_tasks']} tasks: a null policy {null:g} %, the perfect expert {expert:g} %"]
+    said = f"graders, on {graders['num_tasks']} tasks: a null policy {100 * graders['null_policy']:g} %"
+    perfect = graders.get("perfect_demonstrator", graders.get("perfect_expert"))  # the name in older evaluations
+    return [said if perfect is None else f"{said}, the perfect demonstrator {100 * perfect:g} %"]
 
 
 def _divergence(stage: Stage) -> str:

@@ -11,6 +11,7 @@ def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
 
     `reward`, its parts and `success/*` are means over the scored trajectories, and are left out where there are none;
     `unscored` is the share of the others. `success/calls_n` are the trajectories whose task needs n calls.
+    `replaced` are failed attempts per trajectory, `cut_outputs` tool results that were cut.
     """
     trajectories = [trajectory for group in groups for trajectory in group]
     count = max(len(trajectories), 1)
@@ -23,6 +24,8 @@ def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         "sampled_tokens": sum(trajectory.num_sampled for trajectory in trajectories),
         "trajectory_tokens": sum(trajectory.num_tokens for trajectory in trajectories) / count,
         "turns": sum(trajectory.num_turns for trajectory in trajectories) / count,
+        "replaced": sum(trajectory.num_replaced for trajectory in trajectories) / count,
+        "cut_outputs": sum(trajectory.num_cut_outputs for trajectory in trajectories) / count,
         "tool_errors": sum(trajectory.num_errors for trajectory in trajectories) / count,
         **{f"ending/{ending.value}": endings[ending] / count for ending in Ending},
     }

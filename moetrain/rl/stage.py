@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.weights import InferenceWeights
 from moetrain.log import TIME_PREFIX
 from moetrain.model.attention import MaxLogits
@@ -140,14 +141,14 @@ def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> l
         for sample in range(rl.group_size):
             stream = seed_of(stage.seed, "rollout", step, index, sample)
             requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
+    num_slots = min(stage.rollout.num_slots, len(requests))
     mine = collect(
         requests,
-        weights=weights,
+        generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=stage.rollout.max_tokens, version=step),
         family=stage.family,
         tokenizer=stage.tokenizer,
         config=stage.rollout,
         declare_tools=stage.declare_tools,
-        version=step,
     )
     everyone = topology.broadcast_object(topology.gather_objects(mine))
     assert everyone is not None

@@ -1,15 +1,19 @@
-"""Runs episodes to their end on one generation engine and returns their trajectories in the order asked for."""
+"""Plays episodes to their end on one `Generation` and returns their trajectories in the order asked for.
 
-from collections.abc import Callable, Sequence
+Decoding and environments run side by side: a sequence whose tool is still working is idle, and the others continue.
+"""
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.engine import Sequence as TokenSequence
-from moetrain.inference.weights import InferenceWeights
+from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.episode import Episode, prompt_tokens
-from moetrain.rollout.types import Trajectory
+from moetrain.rollout.episode import Episode
+from moetrain.rollout.types import REPLACED, Trajectory
+from moetrain.rollout.world import Reactor, run_inline
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Task, TaskFamily
 
@@ -28,33 +32,113 @@ class RolloutRequest:
 def collect(
     requests: Sequence[RolloutRequest],
     *,
-    weights: InferenceWeights,
+    generation: Generation,
     family: TaskFamily,
     tokenizer: Tokenizer,
     config: RolloutConfig,
     declare_tools: bool = False,
-    version: int = 0,
     on_finished: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Return one trajectory a request, in the order of the requests."""
-    engine = GenerationEngine(weights, num_slots=min(config.num_slots, len(requests)), max_tokens=config.max_tokens)
-    episodes: dict[int, tuple[int, Episode]] = {}
-    for position, request in enumerate(requests):
-        prompt = prompt_tokens(request.task, family, tokenizer=tokenizer, declare_tools=declare_tools)
-        sequence = TokenSequence(tokens=prompt, stream=request.stream, temperature=config.temperature)
-        environment = request.task.environment(seed_of(request.stream, "environment"))
-        episode = Episode(request.task, environment, sequence, config=config, tokenizer=tokenizer)
-        episodes[id(sequence)] = (position, episode)
-        engine.add(sequence)
+    """Return one trajectory per request, in the order of the requests.
+
+    A trajectory that the environment or the clock ended is replaced by another attempt with its own streams, at most
+    `config.max_replacements` times; the last attempt is returned, whatever its ending.
+    """
     finished: dict[int, Trajectory] = {}
-    while engine.has_work:
-        for sequence in engine.step():
-            position, episode = episodes[id(sequence)]
-            episode.on_token()
-            if episode.is_finished:
-                engine.remove(sequence)
-                request = requests[position]
-                finished[position] = episode.finish(task=request.task_index, sample=request.sample, version=version)
-                if on_finished is not None:
-                    on_finished(finished[position])
+    with Reactor() as reactor:
+        play = _Play(generation=generation, reactor=reactor)
+        waiting = deque(_Attempt(position=position, request=request) for position, request in enumerate(requests))
+        try:
+            while waiting or play.live:
+                while waiting and len(play.live) < config.num_slots:
+                    attempt = waiting.popleft()
+                    episode = attempt.episode(config=config, tokenizer=tokenizer)
+                    play.begin(attempt, episode, family=family, declare_tools=declare_tools)
+                for attempt, episode in play.advance():
+                    if episode.ending in REPLACED and attempt.number < config.max_replacements:
+                        waiting.appendleft(attempt.next())
+                        continue
+                    trajectory = finished[attempt.position] = attempt.trajectory(episode)
+                    if on_finished is not None:
+                        on_finished(trajectory)
+        finally:
+            play.close()
     return [finished[position] for position in range(len(requests))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """One try at a request; `number` counts those before it."""
+
+    position: int
+    request: RolloutRequest
+    number: int = 0
+
+    def next(self) -> "_Attempt":
+        return _Attempt(position=self.position, request=self.request, number=self.number + 1)
+
+    def episode(self, *, config: RolloutConfig, tokenizer: Tokenizer) -> Episode:
+        request = self.request
+        stream = seed_of(request.stream, "attempt", self.number) if self.number else request.stream
+        name = f"task {request.task_index}, sample {request.sample}, attempt {self.number + 1}"
+        return Episode(request.task, name=name, stream=stream, config=config, tokenizer=tokenizer)
+
+    def trajectory(self, episode: Episode) -> Trajectory:
+        request = self.request
+        return episode.trajectory(task=request.task_index, sample=request.sample, num_replaced=self.number)
+
+
+class _Play:
+    """The episodes that are under way: those whose sequence is continued, and those whose environment works."""
+
+    def __init__(self, *, generation: Generation, reactor: Reactor) -> None:
+        self.live: dict[int, tuple[_Attempt, Episode]] = {}
+        self._generation = generation
+        self._reactor = reactor
+        self._ready: deque[Episode] = deque()
+
+    def begin(self, attempt: _Attempt, episode: Episode, *, family: TaskFamily, declare_tools: bool) -> None:
+        """Make an episode's environment."""
+        self.live[id(episode.sequence)] = (attempt, episode)
+        self._act(episode, episode.begin(family, declare_tools=declare_tools))
+
+    def advance(self) -> list[tuple[_Attempt, Episode]]:
+        """Let every episode go as far as it can without waiting, or wait when none can; return those that ended."""
+        ended = self._take_up()
+        if self._generation.is_busy:
+            for sequence in self._generation.step():
+                episode = self.live[id(sequence)][1]
+                self._act(episode, episode.respond())
+            ended += self._take_up()
+        return ended
+
+    def close(self) -> None:
+        """Give up the episodes that are still under way."""
+        for _, episode in self.live.values():
+            self._act(episode, episode.close())
+
+    def _act(self, episode: Episode, coroutine: Coroutine[Any, Any, None]) -> None:
+        if episode.is_inline:
+            run_inline(coroutine)
+            self._ready.append(episode)
+        else:
+            self._reactor.start(coroutine, about=episode)
+
+    def _take_up(self) -> list[tuple[_Attempt, Episode]]:
+        """Hand the sequences of episodes whose environment is done to the generation; return those that ended."""
+        wait = not self._generation.is_busy and not self._ready
+        done = [*self._ready, *self._reactor.finished(wait=wait)]
+        self._ready.clear()
+        ended = []
+        for episode in done:
+            sequence = episode.sequence
+            if episode.is_finished:
+                ended.append(self.live.pop(id(sequence)))
+                if episode.has_begun:
+                    self._generation.cancel(sequence)
+            elif episode.has_begun:
+                self._generation.extend(sequence, episode.observation, limit=episode.limit)
+            else:
+                episode.has_begun = True
+                self._generation.add(sequence)
+        return ended

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.template import (
@@ -14,13 +15,17 @@ from moetrain.chat.template import (
     pieces_to_tokens,
 )
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError, ToolError
-from moetrain.inference.engine import Sequence
+from moetrain.errors import RolloutError
+from moetrain.inference.protocol import Sequence
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Segment, Trajectory
-from moetrain.tasks.protocol import Environment, Grade, Observation, Task, TaskFamily
+from moetrain.rollout.world import EnvironmentFailure, World
+from moetrain.runtime import seed_of
+from moetrain.tasks.protocol import Grade, InlineTask, KnowsCalls, Observation, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
+_LONGEST_REASON = 200  # characters
+_CHARACTERS_PER_TOKEN = 64  # more than any tokenizer has on average
 
 
 def prompt_tokens(task: Task, family: TaskFamily, *, tokenizer: Tokenizer, declare_tools: bool) -> list[int]:
@@ -35,20 +40,30 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> list[int]:
 
 
 class Episode:
-    """A task, its environment and the sequence that acts in it."""
+    """A task, its environment and the sequence that acts in it.
 
-    def __init__(
-        self, task: Task, environment: Environment, sequence: Sequence, *, config: RolloutConfig, tokenizer: Tokenizer
-    ) -> None:
-        """Begin a trajectory; the sequence holds the prompt."""
-        self.sequence = sequence
+    `begin`, then `respond` after each turn of the sequence; after either, `is_finished`, or `observation` is what the
+    sequence is to be extended by, until it has `limit` tokens. `has_begun` is set once the sequence is generated from.
+    """
+
+    def __init__(self, task: Task, *, name: str, stream: int, config: RolloutConfig, tokenizer: Tokenizer) -> None:
+        """Prepare a trajectory. name: for messages; stream: seeds its sampling and its environment."""
+        self.observation: list[int] = []
+        self.has_begun = False
+        self.is_inline = isinstance(task, InlineTask)
         self._task = task
-        self._environment = environment
+        self._name = name
         self._config = config
         self._tokenizer = tokenizer
-        self._turn_start = len(sequence.tokens)
+        self._world = World(task, seed_of(stream, "environment"), config=config)
+        stop_ids = frozenset({tokenizer.special_ids[IM_END]})
+        temperature = config.temperature
+        self.sequence = Sequence(tokens=[], stream=stream, limit=0, stop_ids=stop_ids, temperature=temperature)
+        self._turn_start = 0
         self._started = time.monotonic()
-        self._num_turns = self._num_calls = self._num_errors = self._num_transient = self._num_repeats = 0
+        self._num_turns = self._num_calls = self._num_errors = self._num_transient = self._num_repeats = (
+            self._num_cut
+        ) = 0
         self._last_call = ("", "")
         self._ending: Ending | None = None
         self._grade = Grade(reward=0.0, reason="unfinished")
@@ -58,17 +73,57 @@ class Episode:
         """Whether the trajectory has ended."""
         return self._ending is not None
 
-    def on_token(self) -> None:
-        """Look at the token that was just sampled; act when it ends a turn or meets a limit."""
+    @property
+    def ending(self) -> Ending:
+        """How the trajectory ended."""
+        assert self._ending is not None
+        return self._ending
+
+    @property
+    def limit(self) -> int:
+        """Tokens at which the present turn ends by force."""
+        return min(self._turn_start + self._config.max_turn_tokens, self._config.max_tokens)
+
+    async def begin(self, family: TaskFamily, *, declare_tools: bool) -> None:
+        """Make the environment and put the prompt into the sequence."""
+        try:
+            prompt = self._prompt(family, declare_tools=declare_tools)
+            if len(prompt) >= self._config.max_tokens:
+                reason = f"the prompt has {len(prompt)} tokens, rollout.max_tokens is {self._config.max_tokens}"
+                _log.warning("%s: %s", self._name, reason)
+                self._end(Ending.prompt_too_long, reason=reason)
+            else:
+                await self._world.open()
+                self.sequence.tokens += prompt
+                self._turn_start, self.sequence.limit = len(prompt), len(prompt)
+                self.sequence.limit = self.limit
+        except EnvironmentFailure as error:
+            self._fail(error)
+        if self.is_finished:
+            await self.close()
+
+    def _prompt(self, family: TaskFamily, *, declare_tools: bool) -> list[int]:
+        try:
+            return prompt_tokens(self._task, family, tokenizer=self._tokenizer, declare_tools=declare_tools)
+        except Exception as error:  # the boundary to tasks, whose code is not ours
+            raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
+
+    async def respond(self) -> None:
+        """Act on the turn that the sequence has ended: carry out its calls, grade its answer, or meet a limit."""
         tokens = self.sequence.tokens
-        if tokens[-1] == self._tokenizer.special_ids[IM_END]:
-            self._on_turn(tokens[self._turn_start :])
+        if tokens[-1] in self.sequence.stop_ids:
+            try:
+                await self._on_turn(tokens[self._turn_start :])
+            except EnvironmentFailure as error:
+                self._fail(error)
         elif len(tokens) - self._turn_start >= self._config.max_turn_tokens:
             self._end(Ending.turn_too_long)
-        elif len(tokens) >= self._config.max_tokens:
+        else:
             self._end(Ending.max_tokens)
+        if self.is_finished:
+            await self.close()
 
-    def _on_turn(self, tokens: list[int]) -> None:
+    async def _on_turn(self, tokens: list[int]) -> None:
         self._num_turns += 1
         try:
             turn = parse_turn(
@@ -80,27 +135,21 @@ class Episode:
         except RolloutError as error:
             self._end(Ending.invalid_turn, reason=str(error))
             return
-        pieces: list[Piece] = []
-        try:
-            if not turn.tool_calls:
-                self._grade = self._environment.grade(turn.content)
-                self._ending = Ending.answered
-                return
-            for call in turn.tool_calls:
-                pieces += message_pieces(self._observe(call))
-        except Exception as error:  # the boundary to environments that are not ours: a failed trajectory is data
-            _log.warning("an environment failed: %s: %s", type(error).__name__, error)
-            self._end(Ending.environment_failed, reason=f"{type(error).__name__}: {error}"[:200])
+        if not turn.tool_calls:
+            self._grade = await self._world.grade(turn.content)
+            self._ending = Ending.answered
             return
-        self._go_on(_tokens([*pieces, *generation_prompt()], self._tokenizer))
+        pieces: list[Piece] = []
+        for call in turn.tool_calls:
+            pieces += message_pieces(self._capped(await self._observe(call)))
+        self._continue(_tokens([*pieces, *generation_prompt()], self._tokenizer))
 
-    def _observe(self, call: ToolCall) -> Message:
-        try:
-            if not call.name:
-                raise ToolError(f"{call.id!r} is no id of a call: write functions.NAME:N, the tool's name and a number")
-            observation = self._environment.call(call.name, call.arguments)
-        except ToolError as error:
-            observation = Observation(text=f"error: {error}", is_error=True)
+    async def _observe(self, call: ToolCall) -> Message:
+        if call.name:
+            observation = await self._world.call(call.name, call.arguments)
+        else:
+            wanted = "write functions.NAME:N, the tool's name and a number"
+            observation = Observation(text=f"error: {call.id!r} is no id of a call: {wanted}", is_error=True)
         self._num_calls += 1
         self._num_errors += observation.is_error
         self._num_transient += observation.is_transient
@@ -109,7 +158,23 @@ class Episode:
         self._last_call = this_call
         return Message(role=Role.tool, name=call.name, tool_call_id=call.id, content=observation.text)
 
-    def _go_on(self, observation: list[int]) -> None:
+    def _capped(self, message: Message) -> Message:
+        """Return a tool's message; when it has more than `max_output_tokens`, a note stands in place of its middle."""
+        text, cap = message.content, self._config.max_output_tokens
+        if len(text.encode()) <= cap:  # a token has at least one byte
+            return message
+        longest = cap * _CHARACTERS_PER_TOKEN  # bounds the work for a result of any size
+        ends = [text] if len(text) <= 2 * longest else [text[:longest], text[-longest:]]
+        tokens = [token for end in ends for token in self._tokenizer.encode(end)]
+        if len(ends) == 1 and len(tokens) <= cap:
+            return message
+        head = self._tokenizer.decode(tokens[: cap - cap // 2])
+        tail = self._tokenizer.decode(tokens[len(tokens) - cap // 2 :])
+        left_out = len(text) - len(head) - len(tail)
+        self._num_cut += 1
+        return replace(message, content=f"{head} ... {left_out} characters left out ... {tail}")
+
+    def _continue(self, observation: list[int]) -> None:
         if self._num_turns >= self._config.max_turns:
             self._end(Ending.max_turns)
         elif self._num_repeats >= self._config.max_repeats:
@@ -119,34 +184,45 @@ class Episode:
         elif self._config.max_seconds and time.monotonic() - self._started > self._config.max_seconds:
             self._end(Ending.max_seconds)
         else:
-            self.sequence.append(observation)
-            self._turn_start = len(self.sequence.tokens)
+            self.observation = observation
+            self._turn_start = len(self.sequence.tokens) + len(observation)
+
+    async def close(self) -> None:
+        """Close the environment, which also `begin` and `respond` do when the trajectory has ended."""
+        try:
+            await self._world.close()
+        except EnvironmentFailure as error:
+            self._fail(error)
+
+    def _fail(self, error: EnvironmentFailure) -> None:
+        _log.warning("%s: the environment failed: %s", self._name, error)
+        self._end(Ending.environment_failed, reason=str(error)[:_LONGEST_REASON])
 
     def _end(self, ending: Ending, *, reason: str = "") -> None:
         self._ending = ending
         self._grade = Grade(reward=0.0, reason=reason or ending.value)
 
-    def finish(self, *, task: int, sample: int, version: int) -> Trajectory:
-        """Close the environment and return the trajectory."""
-        self._environment.close()
-        assert self._ending is not None
+    def trajectory(self, *, task: int, sample: int, num_replaced: int) -> Trajectory:
+        """Return the finished trajectory. num_replaced: earlier attempts that the environment or the clock ended."""
+        sequence = self.sequence
+        segment = Segment(
+            tokens=sequence.tokens,
+            is_sampled=sequence.is_sampled,
+            logprobs=sequence.logprobs,
+            versions=sequence.versions,
+            temperature=sequence.temperature,
+        )
         return Trajectory(
             task=task,
             sample=sample,
-            num_calls_needed=self._task.num_calls,
-            segments=[
-                Segment(
-                    tokens=self.sequence.tokens,
-                    is_sampled=self.sequence.is_sampled,
-                    logprobs=self.sequence.logprobs,
-                    versions=[version] * len(self.sequence.tokens),
-                    temperature=self.sequence.temperature,
-                )
-            ],
+            num_calls_needed=self._task.num_calls if isinstance(self._task, KnowsCalls) else None,
+            segments=[segment] if self.has_begun else [],
             grade=self._grade,
-            ending=self._ending,
+            ending=self.ending,
             num_turns=self._num_turns,
             num_calls=self._num_calls,
             num_errors=self._num_errors,
             num_transient_errors=self._num_transient,
+            num_cut_outputs=self._num_cut,
+            num_replaced=num_replaced,
         )

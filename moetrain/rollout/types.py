@@ -23,6 +23,8 @@ class Ending(StrEnum):
 
 UNSCORED = frozenset({Ending.max_seconds, Ending.environment_failed, Ending.prompt_too_long})
 """Endings that say nothing about the agent: such trajectories are left out of rewards, baselines and updates."""
+REPLACED = frozenset({Ending.max_seconds, Ending.environment_failed})
+"""Endings after which another attempt at the same task can go better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,9 @@ class Segment:
 class Trajectory:
     """One finished trajectory. Its segments share its reward.
 
-    num_calls_needed: tool calls of the shortest solution; None where the task family does not say.
+    num_calls_needed: tool calls of the shortest solution; None where the task family does not say. num_cut_outputs:
+    tool results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces,
+    since the environment or the clock ended them.
     """
 
     task: int
@@ -64,6 +68,8 @@ class Trajectory:
     num_calls: int
     num_errors: int
     num_transient_errors: int
+    num_cut_outputs: int = 0
+    num_replaced: int = 0
 
     @property
     def reward(self) -> float:

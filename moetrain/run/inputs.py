@@ -72,7 +72,10 @@ def check_names(run: StageRun) -> None:
         if isinstance(run, schema) and run.init_from is None:
             raise ConfigError(f"init_from is null: {needed}")
     if isinstance(run, ReadingRun | RlRun | EvalRun):
-        registry.build(run.task, run.run.seed)
+        family = registry.build(run.task, run.run.seed)
+        has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
+        if isinstance(run, ReadingRun) and has_dialogues:
+            registry.demonstrator_of(family)
     if isinstance(run, RlRun):
         from moetrain.rl.registry import build  # brings torch in
 

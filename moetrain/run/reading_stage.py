@@ -73,7 +73,7 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
 def _texts(run: ReadingRun) -> Iterable[str]:
     """Return the rendered dialogues that a tokenizer trained for this run sees too."""
     most = max(dialogue_counts(run.data).values(), default=0)
-    return dialogue_texts(registry.build(run.task, run.run.seed), count=most)
+    return dialogue_texts(registry.build(run.task, run.run.seed), count=most, seed=run.run.seed)
 
 
 def dialogue_counts(data: DataConfig) -> dict[str, int]:
@@ -87,7 +87,9 @@ def dialogues_of(data: DataConfig, task: TaskConfig, *, seed: int) -> Dialogues:
 
     def make(tokenizer: Tokenizer) -> dict[str, list[TokenizedDocument]]:
         return {
-            name: list(dialogues(family, tokenizer, count=count, source=name, declare_tools=task.declare_tools))
+            name: list(
+                dialogues(family, tokenizer, count=count, seed=seed, source=name, declare_tools=task.declare_tools)
+            )
             for name, count in dialogue_counts(data).items()
         }
 

@@ -1,13 +1,14 @@
-"""What a task family is: tasks, the environment a trajectory acts in, its grader, and demonstrations.
+"""What a task family is: tasks, and the environment that a trajectory acts in and that grades it.
 
-A plugin that offers these three protocols and calls `tasks.registry.register` is all that a new environment needs.
+A plugin that offers `TaskFamily`, `Task` and `Environment` and calls `tasks.registry.register` is all that a new
+environment needs. Demonstrations and lengths are optional.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moetrain.chat.messages import Message
 from moetrain.chat.tool_schema import ToolSpec
@@ -54,17 +55,22 @@ class Grade:
 
 
 class Environment(Protocol):
-    """The world of one trajectory, freshly made; used once."""
+    """The world of one trajectory, freshly made; used once.
 
-    def call(self, name: str, arguments: str) -> Observation:
+    Each method may be a coroutine function or a plain one. Plain ones run on a thread of their own, unless the task is
+    an `InlineTask`. `ToolError` is what the caller did wrong: its text is the observation. `TransientError` is
+    repeated. Any other exception is a failure of the environment, and the trajectory is not scored.
+    """
+
+    def call(self, name: str, arguments: str) -> Observation | Awaitable[Observation]:
         """Carry out one tool call; a bad call is an observation too."""
         ...
 
-    def grade(self, answer: str) -> Grade:
+    def grade(self, answer: str) -> Grade | Awaitable[Grade]:
         """Judge the final state and the answer."""
         ...
 
-    def close(self) -> None:
+    def close(self) -> Awaitable[None] | None:
         """Free what the environment holds."""
         ...
 
@@ -73,32 +79,64 @@ class Task(Protocol):
     """One question."""
 
     @property
-    def num_calls(self) -> int:
-        """Tool calls that the shortest right solution takes."""
-        ...
-
-    @property
     def prompt(self) -> list[Message]:
         """Messages that the model is given."""
         ...
 
-    def environment(self, stream: int) -> Environment:
+    def environment(self, stream: int) -> Environment | Awaitable[Environment]:
         """Return a fresh world; `stream` seeds what is random in it (tool failures)."""
         ...
 
 
+class InlineTask:
+    """Base class that marks tasks whose environments answer within a millisecond and wait for nothing.
+
+    They are called in the thread that decodes, which saves two changes of threads per call. Deadlines do not hold for
+    them, since nothing can interrupt them.
+    """
+
+
+@runtime_checkable
+class KnowsCalls(Protocol):
+    """A task that knows how long its shortest solution is; success is then also shown by length."""
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that the shortest right solution takes."""
+        ...
+
+
 class TaskFamily(Protocol):
-    """Tasks by number, and a scripted expert."""
+    """Tasks by number. With `Demonstrates` it also has SFT data, with `MakesLengths` tasks of any length."""
 
     @property
     def tools(self) -> Sequence[ToolSpec]:
         """Tools that the environments offer."""
         ...
 
-    def task(self, split: Split, index: int, *, num_calls: int | None = None) -> Task:
-        """Return task `index` of `split`, a function of (seed, split, index); `num_calls` fixes its length."""
+    def task(self, split: Split, index: int) -> Task:
+        """Return task `index` of `split`, a function of (seed, split, index)."""
         ...
 
-    def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        """Return the scripted expert's conversation in a fresh world, and its grade."""
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """A task family with a scripted demonstrator, whose conversations are SFT data."""
+
+    def demonstrate(self, task: Any, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+        """Return the demonstrator's conversation in a fresh world, and its grade; `perfect` makes no mistakes."""
+        ...
+
+
+@runtime_checkable
+class MakesLengths(Protocol):
+    """A task family that makes tasks of a length that is asked for."""
+
+    @property
+    def trained_calls(self) -> tuple[int, int]:
+        """Fewest and most calls of the tasks that `task` returns."""
+        ...
+
+    def task_of_length(self, split: Split, index: int, *, num_calls: int) -> Task:
+        """Return task `index` among those of `split` that need `num_calls` calls."""
         ...

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from moetrain.errors import ConfigError
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
-from moetrain.tasks.protocol import TaskFamily
+from moetrain.tasks.protocol import Demonstrates, TaskFamily
 
 _FAMILIES: dict[str, Callable[[TaskConfig, int], TaskFamily]] = {"database": DatabaseFamily}
 
@@ -22,3 +22,13 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
             f"task.name is {config.name}: there are {', '.join(sorted(_FAMILIES))}; a plugin can register more"
         )
     return _FAMILIES[config.name](config, seed)
+
+
+def demonstrator_of(family: TaskFamily) -> Demonstrates:
+    """Return the family as one with demonstrations. Raises ConfigError when it has none."""
+    if not isinstance(family, Demonstrates):
+        raise ConfigError(
+            f"data.sources has a source of kind dialogues, but {type(family).__name__} has no demonstrate(): "
+            "take the source out, or add that method"
+        )
+    return family

@@ -76,4 +76,4 @@ def test_the_guide_to_environments_can_be_followed(tmp_path: Path) -> None:
     printed = follow("add-an-environment.md", tmp_path)
     assert "<|tool_call_begin|>functions.read:0" in printed
     graders = json.loads((tmp_path / "runs" / "chase" / "eval" / "eval.json").read_text())["graders"]
-    assert (graders["null_policy"], graders["perfect_expert"]) == (0.0, 1.0)
+    assert (graders["null_policy"], graders["perfect_demonstrator"]) == (0.0, 1.0)

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from moetrain.errors import RolloutError
-from moetrain.inference.engine import GenerationEngine, Sequence
+from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.forward import forward
+from moetrain.inference.protocol import Sequence
 from moetrain.inference.sampling import sample, uniforms
 from moetrain.inference.weights import InferenceWeights, build_weights
 from moetrain.model.config import ModelConfig, YarnConfig
@@ -57,17 +58,27 @@ def test_the_cached_forward_equals_the_training_forward(fields: dict[str, object
         torch.testing.assert_close(logits[row], _full_logits(model, tokens[row].tolist()), rtol=0, atol=2e-5)
 
 
-def _generate(weights: InferenceWeights, prompts: list[list[int]], *, slots: int, length: int) -> list[Sequence]:
-    engine = GenerationEngine(weights, num_slots=slots, max_tokens=32)
-    sequences = [Sequence(tokens=list(prompt), stream=index + 5) for index, prompt in enumerate(prompts)]
+def _generate(
+    weights: InferenceWeights, prompts: list[list[int]], *, slots: int, length: int, idle_steps: int = 0
+) -> list[Sequence]:
+    """Return sequences of two turns; [3, 4, 5] is given between them, `idle_steps` times the number of it later."""
+    engine = GenerationEngine(weights, num_slots=slots, max_tokens=32, version=7)
+    sequences = [Sequence(tokens=list(prompt), stream=index + 5, limit=6) for index, prompt in enumerate(prompts)]
     for sequence in sequences:
         engine.add(sequence)
-    while engine.has_work:
+    idle: list[tuple[int, Sequence]] = []
+    step = 0
+    while engine.is_busy or idle:
         for sequence in engine.step():
             if len(sequence.tokens) == 6:
-                sequence.append([3, 4, 5])
-            if len(sequence.tokens) >= length:
-                engine.remove(sequence)
+                idle.append((step + idle_steps * (sequence.stream - 4), sequence))
+            else:
+                engine.cancel(sequence)
+        for due, sequence in list(idle):
+            if due <= step:
+                idle.remove((due, sequence))
+                engine.extend(sequence, [3, 4, 5], limit=length)
+        step += 1
     return sequences
 
 
@@ -76,7 +87,57 @@ def test_a_sequence_does_not_depend_on_its_neighbours_slots_or_arrival() -> None
     prompts = [[1, 2, 3], [7], [9, 8, 7, 6], [2, 2], [5, 6, 7]]
     together = _generate(weights, prompts, slots=5, length=14)
     two_by_two = _generate(weights, prompts, slots=2, length=14)
-    assert [s.tokens for s in together] == [s.tokens for s in two_by_two]
+    waited = _generate(weights, prompts, slots=5, length=14, idle_steps=3)
+    few_waited = _generate(weights, prompts, slots=2, length=14, idle_steps=2)
+    for others in (two_by_two, waited, few_waited):
+        assert [s.tokens for s in together] == [s.tokens for s in others]
+    assert all(len(s.tokens) == 14 for s in together)
+
+
+def test_a_turn_ends_with_its_last_token_and_is_not_continued_before_it_is_extended() -> None:
+    _, weights = _model()
+    (plain,) = _generate(weights, [[1, 2, 3]], slots=1, length=14)
+    stop = plain.tokens[4]
+    engine = GenerationEngine(weights, num_slots=1, max_tokens=32)
+    sequence = Sequence(tokens=[1, 2, 3], stream=5, limit=20, stop_ids=frozenset({stop}))
+    engine.add(sequence)
+    ended = [sequence for _ in range(9) for sequence in engine.step()]
+    assert ended == [sequence] and sequence.is_idle and not engine.is_busy
+    assert sequence.tokens == plain.tokens[: 1 + plain.tokens.index(stop, 3)]
+    engine.cancel(sequence)
+    waiting = Sequence(tokens=[1, 2], stream=6, limit=20)
+    engine.add(waiting)
+    engine.cancel(waiting)
+    assert not engine.is_busy
+    with pytest.raises(RolloutError, match="of 2 tokens is to be continued to 40: the cache holds 32"):
+        engine.add(Sequence(tokens=[1, 2], stream=6, limit=40))
+
+
+def test_new_weights_continue_sequences_as_if_they_had_read_them_from_the_start() -> None:
+    model, old = _model()
+    initialize(model, 2)
+    new = build_weights(model.state_dict(), config=model.config, quant=QuantConfig(), dtype=torch.float32)
+    engine = GenerationEngine(old, num_slots=2, max_tokens=32, version=3)
+    running, idle = (
+        Sequence(tokens=[1, 2, 3], stream=5, limit=16),
+        Sequence(tokens=[4, 5], stream=6, limit=5),
+    )
+    engine.add(running)
+    engine.add(idle)
+    for _ in range(4):
+        engine.step()
+    engine.load(new, version=4)
+    assert engine.step() == [] and idle.is_idle
+    engine.extend(idle, [6, 7], limit=12)
+    while engine.is_busy:
+        engine.step()
+    assert running.versions == [3] * 7 + [4] * 9 and idle.versions == [3] * 5 + [4] * 7
+    for sequence in (running, idle):
+        logprobs = torch.log_softmax(_full_logits(model, sequence.tokens), -1)
+        for position, version in enumerate(sequence.versions):
+            if sequence.is_sampled[position] and version == 4:
+                expected = float(logprobs[position - 1, sequence.tokens[position]])
+                assert abs(sequence.logprobs[position] - expected) < 1e-4
 
 
 def test_recorded_logprobs_are_those_of_the_training_forward() -> None:
@@ -105,14 +166,14 @@ def test_sampling_follows_the_distribution_and_greedy_takes_its_mode() -> None:
 def test_a_prompt_longer_than_the_cache_is_refused() -> None:
     _, weights = _model()
     with pytest.raises(RolloutError, match="the cache holds 32"):
-        GenerationEngine(weights, num_slots=1, max_tokens=32).add(Sequence(tokens=[1] * 40, stream=0))
+        GenerationEngine(weights, num_slots=1, max_tokens=32).add(Sequence(tokens=[1] * 40, stream=0, limit=41))
 
 
 def test_every_tensor_of_generation_names_its_device() -> None:
     """With another default device, whatever is made without naming one cannot meet the weights."""
     _, weights = _model()
-    plain = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=8)
+    plain = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=12)
     with torch.device("meta"):
-        elsewhere = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=8)
+        elsewhere = _generate(weights, [[1, 2, 3], [4, 5]], slots=2, length=12)
     assert [sequence.tokens for sequence in elsewhere] == [sequence.tokens for sequence in plain]
     assert weights.device == torch.device("cpu")

@@ -166,7 +166,7 @@ def _write_evaluation(folder: Path, trajectories: list[Trajectory], *, earlier: 
     modes = {"sampled_t1": trajectories, "greedy": trajectories, "greedy_longer": longer}
     content: dict[str, Any] = {
         "modes": {name: summarize(of_mode) for name, of_mode in modes.items()},
-        "graders": {"null_policy": 0.0, "perfect_expert": 1.0, "num_tasks": 12},
+        "graders": {"null_policy": 0.0, "perfect_demonstrator": 1.0, "num_tasks": 12},
         "trained_calls": [2, 8],
         "masters": {name: summarize(trajectories) for name in ("sampled_t1", "greedy")},
         "divergence": {"mean_kl": 1e-4, "max_kl": 2e-2, "top1_changed": 0.01, "num_tokens": 1000},

@@ -3,42 +3,53 @@ import json
 import pytest
 
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import SPECIAL_TOKENS, pieces_to_text, turn_pieces
-from moetrain.data.tokenizer import Tokenizer, train_tokenizer
-from moetrain.errors import ToolError
-from moetrain.inference.engine import Sequence
+from moetrain.chat.template import pieces_to_text, pieces_to_tokens, turn_pieces
+from moetrain.data.tokenizer import Tokenizer
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.episode import Episode, prompt_tokens
+from moetrain.rollout.episode import Episode
 from moetrain.rollout.types import Ending, Trajectory
+from moetrain.rollout.world import run_inline
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
-from moetrain.tasks.protocol import Grade, Observation, Split
+from moetrain.tasks.protocol import Split
+from tests.rollout.scripted import words_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    texts = ["step retry table column value functions get find 0123456789 letters and words " * 3] * 4
-    return train_tokenizer(texts, vocab_size=len(SPECIAL_TOKENS) + 256 + 10)
+    return words_tokenizer()
 
 
 def _begin(tokenizer: Tokenizer, **limits: int) -> tuple[DatabaseTask, Episode]:
     family = DatabaseFamily(TaskConfig(tool_failure=0.0), 0)
     task = family.task(Split.train, 1)
-    sequence = Sequence(tokens=prompt_tokens(task, family, tokenizer=tokenizer, declare_tools=False), stream=0)
     config = RolloutConfig(**{"max_tokens": 4000, "max_turn_tokens": 500, **limits})
-    return task, Episode(task, task.environment(0), sequence, config=config, tokenizer=tokenizer)
+    episode = Episode(task, name="task 1", stream=0, config=config, tokenizer=tokenizer)
+    run_inline(episode.begin(family, declare_tools=False))
+    episode.sequence.give([], version=0)
+    episode.has_begun = True
+    return task, episode
 
 
 def _say(episode: Episode, message: Message, tokenizer: Tokenizer) -> None:
-    for piece in turn_pieces(message):
-        ids = [tokenizer.special_ids[piece.text]] if piece.is_special else tokenizer.encode(piece.text)
-        for token in ids:
-            episode.sequence.tokens.append(token)
-            episode.sequence.logprobs.append(-1.0)
-            episode.sequence.is_sampled.append(True)
-            episode.on_token()
-            if episode.is_finished:
-                return
+    pieces = turn_pieces(message)
+    _take(episode, pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0])
+
+
+def _take(episode: Episode, tokens: list[int]) -> None:
+    """Let the model say tokens, up to the end of its turn."""
+    sequence = episode.sequence
+    for token in tokens:
+        if not sequence.is_idle:
+            sequence.take(token, logprob=-1.0, version=0)
+    run_inline(episode.respond())
+    if not episode.is_finished:
+        sequence.give(episode.observation, version=0)
+        sequence.limit, sequence.is_idle = episode.limit, False
+
+
+def _finish(episode: Episode) -> Trajectory:
+    return episode.trajectory(task=1, sample=0, num_replaced=0)
 
 
 def _solve(task: DatabaseTask, episode: Episode, tokenizer: Tokenizer) -> Trajectory:
@@ -52,7 +63,7 @@ def _solve(task: DatabaseTask, episode: Episode, tokenizer: Tokenizer) -> Trajec
         result = json.loads(text.split("\n")[-1].split("<|im_end|>")[0])
         value = value if step.kind.value == "update" else result
     _say(episode, Message(role=Role.assistant, reasoning="done", content=json.dumps(value)), tokenizer)
-    return episode.finish(task=1, sample=0, version=0)
+    return _finish(episode)
 
 
 def test_a_right_trajectory_is_graded_right_and_its_columns_line_up(tokenizer: Tokenizer) -> None:
@@ -104,57 +115,14 @@ def test_a_limit_ends_the_trajectory_and_is_recorded(
     for _ in range(20):
         if not episode.is_finished:
             _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
-    trajectory = episode.finish(task=0, sample=0, version=0)
+    trajectory = _finish(episode)
     assert trajectory.ending is ending and not trajectory.grade.success and trajectory.reward == 0.0
-
-
-class BrokenEnvironment:
-    """A user's environment with a mistake in it."""
-
-    def call(self, name: str, arguments: str) -> Observation:
-        if name == "refuse":
-            raise ToolError("not now")
-        raise KeyError(name)
-
-    def grade(self, answer: str) -> Grade:
-        raise ZeroDivisionError
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-@pytest.mark.parametrize("calls", [True, False])
-def test_an_environment_that_fails_ends_its_trajectory_and_no_more(tokenizer: Tokenizer, calls: bool) -> None:
-    task, _ = _begin(tokenizer)
-    sequence = Sequence(tokens=[1, 2, 3], stream=0)
-    config = RolloutConfig(max_tokens=4000, max_turn_tokens=500)
-    episode = Episode(task, BrokenEnvironment(), sequence, config=config, tokenizer=tokenizer)
-    call = ToolCall(name="get", arguments="{}", id="functions.get:0")
-    _say(episode, Message(role=Role.assistant, content="1", tool_calls=[call] if calls else []), tokenizer)
-    trajectory = episode.finish(task=0, sample=0, version=0)
-    assert trajectory.ending is Ending.environment_failed and trajectory.reward == 0.0
-    assert trajectory.grade.reason.startswith("KeyError" if calls else "ZeroDivisionError")
-
-
-def test_a_tool_error_of_an_environment_is_an_observation(tokenizer: Tokenizer) -> None:
-    task, _ = _begin(tokenizer)
-    sequence = Sequence(tokens=[1, 2, 3], stream=0)
-    config = RolloutConfig(max_tokens=4000, max_turn_tokens=500)
-    episode = Episode(task, BrokenEnvironment(), sequence, config=config, tokenizer=tokenizer)
-    call = ToolCall(name="refuse", arguments="{}", id="functions.refuse:0")
-    _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
-    assert not episode.is_finished
-    assert "error: not now" in tokenizer.decode(episode.sequence.tokens)
 
 
 def test_a_turn_whose_markers_do_not_nest_ends_the_trajectory(tokenizer: Tokenizer) -> None:
     _, episode = _begin(tokenizer)
-    for name in ("</think>", "<|im_end|>"):
-        episode.sequence.tokens.append(tokenizer.special_ids[name])
-        episode.sequence.logprobs.append(0.0)
-        episode.sequence.is_sampled.append(True)
-        episode.on_token()
-    assert episode.finish(task=0, sample=0, version=0).ending is Ending.invalid_turn
+    _take(episode, [tokenizer.special_ids[name] for name in ("</think>", "<|im_end|>")])
+    assert _finish(episode).ending is Ending.invalid_turn
 
 
 def test_a_call_whose_id_has_another_form_is_an_error_that_names_the_form(tokenizer: Tokenizer) -> None:

@@ -51,7 +51,7 @@ def test_evaluation_of_the_export_stands_beside_the_masters_and_the_earlier_one(
     numbers = json.loads((run / "rl_eval" / "eval.json").read_text())
     assert {"modes", "masters", "divergence", "paired", "language", "graders"} <= numbers.keys()
     assert numbers["graders"]["null_policy"] == 0.0
-    assert numbers["graders"]["perfect_expert"] == 1.0
+    assert numbers["graders"]["perfect_demonstrator"] == 1.0
     assert list((run / "rl_eval" / "traces").glob("*.jsonl"))
 
 

@@ -10,17 +10,17 @@ import random
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.tasks.config import DemonstratorConfig
+from moetrain.tasks.database.environment import DatabaseEnvironment
 from moetrain.tasks.database.program import Program
 from moetrain.tasks.database.schema import Table
 from moetrain.tasks.database.steps import Step, StepKind
-from moetrain.tasks.protocol import Environment
 
 _MAX_ATTEMPTS = 6  # of one step; then it reports what it has
 PERFECT = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=0, retry=1)
 
 
 def demonstrate(
-    environment: Environment,
+    environment: DatabaseEnvironment,
     program: Program,
     *,
     phrases: list[str],
@@ -47,7 +47,7 @@ def demonstrate(
 
 
 def _attempts(
-    environment: Environment,
+    environment: DatabaseEnvironment,
     step: Step,
     value: str | int,
     *,

@@ -14,12 +14,12 @@ from moetrain.tasks.database.environment import DatabaseEnvironment
 from moetrain.tasks.database.phrases import phrase, question
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables
-from moetrain.tasks.protocol import Grade, Split, Task
+from moetrain.tasks.protocol import Grade, InlineTask, Split, Task
 from moetrain.tools.sql import SQL_TOOLS
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatabaseTask:
+class DatabaseTask(InlineTask):
     """One question over one database."""
 
     tables: dict[str, Table]
@@ -56,6 +56,15 @@ class DatabaseFamily:
     def tools(self) -> Sequence[ToolSpec]:
         """get, find, aggregate, calculate, update."""
         return SQL_TOOLS
+
+    @property
+    def trained_calls(self) -> tuple[int, int]:
+        """Fewest and most calls of the tasks that `task` returns."""
+        return self._config.min_calls, self._config.max_calls
+
+    def task_of_length(self, split: Split, index: int, *, num_calls: int) -> DatabaseTask:
+        """Return task `index` among those of `split` that need `num_calls` calls."""
+        return self.task(split, index, num_calls=num_calls)
 
     def task(self, split: Split, index: int, *, num_calls: int | None = None) -> DatabaseTask:
         """Return task `index` of `split`; lengths go round from min_calls to max_calls unless `num_calls` fixes one."""

@@ -1,0 +1,209 @@
+"""The environment of one trajectory behind one asynchronous interface, with deadlines, retries and typed failures.
+
+The methods of an environment may be coroutines or plain functions. Plain functions run on a thread that belongs to the
+environment, so that a slow tool stops nobody else. The environments of an `InlineTask` run in the calling thread.
+"""
+
+import asyncio
+import inspect
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
+
+from moetrain.errors import RolloutError, ToolError, TransientError
+from moetrain.rollout.config import RolloutConfig
+from moetrain.tasks.protocol import Environment, Grade, InlineTask, Observation, Task
+
+T = TypeVar("T")
+
+
+class EnvironmentFailure(RolloutError):  # noqa: N818  a failure of what is not ours
+    """An environment could not be made, called, graded or closed. No fault of the agent."""
+
+
+class World:
+    """One environment. Open it first and close it last; its methods are awaited one after the other."""
+
+    def __init__(self, task: Task, stream: int, *, config: RolloutConfig) -> None:
+        """Prepare the environment that `task` makes from `stream`."""
+        self._task = task
+        self._stream = stream
+        self._config = config
+        self._thread = None if isinstance(task, InlineTask) else _Thread()
+        self._environment: Environment | None = None
+
+    async def open(self) -> None:
+        """Make the environment."""
+        limit = self._config.environment_deadline_s
+        self._environment = await self._act(lambda: self._task.environment(self._stream), "making it", limit_s=limit)
+
+    async def call(self, name: str, arguments: str) -> Observation:
+        """Return what a tool call brings back. An error of the caller and a missed deadline are observations."""
+        assert self._environment is not None
+        call, limit = self._environment.call, self._config.call_deadline_s
+        try:
+            observation = await self._act(lambda: call(name, arguments), f"a call of {name[:40]}", limit_s=limit)
+        except ToolError as error:
+            return Observation(text=f"error: {error}", is_error=True)
+        except _Late:
+            return Observation(text=f"error: timeout after {limit:g} s", is_error=True, is_transient=True)
+        if not isinstance(observation, Observation):
+            raise EnvironmentFailure(f"a call of {name[:40]} returned {type(observation).__name__}, not Observation")
+        return observation
+
+    async def grade(self, answer: str) -> Grade:
+        """Return the verdict on the final state and the answer."""
+        assert self._environment is not None
+        grade, limit = self._environment.grade, self._config.environment_deadline_s
+        verdict = await self._act(lambda: grade(answer), "grading", limit_s=limit)
+        if not isinstance(verdict, Grade):
+            raise EnvironmentFailure(f"grading returned {type(verdict).__name__}, not Grade")
+        return verdict
+
+    async def close(self) -> None:
+        """Free what the environment holds; does nothing when it was never made or is closed."""
+        environment, self._environment = self._environment, None
+        try:
+            if environment is not None:
+                await self._act(environment.close, "closing it", limit_s=self._config.environment_deadline_s)
+        finally:
+            if self._thread is not None:
+                self._thread.stop()
+
+    async def _act(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
+        """Return what `act` returns, awaited where it is a coroutine; repeat it after a `TransientError`."""
+        for attempt in range(self._config.max_retries + 1):
+            try:
+                return await self._once(act, what, limit_s=limit_s)
+            except TransientError as error:
+                if attempt == self._config.max_retries:
+                    raise EnvironmentFailure(f"{what}: {error} ({attempt + 1} attempts)") from error
+            except (ToolError, EnvironmentFailure):
+                raise
+            except (Exception, SystemExit) as error:  # the boundary to environments, whose code is not ours
+                raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _once(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
+        if self._thread is None:  # nothing can interrupt a plain function in this thread: no deadline
+            result = act()
+            return await result if inspect.isawaitable(result) else result
+        if self._thread.is_busy:
+            raise EnvironmentFailure(f"{what}: the environment is still busy with a call that missed its deadline")
+        try:
+            async with asyncio.timeout(limit_s) as deadline:
+                result = await asyncio.wrap_future(self._thread.submit(act))
+                return await result if inspect.isawaitable(result) else result
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise _Late(f"{what}: no result after {limit_s:g} s") from error
+
+
+class _Late(EnvironmentFailure):
+    """A deadline was missed."""
+
+
+class _Thread:
+    """A daemon thread that runs one job after the other. Python's own pool would wait for a stuck tool at exit."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self.is_busy = False
+        threading.Thread(target=self._run, daemon=True, name="environment").start()
+
+    def submit(self, act: Callable[[], T]) -> Future[T]:
+        """Return the future result of `act`."""
+        future: Future[T] = Future()
+        self.is_busy = True
+        self._jobs.put((act, future))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after its present job."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            act, future = job
+            try:
+                result, error = act(), None
+            except BaseException as caught:  # it is raised where the result is awaited
+                result, error = None, caught
+            self.is_busy = False
+            if not future.set_running_or_notify_cancel():
+                continue  # nobody waits any more
+            if error is None:
+                future.set_result(result)
+            elif isinstance(error, Exception):
+                future.set_exception(error)
+            else:  # SystemExit and its like would end the event loop
+                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+class Reactor:
+    """Runs coroutines beside the thread that decodes; what they concern comes back in `finished` when they are done.
+
+    An event loop in a thread of its own, started with the first coroutine that is not inline.
+    """
+
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._done: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
+        self._num_pending = 0
+
+    def __enter__(self) -> Self:
+        """Return this reactor."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the event loop, if it was started."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def start(self, coroutine: Coroutine[Any, Any, None], *, about: object) -> None:
+        """Run a coroutine beside this thread; `about` is given back when it is done."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, daemon=True, name="environments").start()
+        self._num_pending += 1
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future.add_done_callback(lambda done: self._done.put((about, done)))
+
+    def finished(self, *, wait: bool) -> list[Any]:
+        """Return what the coroutines that are done were about; `wait` for one when none is. Raises what they raised."""
+        found: list[Any] = []
+        while self._num_pending and (not self._done.empty() or (wait and not found)):
+            about, future = self._done.get()
+            self._num_pending -= 1
+            future.result()
+            found.append(about)
+        return found
+
+
+def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that never waits for anything."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    coroutine.close()
+    raise RolloutError("the environment of an InlineTask awaits something: take the mark off its task")
+
+
+def run_alone(task: Task, stream: int, *, answer: str) -> Grade:
+    """Return the grade of `answer` in a fresh environment without any call."""
+
+    async def act() -> Grade:
+        world = World(task, stream, config=RolloutConfig())
+        try:
+            await world.open()
+            return await world.grade(answer)
+        finally:
+            await world.close()
+
+    return run_inline(act()) if isinstance(task, InlineTask) else asyncio.run(act())

@@ -1,0 +1,285 @@
+"""Collecting trajectories: failures of environments, slow tools, deadlines, caps."""
+
+import asyncio
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from moetrain.chat.messages import Message, Role
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ToolError, TransientError
+from moetrain.rl.metrics import rollout_metrics
+from moetrain.rollout.types import Ending
+from moetrain.tasks.protocol import Grade, InlineTask, Observation
+from tests.rollout.scripted import (
+    ANSWER,
+    CALL,
+    ScriptedGeneration,
+    SlowWorld,
+    World,
+    WorldTask,
+    play,
+    script_of,
+    words_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return words_tokenizer()
+
+
+class InlineWorldTask(WorldTask, InlineTask):
+    """The same, called in the thread that decodes."""
+
+
+class AsyncWorld(World):
+    """The same, as coroutines."""
+
+    async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+        await asyncio.sleep(0.2)
+        return Observation(text="a stone")
+
+    async def grade(self, answer: str) -> Grade:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return super().grade(answer)
+
+    async def close(self) -> None:  # type: ignore[override]
+        self.is_closed = True
+
+
+class Unmade(World):
+    """Cannot be made."""
+
+    def __init__(self, stream: int) -> None:
+        raise ConnectionError("sandbox: no free container")
+
+
+class Uncalled(World):
+    """Fails when it is called."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        raise KeyError(name)
+
+
+class Ungraded(World):
+    """Has a judge that times out."""
+
+    def grade(self, answer: str) -> Grade:
+        raise TimeoutError("judge")
+
+
+class Unclosed(World):
+    """Fails when it is closed."""
+
+    def close(self) -> None:
+        raise ConnectionError("sandbox: container is gone")
+
+
+class Exiting(World):
+    """Ends the process, it thinks."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        sys.exit(1)
+
+
+class Mistyped(World):
+    """Returns text where an observation is asked for."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        return "a stone"  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [WorldTask, InlineWorldTask])
+@pytest.mark.parametrize(
+    ("world", "reason"),
+    [
+        (Unmade, "making it: ConnectionError: sandbox: no free container"),
+        (Uncalled, "a call of look: KeyError"),
+        (Ungraded, "grading: TimeoutError: judge"),
+        (Unclosed, "closing it: ConnectionError"),
+        (Exiting, "a call of look: "),
+        (Mistyped, "a call of look returned str, not Observation"),
+    ],
+)
+def test_an_environment_that_fails_is_not_scored_and_ends_nothing_else(
+    tokenizer: Tokenizer, kind: type[WorldTask], world: type[World], reason: str
+) -> None:
+    good, broken = play([kind(make=World), kind(make=world)], tokenizer, max_replacements=1)
+    assert good.ending is Ending.answered and good.is_scored and good.reward == 1.0 and good.num_replaced == 0
+    assert broken.ending is Ending.environment_failed and not broken.is_scored and broken.num_replaced == 1
+    assert broken.grade.reason.startswith(reason)
+    metrics = rollout_metrics([[good, broken]])
+    assert metrics["reward"] == 1.0 and metrics["unscored"] == metrics["ending/environment_failed"] == 0.5
+    assert metrics["replaced"] == 0.5
+
+
+def test_a_trajectory_that_the_environment_ended_is_replaced_by_one_with_other_streams(tokenizer: Tokenizer) -> None:
+    streams: list[int] = []
+
+    class FailsOnce(World):
+        def __init__(self, stream: int) -> None:
+            super().__init__(stream)
+            streams.append(stream)
+
+        def grade(self, answer: str) -> Grade:
+            if len(streams) == 1:
+                raise TimeoutError("judge")
+            return super().grade(answer)
+
+    (trajectory,) = play([WorldTask(make=FailsOnce)], tokenizer)
+    assert trajectory.is_scored and trajectory.num_replaced == 1
+    assert len(set(streams)) == 2
+
+
+def test_every_environment_that_was_made_is_closed(tokenizer: Tokenizer) -> None:
+    for task in (WorldTask(make=World), WorldTask(make=Uncalled), InlineWorldTask(make=Ungraded)):
+        play([task, task], tokenizer)
+        assert len(task.made) >= 2
+        assert all(world.is_closed for world in task.made)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("slow", [SlowWorld, AsyncWorld])
+def test_a_slow_tool_stops_no_other_trajectory(tokenizer: Tokenizer, slow: type[World]) -> None:
+    generation = ScriptedGeneration(script_of(CALL, CALL, ANSWER), tokenizer)
+    tasks = [*(WorldTask(make=slow) for _ in range(4)), *(WorldTask(make=World) for _ in range(2))]
+    started, order = time.monotonic(), []
+
+    def kind_of(make: Callable[[int], World]) -> str:
+        return "slow" if make is slow else "quick"
+
+    trajectories = play(tasks, tokenizer, generation=generation)
+    seconds = time.monotonic() - started
+    assert all(trajectory.reward == 1.0 and trajectory.num_calls == 2 for trajectory in trajectories)
+    assert seconds < 4 * 2 * 0.2 * 0.75  # eight calls of 0.2 s, one after the other, take 1.6 s
+    order = [kind_of(task.make) for task in tasks]
+    assert order.count("quick") == 2 and any(0 < count < 6 for count in generation.steps)
+
+
+def test_results_do_not_depend_on_the_order_of_arrival(tokenizer: Tokenizer) -> None:
+    class Jittery(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            time.sleep(0.05 * (self.stream % 3))
+            return Observation(text=f"stone {self.stream % 1000}")
+
+    class Steady(Jittery):
+        def call(self, name: str, arguments: str) -> Observation:
+            return Observation(text=f"stone {self.stream % 1000}")
+
+    kinds = [[WorldTask(make=Jittery)] * 5, [WorldTask(make=Steady)] * 5, [InlineWorldTask(make=Steady)] * 5]
+    first, *others = [play(tasks, tokenizer, num_slots=2 + len(tasks[0].text) % 2) for tasks in kinds]
+    assert all(other == first for other in others)
+
+
+def test_a_call_that_misses_its_deadline_is_an_observation(tokenizer: Tokenizer) -> None:
+    (trajectory,) = play([WorldTask(make=AsyncWorld)], tokenizer, call_deadline_s=0.02)
+    assert trajectory.reward == 1.0 and trajectory.num_transient_errors == 1
+    assert "error: timeout after 0.02 s" in tokenizer.decode(trajectory.segments[0].tokens)
+
+
+def test_a_plain_tool_that_never_returns_ends_its_trajectory_and_not_the_run(tokenizer: Tokenizer) -> None:
+    class Stuck(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            time.sleep(1.0)
+            return super().call(name, arguments)
+
+    (trajectory,) = play([WorldTask(make=Stuck)], tokenizer, call_deadline_s=0.02, max_replacements=0)
+    assert trajectory.ending is Ending.environment_failed
+    assert "still busy with a call that missed its deadline" in trajectory.grade.reason
+
+
+def test_an_environment_that_asks_for_it_is_tried_again(tokenizer: Tokenizer) -> None:
+    class Shaky(World):
+        tries = 0
+
+        def call(self, name: str, arguments: str) -> Observation:
+            self.tries += 1
+            if self.tries < 3:
+                raise TransientError("503")
+            return super().call(name, arguments)
+
+    (trajectory,) = play([WorldTask(make=Shaky)], tokenizer)
+    assert trajectory.reward == 1.0 and trajectory.num_calls == 1 and trajectory.num_replaced == 0
+    (trajectory,) = play([WorldTask(make=Shaky)], tokenizer, max_retries=1, max_replacements=0)
+    assert trajectory.ending is Ending.environment_failed
+    assert trajectory.grade.reason == "a call of look: 503 (2 attempts)"
+
+
+def test_what_a_plain_environment_made_is_used_in_the_thread_that_made_it(tokenizer: Tokenizer) -> None:
+    class Sqlite(World):
+        def __init__(self, stream: int) -> None:
+            super().__init__(stream)
+            self.connection = sqlite3.connect(":memory:")
+
+        def call(self, name: str, arguments: str) -> Observation:
+            return Observation(text=str(self.connection.execute("SELECT 41 + 1").fetchone()[0]))
+
+        def close(self) -> None:
+            self.connection.close()
+
+    (trajectory,) = play([WorldTask(make=Sqlite)], tokenizer)
+    assert trajectory.reward == 1.0
+    assert "\n42<|im_end|>" in tokenizer.decode(trajectory.segments[0].tokens)
+
+
+def test_a_tool_error_is_an_observation(tokenizer: Tokenizer) -> None:
+    class Refusing(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            raise ToolError("not now")
+
+    (trajectory,) = play([WorldTask(make=Refusing)], tokenizer)
+    assert trajectory.reward == 1.0 and trajectory.num_errors == 1 and trajectory.num_transient_errors == 0
+    assert "error: not now" in tokenizer.decode(trajectory.segments[0].tokens)
+
+
+def test_a_long_result_is_cut_in_tokens_and_the_model_is_told(tokenizer: Tokenizer) -> None:
+    class Huge(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            return Observation(text="first " + "x y " * 200_000 + "last")
+
+    (trajectory,) = play([WorldTask(make=Huge)], tokenizer, max_output_tokens=20)
+    (segment,) = trajectory.segments
+    text = tokenizer.decode(segment.tokens)
+    assert trajectory.num_cut_outputs == 1 and len(segment.tokens) < 300
+    assert "\nfirst x y" in text and "y last<|im_end|>" in text
+    shown = text.split("\nfirst")[1].split("last<|im_end|>")[0]
+    note = shown.split(" ... ")[1]
+    assert note.endswith(" characters left out")
+    left_out, kept = int(note.split()[0]), sum(map(len, shown.split(f" ... {note} ... ")))
+    assert left_out + kept + len("first" + "last") == len("first " + "x y " * 200_000 + "last")
+    (whole,) = play([WorldTask(make=World)], tokenizer, max_output_tokens=20)
+    assert whole.num_cut_outputs == 0
+
+
+def test_one_prompt_that_is_too_long_ends_its_trajectory_alone(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = WorldTask(make=World, text="please " * 4000)
+    good, ended = play([WorldTask(make=World), long], tokenizer)
+    assert good.reward == 1.0
+    assert ended.ending is Ending.prompt_too_long and not ended.is_scored and ended.num_replaced == 0
+    assert list(ended.segments) == [] and long.made == []
+    assert "task 1, sample 0, attempt 1: the prompt has" in caplog.text
+    assert rollout_metrics([[good, ended]])["ending/prompt_too_long"] == 0.5
+
+
+def test_the_clock_is_not_a_wrong_answer(tokenizer: Tokenizer) -> None:
+    (trajectory,) = play([WorldTask(make=SlowWorld)], tokenizer, max_seconds=0.1, max_replacements=0)
+    assert trajectory.ending is Ending.max_seconds and not trajectory.is_scored
+    assert "reward" not in rollout_metrics([[trajectory]])
+
+
+def test_an_error_of_ours_is_not_hidden_and_closes_the_environments(tokenizer: Tokenizer) -> None:
+    task = InlineWorldTask(make=World)
+
+    def broken(turn: int) -> Message:
+        if turn:
+            raise ZeroDivisionError("in the generation")
+        return Message(role=Role.assistant, tool_calls=CALL.tool_calls)
+
+    with pytest.raises(ZeroDivisionError, match="in the generation"):
+        play([task], tokenizer, script=broken)
+    assert [world.is_closed for world in task.made] == [True]  # type: ignore[attr-defined]
