@@ -198,6 +198,25 @@ class BenchOptimizersRun(ReadingRun):
                 raise ConfigError(f"{name} is {getattr(self, name)}: give a number above 0")
 
 
+@dataclass(kw_only=True)
+class DataRun(ReadingRun):
+    """Shows what a stage would read: the size of each source, and records as they are rendered and learned.
+
+    Takes the overrides of `pretrain` and `sft`; those that are not about data change nothing. Learned parts are green,
+    or between ⟦ and ⟧ where the output has no colour. Writes nothing.
+    """
+
+    records: int = 1
+    """Records shown of each source."""
+    characters: int = 4000
+    """Characters shown of a record at most."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        check_ranges(self, prefix="", ranges={COUNT: ("records", "characters")})
+
+
 class Peer(StrEnum):
     """Who else trains the same model in `bench train`: transformers' DeepseekV3 with its loop over experts or with
     grouped products, and the same model under DeepSpeed's AutoEP."""
@@ -283,6 +302,7 @@ class VerifyFaultsRun(StageRun):
 SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
+    "data": DataRun,
     "upcycle": UpcycleRun,
     "sft": SftRun,
     "rl": RlRun,

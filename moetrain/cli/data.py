@@ -1,0 +1,87 @@
+"""`moetrain data`."""
+
+from collections.abc import Iterable
+from itertools import chain, islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moetrain.chat.template import Piece
+from moetrain.commands import DataRun
+from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.preview import SourceSize, measure, spans
+from moetrain.data.sources import read_documents
+from moetrain.data.tokenizer import Tokenizer
+
+_WIDTH = 10_000
+"""Columns that a line may take: the terminal wraps, so that no name or text is cut."""
+_SAMPLED_DIALOGUES = 64
+"""Dialogues that are made to estimate the size of a source of that kind."""
+
+
+def main(run: DataRun) -> int:
+    """Print the size of each source and rendered records of it; return the exit code."""
+    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+    tokenizer = _tokenizer(run)
+    sizes: dict[str, SourceSize] = {}
+    for name, source in run.data.sources.items():
+        documents, count = _documents(run, name, source)
+        shown = list(islice(documents, run.records))
+        sizes[name] = measure(chain(shown, documents), num_documents=count, tokenizer=tokenizer)
+        for number, pieces in enumerate(shown):
+            console.print(Text(f"--- {name}, record {number}", style="bold"))
+            console.print(_rendered(pieces, run=run, console=console))
+    console.print(_table(sizes))
+    if any(size.is_sampled for size in sizes.values()):
+        console.print("~: estimated from a part of the source.", markup=False)
+    if tokenizer is None:
+        console.print("Tokens are not counted: give data.tokenizer.path or init_from.", markup=False)
+    return 0
+
+
+def _tokenizer(run: DataRun) -> Tokenizer | None:
+    if run.data.tokenizer.path is not None:
+        return Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
+    if run.init_from is None:
+        return None
+    from moetrain.run.weights import read_weights, tokenizer_of  # brings torch in
+
+    return tokenizer_of(read_weights(run.init_from))
+
+
+def _documents(run: DataRun, name: str, source: SourceConfig) -> tuple[Iterable[Iterable[Piece]], int]:
+    """Return the documents of a source, or the first of them, and the number of all."""
+    if source.kind is not SourceKind.dialogues:
+        documents = read_documents(source, name=name)
+        return iter([document.pieces for document in documents]), len(documents)
+    from moetrain.tasks import registry
+    from moetrain.tasks.dialogues import conversations  # brings torch in
+
+    family = registry.build(run.task, run.run.seed)
+    count = min(source.num_documents, max(_SAMPLED_DIALOGUES, run.records))
+    dialogues = conversations(family, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools)
+    return dialogues, source.num_documents
+
+
+def _rendered(pieces: Iterable[Piece], *, run: DataRun, console: Console) -> Text:
+    """Return a record with its learned parts in green, or between ⟦ and ⟧ where there is no colour."""
+    text = Text()
+    for part, is_learned in spans(pieces, max_characters=run.characters):
+        if is_learned and console.color_system is None:
+            part = f"⟦{part}⟧"
+        text.append(part, style="green" if is_learned else "")
+    return text
+
+
+def _table(sizes: dict[str, SourceSize]) -> Table:
+    table = Table(box=None)
+    for column in ("source", "documents", "characters", "tokens", "learned"):
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
+    for name, size in sizes.items():
+        about = "~" if size.is_sampled else ""
+        tokens = "-" if size.num_tokens is None else f"{about}{size.num_tokens:,}"
+        characters = f"{about}{size.num_characters:,}"
+        table.add_row(Text(name), f"{size.num_documents:,}", characters, tokens, f"{size.learned_share:.0%}")
+    return table

@@ -1,0 +1,67 @@
+"""What a source holds before anything is trained: its size, and records as the model will see them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from moetrain.chat.template import Piece, pieces_to_text, pieces_to_tokens, with_bos
+from moetrain.data.tokenizer import Tokenizer
+
+_COUNTED_CHARACTERS = 500_000
+"""Characters of a source that are tokenized to estimate its number of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSize:
+    """Size of a source; sampled numbers are scaled from some of its documents to all of them."""
+
+    num_documents: int
+    num_characters: int
+    """Characters of text; special tokens have none."""
+    num_tokens: int | None
+    """None without a tokenizer."""
+    learned_share: float
+    """Share of the characters that are learned."""
+    is_sampled: bool
+
+
+def measure(documents: Iterable[Iterable[Piece]], *, num_documents: int, tokenizer: Tokenizer | None) -> SourceSize:
+    """Return the size of a source of `num_documents` documents, of which `documents` are all or the first ones."""
+    num_read = num_characters = num_learned = num_counted = num_tokens = 0
+    for document in documents:
+        pieces = with_bos(list(document))
+        texts = [piece for piece in pieces if not piece.is_special]
+        length = len(pieces_to_text(texts))
+        num_read += 1
+        num_characters += length
+        num_learned += sum(len(piece.text) for piece in texts if piece.is_sampled)
+        if tokenizer is not None and num_counted < _COUNTED_CHARACTERS:
+            num_counted += length
+            num_tokens += len(pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0])
+    scale = num_documents / max(1, num_read)
+    return SourceSize(
+        num_documents=num_documents,
+        num_characters=round(num_characters * scale),
+        num_tokens=round(num_tokens * scale * num_characters / max(1, num_counted)) if tokenizer is not None else None,
+        learned_share=num_learned / max(1, num_characters),
+        is_sampled=num_read < num_documents or (tokenizer is not None and num_counted < num_characters),
+    )
+
+
+def spans(pieces: Iterable[Piece], *, max_characters: int) -> list[tuple[str, bool]]:
+    """Return a rendered document as (text, whether it is learned), up to `max_characters`; characters that a terminal
+    would obey are escaped."""
+    found = []
+    room = max_characters
+    for is_learned, group in groupby(with_bos(list(pieces)), key=lambda piece: piece.is_sampled):
+        text = pieces_to_text(list(group))
+        if room > 0 and text:
+            found.append((_printable(text[:room]), is_learned))
+        room -= len(text)
+    if room < 0:
+        found.append((f" ... {-room} characters more", False))
+    return found
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
