@@ -32,7 +32,7 @@ class WandbConfig:
     project: str = "moetrain"
     """W&B project."""
     mode: WandbMode = WandbMode.auto
-    """auto is online when WANDB_API_KEY is set and offline otherwise; offline, online and disabled force it."""
+    """auto follows WANDB_MODE; without it, online when WANDB_API_KEY is set and offline otherwise."""
 
 
 @dataclass(kw_only=True)

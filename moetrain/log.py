@@ -19,18 +19,21 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import to_json
 
 _log = logging.getLogger(__name__)
 
 TIME_PREFIX = "time/"
 """Metrics that a clock gives; all others are the same each time a run is repeated."""
+_WANDB_TIMEOUT_S = 20.0  # to log in, and to start a run, before it is written offline
+_WANDB_SUMMARIES = {"loss": "min", "validation/*": "min", "reward": "max"}
+"""What the table of runs shows of a metric, where that is not its last value."""
 _PLAIN_INTERVAL_S = 15.0  # between lines of progress where there is no terminal
 
 
 class WandbMode(StrEnum):
-    """Where W&B writes. auto is online when WANDB_API_KEY is set, offline otherwise."""
+    """Where W&B writes. auto follows WANDB_MODE; without it, online when WANDB_API_KEY is set and offline otherwise."""
 
     auto = "auto"
     offline = "offline"
@@ -128,48 +131,113 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-class WandbMetrics:
-    """A W&B run whose files lie in the stage's folder; a stage that goes on keeps its W&B run."""
+def wandb_mode(mode: WandbMode) -> WandbMode:
+    """Return the mode that `auto` stands for: WANDB_MODE, else online with WANDB_API_KEY and offline without."""
+    if mode is not WandbMode.auto:
+        return mode
+    said = os.environ.get("WANDB_MODE", "").strip().lower()
+    if said:
+        known = {"dryrun": WandbMode.offline, "run": WandbMode.online} | {each.value: each for each in WandbMode}
+        if known.get(said, WandbMode.auto) is WandbMode.auto:
+            raise ConfigError(f"WANDB_MODE is {said!r}: set offline, online or disabled, or give run.wandb.mode")
+        return known[said]
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes"):
+        return WandbMode.disabled
+    return WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.offline
 
-    def __init__(self, folder: Path, *, project: str, name: str, mode: WandbMode, config: Mapping[str, Any]) -> None:
-        """Start or go on with the W&B run of the stage folder."""
+
+class WandbMetrics:
+    """A W&B run whose files lie in the stage's folder; a stage that resumes keeps its W&B run.
+
+    W&B never ends a stage. When the server cannot be reached, the run is written offline and `fell_back` is true; a
+    call that fails later is logged once, and what it should have sent is missing in W&B alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        name: str,
+        mode: WandbMode,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Start or resume the W&B run of the stage folder; `mode` is offline or online."""
         import wandb  # a second of import time that only runs pay
 
         folder.mkdir(parents=True, exist_ok=True)
-        if mode is WandbMode.auto:
-            mode = WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.offline
-        settings = wandb.Settings(silent=True, console="off", mode=mode.value)
         id_file = folder / "wandb_id"
         run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow" if mode is WandbMode.online else None,
-            dir=folder,
-            config=dict(config),
-            settings=settings,
-        )
+
+        def start(mode: WandbMode) -> Any:
+            return wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                group=group,
+                job_type=job_type,
+                tags=list(tags),
+                resume="allow" if mode is WandbMode.online else None,
+                dir=folder,
+                config=dict(config),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    mode=mode.value,
+                    init_timeout=_WANDB_TIMEOUT_S,
+                    login_timeout=_WANDB_TIMEOUT_S,
+                ),
+            )
+
+        self.fell_back = False
+        self._has_failed = False
+        try:
+            self._run = start(mode)
+        except (wandb.errors.Error, OSError) as error:
+            if mode is not WandbMode.online:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            _log.warning("W&B cannot be reached, so it writes offline; upload later with `wandb sync`: %s", reason)
+            self.fell_back = True
+            wandb.teardown()  # its process still holds the run's id
+            self._run = start(WandbMode.offline)
+        for pattern, summary in _WANDB_SUMMARIES.items():
+            self._run.define_metric(pattern, summary=summary)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values of a step."""
-        self._run.log(dict(values), step=step)
+        self._attempt(lambda: self._run.log(dict(values), step=step))
 
     def close(self) -> None:
         """Finish the W&B run and wait for its files."""
-        self._run.finish()
+        self._attempt(self._run.finish)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # another program's code and process, which may fail in any way
+            if not self._has_failed:
+                _log.warning(
+                    "W&B failed, and what it misses is in metrics.jsonl: %s", " ".join(str(error).split())[:200]
+                )
+            self._has_failed = True
 
 
 class Fanout:
-    """Writes to several metrics."""
+    """Writes to several metrics. `first` is added to the first values that are written."""
 
-    def __init__(self, sinks: Sequence[Metrics]) -> None:
+    def __init__(self, sinks: Sequence[Metrics], *, first: Mapping[str, float] | None = None) -> None:
         """Pass on to `sinks`, in order."""
         self._sinks = list(sinks)
+        self._first = dict(first or {})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write to all."""
+        values, self._first = {**values, **self._first}, {}
         for sink in self._sinks:
             sink.write(step, values)
 

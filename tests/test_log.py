@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moetrain.errors import CheckpointError
-from moetrain.log import Fanout, JsonlMetrics, WandbMetrics, WandbMode, progress, read_metrics
+from moetrain import log
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.log import Fanout, JsonlMetrics, WandbMetrics, WandbMode, progress, read_metrics, wandb_mode
 from moetrain.report.shapes import checked_metrics
 
 
@@ -88,7 +89,7 @@ def test_a_line_of_the_same_step_stays_when_only_times_are_written_again(tmp_pat
 def test_wandb_offline_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    offline = WandbMetrics(tmp_path, project="p", name="n", mode=WandbMode.auto, config={"lr": 0.5})
+    offline = WandbMetrics(tmp_path, project="p", name="n", mode=WandbMode.offline, config={"lr": 0.5})
     lines = JsonlMetrics(tmp_path / "metrics.jsonl")
     both = Fanout([lines, offline])
     both.write(0, {"train/loss": 5.25})
@@ -110,6 +111,57 @@ def test_wandb_offline_file_holds_what_was_written(tmp_path: Path, monkeypatch: 
     assert [int(row["_step"]) for row in history] == [0, 1]
     config = {item.key: item.value_json for record in records for item in record.run.config.update}
     assert config["lr"] == "0.5"
+
+
+def test_a_server_that_cannot_be_reached_ends_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(log, "_WANDB_TIMEOUT_S", 1.0)
+    with caplog.at_level(logging.WARNING, logger="moetrain"):
+        metrics = WandbMetrics(
+            tmp_path, project="p", name="n", mode=wandb_mode(WandbMode.auto), config={}, group="g", job_type="sft"
+        )
+    said = [record.message for record in caplog.records if record.name == "moetrain.log"]  # W&B has a log of its own
+    assert metrics.fell_back and len(said) == 1 and "wandb sync" in said[0]
+    lines = JsonlMetrics(tmp_path / "metrics.jsonl")
+    both = Fanout([lines, metrics], first={"wandb/fell_back": 1.0})
+    both.write(1, {"loss": 2.0})
+    both.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    caplog.clear()
+    for step in (2, 3):
+        metrics.write(step, {"loss": 1.0})  # W&B refuses what comes after the end
+    assert len([record for record in caplog.records if record.name == "moetrain.log"]) == 1
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "wandb/fell_back": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({}, WandbMode.offline),
+        ({"WANDB_API_KEY": "k"}, WandbMode.online),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, WandbMode.offline),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, WandbMode.disabled),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, WandbMode.offline),
+        ({"WANDB_API_KEY": "k", "WANDB_DISABLED": "true"}, WandbMode.disabled),
+        ({"WANDB_MODE": "online"}, WandbMode.online),
+    ],
+)
+def test_auto_follows_the_variables_of_wandb(
+    variables: dict[str, str], mode: WandbMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(WandbMode.auto) is mode
+    assert wandb_mode(WandbMode.offline) is WandbMode.offline
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ConfigError, match="WANDB_MODE is 'sometimes': set offline, online or disabled"):
+        wandb_mode(WandbMode.auto)
 
 
 def _records(path: Path) -> list:

@@ -8,7 +8,7 @@ from moetrain.errors import ConfigError
 from moetrain.files import write_json
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
-from moetrain.run.stage import stage_folder
+from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
 
 _FINISHED = "finished_modes.json"
@@ -30,6 +30,7 @@ def main(run: EvalRun) -> int:
     # These bring torch in, so only now.
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import EVAL
+    from moetrain.eval.summary import metric_values
 
     check_records(run)  # they are read last, when all tasks were rolled out
     before = read_before(run)
@@ -37,6 +38,8 @@ def main(run: EvalRun) -> int:
         finished = FinishedModes(folder / _FINISHED)
         numbers = _numbers(run, folder, before=before, finished=finished)
         if numbers is not None:
+            with stage_metrics(run) as metrics:
+                metrics.write(0, metric_values(numbers))
             write_json(folder / EVAL, numbers)
             finished.remove()
     return 0

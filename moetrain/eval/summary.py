@@ -45,3 +45,20 @@ def paired(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference 
     if not tasks:
         return None
     return paired_difference([before[task] for task in tasks], [after[task] for task in tasks])
+
+
+def metric_values(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Return the main numbers of `eval.json` as metrics: success by mode, nats per character by source, divergence."""
+    values: dict[str, float | None] = {}
+    for weights in ("modes", "masters"):
+        prefix = "success" if weights == "modes" else "success_of_masters"
+        for mode, summary in numbers.get(weights, {}).items():
+            values[f"{prefix}/{mode}"] = summary["all"]["value"] if summary["all"]["count"] else None
+            values[f"{prefix}_after_tool_error/{mode}"] = (
+                summary["after_tool_error"]["value"] if summary["after_tool_error"]["count"] else None
+            )
+    for source, nats in numbers.get("language", {}).items():
+        values[f"nats_per_character/{source}"] = nats
+    for name in ("mean_kl", "top1_changed"):
+        values[f"divergence/{name}"] = numbers.get("divergence", {}).get(name)
+    return {name: value for name, value in values.items() if value is not None}

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moetrain.commands import SCHEMAS
 from moetrain.compose import read_yaml, save_config, to_mapping
 from moetrain.config import StageRun
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode
+from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command goes on."""
@@ -123,15 +124,25 @@ def stage_folder(run: StageRun) -> Iterator[Path]:
 def stage_metrics(run: StageRun) -> Iterator[Metrics]:
     """Yield where rank 0 writes its metrics: metrics.jsonl and W&B; other ranks get one that writes nowhere."""
     sinks: list[Metrics] = []
+    first: dict[str, float] = {}
     if rank() == 0:
-        folder, wandb = run.run.path, run.run.wandb
-        sinks.append(JsonlMetrics(folder / "metrics.jsonl"))
-        if wandb.mode is not WandbMode.disabled:
-            name = f"{run.run.name}/{run.run.stage}"
-            sinks.append(
-                WandbMetrics(folder, project=wandb.project, name=name, mode=wandb.mode, config=to_mapping(run))
+        mode = wandb_mode(run.run.wandb.mode)
+        sinks.append(JsonlMetrics(run.run.path / "metrics.jsonl"))
+        if mode is not WandbMode.disabled:
+            command = next(command for command, schema in SCHEMAS.items() if schema is type(run))
+            wandb = WandbMetrics(
+                run.run.path,
+                project=run.run.wandb.project,
+                name=f"{run.run.name}/{run.run.stage}",
+                mode=mode,
+                config=to_mapping(run),
+                group=run.run.name,
+                job_type=command,
+                tags=["moetrain", command],
             )
-    metrics = Fanout(sinks)
+            sinks.append(wandb)
+            first = {"wandb/fell_back": 1.0} if wandb.fell_back else {}
+    metrics = Fanout(sinks, first=first)
     try:
         yield metrics
     finally:
