@@ -101,6 +101,15 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
         for field, value in _folders(run)
         if not any(Path(value).expanduser().is_relative_to(folder) for folder in made)
     }
+    if isinstance(run, ReadingRun) and "data.tokenizer.path" in named:
+        from moetrain.data.build import prepare_tokenizer  # brings torch in
+
+        # With a path it reads the tokenizer and checks its size; nothing is trained or written.
+        folder = Path(named["data.tokenizer.path"])
+        tokenizer = prepare_tokenizer(run.data, folder=folder, num_rows=run.model.vocab_size)
+        sources = run.data.sources.values()
+        if any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources):
+            tokenizer.check_chat()
     if "init_from" in named:
         _check_origin(run, named)
     if isinstance(run, EvalRun) and "eval.before" in named:
@@ -117,7 +126,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     origin = read_weights(named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
-    if isinstance(run, ReadingRun):
+    if isinstance(run, ReadingRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)

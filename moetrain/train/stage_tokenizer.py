@@ -3,6 +3,7 @@
 Weights mean nothing with another tokenizer than theirs, so that is refused unless the user asks for it.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from moetrain.data.build import prepare_tokenizer
 from moetrain.data.config import DataConfig, TokenizerConfig
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 _RETRAIN = "data.tokenizer.retrain=true"
 
@@ -34,7 +37,9 @@ def stage_tokenizer(
     if keeps_theirs:
         assert origin is not None
         theirs = _digest_of_theirs(origin)
-        if theirs is not None and tokenizer.digest != theirs:
+        if theirs is None:
+            _log.info("%s is taken as the tokenizer of the weights %s", config.tokenizer.path, origin.path)
+        elif tokenizer.digest != theirs:
             raise ConfigError(
                 f"{own} holds another tokenizer than that of the weights {origin.path}: give another run.stage or "
                 f"run.name, or {_RETRAIN} to train on with it"

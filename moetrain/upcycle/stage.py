@@ -97,7 +97,9 @@ def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
     check_untrained(folder)
     origin = upcycling.origin
     if origin.tokenizer is None:
-        _log.warning("there is no tokenizer beside %s: the stage that goes on from here has to name one", origin.path)
+        _log.warning(
+            "no tokenizer beside %s: the stage that trains on from here needs data.tokenizer.path", origin.path
+        )
     else:
         Tokenizer.load(origin.tokenizer).save(folder / TOKENIZER)
     identity = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
+from moetrain.data.tokenizer import train_tokenizer
 from tests.cli.command import ENVIRONMENT, ROOT
 
 RECIPE = """
@@ -25,6 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.jsonl").write_text('{"text": "whole"}\n{"text": \n')
     (tmp_path / "boom.py").write_text("1 / 0\n")
     (tmp_path / "file").write_text("")
+    train_tokenizer(["some words " * 9], vocab_size=275).save(tmp_path / "words")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -76,6 +78,27 @@ def test_check_and_dry_run_find_what_the_run_would(
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.tokenizer.path=mine"], "mine/tokenizer.json does not exist: give the folder of a tokenizer"),
+        (
+            ["data.tokenizer.path=words", "model.vocab_size=270"],
+            "model.vocab_size is 270, the tokenizer in words has 275 tokens: set model.vocab_size to 275 or more",
+        ),
+        (
+            ["data.tokenizer.path=words", "data.tokenizer.vocab_size=300"],
+            "data.tokenizer.vocab_size is 300, the tokenizer in words has 275 tokens: leave data.tokenizer.vocab_size",
+        ),
+    ],
+)
+def test_check_reads_the_tokenizer_that_is_named(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "pretrain", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
