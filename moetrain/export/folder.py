@@ -1,7 +1,7 @@
-"""Folders of weights as Hugging Face lays them out: written whole or not at all, and checked against their digests.
+"""Folders of weights in the layout of Hugging Face: written whole or not at all, and checked against their digests.
 
-Knows files and bytes; what the tensors mean is `compressed_tensors`. `moetrain.json` holds size and sha256 of every
-other file, and of its own content.
+This module knows files and bytes; `compressed_tensors` knows what the tensors mean. `moetrain.json` holds the size and
+sha256 of every other file, and the sha256 of its own content.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ _REPAIR = "export again, or copy the folder again from where it is whole"
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `final` when the block ends well, and disappears when it does not.
+    """Yield a new folder that is renamed to `final` when the block succeeds and is removed when it fails.
 
-    Raises CheckpointError when `final` is there and is not an export.
+    Raises CheckpointError when `final` exists and is not an export.
     """
     if final.exists() and not (final / RECORD_FILE).is_file():
         raise CheckpointError(f"{final}: exists and has no {RECORD_FILE}, so it is not an export: give another folder")
@@ -65,8 +65,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
         nonlocal pending_bytes
         path = folder / f"{len(shards)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
-        with suppress(PermissionError):  # a file system without modes
-            path.chmod(folder.stat().st_mode & 0o666)  # those who may read the folder; alone, it writes private files
+        with suppress(PermissionError):  # this file system has no modes
+            path.chmod(folder.stat().st_mode & 0o666)  # save_file makes files that only their owner may read
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
@@ -97,7 +97,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """Check every file of an export against its digest and return what `moetrain.json` says.
 
-    Raises CheckpointError that names the file which is missing or not as it was written.
+    Raises CheckpointError that names the file which is missing or has changed.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give the folder of an export")
@@ -114,12 +114,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
         if fingerprint(path) != expected:
-            raise CheckpointError(f"{path}: not as it was written, its size or sha256 differs; {_REPAIR}")
+            raise CheckpointError(f"{path}: the file has changed, its size or sha256 differs; {_REPAIR}")
     return record
 
 
 def open_weights(folder: Path) -> TensorFiles:
-    """Return the tensors of a folder by name, each read when it is asked for."""
+    """Return the tensors of a folder by name; each is read when it is asked for."""
     return whole_tensor_files(folder, read_json(folder / INDEX_FILE)["weight_map"])
 
 

@@ -1,6 +1,6 @@
 """Which of a model's tensors an export quantises, and in which dtype it stores the others.
 
-Asked of the model itself, built without memory, so that no pattern over names decides what is quantised.
+The answer comes from the model itself, built on the meta device; no pattern over names decides what is quantised.
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,24 @@ from moetrain.parallel.state import CHUNK_ELEMENTS
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
 _DERIVED = ".rotary_emb.inv_freq"
-"""What some folders keep though it follows from the config."""
+"""A buffer that some folders hold although it follows from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Names in memory of the tensors of a model, with their shapes, sorted by how an export stores them."""
+    """Shapes of a model's tensors by name in memory, and how an export stores each."""
 
     shapes: Mapping[str, torch.Size]
     """Every tensor of the model."""
     experts: frozenset[str]
     """Fused matrices of the routed experts."""
     float32: frozenset[str]
-    """What the forward pass uses in float32: gains of norms, router weights, balance biases."""
+    """Tensors that the forward pass uses in float32: gains of norms, router weights, balance biases."""
     unquantized_linears: list[str]
-    """Modules with a matrix that is not a routed expert's nor the embedding."""
+    """Modules with a matrix, except the routed experts and the embedding."""
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor that is not quantised as it is stored: bf16, or fp32 where the forward pass reads fp32."""
+        """Return an unquantised tensor as it is stored: fp32 where the forward pass reads fp32, else bf16."""
         return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
 
     def check(self, reader: StateReader) -> None:
@@ -48,7 +48,7 @@ class Layout:
         for name in sorted(self.shapes.keys() - found.keys()):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model")
         for name in sorted(found.keys() - self.shapes.keys()):
-            raise CheckpointError(f"{name} is no tensor of this model: the weights do not fit it")
+            raise CheckpointError(f"{name} is not a tensor of this model: the weights do not fit it")
         for name, shape in self.shapes.items():
             if tuple(found[name]) != tuple(shape):
                 raise CheckpointError(f"{name} has shape {list(found[name])}, this model's has {list(shape)}")

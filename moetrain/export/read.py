@@ -1,4 +1,4 @@
-"""An export read back: checked against its digests, then its model, its weights, and its codes and scales."""
+"""Reads an export: checks its digests, then returns its model, its weights, and its codes and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Export:
     record: dict[str, Any]
     """What moetrain.json says."""
     dense: dict[str, Tensor]
-    """What the file holds as plain numbers, bf16 or fp32: for the bf16 formats this is everything."""
+    """Tensors stored as plain bf16 or fp32 numbers; for the bf16 formats, all of them."""
     experts: dict[str, Quantized]
     """Codes and scales of the routed experts, empty for the bf16 formats."""
 
@@ -50,9 +50,9 @@ def is_export(folder: Path) -> bool:
 
 
 def read_export(folder: Path) -> Export:
-    """Return an export whose every file has the digest that it was written with and whose tensors fit its model.
+    """Return an export after checking the digest of every file and the shape of every tensor.
 
-    Raises CheckpointError that names the file or tensor.
+    Raises CheckpointError that names the file or tensor which does not fit.
     """
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
@@ -76,7 +76,9 @@ def read_export(folder: Path) -> Export:
     layout.check(TensorReader(export.weights()))
     for name, quantized in experts.items():
         if name not in layout.experts or quantized.group_size != export.quant.group_size:
-            raise CheckpointError(f"{folder}: {name} is quantised in groups of {quantized.group_size}: not as recorded")
+            raise CheckpointError(
+                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} says another size"
+            )
     return export
 
 

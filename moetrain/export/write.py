@@ -1,4 +1,4 @@
-"""A checkpoint's masters to a folder that transformers and other engines load: weights, config, tokenizer, template."""
+"""Writes a checkpoint as a folder that transformers and other engines load: weights, config, tokenizer, template."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -63,8 +63,8 @@ def export_model(
 ) -> ExportReport:
     """Write a checkpoint's fp32 parameters and buffers, by name in memory, as the Hugging Face folder `folder`.
 
-    Streamed: one expert (or one other tensor) is read at a time, and at most two times `export.shard_megabytes` of
-    what is written is in memory beside it, whatever the size of the model.
+    The model is streamed: one expert (or one other tensor) is read at a time, and at most twice
+    `export.shard_megabytes` of written tensors are in memory beside it.
 
     Experts go through `quant`'s grid and group size in every format but bf16, whether or not they were trained so.
     `step` and `sources` (say, the path of the checkpoint and the digest of the data) are kept in moetrain.json. The

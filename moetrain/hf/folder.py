@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face folder, under the names in memory, read when they are asked for and no more than that.
+"""Reads the weights of a Hugging Face folder under their names in memory, each only when it is asked for.
 
-On disk each expert is three matrices (or, as transformers has them in memory, a layer's are fused); either way an
-expert's values are read one matrix at a time, in the dtype of the file. E experts, F expert width, D hidden.
+On disk each expert is three matrices, or the experts of a layer are fused as transformers has them in memory. Either
+way values are read one matrix at a time, in the dtype of the file. E experts, F expert width, D hidden.
 """
 
 import json
@@ -22,12 +22,13 @@ from moetrain.model.config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = ("BF16", "F16", "F32", "F64")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskTensor:
-    """A tensor on disk: its name and shape there, and its file."""
+    """A tensor on disk: its name, its file, and its shape in the file."""
 
     name: str
     file: str
@@ -41,7 +42,7 @@ class DiskTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The elements [first, last) of a tensor on disk laid flat."""
+    """The elements [first, last) of a flattened tensor on disk."""
 
     tensor: DiskTensor
     first: int
@@ -49,9 +50,9 @@ class Source:
 
 
 class HfFolder(Mapping[str, torch.Tensor]):
-    """Parameters and buffers of a folder by name in memory, float32 when they are asked for whole.
+    """Parameters and buffers of a folder by name in memory; `[name]` returns a whole tensor in float32.
 
-    A tensor in memory is one or several on disk end to end: a fused expert tensor is the matrices of its experts.
+    A tensor in memory is one tensor on disk or several in a row: a fused expert tensor is the matrices of its experts.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -92,7 +93,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
         return self._shapes
 
     def sources(self, name: str, *, first: int, last: int) -> Iterator[Source]:
-        """Yield what has to be read on disk for the elements [first, last) of a tensor laid flat, in order."""
+        """Yield the ranges on disk that make up the elements [first, last) of a flattened tensor, in order."""
         start = 0
         for tensor in self._parts[name]:
             begin, end = max(first - start, 0), min(last - start, tensor.size)
@@ -101,7 +102,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
             start += tensor.size
 
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
-        """Return the elements [first, last) of a tensor laid flat, in the dtype of the file."""
+        """Return the elements [first, last) of a flattened tensor, in the dtype of the file."""
         ranges = [self._read(source) for source in self.sources(name, first=first, last=last)]
         return ranges[0] if len(ranges) == 1 else torch.cat(ranges) if ranges else torch.empty(0)
 
@@ -114,7 +115,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return one tensor whole, float32."""
+        """Return one whole tensor in float32."""
         shape = self._shapes[name]
         whole = torch.empty(shape)
         filled = 0
@@ -148,9 +149,11 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        values: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): give a Hugging Face model folder") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}: give a JSON object")
     return values
 
 
@@ -207,6 +210,12 @@ def _tensors_in(path: Path, file_name: str) -> Iterator[DiskTensor]:
     try:
         with safe_open(path / file_name, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping and cannot be iterated
-                yield DiskTensor(name=name, file=file_name, shape=tuple(file.get_slice(name).get_shape()))
+                stored = file.get_slice(name)
+                if stored.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{path / file_name}: {name} has dtype {stored.get_dtype()}: give weights in "
+                        f"{', '.join(_DTYPES)}; quantised weights must be dequantised first"
+                    )
+                yield DiskTensor(name=name, file=file_name, shape=tuple(stored.get_shape()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / file_name}: cannot be read ({error})") from error

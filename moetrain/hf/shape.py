@@ -44,6 +44,7 @@ _YARN_NUMBERS = (
     *("mscale", "mscale_all_dim"),
 )
 _MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
+_FRACTIONS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
 _MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 
@@ -84,7 +85,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """Return the config of a config.json of the DeepSeek-V3 family, transformers 4's rope fields included.
 
-    Raises CheckpointError where the file asks for what this model does not compute.
+    Raises CheckpointError when the file names another architecture or a setting that this model does not compute.
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
@@ -112,10 +113,13 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"config.json: the rope parameters are {rope!r}: give an object with rope_theta")
     rope = {"rope_theta": values.get("rope_theta", 10000.0), **rope}
     numbers = {theirs: values.get(theirs) for theirs in _FIELDS.values()}
+    whole = {name for name in numbers if name not in _FRACTIONS}
     numbers |= {name: rope.get(name) for name in ("rope_theta", *_YARN_NUMBERS)}
     for name, value in numbers.items():
         if not isinstance(value, int | float | None):
             raise CheckpointError(f"config.json: {name} is {value!r}: give a number")
+        if isinstance(value, float) and name in whole:
+            raise CheckpointError(f"config.json: {name} is {value!r}: give a whole number")
     fields = {ours: values[theirs] for ours, theirs in _FIELDS.items() if theirs in values}
     nulls = [theirs for ours, theirs in _FIELDS.items() if values.get(theirs, 0) is None and ours not in _MAY_BE_NULL]
     if nulls:

@@ -1,4 +1,4 @@
-"""Flat ranges of tensors in safetensors files: only the rows that they lie in are read."""
+"""Reads ranges of flattened tensors from safetensors files; only the rows that contain them are read."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def flat_range(stored: Any, *, first: int, last: int) -> torch.Tensor:
-    """Return the elements [first, last) of what `safe_open(...).get_slice` gives, laid flat, in its dtype."""
+    """Return the elements [first, last), in row-major order, of a slice of `safe_open(...).get_slice`, in its dtype."""
     shape = stored.get_shape()
     if not shape:
         return torch.as_tensor(stored[...]).reshape(1)[first:last]

@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(
         export(tmp_path / "a", tensors=masters | {name: masters[name][:2]})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds numbers that are not finite"):
         export(tmp_path / "a", tensors=masters | {"model.norm.weight": torch.full((64,), torch.nan)})
-    with pytest.raises(CheckpointError, match="extra is no tensor of this model"):
+    with pytest.raises(CheckpointError, match="extra is not a tensor of this model"):
         export(tmp_path / "a", tensors=masters | {"extra": torch.zeros(1)})
     export(tmp_path / "a", tensors=masters | {"optimizer/step": torch.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

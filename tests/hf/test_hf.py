@@ -69,6 +69,7 @@ def test_config_of_the_fourth_transformers_is_read() -> None:
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x': give a number"),
         ({"hidden_size": "abc"}, r"^config\.json: hidden_size is 'abc': give a number"),
         ({"num_hidden_layers": [1]}, r"num_hidden_layers is \[1\]: give a number"),
+        ({"hidden_size": 16.5}, r"config\.json: hidden_size is 16\.5: give a whole number"),
         ({"hidden_size": None}, "hidden_size is null: give a number"),
         ({"hidden_size": 0}, r"config\.json: model\.hidden_size is 0: give at least 1"),
     ],
@@ -190,3 +191,19 @@ def test_another_architecture_is_refused_by_its_name(names: dict[str, object], m
     with pytest.raises(CheckpointError, match=message):
         from_hf_config({"num_attention_heads": 4, "num_key_value_heads": 2, **names})
     assert from_hf_config({**to_hf_config(TINY), "model_type": "kimi_k2"}).num_heads == TINY.num_heads
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_a_dtype_that_means_quantised_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    disk = {name: tensor.contiguous() for name, tensor in hf_disk_tensors(make().state_dict())}
+    disk["lm_head.weight"] = disk["lm_head.weight"].to(dtype)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(TINY)))
+    save_file(disk, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has dtype (I8|F8_E4M3): give weights in BF16"):
+        open_hf_folder(tmp_path)
+
+
+def test_a_config_file_that_holds_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("3")
+    with pytest.raises(CheckpointError, match=r"config\.json: holds a int: give a JSON object"):
+        open_hf_folder(tmp_path)
