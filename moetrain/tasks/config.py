@@ -17,7 +17,9 @@ class DemonstratorConfig:
     wrong_name: float = 0.03
     """It reads another column of the table than the one asked for, and does not notice."""
     unknown_name: float = 0.05
-    """It misspells a column; the tool answers with an error."""
+    """It misspells one name of the call: a column, a table, a filter or an id; the tool answers with an error."""
+    misspell_again: float = 0.3
+    """It misspells a name again when it repeats a call that it misspelt."""
     retry: float = 0.4
     """After an error, its own or the tool's, it makes the call (again) as it should; else it reports what it has."""
 
