@@ -91,12 +91,16 @@ def _slipped(
 
 
 def _misspelt(step: Step, value: str | int, *, stream: random.Random) -> tuple[Step, str | int]:
-    """Return the step and the value with one letter missing in one name of the call: column, table, filter or id."""
-    fields = [name for name in ("column", "table", "where", "row") if getattr(step, name)]
-    field = stream.choice([*fields, "value"] if isinstance(value, str) and not step.row else fields)
+    """Return the step and the value with one letter missing in one name of the call: column, table, filter or id.
+
+    The value that an aggregate filters by stays: a count of rows that are not there is 0, and no error.
+    """
+    fields = [name for name in ("column", "table", "where", "row") if vars(step)[name]]
+    names_a_row = step.kind in (StepKind.get, StepKind.find_row) and isinstance(value, str)
+    field = stream.choice([*fields, "value"] if names_a_row else fields)
     if field == "value":
         return step, _without_a_letter(str(value), stream=stream)
-    return replace(step, **{field: _without_a_letter(getattr(step, field), stream=stream)}), value
+    return Step(**{**vars(step), field: _without_a_letter(vars(step)[field], stream=stream)}), value
 
 
 def _without_a_letter(name: str, *, stream: random.Random) -> str:
