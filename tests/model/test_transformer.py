@@ -1,5 +1,6 @@
 """Logits against transformers' own DeepseekV3ForCausalLM, and what must not change them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from moetrain.errors import ConfigError
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
+from moetrain.model.router import score
 from moetrain.model.transformer import Transformer, initialize
 
 TINY = ModelConfig(
@@ -179,7 +181,17 @@ def test_a_shape_whose_routed_factor_cannot_be_derived_is_refused_when_built() -
         Transformer(replace(TINY, normalize_weights=False))
 
 
-def test_other_score_functions_run() -> None:
-    for function in (ScoreFunction.softmax, ScoreFunction.sqrt_softplus):
-        logits = logits_of(make(replace(TINY, score_function=function)), random_tokens(1, 5))
-        assert logits.isfinite().all() and logits.dtype == torch.float32
+def test_every_score_function_is_its_formula_and_reaches_the_logits() -> None:
+    logits = [0.7, -1.2, 2.5, 0.1]
+    total = sum(math.exp(logit) for logit in logits)
+    formulas = {
+        ScoreFunction.sigmoid: [1 / (1 + math.exp(-logit)) for logit in logits],
+        ScoreFunction.softmax: [math.exp(logit) / total for logit in logits],
+        ScoreFunction.sqrt_softplus: [math.sqrt(math.log(1 + math.exp(logit))) for logit in logits],
+    }
+    assert set(formulas) == set(ScoreFunction)
+    for function, expected in formulas.items():
+        assert score(torch.tensor([logits]), function)[0].tolist() == pytest.approx(expected, rel=1e-6)
+    seen = [logits_of(make(replace(TINY, score_function=function)), random_tokens(1, 5)) for function in formulas]
+    for index, first in enumerate(seen):
+        assert all((first - other).abs().max() > 1e-4 for other in seen[index + 1 :])

@@ -103,11 +103,36 @@ def test_tool_failures_have_the_stated_rate_and_no_effect() -> None:
     assert 250 < failed < 350
 
 
-def test_slips_are_as_frequent_as_the_config_says() -> None:
-    slips = DemonstratorConfig(stop_early=1.0, skip_step=0, wrong_name=0, unknown_name=0, retry=1)
-    family = DatabaseFamily(replace(_SURE, demonstrator=slips), 0)
-    messages, grade = family.demonstrate(family.task(Split.train, 3), 0)
-    assert not grade.success and len(messages) == 2
+_NO_SLIPS = {"stop_early": 0.0, "skip_step": 0.0, "wrong_name": 0.0, "unknown_name": 0.0, "retry": 1.0}
+
+
+def _share_of_slips(name: str, chances: dict[str, float]) -> float:
+    """Return the share of one-call demonstrations that have slip `name`, of those that can have it."""
+    family = DatabaseFamily(replace(_SURE, demonstrator=DemonstratorConfig(**_NO_SLIPS | chances)), 0)
+    found = []
+    for index in range(200):
+        task = family.task(Split.train, index, num_calls=1)
+        messages, _ = family.demonstrate(task, index)
+        calls = [json.loads(call.arguments) for message in messages for call in message.tool_calls]
+        right = json.loads(task.program.steps[0].arguments(task.program.start))
+        failed = any("error: no column" in message.content for message in messages)
+        if name in ("stop_early", "skip_step"):
+            found.append(not calls)
+        elif "column" not in right:
+            continue
+        elif name == "retry":
+            found.append(len(calls) > 1)
+        else:
+            found.append(calls[0] != right and failed == (name == "unknown_name"))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("name", ["stop_early", "skip_step", "wrong_name", "unknown_name", "retry"])
+def test_slips_are_as_frequent_as_the_config_says(name: str) -> None:
+    chances = {"unknown_name": 1.0} if name == "retry" else {}
+    for chance in (0.0, 0.3, 1.0):
+        share = _share_of_slips(name, chances | {name: chance})
+        assert share == chance if chance in (0.0, 1.0) else abs(share - chance) < 0.13  # 4 standard deviations
 
 
 def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
