@@ -68,8 +68,9 @@ class Tokenizer:
         self.eos_id = self.special_ids[EOS]
         self.bos_id = self.special_ids.setdefault(BOS, self.eos_id)  # GPT-2 begins documents so
         self.pad_id = self.special_ids.setdefault(PAD, self.eos_id)  # padding is masked everywhere
-        self.special_names: dict[int, str] = {id_: name for name, id_ in self.special_ids.items()}
-        self.special_names |= {self.bos_id: BOS, self.eos_id: EOS}
+        parts = [name for name in (UNK, PAD, BOS, EOS) if name in self.special_ids]  # one token may play several
+        markers = [name for name in self.special_ids if name not in parts]
+        self.special_names: dict[int, str] = {self.special_ids[name]: name for name in [*parts, *markers]}
         self._inner = inner
         self._own_names = {id_: str(inner.id_to_token(id_)) for id_ in self.special_names}
         self._encoder = _encoder_of(inner, self._own_names.values())
@@ -94,7 +95,7 @@ class Tokenizer:
                 self.special_ids[name]
 
     def _check_that_text_is_text(self) -> None:
-        control = self.special_names.keys() - {self.special_ids.get(UNK)}
+        control = {id_ for id_, name in self.special_names.items() if name != UNK}
         names = [self._own_names[id_] for id_ in sorted(control)]
         samples = [*names, *(f"a{name}b" for name in names), *(f" {name} " for name in names), "".join(names)]
         for sample, ids in zip(samples, self.encode_batch(samples), strict=True):

@@ -192,10 +192,14 @@ def plain_tokenizer(folder: Path, *, config: object = None) -> Path:
 
 
 def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template(tmp_path: Path) -> None:
-    folder = plain_tokenizer(tmp_path / "a", config={"bos_token": None, "eos_token": {"content": "<|endoftext|>"}})
+    folder = plain_tokenizer(
+        tmp_path / "a",
+        config={"bos_token": None, "eos_token": {"content": "<|endoftext|>"}, "unk_token": "<|endoftext|>"},
+    )
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == tokenizer.vocab_size - 1
     assert tokenizer.end_ids == [tokenizer.eos_id]
+    assert tokenizer.special_names == {tokenizer.eos_id: EOS}
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
     with pytest.raises(DataError, match=r"has no special token <\|im_end\|>: chats, dialogues and tool use require"):
         tokenizer.check_chat()
