@@ -2,6 +2,8 @@
 
 import sys
 
+from moetrain.chat.messages import Message, Role
+from moetrain.chat.template import Piece, conversation_pieces, generation_prompt, pieces_to_tokens, with_bos
 from moetrain.config import GenerateRun, check_length
 from moetrain.errors import ConfigError
 
@@ -12,8 +14,6 @@ def main(run: GenerateRun) -> int:
         raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
     # These bring torch in, so only now.
-    from moetrain.chat.messages import Message, Role
-    from moetrain.chat.template import BOS, conversation_pieces, generation_prompt, pieces_to_tokens
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.weights import build_weights
@@ -23,12 +23,9 @@ def main(run: GenerateRun) -> int:
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
-    special = tokenizer.special_ids
-    if run.chat:
-        pieces = [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
-        prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=special)[0]
-    else:
-        prompt = [special[BOS], *tokenizer.encode(text)]
+    prompt = pieces_to_tokens(
+        prompt_pieces(text, is_chat=run.chat), encode=tokenizer.encode, special_ids=tokenizer.special_ids
+    )[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
     engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
@@ -45,6 +42,13 @@ def main(run: GenerateRun) -> int:
         engine.step()
     print(tokenizer.decode(sequence.tokens[len(prompt) :]))
     return 0
+
+
+def prompt_pieces(text: str, *, is_chat: bool) -> list[Piece]:
+    """Return what the model is given: a user's message and the beginning of its turn, or a text to continue."""
+    if is_chat:
+        return [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
+    return with_bos([Piece(text=text)])
 
 
 def _standard_input() -> str:

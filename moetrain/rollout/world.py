@@ -51,6 +51,9 @@ class World:
             return Observation(text=f"error: timeout after {limit:g} s", is_error=True, is_transient=True)
         if not isinstance(observation, Observation):
             raise EnvironmentFailure(f"a call of {name[:40]} returned {type(observation).__name__}, not Observation")
+        if not isinstance(observation.text, str):
+            kind = type(observation.text).__name__
+            raise EnvironmentFailure(f"a call of {name[:40]} returned an Observation whose text is {kind}, not str")
         return observation
 
     async def grade(self, answer: str) -> Grade:

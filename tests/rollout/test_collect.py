@@ -93,6 +93,13 @@ class Mistyped(World):
         return "a stone"  # type: ignore[return-value]
 
 
+class Counting(World):
+    """Returns a number where text is asked for."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        return Observation(text=5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", [WorldTask, InlineWorldTask])
 @pytest.mark.parametrize(
     ("world", "reason"),
@@ -103,6 +110,7 @@ class Mistyped(World):
         (Unclosed, "closing it: ConnectionError"),
         (Exiting, "a call of look: "),
         (Mistyped, "a call of look returned str, not Observation"),
+        (Counting, "a call of look returned an Observation whose text is int, not str"),
     ],
 )
 def test_an_environment_that_fails_is_not_scored_and_ends_nothing_else(
@@ -233,6 +241,16 @@ def test_a_tool_error_is_an_observation(tokenizer: Tokenizer) -> None:
     (trajectory,) = play([WorldTask(make=Refusing)], tokenizer)
     assert trajectory.reward == 1.0 and trajectory.num_errors == 1 and trajectory.num_transient_errors == 0
     assert "error: not now" in tokenizer.decode(trajectory.segments[0].tokens)
+
+
+def test_a_lone_surrogate_in_a_result_is_replaced(tokenizer: Tokenizer) -> None:
+    class Half(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            return Observation(text="a \ud83d stone")
+
+    (trajectory,) = play([WorldTask(make=Half)], tokenizer)
+    assert trajectory.reward == 1.0
+    assert "\na \ufffd stone<|im_end|>" in tokenizer.decode(trajectory.segments[0].tokens)
 
 
 def test_a_long_result_is_cut_in_tokens_and_the_model_is_told(tokenizer: Tokenizer) -> None:
