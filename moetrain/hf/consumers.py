@@ -46,6 +46,11 @@ def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer
             )
 
 
+def check_shape(model: ModelConfig, wanted: list[Consumer]) -> None:
+    """Raise ConfigError when a wanted consumer would not compute this shape; the format is checked by the export."""
+    check_consumers({consumer: obstacles(model, consumer) for consumer in Consumer}, wanted)
+
+
 def _of_rope(model: ModelConfig, consumer: Consumer) -> Iterator[str]:
     yarn = model.yarn
     if yarn.factor <= 1:

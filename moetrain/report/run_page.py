@@ -37,7 +37,7 @@ _TELLING = [
     ("optim", ("name", "lr")),
     ("train", ("steps", "batch_ramp", "rows_per_step", "compute_dtype", "kernels")),
     ("data", ("seq_len", "mix")),
-    ("quant", ("enabled", "grid", "group_size")),
+    ("quant", ("enabled", "format", "grid", "group_size")),
     ("task", ("name", "min_calls", "max_calls", "tool_failure")),
     ("rollout", ("max_tokens", "max_turns", "temperature")),
     ("rl", ("algorithm", "tasks_per_step", "group_size")),

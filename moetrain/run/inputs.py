@@ -24,6 +24,7 @@ from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.hf.consumers import check_shape
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.runtime import num_ranks
@@ -128,6 +129,8 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         check_fit(origin, run.model)
     if isinstance(run, ReadingRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
+    if isinstance(run, ExportRun):
+        check_shape(origin.model, run.export.consumers)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)
     if isinstance(run, EvalRun):

@@ -23,8 +23,9 @@ from typing import Any
 
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder, quoted, read_yaml, suggestion
-from moetrain.config import EvalRun, RecipeRun, TrainingRun
+from moetrain.config import EvalRun, ExportRun, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
+from moetrain.hf.consumers import check_shape
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
@@ -117,7 +118,20 @@ def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) 
     for stage in recipe.stages:
         words = [*stage.overrides, *_of_run(recipe, run, stage), *extra[stage.name]]
         stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=[done.name for done in stages]))
+    _check_exports(stages)
     return stages
+
+
+def _check_exports(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError when the shape that a stage trains would be refused by a later stage that exports it."""
+    models = {stage.name: stage.config.model for stage in stages if isinstance(stage.config, TrainingRun)}
+    for stage in stages:
+        if isinstance(stage.config, ExportRun):
+            for name in filter(models.__contains__, stage.inputs):
+                try:
+                    check_shape(models[name], stage.config.export.consumers)
+                except ConfigError as error:
+                    raise ConfigError(f"stage {stage.name}: {error}") from None
 
 
 def _compose_stage(

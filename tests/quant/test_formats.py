@@ -10,6 +10,8 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
 from moetrain.checkpoint.identity import quant_of, upgraded
+from moetrain.checkpoint.read import Checkpoint, TensorFiles
+from moetrain.checkpoint.resume import check_identity
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.compressed_tensors import quantization_config
 from moetrain.quant.config import LIMITS, FormatName, GridName, QuantConfig, quant_config
@@ -70,6 +72,12 @@ def test_fields_without_a_format_are_those_of_an_older_version_and_mean_int4() -
     older = {"enabled": True, "grid": "kimi7", "group_size": 64}
     assert quant_config(older) == QuantConfig(enabled=True, group_size=64)
     assert quant_of({"quant": older}).format is FormatName.int4
+    state = {"identity": {"seed": 1, "quant": older}}
+    tensors = TensorFiles(Path(), {})
+    loaded = Checkpoint(path=Path("step_1"), step=1, state=state, tensors=tensors, files={}, digest="")
+    check_identity(loaded, {"seed": 1, "quant": asdict(quant_config(older))})
+    with pytest.raises(CheckpointError, match=r"quant\.format: int4 -> mxfp4"):
+        check_identity(loaded, {"seed": 1, "quant": {**asdict(quant_config(older)), "format": "mxfp4"}})
     assert upgraded({"seed": 1, "quant": older}) == {"seed": 1, "quant": asdict(quant_config(older))}
 
 

@@ -135,3 +135,13 @@ def test_only_earlier_stages_can_be_taken(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"stage sft: .*\$\{stage:frist\} is no earlier stage; did you mean first\?"):
         stages(folder, run=[], of_stages=[])
+
+
+def test_an_export_that_would_be_refused_is_named_before_the_first_stage_starts(folder: Path) -> None:
+    text = GOOD + '  - {name: out, command: export, overrides: ["init_from=${stage:first}"]}\n'
+    (folder / "recipe.yaml").write_text(text)
+    assert len(stages(folder, run=[], of_stages=[])) == 3
+    softmax = "first.model.score_function=softmax"
+    with pytest.raises(ConfigError, match=r"stage out: export\.consumers names transformers.*=softmax"):
+        stages(folder, run=[], of_stages=[softmax])
+    assert len(stages(folder, run=[], of_stages=[softmax, "out.export.consumers=[moetrain]"])) == 3
