@@ -198,7 +198,7 @@ def _tell_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int 
     if wanted is not None:
         raise DataError(
             f"data.tokenizer.vocab_size is {wanted}, the texts give {num_tokens} tokens: give more text, or leave "
-            f"data.tokenizer.vocab_size out and set model.vocab_size to {num_tokens} or more"
+            f"data.tokenizer.vocab_size out; model.vocab_size can be {num_tokens} or any larger number"
         )
     _log.warning(
         "the texts give %d tokens, model.vocab_size is %d: the tokenizer has %d tokens, and the other rows of the "
