@@ -77,7 +77,8 @@ or message.thinking) -%}
 {%- set state.ids = state.ids + [[call.id, state.id]] -%}
 <|tool_call_begin|>{{ state.id }}<|tool_call_argument_begin|>
 {%- if call.function.arguments is mapping -%}{{ call.function.arguments | tojson }}
-{%- elif call.function.arguments is string and call.function.arguments -%}{{ call.function.arguments }}
+{%- elif call.function.arguments is string and call.function.arguments.strip().startswith('{') -%}
+{{ call.function.arguments }}
 {%- elif call.function.arguments is undefined or call.function.arguments is none or call.function.arguments == '' -%}{}
 {%- else -%}{{ raise_exception('function.arguments must be an object, or its JSON text') }}
 {%- endif -%}

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moetrain.chat.messages import Message, Role, ToolCall
+from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.tool_schema import ToolSpec, declaration
-from moetrain.errors import RolloutError
+from moetrain.errors import DataError, RolloutError
 
 BOS, EOS, PAD, UNK = "[BOS]", "[EOS]", "[PAD]", "[UNK]"
 IM_END, IM_USER, IM_ASSISTANT, IM_SYSTEM, IM_MIDDLE = (
@@ -108,11 +108,27 @@ def message_pieces(message: Message) -> list[Piece]:
 
 
 def conversation_pieces(messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[Piece]:
-    """Return a conversation as pieces; the declaration of its tools, if it has any, comes first."""
+    """Return a conversation as pieces; the declaration of its tools, if it has any, comes first.
+
+    Raises DataError when the ids of its calls are not `functions.NAME:N` with N counted from 0, or a result has none of
+    them: the exported template would write other ids.
+    """
+    _check_ids(messages)
     pieces = declare_pieces(declaration(tools)) if tools else []
     for message in messages:
         pieces += message_pieces(message)
     return pieces
+
+
+def _check_ids(messages: Sequence[Message]) -> None:
+    known: list[str] = []
+    for message in messages:
+        for call in message.tool_calls:
+            if call.id != call_id(call.name, len(known)):
+                raise DataError(f"the id of a call is {call.id!r}: give {call_id(call.name, len(known))!r}")
+            known.append(call.id)
+        if message.role is Role.tool and message.tool_call_id not in known:
+            raise DataError(f"tool_call_id is {message.tool_call_id!r}: give the id of a call before it")
 
 
 def pieces_to_text(pieces: Sequence[Piece]) -> str:

@@ -1,7 +1,6 @@
-"""Maths problems made by procedure: arithmetic, equations and word problems, each with its steps written out.
+"""Synthetic maths problems with worked steps: arithmetic, equations and word problems.
 
-Document i of a seed is a function of (seed, i) and nothing else. Every answer is exact; the last line of each document
-is `Answer: ...`.
+Document i is a function of (seed, i) alone. Every answer is exact; the last line of each document is `Answer: ...`.
 """
 
 import math
@@ -16,7 +15,7 @@ _VEHICLES = ("train", "bus", "cyclist", "ship", "van", "runner")
 
 
 def maths_problems(*, seed: int, num_documents: int) -> Iterator[str]:
-    """Yield `num_documents` problems with worked steps."""
+    """Yield `num_documents` problems, each with its question, its steps and its answer."""
     for index in range(num_documents):
         stream = python_stream(seed, "maths", index)
         yield stream.choice(_KINDS)(stream)
