@@ -124,7 +124,8 @@ def test_a_broken_line_of_jsonl_is_named_and_leaves_nothing(tmp_path: Path) -> N
     words = ["data=none", "data.sources.x.kind=jsonl", "data.sources.x.path=mine.jsonl", "run.wandb.mode=disabled"]
     done = moetrain("pretrain", "model=k2_nano_test", "parallel.engine=torch", *words, folder=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "moetrain: mine.jsonl:2 is not JSON: Expecting value at column 10\n"
+    cure = "give one object per line, or one array of them"
+    assert done.stderr == f"moetrain: mine.jsonl:2 is not JSON: Expecting value at column 10; {cure}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
