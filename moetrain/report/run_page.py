@@ -16,6 +16,7 @@ from moetrain.report.numbers import digests, main_modes, mode_title, sizes, time
 from moetrain.report.stages import Kind, Run, Stage
 from moetrain.report.style import STYLE
 from moetrain.report.table import (
+    NONE,
     Table,
     difference_table,
     int4_table,
@@ -28,6 +29,7 @@ from moetrain.report.trace_page import chosen, pairs, read_traces, trajectory_ht
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """What a browser lets the page do: nothing but style itself, whatever a model wrote into a trajectory."""
+_FEW_COLUMNS = 3  # fit a telephone's screen
 _SETTLED = ("compute_dtype", "kernels")
 _TELLING = [
     (
@@ -51,6 +53,7 @@ _TELLING = [
 def run_page(run: Run, *, num_trajectories: int) -> str:
     """Return the page. `num_trajectories`: right ones and wrong ones a mode that can be read."""
     sections = [
+        ("task", "The task", _task(run), "no evaluation has recorded its task"),
         ("success", "What it can do", _success(run), "no evaluation has finished"),
         ("learning", "What it learnt", _learning(run), "no stage that reads documents has begun"),
         (
@@ -85,6 +88,7 @@ def run_page(run: Run, *, num_trajectories: int) -> str:
 
 def table_html(table: Table, *, is_titled: bool = True) -> str:
     """Return a table with its notes."""
+    kind = "scroll many" if len(table.header) > _FEW_COLUMNS else "scroll"
     head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     rows = "".join(
         f"<tr{' class=main' if row[0] in table.main_rows else ''}>"
@@ -95,7 +99,7 @@ def table_html(table: Table, *, is_titled: bool = True) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     return (
         (f"<h3>{escape(table.title)}</h3>" if is_titled else "")
-        + f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
+        + f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
         + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
     )
 
@@ -124,6 +128,17 @@ def _tiles(run: Run) -> str:
     return f'<div class="tiles">{content}</div>\n' if tiles else ""
 
 
+def _task(run: Run) -> str:
+    """Return which task family was evaluated, and the tools that it offers."""
+    found = next((stage.evaluation["task"] for stage in reversed(run.evaluations) if "task" in stage.evaluation), None)
+    if found is None:
+        return ""
+    rows = [[name, description] for name, description in found["tools"].items()]
+    listed = "".join(f"<li><code>{escape(name)}</code> {escape(description)}</li>" for name, description in rows)
+    said = "it calls these tools" if rows else "it has no tools"
+    return f"<p>Task family <code>{escape(found['name'])}</code>; {said}:</p>\n<ul>{listed}</ul>\n"
+
+
 def _success(run: Run) -> str:
     table = success_table(run)
     if table is None:
@@ -142,10 +157,8 @@ def _endings(run: Run) -> str:
         for name in sorted({name for counts in counted for name in counts}):
             rows.append([prefix + name.replace("_", " "), *(str(counts.get(name, 0)) for counts in counted)])
     header = ["", *(f"{stage.weights} {mode_title(mode)}" for stage, mode in columns)]
-    return (
-        "<details><summary>How trajectories ended</summary>"
-        + table_html(Table(title="", header=header, rows=rows, notes=["numbers of trajectories"]), is_titled=False)
-        + "</details>\n"
+    return table_html(
+        Table(title="How trajectories ended", header=header, rows=rows, notes=["numbers of trajectories"])
     )
 
 
@@ -237,6 +250,7 @@ def _making(run: Run) -> str:
             f"{parameters['total']:,} parameters, {parameters['active_with_head']:,} active a token, "
             f"{parameters['routed']:,} in routed experts"
         )
+    notes += [line for stage in run.stages[-1:] for line in _machine(stage)]
     if seconds:
         notes.append(f"{duration(sum(seconds.values()))} in all stages")
     listed = "".join(
@@ -250,6 +264,7 @@ def _making(run: Run) -> str:
         "<div class='scroll'><table><thead><tr><th>stage</th><th class='wide'>settings</th><th>time</th></tr></thead>"
         f"<tbody>\n{listed}</tbody></table></div>\n"
         f"<ul class='notes'>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
+        + table_html(_costs(run))
         + "<details><summary>Digests</summary>"
         + table_html(digest_table, is_titled=False)
         + "</details>\n"
@@ -259,6 +274,36 @@ def _making(run: Run) -> str:
             for stage in run.stages
         )
     )
+
+
+def _costs(run: Run) -> Table:
+    """Return when each stage ran and by which version, the tokens that it saw, its speed and its memory."""
+    rows = []
+    for stage in run.stages:
+        made, summary = stage.made_by, stage.summary
+        tokens = summary.get("tokens", summary.get("sampled_tokens"))
+        speed, memory = summary.get("time", {}).get("tokens_per_s"), made.get("peak_memory_gib")
+        release = " ".join(str(part) for part in (made.get("moetrain"), made.get("commit")) if part)
+        rows.append(
+            [
+                stage.name,
+                made.get("started") or NONE,
+                release or NONE,
+                NONE if tokens is None else f"{tokens:,.0f}",
+                NONE if speed is None else f"{speed:,.0f}",
+                NONE if memory is None else f"{memory:.2f} GiB",
+            ]
+        )
+    header = ["stage", "started", "version", "tokens", "tokens/s", "peak memory of rank 0"]
+    return Table(title="Cost", header=header, rows=rows)
+
+
+def _machine(stage: Stage) -> Iterator[str]:
+    """Yield the machine that a stage ran on, where it was recorded."""
+    made = stage.made_by
+    if made.get("processor"):
+        device = f", {made['device']}" if made.get("device") else ""
+        yield f"machine: {made['processor']}, {made['cores']} cores, {made['memory_gib']} GiB of memory{device}"
 
 
 def _settings(stage: Stage) -> Iterator[str]:

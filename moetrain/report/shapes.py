@@ -61,6 +61,9 @@ SUMMARY_SHAPE: Schema = {
         ),
         parameters={"anyOf": [_PARAMETERS, _object({"dense": _PARAMETERS, "sparse": _PARAMETERS})]},  # of `upcycle`
         digests=_object(),
+        tokens=_NUMBER,
+        sampled_tokens=_NUMBER,
+        time=_object(tokens_per_s=_NUMBER_OR_NULL),
         **_REPORT_OF_EXPORT,
     ),
     "dependentRequired": {"num_bytes": ["num_bytes_bf16"]},
@@ -74,6 +77,7 @@ EVALUATION_SHAPE: Schema = _object(
         {"null_policy": _NUMBER, "num_tasks": _WHOLE}, perfect_demonstrator=_NUMBER, perfect_expert=_NUMBER
     ),
     trained_calls={"type": "array", "items": _WHOLE},
+    task=_object({"name": _TEXT, "tools": _each(_TEXT)}),
     language=_each(_NUMBER),
     divergence=_object({**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _WHOLE}),
     digests=_object(),
@@ -94,6 +98,11 @@ VERIFICATION_SHAPE: Schema = _object(
     }
 )
 """`verify.json`."""
+MADE_BY_SHAPE: Schema = _object(
+    **dict.fromkeys(("moetrain", "commit", "torch", "started", "processor", "device"), _TEXT_OR_NULL),
+    **dict.fromkeys(("cores", "ranks", "memory_gib", "peak_memory_gib", "peak_device_memory_gib"), _NUMBER_OR_NULL),
+)
+"""`made_by.json`."""
 DONE_SHAPE: Schema = _object({"key": _TEXT}, seconds=_NUMBER)
 """`done.json`."""
 TRACE_SHAPE: Schema = _object(

@@ -21,6 +21,7 @@ from moetrain.report.shapes import (
     DONE_SHAPE,
     EVALUATION_SHAPE,
     EXPORT_SHAPE,
+    MADE_BY_SHAPE,
     SUMMARY_SHAPE,
     VERIFICATION_SHAPE,
     Schema,
@@ -68,6 +69,8 @@ class Stage:
     """`verify.json`."""
     done: dict[str, Any]
     """`done.json`, which `moetrain run` writes: key and seconds."""
+    made_by: dict[str, Any]
+    """`made_by.json`: version, date, machine."""
     trained_by: str
     weights: str
 
@@ -145,6 +148,7 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
         export=_json(folder / "model" / "moetrain.json", EXPORT_SHAPE),
         verification=_json(folder / "verify.json", VERIFICATION_SHAPE),
         done=_json(folder / "done.json", DONE_SHAPE),
+        made_by=_json(folder / "made_by.json", MADE_BY_SHAPE),
         trained_by=trained_by.name,
         weights=trained_by.name,
     )

@@ -18,7 +18,12 @@ nav{font-size:.85rem;margin:.6em 0}nav a{color:var(--c0);margin-right:1em;white-
 .tile{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:10px 12px}
 .tile b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums;line-height:1.25}
 .tile span{font-size:.8rem;color:var(--dim);display:block}
-.scroll{overflow-x:auto}td.wide,th.wide{white-space:normal;text-align:left;min-width:22em}
+.scroll{overflow-x:auto}
+@media(max-width:640px){.scroll.many::before{content:"scroll sideways for more columns \\2192";
+position:sticky;left:0;color:var(--dim);font-size:.8rem}
+.many th:first-child,.many td:first-child{position:sticky;left:0;
+background:var(--page);white-space:normal;max-width:9em}}
+td.wide,th.wide{white-space:normal;text-align:left;min-width:22em}
 table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;margin:.3em 0}
 th,td{padding:4px 18px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
 th{font-weight:600;color:var(--dim);vertical-align:bottom;white-space:normal;min-width:4.5em}

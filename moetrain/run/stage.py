@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,9 @@ from moetrain.commands import SCHEMAS
 from moetrain.compose import read_yaml, save_config, to_mapping
 from moetrain.config import StageRun
 from moetrain.errors import ConfigError, MoetrainError
+from moetrain.files import write_json
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
+from moetrain.run.provenance import MADE_BY, provenance
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command goes on."""
@@ -106,7 +109,9 @@ def stage_folder(run: StageRun) -> Iterator[Path]:
             try:
                 if not keeps:
                     os.replace(scratch, folder / CONFIG)
+                started = time.time()
                 yield folder
+                write_json(folder / MADE_BY, provenance(started=started))
                 if keeps:
                     os.replace(scratch, folder / CONFIG)
             finally:

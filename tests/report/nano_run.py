@@ -13,6 +13,7 @@ from moetrain.eval.rates import paired_difference
 from moetrain.eval.summary import summarize
 from moetrain.rollout.traces import trace
 from moetrain.rollout.types import Ending, Segment, Trajectory
+from moetrain.run.provenance import provenance
 from moetrain.tasks.protocol import Grade
 
 STAGES = ["pretrain", "sft", "sft_export", "sft_eval", "rl", "rl_export", "rl_eval", "verify"]
@@ -158,6 +159,7 @@ def _write_rl(folder: Path) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / "summary.json", {"stage": "rl", "steps": 4, "sampled_tokens": 99})
+    write_json(folder / "made_by.json", provenance(started=0.0))
     write_traces(folder / "traces" / "step_00000001.jsonl", [trajectory(3, success=False)])
 
 
@@ -168,6 +170,7 @@ def _write_evaluation(folder: Path, trajectories: list[Trajectory], *, earlier: 
         "modes": {name: summarize(of_mode) for name, of_mode in modes.items()},
         "graders": {"null_policy": 0.0, "perfect_demonstrator": 1.0, "num_tasks": 12},
         "trained_calls": [2, 8],
+        "task": {"name": "database", "tools": {"find": "Return the id of the first row."}},
         "masters": {name: summarize(trajectories) for name in ("sampled_t1", "greedy")},
         "divergence": {"mean_kl": 1e-4, "max_kl": 2e-2, "top1_changed": 0.01, "num_tokens": 1000},
         "language": {"code": 0.8, "english": 0.9},

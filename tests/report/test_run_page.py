@@ -59,9 +59,22 @@ def test_the_page_shows_every_part_of_a_run(finished: Path) -> None:
         "5,000 parameters, 1,200 active a token",
         "0123456789abcdef",
         "1:20 in all stages",
+        "Task family database",
+        "Return the id of the first row.",
+        "1970-01-01 00:00 UTC",
+        "99",
+        "GiB",
+        "How trajectories ended",
     ):
         assert said in text
     assert "Left out" not in text
+
+
+def test_why_trajectories_ended_is_not_folded_and_wide_tables_say_that_they_scroll(finished: Path) -> None:
+    text = page_of(finished)
+    before = text[: text.index("How trajectories ended")]
+    assert before.count("<details") == before.count("</details>")
+    assert '<div class="scroll many"><table>' in text and "scroll sideways" in text
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(finished: Path) -> None:
