@@ -1,5 +1,7 @@
 """A stage's folder: whose config it keeps, and what is refused before anything is written."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from moetrain.compose import compose, load_config
 from moetrain.config import StageRun
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.run.provenance import MADE_BY
 from moetrain.run.stage import CONFIG, check_folder, check_writable, stage_folder
 
 
@@ -30,7 +33,7 @@ def test_a_refused_command_leaves_the_config_of_the_weights(trained: Path) -> No
         assert (trained / CONFIG).read_text() == before
         raise CheckpointError("was written by a run with another configuration")
     assert (trained / CONFIG).read_text() == before
-    assert sorted(path.name for path in trained.iterdir()) == [".lock", "checkpoints", CONFIG]
+    assert sorted(path.name for path in trained.iterdir()) == [".lock", "checkpoints", CONFIG, MADE_BY]
 
 
 def test_a_run_that_goes_on_to_a_good_end_leaves_its_own_config(trained: Path) -> None:
@@ -58,3 +61,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_it_is_made(tmp_path: Pa
     with refused, stage_folder(pretrain(Path("/proc/moetrain"))):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_stage_says_what_made_it_and_a_refused_one_does_not_overwrite_it(trained: Path) -> None:
+    made = json.loads((trained / MADE_BY).read_text())
+    assert made["moetrain"] == version("moetrain") and made["cores"] > 0 and made["ranks"] == 1
+    assert 0 < made["peak_memory_gib"] < made["memory_gib"]
+    before = (trained / MADE_BY).read_bytes()
+    with pytest.raises(CheckpointError), stage_folder(pretrain(trained.parents[1])):
+        raise CheckpointError("was written by a run with another configuration")
+    assert (trained / MADE_BY).read_bytes() == before
