@@ -115,7 +115,8 @@ def _share_of_slips(name: str, chances: dict[str, float]) -> float:
         messages, _ = family.demonstrate(task, index)
         calls = [json.loads(call.arguments) for message in messages for call in message.tool_calls]
         right = json.loads(task.program.steps[0].arguments(task.program.start))
-        failed = any("error: no column" in message.content for message in messages)
+        failed = any(message.role is Role.tool and message.content.startswith("error") for message in messages)
+        columns = {column for table in task.tables.values() for column in table.columns}
         if name in ("stop_early", "skip_step"):
             found.append(not calls)
         elif "column" not in right:
@@ -123,7 +124,7 @@ def _share_of_slips(name: str, chances: dict[str, float]) -> float:
         elif name == "retry":
             found.append(len(calls) > 1)
         else:
-            found.append(calls[0] != right and failed == (name == "unknown_name"))
+            found.append(calls[0] != right and (failed if name == "unknown_name" else calls[0]["column"] in columns))
     return sum(found) / len(found)
 
 
