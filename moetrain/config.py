@@ -21,7 +21,7 @@ from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
-from moetrain.train.config import ReadingConfig, TrainConfig
+from moetrain.train.config import Continuation, ReadingConfig, TrainConfig
 from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
 
 
@@ -85,6 +85,9 @@ class StageRun:
 class TrainingRun(StageRun):
     """What the stages that train have in common."""
 
+    continue_from: str | None = None
+    """Run to continue with its optimizer state, counters and place in the data: the folder of a stage that trained, or
+    a checkpoint. train.continue_as says how the schedule continues."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -98,6 +101,7 @@ class TrainingRun(StageRun):
 
     def __post_init__(self) -> None:
         """Check what spans sections."""
+        self._check_continuation()
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(
                 f"parallel.expert is {self.parallel.expert}: it must divide model.num_experts={self.model.num_experts}"
@@ -111,6 +115,30 @@ class TrainingRun(StageRun):
                     raise ConfigError(
                         f"quant.group_size is {self.quant.group_size}: it must divide model.{name}={width}"
                     )
+
+    def _check_continuation(self) -> None:
+        if self.continue_from is None:
+            if self.train.continue_as is not None:
+                raise ConfigError(
+                    f"train.continue_as is {self.train.continue_as} and continue_from is null: "
+                    "give the stage to continue as continue_from"
+                )
+            return
+        if self.init_from is not None:
+            raise ConfigError(
+                f"init_from is {self.init_from} and continue_from is {self.continue_from}: give init_from to start "
+                "from weights, or continue_from to continue a run with its optimizer state"
+            )
+        if self.train.continue_as is None:
+            raise ConfigError(
+                "train.continue_as is null: say how the run continues. part: this config describes the added steps, "
+                "and its schedule starts at the last learning rate. whole: it describes the run from step 0"
+            )
+        if self.train.continue_as is Continuation.part and self.optim.schedule.initial_ratio:
+            raise ConfigError(
+                f"optim.schedule.initial_ratio is {self.optim.schedule.initial_ratio}: with train.continue_as=part the "
+                "warmup starts at the last learning rate; leave it out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import torch
 
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.identity import model_of, quant_of
-from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.resume import differences
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
@@ -36,7 +36,7 @@ class Origin:
     reader: the same, of which ranges can be read. quant: the grid they were trained on, None when that is not known.
     tokenizer: its folder, None when there is none beside the weights. tokenizer_digest: of the tokenizer that they were
     trained with, None when that is not known. make_digest: see `digest`. step: steps trained, 0 for a Hugging Face
-    folder.
+    folder. checkpoint: where they are from a checkpoint, with the state of its run.
     """
 
     path: Path
@@ -48,6 +48,7 @@ class Origin:
     make_digest: Callable[[], str]
     step: int
     tokenizer_digest: str | None = None
+    checkpoint: Checkpoint | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -86,6 +87,14 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
         _log.info("model.%s (from %s)", line, origin.path)
     engine.load_state(origin.reader, with_optimizer=False)
     _log.info("weights from %s (step %d)", origin.path, origin.step)
+
+
+def continue_state(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
+    """Load the weights and the optimizer's state of `origin`, a checkpoint. Raises as `start_from`."""
+    assert origin.checkpoint is not None
+    for line in check_fit(origin, model):
+        _log.info("model.%s (from %s)", line, origin.path)
+    engine.load_state(origin.checkpoint.tensors, with_optimizer=True)
 
 
 def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
@@ -128,6 +137,7 @@ def _of_checkpoint(path: Path, *, stages: Sequence[Path]) -> Origin:
         tokenizer_digest=written,
         make_digest=lambda: loaded.digest,
         step=loaded.step,
+        checkpoint=loaded,
     )
 
 

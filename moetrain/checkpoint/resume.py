@@ -56,7 +56,7 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
 
 
-def saved_state(identity: Mapping[str, Any], *, loop: Mapping[str, Any], data: Mapping[str, int]) -> dict[str, Any]:
+def saved_state(identity: Mapping[str, Any], *, loop: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Return what state.json keeps of a run: identity, the loop's counters, position in the data, random streams."""
     return {
         "identity": dict(identity),
@@ -97,5 +97,6 @@ def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -
     if changed:
         raise CheckpointError(
             f"{loaded.path}: was written by a run with another configuration ({'; '.join(changed)}); "
-            "change it back, give another run folder, or delete the folder of this stage to start it again"
+            "change it back, give another run.stage (with continue_from, the run continues there with more steps or "
+            "another rate), or delete the folder of this stage to start it again"
         )

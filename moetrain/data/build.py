@@ -63,12 +63,13 @@ def build_data(
     tokenizer_folder: Path,
     dialogues: Mapping[str, Iterable[TokenizedDocument]] | None = None,
     mixes: Sequence[Mix] = (),
+    taken: Mapping[str, int] | None = None,
 ) -> Data:
     """Return the data of a stage; the tokenizer is that of `prepare_tokenizer`.
 
     `dialogues` holds the documents of each source of kind dialogues. `mixes` are those of the run with their first
-    rows; none means the sources' own weights throughout. Raises DataError and ConfigError before anything
-    is written.
+    rows; none means the sources' own weights throughout. `taken`: see `Loader`. Raises DataError and ConfigError before
+    anything is written.
     """
     given = dict(dialogues or {})
     _check_dialogues(config, given)
@@ -96,6 +97,7 @@ def build_data(
             mixes=mixes or [Mix(first_row=0, weights=config.mix_weights()[0])],
             seed=seed,
             pad_id=tokenizer.pad_id,
+            taken=taken,
         ),
         training=rows,
         validation=_validation(held_out, config, tokenizer=tokenizer),

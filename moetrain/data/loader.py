@@ -75,12 +75,23 @@ class Mixture:
 class Loader:
     """Training rows of all sources, mixed by weight in tokens."""
 
-    def __init__(self, rows: Mapping[str, PackedRows], *, mixes: Sequence[Mix], seed: int, pad_id: int) -> None:
-        """Mix `rows` of the sources that have a positive weight in one of the mixes; the first begins at row 0.
+    def __init__(
+        self,
+        rows: Mapping[str, PackedRows],
+        *,
+        mixes: Sequence[Mix],
+        seed: int,
+        pad_id: int,
+        taken: Mapping[str, int] | None = None,
+    ) -> None:
+        """Mix `rows` of the sources that have a positive weight in one of the mixes.
 
-        Raises DataError when such a source has no rows.
+        taken: rows of each source that the run read before the first row of the first mix, which is row 0 otherwise.
+        Raises DataError when a source that is read has no rows.
         """
+        self._taken = dict(taken or {})
         weighted = {name for mix in mixes for name, weight in mix.weights.items() if weight > 0}
+        weighted |= {name for name, count in self._taken.items() if count > 0}
         self._rows = {name: packed for name, packed in rows.items() if name in weighted}
         for name, packed in self._rows.items():
             if packed.num_rows == 0:
@@ -116,6 +127,7 @@ class Loader:
         """Return where row `index` of the run comes from."""
         mix = self.mix_at(index)
         name, before = self._mixtures[mix].place(index - self._first_rows[mix])
+        before += self._taken.get(name, 0)
         before += sum(rows[name] for rows in self.mix_rows(self._first_rows[mix])[:mix])
         epoch, place = divmod(before, self._rows[name].num_rows)
         return RowPlace(source=name, epoch=epoch, row=self._order(name, epoch)[place])
@@ -140,8 +152,13 @@ class Loader:
 
     def epochs(self, num_rows: int) -> dict[str, float]:
         """Return the passes over each source that the first `num_rows` rows of the run make."""
+        taken = self.rows_taken(num_rows)
+        return {name: taken[name] / packed.num_rows for name, packed in self._rows.items()}
+
+    def rows_taken(self, num_rows: int) -> dict[str, int]:
+        """Return how many of the first `num_rows` rows of the run come from each source."""
         of_mixes = self.mix_rows(num_rows)
-        return {name: sum(rows[name] for rows in of_mixes) / packed.num_rows for name, packed in self._rows.items()}
+        return {name: self._taken.get(name, 0) + sum(rows[name] for rows in of_mixes) for name in self._rows}
 
     def _shuffled(self, name: str, epoch: int) -> list[int]:
         order = list(range(self._rows[name].num_rows))

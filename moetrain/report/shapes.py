@@ -48,6 +48,7 @@ _REPORT_OF_EXPORT = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}
 CONFIG_SHAPE: Schema = _object(
     run=_object(folder=_TEXT, name=_TEXT, stage=_TEXT),
     init_from=_TEXT_OR_NULL,
+    continue_from=_TEXT_OR_NULL,
     eval=_object(before=_TEXT_OR_NULL, codes_before=_TEXT_OR_NULL),
 )
 """`config.yaml`. What a section is that only the page shows is open: `model` is a name in that of `verify faults`."""

@@ -167,7 +167,7 @@ def _ordered(beside: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
 
 def _origin(config: Mapping[str, Any], configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
     """Return the folder of the stage of this run that a config takes its weights from."""
-    named = config.get("init_from")
+    named = config.get("init_from") or config.get("continue_from")
     return _stage_at(named, configs) if isinstance(named, str) else None
 
 

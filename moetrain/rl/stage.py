@@ -7,7 +7,7 @@ taken by `train.loop`.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from moetrain.rollout.types import Trajectory
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.train.config import TrainConfig
+from moetrain.train.continuation import TASKS_USED, Beginning
 from moetrain.train.loop import Training
 from moetrain.train.step import train_step
 
@@ -41,9 +42,9 @@ _log = logging.getLogger(__name__)
 class RlStage:
     """What the steps of RL are made of.
 
-    first_task: number of the first task, beyond those of SFT. learning_rate: the rate of a step. identity: see
-    `train.loop.Training`. on_trajectories: is handed each step's trajectories. qk_clip: threshold of QK-Clip, None is
-    off.
+    first_task: number of the first task, beyond those of SFT. learning_rate: the rate of a step. identity, beginning:
+    see `train.loop.Training`. on_trajectories: is handed each step's trajectories. qk_clip: threshold of QK-Clip, None
+    is off.
     """
 
     engine: Engine
@@ -62,6 +63,12 @@ class RlStage:
     first_task: int
     on_trajectories: Callable[[int, Sequence[Trajectory]], None]
     qk_clip: float | None = None
+    beginning: Beginning = field(default_factory=Beginning)
+
+    def tasks_before(self, step: int) -> int:
+        """Return how many tasks the steps of the run before step `step` use."""
+        used: int = self.beginning.data[TASKS_USED] if self.beginning.is_part else 0
+        return used + (step - self.beginning.first_step) * self.rl.tasks_per_step
 
 
 def rl_training(stage: RlStage, config: TrainConfig) -> Training:
@@ -72,9 +79,11 @@ def rl_training(stage: RlStage, config: TrainConfig) -> Training:
     return Training(
         engine=stage.engine,
         take_step=lambda step: take_rl_step(stage, config, step=step),
+        learning_rate=stage.learning_rate,
         headline="reward",
         totals=("tokens", "sampled_tokens"),
-        position=lambda step: {"tasks_used": step * stage.rl.tasks_per_step},
+        position=lambda step: {TASKS_USED: stage.tasks_before(step)},
+        beginning=stage.beginning,
         identity=stage.identity,
     )
 
@@ -82,7 +91,7 @@ def rl_training(stage: RlStage, config: TrainConfig) -> Training:
 def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str, float]:
     """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
     started = time.perf_counter()
-    balance = stage.balance.at(step, steps=config.steps)
+    balance = stage.balance.at(step - stage.beginning.first_step, steps=config.steps)
     weights = sync_weights(stage.engine, config=stage.model, quant=stage.quant)
     groups = collect_groups(stage, weights=weights, step=step)
     collected = time.perf_counter()
@@ -132,7 +141,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
 def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> list[list[Trajectory]]:
     """Return the step's trajectories by task, the same on every rank; each rank generates those of some tasks."""
     topology, rl = stage.engine.topology, stage.rl
-    first = stage.first_task + step * rl.tasks_per_step
+    first = stage.first_task + stage.tasks_before(step)
     requests = []
     for index in range(first, first + rl.tasks_per_step):
         if index % topology.world_size != topology.rank:

@@ -54,6 +54,11 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
         if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in made):
             wrong = "that is a file" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{field} is {value}: {wrong}")
+    if isinstance(run, TrainingRun) and run.continue_from and _lies_in(run.continue_from, run.run.path):
+        raise ConfigError(
+            f"continue_from is {run.continue_from}, the folder of this stage: a stage that continues another has a "
+            "folder of its own; give another run.stage"
+        )
     for plugin in run.plugins:
         plugin_spec(plugin)
     ranks = num_ranks() if world_size is None else world_size
@@ -66,11 +71,15 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
             local_files(source)
 
 
+def _lies_in(value: str, folder: Path) -> bool:
+    return Path(value).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
+
+
 def check_names(run: StageRun) -> None:
     """Load the plugins, and raise the user's error where a task or a format is named that nobody registered."""
     load_plugins(run.plugins)
     for schema, needed in _NEED_WEIGHTS.items():
-        if isinstance(run, schema) and run.init_from is None:
+        if isinstance(run, schema) and run.init_from is None and not _continues(run):
             raise ConfigError(f"init_from is null: {needed}")
     if isinstance(run, ReadingRun | RlRun | EvalRun):
         family = registry.build(run.task, run.run.seed)
@@ -83,6 +92,10 @@ def check_names(run: StageRun) -> None:
         build(run.rl)
     for source in _data(run).sources.values():
         format_named(source.format)
+
+
+def _continues(run: StageRun) -> bool:
+    return isinstance(run, TrainingRun) and run.continue_from is not None
 
 
 def check_records(run: StageRun) -> None:
@@ -111,7 +124,7 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
         sources = run.data.sources.values()
         if any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources):
             tokenizer.check_chat()
-    if "init_from" in named:
+    if "init_from" in named or "continue_from" in named:
         _check_origin(run, named)
     if isinstance(run, EvalRun) and "eval.before" in named:
         read_before(run)
@@ -120,17 +133,24 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
 def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These bring torch in; most command lines name no weights.
     from moetrain.checkpoint.origin import check_fit
+    from moetrain.run.reading_stage import sections_of
+    from moetrain.run.rl_stage import rl_beginning
     from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.train.stage_tokenizer import check_tokenizer
+    from moetrain.train.stages import reading_beginning
     from moetrain.upcycle.stage import check_dense
 
-    origin = read_weights(named["init_from"])
+    origin = read_weights(named.get("continue_from") or named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
     if isinstance(run, ReadingRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
         check_shape(origin.model, run.export.consumers)
+    if isinstance(run, ReadingRun):
+        reading_beginning(sections_of(run), origin)
+    if isinstance(run, RlRun):
+        rl_beginning(run, origin)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)
     if isinstance(run, EvalRun):
@@ -147,6 +167,8 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
     """Yield (field, folder) of what a config takes of others."""
     named = {"init_from": run.init_from}
+    if isinstance(run, TrainingRun):
+        named["continue_from"] = run.continue_from
     if isinstance(run, VerifyExportsRun):
         named["masters"] = run.masters
     if isinstance(run, EvalRun):

@@ -23,12 +23,13 @@ from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of
 
 def train(run: ReadingRun) -> int:
     """Run a stage that learns from documents; return its exit code."""
+    weights = run.continue_from or run.init_from
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         status = train_stage(
             sections_of(run),
             folder=folder,
             metrics=metrics,
-            origin=read_weights(run.init_from) if run.init_from is not None else None,
+            origin=read_weights(weights) if weights is not None else None,
             dialogues=dialogues_of(run.data, run.task, seed=run.run.seed),
             dialogue_texts=_texts(run),
         )

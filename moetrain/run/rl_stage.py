@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetrain.checkpoint import read as checkpoint
-from moetrain.checkpoint.origin import TOKENIZER, Origin, start_from
+from moetrain.checkpoint.origin import TOKENIZER, Origin, continue_state, start_from
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.config import RlRun
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.files import write_json
-from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import setup
 from moetrain.rl.registry import build
@@ -22,6 +21,7 @@ from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.weights import read_weights, tokenizer_of
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
+from moetrain.train.continuation import TASKS_USED, Beginning, beginning_of
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import run_training
@@ -29,10 +29,11 @@ from moetrain.train.precision import DTYPES, settle_products
 from moetrain.train.stages import SUMMARY
 
 
-def learn(run: RlRun, *, init_from: str) -> int:
-    """Run an RL stage; return its exit code."""
+def learn(run: RlRun, *, weights: str) -> int:
+    """Run an RL stage from the folder `weights`; return its exit code."""
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
-        origin = read_weights(init_from)
+        origin = read_weights(weights)
+        beginning = rl_beginning(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
         products = settle_products(run.train, folder=folder, topology=setup(run.parallel))
@@ -46,23 +47,32 @@ def learn(run: RlRun, *, init_from: str) -> int:
             seed=run.run.seed,
             library=products.library,
         )
-        start_from(engine, origin, model=run.model)
+        start = start_from if run.continue_from is None else continue_state
+        start(engine, origin, model=run.model)
         # A stage that has checkpoints keeps its tokenizer: whether this is the same, resuming finds out.
         is_begun = checkpoint.steps(folder / CHECKPOINTS) and (folder / TOKENIZER).is_dir()
         if engine.topology.is_main and not is_begun:
             tokenizer.save(folder / TOKENIZER)
-        stage = _stage(replace(run, train=train), engine, origin=origin, tokenizer=tokenizer, folder=folder)
+        run = replace(run, train=train)
+        stage = _stage(run, engine, origin=origin, beginning=beginning, tokenizer=tokenizer, folder=folder)
         outcome = run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
             settled = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
             summary = {"stage": folder.name, "steps": outcome.step, **settled}
-            write_json(folder / SUMMARY, summary | outcome.counters.totals)
+            write_json(folder / SUMMARY, summary | outcome.counters.totals | beginning.record())
     return 0
 
 
-def _stage(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, folder: Path) -> RlStage:
+def rl_beginning(run: RlRun, origin: Origin) -> Beginning:
+    """Return where an RL stage begins; raises `CheckpointError` when it cannot continue `origin`."""
+    return beginning_of(origin, counted=TASKS_USED, optim=run.optim, train=run.train, seed=run.run.seed)
+
+
+def _stage(
+    run: RlRun, engine: Engine, *, origin: Origin, beginning: Beginning, tokenizer: Tokenizer, folder: Path
+) -> RlStage:
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
         """Keep the first group of each step for reading."""
         if engine.topology.is_main:
@@ -80,7 +90,7 @@ def _stage(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, 
         algorithm=build(run.rl),
         rollout=run.rollout,
         declare_tools=run.task.declare_tools,
-        learning_rate=lambda step: learning_rate(step, run.train.steps, lr=run.optim.lr, schedule=run.optim.schedule),
+        learning_rate=lambda step: beginning.rate(step, optim=run.optim, steps=run.train.steps),
         identity=identity_of(
             model=run.model,
             quant=run.quant,
@@ -92,6 +102,7 @@ def _stage(run: RlRun, engine: Engine, *, origin: Origin, tokenizer: Tokenizer, 
         ),
         seed=run.run.seed,
         first_task=RL_FIRST_TASK,
+        beginning=beginning,
         on_trajectories=keep,
         qk_clip=run.optim.qk_clip,
     )

@@ -17,6 +17,15 @@ class ComputeDtype(StrEnum):
     """The faster of the two on this machine."""
 
 
+class Continuation(StrEnum):
+    """What the config of a stage with `continue_from` describes. part: the steps that are added; warmup, decay, ramp
+    and mixes run over them, from the learning rate of the last step. whole: the run from its step 0, as if it had been
+    started with this config."""
+
+    part = "part"
+    whole = "whole"
+
+
 class NonfinitePolicy(StrEnum):
     """What a step does whose loss or gradient norm is not a finite number: end the run, or leave the step out."""
 
@@ -45,7 +54,10 @@ class TrainConfig:
     """Steps, precision and checkpoints: what every training stage has."""
 
     steps: int = 400
-    """Optimizer steps."""
+    """Optimizer steps; with continue_as=part those that are added, with whole those of the whole run."""
+    continue_as: Continuation | None = None
+    """What this config describes when the stage continues another (continue_from): part, the steps that are added, or
+    whole, the run from its beginning."""
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
     """Precision of the matrix products. fastest is bfloat16 with the native kernels; without them both are measured
     when the run begins: many CPUs multiply float32 faster, those without bf16 instructions tens of times. Accelerators

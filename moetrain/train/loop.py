@@ -20,6 +20,7 @@ from moetrain.checkpoint.write import Retention
 from moetrain.log import TIME_PREFIX, Metrics, progress
 from moetrain.parallel.protocol import Engine
 from moetrain.train.config import TrainConfig
+from moetrain.train.continuation import Beginning
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.nonfinite import Skips
 
@@ -38,19 +39,22 @@ def no_validation() -> dict[str, float]:
 class Training:
     """What a stage hands to the loop.
 
-    take_step: takes step n (from 0) and returns its metrics, the same on every rank; a collective. headline: the metric
-    that the progress line shows. totals: metrics that are summed over the run. position: what the checkpoint after n
-    steps keeps of the data that was read. identity: what must be equal for a stopped run to resume (see
-    `checkpoint.resume`). validate: metrics of held-out data, the same on every rank; a collective, called every
+    take_step: takes step n of the run (from 0) and returns its metrics, the same on every rank; a collective.
+    learning_rate: the rate of step n. headline: the metric that the progress line shows. totals: metrics that are
+    summed over the run. position: what the checkpoint after n steps keeps of the data that was read. beginning: where
+    the steps begin; the engine holds the state of that step. identity: what must be equal for a stopped run to resume
+    (see `checkpoint.resume`). validate: metrics of held-out data, the same on every rank; a collective, called every
     validate_every steps (0: at the end alone). opening: metrics of a run that begins.
     """
 
     engine: Engine
     take_step: Callable[[int], Mapping[str, float]]
+    learning_rate: Callable[[int], float]
     headline: str
     totals: Sequence[str]
-    position: Callable[[int], Mapping[str, int]]
+    position: Callable[[int], Mapping[str, Any]]
     identity: Mapping[str, Any]
+    beginning: Beginning = field(default_factory=Beginning)
     validate: Callable[[], Mapping[str, float]] = no_validation
     validate_every: int = 0
     opening: Mapping[str, float] = field(default_factory=dict)
@@ -89,6 +93,8 @@ class Outcome:
 def run_training(training: Training, config: TrainConfig, *, folder: Path, metrics: Metrics) -> Outcome:
     """Take `config.steps` steps, from the last good checkpoint in `folder` if there is one. A collective.
 
+    They are counted from `training.beginning.first_step`.
+
     SIGTERM and SIGUSR1 save at the end of the step and return `Status.interrupted`; started again, the run resumes to
     the numbers it would have had. A loss that is not finite raises `DivergenceError`, or its step is skipped
     (`config.on_nonfinite`).
@@ -96,39 +102,47 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     engine = training.engine
     checkpoints = folder / CHECKPOINTS
     resumed = resume(engine, checkpoints, identity=training.identity)
-    counters = Counters.restored(resumed.state, names=training.totals)
+    begins, beginning = resumed.step == 0, training.beginning
+    step = beginning.step if begins else resumed.step
+    counters = Counters.restored(beginning.loop if begins else resumed.state, names=training.totals)
     is_main = engine.topology.is_main
     record = metrics.write if is_main else _ignore
     if resumed.num_damaged:
         record(resumed.step, {"checkpoint/damaged": float(resumed.num_damaged)})
-    step = resumed.step
-    if step == 0 and training.opening:
+    beginning.check_place(training.position)
+    if begins and training.opening:
         record(step, training.opening)
-    shown = progress(config.steps, folder.name, completed=step) if is_main else nullcontext(_ignore)
+    last = beginning.first_step + config.steps
+    shown = progress(last, folder.name, completed=step) if is_main else nullcontext(_ignore)
     retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
     saver = Saver(engine.topology, checkpoints, retention=retention)
     with StopSignals() as signals, shown as advance, saver:
-        while step < config.steps:
+        while step < last:
             values = _one_step(training, config, step=step, counters=counters)
             step += 1
             saver.poll()
             values[TIME_PREFIX + "checkpoint_s"] = saver.take_held_s()
-            if step % config.log_every == 0 or step == config.steps:
+            if step % config.log_every == 0 or step == last:
                 record(step, values)
             advance(_headline(training.headline, values))
-            if training.validate_every and step % training.validate_every == 0 and step < config.steps:
+            if training.validate_every and step % training.validate_every == 0 and step < last:
                 record(step, training.validate())
             signal_name = signals.requested(engine.topology)
-            if step % config.checkpoint_every == 0 or step == config.steps or signal_name:
-                position, loop = training.position(step), asdict(counters)
-                saver.begin(engine, step=step, state=saved_state(training.identity, loop=loop, data=position))
-            if signal_name and step < config.steps:
+            if step % config.checkpoint_every == 0 or step == last or signal_name:
+                saver.begin(engine, step=step, state=_state(training, counters, step=step))
+            if signal_name and step < last:
                 _log.warning("stopped by %s at step %d; run the same command again to resume", signal_name, step)
                 return _outcome(Status.interrupted, step=step, counters=counters, checkpoints=checkpoints)
     validation = training.validate()
     if validation:
         record(step, {**validation, TIME_PREFIX + "checkpoint_s": saver.take_held_s()})
     return _outcome(Status.finished, step=step, counters=counters, checkpoints=checkpoints, validation=validation)
+
+
+def _state(training: Training, counters: Counters, *, step: int) -> dict[str, Any]:
+    """Return what state.json keeps after `step` steps."""
+    loop = {**asdict(counters), "learning_rate": training.learning_rate(step - 1)}
+    return saved_state(training.identity, loop=loop, data=training.position(step))
 
 
 def _one_step(training: Training, config: TrainConfig, *, step: int, counters: Counters) -> dict[str, float]:

@@ -11,6 +11,7 @@ from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.config import ReadingConfig
+from moetrain.train.continuation import Beginning
 from moetrain.train.loop import Training
 from moetrain.train.loss import ObjectiveFor
 from moetrain.train.rows import rank_rows, split_rows
@@ -21,10 +22,11 @@ from moetrain.train.step import train_step
 class Reading:
     """What the steps of pretraining or SFT are made of.
 
-    batch_at: the global batch of a step (from 0). learning_rate: the rate of a step. mix_at: the number of the mix of
-    sources that a step belongs to. validate: metrics of held-out data, a collective. opening: metrics of a run that
-    begins. identity: see `Training`. flops_per_token: forward and backward. peak_flops: matmul peak of all ranks
-    together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the objective measures the logits.
+    batch_at: the global batch of a step of the run (from 0). learning_rate: the rate of a step. mix_at: the number of
+    the mix of sources that a step belongs to. position, beginning, identity: see `Training`. validate: metrics of
+    held-out data, a collective. opening: metrics of a run that begins. flops_per_token: forward and backward.
+    peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the
+    objective measures the logits.
     """
 
     engine: Engine
@@ -37,6 +39,8 @@ class Reading:
     identity: Mapping[str, Any]
     flops_per_token: float
     peak_flops: float
+    position: Callable[[int], Mapping[str, Any]]
+    beginning: Beginning = field(default_factory=Beginning)
     opening: Mapping[str, float] = field(default_factory=dict)
     qk_clip: float | None = None
 
@@ -46,9 +50,11 @@ def reading_training(reading: Reading, config: ReadingConfig) -> Training:
     return Training(
         engine=reading.engine,
         take_step=lambda step: take_reading_step(reading, config, step=step),
+        learning_rate=reading.learning_rate,
         headline="loss",
         totals=("tokens", "targets"),
-        position=lambda step: {"rows_read": config.rows_before(step)},
+        position=reading.position,
+        beginning=reading.beginning,
         identity=reading.identity,
         validate=reading.validate,
         validate_every=config.validate_every,
@@ -62,7 +68,7 @@ def take_reading_step(reading: Reading, config: ReadingConfig, *, step: int) -> 
     topology = reading.engine.topology
     batch = reading.batch_at(step)
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
-    balance = reading.balance.at(step, steps=config.steps)
+    balance = reading.balance.at(step - reading.beginning.first_step, steps=config.steps)
     values = train_step(
         reading.engine,
         reading.objective_for,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, start_from
+from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, continue_state, start_from
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig
@@ -25,13 +25,13 @@ from moetrain.model.attention import MaxLogits
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import flops_per_token, num_parameters
 from moetrain.optim.config import OptimConfig
-from moetrain.optim.schedule import learning_rate
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
 from moetrain.train.config import ReadingConfig
+from moetrain.train.continuation import ROWS_READ, Beginning, beginning_of, check_same_sources
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
@@ -79,12 +79,13 @@ def train_stage(
 ) -> Status:
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
-    A collective. origin: weights to start from (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues
-    that a tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data,
+    A collective. origin: weights to start from, or the checkpoint to continue where `train.continue_as` says so
+    (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data,
     checkpoints and layout; an interrupted stage resumes when it is run again.
     """
     if origin is not None:
         check_fit(origin, sections.model)  # before the data, which takes longest
+    beginning = reading_beginning(sections, origin)
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
         topology,
@@ -102,26 +103,51 @@ def train_stage(
         sections.seed,
         tokenizer_folder=folder / TOKENIZER,
         dialogues=made,
-        mixes=mixes_of(sections.data, sections.train),
+        mixes=mixes_of(sections.data, sections.train, beginning=beginning),
+        taken=_taken(beginning),
     )
     products = settle_products(sections.train, folder=folder, topology=topology)
     sections = replace(sections, train=products.train, library=products.library)
     engine = engine_of(sections)
     if origin is not None:
-        start_from(engine, origin, model=sections.model)
-    reading = _reading(sections, engine=engine, data=data, origin=origin, folder=folder, evaluate=evaluate)
+        start = start_from if sections.train.continue_as is None else continue_state
+        start(engine, origin, model=sections.model)
+    reading = _reading(
+        sections, engine=engine, data=data, origin=origin, beginning=beginning, folder=folder, evaluate=evaluate
+    )
     outcome = run_training(reading_training(reading, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
-        write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, folder=folder))
+        write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, reading=reading, folder=folder))
     topology.barrier()
     return outcome.status
 
 
-def mixes_of(data: DataConfig, train: ReadingConfig) -> list[Mix]:
-    """Return the mixes of a run, each with the row of the run that it begins with."""
+def reading_beginning(sections: Sections, origin: Origin | None) -> Beginning:
+    """Return where a stage with these sections begins; raises `CheckpointError` when it cannot continue `origin`."""
+    beginning = beginning_of(origin, counted=ROWS_READ, optim=sections.optim, train=sections.train, seed=sections.seed)
+    if beginning.path is not None and origin is not None:
+        check_same_sources(origin, asdict(sections.data))
+    return beginning
+
+
+def _taken(beginning: Beginning) -> dict[str, int]:
+    """Return the rows of each source that were read before a config that describes the added steps."""
+    sources = beginning.data["sources"] if beginning.is_part else {}
+    return {name: counts["rows_taken"] for name, counts in sources.items()}
+
+
+def rows_before(step: int, train: ReadingConfig, *, beginning: Beginning) -> int:
+    """Return the rows of all steps of the run before step `step`."""
+    read: int = beginning.data[ROWS_READ] if beginning.is_part else 0
+    return read + train.rows_before(step - beginning.first_step)
+
+
+def mixes_of(data: DataConfig, train: ReadingConfig, *, beginning: Beginning | None = None) -> list[Mix]:
+    """Return the mixes of a config, each with the row of the run that it begins with."""
+    beginning = beginning or Beginning()
     first_steps = [0, *(change.first_step(train.steps) for change in data.mix)]
     return [
-        Mix(first_row=train.rows_before(step), weights=weights)
+        Mix(first_row=rows_before(beginning.first_step + step, train, beginning=beginning), weights=weights)
         for step, weights in zip(first_steps, data.mix_weights(), strict=True)
     ]
 
@@ -167,6 +193,7 @@ def _reading(
     engine: Engine,
     data: Data,
     origin: Origin | None,
+    beginning: Beginning,
     folder: Path,
     evaluate: Evaluate | None,
 ) -> Reading:
@@ -177,13 +204,18 @@ def _reading(
         figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
         return {**figures, **(evaluate(engine, data.tokenizer) if evaluate else {})}
 
+    def first_row(step: int) -> int:
+        return rows_before(step, train, beginning=beginning)
+
     dtype = DTYPES[train.compute_dtype]
     return Reading(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
-        batch_at=lambda step: data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1)),
-        learning_rate=lambda step: learning_rate(step, train.steps, lr=optim.lr, schedule=optim.schedule),
-        mix_at=lambda step: data.loader.mix_at(train.rows_before(step)),
+        batch_at=lambda step: data.loader.rows_between(first_row(step), first_row(step + 1)),
+        learning_rate=lambda step: beginning.rate(step, optim=optim, steps=train.steps),
+        mix_at=lambda step: data.loader.mix_at(first_row(step)),
+        position=lambda step: _position(data, rows_read=first_row(step)),
+        beginning=beginning,
         balance=balance,
         validate=measure,
         opening=data.metrics(),
@@ -202,7 +234,16 @@ def _reading(
     )
 
 
-def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) -> dict[str, Any]:
+def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the rows that were read: how many of each source, and of how many."""
+    sources = {
+        name: {"rows_taken": taken, "rows": data.training[name].num_rows, "sha256": data.digests[name]}
+        for name, taken in data.loader.rows_taken(rows_read).items()
+    }
+    return {ROWS_READ: rows_read, "sources": sources, "tokenizer": data.tokenizer.digest}
+
+
+def _summary(sections: Sections, *, data: Data, outcome: Outcome, reading: Reading, folder: Path) -> dict[str, Any]:
     """Return what `summary.json` holds: figures that repeat to the last digit, and apart from them the times."""
     bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
     sources = {
@@ -214,7 +255,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         }
         for name, rows in data.validation.items()
     }
-    rows_read = sections.train.rows_before(outcome.step)
+    rows_read = reading.position(outcome.step)[ROWS_READ]
     seconds = outcome.counters.seconds
     return {
         "stage": folder.name,
@@ -222,6 +263,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, folder: Path) 
         "compute_dtype": sections.train.compute_dtype,
         "kernels": sections.train.kernels,
         **outcome.counters.totals,
+        **reading.beginning.record(),
         "rows": rows_read,
         "epochs": data.loader.epochs(rows_read),
         "mixes": data.loader.mix_rows(rows_read),

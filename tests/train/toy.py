@@ -90,7 +90,7 @@ def toy_reading(
         mix_at=lambda step: 0,
         balance=BalanceConfig(),
         validate=lambda: {"validation/toy": 1.0},
-        opening={},
+        position=lambda step: {"rows_read": step},
         identity={"name": identity},
         flops_per_token=1e6,
         peak_flops=1e11,
