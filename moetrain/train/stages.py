@@ -80,8 +80,9 @@ def train_stage(
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
     A collective. origin: weights to start from, or the checkpoint to continue where `train.continue_as` says so
-    (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too. evaluate: called with each validation. Raises the errors of data,
-    checkpoints and layout; an interrupted stage resumes when it is run again.
+    (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too.
+    evaluate: called with each validation. Raises the errors of data, checkpoints and layout; an interrupted stage
+    resumes when it is run again.
     """
     if origin is not None:
         check_fit(origin, sections.model)  # before the data, which takes longest
