@@ -5,6 +5,7 @@ No torch here, and no Hydra.
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig
@@ -291,6 +292,18 @@ class GenerateRun(StageRun):
         check_ranges(self, prefix="", ranges={COUNT: ("max_new_tokens",), TEMPERATURE: ("temperature",)})
 
 
+class OnChange(StrEnum):
+    """What a run does with a stage that has begun with another config or other inputs.
+
+    refuse: say what changed, and stop. rerun: move its results and those of the stages after it aside, and run them
+    again. keep: take its results as they are.
+    """
+
+    refuse = "refuse"
+    rerun = "rerun"
+    keep = "keep"
+
+
 @dataclass(kw_only=True)
 class RecipeRun:
     """All stages of a recipe, one after the other; a stage that is done and unchanged is skipped.
@@ -315,7 +328,10 @@ class RecipeRun:
     threads: int | None = None
     """Threads of every process (run.threads); null takes what the recipe says."""
     again_from: str | None = None
-    """Run this stage and those after it again, though nothing changed."""
+    """Run this stage and those after it again; what is there stays as <stage>.previous."""
+    on_change: OnChange = OnChange.refuse
+    """What to do with a stage that has begun with another config or other inputs: refuse the run and show the changes;
+    rerun the stage and those after it, what is there stays as <stage>.previous; keep its results."""
     dry_run: bool = False
     """Print what each stage would take, and stop."""
 

@@ -12,11 +12,37 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
+from moetrain.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
 _PR_SET_PDEATHSIG = 1
 _SEED_BITS = 63  # the largest seed that torch, numpy and random all take
+
+
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that a launcher sets beside WORLD_SIZE, so that ranks find each other."""
+LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", *RENDEZVOUS)
+"""Variables of the environment that tell a process its place among the ranks that a launcher started."""
+
+
+def check_launcher(*, needs_others: bool) -> None:
+    """Raise ConfigError when the environment describes ranks that no launcher can have started.
+
+    needs_others: whether the process is going to meet the other ranks; a check needs their number alone.
+    """
+    cure = "unset it, or start the ranks with launch/torchrun.sh"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name)
+        if value is not None and not (value.isascii() and value.isdigit()):
+            raise ConfigError(f"{name} is {value!r} in the environment, where a launcher sets a whole number: {cure}")
+    size, rank = num_ranks(), int(os.environ.get("RANK", "0"))
+    if size < 1 or rank >= size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment: {cure}")
+    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
+    if needs_others and size > 1 and missing:
+        raise ConfigError(f"WORLD_SIZE is {size} in the environment, and {', '.join(missing)} is not set: {cure}")
 
 
 def num_ranks() -> int:

@@ -18,7 +18,7 @@ from moetrain.log import setup_logging
 from moetrain.run import dry_run
 from moetrain.run.inputs import check_inputs, check_names
 from moetrain.run.stage import check_folder, rank
-from moetrain.runtime import die_with_parent, keep_freed_memory, num_ranks
+from moetrain.runtime import LAUNCHER, check_launcher, die_with_parent, keep_freed_memory, num_ranks
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """What is wrong with a path that the user gave, wherever it is opened."""
@@ -31,8 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # a rank that outlives its launcher holds the run's folder, and waits for the others
-    setup_logging(rank=rank())
     try:
+        if words[:1] == ["run"]:  # it starts the ranks of its stages itself
+            for name in LAUNCHER:
+                os.environ.pop(name, None)
+        check_launcher(needs_others=words[:1] not in ([], ["check"]) and not {"-h", "--help"} & {*words})
+        setup_logging(rank=rank())
         return _dispatch(words)
     except MoetrainError as error:
         print(f"moetrain: {error}", file=sys.stderr)

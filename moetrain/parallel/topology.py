@@ -3,6 +3,7 @@
 One process needs no launcher: without torchrun's variables a group of one is made in memory, without a port or a file.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,9 +13,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moetrain.errors import ConfigError
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.watchdog import Watchdog, restart_of_shared_store
 from moetrain.runtime import num_ranks
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -165,7 +169,16 @@ def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=parallel.timeout_s + _GRACE_S)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, **_own_keys(timeout))
+        size, place = num_ranks(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # the variables may be left over from something else
+            _log.info("rank %s of %d meets the others at %s", os.environ["RANK"], size, place)
+        try:
+            dist.init_process_group(backend, timeout=timeout, **_own_keys(timeout))
+        except dist.DistError as error:
+            raise ConfigError(
+                f"the {size} ranks did not meet at {place} within {timeout.seconds} s: "
+                "start all of them with launch/torchrun.sh, or unset WORLD_SIZE and RANK"
+            ) from error
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs leave it out
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)

@@ -258,7 +258,7 @@ def _making(run: Run) -> str:
         for name, text, time in rows
     )
     digest_rows = [[name, what, value] for name, found in digests(run).items() for what, value in found.items()]
-    digest_rows += [[stage.name, "config, code and inputs", stage.done["key"]] for stage in run.stages if stage.done]
+    digest_rows += [[stage.name, "moetrain", maker] for stage in run.stages if (maker := stage.done.get("made_by"))]
     digest_table = Table(title="", header=["stage", "of", "sha256"], rows=digest_rows)
     return (
         "<div class='scroll'><table><thead><tr><th>stage</th><th class='wide'>settings</th><th>time</th></tr></thead>"

@@ -104,7 +104,7 @@ MADE_BY_SHAPE: Schema = _object(
     **dict.fromkeys(("cores", "ranks", "memory_gib", "peak_memory_gib", "peak_device_memory_gib"), _NUMBER_OR_NULL),
 )
 """`made_by.json`."""
-DONE_SHAPE: Schema = _object({"key": _TEXT}, seconds=_NUMBER)
+DONE_SHAPE: Schema = _object({}, seconds=_NUMBER, made_by=_TEXT)
 """`done.json`."""
 TRACE_SHAPE: Schema = _object(
     {

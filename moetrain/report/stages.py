@@ -68,7 +68,7 @@ class Stage:
     verification: dict[str, Any]
     """`verify.json`."""
     done: dict[str, Any]
-    """`done.json`, which `moetrain run` writes: key and seconds."""
+    """`done.json`, which `moetrain run` writes: its seconds."""
     made_by: dict[str, Any]
     """`made_by.json`: version, date, machine."""
     trained_by: str

@@ -4,39 +4,37 @@ Every stage is composed and checked before the first one starts. Each runs in a 
 moetrain.cli <command> --config <stage folder>/config.yaml`: memory, process groups and DeepSpeed's state end with the
 stage, a killed stage takes nothing else along, and the same line starts it by hand.
 
-A stage's key is a hash of its config, of the package's source, of the files that its config names, and of the keys of
-the stages that it takes. `started.json` has the key a stage began with: a stopped stage with the same key goes on, one
-with another key is moved aside and begins anew. `done.json`, written last, says that it is done.
+`started.json` has what a stage began with (`run.record`); `done.json`, written last, says that it is done. A stage that
+has begun with other values is refused, and runs again only when the user says so: weeks of training may lie there.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from moetrain.compose import compose, save_config, suggestion, to_mapping
-from moetrain.config import RecipeRun, TrainingRun
+from moetrain.config import OnChange, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, write_json
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
+from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, kept_record, record_of
 from moetrain.run.stage import check_writable, has_results, lock
+from moetrain.run.version import made_by
 from moetrain.runtime import die_with_parent
 
 _log = logging.getLogger(__name__)
 
-_STARTED, _DONE = "started.json", "done.json"
-_NO_MATTER = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run")
-"""Keys of a config that change no result."""
+_MOST_ASIDE = 10_000  # earlier results of one stage
 
 
 @dataclass(kw_only=True)
@@ -67,25 +65,26 @@ class Ran:
 
 
 def run_stages(prepared: Prepared) -> Ran:
-    """Run the stages that are not done, in order, until one fails."""
-    keys = stage_keys(prepared)
+    """Run the stages that are not done, in order, until one fails.
+
+    Raises ConfigError, before anything runs or moves, when a stage has begun with another config or other inputs.
+    """
     rows: list[Row] = []
+    code = 0
     with lock(prepared.folder):
-        begin = _first_to_run(prepared, keys)
-        for stage in prepared.stages[begin:]:
-            (prepared.folder / stage.name / _DONE).unlink(missing_ok=True)
-        code = 0
+        begin, moved = _settle(prepared)
         for number, stage in enumerate(prepared.stages):
-            if number < begin:
-                done = read_json_or_empty(prepared.folder / stage.name / _DONE)
-                row = Row(stage=stage.name, status="unchanged", seconds=done["seconds"])
-            else:
-                code, seconds = _run_stage(prepared, stage, key=keys[stage.name])
-                row = Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds)
-            rows.append(row)
+            done = read_json_or_empty(prepared.folder / stage.name / DONE)
+            if number < begin and "seconds" in done:
+                rows.append(Row(stage=stage.name, status="unchanged", seconds=done["seconds"]))
+                continue
+            code, seconds = _run_stage(prepared, stage)
+            rows.append(Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds))
             if code:
+                _put_back(prepared, moved, refused=stage)
                 break
-    return Ran(rows=rows, num_unchanged=begin, code=code)
+    num_unchanged = sum(row.status == "unchanged" for row in rows)
+    return Ran(rows=rows, num_unchanged=num_unchanged, code=code)
 
 
 def prepare(words: Sequence[str]) -> Prepared:
@@ -115,52 +114,84 @@ def prepare(words: Sequence[str]) -> Prepared:
     return Prepared(run=run, folder=folder, stages=stages)
 
 
-def stage_keys(prepared: Prepared) -> dict[str, str]:
-    """Return the key of each stage: equal keys, equal results."""
-    code = code_digest()
-    keys: dict[str, str] = {}
-    for stage in prepared.stages:
-        config = _without(to_mapping(stage.config), _NO_MATTER)
-        inputs = {name: keys[name] for name in stage.inputs}
-        files = {name: _fingerprint(Path(name)) for name in sorted(_files(config, prepared.folder))}
-        # Where the run lies does not matter: its own folder is written as a word.
-        text = json.dumps([stage.command, config, code, inputs, files], sort_keys=True)
-        keys[stage.name] = hashlib.sha256(text.replace(str(prepared.folder), "<run>").encode()).hexdigest()
-    return keys
-
-
-def code_digest() -> str:
-    """Return the sha256 over the sources of the package."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _first_to_run(prepared: Prepared, keys: Mapping[str, str]) -> int:
-    """Return the number of the first stage that is not done and unchanged; it and those after it run."""
+def _settle(prepared: Prepared) -> tuple[int, dict[str, Path]]:
+    """Return from which stage on all run again, and where the folders that these leave behind were moved, by stage."""
+    begin = len(prepared.stages)
     for number, stage in enumerate(prepared.stages):
-        done = read_json_or_empty(prepared.folder / stage.name / _DONE)
-        is_done = done.get("key") == keys[stage.name] and "seconds" in done
         if stage.name == prepared.run.again_from:
-            _move_aside(prepared, number)
-            return number
-        if not is_done:
-            return number
-    return len(prepared.stages)
+            begin = number
+            break
+        found = _changes(prepared, stage) if has_results(prepared.folder / stage.name) else []
+        _tell_version(prepared.folder / stage.name, stage.name)
+        if not found or prepared.run.on_change is OnChange.keep:
+            continue
+        if prepared.run.on_change is OnChange.refuse:
+            raise _refusal(prepared.folder / stage.name, stage.name, found)
+        _log.info("stage %s runs again (%s)", stage.name, "; ".join(found))
+        begin = number
+        break
+    moved = {}
+    for stage in prepared.stages[begin:]:
+        if (folder := prepared.folder / stage.name).exists():
+            aside = set_aside(folder)
+            if aside is not None:
+                moved[stage.name] = aside
+    return begin, moved
 
 
-def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[int, float]:
+def _changes(prepared: Prepared, stage: recipe.Stage) -> list[str]:
+    """Return what differs from what a stage began with; nothing for one that has not begun."""
+    before = kept_record(prepared.folder / stage.name)
+    if before is None:
+        return []
+    return changes(before, _record(prepared, stage), defaults=lambda: flattened(to_mapping(compose(stage.command, []))))
+
+
+def _record(prepared: Prepared, stage: recipe.Stage) -> Record:
+    inputs = {name: _identity(prepared.folder / name) for name in stage.inputs}
+    return record_of(
+        to_mapping(stage.config),
+        run_folder=prepared.folder,
+        inputs={name: identity for name, identity in inputs.items() if identity},
+    )
+
+
+def _identity(folder: Path) -> str:
+    """Return what tells this run of a stage from its other runs; empty where nothing is recorded."""
+    return str(read_json_or_empty(folder / STARTED).get("id", ""))
+
+
+def _refusal(folder: Path, name: str, found: Sequence[str]) -> ConfigError:
+    state = "is done" if (folder / DONE).is_file() else "has begun"
+    return ConfigError(
+        f"stage {name} {state} with another configuration: {'; '.join(found)}. Its results stay as they are. "
+        f"again_from={name} runs it and the stages after it again and keeps what is there as {name}.previous; "
+        "on_change=rerun does so wherever something changed; on_change=keep takes the results as they are; "
+        "name=NEW is a run of its own"
+    )
+
+
+def _tell_version(folder: Path, name: str) -> None:
+    """Say which version made a stage, where it is not this one. That is no reason to run it again."""
+    started = read_json_or_empty(folder / STARTED)
+    maker = started.get("made_by", "an older version") if started else made_by()
+    if maker != made_by():
+        _log.info(
+            "stage %s was made by moetrain %s, this is %s; again_from=%s runs it again", name, maker, made_by(), name
+        )
+
+
+def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     """Run a stage in a process of its own; return its exit code and seconds."""
     folder = prepared.folder / stage.name
     check_inputs(stage.config, world_size=stage.processes)
-    if folder.exists() and read_json_or_empty(folder / _STARTED).get("key") != key:
-        _set_aside(folder)
+    if not has_results(folder) and _changes(prepared, stage):
+        set_aside(folder)  # it left nothing but what was made for another config
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     save_config(stage.config, config)
-    write_json(folder / _STARTED, {"key": key})
+    identity = _identity(folder) or uuid.uuid4().hex
+    write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **asdict(_record(prepared, stage))})
     words = [*stage.command.split(), "--config", str(config)]
     python = [sys.executable, "-m"]
     launcher, code = python, 0
@@ -168,7 +199,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
     if stage.processes > 1:
         torchrun = f"torch.distributed.run --standalone --nproc-per-node {stage.processes} -m".split()
         launcher = ["env", f"OMP_NUM_THREADS={stage.config.run.threads or 1}", *python, *torchrun]
-        # What only reading the weights can tell is one line here, not one a rank.
+        # What only reading the weights can tell is one line here, not one per rank.
         code = _wait(["env", f"WORLD_SIZE={stage.processes}", *python, "moetrain.cli", "check", *words])
     if code == 0:
         command = [*launcher, "moetrain.cli", *words]
@@ -176,8 +207,22 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage, *, key: str) -> tuple[in
         code = _wait(command)
     seconds = time.monotonic() - start
     if code == 0:
-        write_json(folder / _DONE, {"key": key, "seconds": seconds, "inputs": stage.inputs})
+        done = {"id": identity, "made_by": made_by(), "seconds": seconds, "inputs": stage.inputs}
+        write_json(folder / DONE, done)
     return code, seconds
+
+
+def _put_back(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> None:
+    """Move back what was moved aside for a stage that then refused its input and left nothing, and for those after."""
+    folder = prepared.folder / refused.name
+    if refused.name not in moved or has_results(folder):
+        return
+    names = [stage.name for stage in prepared.stages]
+    for name in names[names.index(refused.name) :]:
+        if name in moved:
+            shutil.rmtree(prepared.folder / name, ignore_errors=True)  # without results
+            moved[name].rename(prepared.folder / name)
+            _log.info("%s is where it was: the stage that should take its place did not run", prepared.folder / name)
 
 
 def _wait(command: Sequence[str]) -> int:
@@ -197,46 +242,16 @@ def _wait(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _move_aside(prepared: Prepared, begin: int) -> None:
-    for stage in prepared.stages[begin:]:
-        if (prepared.folder / stage.name).exists():
-            _set_aside(prepared.folder / stage.name)
+def set_aside(folder: Path) -> Path | None:
+    """Rename a stage's folder to `<stage>.previous`, or `.previous.2` and so on; return where it is now.
 
-
-def _set_aside(folder: Path) -> None:
-    """Rename a stage's folder to `<stage>.previous`, in place of an earlier one; one without results just goes."""
+    Nothing that was set aside before is touched. A folder without results is removed; then None is returned.
+    """
     if not has_results(folder):
         shutil.rmtree(folder)
-        return
-    previous = folder.with_name(folder.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    folder.rename(previous)
-    _log.info("%s is of another config, code or input: it is now %s, and the stage begins anew", folder, previous)
-
-
-def _files(value: Any, run_folder: Path, key: str = "") -> Iterator[str]:
-    """Yield what a config names that is a file or folder outside of the run."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _files(item, run_folder, name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _files(item, run_folder, key)
-    elif isinstance(value, str) and (key in ("path", "plugins") or "/" in value):
-        path = Path(value).expanduser()
-        if path.exists() and not path.resolve().is_relative_to(run_folder.resolve()):
-            yield str(path)
-
-
-def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Return (name, size, time of change) of a file, or of all files of a folder."""
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-    return [(str(item), item.stat().st_size, item.stat().st_mtime_ns) for item in files]
-
-
-def _without(mapping: dict[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    return {
-        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in mapping.items()
-        if prefix + name not in keys
-    }
+        return None
+    names = [f"{folder.name}.previous", *(f"{folder.name}.previous.{number}" for number in range(2, _MOST_ASIDE))]
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    folder.rename(aside)
+    _log.info("%s is now %s, and the stage begins anew", folder, aside)
+    return aside

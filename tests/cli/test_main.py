@@ -171,3 +171,33 @@ def test_openmp_spins_briefly_unless_the_user_says_otherwise(
     monkeypatch.delenv("GOMP_SPINCOUNT") if before is None else monkeypatch.setenv("GOMP_SPINCOUNT", before)
     assert main(["--help"]) == 0
     assert os.environ["GOMP_SPINCOUNT"] == after
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, and RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        ({"RANK": "x"}, "RANK is 'x' in the environment"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3 and WORLD_SIZE is 2"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment"),
+    ],
+)
+def test_what_a_launcher_left_in_the_environment_is_one_line(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["pretrain"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"moetrain: {said}") and error.count("\n") == 1
+    assert "unset it, or start the ranks with launch/torchrun.sh" in error
+
+
+def test_a_run_starts_its_stages_without_the_variables_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", "recipe=k2_nano_test", "dry_run=true"]) == 0
+    assert not {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()

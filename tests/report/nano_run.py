@@ -45,6 +45,11 @@ def trajectory(task: int, *, success: bool, failures: int = 0, calls: int = 2) -
     )
 
 
+def done(seconds: float) -> dict[str, Any]:
+    """Return what `moetrain run` writes when a stage is done."""
+    return {"id": "0123", "made_by": "0.1.0 (source 0123456789ab)", "seconds": seconds, "inputs": []}
+
+
 def conversation(answer: str) -> str:
     """Return the text of a conversation of one call; the thinking in it is hostile."""
     call = ToolCall(name="get", arguments='{"id": 7}', id=call_id("get", 0))
@@ -62,7 +67,10 @@ def write_run(root: Path, *, name: str = "nano") -> Path:
     folder = root / name
     for stage in STAGES:
         (folder / stage).mkdir(parents=True)
-        write_json(folder / stage / "done.json", {"key": f"key of {stage}", "seconds": 10.0, "inputs": []})
+        write_json(
+            folder / stage / "done.json",
+            {"id": f"id of {stage}", "made_by": "0.1.0 (source 0123456789ab)", "seconds": 10.0, "inputs": []},
+        )
     _write_configs(root, name)
     _write_training(folder / "pretrain", sources=["code", "english"])
     _write_training(folder / "sft", sources=["code", "dialogues"])
@@ -85,7 +93,10 @@ def moved(run: Path, root: Path, *, seconds: float) -> Path:
     folder = root / run.name
     shutil.copytree(run, folder)
     for stage in STAGES:
-        write_json(folder / stage / "done.json", {"key": f"key of {stage}", "seconds": seconds, "inputs": []})
+        write_json(
+            folder / stage / "done.json",
+            {"id": f"id of {stage}", "made_by": "0.1.0 (source 0123456789ab)", "seconds": seconds, "inputs": []},
+        )
     return folder
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from moetrain.errors import ConfigError
 from moetrain.log import read_metrics
-from moetrain.run.runner import prepare, stage_keys
 from moetrain.run.stage import lock
 from tests.cli.command import ENVIRONMENT, moetrain
 
@@ -92,18 +91,6 @@ def test_weights_that_are_damaged_cost_no_stage_that_is_done(run: Path) -> None:
     assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
 
 
-def test_a_stage_that_left_nothing_does_not_take_the_place_of_one_that_did(run: Path) -> None:
-    assert statuses(["export.export.format=bf16"], run)["export"] == "done"
-    previous = run / "runs" / "mine" / "export.previous" / "model"
-    of_int4 = (previous / "config.json").read_bytes()
-    stub = run / "runs" / "mine" / "export"  # as a stage leaves it that is refused at its start
-    shutil.rmtree(stub / "model")
-    for name in ("summary.json", "done.json"):
-        (stub / name).unlink()
-    assert statuses([], run)["export"] == "done"
-    assert (previous / "config.json").read_bytes() == of_int4
-
-
 def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
     stage = run / "runs" / "mine" / "pretrain"
     path = stage / "tokenizer" / "tokenizer.json"
@@ -115,11 +102,76 @@ def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
     assert f"{path}: sha256 is " in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_finished_stages_are_skipped_and_a_change_runs_a_stage_and_those_after_it(run: Path) -> None:
+def weights_of(stage: Path) -> dict[str, bytes]:
+    """Return what a stage's folder holds that took training to make."""
+    return {path.name: path.read_bytes() for path in stage.rglob("*.safetensors")}
+
+
+def test_a_changed_config_is_shown_and_refused_and_nothing_moves(run: Path) -> None:
+    stage = run / "runs" / "mine" / "export"
+    before = weights_of(stage)
+    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
+    assert refused.returncode == 2
+    assert "stage export is done with another configuration: export.format: quantized -> bf16." in refused.stderr
+    assert "again_from=export" in refused.stderr and refused.stderr.count("\n") == 1
+    assert weights_of(stage) == before
+    assert not stage.with_name("export.previous").exists()
+    assert statuses(["export.export.format=bf16", "on_change=keep"], run)["export"] == "unchanged"
+
+
+def test_a_changed_stage_runs_again_when_it_is_told_to_and_every_earlier_result_stays(run: Path) -> None:
+    """Three times over: what lies in .previous is never replaced."""
+    stage = run / "runs" / "mine" / "export"
+    seen = [weights_of(stage)]
+    for format_name in ("bf16", "quantized", "bf16"):
+        again = statuses([f"export.export.format={format_name}", "on_change=rerun"], run)
+        assert again == {"pretrain": "unchanged", "export": "done", "all": "this time"}
+        seen.append(weights_of(stage))
+    names = ["export.previous", "export.previous.2", "export.previous.3", "export"]
+    assert [weights_of(stage.with_name(name)) for name in names] == seen
+
+
+def test_neither_times_nor_code_run_a_finished_stage_again(run: Path) -> None:
+    """What a `git pull` or an upgrade changes: times of all files, and the version that made the stage."""
+    for path in run.rglob("*"):
+        os.utime(path)
+    started = run / "runs" / "mine" / "pretrain" / "started.json"
+    content = json.loads(started.read_text())
+    started.write_text(json.dumps({**content, "made_by": "0.0.1 (source 000000000000)"}))
+    done = moetrain("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert done.returncode == 0
+    assert "stage pretrain was made by moetrain 0.0.1 (source 000000000000), this is" in done.stderr
     assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
-    again = statuses(["export.export.format=bf16"], run)
-    assert again == {"pretrain": "unchanged", "export": "done", "all": "this time"}
-    assert (run / "runs" / "mine" / "export.previous" / "model").is_dir()
+
+
+def test_a_folder_of_an_older_version_is_taken_as_it_is(run: Path) -> None:
+    for name in ("pretrain", "export"):
+        (run / "runs" / "mine" / name / "started.json").write_text('{"key": "abc"}')
+    assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
+    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "pretrain.train.steps=4", folder=run)
+    assert refused.returncode == 2
+    assert "stage pretrain is done with another configuration: train.steps: 3 -> 4." in refused.stderr
+
+
+def test_a_stage_that_takes_one_that_ran_again_is_named(run: Path) -> None:
+    shutil.copytree(run / "runs" / "mine" / "export", run / "kept")
+    assert statuses(["again_from=pretrain"], run) == {"pretrain": "done", "export": "done", "all": "this time"}
+    shutil.rmtree(run / "runs" / "mine" / "export")
+    shutil.copytree(run / "kept", run / "runs" / "mine" / "export")
+    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert refused.returncode == 2
+    assert "stage pretrain, whose results it takes, was run again" in refused.stderr
+
+
+def test_a_stage_that_is_refused_while_it_runs_leaves_the_results_before_it_in_place(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    before = weights_of(stage)
+    words = ["again_from=pretrain", "pretrain.data.seq_len=8", "pretrain.data.overlong=drop"]
+    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", *words, folder=run)
+    assert refused.returncode == 2, refused.stderr
+    assert weights_of(stage) == before
+    assert not stage.with_name("pretrain.previous").exists()
+    assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
 
 
 def test_a_stage_begins_anew_when_it_is_told_to(run: Path) -> None:
@@ -133,6 +185,7 @@ def test_a_stage_killed_in_the_middle_goes_on_to_the_same_numbers(run: Path) -> 
     stage = run / "runs" / "mine" / "pretrain"
     wanted = [(row["step"], row["loss"]) for row in read_metrics(stage / "metrics.jsonl") if "loss" in row]
     shutil.rmtree(stage)
+    shutil.rmtree(stage.with_name("export"))
     command = [sys.executable, "-m", "moetrain.cli", "run", "recipe=mine", "wandb.mode=disabled"]
     runner = subprocess.Popen(command, cwd=run, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not list(stage.glob("checkpoints/step_*")) and runner.poll() is None:
@@ -186,30 +239,6 @@ def test_an_error_of_a_stage_is_one_line_and_its_code(run: Path) -> None:
     assert done.stderr.startswith("moetrain: ") and done.stderr.count("\n") == 1
     assert str(weights) in done.stderr
     assert not (run / "runs" / "other" / "export" / "model").exists()
-
-
-def test_keys_follow_config_inputs_and_files_and_not_the_place(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(finished)
-    keys = stage_keys(prepare(["recipe=mine"]))
-    assert stage_keys(prepare(["recipe=mine", f"folder={tmp_path}", "name=x", "wandb.mode=disabled"])) == keys
-    other = stage_keys(prepare(["recipe=mine", "export.export.format=bf16"]))
-    assert other["pretrain"] == keys["pretrain"] and other["export"] != keys["export"]
-    earlier = stage_keys(prepare(["recipe=mine", "seed=1"]))
-    assert earlier["pretrain"] != keys["pretrain"] and earlier["export"] != keys["export"]
-    text = tmp_path / "mine.txt"
-    words = ["recipe=mine", "pretrain.data.sources.own.kind=text", f"pretrain.data.sources.own.path={text}"]
-    text.write_text("one")
-    one = stage_keys(prepare(words))
-    text.write_text("another")
-    assert stage_keys(prepare(words))["pretrain"] != one["pretrain"]
-    plugin = finished / "plugin.py"
-    plugin.write_text("one = 1")
-    before = stage_keys(prepare(["recipe=mine", "plugins=[plugin.py]"]))
-    plugin.write_text("one = 100")
-    assert stage_keys(prepare(["recipe=mine", "plugins=[plugin.py]"]))["pretrain"] != before["pretrain"]
-    plugin.unlink()
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:

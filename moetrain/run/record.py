@@ -1,0 +1,193 @@
+"""What a stage was made with, kept in its folder: its config, digests of the files it reads, the stages it takes.
+
+A stage is unchanged while these are equal. Neither times of files nor the code of moetrain are among them.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.compose import read_yaml
+from moetrain.errors import ConfigError
+from moetrain.files import read_json_or_empty, write_json
+
+_log = logging.getLogger(__name__)
+
+STARTED, DONE = "started.json", "done.json"
+"""Written when a stage begins, and when it is done."""
+CONFIG = "config.yaml"
+_DIGESTS = ".digests.json"
+_CHANGES_NOTHING = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run")
+"""Keys of a config that change no result."""
+_RUN = "<run>"
+_LARGE = 1 << 30  # bytes from which on hashing is announced
+_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """config: values by dotted key; the run's own folder stands as `<run>`. files: sha256 of what a key names on disk.
+
+    inputs: id of each earlier stage that the stage takes, by name.
+    """
+
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+    inputs: Mapping[str, str]
+
+
+def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[str, str]) -> Record:
+    """Return the record of a stage whose config, as plain values, is `config`."""
+    flat = _without_folder(config, run_folder)
+    files = {}
+    digests = _Digests(run_folder)
+    for key, value in flat.items():
+        paths = [path for text in _strings(value) if (path := _outside(text, key=key, run_folder=run_folder))]
+        if paths:
+            files[key] = _combined([digests.of(path) for path in paths])
+    digests.save()
+    return Record(config=flat, files=files, inputs=inputs)
+
+
+def kept_record(folder: Path) -> Record | None:
+    """Return the record that a stage began with; None where no stage began.
+
+    Folders of older versions have no record: the config is read from config.yaml, and nothing is known of the files.
+    """
+    started = read_json_or_empty(folder / STARTED)
+    if not started:
+        return None
+    if "config" in started:
+        return Record(config=started["config"], files=started["files"], inputs=started["inputs"])
+    try:
+        config = read_yaml(folder / CONFIG)
+    except ConfigError:
+        return Record(config={}, files={}, inputs={})
+    own = config.get("run", {})
+    return Record(
+        config=_without_folder(config, Path(own.get("folder", "")) / own.get("name", "")), files={}, inputs={}
+    )
+
+
+def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, Any]]) -> list[str]:
+    """Return what differs, such as `train.steps: 50 -> 100`.
+
+    defaults: the values of a config without overrides, by dotted key. A key that an older version did not write was at
+    its default; a key that exists no more is left out.
+    """
+    if not before.config:  # nothing is known of it
+        return []
+    known = before.config if now.config.keys() <= before.config.keys() else {**defaults(), **before.config}
+    found = []
+    for key, value in now.config.items():
+        if key in now.files:
+            if before.files.get(key, now.files[key]) != now.files[key]:
+                found.append(f"{key}: the content of {value} changed")
+        elif key not in known:
+            if not _has_section(before.config, key):
+                found.append(f"{key}: nothing -> {_shown(value)}")
+        elif known[key] != value:
+            found.append(f"{key}: {_shown(known[key])} -> {_shown(value)}")
+    gone = dict.fromkeys(key.rpartition(".")[0] for key in before.config if not _has_section(now.config, key))
+    found += [f"{section}: taken out" for section in gone]
+    return found + [
+        f"stage {name}, whose results it takes, was run again"
+        for name, identity in now.inputs.items()
+        if before.inputs.get(name, identity) != identity
+    ]
+
+
+def _has_section(config: Mapping[str, Any], key: str) -> bool:
+    """Return whether a config has the section that `key` stands in."""
+    section = key.rpartition(".")[0]
+    return not section or any(other.startswith(f"{section}.") for other in config)
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _without_folder(config: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
+    flat = flattened(config)
+    return {key: _placed(value, str(run_folder)) for key, value in flat.items() if key not in _CHANGES_NOTHING}
+
+
+def _placed(value: Any, folder: str) -> Any:
+    if isinstance(value, str):
+        inside = value == folder or value.startswith(f"{folder}/")
+        return _RUN + value.removeprefix(folder) if inside else value
+    return [_placed(item, folder) for item in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            yield item
+
+
+def _outside(text: str, *, key: str, run_folder: Path) -> Path | None:
+    """Return the file or folder outside of the run that a value names, if it names one."""
+    if key.rpartition(".")[2] not in ("path", "plugins") and "/" not in text:
+        return None
+    path = Path(text).expanduser()
+    try:
+        is_outside = path.exists() and not path.resolve().is_relative_to(run_folder.resolve())
+    except OSError:  # a text that is no path, such as one that is too long
+        return None
+    return path if is_outside else None
+
+
+class _Digests:
+    """sha256 of files, kept in the run's folder: a file of the same size, time and inode is not read again."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._path = run_folder / _DIGESTS
+        self._known = read_json_or_empty(self._path)
+        self._is_new = False
+
+    def of(self, path: Path) -> str:
+        """Return the digest of a file, or of all files of a folder with their names in it."""
+        if not path.is_dir():
+            return self._of_file(path)
+        files = sorted(item for item in path.rglob("*") if item.is_file())
+        return _combined([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
+
+    def _of_file(self, path: Path) -> str:
+        status = path.stat()
+        mark = [status.st_size, status.st_mtime_ns, status.st_ino]
+        name = str(path.resolve())
+        if self._known.get(name, [None])[:-1] != mark:
+            if status.st_size >= _LARGE:
+                _log.info("hashing %s (%.1f GB)", path, status.st_size / 1e9)
+            self._known[name] = [*mark, _hashed(path)]
+            self._is_new = True
+        return str(self._known[name][-1])
+
+    def save(self) -> None:
+        """Keep what was hashed, where the run has a folder."""
+        if self._is_new and self._path.parent.is_dir():
+            write_json(self._path, self._known)
+
+
+def _hashed(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _combined(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

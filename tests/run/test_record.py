@@ -1,0 +1,70 @@
+"""What a stage was made with: contents and values, not places, times or code."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.run.record import Record, changes, record_of
+
+
+def record(config: dict[str, Any], folder: Path) -> Record:
+    return record_of(config, run_folder=folder, inputs={})
+
+
+def difference(before: Record, now: Record, **defaults: Any) -> list[str]:
+    return changes(before, now, defaults=lambda: defaults)
+
+
+def test_the_place_of_the_run_does_not_matter(tmp_path: Path) -> None:
+    one = record({"init_from": f"{tmp_path}/a/sft", "run": {"folder": "x", "seed": 1}}, tmp_path / "a")
+    other = record({"init_from": f"{tmp_path}/b/sft", "run": {"folder": "y", "seed": 1}}, tmp_path / "b")
+    assert one == other
+
+
+def test_contents_of_files_matter_and_times_and_names_do_not(tmp_path: Path) -> None:
+    run, text, moved = tmp_path / "run", tmp_path / "notes.txt", tmp_path / "moved.txt"
+    run.mkdir()
+    text.write_text("one")
+    config = {"data": {"path": str(text)}}
+    before = record(config, run)
+    os.utime(text, (1, 1))
+    assert difference(before, record(config, run)) == []
+    moved.write_text("one")
+    assert difference(before, record({"data": {"path": str(moved)}}, run)) == []
+    text.write_text("two")
+    assert difference(before, record(config, run)) == [f"data.path: the content of {text} changed"]
+
+
+def test_a_file_in_a_folder_that_is_renamed_or_changed_is_a_change(tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "texts"
+    run.mkdir(), folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    config = {"init_from": f"{folder}/"}
+    before = record(config, run)
+    (folder / "a.txt").rename(folder / "b.txt")
+    assert len(difference(before, record(config, run))) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "found"),
+    [
+        ({"train": {"steps": 3}}, {"train": {"steps": 4}}, ["train.steps: 3 -> 4"]),
+        ({"train": {"steps": 3}}, {"train": {"steps": 3, "new": 7}}, []),  # its default
+        ({"train": {"steps": 3}}, {"train": {"steps": 3, "new": 8}}, ["train.new: 7 -> 8"]),
+        ({"train": {"steps": 3, "old": 1}}, {"train": {"steps": 3}}, []),  # exists no more
+        ({"data": {"a": {"n": 1}}}, {"data": {"a": {"n": 1}, "b": {"n": 2}}}, ["data.b.n: nothing -> 2"]),
+        ({"data": {"a": {"n": 1}, "b": {"n": 2}}}, {"data": {"a": {"n": 1}}}, ["data.b: taken out"]),
+        ({"data": {"a": {"n": 1}}}, {"data": {"a": {"n": 1, "added": 2}}}, []),  # of a later version
+    ],
+)
+def test_what_changed_is_named(before: dict[str, Any], now: dict[str, Any], found: list[str], tmp_path: Path) -> None:
+    assert difference(record(before, tmp_path), record(now, tmp_path), **{"train.new": 7}) == found
+
+
+def test_an_input_that_was_made_again_is_a_change(tmp_path: Path) -> None:
+    before = record_of({}, run_folder=tmp_path, inputs={"sft": "first"})
+    now = record_of({"a": 1}, run_folder=tmp_path, inputs={"sft": "second"})
+    before = Record(config=now.config, files={}, inputs=before.inputs)
+    assert difference(before, now) == ["stage sft, whose results it takes, was run again"]
