@@ -11,7 +11,7 @@ class EvalConfig:
     """Evaluation of exported weights, beside the masters they were made of."""
 
     num_tasks: int = 280
-    """Held-out tasks, their lengths going round from task.min_calls to task.max_calls; one trajectory each and mode."""
+    """Held-out tasks; each mode takes one trajectory of each."""
     first_task: int = 0
     """Number of the first held-out task."""
     temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])

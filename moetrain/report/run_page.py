@@ -40,7 +40,8 @@ _TELLING = [
     ("train", ("steps", "batch_ramp", "rows_per_step", "compute_dtype", "kernels")),
     ("data", ("seq_len", "mix")),
     ("quant", ("enabled", "format", "grid", "group_size")),
-    ("task", ("name", "min_calls", "max_calls", "tool_failure")),
+    ("task", ("name", "tool_failure")),
+    ("task.database", ("min_calls", "max_calls")),
     ("rollout", ("max_tokens", "max_turns", "temperature")),
     ("rl", ("algorithm", "tasks_per_step", "group_size")),
     ("eval", ("num_tasks", "temperatures")),
@@ -309,7 +310,9 @@ def _machine(stage: Stage) -> Iterator[str]:
 def _settings(stage: Stage) -> Iterator[str]:
     """Yield the settings of a stage that say most, as it settled them."""
     for section, names in _TELLING:
-        values = stage.config.get(section)
+        values: Any = stage.config
+        for part in section.split("."):
+            values = values.get(part) if isinstance(values, dict) else None
         if isinstance(values, dict) and values.get("enabled") is not False:
             if section == "train":  # what it came to, where the config leaves it to the machine
                 values = values | {name: stage.summary[name] for name in _SETTLED if name in stage.summary}

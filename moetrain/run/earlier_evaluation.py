@@ -12,7 +12,7 @@ from moetrain.run.stage import CONFIG
 
 _OF_TASKS = (
     *("run.seed", "eval.num_tasks", "eval.first_task"),
-    *("task.name", "task.min_calls", "task.max_calls", "task.tool_failure"),
+    *("task.name", "task.database.min_calls", "task.database.max_calls", "task.options", "task.tool_failure"),
 )
 
 
@@ -47,5 +47,7 @@ def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config.get(section, {}).get(name)
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

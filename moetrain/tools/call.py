@@ -34,11 +34,3 @@ def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _validator(schema: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(json.loads(schema))
-
-
-def cap_output(text: str, *, max_characters: int) -> str:
-    """Return `text`, its middle replaced by a note when it is longer than `max_characters`."""
-    if len(text) <= max_characters:
-        return text
-    half = max_characters // 2
-    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"

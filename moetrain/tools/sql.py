@@ -1,7 +1,7 @@
 """Five typed tools over one SQLite database: get, find, aggregate, calculate, update.
 
-Names of tables and columns are checked against the database before they reach SQL; every statement has a deadline and
-every result a cap on its characters. Knows nothing of tasks or of what the right answer is.
+Names of tables and columns are checked against the database before they reach SQL; every statement has a deadline.
+Whatever a model writes gives a result or a ToolError. Knows nothing of tasks or of what the right answer is.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ToolError
-from moetrain.tools.call import cap_output, parse_arguments
+from moetrain.tools.call import parse_arguments
 
 Value = str | int | float | None
 
@@ -62,11 +62,10 @@ _PROGRESS_INSTRUCTIONS = 1000  # SQLite virtual-machine instructions between two
 class SqlTools:
     """The five tools on one open database connection."""
 
-    def __init__(self, connection: sqlite3.Connection, *, deadline_s: float = 2.0, max_characters: int = 200) -> None:
-        """Keep the connection; `deadline_s` bounds each statement, `max_characters` each result."""
+    def __init__(self, connection: sqlite3.Connection, *, deadline_s: float = 2.0) -> None:
+        """Keep the connection; `deadline_s` bounds each statement."""
         self._connection = connection
         self._deadline_s = deadline_s
-        self._max_characters = max_characters
         self._specs = {spec.name: spec for spec in SQL_TOOLS}
         self._functions: dict[str, Callable[..., Value]] = {
             "get": self._get,
@@ -81,9 +80,7 @@ class SqlTools:
         if name not in self._specs:
             raise ToolError(f"no tool {name[:40]}")
         values = parse_arguments(self._specs[name], arguments)
-        return cap_output(
-            json.dumps(self._functions[name](**values), ensure_ascii=False), max_characters=self._max_characters
-        )
+        return json.dumps(self._functions[name](**values), ensure_ascii=False)
 
     def _get(self, table: str, id: str, column: str) -> Value:
         self._check(table, column)
@@ -132,6 +129,8 @@ class SqlTools:
             return self._connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise ToolError("timeout" if "interrupted" in str(error) else str(error)) from None
+        except OverflowError:
+            raise ToolError("a number is too large") from None
         finally:
             self._connection.set_progress_handler(None, 0)
 
@@ -139,10 +138,9 @@ class SqlTools:
 def calculate(expression: str) -> int | float:
     """Return the value of an arithmetic expression of numbers, + - * and brackets; nothing else is evaluated."""
     try:
-        tree = ast.parse(expression.strip(), mode="eval").body
+        return _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ToolError("not an expression") from None
-    return _evaluate(tree)
 
 
 def _evaluate(node: ast.expr) -> int | float:

@@ -29,7 +29,11 @@ WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.i
             r"modes\.greedy\.outcomes: None is not of type",
         ),
         (GOOD, ["eval.num_tasks=4"], r"before evaluated other tasks \(eval\.num_tasks: 4 -> 2\); give the same ones"),
-        (GOOD, ["eval.num_tasks=2", "task.max_calls=3"], r"evaluated other tasks \(task\.max_calls: 3 -> 8\)"),
+        (
+            GOOD,
+            ["eval.num_tasks=2", "task.database.max_calls=3"],
+            r"evaluated other tasks \(task\.database\.max_calls: 3 -> 8\)",
+        ),
         (None, [], r"eval\.before: there is no .*eval\.json; give the folder of an evaluation that is done"),
     ],
 )

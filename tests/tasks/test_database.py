@@ -1,17 +1,20 @@
 import json
+import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from moetrain.chat.messages import Role
+from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.tasks import registry
-from moetrain.tasks.config import DemonstratorConfig, TaskConfig
+from moetrain.tasks.config import DatabaseConfig, DemonstratorConfig, TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
 from moetrain.tasks.database.names import is_held_out
 from moetrain.tasks.database.phrases import frames
 from moetrain.tasks.database.steps import StepKind
+from moetrain.tasks.dialogues import dialogue_texts
 from moetrain.tasks.protocol import Split
 
 _SURE = TaskConfig(tool_failure=0.0)
@@ -32,7 +35,7 @@ def _updating_task() -> DatabaseTask:
     return next(task for task in tasks if task.program.steps[-1].kind is StepKind.update)
 
 
-def test_the_perfect_expert_solves_every_task_and_the_null_policy_none() -> None:
+def test_the_perfect_demonstrator_solves_every_task_and_the_null_policy_none() -> None:
     family = DatabaseFamily(TaskConfig(), 3)
     for index in range(200):
         task = family.task(Split.held_out, index)
@@ -103,12 +106,20 @@ def test_tool_failures_have_the_stated_rate_and_no_effect() -> None:
     assert 250 < failed < 350
 
 
-_NO_SLIPS = {"stop_early": 0.0, "skip_step": 0.0, "wrong_name": 0.0, "unknown_name": 0.0, "retry": 1.0}
+_NO_SLIPS = {
+    "stop_early": 0.0,
+    "skip_step": 0.0,
+    "wrong_name": 0.0,
+    "unknown_name": 0.0,
+    "retry": 1.0,
+    "misspell_again": 0.0,
+}
 
 
 def _share_of_slips(name: str, chances: dict[str, float]) -> float:
     """Return the share of one-call demonstrations that have slip `name`, of those that can have it."""
-    family = DatabaseFamily(replace(_SURE, demonstrator=DemonstratorConfig(**_NO_SLIPS | chances)), 0)
+    database = DatabaseConfig(demonstrator=DemonstratorConfig(**_NO_SLIPS | chances))
+    family = DatabaseFamily(replace(_SURE, database=database), 0)
     found = []
     for index in range(200):
         task = family.task(Split.train, index, num_calls=1)
@@ -138,7 +149,7 @@ def test_slips_are_as_frequent_as_the_config_says(name: str) -> None:
 
 def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
     slips = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=1.0, misspell_again=0, retry=1)
-    family = DatabaseFamily(replace(_SURE, demonstrator=slips), 0)
+    family = DatabaseFamily(replace(_SURE, database=DatabaseConfig(demonstrator=slips)), 0)
     task = family.task(Split.train, 0, num_calls=1)
     messages, grade = family.demonstrate(task, 0)
     assert grade.success
@@ -153,7 +164,7 @@ def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
 def test_demonstrations_hold_every_error_that_a_misspelt_call_can_meet() -> None:
     """What a policy meets after an error it makes itself stands in the demonstrations, also several times in a row."""
     slips = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=1.0, misspell_again=0.5, retry=1)
-    family = DatabaseFamily(replace(_SURE, demonstrator=slips), 0)
+    family = DatabaseFamily(replace(_SURE, database=DatabaseConfig(demonstrator=slips)), 0)
     errors: Counter[str] = Counter()
     longest = 0
     for index in range(60):
@@ -172,3 +183,71 @@ def test_demonstrations_hold_every_error_that_a_misspelt_call_can_meet() -> None
 def test_an_unknown_family_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConfigError, match=r"task.name is nope: there are database"):
         registry.build(replace(_SURE, name="nope"), 0)
+
+
+def test_failures_and_mistakes_are_independent_of_those_of_the_next_task() -> None:
+    """Each draws from a named stream: the mistakes at one task are not the tool failures at the next."""
+    family = DatabaseFamily(TaskConfig(tool_failure=0.5), 0)
+    task = family.task(Split.train, 0)
+    step = task.program.steps[0]
+
+    def failures(stream: int) -> list[bool]:
+        environment = task.environment(stream)
+        calls = [environment.call(step.kind.value, step.arguments(task.program.start)) for _ in range(64)]
+        return [observation.is_transient for observation in calls]
+
+    assert failures(7) == failures(7) != failures(8)
+    raw = random.Random(7)  # what the mistakes at task 6 were drawn from
+    same = [(fails := raw.random() < 0.5, fails and raw.choice(["busy", "timeout"]))[0] for _ in range(64)]
+    assert failures(7) != same
+
+
+def test_another_seed_demonstrates_with_other_mistakes() -> None:
+    family = DatabaseFamily(TaskConfig(), 0)
+    first, again, other = (list(dialogue_texts(family, count=40, seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@dataclass(kw_only=True)
+class _Options:
+    size: int = 3
+    share: float = 0.5
+
+
+class _OwnFamily(DatabaseFamily):
+    """A family with settings of its own."""
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.own = _Options(**config.options)
+        if self.own.size > 9:
+            raise KeyError("size")
+
+
+def test_the_options_of_a_plugin_are_checked_against_its_dataclass() -> None:
+    registry.register("own", _OwnFamily, options=_Options)
+
+    def build(**options: object) -> _Options:
+        family = registry.build(TaskConfig(name="own", options=options), 0)
+        assert isinstance(family, _OwnFamily)
+        return family.own
+
+    assert build() == _Options() and build(size=5, share=1) == _Options(size=5, share=1)
+    for options, message in [
+        ({"sice": 5}, r"task\.options\.sice: task\.name=own has the options size, share"),
+        ({"size": "five"}, r"task\.options\.size is 'five': give a value of type int"),
+        ({"size": True}, r"task\.options\.size is True: give a value of type int"),
+        ({"size": 10}, r"task\.name is own: the family cannot be made: KeyError: 'size'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            build(**options)
+    with pytest.raises(ConfigError, match=r"task\.options\.size: task\.name=database has no options"):
+        registry.build(TaskConfig(options={"size": 1}), 0)
+
+
+def test_keys_that_moved_are_refused_with_the_new_ones() -> None:
+    for key in ("min_calls", "max_calls", "deadline_s"):
+        with pytest.raises(ConfigError, match=rf"task\.{key}: .*did you mean task\.database\.{key}\?"):
+            compose("rl", [f"task.{key}=3"])
+    run = compose("rl", ["task.name=own", "task.options.size=4", "task.database.max_calls=5"])
+    assert (run.task.options, run.task.database.max_calls) == ({"size": 4}, 5)

@@ -4,7 +4,6 @@ import sqlite3
 import pytest
 
 from moetrain.errors import ToolError
-from moetrain.tools.call import cap_output
 from moetrain.tools.sql import SqlTools, calculate
 
 
@@ -73,6 +72,25 @@ def test_a_statement_that_takes_too_long_is_stopped() -> None:
         SqlTools(connection, deadline_s=-1.0).call("aggregate", arguments)
 
 
-def test_long_output_is_capped_and_says_so() -> None:
-    capped = cap_output("x" * 1000, max_characters=100)
-    assert len(capped) < 150 and "900 characters left out" in capped
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value": 10**30},
+        {"value": -(10**30)},
+        {"table": "\ud83d"},
+        {"column": "\ud83d"},
+        {"id": "\x00"},
+        {"table": 'x" --'},
+    ],
+)
+def test_whatever_a_model_writes_as_arguments_is_an_error_that_it_can_read(change: dict[str, object]) -> None:
+    arguments = {"table": "order", "id": "a1b", "column": "price", "value": 1}
+    assert _call("update", **arguments) == '"ok"'
+    with pytest.raises(ToolError):
+        _call("update", **(arguments | change))
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a":' * 5000, "9" * 5000, '{"expression": "' + "-" * 5000 + '1"}', ""])
+def test_arguments_that_are_too_large_to_read_are_an_error_too(text: str) -> None:
+    with pytest.raises(ToolError):
+        _tools().call("calculate", text)

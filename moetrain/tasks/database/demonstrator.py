@@ -1,4 +1,4 @@
-"""The scripted expert: carries a program out call by call, with the slips that its config gives it.
+"""The demonstrator: carries a program out call by call, with the mistakes that its config gives it.
 
 What it thinks before a call is the step it is at, in the question's words (`step 3: add 7`), or that it tries again
 (`retry step 3: add 7`): its place in the question can be read from its last thought, however many calls failed on the
@@ -29,7 +29,7 @@ def demonstrate(
     slips: DemonstratorConfig,
     stream: random.Random,
 ) -> list[Message]:
-    """Return the expert's turns and the tools' answers, its final answer last."""
+    """Return the demonstrator's turns and the tools' answers, its final answer last."""
     messages: list[Message] = []
     value: str | int = program.start
     for number, (step, phrase) in enumerate(zip(program.steps, phrases, strict=True), 1):

@@ -5,10 +5,10 @@ that the right solution leaves, and the answer with the right value.
 """
 
 import json
-import random
 import sqlite3
 
 from moetrain.errors import ToolError
+from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.program import Program
 from moetrain.tasks.database.schema import Table, dump, open_database
@@ -27,7 +27,7 @@ class DatabaseEnvironment:
         self._tables = tables
         self._program = program
         self._config = config
-        self._failures = random.Random(stream)
+        self._failures = python_stream(stream, "database/tool_failures")
         self._connection = open_database(tables)
         self._tools = _tools(self._connection, config)
 
@@ -58,7 +58,7 @@ class DatabaseEnvironment:
 
 
 def _tools(connection: sqlite3.Connection, config: TaskConfig) -> SqlTools:
-    return SqlTools(connection, deadline_s=config.deadline_s, max_characters=config.max_output_characters)
+    return SqlTools(connection, deadline_s=config.database.deadline_s)
 
 
 def _read_answer(answer: str) -> str | int | float | None:

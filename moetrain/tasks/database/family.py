@@ -1,6 +1,5 @@
 """Database tasks by number: names, rows, links, steps and phrasing are a function of (seed, split, index)."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +59,7 @@ class DatabaseFamily:
     @property
     def trained_calls(self) -> tuple[int, int]:
         """Fewest and most calls of the tasks that `task` returns."""
-        return self._config.min_calls, self._config.max_calls
+        return self._config.database.min_calls, self._config.database.max_calls
 
     def task_of_length(self, split: Split, index: int, *, num_calls: int) -> DatabaseTask:
         """Return task `index` among those of `split` that need `num_calls` calls."""
@@ -69,7 +68,7 @@ class DatabaseFamily:
     def task(self, split: Split, index: int, *, num_calls: int | None = None) -> DatabaseTask:
         """Return task `index` of `split`; lengths go round from min_calls to max_calls unless `num_calls` fixes one."""
         stream = python_stream(self._seed, f"database/{split.value}", index, num_calls or 0)
-        low, high = self._config.min_calls, self._config.max_calls
+        low, high = self.trained_calls
         calls = num_calls or low + index % (high - low + 1)
         tables = draw_tables(stream, split)
         program = draw_program(stream, tables, num_calls=calls)
@@ -78,7 +77,7 @@ class DatabaseFamily:
         return DatabaseTask(tables=tables, program=program, phrases=phrases, text=text, config=self._config)
 
     def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        """Return the expert's conversation, question included, and its grade; `perfect` makes no slips and retries."""
+        """Return the demonstrator's conversation and its grade; `perfect` makes no mistakes and retries."""
         if not isinstance(task, DatabaseTask):
             raise DataError(f"a {type(task).__name__} is no task of this family: give one that its task() returned")
         environment = task.environment(stream)
@@ -87,8 +86,8 @@ class DatabaseFamily:
             task.program,
             phrases=task.phrases,
             tables=task.tables,
-            slips=PERFECT if perfect else self._config.demonstrator,
-            stream=random.Random(stream + 1),
+            slips=PERFECT if perfect else self._config.database.demonstrator,
+            stream=python_stream(stream, "database/demonstrator"),
         )
         grade = environment.grade(messages[-1].content)
         environment.close()
