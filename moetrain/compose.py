@@ -52,7 +52,7 @@ def compose(
     schema = SCHEMAS[command]
     name = command.replace(" ", "_")
     try:
-        words = [_with_quoted_text(schema, word) for word in overrides]
+        words = [_with_quoted_text(schema, word) for word in _with_family_options(schema, overrides)]
         direct, entries = _split(schema, OverridesParser.create().parse_overrides(words))
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
@@ -73,6 +73,15 @@ def compose(
         raise ConfigError(_in_one_line(error, schema)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(_not_yaml(error, "a config file")) from None
+
+
+def _with_family_options(schema: type, words: Sequence[str]) -> list[str]:
+    """Return overrides with `task.options.x=1` for `task.<name>.x=1`, where `task.name` is a plugin's family."""
+    names = [word.partition("=")[2] for word in words if word.startswith("task.name=")]
+    if not names or "task" not in get_type_hints(schema) or names[-1] in get_type_hints(get_type_hints(schema)["task"]):
+        return list(words)
+    own = re.compile(rf"(\+\+|\+)?task\.{re.escape(names[-1])}\.(?=[^=]+=)")
+    return [own.sub("task.options.", word) if own.match(word) else word for word in words]
 
 
 def save_config(run: Any, path: Path) -> None:

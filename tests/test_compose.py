@@ -163,3 +163,10 @@ def test_a_saved_config_is_checked_like_any_other(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="there is no config file"):
         load_config("pretrain", tmp_path / "none.yaml")
+
+
+def test_settings_of_a_family_of_a_plugin_are_given_under_its_name() -> None:
+    words = ["plugins=[chase.py]", "task.name=chase", "task.chase.max_calls=7", "task.options.min_calls=2"]
+    assert compose("eval", words).task.options == {"max_calls": 7, "min_calls": 2}
+    with pytest.raises(ConfigError, match=r"task\.other\.max_calls: there is no 'other' in task"):
+        compose("eval", ["task.name=chase", "task.other.max_calls=7"])

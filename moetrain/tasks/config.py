@@ -70,8 +70,24 @@ class TaskConfig:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     """Settings of the family `database`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a plugin's family: task.options.<field>=<value>, checked against the dataclass that it registered."""
+    """Settings of a plugin's family, checked against the dataclass that it registered; task.<name>.<field>=<value> and
+    task.options.<field>=<value> are the same."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="task.", ranges={BELOW_ONE: ("tool_failure",)})
+
+    @property
+    def min_calls(self) -> int:
+        """Fewest calls of a task, for families without settings of their own: those of `database`."""
+        return self.database.min_calls
+
+    @property
+    def max_calls(self) -> int:
+        """Most calls of a task, for families without settings of their own: those of `database`."""
+        return self.database.max_calls
+
+    @property
+    def demonstrator(self) -> DemonstratorConfig:
+        """Mistakes of the demonstrator, for families without settings of their own: those of `database`."""
+        return self.database.demonstrator

@@ -1,27 +1,45 @@
 """Demonstrations of a task family as documents to train on."""
 
+import logging
 from collections.abc import Iterator
 
 from moetrain.chat.template import Piece, conversation_pieces, pieces_to_text, pieces_to_tokens
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.tasks.registry import demonstrator_of
+
+_log = logging.getLogger(__name__)
 
 RL_FIRST_TASK = 1_000_000
 """Number of the first training task of RL; demonstrations are of tasks below it."""
 
 
 def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
-    """Yield the demonstrator's conversations of training tasks 0 to count - 1 as pieces."""
+    """Yield the demonstrator's conversations of training tasks 0 to count - 1 as pieces.
+
+    A demonstration that fails is left out and counted in the log. Raises DataError when all of them fail.
+    """
     if not count:
         return
     tools = family.tools if declare_tools else ()
     demonstrator = demonstrator_of(family)
-    for index in range(min(count, RL_FIRST_TASK)):
+    wanted = min(count, RL_FIRST_TASK)
+    num_failed, reason = 0, ""
+    for index in range(wanted):
         stream = seed_of(seed, "demonstration", index)
-        yield conversation_pieces(demonstrator.demonstrate(family.task(Split.train, index), stream)[0], tools)
+        try:
+            messages, _ = demonstrator.demonstrate(family.task(Split.train, index), stream)
+        except Exception as error:  # the boundary to environments that are not ours
+            num_failed, reason = num_failed + 1, f"{type(error).__name__}: {error}"
+            continue
+        yield conversation_pieces(messages, tools)
+    if num_failed == wanted:
+        raise DataError(f"none of the {wanted} demonstrations of {type(family).__name__} could be made: {reason}")
+    if num_failed:
+        _log.warning("%d of %d demonstrations failed and are left out; the last: %s", num_failed, wanted, reason)
 
 
 def dialogues(

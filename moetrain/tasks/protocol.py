@@ -6,7 +6,7 @@ environment needs. Demonstrations and lengths are optional.
 
 import math
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,23 +30,40 @@ class Observation:
     is_transient: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Grade:
     """Verdict on a finished trajectory, from the environment's final state and the answer.
 
     reward: any finite number; what RL learns from. reason: one word. parts: what the reward is made of, by name, for
-    the metrics. threshold: a reward from which on the task counts as solved.
+    the metrics. threshold: the task counts as solved when the reward is at least this.
     """
 
     reward: float
     reason: str
-    parts: Mapping[str, float] = field(default_factory=dict)
-    threshold: float = 1.0
+    parts: Mapping[str, float]
+    threshold: float
 
-    def __post_init__(self) -> None:
-        """Refuse a reward that is not a finite number: it would spoil the advantages of its whole group."""
-        if not all(math.isfinite(value) for value in (self.reward, *self.parts.values())):
-            raise ValueError(f"reward {self.reward} with parts {dict(self.parts)}: give finite numbers")
+    def __init__(
+        self,
+        *,
+        reason: str,
+        reward: float | None = None,
+        success: bool | None = None,
+        parts: Mapping[str, float] | None = None,
+        threshold: float = 1.0,
+    ) -> None:
+        """Take a reward, or `success` for graders that only say yes (reward 1) or no (reward 0).
+
+        Raises ValueError for both or neither, and for a number that is not finite: it would spoil the advantages of
+        the whole group.
+        """
+        if (reward is None) == (success is None):
+            raise ValueError(f"reward is {reward} and success is {success}: give one of the two")
+        found = float(bool(success)) if reward is None else reward
+        if not all(math.isfinite(value) for value in (found, *(parts or {}).values())):
+            raise ValueError(f"reward {found} with parts {dict(parts or {})}: give finite numbers")
+        for name, value in (("reward", found), ("reason", reason), ("parts", parts or {}), ("threshold", threshold)):
+            object.__setattr__(self, name, value)
 
     @property
     def success(self) -> bool:

@@ -1,6 +1,8 @@
-"""Stopping at the end of a step when a scheduler asks for it: SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning)."""
+"""Stopping at the end of a step: on SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning) and Ctrl-C."""
 
+import logging
 import signal
+import time
 from enum import StrEnum
 from types import FrameType, TracebackType
 from typing import Any
@@ -9,35 +11,43 @@ import torch
 
 from moetrain.parallel.topology import Topology
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_PRESS_S = 1.0
+"""A terminal sends Ctrl-C to every process of its group, and launchers pass it on: within this time it is one press."""
 
 
 class Status(StrEnum):
-    """How a stage ended: done, or saved on a signal and to be started again."""
+    """How a stage ended: finished, or interrupted: saved on a signal, to be started again."""
 
     finished = "finished"
     interrupted = "interrupted"
 
 
 class StopSignals:
-    """Notes stop signals while it is entered, so that a loop can save at the end of a step."""
+    """Notes stop signals while it is entered, so that a loop can save at the end of a step.
+
+    A second Ctrl-C stops at once: it raises KeyboardInterrupt, and what came after the last checkpoint is lost.
+    """
 
     def __init__(self) -> None:
-        """Note nothing yet."""
         self._received: signal.Signals | None = None
+        self._pressed_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        """Take over the handlers of SIGTERM and SIGUSR1."""
+        """Take over the handlers of the signals."""
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the handlers back."""
+        """Restore the handlers; Ctrl-C stays ignored on the way out of a run that it stops."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if number != signal.SIGINT or kind is not KeyboardInterrupt:
+                signal.signal(number, handler)
 
     def requested(self, topology: Topology) -> str | None:
         """Return the name of the signal that any rank received, the same on every rank, or None. A collective."""
@@ -45,4 +55,12 @@ class StopSignals:
         return signal.Signals(int(highest)).name if highest > 0 else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._pressed_at is not None and now - self._pressed_at > _SAME_PRESS_S:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is not interrupted again
+                raise KeyboardInterrupt
+            if self._pressed_at is None:
+                self._pressed_at = now
+                _log.warning("Ctrl-C: the run saves at the end of this step; Ctrl-C again stops at once without saving")
         self._received = signal.Signals(number)

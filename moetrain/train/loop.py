@@ -23,6 +23,7 @@ from moetrain.train.config import TrainConfig
 from moetrain.train.continuation import Beginning
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.nonfinite import Skips
+from moetrain.train.progress_note import ProgressNote
 
 _log = logging.getLogger(__name__)
 
@@ -95,8 +96,8 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
 
     They are counted from `training.beginning.first_step`.
 
-    SIGTERM and SIGUSR1 save at the end of the step and return `Status.interrupted`; started again, the run resumes to
-    the numbers it would have had. A loss that is not finite raises `DivergenceError`, or its step is skipped
+    SIGTERM, SIGUSR1 and Ctrl-C save at the end of the step and return `Status.interrupted`; started again, the run
+    resumes to the numbers it would have had. A loss that is not finite raises `DivergenceError`, or its step is skipped
     (`config.on_nonfinite`).
     """
     engine = training.engine
@@ -116,7 +117,9 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     shown = progress(last, folder.name, completed=step) if is_main else nullcontext(_ignore)
     retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
     saver = Saver(engine.topology, checkpoints, retention=retention)
+    note = ProgressNote(headline=training.headline, device=engine.topology.device)
     with StopSignals() as signals, shown as advance, saver:
+        _log.info("%s: step %d of %d; metrics and checkpoints are in %s", folder.name, step, last, folder)
         while step < last:
             values = _one_step(training, config, step=step, counters=counters)
             step += 1
@@ -124,12 +127,14 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
             values[TIME_PREFIX + "checkpoint_s"] = saver.take_held_s()
             if step % config.log_every == 0 or step == last:
                 record(step, values)
-            advance(_headline(training.headline, values))
+            advance(note.of(values))
             if training.validate_every and step % training.validate_every == 0 and step < last:
-                record(step, training.validate())
+                note.validation = training.validate()
+                record(step, note.validation)
             signal_name = signals.requested(engine.topology)
             if step % config.checkpoint_every == 0 or step == last or signal_name:
                 saver.begin(engine, step=step, state=_state(training, counters, step=step))
+                note.saved = step
             if signal_name and step < last:
                 _log.warning("stopped by %s at step %d; run the same command again to resume", signal_name, step)
                 return _outcome(Status.interrupted, step=step, counters=counters, checkpoints=checkpoints)
@@ -156,11 +161,6 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
     seconds = time.perf_counter() - start
     counters.seconds += seconds
     return {**values, TIME_PREFIX + "seconds": seconds}
-
-
-def _headline(name: str, values: Mapping[str, float]) -> str:
-    """Return the headline of a step in words; a skipped step has none."""
-    return f"{name} {values[name]:.3f}" if name in values else "skipped"
 
 
 def _ignore(*values: object) -> None:

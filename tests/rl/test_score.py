@@ -65,3 +65,10 @@ def test_rewards_are_numbers_with_parts_and_success_is_a_threshold() -> None:
     assert Grade(reward=0.5, reason="half", threshold=0.5).success
     with pytest.raises(ValueError, match="give finite numbers"):
         Grade(reward=float("nan"), reason="broken")
+
+
+def test_a_grader_may_say_success_in_place_of_a_reward() -> None:
+    assert (Grade(success=True, reason="right").reward, Grade(success=False, reason="wrong").reward) == (1.0, 0.0)
+    for both_or_neither in ({}, {"reward": 1.0, "success": True}):
+        with pytest.raises(ValueError, match="give one of the two"):
+            Grade(reason="x", **both_or_neither)

@@ -198,6 +198,30 @@ def test_a_stage_killed_in_the_middle_goes_on_to_the_same_numbers(run: Path) -> 
     assert found == wanted
 
 
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_numbers(run: Path) -> None:
+    """A terminal sends it to the runner and the stage at the same time."""
+    stage = run / "runs" / "mine" / "pretrain"
+    wanted = [(row["step"], row["loss"]) for row in read_metrics(stage / "metrics.jsonl") if "loss" in row]
+    shutil.rmtree(stage)
+    shutil.rmtree(stage.with_name("export"))
+    command = [sys.executable, "-m", "moetrain.cli", "run", "recipe=mine", "wandb.mode=disabled"]
+    runner = subprocess.Popen(
+        command, cwd=run, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    assert runner.stderr is not None
+    for line in runner.stderr:
+        if b"metrics and checkpoints are in" in line:
+            break
+    os.killpg(runner.pid, signal.SIGINT)
+    said = runner.stderr.read().decode()
+    assert runner.wait() == 143, said
+    assert "Ctrl-C again stops at once" in said and "Traceback" not in said
+    assert max(int(path.name[5:]) for path in (stage / "checkpoints").glob("step_*")) < len(wanted)
+    assert statuses([], run)["pretrain"] == "done"
+    found = [(row["step"], row["loss"]) for row in read_metrics(stage / "metrics.jsonl") if "loss" in row]
+    assert found == wanted
+
+
 def test_a_stage_on_two_ranks_ends_with_the_run_that_started_it(run: Path) -> None:
     words = ["recipe=mine", "name=killed", "num_processes=2", "threads=1", "wandb.mode=disabled"]
     words += ["pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]

@@ -155,7 +155,7 @@ def test_sigkill_in_the_middle_of_a_run_changes_nothing_but_the_time(tmp_path: P
     _assert_equal_runs(whole, killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_signal_saves_at_the_end_of_the_step_and_a_new_start_goes_on(
     tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,59 @@
+"""What the progress line of training says beside the step: loss or reward, speed, rate, memory, validation, saves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from moetrain.log import TIME_PREFIX
+from moetrain.runtime import resident_bytes
+
+_VALIDATION = "validation/"
+_GB = 1e9
+
+
+@dataclass(kw_only=True)
+class ProgressNote:
+    """Collects what the line says. headline: the metric that comes first."""
+
+    headline: str
+    device: torch.device
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the last validation."""
+    saved: int | None = None
+    """Step of the last checkpoint that was begun."""
+
+    def of(self, values: Mapping[str, float]) -> str:
+        """Return the line for a step with these metrics: `loss 2.383, 3.2k tokens/s, lr 6.0e-03, 1.9 GB, saved 100`."""
+        parts = [f"{self.headline} {values[self.headline]:.3f}" if self.headline in values else "skipped"]
+        if (speed := _tokens_per_s(values)) is not None:
+            parts.append(f"{_short(speed)} tokens/s")
+        if "lr" in values:
+            parts.append(f"lr {values['lr']:.1e}")
+        parts.append(f"{self._memory() / _GB:.1f} GB")
+        held_out = [value for name, value in self.validation.items() if name.startswith(_VALIDATION)]
+        if held_out:
+            parts.append(f"val {sum(held_out) / len(held_out):.3f}")
+        if self.saved is not None:
+            parts.append(f"saved {self.saved}")
+        return ", ".join(parts)
+
+    def _memory(self) -> int:
+        """Return the bytes that this process holds: on the GPU where it computes there, else resident."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
+
+
+def _tokens_per_s(values: Mapping[str, float]) -> float | None:
+    """Return the tokens of a step per second; in RL those that were sampled."""
+    if TIME_PREFIX + "tokens_per_s" in values and "sampled_tokens" not in values:
+        return values[TIME_PREFIX + "tokens_per_s"]
+    seconds = values.get(TIME_PREFIX + "seconds", 0.0)
+    return values["sampled_tokens"] / seconds if "sampled_tokens" in values and seconds else None
+
+
+def _short(number: float) -> str:
+    """Return a number with three digits: `843`, `3.21k`, `1.20M`."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
