@@ -10,8 +10,10 @@ import torch
 
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.quant.grids import dequantize, quantize
+from moetrain.quant.grids import Quantized, dequantize, quantize
 from moetrain.runtime import default_device
+
+_Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
 
 
 @dataclass(kw_only=True)
@@ -59,22 +61,26 @@ class InferenceWeights:
         return self.embed_VD.device
 
 
-def expert_weight(weight: torch.Tensor, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Return expert weights as they are multiplied with: through codes and scales when quantised, else cast."""
+def expert_weight(weight: torch.Tensor | Quantized, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Return expert weights as they are multiplied with: from codes and scales when quantised, else cast."""
+    if isinstance(weight, Quantized):
+        return dequantize(weight).to(dtype)
     if not quant.enabled:
         return weight.to(dtype)
     return dequantize(quantize(weight, grid=quant.grid, group_size=quant.group_size)).to(dtype)
 
 
 def build_weights(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: _Tensors,
     *,
     config: ModelConfig,
     quant: QuantConfig,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
 ) -> InferenceWeights:
-    """Return generation weights from global tensors under the training names (fp32 masters or an export's values).
+    """Return generation weights from global tensors under the training names.
+
+    Tensors are fp32 masters, an export's values, or, of routed experts, codes and scales.
 
     They lie on `device`, by default this machine's accelerator if it has one.
     """
@@ -85,23 +91,29 @@ def build_weights(
     return InferenceWeights(
         config=config,
         dtype=dtype,
-        embed_VD=tensors["model.embed_tokens.weight"].to(device, dtype),
-        norm_D=tensors["model.norm.weight"].to(device, torch.float32),
-        head_VD=tensors["lm_head.weight"].to(device, dtype),
+        embed_VD=_plain(tensors, "model.embed_tokens.weight").to(device, dtype),
+        norm_D=_plain(tensors, "model.norm.weight").to(device, torch.float32),
+        head_VD=_plain(tensors, "lm_head.weight").to(device, dtype),
         layers=layers,
     )
 
 
+def _plain(tensors: _Tensors, name: str) -> torch.Tensor:
+    tensor = tensors[name]
+    assert isinstance(tensor, torch.Tensor), f"{name} is quantised, and only experts are"
+    return tensor
+
+
 def _layer(
-    tensors: Mapping[str, torch.Tensor], index: int, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
+    tensors: _Tensors, index: int, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
 ) -> LayerWeights:
     prefix = f"model.layers.{index}."
 
     def matrix(name: str) -> torch.Tensor:
-        return tensors[f"{prefix}{name}.weight"].to(dtype)
+        return _plain(tensors, f"{prefix}{name}.weight").to(dtype)
 
     def vector(name: str) -> torch.Tensor:
-        return tensors[f"{prefix}{name}.weight"].float()
+        return _plain(tensors, f"{prefix}{name}.weight").float()
 
     nope, heads = config.qk_nope_head_dim, config.num_heads
     kv_b = matrix("self_attn.kv_b_proj").view(heads, nope + config.v_head_dim, config.kv_lora_rank)
@@ -124,8 +136,8 @@ def _layer(
     )
     if not is_dense:
         experts = f"{prefix}mlp.experts."
-        layer.router_ED = tensors[f"{prefix}mlp.gate.weight"].float()
-        layer.router_bias_E = tensors[f"{prefix}mlp.gate.e_score_correction_bias"].float()
+        layer.router_ED = _plain(tensors, f"{prefix}mlp.gate.weight").float()
+        layer.router_bias_E = _plain(tensors, f"{prefix}mlp.gate.e_score_correction_bias").float()
         gate_up_EFD = expert_weight(tensors[f"{experts}gate_up_proj"], quant=quant, dtype=dtype)
         down_EDF = expert_weight(tensors[f"{experts}down_proj"], quant=quant, dtype=dtype)
         layer.experts_gate_up_EDF = gate_up_EFD.transpose(1, 2).contiguous()

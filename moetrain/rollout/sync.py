@@ -1,17 +1,164 @@
-"""From the training engine to generation weights: the same codes and scales that training multiplied with."""
+"""From the training engine to generation weights, tensor by tensor: the numbers that training multiplied with.
+
+Every rank asks for the tensors in one order. A tensor that is not quantised is broadcast by the ranks that own its
+pieces, in the dtype that generation reads it in. A quantised one is brought together in bf16 on one rank, quantised
+there, and broadcast as it would be stored: codes and scales, 4.5 bits per weight in INT4. Beyond the target a rank
+holds one tensor at a time.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
+from moetrain.errors import RolloutError
 from moetrain.inference.weights import InferenceWeights, build_weights
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.engine import Engine
+from moetrain.parallel.protocol import Piece
+from moetrain.parallel.topology import Topology
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.formats import FORMATS
+from moetrain.quant.grids import Quantized, quantize
+
+_ROUTER = ".mlp.gate.weight"
 
 
 def sync_weights(
     engine: Engine, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16
 ) -> InferenceWeights:
-    """Return the engine's present weights for generation, on every rank. Collective."""
-    tensors = engine.topology.broadcast_object(engine.gather_state(with_optimizer=False))
-    assert tensors is not None
-    return build_weights(tensors, config=config, quant=quant, dtype=dtype, device=engine.topology.device)
+    """Return the engine's present weights for generation, on every rank. A collective.
+
+    Raises RolloutError when the ranks did not receive the same bytes.
+    """
+    tensors = StreamedTensors(engine, quant=quant, dtype=dtype)
+    weights = build_weights(tensors, config=config, quant=quant, dtype=dtype, device=engine.topology.device)
+    tensors.check()
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """A piece that rank `owner` holds as its piece number `index`."""
+
+    owner: int
+    index: int
+    start: int
+    count: int
+
+
+class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
+    """The engine's tensors by name, each brought to every rank when it is asked for.
+
+    Asking is a collective: every rank asks for the same names in the same order. Nothing is kept.
+    """
+
+    def __init__(self, engine: Engine, *, quant: QuantConfig, dtype: torch.dtype) -> None:
+        """Exchange which rank owns which piece; no tensor moves. dtype: of the matrices that generation multiplies."""
+        self._topology = engine.topology
+        self._quant = quant
+        self._dtype = dtype
+        self._own = list(engine.pieces(with_optimizer=False))
+        self._heads: dict[str, list[_Head]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._num_asked = 0
+        self._digest = hashlib.sha256()
+        for owner, pieces in enumerate(_everyones(self._own, self._topology)):
+            for index, (name, shape, start, count) in enumerate(pieces):
+                self._shapes[name] = shape
+                self._heads.setdefault(name, []).append(_Head(owner=owner, index=index, start=start, count=count))
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        """Return how many tensors there are."""
+        return len(self._shapes)
+
+    def __getitem__(self, name: str) -> "torch.Tensor | Quantized":
+        """Return a tensor whole on this rank's device; a quantised one as codes and scales. A collective."""
+        shape = self._shapes[name]
+        assembler = self._num_asked % self._topology.world_size
+        self._num_asked += 1
+        if len(shape) == 3 and self._quant.enabled:
+            return self._quantized(name, shape, assembler=assembler)
+        is_multiplied = len(shape) > 1 and not name.endswith(_ROUTER)
+        return self._whole(name, shape, dtype=self._dtype if is_multiplied else torch.float32)
+
+    def check(self) -> None:
+        """Raise RolloutError when another rank received other bytes. A collective."""
+        digests = self._topology.broadcast_object(self._topology.gather_objects(self._digest.hexdigest()))
+        if digests is not None and len(set(digests)) > 1:
+            raise RolloutError(f"the ranks received different weights: sha256 {', '.join(d[:12] for d in digests)}")
+
+    def _whole(self, name: str, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of which each owner broadcasts its pieces."""
+        whole_P = torch.empty(_numel(shape), dtype=dtype, device=self._topology.device)
+        for head in self._heads[name]:
+            values_P = whole_P[head.start : head.start + head.count]
+            if head.owner == self._topology.rank:
+                values_P.copy_(self._own[head.index].values_P)
+            if self._topology.world_size > 1:
+                dist.broadcast(values_P, src=head.owner)
+        self._note(whole_P)
+        return whole_P.view(*shape)
+
+    def _quantized(self, name: str, shape: Sequence[int], *, assembler: int) -> Quantized:
+        """Return a tensor [E, out, in] that one rank assembles in bf16, quantises, and broadcasts as it is stored."""
+        stored_format = FORMATS[self._quant.format]
+        whole_P = self._assembled(name, shape, assembler=assembler)
+        stored: dict[str, torch.Tensor] = {}
+        if whole_P is not None:
+            rows_RI = whole_P.view(-1, shape[-1])
+            stored = stored_format.encode(quantize(rows_RI, grid=self._quant.grid, group_size=self._quant.group_size))
+        if self._topology.world_size > 1:
+            stored = _broadcast(stored, src=assembler, device=self._topology.device)
+        for tensor in stored.values():
+            self._note(tensor)
+        rows = stored_format.decode(stored)
+        return Quantized(codes_XOI=rows.codes_XOI.view(*shape), scales_XOG=rows.scales_XOG.view(*shape[:-1], -1))
+
+    def _assembled(self, name: str, shape: Sequence[int], *, assembler: int) -> torch.Tensor | None:
+        """Return a tensor laid flat in bf16 on one rank, None on the others. Codes of bf16 are those of its master."""
+        rank, device = self._topology.rank, self._topology.device
+        whole_P = torch.empty(_numel(shape), dtype=torch.bfloat16, device=device) if rank == assembler else None
+        for head in self._heads[name]:
+            if rank == head.owner:
+                own_P = self._own[head.index].values_P.to(torch.bfloat16)
+                if whole_P is None:
+                    dist.send(own_P.contiguous(), dst=assembler)
+                else:
+                    whole_P[head.start : head.start + head.count] = own_P
+            elif whole_P is not None:
+                dist.recv(whole_P[head.start : head.start + head.count], src=head.owner)
+        return whole_P
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        self._digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+
+
+def _everyones(own: Sequence[Piece], topology: Topology) -> list[list[tuple[str, tuple[int, ...], int, int]]]:
+    """Return name, shape, start and count of every rank's pieces, in rank order. A collective."""
+    mine = [(piece.name, tuple(piece.shape), piece.start, piece.values_P.numel()) for piece in own]
+    everyones = topology.broadcast_object(topology.gather_objects(mine))
+    assert everyones is not None
+    return everyones
+
+
+def _broadcast(tensors: Mapping[str, torch.Tensor], *, src: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of rank `src` on every rank; the others give none."""
+    header = [[(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]]
+    dist.broadcast_object_list(header, src=src)
+    received = {}
+    for name, dtype, shape in header[0]:
+        tensor = tensors[name].to(device).contiguous() if tensors else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(tensor, src=src)
+        received[name] = tensor
+    return received
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
