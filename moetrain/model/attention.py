@@ -1,6 +1,7 @@
-"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over packed rows, for training: no cache here.
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over packed rows, for training: without a KV cache.
 
-B rows, T tokens, D hidden, H heads, N width without position, R rotary width, Q = N + R, V value width, C kv_lora.
+B rows, T tokens, D hidden, H heads, N query-key width without position, R rotary width, Q = N + R, V value width, C
+kv_lora.
 """
 
 from dataclasses import dataclass
@@ -34,13 +35,15 @@ class MaxLogits(StrEnum):
 
     @classmethod
     def needed(cls, threshold: float | None) -> "MaxLogits":
-        """Return whether QK-Clip with this threshold needs the logits; None is off."""
+        """Return `measured` if QK-Clip is on; `threshold` is its threshold, None when it is off."""
         return cls.unmeasured if threshold is None else cls.measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMask:
-    """[B, 1, T, T], True where a token (row) sees a token (column), and the segments that it was made of."""
+    """A dense mask [B, 1, T, T], True where a query token may attend to a key token, and the segments it was built
+    from.
+    """
 
     seen_B1TT: torch.Tensor
     segments_BT: torch.Tensor
@@ -48,21 +51,22 @@ class FusedMask:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstSeen:
-    """The first key that each token sees, int32, for the native kernel."""
+    """The index of the first key that each token attends to, int32, for the native kernel."""
 
     first_seen_BT: torch.Tensor
 
 
 Mask = FusedMask | Runs | list[Tile] | FirstSeen
-"""What a row's tokens see, in the form of the path that attends: made once for all layers."""
+"""The attention mask in the form that the chosen attention path reads; built once and used by all layers."""
 
 
 def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int, library: Library | None) -> Mask:
-    """Return the mask of packed rows for heads whose widest of query, key and value is this wide.
+    """Return the attention mask of packed rows, in the form that the chosen path reads.
 
-    It has the form of the path that attends: first keys for the native kernel where `library` takes the dtype, tiles
-    for short rows on a CPU, runs for the flash kernel on a GPU, and else one square for torch's fused kernel. A token
-    sees itself and earlier tokens of its own segment; padding is a segment like any other.
+    `width`: the largest of the query, key and value widths per head. The paths are, in order: the native kernel where
+    `library` supports the dtype (`FirstSeen`), the flash kernel on a GPU (`Runs`), tiled products for short rows on a
+    CPU (tiles), and else torch's fused kernel (`FusedMask`). A token attends to itself and to earlier tokens of its own
+    segment; padding is treated as one more segment.
     """
     num_tokens = segments_BT.shape[1]
     if taking_kind(library, segments_BT.device, dtype=dtype):
@@ -79,9 +83,9 @@ def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int,
 def attend_fused(
     q_BHTQ: torch.Tensor, k_BHTQ: torch.Tensor, *, v_BHTV: torch.Tensor, mask: FusedMask, scale: float
 ) -> torch.Tensor:
-    """Return attention outputs [B, H, T, V] by torch's fused kernel.
+    """Return attention outputs [B, H, T, V] from torch's fused kernel.
 
-    Values are padded to the query width, without which the kernel falls back to a slow path.
+    Values are padded to the query width, because the kernel falls back to a slow path when the widths differ.
     """
     value_width = v_BHTV.shape[-1]
     missing = q_BHTQ.shape[-1] - value_width
@@ -91,7 +95,7 @@ def attend_fused(
 
 
 class Attention(Recomputable, Multiplying):
-    """Queries, and one latent from which keys and values of all heads are made; a rotary key shared by the heads."""
+    """Latent attention: one compressed latent gives the keys and values of all heads; heads share one rotary key."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class Attention(Recomputable, Multiplying):
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
     def _projected_queries(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Return queries [B, T, H, Q] without rotation."""
+        """Return queries [B, T, H, Q] before rotation."""
         config = self.config
         if config.q_lora_rank is None:
             q: torch.Tensor = self.q_proj(x_BTD)
@@ -126,10 +130,10 @@ class Attention(Recomputable, Multiplying):
     def forward(
         self, x_BTD: torch.Tensor, *, rotation: Rotation, mask: Mask, measured_BT: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the attention output [B, T, D], and the largest logit of each head [H] where tokens are measured.
+        """Return the attention output [B, T, D] and, if measured, the largest logit of each head [H].
 
-        `measured_BT`: True for tokens whose logits count; None measures none and costs nothing. The logits are softmax
-        inputs, the softmax scale included: float32, without gradient, -inf where no token is measured.
+        `measured_BT` is True for tokens whose logits count; with None nothing is measured, at no cost. The logits are
+        the inputs of the softmax, including the softmax scale: float32, without gradient, -inf if no token is measured.
         """
         measured: list[torch.Tensor | None] = []
 
@@ -184,7 +188,9 @@ class Attention(Recomputable, Multiplying):
         mask: FirstSeen,
         measured_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self.library is not None, "the mask was planned for native kernels, which this module was not handed"
+        assert self.library is not None, (
+            "the mask was planned for native kernels, but this module has no kernel library"
+        )
         rows = native.Rows(
             cosine_BTP=rotation.cos.squeeze(2), sine_BTP=rotation.sin.squeeze(2), first_seen_BT=mask.first_seen_BT
         )

@@ -1,8 +1,8 @@
-"""How load is spread over experts: the rules that move the balance bias, and the losses. Everything in float32.
+"""Load balancing over experts: rules that update the balance bias, and the balance losses. Everything is in float32.
 
-The bias is moved once a step, from integer counts over the whole batch, so that neither ranks nor micro-batches nor
-recomputation change it. docs/balance.md explains each rule. N tokens, E experts, K chosen experts a token, B bins, L
-layers.
+The bias is updated once per step from integer counts over the whole batch, so the result does not depend on ranks,
+micro-batches or recomputation. docs/balance.md explains each rule. N tokens, E experts, K chosen experts per token, B
+bins, L layers.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ from moetrain.model.config import BiasRule, ModelConfig, ScoreFunction
 from moetrain.model.router import Router
 
 _SCORE_SPAN = {ScoreFunction.sigmoid: 1.0, ScoreFunction.softmax: 1.0, ScoreFunction.sqrt_softplus: 8.0}
-"""Scores lie between 0 and this; a square root of a softplus reaches 8 at a logit of 64, larger ones count as 8."""
+"""Upper bound of the scores; the lower bound is 0. sqrt(softplus) reaches 8 at a logit of 64; larger scores are clamped
+to the last bin."""
 
 
 @torch.no_grad()
 def update_bias(
     router: Router, counts_E: torch.Tensor, *, required_EB: torch.Tensor, rule: BiasRule, rate: float
 ) -> None:
-    """Move the router's bias in place after a step, so that experts with few tokens are chosen more often.
+    """Update the router's bias in place after a step, so that experts with few tokens are chosen more often.
 
-    `counts_E`: tokens of the step that chose each expert. `sign` adds `rate` where they are fewer than the mean
-    (arXiv 2408.15664, algorithm 1); `centred` also subtracts the mean move (Moonlight, arXiv 2502.16982, appendix C),
-    so that the bias keeps its sum; `quantile` has no rate and takes `required_EB`, see `quantile_bias`.
+    `counts_E`: tokens of the step that chose each expert. `sign` adds `rate` for experts below the mean count and
+    subtracts it above (arXiv 2408.15664, algorithm 1). `centred` also subtracts the mean update (Moonlight, arXiv
+    2502.16982, appendix C), so the sum of the biases stays constant. `quantile` ignores `rate` and uses `required_EB`;
+    see `quantile_bias`.
     """
     bias_E = router.e_score_correction_bias
     if rule == BiasRule.none:
@@ -41,14 +43,14 @@ def update_bias(
 
 @dataclass(frozen=True, kw_only=True)
 class _Bins:
-    """The bins of a histogram of required biases, float64 scalars."""
+    """Bins of a histogram of required biases; the fields are float64 scalars."""
 
     low: torch.Tensor
     width: torch.Tensor
 
     @classmethod
     def of(cls, bias_E: torch.Tensor, *, config: ModelConfig) -> "_Bins":
-        """Return bins over all values that a required bias can have: a biased score minus a score."""
+        """Return bins that cover every possible required bias: a biased score minus a score."""
         span = _SCORE_SPAN[config.score_function]
         low, high = bias_E.double().min() - span, bias_E.double().max() + span
         return cls(low=low, width=(high - low) / config.balance.quantile_bins)
@@ -58,11 +60,11 @@ class _Bins:
 def required_biases(
     scores_NE: torch.Tensor, bias_E: torch.Tensor, *, is_token_N: torch.Tensor, config: ModelConfig
 ) -> torch.Tensor:
-    """Return the histogram [E, B], int32, of the bias that each expert needs to be chosen by each token.
+    """Return the histogram [E, B], int32, of the bias that each expert needs in order to be chosen by each token.
 
-    A token chooses an expert whose biased score is above the token's cutoff, its K + 1 th largest biased score: the
-    bias has to be above cutoff - score (Kimi K3, arXiv 2607.24653, appendix D). Padding is not counted. Histograms of
-    micro-batches and ranks are added; the bias must not move in between, the bins depend on it.
+    A token chooses the experts whose biased score is above its cutoff, the (K+1)-th largest biased score. So the bias
+    must exceed cutoff - score (Kimi K3, arXiv 2607.24653, appendix D). Padding is not counted. Histograms of
+    micro-batches and ranks can be added, as long as the bias does not change in between: the bins depend on it.
     """
     num_bins, num_experts = config.balance.quantile_bins, config.num_experts
     bins = _Bins.of(bias_E, config=config)
@@ -76,11 +78,11 @@ def required_biases(
 
 @torch.no_grad()
 def quantile_bias(bias_E: torch.Tensor, required_EB: torch.Tensor, *, config: ModelConfig) -> torch.Tensor:
-    """Return the bias [E] with which a share K / E of a step's tokens would have chosen each expert.
+    """Return the bias [E] at which a share K / E of the step's tokens would have chosen each expert.
 
-    It is the K / E quantile of the required biases of the step, in which the present `bias_E` set the cutoffs: a step
-    of coordinate descent on the dual of the balanced assignment. Interpolated within its bin, then centred. Without
-    tokens the bias stays.
+    It is the K / E quantile of the step's required biases, whose cutoffs come from the current `bias_E`: one step of
+    coordinate descent on the dual of the balanced assignment problem. The quantile is interpolated within its bin, and
+    the result is centred. Without tokens the bias is returned unchanged.
     """
     counts_EB = required_EB.double()
     target = counts_EB[0].sum() * config.num_experts_per_token / config.num_experts
@@ -98,7 +100,7 @@ def quantile_bias(bias_E: torch.Tensor, required_EB: torch.Tensor, *, config: Mo
 def z_loss_sum(logits_NE: torch.Tensor, *, is_token_N: torch.Tensor) -> torch.Tensor:
     """Return the sum over tokens of logsumexp(logits)^2, float32 with gradient (arXiv 2202.08906, eq. 5).
 
-    Divided by the number of tokens of the step it is the router z-loss of a layer; padding is left out.
+    Padding is excluded. Divided by the number of tokens of the step, this is one layer's router z-loss.
     """
     return (torch.logsumexp(logits_NE, dim=-1).square() * is_token_N).sum()
 
@@ -106,9 +108,10 @@ def z_loss_sum(logits_NE: torch.Tensor, *, is_token_N: torch.Tensor) -> torch.Te
 def global_balance_loss(score_sums_LE: torch.Tensor, loads_LE: torch.Tensor, *, config: ModelConfig) -> torch.Tensor:
     """Return this micro-batch's share of N * sum over layers and experts of f_e P_e (arXiv 2501.11873).
 
-    f_e is the share of the step's choices that fell on the expert, times E (1 when even), from `loads_LE`: counts over
-    all ranks and micro-batches. P_e is the step's mean normalised score, of which `score_sums_LE` (with gradient) holds
-    this micro-batch's part. The factor N, the step's tokens, makes it a sum like `sequence_balance_loss`.
+    f_e is the expert's share of the step's choices, times E (so 1 when even); it comes from `loads_LE`, the counts over
+    all ranks and micro-batches. P_e is the step's mean normalised score; `score_sums_LE` (with gradient) is this
+    micro-batch's contribution to it. N is the number of tokens of the step; the factor makes this a sum over tokens,
+    like `sequence_balance_loss`.
     """
     even_L1 = loads_LE.sum(dim=1, keepdim=True).clamp(min=1).to(score_sums_LE.dtype) / config.num_experts
     return (loads_LE / even_L1 * score_sums_LE).sum()

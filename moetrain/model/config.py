@@ -1,4 +1,4 @@
-"""The shape of the transformer: every number of the DeepSeek-V3 / Kimi K2 architecture. No torch here."""
+"""The shape of the model: all hyperparameters of the DeepSeek-V3 / Kimi K2 architecture. Imports no torch."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,9 @@ class ScoreFunction(StrEnum):
 
 
 class BiasRule(StrEnum):
-    """How the aux-loss-free balance bias moves after a step (arXiv 2408.15664; `centred`: Moonlight, appendix C;
-    `quantile`: Kimi K3, appendix D, without a rate)."""
+    """How the aux-loss-free balance bias is updated after a step: `sign` (arXiv 2408.15664), `centred` (Moonlight,
+    appendix C) or `quantile` (Kimi K3, appendix D; has no rate).
+    """
 
     none = "none"
     sign = "sign"
@@ -27,7 +28,9 @@ class BiasRule(StrEnum):
 
 
 class Recompute(StrEnum):
-    """What is computed again in the backward pass instead of kept: nothing, or attention, feed-forward and experts."""
+    """Activation checkpointing: keep all activations (`none`), or recompute attention, feed-forward and experts in the
+    backward pass (`blocks`).
+    """
 
     none = "none"
     blocks = "blocks"
@@ -35,16 +38,16 @@ class Recompute(StrEnum):
 
 @dataclass(kw_only=True)
 class YarnConfig:
-    """Context extension by YaRN (arXiv 2309.00071). factor 1 switches it off."""
+    """Context extension by YaRN (arXiv 2309.00071); factor 1 disables it."""
 
     factor: float = 1.0
-    """How many times longer the context is than the one trained on."""
+    """Ratio of the extended context length to the trained one."""
     original_max_position: int = 4096
-    """Positions the model was trained on before extension."""
+    """Number of positions that the model was trained on before the extension."""
     beta_fast: float = 1.0
-    """Rotations above which a frequency is left untouched (K2: 1, DeepSeek-V3: 32)."""
+    """A frequency with more rotations than this over the original context is unchanged (K2: 1, DeepSeek-V3: 32)."""
     beta_slow: float = 1.0
-    """Rotations below which a frequency is divided by factor."""
+    """A frequency with fewer rotations than this over the original context is divided by factor."""
     mscale: float = 1.0
     """Scale of cos and sin, relative to mscale_all_dim."""
     mscale_all_dim: float = 1.0
@@ -65,24 +68,24 @@ class YarnConfig:
 
 @dataclass(kw_only=True)
 class BalanceConfig:
-    """How tokens are spread over experts."""
+    """Load balancing of tokens over experts."""
 
     bias_rule: BiasRule = BiasRule.centred
-    """Rule that moves the router's bias after each step."""
+    """Rule that updates the router's balance bias after each step."""
     bias_rate: float = 1e-3
-    """Step of the bias update (sign, centred)."""
+    """Size of the bias update per step (rules sign and centred)."""
     bias_still_share: float = 0.0
-    """Share of the steps, the last ones, in which the bias stands still, its rate being 0 (DeepSeek-V3, arXiv
-    2412.19437, section 4.2: 500B of 14.8T tokens, 0.034)."""
+    """Share of the steps, at the end of training, in which the bias is frozen (DeepSeek-V3, arXiv 2412.19437, section
+    4.2: 500B of 14.8T tokens, 0.034)."""
     quantile_bins: int = 1000
-    """Bins of the histogram in which the quantile rule counts (Kimi K3: 1000)."""
+    """Number of histogram bins of the quantile rule (Kimi K3: 1000)."""
     sequence_loss: float = 1e-4
-    """Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20); 0 switches it off."""
+    """Weight of the sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, eq. 17-20); 0 disables it."""
     global_loss: float = 0.0
-    """Weight of the balance loss over the whole batch of a step (arXiv 2501.11873); 0 switches it off. A step of
-    several micro-batches then starts with a forward pass over all of them that only counts."""
+    """Weight of the balance loss over the whole batch of a step (arXiv 2501.11873); 0 disables it. A step of several
+    micro-batches then first runs an extra forward pass over all of them to count the expert loads."""
     z_loss: float = 0.0
-    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0 switches it off."""
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0 disables it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -96,7 +99,9 @@ class BalanceConfig:
             raise ConfigError(f"model.balance.bias_still_share is {self.bias_still_share}: give a share from 0 to 1")
 
     def at(self, step: int, *, steps: int) -> "BalanceConfig":
-        """Return what holds in optimizer step `step`, from 0, of a run of `steps`: no rule once it stands still."""
+        """Return the config that applies in optimizer step `step` (from 0) of `steps`: without a rule once the bias is
+        frozen.
+        """
         if step < steps - round(self.bias_still_share * steps):
             return self
         return replace(self, bias_rule=BiasRule.none, bias_rate=0.0)
@@ -118,55 +123,56 @@ class ModelConfig:
     """A sparse Mixture-of-Experts transformer in the shape of DeepSeek-V3 and Kimi K2."""
 
     vocab_size: int = 1024
-    """Rows of the embedding and of the head."""
+    """Vocabulary size: rows of the embedding and of the head."""
     hidden_size: int = 128
     """Width of the residual stream (D)."""
     num_layers: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_dense_layers: int = 1
-    """First blocks with a dense feed-forward layer in place of experts."""
+    """Number of blocks, from the first, with a dense feed-forward layer instead of experts."""
     num_heads: int = 4
-    """Attention heads (H)."""
+    """Number of attention heads (H)."""
     q_lora_rank: int | None = 96
-    """Rank of the compressed queries; null projects queries directly."""
+    """Rank of the compressed queries; null projects queries without compression."""
     kv_lora_rank: int = 64
-    """Rank of the compressed keys and values: what the KV cache holds, with the rope key."""
+    """Rank of the compressed keys and values; a KV cache stores this latent and the rotary key."""
     qk_nope_head_dim: int = 32
-    """Query-key width a head without position."""
+    """Query-key width per head without position."""
     qk_rope_head_dim: int = 16
-    """Query-key width a head with rotary position; the key's part is shared by all heads."""
+    """Query-key width per head with rotary position; all heads share the key's part."""
     v_head_dim: int = 32
-    """Value width a head."""
+    """Value width per head."""
     intermediate_size: int = 256
     """Width of a dense feed-forward layer."""
     moe_intermediate_size: int = 64
     """Width of one routed expert (F)."""
     num_experts: int = 8
-    """Routed experts a layer (E)."""
+    """Routed experts per layer (E)."""
     num_experts_per_token: int = 2
-    """Routed experts that each token visits (K)."""
+    """Routed experts chosen per token (K)."""
     num_shared_experts: int = 1
-    """Experts that every token visits; stored as one expert of that many times the width."""
+    """Number of experts that process every token; they are stored as one expert of num_shared_experts times the width.
+    """
     num_groups: int = 1
-    """Groups that the experts are divided into for group-limited routing."""
+    """Number of expert groups for group-limited routing."""
     num_groups_per_token: int = 1
-    """Groups among which a token's experts are chosen."""
+    """Number of groups from which a token's experts are chosen."""
     score_function: ScoreFunction = ScoreFunction.sigmoid
-    """Router score function."""
+    """Function that turns router logits into scores."""
     normalize_weights: bool = True
-    """Divide the chosen scores by their sum."""
+    """Divide the chosen experts' scores by their sum."""
     routed_scaling_factor: float | None = None
     """Factor on the routed output; null derives it from num_experts and num_experts_per_token (Moonlight, app. C)."""
     rope_theta: float = 50000.0
     """Base of the rotary frequencies."""
     yarn: YarnConfig = field(default_factory=YarnConfig)
-    """Context extension."""
+    """Context extension (YaRN)."""
     rms_norm_eps: float = 1e-5
-    """Epsilon of the RMS norms (the latent norms use 1e-6, as transformers does)."""
+    """Epsilon of the RMS norms (the latent norms use 1e-6, as in transformers)."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     max_position_embeddings: int = 2048
-    """Longest sequence the model is declared for."""
+    """Maximum sequence length, as declared in the config."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Load balancing."""
 
@@ -201,30 +207,30 @@ class ModelConfig:
             self._check_quantile()
 
     def _check_quantile(self) -> None:
-        """Check what the quantile rule needs: a next best expert, and a choice that depends on each bias alone."""
+        """Raise ConfigError where the quantile rule cannot work: without a next best expert, or with groups."""
         if self.num_experts_per_token == self.num_experts:
             raise ConfigError(
                 f"model.balance.bias_rule is quantile: every token visits all {self.num_experts} experts, "
-                "there is nothing to balance; give none"
+                "so there is nothing to balance. Give model.balance.bias_rule=none"
             )
         if self.num_groups > 1:
             raise ConfigError(
                 f"model.balance.bias_rule is quantile and model.num_groups is {self.num_groups}: in groups the bias of "
-                "one expert opens or closes others, which the quantile does not see; give sign or centred, or 1 group"
+                "one expert changes which others can be chosen, which the rule ignores. Give sign or centred, or 1 group"
             )
 
     @property
     def num_moe_layers(self) -> int:
-        """Blocks with routed experts."""
+        """Number of blocks with routed experts."""
         return self.num_layers - self.num_dense_layers
 
     @property
     def qk_head_dim(self) -> int:
-        """Query-key width a head."""
+        """Query-key width per head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def softmax_scale(self) -> float:
-        """Scale of the attention logits, YaRN's correction included."""
+        """Scale of the attention logits, including YaRN's correction."""
         mscale = 0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0 if self.yarn.factor > 1 else 1.0
         return float(self.qk_head_dim**-0.5) * mscale * mscale

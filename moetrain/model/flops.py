@@ -1,30 +1,30 @@
-"""Parameters and floating-point operations of a shape, by arithmetic alone. No torch: planning runs anywhere."""
+"""Parameter counts and FLOPs of a model shape, by arithmetic alone. Imports no torch, so planning runs anywhere."""
 
 from dataclasses import dataclass
 
 from moetrain.model.config import ModelConfig
 
 _MATRICES_OF_SWIGLU = 3
-_FORWARD_AND_BACKWARD = 3  # the backward pass makes two products for each of the forward pass
+_FORWARD_AND_BACKWARD = 3  # the backward pass computes two products per forward product
 _FLOPS_OF_A_MULTIPLY_ADD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of a model; balance biases are buffers and not counted."""
+    """Parameter counts of a model; the balance biases are buffers and are not counted."""
 
     total: int
-    """Everything, both embeddings included."""
+    """All parameters, including the input embedding and the head."""
     routed: int
-    """Of all routed experts."""
+    """Parameters of all routed experts."""
     active: int
-    """That one token passes through, input embedding and head left out."""
+    """Parameters used per token, without input embedding and head."""
     active_with_head: int
-    """The same with the head."""
+    """Parameters used per token, including the head but not the input embedding."""
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Return parameters of one attention layer, its two latent norms included."""
+    """Return the parameters of one attention layer, including its latent norms."""
     hidden, heads = config.hidden_size, config.num_heads
     if config.q_lora_rank is None:
         queries = hidden * heads * config.qk_head_dim
@@ -36,17 +36,17 @@ def attention_parameters(config: ModelConfig) -> int:
 
 
 def feed_forward_parameters(config: ModelConfig, width: int) -> int:
-    """Return parameters of a feed-forward layer of that width."""
+    """Return the parameters of a feed-forward layer of width `width`."""
     return _MATRICES_OF_SWIGLU * config.hidden_size * width
 
 
 def expert_parameters(config: ModelConfig) -> int:
-    """Return parameters of one routed expert."""
+    """Return the parameters of one routed expert."""
     return feed_forward_parameters(config, config.moe_intermediate_size)
 
 
 def num_parameters(config: ModelConfig) -> ParameterCounts:
-    """Return the parameter counts of a shape, exact to the unit."""
+    """Return the exact parameter counts of a model shape."""
     hidden = config.hidden_size
     norms = (2 * config.num_layers + 1) * hidden
     attention = config.num_layers * attention_parameters(config)
@@ -62,10 +62,10 @@ def num_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return FLOPs of forward and backward for one token of documents of `seq_len` tokens.
+    """Return the FLOPs of one token's forward and backward pass, in documents of `seq_len` tokens.
 
-    6 for each active parameter (head included, input embedding not), and causal attention over half the document on
-    average. Norms, softmax and rotations are left out, as is usual for MFU.
+    6 FLOPs per active parameter (head included, input embedding excluded), plus causal attention over half the document
+    on average. Norms, softmax and rotations are excluded, as is usual for MFU.
     """
     products = _FLOPS_OF_A_MULTIPLY_ADD * num_parameters(config).active_with_head
     attention = (

@@ -1,7 +1,7 @@
-"""The factor on the routed output when the config leaves it open (Moonlight, arXiv 2502.16982, appendix C). No torch.
+"""The default factor on the routed output (Moonlight, arXiv 2502.16982, appendix C). No torch.
 
-It is the expectation, over independent Gaussian router logits, of 1 / ||normalised scores of the chosen experts||_2:
-it makes the sum of the routed outputs as large as the output of one expert.
+It is the expectation, over independent Gaussian router logits, of 1 / ||normalised scores of the chosen experts||_2.
+With it, the sum of the routed outputs is as large as the output of one expert.
 """
 
 import math
@@ -11,32 +11,38 @@ from statistics import NormalDist
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction
 
-_NUM_POINTS = 8192  # the error is then below 1e-4 for the published shapes
-_NUM_DECIMALS = 3  # as published
+_NUM_POINTS = 8192  # keeps the error below 1e-4 for the published shapes
+_NUM_DECIMALS = 3  # as in the published configs
 
 
 def routed_scaling_factor(config: ModelConfig) -> float:
-    """Return the configured factor, or the derived one; raises ConfigError where the law does not hold."""
+    """Return the configured factor, or the derived one if the config leaves it null.
+
+    Raises ConfigError if it must be derived and the weights are not normalised.
+    """
     if config.routed_scaling_factor is not None:
         return config.routed_scaling_factor
     if not config.normalize_weights:
         raise ConfigError(
             "model.routed_scaling_factor is null and model.normalize_weights is false: "
-            "the factor is derived for normalised weights only, give a number"
+            "the factor can be derived only for normalised weights. Give a number"
         )
     return gate_scale(config.num_experts, config.num_experts_per_token, score_function=config.score_function)
 
 
 @cache
 def gate_scale(num_experts: int, num_chosen: int, *, score_function: ScoreFunction = ScoreFunction.sigmoid) -> float:
-    """Return the expectation, to three decimals: quasi-Monte-Carlo, so the same on every machine."""
+    """Return the expectation rounded to three decimals.
+
+    Quasi-Monte-Carlo integration makes it the same on every machine.
+    """
     quantile = NormalDist().inv_cdf
     steps = _lattice_steps(num_chosen)
     total = 0.0
     for point in range(_NUM_POINTS):
         uniform, scores = 1.0, []
         for chosen, step in enumerate(steps):
-            # The next largest of n uniforms is the last one times U^(1/n): only the chosen experts are drawn.
+            # The largest of n uniforms below a bound is the bound times U^(1/n): only chosen experts need a draw.
             uniform *= ((0.5 + point * step) % 1.0 or 0.5) ** (1.0 / (num_experts - chosen))
             scores.append(_score(quantile(min(uniform, 1.0 - 1e-16)), score_function))
         total += sum(scores) / math.sqrt(sum(score * score for score in scores))
@@ -47,7 +53,7 @@ def _score(logit: float, score_function: ScoreFunction) -> float:
     if score_function == ScoreFunction.sigmoid:
         return 1.0 / (1.0 + math.exp(-logit))
     if score_function == ScoreFunction.softmax:
-        return math.exp(logit)  # its denominator cancels in the normalised scores
+        return math.exp(logit)  # the softmax denominator cancels in the normalised scores
     return math.sqrt(math.log1p(math.exp(logit)))
 
 

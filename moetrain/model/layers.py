@@ -1,6 +1,6 @@
-"""The plain layers: linear, RMS norm, SwiGLU feed-forward. Parameters are fp32; products run in the dtype of x.
+"""The basic layers: linear, RMS norm, SwiGLU feed-forward. Parameters are fp32; products run in the dtype of x.
 
-X any leading axes, D hidden size, F feed-forward width.
+x has any leading axes.
 """
 
 import torch
@@ -12,7 +12,7 @@ from moetrain.ops.dense import linear, rms_norm, swiglu
 
 
 class Linear(Multiplying):
-    """A product without bias; the fp32 weight [out, in] is cast to the dtype of its input."""
+    """A linear layer without bias; the fp32 weight [out, in] is cast to the dtype of the input."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Linear(Multiplying):
 
 
 class RMSNorm(Multiplying):
-    """Root-mean-square norm over the last axis, in float32 because squares of bf16 lose too much."""
+    """Root-mean-square norm over the last axis. It runs in float32 because squares lose too much precision in bf16."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class RMSNorm(Multiplying):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normed and scaled x in its own dtype."""
+        """Return x normalised and multiplied by the weight, in the dtype of x."""
         return rms_norm(x, self.weight, eps=self.eps, library=self.library)
 
 
 class FeedForward(Recomputable, Multiplying):
-    """SwiGLU (arXiv 2002.05202): a dense layer's, or the shared experts taken as one."""
+    """SwiGLU feed-forward layer (arXiv 2002.05202): a dense layer, or all shared experts as one layer."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()

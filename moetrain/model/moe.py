@@ -1,8 +1,8 @@
 """The Mixture-of-Experts layer: router, routed experts behind a dispatcher, shared experts, balance loss.
 
-Knows one device: a dispatcher that reaches experts on other ranks is handed in. N tokens, S = N * K rows (a token times
-a chosen expert), D hidden, E experts, L local experts, F expert width, G = 2F, R rows of one expert, K chosen experts,
-M documents.
+The layer itself runs on one device; a dispatcher passed to it reaches experts on other ranks. N tokens, S = N * K rows
+(one per token and chosen expert), D hidden, E experts, L local experts, F expert width, G = 2F, R rows of one round, K
+chosen experts, M documents.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from moetrain.quant.fake_quant import FakeQuantizer
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The document of each token: `ids_N` int64 in 0..M-1, and M on padding, where `is_token_N` is False."""
+    """The document of each token: `ids_N` is int64 in 0..M-1, or M for padding, where `is_token_N` is False."""
 
     ids_N: torch.Tensor
     is_token_N: torch.Tensor
     lengths_M: torch.Tensor
-    """Tokens of each document, padding not counted; documents of length 0 may occur."""
+    """Tokens per document, without padding; some may be 0."""
 
     @classmethod
     def of(cls, segments_BT: torch.Tensor) -> "Documents":
@@ -45,21 +45,21 @@ class Documents:
         return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M)
 
     def counts(self, expert_ids_NK: torch.Tensor, *, num_experts: int) -> torch.Tensor:
-        """Return how many tokens of each document chose each expert [M, E], int64; padding is left out."""
+        """Return how many tokens of each document chose each expert [M, E], int64; padding is excluded."""
         num_documents = len(self.lengths_M)
         pairs_NK = self.ids_N[:, None] * num_experts + expert_ids_NK
         counts = torch.bincount(pairs_NK.flatten(), minlength=(num_documents + 1) * num_experts)
         return counts.view(-1, num_experts)[:num_documents]
 
     def sums(self, values_NE: torch.Tensor) -> torch.Tensor:
-        """Return the sum over each document's tokens [M, E]; padding is left out."""
+        """Return the sum over each document's tokens [M, E]; padding is excluded."""
         num_documents = len(self.lengths_M)
         sums = values_NE.new_zeros(num_documents + 1, values_NE.shape[1]).index_add(0, self.ids_N, values_NE)
         return sums[:num_documents]
 
 
 class Experts(Recomputable, Multiplying):
-    """The routed experts of a layer that live here: SwiGLU, gate rows first, as transformers stores them."""
+    """The routed experts of a layer on this rank: SwiGLU, with gate rows before up rows as in transformers."""
 
     def __init__(self, config: ModelConfig, *, num_local: int, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,9 +70,9 @@ class Experts(Recomputable, Multiplying):
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, width, dtype=torch.float32))
 
     def compute_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gate_up [L, 2F, D] and down [L, D, F] as they are multiplied with: cast, or through codes and scales.
+        """Return gate_up [L, 2F, D] and down [L, D, F] as used in the products: cast, or fake-quantised.
 
-        Masters for the native kernels, which cast what they read.
+        For native kernels the fp32 masters are returned, because these kernels cast while they read.
         """
         if self.fake_quant is None:
             if taking_kind(self.library, self.gate_up_proj.device, dtype=self.compute_dtype):
@@ -86,10 +86,10 @@ class Experts(Recomputable, Multiplying):
     def forward(
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, *, dispatcher: "Dispatcher"
     ) -> torch.Tensor:
-        """Return y_ND, what `dispatcher` makes of these experts; see Dispatcher.
+        """Return y_ND, the output of `dispatcher` for these experts; see Dispatcher.
 
-        The whole way there and back is inside this module's call: an engine that brings weights together for the call
-        of the module that owns them does so once a layer, however often the dispatcher computes.
+        Dispatch and combine both run inside this module's call. An engine that gathers weights for the call of the
+        module that owns them (ZeRO 3) thus gathers them once per layer, however often the dispatcher computes.
         """
 
         def part(x_ND: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -98,28 +98,32 @@ class Experts(Recomputable, Multiplying):
         return run_part(part, x_ND, weights_NK, parameters=self.parameters(), recompute=self.recompute)
 
     def compute(self, x_SD: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
-        """Return outputs of rows sorted by local expert, `counts_L` int64 rows each, in the dtype of x.
+        """Return the outputs of rows sorted by local expert, in the dtype of x; `counts_L` (int64) is the rows per
+        expert.
 
-        An expert without rows still has a gradient (zero).
+        An expert without rows still gets a gradient (zero).
         """
         gate_up_LGD, down_LDF = self.compute_weights()
         return expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=self.library)
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and the weighted sum of the outputs back."""
+    """Sends tokens to their experts and returns the weighted sum of the expert outputs."""
 
     def __call__(
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
     ) -> torch.Tensor:
-        """Return y_ND in the dtype of x: sum over k of weight * expert(x), accumulated in float32.
+        """Return y_ND in the dtype of x: the sum over k of weight * expert(x), accumulated in float32.
 
-        `expert_ids_NK` are global ids; `experts` holds the experts of this rank and takes rows sorted by expert.
+        `expert_ids_NK` are global ids; `experts` contains this rank's experts and computes rows sorted by expert.
         """
 
 
 class LocalDispatcher:
-    """All experts are here: sort rows by expert, compute, put back. At most `expert_rows` rows at once, where given."""
+    """Dispatcher for experts that are all on this rank: sorts rows by expert, computes, and restores the order.
+
+    `expert_rows`: maximum number of rows computed at once; None computes all at once.
+    """
 
     def __init__(self, *, expert_rows: int | None = None) -> None:
         self.expert_rows = expert_rows
@@ -144,7 +148,7 @@ class LocalDispatcher:
 
 
 def _local_rounds(counts_E: torch.Tensor, *, limit: int) -> list[Round]:
-    """Return the rounds of rows that are sorted by expert and stay where they are."""
+    """Return the rounds for rows that are sorted by expert and stay on this rank."""
     rounds, first = [], 0
     for last in round_ends(counts_E.tolist(), limit=limit):
         sent_P = torch.arange(first, last, device=counts_E.device)
@@ -163,12 +167,13 @@ def _stay(rows_RD: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStatistics:
-    """What a layer reports of its routing; padding is left out.
+    """Routing statistics of one layer; padding is excluded.
 
     `counts_E` int64: tokens that chose each expert. `balance_loss`: float32, see `sequence_balance_loss`. `entropy`:
-    float32, detached, mean entropy in nats of a token's normalised scores. `score_sums_E`: float32, the normalised
-    scores summed over tokens. `z_loss`: float32, see `balance.z_loss_sum`; 0 where its weight is. `required_EB` int32:
-    see `balance.required_biases`; without bins unless the bias rule is quantile and gradients are on.
+    float32, detached, mean over tokens of the entropy of the normalised scores, in nats. `score_sums_E`: float32,
+    normalised scores summed over tokens. `z_loss`: float32, see `balance.z_loss_sum`; 0 if its weight is 0.
+    `required_EB` int32: see `balance.required_biases`; has no bins (B = 0) unless the bias rule is quantile and
+    gradients are enabled.
     """
 
     counts_E: torch.Tensor
@@ -184,8 +189,9 @@ def sequence_balance_loss(
 ) -> torch.Tensor:
     """Return the sum over documents of length * sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
 
-    f_e is the document's share of choices times E (1 when even), P_e its mean normalised score. The factor length makes
-    the sum over any split into batches, divided by the number of tokens, the same number.
+    f_e is the expert's share of the document's choices times E (so 1 when even), P_e its mean normalised score. Because
+    of the factor length, the sum over all batches divided by the number of tokens is the same for every split into
+    batches.
     """
     num_experts = normalized_NE.shape[1]
     even_M1 = (documents.lengths_M * expert_ids_NK.shape[1]).clamp(min=1)[:, None] / num_experts
@@ -194,7 +200,7 @@ def sequence_balance_loss(
 
 
 class MoE(nn.Module):
-    """Router, routed experts and shared experts of one layer; weights of the experts in `expert_slice` only."""
+    """Router, routed experts and shared experts of one layer; holds weights only of the experts in `expert_slice`."""
 
     def __init__(
         self, config: ModelConfig, *, compute_dtype: torch.dtype, dispatcher: Dispatcher, expert_slice: slice
@@ -207,7 +213,7 @@ class MoE(nn.Module):
         self.dispatcher = dispatcher
 
     def forward(self, x_BTD: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, RouterStatistics]:
-        """Return the layer's output [B, T, D] and what the router did."""
+        """Return the layer's output [B, T, D] and its router statistics."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
         routed_ND = self.experts(x_ND, routing.expert_ids_NK, routing.weights_NK, dispatcher=self.dispatcher)

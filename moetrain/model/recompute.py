@@ -1,8 +1,8 @@
-"""Parts of a block that keep their inputs alone and are computed again in the backward pass (arXiv 1604.06174).
+"""Activation checkpointing: parts of a block that keep only their inputs and run again in the backward pass.
 
-The router is never inside such a part: it routes once, so that no token can go elsewhere the second time and no count
-is taken twice. The gradients of parameters leave through the outer graph, as those of a part that is not recomputed do;
-so sums have the same order, and a hook on a parameter sees its whole gradient once.
+The method is that of arXiv 1604.06174. The router is never inside such a part: it runs once, so the second forward pass
+cannot route a token differently and no count is taken twice. Parameter gradients flow through the outer graph, as they
+do without recomputation, so sums have the same order and a hook on a parameter sees its whole gradient once.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,13 +17,15 @@ Part = Callable[..., torch.Tensor]
 
 
 class _Recomputed(torch.autograd.Function):
-    """Runs `part` without a graph, and once more with one when its gradient is asked for."""
+    """Runs `part` without a graph in the forward pass, and again with a graph in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, part: Part, parameters: list[nn.Parameter], num_inputs: int, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        """Return what `part` makes of the inputs; the parameters stand beside them as sources of its graph."""
+        """Return the output of `part`; `tensors` are the inputs, then the parameters, which need gradients from this
+        node.
+        """
         inputs = tensors[:num_inputs]
         ctx.part, ctx.parameters = part, parameters
         ctx.save_for_backward(*inputs)
@@ -31,7 +33,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of inputs and parameters."""
+        """Return the gradients of the inputs and parameters."""
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
             output = ctx.part(*inputs)
@@ -44,9 +46,10 @@ class _Recomputed(torch.autograd.Function):
 def run_part(
     part: Part, *inputs: torch.Tensor, parameters: Iterable[nn.Parameter], recompute: Recompute
 ) -> torch.Tensor:
-    """Return part(*inputs), one tensor; with `Recompute.blocks` nothing else of it is kept for the backward pass.
+    """Return part(*inputs), one tensor; with `Recompute.blocks` the backward pass keeps only the inputs.
 
-    `parameters`: those that the part reads, whole in both passes. Same bits in both modes.
+    `parameters`: all parameters that the part reads; they must be complete in both passes. Both modes give the same
+    bits.
     """
     if recompute is Recompute.none or not torch.is_grad_enabled():
         return part(*inputs)
@@ -56,13 +59,13 @@ def run_part(
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:
-    """Tell all modules of `model` that have such parts what to do."""
+    """Set the recomputation mode of all `Recomputable` modules in `model`."""
     for module in model.modules():
         if isinstance(module, Recomputable):
             module.recompute = recompute
 
 
 class Recomputable(nn.Module):
-    """A module whose forward is one part; `recompute` is `none` until it is told otherwise."""
+    """A module whose forward is one part that can be recomputed; the default mode is `none`."""
 
     recompute = Recompute.none

@@ -10,7 +10,7 @@ import torch
 
 from moetrain.model.config import ModelConfig
 
-_SINGULAR_RAMP = 1e-3  # width given to a ramp that starts where it ends, as transformers does
+_SINGULAR_RAMP = 1e-3  # ramp width when its start equals its end, as in transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RopeTable:
         return RopeTable(cos_SP=self.cos_SP.to(device), sin_SP=self.sin_SP.to(device))
 
     def at(self, positions_BT: torch.Tensor) -> Rotation:
-        """Return the rotation of tokens at these positions."""
+        """Return the rotation at these token positions."""
         return Rotation(cos=self.cos_SP[positions_BT][..., None, :], sin=self.sin_SP[positions_BT][..., None, :])
 
 
@@ -42,14 +42,14 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Return radians a position for each pair [P], float32; YaRN divides the slow ones by its factor."""
+    """Return the radians per position of each pair [P], float32; YaRN divides the low frequencies by its factor."""
     width, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
     wavelengths_P = base ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     if yarn.factor <= 1:
         return 1.0 / wavelengths_P
 
     def correction(rotations: float) -> float:
-        """Return the dimension that turns `rotations` times over the original context."""
+        """Return the dimension that makes `rotations` full turns over the original context."""
         return width * math.log(yarn.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(correction(yarn.beta_fast)), 0)
@@ -68,10 +68,10 @@ def build_rope(config: ModelConfig, num_positions: int) -> RopeTable:
 
 
 def rotate(x_BTHR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Return `x_BTHR` with its pairs (x0, x1), (x2, x3)... rotated, in float32, then in the dtype of x.
+    """Return `x_BTHR` with its pairs (x0, x1), (x2, x3)... rotated; computed in float32, returned in the dtype of x.
 
-    The result holds all first members, then all second ones, as transformers' `rope_interleave` leaves them; queries
-    and keys are permuted alike, so their products are unchanged.
+    The result contains the first members of all pairs, then the second members, like transformers' `rope_interleave`.
+    Queries and keys get the same permutation, so their products are unchanged.
     """
     first, second = x_BTHR.float().view(*x_BTHR.shape[:-1], -1, 2).unbind(-1)
     cos, sin = rotation.cos, rotation.sin
@@ -79,5 +79,5 @@ def rotate(x_BTHR: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 
 def apply_rope(x_BTHR: torch.Tensor, rope: RopeTable, *, positions_BT: torch.Tensor) -> torch.Tensor:
-    """Return `x_BTHR` rotated to its tokens' positions."""
+    """Return `x_BTHR` rotated to its positions."""
     return rotate(x_BTHR, rope.at(positions_BT))

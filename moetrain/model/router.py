@@ -1,6 +1,6 @@
-"""Which experts each token visits, and with what weight. Everything in float32. The bias moves in `model.balance`.
+"""The router: which experts process each token, with which weights. Everything is in float32.
 
-N tokens, E experts, K chosen experts a token, G groups.
+`model.balance` updates the bias. N tokens, E experts, K chosen experts per token, G groups.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,15 @@ from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.gate_scale import routed_scaling_factor
 
 _NORM_EPS = 1e-20  # as in DeepSeek-V3's code
-_SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best (arXiv 2412.19437, section 2.1.2)
+_SCORES_OF_A_GROUP = 2  # a group's score is the sum of its two best (arXiv 2412.19437, section 2.1.2)
 
 
 class Routing(NamedTuple):
-    """Where tokens go: `logits_NE` and `scores_NE` of all experts, `expert_ids_NK` int64, `weights_NK` of the chosen.
+    """The routing of N tokens: `logits_NE` and `scores_NE` of all experts, `expert_ids_NK` and `weights_NK` of the
+    chosen.
 
-    All but the ids are float32. A tuple, because ZeRO 3 finds the tensors of a module's output in tuples only.
+    The ids are int64, the rest float32. It is a tuple because ZeRO 3 finds the tensors of a module's output only in
+    tuples.
     """
 
     logits_NE: torch.Tensor
@@ -39,7 +41,7 @@ def score(logits_NE: torch.Tensor, function: ScoreFunction) -> torch.Tensor:
 
 @torch.no_grad()
 def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig) -> torch.Tensor:
-    """Return ids [N, K] of the experts with the largest biased scores, inside the best groups only."""
+    """Return the ids [N, K] of the experts with the largest biased scores, within the best groups only."""
     biased_NE = scores_NE + bias_E
     if config.num_groups > 1:
         grouped_NGE = biased_NE.view(-1, config.num_groups, config.num_experts // config.num_groups)
@@ -52,7 +54,7 @@ def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig
 
 
 def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig) -> Routing:
-    """Return the routing of float32 logits; the bias moves the choice, never the weights (arXiv 2408.15664)."""
+    """Return the routing for float32 logits; the bias affects the choice but not the weights (arXiv 2408.15664)."""
     scores_NE = score(logits_NE, config.score_function)
     expert_ids_NK = choose(scores_NE, bias_E, config=config)
     weights_NK = scores_NE.gather(1, expert_ids_NK)
@@ -67,7 +69,7 @@ def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig)
 
 
 class Router(nn.Module):
-    """The gate of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer without gradient."""
+    """The router of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer without gradient."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The transformer: tokens of packed rows to hidden states, and hidden states to logits. One device, no ranks, no loss.
+"""The transformer: packed rows of tokens to hidden states, and hidden states to logits. One device, no ranks, no loss.
 
-State-dict names and shapes are those of transformers v5's DeepseekV3ForCausalLM in memory. B rows, T tokens, N tokens,
-D hidden, V vocabulary, L layers with routed experts, E experts, A layers with attention (all), H heads.
+State-dict names and shapes match those of transformers v5's DeepseekV3ForCausalLM in memory. B rows, T tokens, N
+tokens, D hidden, V vocabulary, L layers with routed experts, E experts, A attention layers (all blocks), H heads.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,19 @@ from moetrain.model.rope import RopeTable, Rotation, build_rope
 from moetrain.runtime import torch_stream
 
 ReadOut = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
-"""Makes tensors of hidden states [N, D] and the head's weight [V, D]."""
+"""Computes tensors from hidden states [N, D] and the head's weight [V, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOutput:
-    """Hidden states after the last norm, and the routers' doings; padding (segment 0) is left out of the latter.
+    """Hidden states after the last norm, and router statistics; the statistics exclude padding (segment 0).
 
     `counts_LE` int64: tokens that chose each expert. `balance_loss`: float32 scalar, summed over layers and documents,
-    each document weighted by its tokens. `entropy_L`: float32, detached, mean entropy of the routers' scores in nats.
+    each document weighted by its tokens. `entropy_L`: float32, detached, mean entropy of the router scores in nats.
     `score_sums_LE`: float32, normalised scores summed over tokens. `z_loss`: float32 scalar, summed over layers and
-    tokens; 0 where its weight is. `required_LEB` int32: see `balance.required_biases`; without bins unless the bias
-    rule is quantile and gradients are on.
-    `max_logits_AH`: float32, detached, largest attention logit (softmax input, its scale included) of each head of each
-    of A layers over the tokens, padding left out; None where it was not measured.
+    tokens; 0 if its weight is 0. `required_LEB` int32: see `balance.required_biases`; has no bins (B = 0) unless the
+    bias rule is quantile and gradients are enabled. `max_logits_AH`: float32, detached, largest attention logit
+    (softmax input, including its scale) per layer and head over all tokens without padding; None if not measured.
     """
 
     hidden_BTD: torch.Tensor
@@ -51,14 +50,14 @@ class ForwardOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStatistics:
-    """What a block reports: its router's doings where it has one, its largest logits [H] where they are measured."""
+    """Statistics of one block: its router's, if it has experts, and its largest logits [H], if they are measured."""
 
     router: RouterStatistics | None
     max_logits_H: torch.Tensor | None
 
 
 class Block(nn.Module):
-    """Attention, then a dense feed-forward layer or experts, each on the normed residual stream."""
+    """Attention, then a dense feed-forward layer or experts; each reads the normed residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, mlp: FeedForward | MoE) -> None:
         super().__init__()
@@ -76,7 +75,9 @@ class Block(nn.Module):
         documents: Documents,
         measured_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, BlockStatistics]:
-        """Return the residual stream after this block, and what it reports. `measured_BT`: see `Attention.forward`."""
+        """Return the residual stream after this block, and the block's statistics. `measured_BT`: see
+        `Attention.forward`.
+        """
         attended_BTD, max_logits_H = self.self_attn(
             self.input_layernorm(x_BTD), rotation=rotation, mask=mask, measured_BT=measured_BT
         )
@@ -89,7 +90,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of fp32 weights for every token id."""
+    """One row of fp32 weights per token id."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
@@ -101,18 +102,19 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """The rows of fp32 weights that give a hidden state its logits."""
+    """The output projection from hidden states to logits, with fp32 weights."""
 
     def forward(self, hidden_ND: torch.Tensor, read_out: ReadOut | None = None) -> Any:
-        """Return logits [N, V] in the dtype of the hidden states, or what `read_out` makes of them and the weight.
+        """Return logits [N, V] in the dtype of the hidden states, or `read_out(hidden, weight)` if `read_out` is given.
 
-        A loss that never holds all logits reads the weight through this call: under ZeRO 3 it is whole only inside.
+        A loss that never materialises all logits reads the weight through this call, because ZeRO 3 gathers the whole
+        weight only inside the call.
         """
         return super().forward(hidden_ND) if read_out is None else read_out(hidden_ND, self.weight)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and last norm: what transformers calls `model`."""
+    """Embedding, blocks and last norm: the module that transformers calls `model`."""
 
     def __init__(
         self, config: ModelConfig, *, compute_dtype: torch.dtype, dispatcher: Dispatcher, expert_slice: slice
@@ -131,10 +133,11 @@ class Decoder(nn.Module):
 
 
 class Transformer(Multiplying):
-    """A model of the DeepSeek-V3 / Kimi K2 shape. Parameters are fp32 masters and are left unset: see `initialize`.
+    """A model of the DeepSeek-V3 / Kimi K2 shape. Its fp32 master parameters are not initialised here: see
+    `initialize`.
 
-    Products run in `compute_dtype`, by the native kernels of `library` where they take it. `expert_slice` says which of
-    the routed experts live here (all by default); then `dispatcher` must reach the others.
+    Products run in `compute_dtype`, with the native kernels of `library` where they support it. `expert_slice`: the
+    routed experts on this rank, by default all; if not all, `dispatcher` must reach the others.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class Transformer(Multiplying):
         expert_slice: slice | None = None,
     ) -> None:
         super().__init__()
-        routed_scaling_factor(config)  # a shape without a derived factor is met here, not in the first step
+        routed_scaling_factor(config)  # raises for a shape without a derived factor now instead of in the first step
         self.config = config
         self.compute_dtype = compute_dtype
         self.expert_slice = expert_slice or slice(0, config.num_experts)
@@ -169,7 +172,9 @@ class Transformer(Multiplying):
         positions_BT: torch.Tensor,
         max_logits: MaxLogits = MaxLogits.unmeasured,
     ) -> ForwardOutput:
-        """Return hidden states of packed rows: ids, segments (0 is padding) and positions in each document, int64."""
+        """Return hidden states of packed rows, given ids, segments (0 is padding) and positions in each document, all
+        int64.
+        """
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
         widest = max(self.config.qk_head_dim, self.config.v_head_dim)
@@ -188,7 +193,7 @@ class Transformer(Multiplying):
         return logits
 
     def moe_layers(self) -> list[tuple[str, MoE]]:
-        """Return name and module of each layer with routed experts, in order."""
+        """Return name and module of each MoE layer, in order."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, MoE)]
 
     def attention_layers(self) -> list[tuple[str, Attention]]:
@@ -196,7 +201,9 @@ class Transformer(Multiplying):
         return [(name, module) for name, module in self.named_modules() if isinstance(module, Attention)]
 
     def _rotation(self, positions_BT: torch.Tensor) -> Rotation:
-        """Look up the rotation in a table that grows to the longest row seen; it is no part of the state."""
+        """Return the rotation at these positions, from a table that grows to the longest row so far; not in the state
+        dict.
+        """
         num_positions = max(positions_BT.shape[1], int(positions_BT.max()) + 1)
         if self._rope is None or len(self._rope.cos_SP) < num_positions:
             self._rope = build_rope(self.config, num_positions)
@@ -235,7 +242,8 @@ def _output(hidden_BTD: torch.Tensor, blocks: list[BlockStatistics], *, num_expe
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Set every tensor to a function of (seed, name, global expert id): the same values for every layout.
+    """Set each tensor to values drawn from (seed, name, global expert id), so that every layout starts with equal
+    weights.
 
     Norm gains are 1, balance biases 0, matrices Gaussian with the config's standard deviation.
     """
