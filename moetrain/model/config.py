@@ -216,7 +216,7 @@ class ModelConfig:
         if self.num_groups > 1:
             raise ConfigError(
                 f"model.balance.bias_rule is quantile and model.num_groups is {self.num_groups}: in groups the bias of "
-                "one expert changes which others can be chosen, which the rule ignores. Give sign or centred, or 1 group"
+                "one expert changes which others can be chosen, which the rule ignores. Give sign, centred or 1 group"
             )
 
     @property
