@@ -32,6 +32,8 @@ class Documents:
     is_token_N: torch.Tensor
     lengths_M: torch.Tensor
     """Tokens per document, without padding; some may be 0."""
+    tokens_n: torch.Tensor | None = None
+    """Positions of the n tokens that are not padding, int64; None where no position is padding."""
 
     @classmethod
     def of(cls, segments_BT: torch.Tensor) -> "Documents":
@@ -42,7 +44,9 @@ class Documents:
         is_token_N = (segments_BT > 0).flatten()
         ids_N = torch.where(is_token_N, (rows_B1 * num_segments + segments_BT).flatten(), num_documents)
         lengths_M = torch.bincount(ids_N, minlength=num_documents + 1)[:num_documents]
-        return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M)
+        tokens_n = is_token_N.nonzero().squeeze(1)
+        has_padding = len(tokens_n) < len(is_token_N)
+        return cls(ids_N=ids_N, is_token_N=is_token_N, lengths_M=lengths_M, tokens_n=tokens_n if has_padding else None)
 
     def counts(self, expert_ids_NK: torch.Tensor, *, num_experts: int) -> torch.Tensor:
         """Return how many tokens of each document chose each expert [M, E], int64; padding is excluded."""
@@ -216,9 +220,25 @@ class MoE(nn.Module):
         """Return the layer's output [B, T, D] and its router statistics."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
-        routed_ND = self.experts(x_ND, routing.expert_ids_NK, routing.weights_NK, dispatcher=self.dispatcher)
-        y_BTD = routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
+        y_BTD = self._routed(x_ND, routing, documents.tokens_n).view_as(x_BTD) + self.shared_experts(x_BTD)
         return y_BTD, _statistics(routing, documents, gate=self.gate)
+
+    def _routed(self, x_ND: torch.Tensor, routing: Routing, tokens_n: torch.Tensor | None) -> torch.Tensor:
+        """Return the experts' output [N, D] for the positions `tokens_n`, all where it is None; zero elsewhere.
+
+        All padding has one embedding, so that all of it would go to the same experts.
+        """
+        ids_NK, weights_NK = routing.expert_ids_NK, routing.weights_NK
+        if tokens_n is None:
+            routed_ND: torch.Tensor = self.experts(x_ND, ids_NK, weights_NK, dispatcher=self.dispatcher)
+            return routed_ND
+        routed_nD = self.experts(
+            x_ND.index_select(0, tokens_n),
+            ids_NK.index_select(0, tokens_n),
+            weights_NK.index_select(0, tokens_n),
+            dispatcher=self.dispatcher,
+        )
+        return torch.zeros_like(x_ND).index_copy(0, tokens_n, routed_nD)
 
 
 def _statistics(routing: Routing, documents: Documents, *, gate: Router) -> RouterStatistics:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -112,3 +113,36 @@ def test_the_gate_chooses_what_its_weight_says() -> None:
         layer.gate.weight[3] = 10 * x_ND[0]
         layer.gate.weight[5] = 5 * x_ND[0]
     assert sorted(layer.gate(x_ND[:1]).expert_ids_NK[0].tolist()) == [3, 5]
+
+
+class CountingDispatcher(LocalDispatcher):
+    """Counts the tokens that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_tokens: list[int] = []
+
+    def __call__(
+        self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        self.num_tokens.append(len(x_ND))
+        return super().__call__(x_ND, expert_ids_NK, weights_NK, experts)
+
+
+@pytest.mark.parametrize("num_padding", [0, 3, 8])
+def test_padding_reaches_no_expert_and_changes_no_token(num_padding: int) -> None:
+    """All of it has one embedding, so it would all go to the same experts."""
+    layer = make()
+    layer.dispatcher = dispatcher = CountingDispatcher()
+    x_BTD = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    kept = 8 - num_padding
+    segments_BT = torch.tensor([[1] * kept + [0] * num_padding])
+    y_BTD, statistics = layer(x_BTD, Documents.of(segments_BT))
+    assert dispatcher.num_tokens == [kept]
+    assert int(statistics.counts_E.sum()) == 2 * kept
+    (grad_BTD,) = torch.autograd.grad(y_BTD[:, :kept].sum(), x_BTD)
+    assert not grad_BTD[:, kept:].any()
+    if kept:
+        alone_BTD, _ = layer(x_BTD[:, :kept], Documents.of(segments_BT[:, :kept]))
+        torch.testing.assert_close(y_BTD[:, :kept], alone_BTD)
+    torch.testing.assert_close(y_BTD[:, kept:], layer.shared_experts(x_BTD)[:, kept:])

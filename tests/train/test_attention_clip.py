@@ -22,7 +22,7 @@ from moetrain.train.attention_clip import batch_max_logits, clip_attention, row_
 from moetrain.train.loss import GlobalCounts, language_model_objective
 from moetrain.train.rows import split_rows
 from moetrain.train.step import train_step
-from tests.train.toy import ROWS, SEQ_LEN, toy_batch, toy_engine, toy_model
+from tests.train.toy import ROWS, one_document_per_row, toy_batch, toy_engine, toy_model
 
 NOPE, ROPE, VALUE, HEADS = 8, 8, 8, 2
 
@@ -150,27 +150,12 @@ def _step(engine: Engine, batches: list[TokenBatch], *, qk_clip: float | None, r
     )
 
 
-def _repacked(batch: TokenBatch) -> TokenBatch:
-    """Return the same documents, each in a row of its own that ends in padding."""
-    rows = []
-    for row in range(len(batch.tokens_BT)):
-        for segment in (1, 2):
-            mine_T = batch.segments_BT[row] == segment
-            columns = {}
-            for name, value in vars(batch).items():
-                if value is not None:
-                    columns[name] = value.new_zeros(1, SEQ_LEN)
-                    columns[name][0, : int(mine_T.sum())] = value[row, mine_T]
-            rows.append(columns)
-    return TokenBatch(**{name: torch.cat([columns[name] for columns in rows]) for name in rows[0]})
-
-
 @pytest.mark.parametrize(
     "cut",
     [
         lambda batch: split_rows(batch, rows=1),
-        lambda batch: [_repacked(batch)],
-        lambda batch: split_rows(_repacked(batch), rows=3),
+        lambda batch: [one_document_per_row(batch)],
+        lambda batch: split_rows(one_document_per_row(batch), rows=3),
     ],
     ids=["micro-batches", "packing", "both"],
 )

@@ -23,7 +23,7 @@ from moetrain.train.reading import reading_training
 from moetrain.train.rows import padded, rank_rows, split_rows
 from moetrain.train.step import train_step
 from tests.distributed import run_ranks
-from tests.train.toy import toy_batch, toy_engine, toy_model, toy_reading
+from tests.train.toy import one_document_per_row, toy_batch, toy_engine, toy_model, toy_reading
 
 ALL = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
 """Weights that make each loss felt in the sum."""
@@ -48,28 +48,11 @@ def take_step(
     )
 
 
-def unpacked(batch: TokenBatch) -> TokenBatch:
-    """Return the same documents, each in a row of its own."""
-    rows = []
-    for row in range(len(batch.tokens_BT)):
-        for segment in range(1, int(batch.segments_BT[row].max()) + 1):
-            place_T = batch.segments_BT[row] == segment
-            alone = batch.rows(row, row + 1)
-            columns = {}
-            for name, value in vars(alone).items():
-                if value is not None:
-                    document = value[:, place_T]
-                    columns[name] = torch.nn.functional.pad(document, (0, value.shape[1] - document.shape[1]))
-            columns["segments_BT"] = (columns["segments_BT"] > 0).long()
-            rows.append(columns)
-    return replace(batch, **{name: torch.cat([columns[name] for columns in rows]) for name in rows[0]})
-
-
 CUTS: dict[str, Callable[[TokenBatch], list[TokenBatch]]] = {
     "two micro-batches": lambda batch: split_rows(batch, rows=2),
-    "one row a micro-batch": lambda batch: split_rows(batch, rows=1),
+    "one row per micro-batch": lambda batch: split_rows(batch, rows=1),
     "rows of padding": lambda batch: split_rows(padded(batch, 7), rows=3),
-    "a document a row": lambda batch: split_rows(unpacked(batch), rows=3),
+    "one document per row": lambda batch: split_rows(one_document_per_row(batch), rows=3),
 }
 
 

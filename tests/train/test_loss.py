@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moetrain.data.batch import TokenBatch, concatenated
+from moetrain.data.batch import TokenBatch
 from moetrain.kernels.build import load
 from moetrain.model.config import BalanceConfig
 from moetrain.model.multiplying import set_kernels
@@ -14,7 +14,7 @@ from moetrain.ops import logprobs
 from moetrain.parallel.protocol import ObjectiveResult
 from moetrain.train.loss import GlobalCounts, language_model_objective, token_logprobs
 from moetrain.train.rows import padded, rank_rows, split_rows
-from tests.train.toy import toy_batch, toy_model
+from tests.train.toy import one_document_per_row, toy_batch, toy_model
 
 
 def _model(*, compute_dtype: torch.dtype = torch.float32) -> Transformer:
@@ -60,18 +60,6 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=2e-4, atol=2e-6, msg=name)
-
-
-def _one_document_per_row(batch: TokenBatch) -> TokenBatch:
-    """Return the same documents, each on a row of its own, one after the other in one batch."""
-    rows = []
-    for row in range(len(batch.tokens_BT)):
-        for segment in (1, 2):
-            chosen_T = batch.segments_BT[row] == segment
-            single = batch.map(lambda column, row=row, chosen_T=chosen_T: column[row][chosen_T][None])  # type: ignore[misc]
-            single = replace(single, segments_BT=torch.ones_like(single.segments_BT))
-            rows.append(single.map(lambda v: torch.nn.functional.pad(v, (0, 11 - v.shape[1]))))
-    return concatenated(rows)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.6, 1.0, 1.7])
@@ -152,7 +140,7 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches() -> None:
 
 def test_loss_and_gradients_do_not_depend_on_how_documents_are_packed() -> None:
     model, batch = _model(), toy_batch(4)
-    alone = _one_document_per_row(batch)
+    alone = one_document_per_row(batch)
     assert alone.num_tokens == batch.num_tokens
     assert_same(_gradients(model, [alone], _counts(batch)), _gradients(model, [batch], _counts(batch)))
 

@@ -1,11 +1,12 @@
 """A toy model, its batches and its engines: what the tests of this folder share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from moetrain.data.batch import WEIGHT, TokenBatch
+from moetrain.data.batch import WEIGHT, TokenBatch, concatenated
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.optim.config import OptimConfig, ScheduleConfig
 from moetrain.optim.schedule import learning_rate
@@ -58,6 +59,22 @@ def toy_batch(step: int, *, rows: int = ROWS, seed: int = 0) -> TokenBatch:
         loss_mask_BT=loss_mask_BT,
         columns={WEIGHT: weights_BT},
     )
+
+
+def one_document_per_row(batch: TokenBatch) -> TokenBatch:
+    """Return the same documents, each at the beginning of a row of its own."""
+    rows = []
+    for row in range(len(batch.tokens_BT)):
+        for segment in range(1, int(batch.segments_BT[row].max()) + 1):
+            rows.append(_alone(batch.rows(row, row + 1), segment=segment))
+    return concatenated(rows)
+
+
+def _alone(row: TokenBatch, *, segment: int) -> TokenBatch:
+    place_T = row.segments_BT[0] == segment
+    num_missing = int((~place_T).sum())
+    moved = row.map(lambda column: torch.nn.functional.pad(column[:, place_T], (0, num_missing)))
+    return replace(moved, segments_BT=(moved.segments_BT > 0).long())
 
 
 def toy_engine(
