@@ -27,6 +27,10 @@ from tests.cli.command import ROOT, moetrain
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+RECIPE_PAGES = [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "recipes").rglob("README.md"))]
+MAX_LINE = 120
+WHOLE_LINE = re.compile(r"\|.*|`[^`]+`[.,:]?")
+"""A row of a table, or one command: neither can be broken."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -61,6 +65,13 @@ def commands(page: Path) -> Iterator[list[str]]:
         skipped = {"moetrain": 1, "bash": 3, "sbatch": 2}[words[0]]
         if words[skipped:]:
             yield words[skipped:]
+
+
+@pytest.mark.parametrize("name", [name for name in [*NAMES, *RECIPE_PAGES] if name != "README.md"])
+def test_lines_of_prose_have_at_most_120_characters(name: str) -> None:
+    prose = BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8")).splitlines()
+    long = [line for line in prose if len(line) > MAX_LINE and not WHOLE_LINE.fullmatch(line)]
+    assert not long, f"{name}: break these lines (only tables, blocks and commands may be longer): {long}"
 
 
 @pytest.mark.parametrize("name", NAMES)
