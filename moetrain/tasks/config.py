@@ -18,9 +18,7 @@ class DemonstratorConfig:
     wrong_name: float = 0.03
     """It reads another column of the table than the one asked for, and does not notice."""
     unknown_name: float = 0.05
-    """It misspells one name of the call: a column, a table, a filter or an id; the tool answers with an error."""
-    misspell_again: float = 0.3
-    """It misspells a name again when it repeats a call that it misspelt."""
+    """It misspells a column; the tool answers with an error."""
     retry: float = 0.4
     """After an error, its own or the tool's, it makes the correct call; otherwise it reports what it has."""
 

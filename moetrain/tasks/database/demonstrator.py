@@ -7,7 +7,6 @@ way, and what to call is written next to the call.
 
 import json
 import random
-from dataclasses import replace
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.tasks.config import DemonstratorConfig
@@ -58,11 +57,11 @@ def _attempts(
     stream: random.Random,
     messages: list[Message],
 ) -> str | int | None:
-    tried, used = _slipped(step, value, tables=tables, slips=slips, stream=stream)
+    tried = _slipped(step, tables=tables, slips=slips, stream=stream)
     for attempt in range(_MAX_ATTEMPTS if slips.retry < 1 else 10**6):
         name = tried.kind.value
         identity = call_id(name, sum(len(message.tool_calls) for message in messages))
-        call = ToolCall(name=name, arguments=tried.arguments(used), id=identity)
+        call = ToolCall(name=name, arguments=tried.arguments(value), id=identity)
         reasoning = f"retry {thought}" if attempt else thought
         messages.append(Message(role=Role.assistant, reasoning=reasoning, tool_calls=[call]))
         observation = environment.call(name, call.arguments)
@@ -72,37 +71,18 @@ def _attempts(
             return result
         if stream.random() >= slips.retry:
             return None
-        is_misspelt = (tried, used) != (step, value) and stream.random() < slips.misspell_again
-        tried, used = _misspelt(step, value, stream=stream) if is_misspelt else (step, value)
+        tried = step
     return None
 
 
-def _slipped(
-    step: Step, value: str | int, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random
-) -> tuple[Step, str | int]:
-    """Return the step and the value that the first call is made with, slips included."""
+def _slipped(step: Step, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random) -> Step:
     draw = stream.random()
     if step.kind is StepKind.calculate or draw >= slips.wrong_name + slips.unknown_name:
-        return step, value
+        return step
+    columns = tables[step.table].columns[1:]
     if draw < slips.wrong_name:
-        columns = [name for name in tables[step.table].columns[1:] if name != step.column]
-        return replace(step, column=stream.choice(columns)), value
-    return _misspelt(step, value, stream=stream)
-
-
-def _misspelt(step: Step, value: str | int, *, stream: random.Random) -> tuple[Step, str | int]:
-    """Return the step and the value with one letter missing in one name of the call: column, table, filter or id.
-
-    The value that an aggregate filters by stays: a count of rows that are not there is 0, and no error.
-    """
-    fields = [name for name in ("column", "table", "where", "row") if vars(step)[name]]
-    names_a_row = step.kind in (StepKind.get, StepKind.find_row) and isinstance(value, str)
-    field = stream.choice([*fields, "value"] if names_a_row else fields)
-    if field == "value":
-        return step, _without_a_letter(str(value), stream=stream)
-    return Step(**{**vars(step), field: _without_a_letter(vars(step)[field], stream=stream)}), value
-
-
-def _without_a_letter(name: str, *, stream: random.Random) -> str:
-    cut = stream.randrange(len(name))
-    return name[:cut] + name[cut + 1 :]
+        column = stream.choice([name for name in columns if name != step.column])
+    else:
+        cut = stream.randrange(len(step.column))
+        column = step.column[:cut] + step.column[cut + 1 :]
+    return Step(**{**vars(step), "column": column})
