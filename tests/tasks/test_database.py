@@ -111,7 +111,6 @@ _NO_SLIPS = {
     "wrong_name": 0.0,
     "unknown_name": 0.0,
     "retry": 1.0,
-    "misspell_again": 0.0,
 }
 
 
