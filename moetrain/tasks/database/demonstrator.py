@@ -7,6 +7,7 @@ way, and what to call is written next to the call.
 
 import json
 import random
+from dataclasses import replace
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.tasks.config import DemonstratorConfig
@@ -76,13 +77,12 @@ def _attempts(
 
 
 def _slipped(step: Step, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random) -> Step:
+    """Return the step as the first call is made, slips included."""
     draw = stream.random()
     if step.kind is StepKind.calculate or draw >= slips.wrong_name + slips.unknown_name:
         return step
-    columns = tables[step.table].columns[1:]
+    columns = tables[step.table].columns
     if draw < slips.wrong_name:
-        column = stream.choice([name for name in columns if name != step.column])
-    else:
-        cut = stream.randrange(len(step.column))
-        column = step.column[:cut] + step.column[cut + 1 :]
-    return Step(**{**vars(step), "column": column})
+        return replace(step, column=stream.choice([name for name in columns[1:] if name != step.column]))
+    misspelt = [step.column[:cut] + step.column[cut + 1 :] for cut in range(len(step.column))]
+    return replace(step, column=stream.choice([name for name in misspelt if name not in columns]))
