@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from moetrain.rollout.types import Trajectory
+from moetrain.rollout.types import Ending, Segment, Trajectory
+
+_MALFORMED = (Ending.invalid_turn, Ending.turn_too_long)
 
 
 def constant(trajectory: Trajectory, value: float) -> list[list[float]]:
@@ -14,3 +16,24 @@ def centred(group_G: Sequence[Trajectory]) -> list[list[list[float]]]:
     """Return each trajectory's reward minus the group's mean, for every token of its segments."""
     mean = sum(trajectory.reward for trajectory in group_G) / len(group_G)
     return [constant(trajectory, trajectory.reward - mean) for trajectory in group_G]
+
+
+def penalise_malformed(trajectory: Trajectory, advantages: list[list[float]], *, penalty: float) -> list[list[float]]:
+    """Return the advantages of a trajectory, lowered by `penalty` on the turn that ended it because it is malformed.
+
+    Malformed is a turn that cannot be parsed or is too long. A penalty on the reward would fall on the whole
+    trajectory, whose other turns are well formed.
+    """
+    if not penalty or trajectory.ending not in _MALFORMED:
+        return advantages
+    *earlier, last = advantages
+    first = _start_of_last_turn(trajectory.segments[-1])
+    return [*earlier, [value - penalty * (place >= first) for place, value in enumerate(last)]]
+
+
+def _start_of_last_turn(segment: Segment) -> int:
+    """Return the number of the first token of the run of sampled tokens that ends a segment."""
+    start = len(segment.tokens)
+    while start and segment.is_sampled[start - 1]:
+        start -= 1
+    return start

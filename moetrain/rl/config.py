@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
-from moetrain.ranges import COUNT, check_ranges
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
 class BalanceLosses(StrEnum):
@@ -27,6 +27,9 @@ class RlConfig:
     """Tasks per optimizer step (P)."""
     group_size: int = 8
     """Trajectories per task (G); the baseline is their mean reward."""
+    malformed_penalty: float = 0.0
+    """What the advantage of the tokens of a turn is lowered by that ends its trajectory because it cannot be parsed or
+    is too long. The other turns of the trajectory keep theirs."""
     balance_losses: BalanceLosses = BalanceLosses.none
     """Which balance losses are part of the objective; the balance bias moves in either case."""
     tokens_per_micro_batch: int = 16384
@@ -35,7 +38,7 @@ class RlConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("tasks_per_step", "tokens_per_micro_batch")
-        check_ranges(self, prefix="rl.", ranges={COUNT: counts})
+        check_ranges(self, prefix="rl.", ranges={COUNT: counts, NOT_NEGATIVE: ("malformed_penalty",)})
         if self.group_size < 2:
             raise ConfigError(
                 f"rl.group_size is {self.group_size}: a group baseline needs at least 2 trajectories a task"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moetrain.rl.advantage import penalise_malformed
 from moetrain.rl.columns import Row
 from moetrain.rl.protocol import Algorithm, Normalizer
 from moetrain.rollout.types import Trajectory
@@ -20,19 +21,20 @@ class Scored:
     num_small_groups: int
 
 
-def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm) -> Scored:
+def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malformed_penalty: float = 0.0) -> Scored:
     """Return the segments that have an advantage.
 
     Unscored trajectories are left out. So is a group of which fewer than two remain: it has no baseline. A segment
     whose advantages are all 0 has no policy gradient; its tokens are counted all the same where the algorithm divides
-    by all sampled tokens.
+    by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`.
     """
     scored = [[trajectory for trajectory in group if trajectory.is_scored] for group in groups]
     kept = [group for group in scored if len(group) >= _SMALLEST_GROUP]
     rows: list[Row] = []
     trajectories = [trajectory for group in kept for trajectory in group]
     advantages = [per_segment for group in kept for per_segment in algorithm.advantages(group)]
-    for number, (trajectory, per_segment) in enumerate(zip(trajectories, advantages, strict=True)):
+    for number, (trajectory, of_algorithm) in enumerate(zip(trajectories, advantages, strict=True)):
+        per_segment = penalise_malformed(trajectory, of_algorithm, penalty=malformed_penalty)
         for segment, per_token in zip(trajectory.segments, per_segment, strict=True):
             if segment.num_sampled and any(per_token):
                 rows.append(Row(trajectory=trajectory, segment=segment, advantages=per_token, trajectory_id=number))

@@ -96,7 +96,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     groups = collect_groups(stage, weights=weights, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
-    scored = score(groups, stage.algorithm)
+    scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
         _log.warning("step %d: no group has rewards that differ; the weights stay as they are", step + 1)

@@ -8,7 +8,7 @@ from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rl.score import score
-from moetrain.rollout.types import UNSCORED, Ending, Trajectory
+from moetrain.rollout.types import UNSCORED, Ending, Segment, Trajectory
 from moetrain.tasks.protocol import Grade
 from tests.rl.trajectories import draw_trajectory, segment_of
 
@@ -72,3 +72,28 @@ def test_a_grader_may_say_success_in_place_of_a_reward() -> None:
     for both_or_neither in ({}, {"reward": 1.0, "success": True}):
         with pytest.raises(ValueError, match="give one of the two"):
             Grade(reason="x", **both_or_neither)
+
+
+def _turns(ending: Ending) -> Trajectory:
+    """Return a trajectory of two turns of two sampled tokens, with an observation between them."""
+    segment = Segment(
+        tokens=list(range(8)),
+        is_sampled=[False, False, True, True, False, False, True, True],
+        logprobs=[0.0] * 8,
+        versions=[0] * 8,
+        temperature=1.0,
+    )
+    return draw_trajectory([segment], reward=0.0, ending=ending)
+
+
+@pytest.mark.parametrize("ending", [Ending.invalid_turn, Ending.turn_too_long])
+def test_a_malformed_turn_alone_is_penalised(ending: Ending) -> None:
+    group = [_turns(ending), _turns(Ending.answered)]
+    assert score([group], K25()).rows == []  # equal rewards have no advantage
+    (row,) = score([group], K25(), malformed_penalty=0.5).rows
+    assert list(row.advantages) == [0.0] * 6 + [-0.5] * 2
+
+
+def test_another_ending_is_not_penalised() -> None:
+    group = [_turns(Ending.stalled), _turns(Ending.max_turns)]
+    assert score([group], K25(), malformed_penalty=0.5).rows == []
