@@ -1,4 +1,4 @@
-"""All commands by name, and what those of `verify` and `bench` can be told. No torch here, and no Hydra."""
+"""All commands by name, and the configs of `verify`, `bench` and `data`. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -27,16 +27,16 @@ from moetrain.ranges import COUNT, check_ranges
 
 @dataclass(kw_only=True)
 class VerifyExportsRun(StageRun):
-    """Shows that a quantised export is what was trained: for its masters, for transformers and for our own model."""
+    """Compare a quantised export with its float32 master weights, with transformers and with our own model."""
 
     masters: str | None = None
-    """Stage or checkpoint that the export of init_from was made of."""
+    """Stage or checkpoint from which the export in init_from was made."""
     num_rows: int = 4
     """Rows of random tokens whose logits are compared."""
     num_tokens: int = 64
-    """Tokens a row."""
+    """Tokens per row."""
     fault: str = "none"
-    """A fault to plant, that has to be found: none, code, scale or norm."""
+    """Fault to inject, which the command must then detect: none, code, scale or norm."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -46,14 +46,18 @@ class VerifyExportsRun(StageRun):
 
 
 class LayoutScenario(StrEnum):
-    """Where tokens go: as the router says, or all of them to the same experts."""
+    """Routing of tokens. routed: as the router chooses. unbalanced: all tokens to the same experts."""
 
     routed = "routed"
     unbalanced = "unbalanced"
 
 
 class LayoutFault(StrEnum):
-    """A fault to plant in the sharded runs."""
+    """Fault to inject into the sharded runs.
+
+    norm_without_experts: the reported gradient norm leaves out the experts. doubled_count: the last rank counts its
+    tokens per expert twice. dropped_token: the first token of each micro-batch loses its experts in one layer.
+    """
 
     none = "none"
     norm_without_experts = "norm_without_experts"
@@ -63,46 +67,47 @@ class LayoutFault(StrEnum):
 
 @dataclass(kw_only=True)
 class VerifyLayoutsRun(StageRun):
-    """Shows that no layout changes a number: ranks x EP x ZeRO x accumulation x recompute against a plain torch loop.
+    """Compare training in every layout (ranks x EP x ZeRO x accumulation x recompute) with a plain torch loop.
 
-    Starts its own processes. Combinations that do not fit (EP that does not divide the ranks) are left out.
+    Starts its own processes. Skips invalid combinations, such as an EP that does not divide the number of ranks.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model; float32 products."""
+    """Shape of the model; it computes in float32."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer; its name is replaced by each of `optimizers`, its rate is constant."""
+    """Optimizer. Its name is replaced by each of `optimizers`; its learning rate is constant."""
     world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Numbers of ranks."""
     experts: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Ranks that share the experts of a layer (EP)."""
+    """Expert-parallel sizes (EP): numbers of ranks that share the experts of a layer."""
     zeros: list[int] = field(default_factory=lambda: [1, 2, 3])
     """ZeRO stages."""
     accumulations: list[int] = field(default_factory=lambda: [1, 2])
-    """Micro-batches a rank and step."""
+    """Micro-batches per rank and step."""
     recomputes: list[Recompute] = field(default_factory=lambda: list(Recompute))
-    """What is computed again in the backward pass."""
+    """Modes of activation recomputation in the backward pass."""
     optimizers: list[OptimizerName] = field(default_factory=lambda: list(OptimizerName))
-    """Rules for the hidden matrices."""
+    """Optimizers of the hidden matrices."""
     scenarios: list[LayoutScenario] = field(default_factory=lambda: list(LayoutScenario))
-    """Where tokens go."""
+    """Routing of tokens: by the router, or all tokens to the same experts."""
     expert_rows: int | None = None
-    """Limit of rows that a rank's experts receive at once (parallel.expert_rows) in the sharded runs; null: none."""
+    """Limit on the rows that a rank's experts receive at once (parallel.expert_rows) in the sharded runs; null: no
+    limit."""
     steps: int = 5
-    """Optimizer steps of each run; in every second one half of the rows is padding."""
+    """Optimizer steps per run. In every second step half of the rows are padding."""
     rows: int = 8
-    """Rows a step, over all ranks."""
+    """Rows per step, over all ranks."""
     seq_len: int = 16
-    """Tokens a row."""
+    """Tokens per row."""
     timeout_s: int = 120
-    """Seconds after which a collective that hangs is an error."""
+    """Timeout of a collective in seconds."""
     fault: LayoutFault = LayoutFault.none
-    """A fault to plant in the sharded runs, that has to be found."""
+    """Fault to inject into the sharded runs, which the command must then detect."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.seq_len < 6:
-            raise ConfigError(f"seq_len is {self.seq_len}: give at least 6, two documents and some padding")
+            raise ConfigError(f"seq_len is {self.seq_len}: give at least 6, for two documents and some padding")
         for name in ("world_sizes", "experts", "zeros", "accumulations", "recomputes", "optimizers", "scenarios"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty: give at least one")
@@ -112,35 +117,36 @@ class VerifyLayoutsRun(StageRun):
         for zero in self.zeros:
             ParallelConfig(zero=zero)
         if self.fault is not LayoutFault.none and not self.model.num_moe_layers:
-            raise ConfigError(f"fault is {self.fault}: a model without experts has no place for it; give none")
+            raise ConfigError(f"fault is {self.fault}: it needs a model with experts; give none")
         pairs = [(ranks, experts) for ranks in self.world_sizes for experts in self.experts]
         if not any(ranks % experts == 0 and self.model.num_experts % experts == 0 for ranks, experts in pairs):
             raise ConfigError(
-                f"experts is {self.experts}: give one that divides one of world_sizes={self.world_sizes} "
+                f"experts is {self.experts}: give a size that divides one of world_sizes={self.world_sizes} "
                 f"and model.num_experts={self.model.num_experts}"
             )
         largest = max(self.world_sizes) * max(self.accumulations)
         if min(*self.world_sizes, *self.accumulations) < 1 or self.rows % largest:
-            raise ConfigError(f"rows is {self.rows}: give a multiple of the most micro-batches of a step, {largest}")
+            raise ConfigError(f"rows is {self.rows}: give a multiple of {largest}, the most micro-batches per step")
 
     def optim_of(self, name: OptimizerName) -> OptimConfig:
-        """Return the optimizer's settings with another rule."""
+        """Return `optim` with the optimizer `name`."""
         return replace(self.optim, name=name)
 
 
 @dataclass(kw_only=True)
 class VerifyHfRun(StageRun):
-    """Shows that transformers computes our logits from our weights: tiny models in every shape, or one folder.
+    """Compare our logits with those of transformers on the same weights, for tiny random models or for one folder.
 
-    With init_from, a Hugging Face folder of bf16 or fp32 weights, that folder is compared in place of the tiny models.
+    init_from gives the folder: a Hugging Face folder with bf16 or fp32 weights. Without it, tiny models of many shapes
+    are compared.
     """
 
     num_rows: int = 4
     """Rows of random tokens whose logits are compared."""
     num_tokens: int = 64
-    """Tokens a row."""
+    """Tokens per row."""
     fault: str = "none"
-    """A fault to plant, that has to be found: none, norm or expert."""
+    """Fault to inject, which the command must then detect: none, norm or expert."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -153,16 +159,16 @@ class VerifyHfRun(StageRun):
 
 @dataclass(kw_only=True)
 class BenchBalanceRun(ReadingRun):
-    """Trains one model with several ways to balance its experts, on the same tokens, and compares loads and losses."""
+    """Train one model with several load-balancing methods on the same tokens, and compare expert loads and losses."""
 
     methods: dict[str, BalanceConfig] = field(default_factory=dict)
-    """What is compared, by name: each takes the place of model.balance. Their steps alternate, so all of their models
-    are in memory at once."""
+    """Methods to compare, by name. Each replaces model.balance. Their steps alternate, so all models are in memory at
+    the same time."""
     tail_share: float = 0.25
-    """Share of the steps, the last ones, over which loads and training loss are averaged."""
+    """Share of the steps, counted from the end, over which loads and training loss are averaged."""
 
     def __post_init__(self) -> None:
-        """Check what spans sections."""
+        """Check constraints that span sections."""
         super().__post_init__()
         if not self.methods:
             raise ConfigError("methods is empty: name at least one, such as methods.mine.bias_rule=sign")
@@ -172,19 +178,19 @@ class BenchBalanceRun(ReadingRun):
 
 @dataclass(kw_only=True)
 class BenchOptimizersRun(ReadingRun):
-    """Compares Muon with AdamW at equal tokens, each at its best rate, and attention logits with and without QK-Clip.
+    """Compare Muon with AdamW on equal tokens, each at its best rate, and attention logits with and without QK-Clip.
 
-    Name, rate and threshold of `optim` are set by the runs; the rest of it is the same for all.
+    The runs set optim.name, optim.lr and optim.qk_clip; the rest of `optim` is the same for all.
     """
 
     muon_rates: list[float] = field(default_factory=lambda: [0.01])
-    """Learning rates that Muon is tried at."""
+    """Learning rates to try with Muon."""
     adamw_rates: list[float] = field(default_factory=lambda: [0.01])
-    """Learning rates that AdamW is tried at."""
+    """Learning rates to try with AdamW."""
     clip_rate: float = 0.1
-    """Learning rate of the two runs with Muon that show the clip: too high, so that logits grow."""
+    """Learning rate of the two Muon runs that show the effect of QK-Clip. It is too high on purpose, so logits grow."""
     clip_threshold: float = 30.0
-    """QK-Clip's threshold in the second of them."""
+    """Threshold of QK-Clip in the second of these two runs."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -200,16 +206,16 @@ class BenchOptimizersRun(ReadingRun):
 
 @dataclass(kw_only=True)
 class DataRun(ReadingRun):
-    """Shows what a stage would read: the size of each source, and records as they are rendered and learned.
+    """Show the training data of a stage: the size of each source, and rendered records with their learned parts marked.
 
-    Takes the overrides of `pretrain` and `sft`; those that are not about data change nothing. Learned parts are green,
-    or between ⟦ and ⟧ where the output has no colour. Writes nothing.
+    Accepts the overrides of `pretrain` and `sft` and ignores those that do not concern data. Learned parts are green,
+    or between ⟦ and ⟧ when the output has no colour. Writes nothing.
     """
 
     records: int = 1
-    """Records shown of each source."""
+    """Number of records to show per source."""
     characters: int = 4000
-    """Characters shown of a record at most."""
+    """Maximum number of characters to show per record."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -218,8 +224,8 @@ class DataRun(ReadingRun):
 
 
 class Peer(StrEnum):
-    """Who else trains the same model in `bench train`: transformers' DeepseekV3 with its loop over experts or with
-    grouped products, and the same model under DeepSpeed's AutoEP."""
+    """Other trainers of the same model in `bench train`: transformers' DeepseekV3 with a loop over experts or with
+    grouped matrix products, and the same model under DeepSpeed's AutoEP."""
 
     transformers_eager = "transformers_eager"
     transformers_grouped_mm = "transformers_grouped_mm"
@@ -228,32 +234,33 @@ class Peer(StrEnum):
 
 @dataclass(kw_only=True)
 class BenchTrainRun(StageRun):
-    """Measures training steps of ours and of peers in turn: same weights, data, dtypes and optimizer."""
+    """Measure training speed of moetrain and its peers in turn, with the same weights, data, dtypes and optimizer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape that everyone trains."""
+    """Shape of the model that all contestants train."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer of everyone; peers have AdamW only."""
+    """Optimizer of all contestants. Peers support only AdamW."""
     rows: int = 8
-    """Rows a step, over all ranks."""
+    """Rows per step, over all ranks."""
     seq_len: int = 512
-    """Tokens a row; a row is one document."""
+    """Tokens per row; a row is one document."""
     kernels: Kernels = Kernels.auto
-    """What ours computes with, as train.kernels of a stage."""
+    """Kernels of moetrain, as train.kernels of a stage."""
     steps: int = 2
-    """Steps that a contestant takes in each of its turns."""
+    """Timed steps per contestant and turn."""
     repetitions: int = 5
-    """Turns of each contestant; the ratios are taken turn by turn."""
+    """Turns per contestant. Speed ratios are computed per turn."""
     warmup_steps: int = 3
-    """Steps before the first turn, and for each setting that a peer may choose from."""
+    """Steps before the first turn, and per attention implementation that a peer tries."""
     peers: list[Peer] = field(default_factory=lambda: list(Peer))
-    """Who is measured beside ours."""
+    """Trainers to measure besides moetrain."""
     threads: int | None = None
-    """Threads of all ranks of a contestant together; null takes the cores that this process may use."""
+    """Threads per contestant, over all of its ranks; null takes the cores available to this process."""
     ranks: int = 1
-    """Above 1, ours and AutoEP also run as that many ranks that share the threads: expert- and data-parallel."""
+    """Above 1, moetrain and AutoEP also run on this many ranks that share the threads: moetrain with expert parallelism
+    and with data parallelism, AutoEP with expert parallelism."""
     profile_steps: int = 2
-    """Steps of ours that are profiled at the end; 0 leaves the profile out."""
+    """Steps of moetrain to profile at the end; 0 skips the profile."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -263,31 +270,34 @@ class BenchTrainRun(StageRun):
         if self.profile_steps < 0:
             raise ConfigError(f"profile_steps is {self.profile_steps}: give 0 or more")
         if self.threads is not None and self.threads < self.ranks:
-            raise ConfigError(f"threads is {self.threads}: give at least one to each of the {self.ranks} ranks")
+            raise ConfigError(f"threads is {self.threads}: give at least one per rank, {self.ranks}")
         check_length(self.model, name="seq_len", length=self.seq_len)
         for name, number in (("rows", self.rows), ("model.num_experts", self.model.num_experts)):
             if number % self.ranks:
                 raise ConfigError(f"ranks is {self.ranks}: it must divide {name}={number}")
         if self.peers and self.optim.name is not OptimizerName.adamw:
-            raise ConfigError(f"optim.name is {self.optim.name}: peers have adamw only; give that, or peers=[]")
+            raise ConfigError(f"optim.name is {self.optim.name}: peers support only adamw; give adamw, or peers=[]")
 
 
 @dataclass(kw_only=True)
 class VerifyFaultsRun(StageRun):
-    """Kills, damages and hangs real runs, and shows that what goes on is bit for bit what was never stopped."""
+    """Kill, damage and hang real runs, and check that a resumed run is bit-identical to an undisturbed one."""
 
     model: str = "k2_nano_test"
-    """Choice of model= of the runs."""
+    """Model of the runs, a choice of model=."""
     kills: int = 30
-    """Kills in all: a third inside a save, a sixth around its final rename, a fifth in a collective; rest in a step."""
+    """Total number of kills: a third during a save, a sixth around its final rename, a fifth in a collective, the rest
+    in a step."""
     ranks: int = 2
-    """Ranks of the runs on several; 1 leaves them out, and with them collectives, hangs and elastic restarts."""
+    """Number of ranks of the multi-rank runs. 1 skips these runs, and with them collectives, hangs and elastic
+    restarts."""
     others: bool = True
-    """Whether to also fill the disk, spoil a batch, hang a rank, and restart elastically."""
+    """Also test a full disk, a batch with NaN, a rank that hangs, and an elastic restart."""
     overrides: list[str] = field(default_factory=list)
-    """Further keys of the `pretrain` command line of every run."""
+    """Additional overrides for the `pretrain` command line of every run."""
     fault: str = "none"
-    """A fault to plant, that has to be found: none, step (goes on one step too far) or weight (one row is changed)."""
+    """Fault to inject, which the command must then detect: none, step (resumes one step too late) or weight (changes one
+    row)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -318,4 +328,4 @@ SCHEMAS: dict[str, type] = {
     "bench train": BenchTrainRun,
     "generate": GenerateRun,
 }
-"""Root schema of each command; `configs/<command>.yaml` is its primary config."""
+"""Root schema of each command. `configs/<command>.yaml` is its primary config."""

@@ -1,7 +1,7 @@
-"""What stages and recipes can be told: one root dataclass a command, its sections, and the checks that span sections.
+"""Configs of stages and recipes: one root dataclass per command, its sections, and the checks that span sections.
 
-Those of `verify` and `bench` are in `moetrain.commands`. `moetrain.compose` fills them from YAML and the command line.
-No torch here, and no Hydra.
+The configs of `verify` and `bench` are in `moetrain.commands`. `moetrain.compose` fills them from YAML and the command
+line. This module imports neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """Where Weights & Biases writes; metrics.jsonl is written in any case."""
+    """Settings of Weights & Biases. metrics.jsonl is written in any case."""
 
     project: str = "moetrain"
     """W&B project."""
@@ -38,24 +38,24 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Name, place and seed of a run."""
+    """Name, folder and seed of a run."""
 
     folder: str = "runs"
-    """Folder of all runs."""
+    """Folder that contains all runs."""
     name: str = "default"
-    """Name of the run: its stages lie in <folder>/<name>/."""
+    """Name of the run. Its stages are in <folder>/<name>/."""
     stage: str = "stage"
-    """Name of the stage's folder in it."""
+    """Name of the stage. Its folder is <folder>/<name>/<stage>/."""
     seed: int = 0
     """Seed of every random stream."""
     threads: int | None = None
-    """Threads that a process computes with; null takes OMP_NUM_THREADS, or all cores. Sums are added in another order
-    with another number of them, so results are equal to the last digit only where this is."""
+    """Compute threads per process; null takes OMP_NUM_THREADS, or all cores. The number of threads changes the order of
+    summation, so results are bit-identical only for the same number."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        """Check that the names are names of folders, the seed and the number of threads."""
+        """Check the seed, the number of threads, and that the names are valid folder names."""
         check_ranges(self, prefix="run.", ranges={SEED: ("seed",), COUNT: ("threads",)})
         for name, value in (("name", self.name), ("stage", self.stage)):
             if not value or "/" in value or value.startswith(".") or not value.isprintable():
@@ -70,25 +70,25 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class StageRun:
-    """What every stage has."""
+    """Fields of every stage."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """Name, place and seed."""
+    """Name, folder and seed of the run."""
     init_from: str | None = None
-    """Where the weights come from: the folder of a stage, a checkpoint, an export, or a Hugging Face folder."""
+    """Weights to start from: the folder of a stage, a checkpoint, an export, or a Hugging Face folder."""
     plugins: list[str] = field(default_factory=list)
-    """Modules, or paths of .py files, that register tasks, tools or data formats of one's own."""
+    """Python modules, or paths of .py files, that register your own tasks, tools or data formats."""
     dry_run: bool = False
-    """Print parameters, memory, tokens and expected time, and stop."""
+    """Print parameters, memory, tokens and expected time without running the stage."""
 
 
 @dataclass(kw_only=True)
 class TrainingRun(StageRun):
-    """What the stages that train have in common."""
+    """Fields of every stage that trains."""
 
     continue_from: str | None = None
-    """Run to continue with its optimizer state, counters and place in the data: the folder of a stage that trained, or
-    a checkpoint. train.continue_as says how the schedule continues."""
+    """Run to continue with its optimizer state, counters and position in the data: the folder of a training stage, or a
+    checkpoint. train.continue_as sets how the schedule continues."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -96,19 +96,21 @@ class TrainingRun(StageRun):
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps and checkpoints."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout over processes."""
+    """Distribution of the model and the batch over ranks."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantisation-aware training of the routed experts."""
 
     def __post_init__(self) -> None:
-        """Check what spans sections."""
+        """Check constraints that span sections."""
         self._check_continuation()
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(
                 f"parallel.expert is {self.parallel.expert}: it must divide model.num_experts={self.model.num_experts}"
             )
         if self.parallel.engine is EngineName.torch and self.parallel.expert > 1:
-            raise ConfigError(f"parallel.expert is {self.parallel.expert}: the plain engine is one process, give 1")
+            raise ConfigError(
+                f"parallel.expert is {self.parallel.expert}: parallel.engine=torch runs in one process; give 1"
+            )
         if self.quant.enabled:
             for name in ("hidden_size", "moe_intermediate_size"):
                 width = getattr(self.model, name)
@@ -132,34 +134,34 @@ class TrainingRun(StageRun):
             )
         if self.train.continue_as is None:
             raise ConfigError(
-                "train.continue_as is null: say how the run continues. part: this config describes the added steps, "
+                "train.continue_as is null: give part or whole. part: this config describes the added steps, "
                 "and its schedule starts at the last learning rate. whole: it describes the run from step 0"
             )
         if self.train.continue_as is Continuation.part and self.optim.schedule.initial_ratio:
             raise ConfigError(
                 f"optim.schedule.initial_ratio is {self.optim.schedule.initial_ratio}: with train.continue_as=part the "
-                "warmup starts at the last learning rate; leave it out"
+                "warmup starts at the last learning rate; remove this override"
             )
 
 
 @dataclass(kw_only=True)
 class ReadingRun(TrainingRun):
-    """What the stages that learn from documents have in common."""
+    """Fields of every stage that trains on documents."""
 
     train: ReadingConfig = field(default_factory=ReadingConfig)
     """Steps, batch and checkpoints."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What the model reads."""
+    """Documents to train on, and the tokenizer."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """Tasks whose demonstrations are the sources of kind dialogues."""
+    """Tasks whose demonstrations the sources of kind dialogues contain."""
 
     def __post_init__(self) -> None:
-        """Check what spans sections."""
+        """Check constraints that span sections."""
         super().__post_init__()
         check_length(self.model, name="data.seq_len", length=self.data.seq_len)
         self._check_tokenizer()
         if not any(source.weight > 0 for source in self.data.sources.values()):
-            raise ConfigError("data.sources has no source with a weight above 0: choose some, such as data=pretrain")
+            raise ConfigError("data.sources has no source with a weight above 0: add one, or choose data=pretrain")
         before = 0
         for number, change in enumerate(self.data.mix):
             first = change.first_step(self.train.steps)
@@ -175,22 +177,23 @@ class ReadingRun(TrainingRun):
         if tokenizer.vocab_size is not None and tokenizer.vocab_size > num_rows:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {tokenizer.vocab_size} and model.vocab_size is {num_rows}: "
-                "a model has at least as many rows as its tokenizer has tokens; lower the first or raise the second"
+                "the embedding needs at least one row per token; lower the first or raise the second"
             )
         if self.init_from is None and tokenizer.retrain:
             raise ConfigError(
-                "data.tokenizer.retrain is true and init_from is null: there are no weights whose tokenizer to replace"
+                "data.tokenizer.retrain is true and init_from is null: without weights there is no tokenizer to replace; "
+                "remove data.tokenizer.retrain"
             )
         if self.init_from is None and tokenizer.path is None and num_rows < MIN_VOCAB_SIZE:
             raise ConfigError(
-                f"model.vocab_size is {num_rows}: a tokenizer that is trained has at least {MIN_VOCAB_SIZE} tokens; "
-                "give more, or name a tokenizer as data.tokenizer.path"
+                f"model.vocab_size is {num_rows}: a new tokenizer has at least {MIN_VOCAB_SIZE} tokens; give at least "
+                "that many, or an existing tokenizer as data.tokenizer.path"
             )
 
 
 @dataclass(kw_only=True)
 class PretrainRun(ReadingRun):
-    """Pretraining: from random weights, or going on with a longer context."""
+    """Pretraining from random weights, or further pretraining from `init_from`, such as with a longer context."""
 
 
 @dataclass(kw_only=True)
@@ -200,12 +203,12 @@ class SftRun(ReadingRun):
 
 @dataclass(kw_only=True)
 class UpcycleRun(StageRun):
-    """From a dense model to experts, with the same output at the start: weights for init_from of pretrain and sft."""
+    """Conversion of a dense model into an MoE model with the same output: weights for init_from of pretrain and sft."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the sparse model; its dense layers and model.intermediate_size are those of the dense one."""
+    """Shape of the MoE model. Its dense layers and model.intermediate_size must equal those of the dense model."""
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
-    """What the experts are made of."""
+    """How experts are made from the dense feed-forward layers."""
 
     def __post_init__(self) -> None:
         """Check that the feed-forward layers divide into the experts."""
@@ -214,29 +217,29 @@ class UpcycleRun(StageRun):
 
 @dataclass(kw_only=True)
 class RlRun(TrainingRun):
-    """Reinforcement learning on multi-step tool use, rolled out from the quantised weights."""
+    """Reinforcement learning on multi-step tool use, with rollouts from the quantised weights."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     """Tasks to solve."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Limits and sampling of trajectories."""
     rl: RlConfig = field(default_factory=RlConfig)
-    """How trajectories become an update."""
+    """RL algorithm, batch size and loss."""
 
     def __post_init__(self) -> None:
-        """Check what spans sections."""
+        """Check constraints that span sections."""
         super().__post_init__()
         check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
 
 
 def check_folder_name(field: str, folder: str) -> None:
-    """Raise `ConfigError` when the path of a folder is empty or holds a line break or the like."""
+    """Raise `ConfigError` if a folder's path is empty or contains unprintable characters, such as line breaks."""
     if not folder or not folder.isprintable():
         raise ConfigError(f"{field} is {folder!r}: give the path of a folder, such as runs")
 
 
 def check_length(model: ModelConfig, *, name: str, length: int) -> None:
-    """Raise `ConfigError` when sequences are longer than the model is declared for."""
+    """Raise `ConfigError` if `length`, the value of `name`, is above model.max_position_embeddings."""
     longest = model.max_position_embeddings
     if length > longest:
         raise ConfigError(f"{name} is {length}: give at most model.max_position_embeddings={longest}")
@@ -247,9 +250,9 @@ class ExportRun(StageRun):
     """Export to a folder that transformers loads: quantised routed experts, tokenizer, chat template and config."""
 
     quant: QuantConfig = field(default_factory=QuantConfig)
-    """Format and grid of the experts, for weights that were trained without one; others keep theirs."""
+    """Quantisation of weights that were trained without it. Weights trained with quantisation keep their own."""
     export: ExportConfig = field(default_factory=ExportConfig)
-    """What is written."""
+    """Format of the export."""
 
 
 @dataclass(kw_only=True)
@@ -259,31 +262,31 @@ class EvalRun(StageRun):
     task: TaskConfig = field(default_factory=TaskConfig)
     """Tasks to solve."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Limits of trajectories; eval.temperatures takes the place of rollout.temperature."""
+    """Limits of trajectories. eval.temperatures replaces rollout.temperature."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is evaluated."""
+    """Number of tasks, temperatures and comparisons."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Documents whose validation split tells how much language was kept; without sources that is left out."""
+    """Documents on whose validation split the language-model loss is measured; without sources it is not measured."""
 
 
 @dataclass(kw_only=True)
 class ReportRun(StageRun):
-    """The report of a run: a page, tables, and the numbers as JSON. Works on a run that is not finished, too."""
+    """Report of a run: an HTML page, tables, and the numbers as JSON. Also works on an unfinished run."""
 
     report: ReportConfig = field(default_factory=ReportConfig)
-    """What is shown."""
+    """Content of the report."""
 
 
 @dataclass(kw_only=True)
 class GenerateRun(StageRun):
-    """What a checkpoint or an export says to a prompt."""
+    """Generation: prints how a checkpoint or an export continues a prompt, or answers it with chat=true."""
 
     prompt: str = ""
     """Text to continue. `-` reads it from standard input: `prompt=- < prompt.txt`."""
     chat: bool = False
-    """Take the prompt as a user's message and answer it."""
+    """Treat the prompt as a user message and print the answer."""
     max_new_tokens: int = 64
-    """Tokens to generate at most."""
+    """Maximum number of tokens to generate."""
     temperature: float = 0.7
     """Sampling temperature; 0 is greedy."""
 
@@ -293,10 +296,10 @@ class GenerateRun(StageRun):
 
 
 class OnChange(StrEnum):
-    """What a run does with a stage that has begun with another config or other inputs.
+    """What a recipe does with a stage that was started with another config or other inputs.
 
-    refuse: say what changed, and stop. rerun: move its results and those of the stages after it aside, and run them
-    again. keep: take its results as they are.
+    refuse: print what changed, and stop. rerun: move the results of this stage and all later stages aside, and run them
+    again. keep: use the results as they are.
     """
 
     refuse = "refuse"
@@ -306,34 +309,35 @@ class OnChange(StrEnum):
 
 @dataclass(kw_only=True)
 class RecipeRun:
-    """All stages of a recipe, one after the other; a stage that is done and unchanged is skipped.
+    """Run all stages of a recipe in order. A stage that is done and unchanged is skipped.
 
     `<stage>.<key>=<value>` overrides a key of one stage.
     """
 
     recipe: str = "k2_nano"
-    """Name of a recipe that comes with moetrain, or the path of a folder with a recipe.yaml."""
+    """Name of a recipe of moetrain, or the path of a folder with a recipe.yaml."""
     folder: str = "runs"
-    """Folder of all runs."""
+    """Folder that contains all runs."""
     name: str | None = None
-    """Name of the run; null takes the recipe's."""
+    """Name of the run; null takes the name of the recipe."""
     seed: int = 0
     """Seed of every random stream of every stage."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases, for every stage."""
     plugins: list[str] = field(default_factory=list)
-    """Plugins of every stage, beside those that the recipe names."""
+    """Plugins of every stage, in addition to those of the recipe."""
     num_processes: int | None = None
-    """Ranks on this machine for the stages that train or evaluate; null takes what the recipe says."""
+    """Ranks on this machine for the stages that train or evaluate; null takes the value in the recipe."""
     threads: int | None = None
-    """Threads of every process (run.threads); null takes what the recipe says."""
+    """Threads per process (run.threads); null takes the value in the recipe."""
     again_from: str | None = None
-    """Run this stage and those after it again; what is there stays as <stage>.previous."""
+    """Run this stage and all later ones again. Their earlier results are kept as <stage>.previous."""
     on_change: OnChange = OnChange.refuse
-    """What to do with a stage that has begun with another config or other inputs: refuse the run and show the changes;
-    rerun the stage and those after it, what is there stays as <stage>.previous; keep its results."""
+    """What to do with a stage that was started with another config or other inputs. refuse: print the changes and stop.
+    rerun: run this stage and all later ones again, and keep the earlier results as <stage>.previous. keep: use its
+    results as they are."""
     dry_run: bool = False
-    """Print what each stage would take, and stop."""
+    """Print parameters, memory, tokens and expected time of each stage without running it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -1,6 +1,6 @@
-"""What a run tells: log lines, progress with time left, and metrics as JSON lines and in W&B.
+"""Output of a run: log lines, progress with the time left, and metrics as JSON lines and in W&B.
 
-Rank 0 alone makes these objects. No torch here, and wandb is imported only by a run that uses it.
+Only rank 0 creates these objects. This module does not load torch, and imports wandb only for a run that uses it.
 """
 
 import json
@@ -25,11 +25,11 @@ from moetrain.files import to_json
 _log = logging.getLogger(__name__)
 
 TIME_PREFIX = "time/"
-"""Metrics that a clock gives; all others are the same each time a run is repeated."""
-_WANDB_TIMEOUT_S = 20.0  # to log in, and to start a run, before it is written offline
+"""Prefix of metrics that depend on the clock. All other metrics are reproducible."""
+_WANDB_TIMEOUT_S = 20.0  # for the login and for the start of a run; then the run is written offline
 _WANDB_SUMMARIES = {"loss": "min", "validation/*": "min", "reward": "max"}
-"""What the table of runs shows of a metric, where that is not its last value."""
-_PLAIN_INTERVAL_S = 15.0  # between lines of progress where there is no terminal
+"""Value that W&B's table of runs shows for a metric, where it is not the last one."""
+_PLAIN_INTERVAL_S = 15.0  # between progress lines when the output is not a terminal
 
 
 class WandbMode(StrEnum):
@@ -42,7 +42,7 @@ class WandbMode(StrEnum):
 
 
 def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
-    """Send log lines to stderr, coloured on a terminal, plain elsewhere; ranks above 0 say only warnings."""
+    """Send log lines to stderr, coloured on a terminal and plain elsewhere. Ranks above 0 log only warnings."""
     handler: logging.Handler
     if rank == 0 and sys.stderr.isatty():
         handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
@@ -57,25 +57,26 @@ def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
 
 
 class Metrics(Protocol):
-    """Takes the numbers of a step. Names are paths such as `train/loss`."""
+    """Destination of a step's metrics. Names are paths such as `train/loss`."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` of `step`; steps do not go backwards."""
+        """Record `values` of `step`; steps must not decrease."""
 
     def close(self) -> None:
-        """Flush and release."""
+        """Flush and release resources."""
 
 
 class JsonlMetrics:
-    """One JSON object a line, `{"step": 3, "loss": 5.1}`, flushed as it is written.
+    """Writes one JSON object per line, `{"step": 3, "loss": 5.1}`, and flushes each line.
 
-    The first write to a file that exists cuts off what a run that was stopped wrote beyond its last checkpoint: every
-    line from the first one on that is of a later step, or of this step with one of these names. So the file holds each
-    number once, however often the run was stopped. Names of times do not count: lines of one step share them.
+    The first write to an existing file removes what an interrupted run wrote after its last checkpoint. It truncates
+    the file at the first line that has a later step, or that has the same step and one of the same names. So the file
+    contains each value once, however often the run was interrupted. `time/` names are ignored in this comparison,
+    because several lines of one step contain them.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`; a broken line in it is an error, a torn last one is not."""
+        """Open `path`. Raises `CheckpointError` for an invalid line, except for an incomplete last line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
@@ -99,14 +100,14 @@ class JsonlMetrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a last line that a killed run left torn is left out."""
+    """Return the lines of a metrics file, without an incomplete last line that a killed run left."""
     return [row for _, row in _lines(path) if row]
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Return (offset in bytes, object) of each line; a torn last line is an empty object.
+    """Return (offset in bytes, object) of each line; an incomplete last line gives an empty object.
 
-    Raises `CheckpointError` where a line is none, or its step is missing or smaller than that of the line before.
+    Raises `CheckpointError` if a line is not a JSON object, or its step is missing or smaller than the previous one.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     offset, last = 0, 0
@@ -119,12 +120,12 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         except ValueError:
             if number < len(lines):
                 raise CheckpointError(f"{path}:{number} is not a JSON object: repair or remove the file") from None
-            _log.warning("%s: the last line is torn and is left out", path)
+            _log.warning("%s: the last line is incomplete and is ignored", path)
             rows.append((offset, {}))
             break
         step = row.get("step")
         if not isinstance(step, int) or step < last:
-            raise CheckpointError(f"{path}:{number}: its step is no number from {last}: repair or remove the file")
+            raise CheckpointError(f"{path}:{number}: step is not an integer >= {last}: repair or remove the file")
         last = step
         rows.append((offset, row))
         offset += len(line)
@@ -132,7 +133,10 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def wandb_mode(mode: WandbMode) -> WandbMode:
-    """Return the mode that `auto` stands for: WANDB_MODE, else online with WANDB_API_KEY and offline without."""
+    """Resolve `auto`: WANDB_MODE if it is set, else online with WANDB_API_KEY and offline without it.
+
+    WANDB_DISABLED=true disables W&B if WANDB_MODE is not set. Raises `ConfigError` for an unknown WANDB_MODE.
+    """
     if mode is not WandbMode.auto:
         return mode
     said = os.environ.get("WANDB_MODE", "").strip().lower()
@@ -147,10 +151,10 @@ def wandb_mode(mode: WandbMode) -> WandbMode:
 
 
 class WandbMetrics:
-    """A W&B run whose files lie in the stage's folder; a stage that resumes keeps its W&B run.
+    """Writes metrics to a W&B run whose files are in the stage folder. A stage that resumes keeps its W&B run.
 
-    W&B never ends a stage. When the server cannot be reached, the run is written offline and `fell_back` is true; a
-    call that fails later is logged once, and what it should have sent is missing in W&B alone.
+    A W&B failure never ends a stage. If the server cannot be reached at the start, the run is written offline and
+    `fell_back` is true. The first later failure is logged; the values of failed calls are missing in W&B only.
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class WandbMetrics:
         tags: Sequence[str] = (),
     ) -> None:
         """Start or resume the W&B run of the stage folder; `mode` is offline or online."""
-        import wandb  # a second of import time that only runs pay
+        import wandb  # the import takes a second, so only runs that use W&B pay for it
 
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_id"
@@ -201,9 +205,11 @@ class WandbMetrics:
             if mode is not WandbMode.online:
                 raise
             reason = " ".join(str(error).split())[:200]
-            _log.warning("W&B cannot be reached, so it writes offline; upload later with `wandb sync`: %s", reason)
+            _log.warning(
+                "W&B cannot be reached (%s); metrics are written offline, upload them later with `wandb sync`", reason
+            )
             self.fell_back = True
-            wandb.teardown()  # its process still holds the run's id
+            wandb.teardown()  # W&B's background process still holds the run's id
             self._run = start(WandbMode.offline)
         for pattern, summary in _WANDB_SUMMARIES.items():
             self._run.define_metric(pattern, summary=summary)
@@ -219,19 +225,17 @@ class WandbMetrics:
     def _attempt(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # another program's code and process, which may fail in any way
+        except Exception as error:  # W&B's code and background process may raise anything
             if not self._has_failed:
-                _log.warning(
-                    "W&B failed, and what it misses is in metrics.jsonl: %s", " ".join(str(error).split())[:200]
-                )
+                _log.warning("W&B failed (%s); metrics.jsonl still has all metrics", " ".join(str(error).split())[:200])
             self._has_failed = True
 
 
 class Fanout:
-    """Writes to several metrics. `first` is added to the first values that are written."""
+    """Writes to several destinations. `first` is added to the values of the first write."""
 
     def __init__(self, sinks: Sequence[Metrics], *, first: Mapping[str, float] | None = None) -> None:
-        """Pass on to `sinks`, in order."""
+        """Write to `sinks` in this order."""
         self._sinks = list(sinks)
         self._first = dict(first or {})
 
@@ -248,7 +252,7 @@ class Fanout:
 
 
 class _PlainProgress:
-    """Logs a line of progress now and then, for where there is no terminal."""
+    """Logs a progress line every `_PLAIN_INTERVAL_S` seconds, for output that is not a terminal."""
 
     def __init__(self, *, total: int, description: str, completed: int) -> None:
         self._total, self._description, self._completed = total, description, completed
@@ -270,10 +274,10 @@ class _PlainProgress:
 def progress(
     total: int, description: str, *, completed: int = 0, console: Console | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call after each of `total` steps, of which `completed` were taken before, with a few words.
+    """Yield a function to call after each step with a short note: `with progress(10, "sft") as advance: ...`.
 
-    `with progress(10, "sft") as advance: ... advance("loss 3.1")`. A bar with the time left on a terminal; elsewhere a
-    log line at the end and every 15 seconds.
+    total: number of steps. completed: steps that an earlier run took. On a terminal this shows a bar with the time
+    left; elsewhere it logs a line every 15 seconds and after the last step.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -288,7 +292,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as a person writes it: `1:02:03`, `2:03`."""
+    """Format a duration as h:mm:ss or m:ss, such as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

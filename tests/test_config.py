@@ -45,7 +45,7 @@ def test_a_model_has_at_least_as_many_rows_as_its_tokenizer_has_tokens() -> None
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size is 2048 and model\.vocab_size is 1024: "):
         PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=2048)))
     assert PretrainRun(data=data(tokenizer=TokenizerConfig(vocab_size=512))).model.vocab_size == 1024
-    with pytest.raises(ConfigError, match=r"^model\.vocab_size is 100: a tokenizer that is trained has at least 272"):
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size is 100: a new tokenizer has at least 272"):
         PretrainRun(data=data(), model=ModelConfig(vocab_size=100))
     assert PretrainRun(
         data=data(tokenizer=TokenizerConfig(path="there")), model=ModelConfig(vocab_size=100)

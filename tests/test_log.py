@@ -71,7 +71,7 @@ def test_a_line_whose_step_is_damaged_is_named_and_costs_no_line_after_it(second
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "a": 1.0}}\n{second}\n{{"step": 3, "a": 1.0}}\n')
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[23]: its step is no number from [17]"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[23]: step is not an integer >= [17]"):
         JsonlMetrics(path)
     assert path.read_bytes() == before
 

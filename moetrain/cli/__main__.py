@@ -1,4 +1,4 @@
-"""`python -m moetrain.cli` is the `moetrain` command: torchrun and DeepSpeed's launcher start ranks this way."""
+"""Entry point of `python -m moetrain.cli`, the form in which torchrun and DeepSpeed's launcher start ranks."""
 
 import sys
 

@@ -7,8 +7,8 @@ from moetrain.run.stage import stage_folder
 
 
 def main(run: BenchBalanceRun) -> int:
-    """Train with every method, print the table, and write it as `balance.json` into the stage's folder."""
-    # These bring torch in, so only now.
+    """Train with every method, print the table and write it to `balance.json` in the stage folder; return 0."""
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.bench.balance import bench_balance, render, write_results
     from moetrain.log import progress
     from moetrain.run.reading_stage import reading_data

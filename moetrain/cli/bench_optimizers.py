@@ -8,8 +8,8 @@ from moetrain.run.stage import stage_folder
 
 
 def main(run: BenchOptimizersRun) -> int:
-    """Train with every optimizer and rate, write `optimizers.json` and `optimizers.html`, and print the table."""
-    # These bring torch in, so only now.
+    """Train with every optimizer and rate, write `optimizers.json` and `optimizers.html`, print the table; return 0."""
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.bench.optimizers import bench_optimizers, picture, render, sentence, write_results
     from moetrain.log import progress
     from moetrain.run.reading_stage import reading_data

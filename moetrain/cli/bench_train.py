@@ -6,12 +6,12 @@ from moetrain.commands import BenchTrainRun
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
 
-_WIDTH = 130  # of the table, also where there is no terminal
+_WIDTH = 130  # of the table in characters, also when the output is not a terminal
 
 
 def main(run: BenchTrainRun) -> int:
-    """Measure ours and the peers in turn, print the tables and write bench.json; judges nothing."""
-    from moetrain.bench.train import bench_train, render  # brings torch in, so only now
+    """Measure moetrain and its peers in turn, print the tables and write bench.json. Checks no bound; returns 0."""
+    from moetrain.bench.train import bench_train, render  # loads torch
 
     with stage_folder(run) as folder:
         report = bench_train(run, folder=folder)

@@ -1,6 +1,6 @@
 """`moetrain check`: composes and checks every config and recipe, or one command line with the files it names.
 
-Prints what is right as `ok` lines. Runs nothing; needs torch only where a command line names weights.
+Prints an `ok` line for each check that passes. Runs no stage; loads torch only if the command line names weights.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _check_line(words: list[str]) -> None:
-    """Check one command line, printing a line for each part that is right."""
+    """Check one command line and print an `ok` line for each check that passes."""
     command, rest = split_command(words)
     if command == "check":
-        raise ConfigError("check takes a command line of another command, such as: moetrain check sft train.steps=50")
+        raise ConfigError("check cannot check itself: give another command, such as: moetrain check sft train.steps=50")
     if command == "run":
         for stage in runner.prepare(rest).stages:
             print(f"ok  {stage.name}: config and inputs of `{stage.command}`")
@@ -63,7 +63,7 @@ def _check_line(words: list[str]) -> None:
 
 
 def _check_choice(group: str, choice: str) -> None:
-    """Compose a choice of a config group: one of the commands that have the group has to take it."""
+    """Compose a choice of a config group; raise `ConfigError` unless at least one command accepts it."""
     refusal = ConfigError(f"configs/{group} is no section of any command")
     for command, schema in SCHEMAS.items():
         if group in get_type_hints(schema):

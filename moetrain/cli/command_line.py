@@ -1,4 +1,4 @@
-"""From the words of a command line to a command and its checked config."""
+"""Parses the words of a command line into a command and its checked config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from moetrain.errors import ConfigError
 
 
 def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return (command, the words after it); `verify exports` is a command of two words."""
+    """Return (command, remaining words). Some commands have two words, such as `verify exports`."""
     commands = [*SCHEMAS, "check"]
     for length in (2, 1):
         if " ".join(words[:length]) in commands:
@@ -19,12 +19,12 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def composed(command: str, words: Sequence[str]) -> Any:
-    """Return the checked config of a stage's command line: overrides, or `--config FILE` with one that a run wrote."""
+    """Return the checked config for a stage's words: overrides, or `--config FILE` with a config that a run wrote."""
     if words[:1] == ["--config"]:
         if len(words) != 2:
             raise ConfigError("--config takes one file and no overrides")
         return load_config(command, Path(words[1]))
     for word in words:
         if word.startswith("-"):
-            raise ConfigError(f"{word}: there is no such option here; write key=value, or --config FILE right after")
+            raise ConfigError(f"{word}: unknown option; write key=value, or --config FILE directly after the command")
     return compose(command, words)

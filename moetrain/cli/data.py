@@ -16,13 +16,13 @@ from moetrain.data.sources import read_documents
 from moetrain.data.tokenizer import Tokenizer
 
 _WIDTH = 10_000
-"""Columns that a line may take: the terminal wraps, so that no name or text is cut."""
+"""Maximum width of a line in characters. The terminal wraps long lines, so no name or text is truncated."""
 _SAMPLED_DIALOGUES = 64
-"""Dialogues that are made to estimate the size of a source of that kind."""
+"""Number of dialogues generated to estimate the size of a source of kind dialogues."""
 
 
 def main(run: DataRun) -> int:
-    """Print the size of each source and rendered records of it; return the exit code."""
+    """Print the size of each source and some of its rendered records; return the exit code."""
     console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     tokenizer = _tokenizer(run)
     sizes: dict[str, SourceSize] = {}
@@ -35,7 +35,7 @@ def main(run: DataRun) -> int:
             console.print(_rendered(pieces, run=run, console=console))
     console.print(_table(sizes))
     if any(size.is_sampled for size in sizes.values()):
-        console.print("~: estimated from a part of the source.", markup=False)
+        console.print("~: estimated from part of the source.", markup=False)
     if tokenizer is None:
         console.print("Tokens are not counted: give data.tokenizer.path or init_from.", markup=False)
     return 0
@@ -46,18 +46,18 @@ def _tokenizer(run: DataRun) -> Tokenizer | None:
         return Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
     if run.init_from is None:
         return None
-    from moetrain.run.weights import read_weights, tokenizer_of  # brings torch in
+    from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
     return tokenizer_of(read_weights(run.init_from))
 
 
 def _documents(run: DataRun, name: str, source: SourceConfig) -> tuple[Iterable[Iterable[Piece]], int]:
-    """Return the documents of a source, or the first of them, and the number of all."""
+    """Return (documents, total number of documents). A source of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
         documents = read_documents(source, name=name)
         return iter([document.pieces for document in documents]), len(documents)
     from moetrain.tasks import registry
-    from moetrain.tasks.dialogues import conversations  # brings torch in
+    from moetrain.tasks.dialogues import conversations  # loads torch
 
     family = registry.build(run.task, run.run.seed)
     count = min(source.num_documents, max(_SAMPLED_DIALOGUES, run.records))
@@ -66,7 +66,7 @@ def _documents(run: DataRun, name: str, source: SourceConfig) -> tuple[Iterable[
 
 
 def _rendered(pieces: Iterable[Piece], *, run: DataRun, console: Console) -> Text:
-    """Return a record with its learned parts in green, or between ⟦ and ⟧ where there is no colour."""
+    """Return a record with its learned parts in green, or between ⟦ and ⟧ when the output has no colour."""
     text = Text()
     for part, is_learned in spans(pieces, max_characters=run.characters):
         if is_learned and console.color_system is None:

@@ -12,7 +12,7 @@ from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
 
 _FINISHED = "finished_modes.json"
-"""Modes that an evaluation which was stopped has finished, in its folder."""
+"""File in the stage folder with the modes that an interrupted evaluation has finished."""
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ def main(run: EvalRun) -> int:
     """Run the stage; return its exit code."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the export to evaluate")
-    # These bring torch in, so only now.
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import EVAL
     from moetrain.eval.summary import metric_values
 
-    check_records(run)  # they are read last, when all tasks were rolled out
+    check_records(run)  # they are used after the rollouts, so an error would appear late
     before = read_before(run)
     with stage_folder(run) as folder:
         finished = FinishedModes(folder / _FINISHED)
@@ -48,7 +48,7 @@ def main(run: EvalRun) -> int:
 def _numbers(
     run: EvalRun, folder: "Path", *, before: "Mapping[str, Any] | None", finished: "FinishedModes"
 ) -> dict[str, Any] | None:
-    """Run the evaluation, writing traces into `folder`; the main rank returns what stands in `eval.json`."""
+    """Run the evaluation and write traces into `folder`. Returns the content of `eval.json` on rank 0, else None."""
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import Contestant, Setting, evaluate
     from moetrain.inference.weights import build_weights
@@ -59,14 +59,14 @@ def _numbers(
     from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
-    # One process needs no group, and without one DeepSpeed need not be imported. Weights go to this rank's device.
+    # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
     topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
     assert run.init_from is not None  # main checked it
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
-    masters = earlier = None  # read before the tasks are rolled out, which takes longest
+    masters = earlier = None  # read before the rollouts, which take longest, so that a bad folder fails early
     if run.eval.masters is not None:
         masters = read_masters(run.eval.masters, field="eval.masters", origin=origin)
     if run.eval.codes_before is not None:
@@ -107,7 +107,7 @@ def _numbers(
 
 
 def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:
-    """Return nats a character on the validation split of each source, and the digests of what was read."""
+    """Return the loss in nats per character on each source's validation split, and digests of the data read."""
     if not run.data.sources:
         return {"language": {}}
     from moetrain.data.build import build_data

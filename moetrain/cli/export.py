@@ -12,7 +12,7 @@ def main(run: ExportRun) -> int:
     """Run the stage; return its exit code."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the stage or checkpoint to export")
-    # These bring torch in, so only now.
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.weights import EXPORT, read_weights, tokenizer_of
     from moetrain.train.stages import SUMMARY

@@ -9,11 +9,11 @@ from moetrain.errors import ConfigError
 
 
 def main(run: GenerateRun) -> int:
-    """Print what the weights say to the prompt; return the exit code."""
+    """Print the model's continuation of the prompt, or its answer with `chat=true`; return the exit code."""
     if run.init_from is None or not run.prompt:
         raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
-    # These bring torch in, so only now.
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.weights import build_weights
@@ -45,14 +45,14 @@ def main(run: GenerateRun) -> int:
 
 
 def prompt_pieces(text: str, *, is_chat: bool) -> list[Piece]:
-    """Return what the model is given: a user's message and the beginning of its turn, or a text to continue."""
+    """Return the pieces of the prompt: with `is_chat` a user message and the start of the reply, else plain text."""
     if is_chat:
         return [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
     return with_bos([Piece(text=text)])
 
 
 def _standard_input() -> str:
-    """Return what standard input holds, without the newline that ends its last line."""
+    """Return the text on standard input without its final newline. Raises `ConfigError` if it is empty or not UTF-8."""
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""`--help`: every field of a command with its type, its default and the docstring that stands under it."""
+"""`--help`: every field of a command with its type, its default and the docstring below the field."""
 
 import ast
 import inspect
@@ -16,10 +16,10 @@ _WIDTH = 110
 
 
 def overview() -> str:
-    """Return the page of `moetrain --help`."""
+    """Return the text of `moetrain --help`."""
     lines = ["moetrain COMMAND [key=value ...]      moetrain COMMAND --help lists every key", ""]
     summaries = {name: _summary(schema) for name, schema in SCHEMAS.items()}
-    summaries["check"] = "Compose and check every config and recipe, or the command line that follows; runs nothing."
+    summaries["check"] = "Check every config and recipe, or the command line that follows, without running it."
     width = max(map(len, summaries)) + 2
     lines += [f"  {name:<{width}}{summary}" for name, summary in summaries.items()]
     recipes = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
@@ -28,7 +28,7 @@ def overview() -> str:
 
 
 def command_page(command: str) -> str:
-    """Return the page of `moetrain COMMAND --help`."""
+    """Return the text of `moetrain COMMAND --help`."""
     if command == "check":
         return (
             "moetrain check                      compose and check every config and recipe\n"
@@ -49,7 +49,7 @@ def command_page(command: str) -> str:
 
 
 def compose_defaults(command: str) -> Any:
-    """Return the config of a command without overrides: the defaults that its help shows."""
+    """Return the config of a command without overrides, whose values the help shows as defaults."""
     return compose(command, [])
 
 
@@ -58,7 +58,7 @@ def _summary(schema: type) -> str:
 
 
 def _fields(schema: Any, values: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, docstring) of every value; of a dict of sections, the section's own fields as `*`."""
+    """Yield (key, type, default, docstring) of every value; in a dict of sections, `*` stands for the section name."""
     docs = field_docs(schema)
     for name, hint in get_type_hints(schema).items():
         key = prefix + name
@@ -77,7 +77,7 @@ def _fields(schema: Any, values: Any, prefix: str) -> Iterator[tuple[str, str, s
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """Return the string that stands under each field in the source of a dataclass and of its bases."""
+    """Return the docstring below each field of a dataclass and its bases, by field name. Reads the source code."""
     docs: dict[str, str] = {}
     for base in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]

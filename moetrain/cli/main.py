@@ -1,7 +1,7 @@
-"""The `moetrain` command: finds the command, has its input checked, and turns errors into one line and an exit code.
+"""The `moetrain` command: finds the subcommand, checks its input, and turns errors into one line and an exit code.
 
-A command is a module of this package with a function `main`. That of a stage gets its checked config, before its
-body imports torch.
+A subcommand is a module of this package with a function `main`. For a stage, `main` receives the checked config, and
+imports torch in its body, so that a mistake in the input is reported before torch is loaded.
 """
 
 import errno
@@ -21,18 +21,21 @@ from moetrain.run.stage import check_folder, rank
 from moetrain.runtime import LAUNCHER, check_launcher, die_with_parent, keep_freed_memory, num_ranks
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
-"""What is wrong with a path that the user gave, wherever it is opened."""
+"""Error codes of a bad path from the user, reported in one line wherever the path is opened."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 ours, 2 the user's input, 3 a bound of verify missed."""
+    """Run a command line and return its exit code: 0 success, 1 error in moetrain, 2 bad input, 3 missed bound.
+
+    `arguments`: the words after `moetrain`; None takes `sys.argv`. Exit code 3 is returned only by `moetrain verify`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()
     keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # a rank that outlives its launcher holds the run's folder, and waits for the others
+        die_with_parent()  # a rank that outlives its launcher keeps the run folder locked and waits for other ranks
     try:
-        if words[:1] == ["run"]:  # it starts the ranks of its stages itself
+        if words[:1] == ["run"]:  # a recipe starts the ranks of its stages itself
             for name in LAUNCHER:
                 os.environ.pop(name, None)
         check_launcher(needs_others=words[:1] not in ([], ["check"]) and not {"-h", "--help"} & {*words})
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoetrainError as error:
         print(f"moetrain: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -55,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _yield_busy_cores() -> None:
-    """Have idle OpenMP threads sleep after 3,000 turns of their spin loop; read when torch is first imported.
+    """Make idle OpenMP threads sleep after 3,000 spins. libgomp reads the variable when torch is first imported.
 
-    libgomp spins 300,000 turns. Beside another busy process that made a training step of `k2_nano` 40 times slower.
-    3,000 turns take a tenth more than half of the cores there, and on an idle machine as long as 10,000 do; 1,000 cost
-    a tenth of a step there, because a thread is slow to wake.
+    The default is 300,000 spins. When another process keeps the cores busy, that made a training step of `k2_nano` 40
+    times slower; with 3,000 spins the step is 10 % slower than on half of the cores. On an idle machine 3,000 spins
+    are as fast as 10,000, and 1,000 are 10 % slower, because a sleeping thread takes long to wake.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -5,6 +5,6 @@ from moetrain.config import PretrainRun
 
 def main(run: PretrainRun) -> int:
     """Run the stage; return its exit code."""
-    from moetrain.run.reading_stage import train  # brings torch in, so only now
+    from moetrain.run.reading_stage import train  # loads torch
 
     return train(run)

@@ -1,4 +1,4 @@
-"""`moetrain report`: the page and the tables of a run. Needs no torch."""
+"""`moetrain report`: writes the HTML report of a run and prints its tables. Does not load torch."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _PLAIN_WIDTH = 120
 
 
 def main(run: ReportRun) -> int:
-    """Write the report of the run `run.folder/run.name`, print its tables and where the files lie; return 0."""
+    """Write the report of the run `run.folder/run.name`, print its tables and the paths of the files; return 0."""
     found = read_run(run.run.path.parent, run.report.stages)
     with stage_folder(run) as folder:
         write_report(found, run.report, folder=folder)
@@ -23,12 +23,12 @@ def main(run: ReportRun) -> int:
 
 
 def print_again(run: ReportRun) -> None:
-    """Print the tables of a report that was written before."""
+    """Print the tables of a report that already exists, without writing it again."""
     print_tables(read_run(run.run.path.parent, run.report.stages), run.run.path)
 
 
 def print_tables(found: Run, folder: Path) -> None:
-    """Print the tables of a run, and where its report in `folder` and its exports lie."""
+    """Print the tables of a run, and the paths of its report (in `folder`) and of its exports."""
     console = Console()
     show(tables(found), console if console.is_terminal else Console(width=_PLAIN_WIDTH))
     unfinished = [*found.missing, *(stage.name for stage in found.stages if not stage.is_finished)]

@@ -1,4 +1,4 @@
-"""`moetrain run`: runs the stages of a recipe and prints what each took."""
+"""`moetrain run`: runs the stages of a recipe and prints the status and time of each."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from moetrain.run.runner import Row, prepare, run_stages
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the recipe that the command line names; return the exit code of the stage that failed, or 0."""
+    """Run the recipe named on the command line; return the exit code of the stage that failed, or 0."""
     prepared = prepare(words)
     if prepared.run.dry_run:
         for stage in prepared.stages:
@@ -28,7 +28,7 @@ def main(words: Sequence[str]) -> int:
     _print_table(ran.rows, prepared.folder)
     if ran.code:
         print(
-            f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; the same command goes on there",
+            f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; run the same command to resume it",
             file=sys.stderr,
         )
     return ran.code

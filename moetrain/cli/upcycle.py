@@ -13,17 +13,18 @@ from moetrain.upcycle.config import plan_upcycling
 from moetrain.verify.table import Row, check_rows, render, write_rows
 
 RELATIVE_BOUND = 1e-5
-"""Largest change of a layer's outputs, relative to the largest of them: a few roundings of float32."""
+"""Bound on the change of a layer's outputs, relative to its largest output: a few float32 rounding errors."""
 TIES_BOUND = 0.01
-"""Largest share of tokens for which copies tie; at random there are a few in a million (docs/upcycling.md)."""
+"""Bound on the share of tokens whose top-k choice splits tied copies; at random a few per million
+(docs/upcycling.md)."""
 
 
 def main(run: UpcycleRun) -> int:
-    """Run the stage; return its exit code. Nothing is written when a layer's output changes."""
+    """Run the stage; return its exit code. Writes no weights and raises `BoundError` if a layer's output changes."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the stage, checkpoint or Hugging Face folder of a dense model")
     plan = plan_upcycling(run.model, run.upcycle)
-    # These bring torch in, so only now.
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.run.weights import read_weights
     from moetrain.train.stages import SUMMARY
     from moetrain.upcycle.stage import check_untrained, upcycle, write_upcycled

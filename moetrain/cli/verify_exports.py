@@ -9,10 +9,10 @@ from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyExportsRun) -> int:
-    """Measure the promises about an export, print them, and raise `BoundError` when one is missed."""
+    """Compare an export with its masters and print the table; return 0, or raise `BoundError` if a bound is missed."""
     if run.init_from is None or run.masters is None:
-        raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made of")
-    # These bring torch in, so only now.
+        raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made from")
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.read import is_export
     from moetrain.run.weights import read_masters, read_weights
     from moetrain.verify.exports import ExportFault, verify_exports
@@ -21,7 +21,7 @@ def main(run: VerifyExportsRun) -> int:
     with stage_folder(run) as folder:
         export = read_weights(run.init_from)
         if not is_export(export.path):
-            raise CheckpointError(f"init_from is {run.init_from}: that is no export; give an export stage's folder")
+            raise CheckpointError(f"init_from is {run.init_from}: not an export; give the folder of an export stage")
         check_length(export.model, name="num_tokens", length=run.num_tokens)
         rows = verify_exports(
             export.path,

@@ -7,7 +7,7 @@ from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyFaultsRun) -> int:
-    """Measure what faults do to runs, print it, and raise `BoundError` when a promise is missed."""
+    """Disturb real runs with faults and print the table; return 0, or raise `BoundError` if a bound is missed."""
     from moetrain.verify.faults import Request, verify_faults
     from moetrain.verify.table import check_rows, render, write_rows
 

@@ -9,8 +9,8 @@ from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyHfRun) -> int:
-    """Compare logits with transformers', print the table, and raise `BoundError` when a bound is missed."""
-    # These bring torch in, so only now.
+    """Compare our logits with transformers' and print the table; return 0, or raise `BoundError` for a missed bound."""
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.verify.hf import HfFault, verify_folder, verify_matrix
     from moetrain.verify.table import check_rows, render, write_rows
 

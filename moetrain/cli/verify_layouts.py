@@ -5,12 +5,12 @@ from rich.console import Console
 from moetrain.commands import VerifyLayoutsRun
 from moetrain.run.stage import stage_folder
 
-_WIDTH = 150  # of the table, also where there is no terminal
+_WIDTH = 150  # of the table in characters, also when the output is not a terminal
 
 
 def main(run: VerifyLayoutsRun) -> int:
-    """Measure every layout against the plain loop, print the table, and raise `BoundError` when a bound is missed."""
-    # These bring torch in, so only now.
+    """Compare every layout with the plain loop and print the table; return 0, or raise `BoundError`."""
+    # These imports load torch, so they wait until the input has been checked.
     from moetrain.verify.layouts import rows_of, verify_layouts
     from moetrain.verify.table import check_rows, render, write_rows
 

@@ -80,8 +80,8 @@ def test_ranks_share_the_threads_and_the_experts() -> None:
     ("words", "message"),
     [
         (["rows=3", "ranks=2", "threads=2"], r"ranks is 2: it must divide rows=3"),
-        (["ranks=2"], r"threads is 1: give at least one to each of the 2 ranks"),
-        (["optim.name=muon"], r"optim.name is muon: peers have adamw only"),
+        (["ranks=2"], r"threads is 1: give at least one per rank, 2"),
+        (["optim.name=muon"], r"optim.name is muon: peers support only adamw"),
         (["seq_len=100000"], r"seq_len is 100000"),
         (["steps=0"], r"steps is 0: give at least 1"),
     ],

@@ -98,8 +98,8 @@ def test_a_process_computes_with_as_many_threads_as_it_is_told(threads: int) -> 
             "that is said to a stage, <stage>.model=k2_nano, such as pretrain.model=k2_nano\n",
         ),
         (["run", "-m"], "moetrain: -m: there is no such option here; write key=value\n"),
-        (["pretrain", "--foo=3"], "moetrain: --foo=3: there is no such option here; write key=value, or --config FILE"),
-        (["pretrain", "train.steps=3", "--config", "x"], "moetrain: --config: there is no such option here"),
+        (["pretrain", "--foo=3"], "moetrain: --foo=3: unknown option; write key=value, or --config FILE directly"),
+        (["pretrain", "train.steps=3", "--config", "x"], "moetrain: --config: unknown option"),
         (["run", "again_from=sfd"], "moetrain: again_from is 'sfd': did you mean sft?\n"),
     ],
 )
