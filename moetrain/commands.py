@@ -296,8 +296,8 @@ class VerifyFaultsRun(StageRun):
     overrides: list[str] = field(default_factory=list)
     """Additional overrides for the `pretrain` command line of every run."""
     fault: str = "none"
-    """Fault to inject, which the command must then detect: none, step (resumes one step too late) or weight (changes one
-    row)."""
+    """Fault to inject, which the command must then detect: none, step (resumes one step too late) or weight (changes
+    one row)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

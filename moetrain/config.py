@@ -181,8 +181,8 @@ class ReadingRun(TrainingRun):
             )
         if self.init_from is None and tokenizer.retrain:
             raise ConfigError(
-                "data.tokenizer.retrain is true and init_from is null: without weights there is no tokenizer to replace; "
-                "remove data.tokenizer.retrain"
+                "data.tokenizer.retrain is true and init_from is null: without weights there is no tokenizer to "
+                "replace; remove data.tokenizer.retrain"
             )
         if self.init_from is None and tokenizer.path is None and num_rows < MIN_VOCAB_SIZE:
             raise ConfigError(

@@ -24,7 +24,7 @@ def test_expert_parallelism_has_to_divide_the_experts() -> None:
 
 
 def test_the_plain_engine_is_one_process() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.expert is 2: the plain engine"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert is 2: parallel.engine=torch runs in one process; give 1"):
         PretrainRun(data=data(), parallel=ParallelConfig(expert=2, engine=EngineName.torch))
 
 

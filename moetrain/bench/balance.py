@@ -1,7 +1,7 @@
-"""Ways to balance experts side by side: the same weights, tokens and order of tokens, another `model.balance` each.
+"""Compares load-balancing methods: same initial weights, tokens and order of tokens, a different `model.balance` each.
 
-The methods take their steps in turn, so that what else the machine does falls on all of them. L layers with experts, E
-experts.
+The methods take their steps in turn, so that other load on the machine affects all of them alike. Shape letters: L
+layers with experts, E experts.
 """
 
 import statistics
@@ -24,15 +24,15 @@ from moetrain.train.stages import Sections, engine_of
 from moetrain.train.validate import validate
 
 LOADS = ("maxvio", "maxvio_micro", "load_variation", "dead_experts", "router_entropy", "bias_range")
-"""Metrics of a step whose mean over the last steps is shown, with `cross_entropy`."""
+"""Step metrics whose mean over the last steps is shown, together with `cross_entropy`."""
 
 
 @dataclass(kw_only=True)
 class MethodResult:
-    """What a method came to.
+    """Results of one method.
 
-    figures: means over the last steps of `LOADS` and of `cross_entropy`; `maxvio_held_out` and `validation/<source>`
-    after the last one. maxvio: of every step. seconds: of every step.
+    figures: means over the last steps of `LOADS` and `cross_entropy`; `maxvio_held_out` and `validation/<source>` after
+    the last step. maxvio: value at every step. seconds: duration of every step.
     """
 
     name: str
@@ -42,7 +42,7 @@ class MethodResult:
     seconds: list[float] = field(default_factory=list)
 
     def time_ratios(self, first: "MethodResult") -> tuple[float, float, float]:
-        """Return the median ratio of a step's time to that of `first`, and the quartiles around it."""
+        """Return (median, lower quartile, upper quartile) of the ratio of step times to those of `first`."""
         ratios = [mine / other for mine, other in zip(self.seconds, first.seconds, strict=True)]
         if len(ratios) < 2:
             return ratios[0], ratios[0], ratios[0]
@@ -58,9 +58,9 @@ def bench_balance(
     tail_share: float,
     on_step: Callable[[str], None],
 ) -> list[MethodResult]:
-    """Train one model a method for `sections.train.steps` steps, and return what each came to. A collective.
+    """Train one model per method for `sections.train.steps` steps; return the results per method. Collective.
 
-    on_step: called after each step of all methods with a word on it.
+    on_step: called with a short note after all methods have taken a step.
     """
     train = sections.train
     runs = {
@@ -86,7 +86,7 @@ def bench_balance(
 
 
 def _held_out_violation(sections: Sections, *, engine: Engine, data: Data) -> float:
-    """Return the layers' mean MaxVio of the load over all validation rows, whose tokens never moved the bias."""
+    """Return MaxVio, averaged over layers, of the load over all validation rows, which never updated the bias."""
     topology = engine.topology
     loads_LE = torch.zeros((), dtype=torch.int64)
     for source in data.validation.values():
@@ -96,7 +96,7 @@ def _held_out_violation(sections: Sections, *, engine: Engine, data: Data) -> fl
 
 
 def render(results: list[MethodResult]) -> Table:
-    """Return the table for the terminal: a line a method; time is relative to the first one."""
+    """Return the table for the terminal, with one line per method. Times are relative to the first method."""
     sources = [key for key in results[0].figures if key.startswith("validation/")]
     columns = {
         "MaxVio": "maxvio",
@@ -109,7 +109,7 @@ def render(results: list[MethodResult]) -> Table:
         "train CE": "cross_entropy",
         **{key.removeprefix("validation/"): key for key in sources},
     }
-    table = Table("method", *columns, "time of a step", title="balance: loads and losses at equal tokens")
+    table = Table("method", *columns, "time per step", title="balance: loads and losses at equal tokens")
     for result in results:
         median, low, high = result.time_ratios(results[0])
         figures = [f"{result.figures[key]:.3f}" for key in columns.values()]
@@ -118,6 +118,6 @@ def render(results: list[MethodResult]) -> Table:
 
 
 def write_results(path: Path, results: list[MethodResult], *, context: Mapping[str, float]) -> None:
-    """Write all of it as JSON, the MaxVio of every step included."""
+    """Write `context` and all results as JSON, including the MaxVio of every step."""
     rows = [{**asdict(result), "time_ratio": result.time_ratios(results[0])} for result in results]
     write_json(path, {**context, "methods": rows})

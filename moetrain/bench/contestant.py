@@ -1,7 +1,7 @@
-"""A contestant of `bench train` as processes, one a rank: the side that asks. `bench.worker` is the side that works.
+"""Controller of a contestant of `bench train`, which runs as one process per rank (`bench.worker`).
 
-The sides speak in JSON lines. `prepare` builds and warms up, `turn` takes the steps of one turn, `profile` says where
-their time goes. Between them a contestant waits for its next line and uses no core.
+Controller and workers exchange JSON lines. `prepare` builds the model and warms up, `turn` takes the steps of one turn,
+`profile` measures the time per part of the model. Between commands a worker waits for its next line and uses no core.
 """
 
 import json
@@ -18,7 +18,7 @@ from moetrain.runtime import free_port
 
 
 class Kind(StrEnum):
-    """What trains: ours on either engine, or a peer."""
+    """Trainer of a contestant: moetrain on either engine, or a peer."""
 
     moetrain = "moetrain"
     moetrain_torch = "moetrain_torch"
@@ -29,7 +29,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """Who trains, and on how many ranks of how many threads; `expert` ranks share the experts of a layer."""
+    """A trainer and its layout.
+
+    ranks: number of processes. threads: threads per rank. expert: ranks that share the experts of a layer.
+    """
 
     kind: Kind
     ranks: int
@@ -38,18 +41,18 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """What tables and logs call it."""
+        """Name in tables and log files."""
         if self.ranks == 1:
             return self.kind.value
         return f"{self.kind.value} {f'ep {self.expert}' if self.expert > 1 else f'dp {self.ranks}'}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 class Remote:
-    """The asking side: starts the processes, and collects what they answer."""
+    """Starts the processes of a contestant, sends them commands and collects their answers."""
 
     def __init__(self, contestant: Contestant, *, config: Path, log: Path) -> None:
         self.contestant = contestant
@@ -57,11 +60,11 @@ class Remote:
         self.setting = ""
         self.failure: str | None = None
         self.seconds: list[list[float]] = []
-        """Of each step of each turn; of several ranks the slowest."""
+        """Seconds of each step of each turn; the slowest rank counts."""
         self.losses: list[float] = []
-        """Of the steps of the warm-up, the first that the weights see; the mean over ranks."""
+        """Loss of each warm-up step, averaged over ranks."""
         self.memory = 0
-        """Largest resident size seen, the sum over ranks."""
+        """Peak resident set size in bytes, summed over ranks."""
         port = free_port()
         self._processes = [self._start(rank, config=config, port=port) for rank in range(contestant.ranks)]
 
@@ -82,9 +85,9 @@ class Remote:
             )
 
     def ask(self, command: str) -> dict[str, float] | None:
-        """Have all ranks carry out a command, and keep what they measured; return the profile when it was asked for.
+        """Run a command on all ranks and store their measurements; return the profile for `profile`, else None.
 
-        A contestant that failed stays silent, and `failure` says why.
+        If a rank fails, `failure` is set to the reason, and this and all later calls return None.
         """
         if self.failure is not None:
             return None
@@ -96,7 +99,7 @@ class Remote:
             answers = [_answer(process) for process in self._processes]
         except (BrokenPipeError, EOFError):
             lines = self.log.read_text().strip().splitlines()
-            self.failure = lines[-1] if lines else "it ended without a word"
+            self.failure = lines[-1] if lines else "it ended without output"
             return None
         first = answers[0]
         self.setting = first["setting"]
@@ -127,5 +130,5 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def _columns(answers: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[float, ...]]:
-    """Yield what each rank says of one step, step by step."""
+    """Yield, for each step, the values of all ranks under `name`."""
     yield from zip(*(answer[name] for answer in answers), strict=True)

@@ -1,7 +1,7 @@
-"""Muon beside AdamW at equal tokens, and the largest attention logit with and without QK-Clip.
+"""Compares Muon with AdamW on equal tokens, and the largest attention logit with and without QK-Clip.
 
-Every run has the same initial weights, tokens and order of tokens; its optimizer, learning rate and threshold differ.
-Each optimizer is given a sweep of rates and stands for itself with its best one.
+All runs have the same initial weights, tokens and order of tokens; optimizer, learning rate and threshold differ. Each
+optimizer is trained at several learning rates, and the best one is compared.
 """
 
 import logging
@@ -26,16 +26,16 @@ from moetrain.train.validate import validate
 _log = logging.getLogger(__name__)
 
 _WINDOW = 8
-"""Steps that a smoothed training loss averages."""
+"""Number of steps in the moving average of the training loss."""
 _VALIDATION = "validation/"
 
 
 @dataclass(kw_only=True)
 class OptimizerResult:
-    """What a run came to.
+    """Results of one run.
 
-    cross_entropy, max_logit, heads_clipped: of every step, fewer when it diverged. validation: nats a character by
-    source after the last one; not a number then.
+    cross_entropy, max_logit, heads_clipped: one value per step, up to the step at which the run diverged. validation:
+    nats per character by source after the last step; NaN if the run diverged.
     """
 
     name: str
@@ -47,31 +47,32 @@ class OptimizerResult:
 
     @property
     def held_out(self) -> float:
-        """Mean over sources of the validation loss; what the best rate is chosen by."""
+        """Mean validation loss over sources, by which the best rate is chosen."""
         return statistics.fmean(self.validation.values())
 
     def smooth(self) -> list[float]:
-        """Return the training loss of each step, averaged with those shortly before it."""
+        """Return the moving average of the training loss at each step, over the last `_WINDOW` steps."""
         return [value for _, value in moving_average(list(enumerate(self.cross_entropy)), _WINDOW)]
 
 
 @dataclass(kw_only=True)
 class Comparison:
-    """All runs: those of the sweep in order of rates, and the two that show the clip, without and with it."""
+    """All runs: the sweep over rates, and the two high-rate runs without and with QK-Clip."""
 
     sweep: list[OptimizerResult]
     unclipped: OptimizerResult
     clipped: OptimizerResult
 
     def best(self, name: OptimizerName) -> OptimizerResult:
-        """Return the run of an optimizer with the smallest validation loss; a loss that is not finite is never it."""
+        """Return the run of an optimizer with the smallest validation loss; a non-finite loss counts as infinite."""
         runs = [run for run in self.sweep if run.optim.name is name]
         return min(runs, key=lambda run: run.held_out if math.isfinite(run.held_out) else math.inf)
 
     def share_of_tokens(self) -> float:
-        """Return the share of AdamW's tokens after which Muon's training loss is at AdamW's last; inf if never.
+        """Return the share of AdamW's tokens after which Muon reaches AdamW's final training loss; inf if never.
 
-        Both at their best rates, smoothed. Muon's rate has not decayed by then, which counts against it.
+        Both losses are smoothed and at the best rates. Muon's rate has not decayed at that point, which puts Muon at a
+        disadvantage.
         """
         goal = self.best(OptimizerName.adamw).smooth()[-1]
         ours = self.best(OptimizerName.muon).smooth()
@@ -88,9 +89,10 @@ def bench_optimizers(
     data: Data,
     on_step: Callable[[str], None],
 ) -> Comparison:
-    """Train a model for each rate of each optimizer, and two with Muon at `clip_rate`, and return what each came to.
+    """Train a model for each rate of each optimizer, and two with Muon at `clip_rate`; return all results. Collective.
 
-    A collective. One model is in memory at a time. on_step: called after each step with a word on it.
+    Only one model is in memory at a time. threshold: QK-Clip's in the second run at `clip_rate`. on_step: called after
+    each step with a short note.
     """
     sweep = [
         replace(sections.optim, name=name, lr=rate, qk_clip=math.inf)
@@ -112,7 +114,7 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
     for step in range(train.steps):
         try:
             values = take_step(sections, engine=engine, data=data, step=step)
-        except DivergenceError as error:  # a rate that is too high is a finding, not the end of the sweep
+        except DivergenceError as error:  # divergence at a high rate is a result of the sweep
             _log.warning("%s: %s", result.name, error)
             result.validation = dict.fromkeys(data.validation, math.nan)
             return result
@@ -126,7 +128,7 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
 
 
 def render(comparison: Comparison) -> Table:
-    """Return the table for the terminal: a line a run, the best of each optimizer marked."""
+    """Return the table for the terminal, with one line per run. The best run of each optimizer is marked."""
     sources = list(comparison.unclipped.validation)
     best = [comparison.best(name) for name in dict.fromkeys(run.optim.name for run in comparison.sweep)]
     table = Table(
@@ -154,18 +156,22 @@ def render(comparison: Comparison) -> Table:
 
 
 def sentence(comparison: Comparison) -> str:
-    """Return what the comparison at equal tokens comes to, in words."""
+    """Return a sentence with the best losses and the share of tokens that Muon needs."""
     muon, adamw = comparison.best(OptimizerName.muon), comparison.best(OptimizerName.adamw)
     share = comparison.share_of_tokens()
-    reached = f"after {100 * share:.0f} % of the tokens" if math.isfinite(share) else "nowhere in the run"
+    reached = (
+        f"reaches AdamW's final one after {100 * share:.0f} % of the tokens"
+        if math.isfinite(share)
+        else "never reaches AdamW's final one"
+    )
     return (
-        f"best of each, mean of sources: {muon.name} {muon.held_out:.4f}, {adamw.name} {adamw.held_out:.4f} nats a "
-        f"character; Muon's training loss is at AdamW's last one {reached}"
+        f"best runs, mean over sources: {muon.name} {muon.held_out:.4f}, {adamw.name} {adamw.held_out:.4f} nats per "
+        f"character; Muon's training loss {reached}"
     )
 
 
 def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, float]) -> None:
-    """Write all of it as JSON, the losses and logits of every step included; null for what is not a finite number."""
+    """Write `context` and all results as JSON, including losses and logits of every step; non-finite values as null."""
     runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
     rows = [{**asdict(run), "held_out": run.held_out} for run in runs]
     content = {**context, "share_of_tokens": comparison.share_of_tokens(), "runs": rows}
@@ -173,7 +179,7 @@ def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, f
 
 
 def picture(comparison: Comparison) -> str:
-    """Return a page with three charts: the sweep, the losses of the best runs, the logits with and without the clip."""
+    """Return an HTML page with three charts: validation loss by rate, loss of the best runs, logits with QK-Clip."""
     names = list(dict.fromkeys(run.optim.name for run in comparison.sweep))
     by_rate, losses = [], []
     for color, name in enumerate(names):
@@ -188,8 +194,8 @@ def picture(comparison: Comparison) -> str:
         Line(name=clipped.name, points=_over_steps(clipped.max_logit), color=1, level=clipped.optim.qk_clip),
     ]
     charts = [
-        line_chart("Validation loss by rate", by_rate, x_name="log10 of the rate", y_name="nats a character"),
-        line_chart("Training loss at the best rates", losses, x_name="step", y_name="nats a token"),
+        line_chart("Validation loss by rate", by_rate, x_name="log10 of the rate", y_name="nats per character"),
+        line_chart("Training loss at the best rates", losses, x_name="step", y_name="nats per token"),
         line_chart(
             "Largest attention logit", logits, x_name="step", y_name="softmax input; dashed: threshold", from_zero=True
         ),

@@ -1,4 +1,4 @@
-"""Ours as a contestant of `bench train`: the training step of every stage, nothing left out."""
+"""moetrain as a contestant of `bench train`, with the complete training step that the stages use."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from moetrain.train.step import train_step
 
 
 class Ours:
-    """Implements `Trainee` with an engine of ours."""
+    """Implements `Trainee` with one of moetrain's engines."""
 
     def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
         self.run = run
@@ -37,7 +37,7 @@ class Ours:
         )
 
     def choose(self, batch_of: Callable[[int], TokenBatch], steps: int) -> None:
-        """Choose nothing: the paths are chosen by device and length."""
+        """Do nothing: moetrain chooses its attention by device and sequence length."""
 
     def step(self, batch: TokenBatch) -> float:
         """Take one optimizer step on this rank's rows; return the cross-entropy over all ranks."""

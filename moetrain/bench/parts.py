@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, by part of the model, forward and backward together.
+"""Measures the time of a training step per part of the model, forward and backward pass together.
 
-Hooks mark the modules while torch's profiler runs. An operation belongs to the innermost mark around it, and the
-backward pass of an operation to where its forward pass was, found by autograd's sequence numbers.
+Hooks mark the modules while torch's profiler runs. An operation is attributed to the innermost mark around it. The
+backward pass of an operation is attributed to the part of its forward pass, found by autograd's sequence number.
 """
 
 from collections import defaultdict
@@ -39,7 +39,7 @@ _OTHER = "other"
 
 
 def profile_parts(engine: Engine, work: Callable[[], Any], *, num_steps: int) -> dict[str, float]:
-    """Return the seconds a step of each part while `work` takes `num_steps` steps of `engine`."""
+    """Return the seconds per step by part, profiled while `work` takes `num_steps` steps of `engine`."""
     with _marked(engine), profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(_MARK + _OTHER):
         work()
     return _seconds(list(profiler.events()), num_steps=num_steps)
@@ -47,7 +47,7 @@ def profile_parts(engine: Engine, work: Callable[[], Any], *, num_steps: int) ->
 
 @contextmanager
 def _marked(engine: Engine) -> Iterator[None]:
-    """Mark the engine's step and every module of a part for as long as this lasts."""
+    """Mark the optimizer step and every module in `_PARTS` for the profiler, until the context ends."""
     open_marks: list[ExitStack] = []
 
     def _enter(module: nn.Module, args: Any) -> None:
@@ -74,7 +74,7 @@ def _marked(engine: Engine) -> Iterator[None]:
 
 
 def _seconds(events: list[FunctionEvent], *, num_steps: int) -> dict[str, float]:
-    """Return the seconds of each part: own time of every event, given to the part that the event belongs to."""
+    """Return the seconds per step by part: the sum of the self CPU time of the events of that part."""
     forward: dict[int, str] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0:
@@ -90,7 +90,7 @@ def _is_backward(event: FunctionEvent) -> bool:
 
 
 def _part_of(event: FunctionEvent, *, forward: dict[int, str]) -> str:
-    """Return the part of an event: by name, mark or forward pass, whichever is met first going outwards."""
+    """Return the part of an event, by name, mark or forward pass of the innermost enclosing event that has one."""
     place: FunctionEvent | None = event
     while place is not None:
         for name, part in _BY_NAME.items():

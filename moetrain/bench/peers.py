@@ -1,7 +1,8 @@
-"""The peers of `bench train`: transformers' DeepseekV3, alone and under DeepSpeed's AutoEP.
+"""Peers of `bench train`: transformers' DeepseekV3, alone and under DeepSpeed's AutoEP.
 
-Each gets the weights of ours, bf16 parameters with float32 masters, fused AdamW and the same clipping, and chooses the
-attention of transformers that is faster here. Rows are whole documents, so causal attention needs no mask.
+Each starts from moetrain's weights and uses bf16 parameters with float32 masters, fused AdamW and the same gradient
+clipping. It measures transformers' attention implementations and keeps the fastest. Each row is one document, so causal
+attention needs no further mask.
 """
 
 import time
@@ -25,7 +26,7 @@ _ATTENTION = ("sdpa", "eager")
 
 
 def _transformers_model(run: BenchTrainRun, *, experts: str) -> DeepseekV3ForCausalLM:
-    """Return transformers' model in float32 with the weights that ours starts from."""
+    """Return transformers' model in float32 with moetrain's initial weights."""
     source = Transformer(run.model)
     initialize(source, run.run.seed)
     config = DeepseekV3Config(**to_hf_config(run.model))
@@ -38,7 +39,7 @@ def _transformers_model(run: BenchTrainRun, *, experts: str) -> DeepseekV3ForCau
 
 
 class _PeerOnTransformers:
-    """What the peers share: the choice of the attention."""
+    """Base of the peers: chooses the attention implementation."""
 
     setting = ""
     model: DeepseekV3ForCausalLM
@@ -47,7 +48,7 @@ class _PeerOnTransformers:
         raise NotImplementedError
 
     def choose(self, batch_of: Callable[[int], TokenBatch], steps: int) -> None:
-        """Train a few steps with each attention, and keep the faster."""
+        """Time `steps` steps with each attention implementation, and keep the fastest."""
         fastest: dict[str, float] = {}
         for name in _ATTENTION:
             self.model.set_attn_implementation(name)
@@ -61,7 +62,7 @@ class _PeerOnTransformers:
 
 
 class MastersAdamW:
-    """Mixed precision as usual: gradients of bf16 parameters step float32 masters, which are cast back."""
+    """Mixed-precision AdamW: gradients of bf16 parameters update float32 masters, which are cast back to bf16."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.params = list(model.parameters())
@@ -76,7 +77,7 @@ class MastersAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Clip, step and cast; clears the gradients."""
+        """Clip the gradients, update the masters, cast them to the parameters, and clear the gradients."""
         for param, master in zip(self.params, self.masters, strict=True):
             master.grad = None if param.grad is None else param.grad.float()
             param.grad = None
@@ -102,7 +103,7 @@ class Transformers(_PeerOnTransformers):
 
 
 class AutoEp(_PeerOnTransformers):
-    """Implements `Trainee` with DeepSpeed's AutoEP: bf16, ZeRO 1, its loop over experts (on CPUs it has no other)."""
+    """Implements `Trainee` with DeepSpeed's AutoEP: bf16, ZeRO 1, a loop over experts (its only choice on CPUs)."""
 
     def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
         topology = setup(ParallelConfig(timeout_s=300))

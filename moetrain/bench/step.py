@@ -1,4 +1,4 @@
-"""A training step of the runs that a bench compares: that of pretraining."""
+"""The training step of `bench balance` and `bench optimizers`, the same as in pretraining."""
 
 from moetrain.data.build import Data
 from moetrain.model.attention import MaxLogits
@@ -11,7 +11,7 @@ from moetrain.train.step import train_step
 
 
 def take_step(sections: Sections, *, engine: Engine, data: Data, step: int) -> dict[str, float]:
-    """Take step `step` of a run and return its metrics. A collective. Raises `DivergenceError`."""
+    """Take training step `step` and return its metrics. Collective. Raises `DivergenceError`."""
     train, optim, topology = sections.train, sections.optim, engine.topology
     batch = data.loader.rows_between(train.rows_before(step), train.rows_before(step + 1))
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)

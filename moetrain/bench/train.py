@@ -1,6 +1,6 @@
-"""`moetrain bench train`: training steps of ours and of peers, in turn, so that noise of the machine meets all alike.
+"""`moetrain bench train`: times training steps of moetrain and its peers in turn, so that noise affects all alike.
 
-Each contestant is a process of its own, or one a rank, that sleeps while others have their turn.
+Each contestant runs in its own processes, one per rank, which sleep during the turns of the others.
 """
 
 import os
@@ -27,7 +27,10 @@ _KINDS = {
 
 
 def contestants(run: BenchTrainRun, *, threads: int) -> list[Contestant]:
-    """Return who takes part; ours on DeepSpeed in one rank comes first, because ratios are taken to it."""
+    """Return all contestants. moetrain on DeepSpeed with one rank comes first; the ratios refer to it.
+
+    threads: total threads per contestant.
+    """
     alone = {"ranks": 1, "threads": threads, "expert": 1}
     kinds = [Kind.moetrain, Kind.moetrain_torch, *(_KINDS[peer] for peer in run.peers)]
     found = [Contestant(kind=kind, **alone) for kind in kinds]
@@ -41,9 +44,10 @@ def contestants(run: BenchTrainRun, *, threads: int) -> list[Contestant]:
 
 
 def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
-    """Return everything that was measured, ready for JSON. `folder` holds config.yaml, and gets a log a contestant.
+    """Return all measurements as plain values for JSON.
 
-    Raises MoetrainError when a contestant of ours fails; a peer that fails is reported as such.
+    folder: contains config.yaml; one log file per contestant is written there. Raises `MoetrainError` if a moetrain
+    contestant fails; for a peer that fails, the report contains the failure.
     """
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -54,7 +58,7 @@ def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
     ]
     try:
         for remote in remotes:
-            remote.ask("prepare")  # one after the other: what they choose there is measured
+            remote.ask("prepare")  # one after the other, because peers time their attention implementations
         peaks = []
         for turn in range(run.repetitions):
             peaks.append(measure_peak(dtype=torch.bfloat16, device=torch.device("cpu"), library=library))
@@ -110,18 +114,18 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def render(report: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the tables of a report: who is how fast, and where the time of ours goes."""
+    """Yield the tables of a report: the speed of each contestant, and moetrain's time per part of the model."""
     table = Table(
         *(
-            "who",
+            "contestant",
             "ranks x threads",
             "tokens/s (min - max)",
             "ours / it (min - max)",
             "of peak",
-            "losses of the warm-up",
+            "first, last warm-up loss",
         ),
-        title=f"{report['parameters']:,} parameters, {report['tokens_per_step']:,} tokens a step, "
-        f"{report['flops_per_token'] / 1e6:.1f} MFLOPs a token; bf16 peak {report['peak_flops'] / 1e9:.0f} GFLOP/s",
+        title=f"{report['parameters']:,} parameters, {report['tokens_per_step']:,} tokens per step, "
+        f"{report['flops_per_token'] / 1e6:.1f} MFLOPs per token; bf16 peak {report['peak_flops'] / 1e9:.0f} GFLOP/s",
     )
     for row in report["rows"]:
         layout = f"{row['ranks']} x {row['threads']}"
@@ -139,7 +143,7 @@ def render(report: Mapping[str, Any]) -> Iterator[Table]:
         )
     yield table
     if report["profile"] is not None:
-        parts = Table("part", "ms a step", "share", title=f"where the time of {report['rows'][0]['name']} goes")
+        parts = Table("part", "ms per step", "share", title=f"time of {report['rows'][0]['name']} by part of the model")
         total = sum(report["profile"].values())
         for part, seconds in sorted(report["profile"].items(), key=lambda item: -item[1]):
             parts.add_row(part, f"{seconds * 1e3:.1f}", f"{seconds / total:.1%}")

@@ -1,4 +1,4 @@
-"""The working side of `bench train`: `python -m moetrain.bench.worker CONFIG.yaml CONTESTANT-AS-JSON`, one a rank."""
+"""Worker of `bench train`, one process per rank: `python -m moetrain.bench.worker CONFIG.yaml CONTESTANT-AS-JSON`."""
 
 import json
 import os
@@ -19,23 +19,23 @@ from moetrain.runtime import keep_freed_memory, torch_stream
 from moetrain.train.rows import rank_rows
 
 _SETTLING_STEPS = 1
-"""Steps of a turn before those that are timed: while the others had theirs, caches and memory were theirs too."""
+"""Untimed steps at the start of a turn: they refill caches that other contestants used during their turns."""
 
 
 class Trainee(Protocol):
-    """A model with its optimizer."""
+    """A model with its optimizer, as `bench train` times it."""
 
     setting: str
 
     def choose(self, batch_of: Callable[[int], TokenBatch], steps: int) -> None:
-        """Try the settings there are for `steps` steps each, and keep the fastest."""
+        """Time each available setting for `steps` steps, and keep the fastest."""
 
     def step(self, batch: TokenBatch) -> float:
-        """Take one optimizer step on this rank's rows; return the cross-entropy."""
+        """Take one optimizer step on this rank's rows; return the cross-entropy in nats per token."""
 
 
 def make_batch(run: BenchTrainRun, step: int) -> TokenBatch:
-    """Return the rows of a step: tokens drawn with the frequencies of words (1 / rank), one document a row."""
+    """Return the rows of a step: random tokens with Zipf frequencies (1 / token id + 1), one document per row."""
     shape = (run.rows, run.seq_len)
     frequency_V = 1.0 / torch.arange(1, run.model.vocab_size + 1, dtype=torch.float64)
     stream = torch_stream(run.run.seed, "bench/tokens", step)
@@ -50,7 +50,7 @@ def make_batch(run: BenchTrainRun, step: int) -> TokenBatch:
 
 
 def build(run: BenchTrainRun, contestant: Contestant) -> Trainee:
-    """Return the trainee, its weights set from the run's seed, the same for all."""
+    """Return the trainee of a contestant. All contestants get the same weights, drawn from the run's seed."""
     if contestant.kind in (Kind.moetrain, Kind.moetrain_torch):
         from moetrain.bench.ours import Ours
 
@@ -61,7 +61,7 @@ def build(run: BenchTrainRun, contestant: Contestant) -> Trainee:
 
 
 class Worker:
-    """Counts the steps of one trainee and times them."""
+    """Takes and times the steps of one trainee on command."""
 
     def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
         self.run = run
@@ -75,7 +75,7 @@ class Worker:
         return rank_rows(make_batch(self.run, step), rank=self.rank, world_size=self.contestant.ranks)
 
     def take(self, num_steps: int) -> tuple[list[float], list[float]]:
-        """Take steps; return the seconds and the loss of each."""
+        """Take `num_steps` steps; return (seconds per step, loss per step)."""
         seconds, losses = [], []
         for _ in range(num_steps):
             batch = self.batch_of(self.num_steps)
@@ -86,7 +86,7 @@ class Worker:
         return seconds, losses
 
     def answer(self, command: str) -> dict[str, Any]:
-        """Carry out one command of `Remote`."""
+        """Run one command of `Remote`; return the measurements as plain values for JSON."""
         seconds: list[float] = []
         losses: list[float] = []
         profile = None
@@ -116,11 +116,11 @@ class Worker:
 def main() -> None:
     """Answer the commands on standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to the log
+    os.dup2(2, 1)  # libraries may print to stdout; this sends it to the log
     run: BenchTrainRun = load_config("bench train", Path(sys.argv[1]))
     contestant = Contestant(**json.loads(sys.argv[2]) | {"kind": Kind(json.loads(sys.argv[2])["kind"])})
     if contestant.kind in (Kind.moetrain, Kind.moetrain_torch):
-        keep_freed_memory()  # as every command of ours does; peers run as they come
+        keep_freed_memory()  # every moetrain command does this; peers run with their own defaults
     torch.set_num_threads(contestant.threads)
     worker: Worker | None = None
     for line in sys.stdin:

@@ -43,7 +43,7 @@ def test_the_command_measures_every_turn_and_says_where_the_time_goes(tmp_path: 
     parts = report["profile"]
     assert {"attention", "experts", "router and dispatch", "head and loss", "optimizer"} <= parts.keys()
     assert all(value > 0 for value in parts.values())
-    assert "where the time of moetrain goes" in done.stdout
+    assert "time of moetrain by part of the model" in done.stdout
 
 
 def test_a_contestant_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:
