@@ -1,30 +1,30 @@
-"""Errors that a user can meet: each names the field or file, the value found, and what would do.
+"""Errors for users: each message names the field or file, the value found, and what to do.
 
-Every class is also a standard exception type. `exit_code` is what the command line returns: 1 ours, 2 the user's input,
-3 a bound of `moetrain verify` that was missed.
+Every class is also a standard exception type. `exit_code` is what the command line returns: 1 for a failure of the
+package or the run, 2 for invalid input of the user, 3 for a missed bound of `moetrain verify`.
 """
 
 
 class MoetrainError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors that this package raises on purpose."""
 
     exit_code = 1
 
 
 class ConfigError(MoetrainError, ValueError):
-    """A field of the configuration has a value that cannot work."""
+    """A field of the config has an invalid value."""
 
     exit_code = 2
 
 
 class DataError(MoetrainError, ValueError):
-    """A data file or source cannot be read or holds something unusable."""
+    """A data file or source cannot be read, or its content is unusable."""
 
     exit_code = 2
 
 
 class CheckpointError(MoetrainError, ValueError):
-    """A checkpoint or export is missing, damaged or does not fit the model."""
+    """A checkpoint or export is missing or damaged, or does not fit the model."""
 
     exit_code = 2
 
@@ -38,14 +38,14 @@ class ToolError(MoetrainError, RuntimeError):
 
 
 class TransientError(MoetrainError, RuntimeError):
-    """An environment failed without any effect, and the same act may work when it is repeated."""
+    """An environment failed without side effects, so the same call may succeed when repeated."""
 
 
 class BoundError(MoetrainError, AssertionError):
-    """A bound promised by `moetrain verify` was missed."""
+    """A bound of `moetrain verify` was missed."""
 
     exit_code = 3
 
 
 class DivergenceError(MoetrainError, FloatingPointError):
-    """The loss or the gradient stopped being a finite number."""
+    """The loss or the gradient became infinite or NaN."""

@@ -1,6 +1,7 @@
-"""Writes files so that a reader never sees half of one, and JSON that every parser accepts.
+"""Writes files atomically, and JSON that every parser accepts.
 
-A file is written beside its final name, synced to disk, and renamed. JSON has no NaN and no infinity: both become null.
+A file is written under a temporary name in the same folder, synced to disk, and renamed. JSON has no NaN and no
+infinity: both become null.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all; make the folder when it is missing."""
+    """Write `text` as UTF-8, atomically; create the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
     try:
@@ -26,19 +27,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
-    """Write a JSON object in indented lines, whole or not at all."""
+    """Write a JSON object, indented, atomically."""
     write_text(path, to_json(content, indent=indent) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object per line, whole or not at all."""
+    """Write one JSON object per line, atomically."""
     write_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty when there is no file, or one that holds no JSON object.
+    """Return the object in a JSON file; empty if the file is missing or contains no JSON object.
 
-    For files that can be made again, such as caches. A machine that stops may leave such a file torn.
+    For files that can be recreated, such as caches: a machine that crashes may leave such a file truncated.
     """
     try:
         content = json.loads(path.read_bytes())

@@ -1,6 +1,6 @@
-"""What a number of a config may be: a table a section, and one line that names field, value and cure.
+"""Range checks for numbers in a config: a table per section, and error messages that name field, value and remedy.
 
-Nan and infinity never fit, nor a whole number that 64 bits do not hold.
+NaN, infinity and whole numbers beyond 64 bits are always rejected.
 """
 
 import math
@@ -15,7 +15,7 @@ _LIMIT = 2**63
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers that fit, and what a message says would do."""
+    """A set of allowed numbers, and the remedy that the error message gives."""
 
     fits: Callable[[float], bool]
     cure: str
@@ -31,9 +31,10 @@ TEMPERATURE = Range(fits=lambda value: value >= 0, cure="give 0 (greedy) or more
 
 
 def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[str]]) -> None:
-    """Raise `ConfigError` for the first field of a config that holds a number out of its range.
+    """Raise `ConfigError` for the first field of a config whose number is out of range.
 
-    prefix: of the field's name, such as "train.". A field may hold a number, a list of them, or None, which fits.
+    prefix: prefix of the field names, such as "train.". A field may contain a number, a list of numbers, or None, which
+    is allowed.
     """
     for allowed, fields in ranges.items():
         for field in fields:

@@ -1,6 +1,6 @@
-"""Named, seeded random streams, the device, ranks and ports, and what a process asks of the C library.
+"""Seeded random streams, the device, ranks and ports, and process settings.
 
-Every draw is a function of (seed, name, index...), never of rank or order.
+Every random draw is a function of (seed, name, index...), never of rank or order.
 """
 
 import ctypes
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
     import torch
 
 _PR_SET_PDEATHSIG = 1
-_SEED_BITS = 63  # the largest seed that torch, numpy and random all take
+_SEED_BITS = 63  # seeds that torch, numpy and random all accept
 
 
 RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that a launcher sets beside WORLD_SIZE, so that ranks find each other."""
+"""Environment variables by which ranks find each other; a launcher sets them beside WORLD_SIZE."""
 LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", *RENDEZVOUS)
-"""Variables of the environment that tell a process its place among the ranks that a launcher started."""
+"""All environment variables in which a launcher gives a process its rank and the number of ranks."""
 
 
 def check_launcher(*, needs_others: bool) -> None:
-    """Raise ConfigError when the environment describes ranks that no launcher can have started.
+    """Raise ConfigError if the environment variables of a launcher are inconsistent.
 
-    needs_others: whether the process is going to meet the other ranks; a check needs their number alone.
+    needs_others: whether the process will connect to the other ranks; a check requires only their number.
     """
     cure = "unset it, or start the ranks with launch/torchrun.sh"
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit()):
-            raise ConfigError(f"{name} is {value!r} in the environment, where a launcher sets a whole number: {cure}")
+            raise ConfigError(f"{name} is {value!r} in the environment, but must be a whole number: {cure}")
     size, rank = num_ranks(), int(os.environ.get("RANK", "0"))
     if size < 1 or rank >= size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment: {cure}")
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment, which is impossible: {cure}")
     missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
     if needs_others and size > 1 and missing:
-        raise ConfigError(f"WORLD_SIZE is {size} in the environment, and {', '.join(missing)} is not set: {cure}")
+        raise ConfigError(f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} is not set: {cure}")
 
 
 def num_ranks() -> int:
-    """Return how many ranks a launcher started; 1 without a launcher."""
+    """Return the number of ranks that a launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds in RAM now, in bytes; 0 where the system does not say."""
+    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -60,7 +60,7 @@ def resident_bytes() -> int:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nothing listens at."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -79,7 +79,7 @@ def python_stream(seed: int, name: str, *index: int) -> random.Random:
 
 
 def default_device() -> "torch.device":
-    """Return the device to compute on where nothing says otherwise: the GPU that is current, else the CPU."""
+    """Return the default device: the current GPU if there is one, else the CPU."""
     import torch  # config and planning code stays free of torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -97,16 +97,16 @@ _LARGEST_BLOCK = 1 << 30
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it ends; does nothing elsewhere."""
+    """Make Linux kill this process when its parent ends; does nothing on other systems."""
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 1 GB for the next ones, in place of giving them back to the kernel.
+    """Make glibc reuse freed blocks of up to 1 GB instead of returning them to the kernel.
 
-    A training step frees and allocates the same blocks over and over; each time the kernel would clear every page anew,
-    which took an eighth of a step of `k2_bench`. Another C library is left as it is.
+    A training step frees and allocates the same blocks repeatedly. The kernel would zero every page each time, which
+    took an eighth of a step of `k2_bench`. Other C libraries are left unchanged.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

@@ -1,7 +1,8 @@
-"""Compiles the C++ beside this file for the CPU at hand, once, and loads it.
+"""Compiles the C++ sources beside this file for the current CPU, once, and loads the library.
 
-The library is kept in the user's cache under a name made of the sources, the compiler and the CPU, so that a shared
-home serves machines of several kinds. Plain C functions of pointers and sizes: nothing of torch is compiled.
+The library is cached in the user's cache folder. Its name depends on the sources, the compiler and the CPU, so machines
+of several kinds can share a home directory. The functions are plain C, with pointers and sizes; torch's headers are not
+used.
 """
 
 import ctypes
@@ -22,7 +23,8 @@ _MAIN = "kernels.cpp"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
 _FOR_THIS_CPU = ("-march=native",)
 _GAIN_OF_PAIRS = 1.25
-"""Gain from which on products take pairs of bfloat16; CPUs have either half of it or twice as much."""
+"""Minimum speedup at which products use pairs of bfloat16; a CPU's pair instruction is about half or twice as fast as
+this."""
 
 _SIGNATURES = {
     "linear": "ippplll",
@@ -44,16 +46,16 @@ _SIGNATURES = {
     "adamw_step": "ppppl" + "fffffff",
     "sum_of_squares": "plp",
 }
-"""Arguments of each function: p pointer, l int64, i int, f float."""
+"""Argument types per function: p pointer, l int64, i int, f float."""
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
 class UnavailableError(Exception):
-    """The kernels cannot be had here; the message says why."""
+    """The kernels are unavailable on this machine; the message gives the reason."""
 
 
 class Library:
-    """The compiled functions, called with tensors and numbers."""
+    """The compiled functions, callable with tensors and numbers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,28 +70,30 @@ class Library:
         self.paired = int(self.gain_of_pairs > _GAIN_OF_PAIRS)
 
     def __call__(self, name: str, *args: torch.Tensor | float | None) -> None:
-        """Call a function; of a tensor, which must be contiguous where the function says nothing else, the address."""
+        """Call a function. For a tensor, its address is passed; it must be contiguous unless the function takes
+        strides.
+        """
         self._functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler: CXX of the environment where that is set, else g++."""
+    """Return the path of the C++ compiler: the environment variable CXX if set, else g++; None if not found."""
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
 @functools.cache
 def load(target: Sequence[str] = _FOR_THIS_CPU) -> Library:
-    """Return the library for `target`, compiled now if it never was. Raises UnavailableError."""
+    """Return the library for `target`, compiled on first use. Raises UnavailableError."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise UnavailableError(f"they are made for Linux on x86-64, not {platform.system()} on {platform.machine()}")
+        raise UnavailableError(f"they require Linux on x86-64, this is {platform.system()} on {platform.machine()}")
     found = compiler()
     if found is None:
         raise UnavailableError(
-            f"no C++ compiler is here ({os.environ.get('CXX') or 'g++'}); install g++ or name one with CXX"
+            f"no C++ compiler found ({os.environ.get('CXX') or 'g++'}); install g++ or set CXX to a compiler"
         )
     try:
         path = _cache() / f"kernels-{_key(found, target)}.so"
-    except (OSError, RuntimeError) as error:  # no home, no compiler that runs
+    except (OSError, RuntimeError) as error:  # no home directory, or the compiler does not run
         raise UnavailableError(str(error)) from error
     if not path.exists():
         _compile(found, target, path)
@@ -104,23 +108,23 @@ def _cache() -> Path:
 
 
 def _key(found: str, target: Sequence[str]) -> str:
-    """Return a name for what is compiled: a change of sources, compiler or CPU makes another library."""
+    """Return the cache key: it changes with the sources, the compiler and the CPU."""
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     if "clang" in version:
-        raise RuntimeError(f"{found} is clang, whose OpenMP has threads beside torch's; name g++ with CXX")
+        raise RuntimeError(f"{found} is clang, whose OpenMP starts threads beside torch's; set CXX to g++")
     parts = [version, " ".join([*_FLAGS, *target]), _cpu()]
     parts += [path.read_text() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:
-    """Return the instruction sets of the CPU."""
+    """Return the CPU's instruction sets."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith("flags")), "")
 
 
 def _compile(found: str, target: Sequence[str], path: Path) -> None:
-    """Write the library in one go: ranks that compile at the same time write the same."""
+    """Write the library atomically: ranks that compile at the same time write the same content."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -131,12 +135,12 @@ def _compile(found: str, target: Sequence[str], path: Path) -> None:
                 said = result.stderr.strip()[-2000:] or f"exit code {result.returncode}"
                 raise UnavailableError(f"{found} cannot compile {SOURCES / _MAIN}: {said}")
             with made.open("rb") as file:
-                os.fsync(file.fileno())  # a library that a power cut tears would crash whoever loads it
+                os.fsync(file.fileno())  # a library truncated by a power cut would crash the process that loads it
             try:
-                os.link(made, path)  # what others have mapped stays: another rank may have been first
+                os.link(made, path)  # does not replace a file that another rank wrote first and has mapped
             except FileExistsError:
                 pass
-            except OSError:  # a file system without links
+            except OSError:  # a file system without hard links
                 made.replace(path)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be written: {error}") from error

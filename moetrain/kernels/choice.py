@@ -1,6 +1,6 @@
-"""Which kernels a process can multiply with: the project's own, or torch's.
+"""Which kernels a process uses for its computations: the project's own, or torch's.
 
-The choice is made once per run and handed to whatever multiplies; nothing here remembers it.
+The choice is made once per run and passed to the modules that compute; this module stores nothing.
 """
 
 import torch
@@ -14,12 +14,12 @@ _WIDE = ("AVX2", "AVX512")
 
 
 def taking(library: Library | None, x: torch.Tensor) -> Library | None:
-    """Return `library` if it takes activations like `x`, bfloat16 on a CPU; None otherwise."""
+    """Return `library` if it supports activations like `x` (bfloat16 on a CPU), else None."""
     return taking_kind(library, x.device, dtype=x.dtype)
 
 
 def taking_kind(library: Library | None, device: torch.device, *, dtype: torch.dtype) -> Library | None:
-    """Return `library` if it takes activations of this dtype on this device; None otherwise."""
+    """Return `library` if it supports activations of this dtype on this device, else None."""
     return library if dtype == torch.bfloat16 and device.type == "cpu" else None
 
 
@@ -29,9 +29,9 @@ def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
     Raises ConfigError if native kernels were requested but are unavailable; its message ends with `cure`.
     """
     if wanted is Kernels.torch:
-        return None, "asked for"
+        return None, "as configured"
     if wanted is Kernels.auto and torch.cpu._is_amx_tile_supported():
-        return None, "this CPU multiplies bfloat16 in tiles (AMX), which torch makes use of"
+        return None, "this CPU multiplies bfloat16 in tiles (AMX), which torch uses"
     if wanted is Kernels.auto and torch.backends.cpu.get_cpu_capability() not in _WIDE:
         return None, "this CPU has no AVX2"
     try:
@@ -41,4 +41,4 @@ def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
             raise ConfigError(f"kernels=native is unavailable here: {error}. {cure}") from None
         return None, str(error)
     kind = "pairs of bfloat16" if library.paired else "widened bfloat16"
-    return library, f"products of {kind}; pairs are {library.gain_of_pairs:.2g} times as fast here"
+    return library, f"products of {kind}; on this CPU pairs are {library.gain_of_pairs:.2g} times as fast"

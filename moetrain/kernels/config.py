@@ -1,10 +1,12 @@
-"""Which kernels a run takes. Torch-free."""
+"""The config value that selects the kernels. Imports no torch."""
 
 from enum import StrEnum
 
 
 class Kernels(StrEnum):
-    """`auto`: the project's own where they are made for the CPU at hand and a compiler is there, else torch's."""
+    """`native`: the project's own kernels. `auto`: those if they suit this CPU and a compiler is installed, else
+    torch's.
+    """
 
     auto = "auto"
     torch = "torch"

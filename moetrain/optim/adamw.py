@@ -1,4 +1,6 @@
-"""AdamW (arXiv 1711.05101) as one pure function, element by element: any slice of a parameter can be stepped alone."""
+"""AdamW (arXiv 1711.05101) as one elementwise pure function, so that any slice of a parameter can be updated on its
+own.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +9,7 @@ import torch
 
 from moetrain.kernels.build import Library
 
-_SLICE_ELEMENTS = 1 << 17  # stepped at once on a CPU: 512 KB of each tensor, which stay in cache
+_SLICE_ELEMENTS = 1 << 17  # updated at once on a CPU: 512 KB of each tensor, which fit in the cache
 
 
 def adamw_update(
@@ -23,9 +25,9 @@ def adamw_update(
     weight_decay: float,
     library: Library | None = None,
 ) -> None:
-    """Step `param`, `exp_avg` and `exp_avg_sq` in place, as torch.optim.AdamW does; `step` counts from 1.
+    """Update `param`, `exp_avg` and `exp_avg_sq` in place, as torch.optim.AdamW does; `step` counts from 1.
 
-    All four are contiguous and of one shape. library: native kernels, used for float32 on a CPU.
+    All four tensors must be contiguous and have the same shape. library: native kernels, used for float32 on a CPU.
     """
     beta1, beta2 = betas
     if library and param.device.type == "cpu" and param.dtype == torch.float32:
@@ -37,7 +39,7 @@ def adamw_update(
         )
         return
     whole = (param.view(-1), grad.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1))
-    # Elsewhere slices would only be more kernels to start.
+    # On other devices, slices would only add kernel launches.
     length = _SLICE_ELEMENTS if param.device.type == "cpu" else max(param.numel(), 1)
     for slices in zip(*(torch.split(tensor, length) for tensor in whole), strict=True):
         p, g, m, v = slices

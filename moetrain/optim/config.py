@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule. No torch here."""
+"""Config of the optimizer and the learning-rate schedule. Imports no torch."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +8,7 @@ from moetrain.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_rang
 
 
 class OptimizerName(StrEnum):
-    """Which rule updates the hidden matrices; embeddings, head, norms and router are always on AdamW."""
+    """Optimizer of the hidden matrices; embeddings, head, norms and router always use AdamW."""
 
     muon = "muon"
     adamw = "adamw"
@@ -22,7 +22,7 @@ class NewtonSchulz(StrEnum):
 
 
 class ScheduleName(StrEnum):
-    """Shape of the learning rate over steps."""
+    """Shape of the learning-rate schedule."""
 
     wsd = "wsd"
     cosine = "cosine"
@@ -30,7 +30,7 @@ class ScheduleName(StrEnum):
 
 
 class DecayShape(StrEnum):
-    """How the decay of wsd goes from the peak to the end (Kimi K2 and DeepSeek-V3: cosine)."""
+    """Shape of the decay of wsd from the peak to the final rate (Kimi K2 and DeepSeek-V3: cosine)."""
 
     linear = "linear"
     cosine = "cosine"
@@ -41,18 +41,18 @@ class ScheduleConfig:
     """Learning rate as a function of the step."""
 
     name: ScheduleName = ScheduleName.wsd
-    """wsd: warmup, stable, decay. cosine: warmup, then cosine. constant: warmup, then flat."""
+    """wsd: warmup, stable, decay. cosine: warmup, then cosine decay. constant: warmup, then constant."""
     warmup_steps: int = 10
-    """Steps of linear warmup."""
+    """Number of steps of linear warmup."""
     initial_ratio: float = 0.0
-    """Learning rate before the first step of the warmup, relative to the peak: a cooldown that warms up again starts
-    where the stage before ended."""
+    """Learning rate at the start of the warmup, relative to the peak. Set it when a stage starts at the rate at which
+    the previous stage ended."""
     decay_fraction: float = 0.4
-    """Share of all steps that the decay of wsd takes."""
+    """Share of all steps in the decay phase of wsd."""
     decay_shape: DecayShape = DecayShape.linear
-    """Shape of the decay of wsd."""
+    """Shape of the decay phase of wsd."""
     final_ratio: float = 0.05
-    """Learning rate at the end, relative to the peak."""
+    """Final learning rate, relative to the peak."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -62,29 +62,29 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """MuonClip's family: Muon with RMS matching (arXiv 2502.16982) for hidden matrices, AdamW for the rest."""
+    """Muon with RMS matching (arXiv 2502.16982) for hidden matrices, AdamW for the rest; MuonClip with qk_clip."""
 
     name: OptimizerName = OptimizerName.muon
-    """Rule for the hidden matrices."""
+    """Optimizer of the hidden matrices."""
     lr: float = 3e-3
-    """Peak learning rate; RMS matching lets Muon and AdamW share it."""
+    """Peak learning rate; because of RMS matching, Muon and AdamW share it."""
     weight_decay: float = 0.05
-    """Decoupled weight decay, on every parameter."""
+    """Decoupled weight decay of all parameters."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's two decay rates."""
+    """AdamW's two decay rates (beta1, beta2)."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     momentum: float = 0.95
     """Muon's momentum (Nesterov)."""
     newton_schulz: NewtonSchulz = NewtonSchulz.five
-    """Coefficients of the orthogonalisation."""
+    """Coefficients of Muon's orthogonalisation."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; raw gradients are clipped, before orthogonalisation."""
+    """Maximum global gradient norm; gradients are clipped before orthogonalisation."""
     qk_clip: float | None = None
-    """QK-Clip's threshold: largest attention logit a head may have before its queries and keys are made smaller (K2's
-    MuonClip: 100). null is off and costs nothing; inf measures the logits and clips none."""
+    """Threshold of QK-Clip: heads whose largest attention logit exceeds it get their queries and keys scaled down (K2's
+    MuonClip: 100). null disables it at no cost; inf measures the logits but never clips."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate over steps."""
+    """Learning-rate schedule."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -92,7 +92,7 @@ class OptimConfig:
             self,
             prefix="optim.",
             ranges={
-                POSITIVE: ("lr", "eps", "clip_norm"),  # a large clip_norm never clips
+                POSITIVE: ("lr", "eps", "clip_norm"),  # to disable clipping, use a large clip_norm
                 NOT_NEGATIVE: ("weight_decay",),
                 BELOW_ONE: ("momentum", "betas"),
             },

@@ -1,7 +1,6 @@
-"""Muon with RMS matching (arXiv 2502.16982), as pure functions of matrices: no ranks, no ownership, no state.
+"""Muon with RMS matching (arXiv 2502.16982), as pure functions of matrices: no ranks and no state.
 
-Who holds which part of which matrix is the business of `parallel.optimizer`.
-B matrices of one shape, M rows, N columns.
+`parallel.optimizer` decides which rank updates which matrix. B matrices of one shape, M rows, N columns.
 """
 
 import math
@@ -11,13 +10,13 @@ import torch
 from moetrain.kernels.build import Library
 from moetrain.optim.config import NewtonSchulz, OptimizerName
 
-_JORDAN = (3.4445, -4.7750, 2.0315)  # kellerjordan.github.io/posts/muon: steepest at 0, lands in a band around 1
+_JORDAN = (3.4445, -4.7750, 2.0315)  # kellerjordan.github.io/posts/muon: steepest at 0, ends in a band around 1
 _POLISH = (2.0, -1.5, 0.5)  # converges to 1 from within that band (arXiv 2606.19348)
 COEFFICIENTS: dict[NewtonSchulz, tuple[tuple[float, float, float], ...]] = {
     NewtonSchulz.five: (_JORDAN,) * 5,
     NewtonSchulz.hybrid_8_2: (_JORDAN,) * 8 + (_POLISH,) * 2,
 }
-RMS_OF_ADAMW = 0.2  # typical RMS of an AdamW update, which Muon's is scaled to (arXiv 2502.16982, section 2.2)
+RMS_OF_ADAMW = 0.2  # Muon's update is scaled to the typical RMS of an AdamW update (arXiv 2502.16982, section 2.2)
 _NORM_EPS = 1e-7
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _ROUTER = "mlp.gate.weight"
@@ -25,19 +24,19 @@ _FUSED_GATE_UP = "experts.gate_up_proj"
 
 
 def parameter_rule(name: str, shape: torch.Size, *, hidden_rule: OptimizerName) -> OptimizerName:
-    """Return the rule that updates the parameter `name`: `hidden_rule` for hidden matrices, AdamW for all else.
+    """Return the optimizer of the parameter `name`: `hidden_rule` for hidden matrices, AdamW for all others.
 
-    Hidden matrices are the two-dimensional weights inside the blocks and every expert's own matrices. Embeddings, head,
-    norms and router are on AdamW.
+    Hidden matrices are the two-dimensional weights inside the blocks and the matrices of each expert. Embeddings, head,
+    norms and router use AdamW.
     """
     is_hidden = len(shape) >= 2 and not name.endswith(_EMBEDDINGS) and not name.endswith(_ROUTER)
     return hidden_rule if is_hidden else OptimizerName.adamw
 
 
 def logical_shape(name: str, shape: torch.Size) -> tuple[int, int, int]:
-    """Return (B, M, N): the matrices that Muon orthogonalises one by one in the parameter `name`.
+    """Return (B, M, N): number and shape of the matrices in the parameter `name` that Muon orthogonalises separately.
 
-    A stack of experts is one matrix an expert; its fused gate and up projections are two.
+    A stack of experts has one matrix per expert, or two if the gate and up projections are fused.
     """
     if len(shape) == 2:
         return 1, shape[0], shape[1]
@@ -48,15 +47,15 @@ def logical_shape(name: str, shape: torch.Size) -> tuple[int, int, int]:
 
 
 def logical_matrices(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor` seen as [B, M, N], without a copy."""
+    """Return `tensor` as a view [B, M, N]."""
     return tensor.view(logical_shape(name, tensor.shape))
 
 
 def newton_schulz(x_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.dtype) -> torch.Tensor:
-    """Return, in `dtype`, the nearest semi-orthogonal matrix of each of `x_BMN`, approximately.
+    """Return, in `dtype`, an approximation of the nearest semi-orthogonal matrix to each matrix of `x_BMN`.
 
-    `five` leaves singular values in a band of about 0.7 to 1.2 and lets those near zero stay small; `hybrid_8_2` brings
-    them to 1 within 1e-3. A matrix of zeros stays zero.
+    `five` moves singular values into a band of about 0.7 to 1.2, except those near zero, which stay small; `hybrid_8_2`
+    moves them to within 1e-3 of 1. A zero matrix stays zero.
     """
     norm_B11 = torch.linalg.matrix_norm(x_BMN.float(), keepdim=True)
     y_BMN: torch.Tensor = (x_BMN.float() / (norm_B11 + _NORM_EPS)).to(dtype)
@@ -71,25 +70,25 @@ def newton_schulz(x_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.d
 
 
 def nesterov(grad: torch.Tensor, momentum: torch.Tensor, *, decay: float) -> torch.Tensor:
-    """Move `momentum` in place and return the look-ahead direction that is orthogonalised. Element by element."""
+    """Update `momentum` in place and return the look-ahead direction to orthogonalise. Elementwise."""
     momentum.mul_(decay).add_(grad)
     return grad.add(momentum, alpha=decay)
 
 
 def dtype_of_products(dtype: torch.dtype, *, library: Library | None) -> torch.dtype:
-    """Return the dtype in which Newton-Schulz runs: float32 where the native kernels widen bfloat16.
+    """Return the dtype of the Newton-Schulz products: float32 if the native kernels widen bfloat16, else `dtype`.
 
-    CPUs for which they do have a slow bfloat16 instruction or none. Newton-Schulz runs in torch, without the kernels.
+    Native kernels widen bfloat16 on CPUs with slow bfloat16 instructions or none. Newton-Schulz itself runs in torch.
     """
     return torch.float32 if library is not None and not library.paired else dtype
 
 
 def orthogonal_update(direction_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.dtype) -> torch.Tensor:
-    """Return the float32 update 0.2 * sqrt(max(M, N)) * NewtonSchulz(direction): its RMS is that of an AdamW update."""
+    """Return the float32 update 0.2 * sqrt(max(M, N)) * NewtonSchulz(direction), whose RMS matches that of AdamW."""
     scale = RMS_OF_ADAMW * math.sqrt(max(direction_BMN.shape[-2:]))
     return newton_schulz(direction_BMN, schedule=schedule, dtype=dtype).float().mul_(scale)
 
 
 def apply_update(param: torch.Tensor, update: torch.Tensor, *, learning_rate: float, weight_decay: float) -> None:
-    """Step in place: W -= lr * (update + wd * W). Element by element."""
+    """Update in place: W -= lr * (update + wd * W). Elementwise."""
     param.mul_(1.0 - learning_rate * weight_decay).add_(update, alpha=-learning_rate)

@@ -6,10 +6,10 @@ from moetrain.optim.config import DecayShape, ScheduleConfig, ScheduleName
 
 
 def learning_rate(step: int, total: int, *, lr: float, schedule: ScheduleConfig) -> float:
-    """Return the rate of optimizer step `step`, counted from 0, in a run of `total` steps with peak `lr`.
+    """Return the learning rate of optimizer step `step` (from 0) in a run of `total` steps with peak `lr`.
 
-    Warmup is linear: step s takes initial_ratio and (s + 1) / warmup_steps of the way from it to the peak. The last
-    step takes final_ratio of the peak, but for `constant`. Where warmup and decay overlap the smaller one holds.
+    Warmup is linear from initial_ratio to 1: step s covers (s + 1) / warmup_steps of the way. The last step uses
+    final_ratio of the peak, except with `constant`. Where warmup and decay overlap, the smaller rate applies.
     """
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     warmup = schedule.initial_ratio + (1.0 - schedule.initial_ratio) * warmup

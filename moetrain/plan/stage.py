@@ -1,7 +1,7 @@
-"""What a training stage takes: parameters, bytes a rank, tokens, operations and hours, by arithmetic. No torch here.
+"""The cost of a training stage: parameters, bytes per rank, tokens, FLOPs and hours, by arithmetic. Imports no torch.
 
-Bytes of parameters, gradients and optimizer state are counted one by one; activations are an estimate, and so is the
-time, which needs the speed of the machine.
+Bytes of parameters, gradients and optimizer state are exact counts; bytes of activations are an estimate. The time is
+an estimate too and requires the measured speed of the machine.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,17 @@ _BFLOAT16 = 2
 _ADAMW_STATES = 2  # first and second moment
 _MUON_STATES = 1  # momentum
 _ACTIVATIONS_A_LAYER = 20
-"""Values that a block keeps for each token and unit of width, with what its experts keep: a rule of thumb."""
+"""Values that a block stores per token and unit of hidden size, experts included: a rule of thumb."""
 _INPUTS_A_LAYER = 4
-"""Of these, what it keeps with parallel.recompute=blocks: the inputs of its norms, attention and feed-forward."""
+"""Values among these that remain with parallel.recompute=blocks: the inputs of the norms, attention and feed-forward.
+"""
 UTILISATION = 0.15
-"""Share of the matmul peak that training is assumed to reach."""
+"""Assumed MFU: the share of the matmul peak that training reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What a stage takes. Bytes are of one rank."""
+    """The cost of a stage; bytes are per rank."""
 
     parameters: ParameterCounts
     tokens: int
@@ -44,11 +45,11 @@ class StagePlan:
 
     @property
     def bytes_total(self) -> int:
-        """All of it."""
+        """Total bytes per rank."""
         return self.bytes_parameters + self.bytes_gradients + self.bytes_optimizer + self.bytes_activations
 
     def seconds(self, flops_per_second: float) -> float:
-        """Return the expected time, given the peak of all ranks together."""
+        """Return the expected duration, given the matmul peak of all ranks together."""
         return self.flops / (flops_per_second * UTILISATION)
 
 
@@ -62,12 +63,12 @@ def plan_stage(
     seq_len: int,
     tokens_in_memory: int,
 ) -> StagePlan:
-    """Return what training on `tokens` takes; `tokens_in_memory` is one micro-batch of one rank."""
+    """Return the cost of training on `tokens`; `tokens_in_memory` is the size of one micro-batch on one rank."""
     counts = num_parameters(model)
     dense = counts.total - counts.routed
     local_experts = counts.routed // parallel.expert
     local = dense + local_experts
-    # A shard of the optimizer: dense parts over all ranks, experts over the ranks that hold the same ones.
+    # Optimizer shards: dense weights over all ranks, experts over the ranks with the same experts.
     owned = dense / world_size + local_experts / (world_size / parallel.expert)
     embeddings = 2 * model.vocab_size * model.hidden_size
     on_muon = (counts.total - embeddings) / counts.total if optim.name is OptimizerName.muon else 0.0
@@ -84,10 +85,11 @@ def plan_stage(
 
 
 def _bytes_of_weights(model: ModelConfig, parallel: ParallelConfig, *, local: int, owned: float) -> int:
-    """Return bytes of a rank's weights and of their casts to bf16. local: weights that it computes with.
+    """Return the bytes per rank of weights and of their bf16 casts. local: number of weights that the rank computes
+    with.
 
-    Under ZeRO 3 a rank keeps what it owns, and one unit at a time is whole; casts stay until the backward pass unless
-    blocks are computed again. Padding, and the gains of norms, which stay whole, are left out.
+    Under ZeRO 3 a rank stores only the shard it owns and gathers one unit at a time; casts stay until the backward
+    pass, unless blocks are recomputed. Padding and the gains of norms, which are not sharded, are ignored.
     """
     if parallel.zero != PARTITIONING_STAGE:
         return local * (_FLOAT32 + _BFLOAT16)
@@ -97,7 +99,7 @@ def _bytes_of_weights(model: ModelConfig, parallel: ParallelConfig, *, local: in
 
 
 def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Return the most parameters that ZeRO 3 brings together at once: an embedding, or a part of a layer."""
+    """Return the largest number of parameters that ZeRO 3 gathers at once: an embedding, or one part of a layer."""
     units = [model.vocab_size * model.hidden_size, attention_parameters(model)]
     if model.num_dense_layers:
         units.append(feed_forward_parameters(model, model.intermediate_size))
@@ -108,7 +110,7 @@ def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def _activations_a_token(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Return how many values of a token are kept; of blocks that are computed again, one is whole at a time."""
+    """Return the number of stored values per token; with recomputation, only one block at a time stores all of them."""
     if parallel.recompute is Recompute.none:
         return model.hidden_size * model.num_layers * _ACTIVATIONS_A_LAYER
     again = _ACTIVATIONS_A_LAYER - _INPUTS_A_LAYER

@@ -1,6 +1,6 @@
-"""Switches fake quantisation on: attaches quantisers to the experts modules that the model itself lists.
+"""Enables fake quantisation: attaches quantisers to the experts modules that the caller passes.
 
-The quantised set is what the caller hands over, the routed experts; no name is matched against a pattern.
+The caller passes the modules to quantise, the routed experts; no name is matched against a pattern.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from moetrain.quant.grids import check_group_size
 
 
 class QuantizableExperts(Protocol):
-    """What `apply` needs of an experts module; `model.moe.Experts` is one."""
+    """The attributes of an experts module that `apply` uses; `model.moe.Experts` has them."""
 
     fake_quant: FakeQuantizer | None
 
@@ -31,9 +31,9 @@ class QuantizableExperts(Protocol):
 def apply(
     experts_modules: Iterable[QuantizableExperts], config: QuantConfig, *, keep: Keep = Keep.step
 ) -> list[FakeQuantizer]:
-    """Attach a quantiser to each module, or remove it when `config.enabled` is false; return those attached.
+    """Attach a quantiser to each module, or remove it if `config.enabled` is false; return the attached quantisers.
 
-    Raises ConfigError when there is nothing to quantise, or when groups do not fit the matrices.
+    Raises ConfigError if there is nothing to quantise, or if the group size does not divide the matrices.
     """
     modules = list(experts_modules)
     if not config.enabled:
@@ -41,7 +41,7 @@ def apply(
             module.fake_quant = None
         return []
     if not modules:
-        raise ConfigError("quant.enabled is true, but the model has no routed experts: set it to false")
+        raise ConfigError("quant.enabled is true, but the model has no routed experts: set quant.enabled=false")
     for module in modules:
         for weight_EOI in (module.gate_up_proj, module.down_proj):
             check_group_size(weight_EOI.shape[-1], group_size=config.group_size)

@@ -1,7 +1,7 @@
-"""INT4 codes and scales to the tensors of a `pack-quantized` file, and back: bits, no rounding.
+"""Conversion between INT4 codes and scales and the tensors of a `pack-quantized` file: bits only, no rounding.
 
-The layout is that of compressed-tensors: eight codes an int32 word along the inputs, code j of a word in bits 4j to
-4j + 3, stored as code + 8. Words are written through their bytes, least significant first.
+The layout is that of compressed-tensors: eight codes per int32 word along the inputs, code j of a word in bits 4j to 4j
++ 3, stored as code + 8. Words are built from their bytes, least significant first.
 
 Shape letters as in `grids`; W words (I / 8), B bytes (I / 2).
 """
@@ -38,18 +38,18 @@ def unpack(words_XOW: Tensor) -> Tensor:
 
 
 def encode(quantized: Quantized) -> dict[str, Tensor]:
-    """Return one matrix [out, in] as the three tensors that a file holds, by suffix."""
+    """Return the three stored tensors of one matrix [out, in], by suffix."""
     shape = torch.tensor(quantized.codes_XOI.shape, dtype=torch.int32)
     packed_OW, scales_OG = pack(quantized.codes_XOI), quantized.scales_XOG.contiguous()
     return dict(zip(SUFFIXES, (packed_OW, scales_OG, shape), strict=True))
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Quantized:
-    """Return the matrix of three tensors by suffix. Raises CheckpointError when they do not agree."""
+    """Return the matrix stored in three tensors, given by suffix. Raises CheckpointError if they are inconsistent."""
     packed_OW, scales_OG, stated = (tensors[suffix] for suffix in SUFFIXES)
     codes_OI, shape = unpack(packed_OW), stated.tolist()
     if list(codes_OI.shape) != shape:
-        raise CheckpointError(f"{list(codes_OI.shape)} codes are packed but weight_shape says {shape}")
+        raise CheckpointError(f"weight_packed contains {list(codes_OI.shape)} codes, but weight_shape is {shape}")
     if scales_OG.shape[:-1] != codes_OI.shape[:-1] or codes_OI.shape[-1] % scales_OG.shape[-1]:
         raise CheckpointError(f"scales of shape {list(scales_OG.shape)} do not fit codes of shape {shape}")
     return Quantized(codes_XOI=codes_OI, scales_XOG=scales_OG)

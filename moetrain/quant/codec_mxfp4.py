@@ -1,9 +1,9 @@
-"""MXFP4 codes and scales to the tensors of a `mxfp4-pack-quantized` file, and back: bits, no rounding.
+"""Conversion between MXFP4 codes and scales and the tensors of a `mxfp4-pack-quantized` file: bits only, no rounding.
 
-The layout is that of compressed-tensors (OCP Microscaling Formats 1.0): e2m1 numbers, two to a byte along the inputs,
-the first in the low bits, sign in bit 3; one e8m0 scale per group, the byte b standing for 2^(b - 127).
+The layout is that of compressed-tensors (OCP Microscaling Formats 1.0): e2m1 numbers, two per byte along the inputs,
+the first in the low bits, with the sign in bit 3; one e8m0 scale per group, where the byte b means 2^(b - 127).
 
-In memory a code counts halves, so that it is an integer (`grids`), and its scale is half of the one in the file.
+In memory a code counts halves, so that it is an integer (`grids`); its scale is half of the stored one.
 
 Shape letters as in `grids`; B bytes (I / 2).
 """
@@ -24,20 +24,22 @@ _NAN = 255
 
 
 def encode(quantized: Quantized) -> dict[str, Tensor]:
-    """Return one matrix [out, in] as the two tensors that a file holds, by suffix."""
+    """Return the two stored tensors of one matrix [out, in], by suffix."""
     codes_OI = quantized.codes_XOI
     halves = torch.tensor(E2M1_HALVES, device=codes_OI.device)
     nibbles_OI = torch.searchsorted(halves, codes_OI.abs().to(halves.dtype)) + _SIGN * (codes_OI < 0)
     nibbles_OB2 = rearrange(nibbles_OI.to(torch.uint8), "... (B two) -> ... B two", two=2)
-    _, exponents_OG = torch.frexp(2 * quantized.scales_XOG.float())  # mantissa 0.5, hence one less below
+    _, exponents_OG = torch.frexp(
+        2 * quantized.scales_XOG.float()
+    )  # frexp returns mantissa 0.5, so the exponent is one too high
     scales_OG = (exponents_OG - 1 + _EXPONENT_BIAS).to(torch.uint8)
     return dict(zip(SUFFIXES, (nibbles_OB2[..., 0] | (nibbles_OB2[..., 1] << 4), scales_OG), strict=True))
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Quantized:
-    """Return the matrix of two tensors by suffix. Raises CheckpointError when they do not agree.
+    """Return the matrix stored in two tensors, given by suffix. Raises CheckpointError if they are inconsistent.
 
-    The code of minus zero becomes the one of zero: the number is the same.
+    The code of minus zero becomes that of zero; the value is the same.
     """
     packed_OB, bytes_OG = (tensors[suffix] for suffix in SUFFIXES)
     for suffix, tensor in tensors.items():
@@ -47,7 +49,7 @@ def decode(tensors: Mapping[str, Tensor]) -> Quantized:
     if bytes_OG.shape[:-1] != nibbles_OI.shape[:-1] or nibbles_OI.shape[-1] % max(bytes_OG.shape[-1], 1):
         raise CheckpointError(f"scales of shape {list(bytes_OG.shape)} do not fit codes of {list(nibbles_OI.shape)}")
     if bool((bytes_OG == _NAN).any()):
-        raise CheckpointError(f"{SUFFIXES[1].removeprefix('.')} holds the byte {_NAN}, which stands for NaN")
+        raise CheckpointError(f"{SUFFIXES[1].removeprefix('.')} contains the byte {_NAN}, which means NaN")
     halves = torch.tensor(E2M1_HALVES, dtype=torch.int8, device=packed_OB.device)
     codes_OI = halves[(nibbles_OI % _SIGN).long()] * torch.where(nibbles_OI < _SIGN, 1, -1).to(torch.int8)
     exponents_OG = bytes_OG.to(torch.int32) - _EXPONENT_BIAS - 1

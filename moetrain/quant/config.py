@@ -1,4 +1,4 @@
-"""What is quantised, in which format and on which grid. No torch here."""
+"""Config of quantisation: whether experts are quantised, in which format and on which grid. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from moetrain.errors import ConfigError
 
 
 class FormatName(StrEnum):
-    """A row of `quant.formats.FORMATS`: how codes and scales are stored."""
+    """Name of a row of `quant.formats.FORMATS`: how codes and scales are stored."""
 
     int4 = "int4"
     mxfp4 = "mxfp4"
 
 
 class GridName(StrEnum):
-    """A row of `quant.grids.GRIDS`: how a weight becomes a code and a scale."""
+    """Name of a row of `quant.grids.GRIDS`: how weights become codes and scales."""
 
     kimi7 = "kimi7"
     mx = "mx"
@@ -25,8 +25,9 @@ class GridName(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a format allows. grids: those whose codes it stores. group_step: group sizes are multiples of it.
-    largest_group: largest group size, None when there is no limit."""
+    """The settings that a format supports. grids: the grids whose codes it can store. group_step: group sizes must be
+    multiples of it. largest_group: maximum group size, or None.
+    """
 
     grids: tuple[GridName, ...]
     group_step: int
@@ -39,24 +40,25 @@ LIMITS: Mapping[FormatName, Limits] = MappingProxyType(
         FormatName.mxfp4: Limits(grids=(GridName.mx,), group_step=32, largest_group=32),
     }
 )
-"""The limits of every format."""
+"""The limits of each format."""
 
 
 @dataclass(kw_only=True)
 class QuantConfig:
-    """Fake quantisation of the routed experts, with a straight-through gradient."""
+    """Fake quantisation of the routed experts, with a straight-through gradient (quantisation-aware training)."""
 
     enabled: bool = False
     """Train with quantised expert weights."""
     format: FormatName = FormatName.int4
-    """How codes and scales are stored, which decides who can read them."""
+    """Storage format of codes and scales; it determines which programs can read an export."""
     grid: GridName = GridName.kimi7
-    """Grid of codes and scales, one of the format's: kimi7 (INT4) is that of Kimi K2 Thinking, mx that of MXFP4."""
+    """Grid of codes and scales; the format must support it. kimi7 (INT4) is the grid of Kimi K2 Thinking, mx that of
+    MXFP4."""
     group_size: int = 32
-    """Consecutive inputs that share a scale."""
+    """Number of consecutive inputs that share a scale."""
 
     def __post_init__(self) -> None:
-        """Check ranges, and that the format stores the grid."""
+        """Check ranges, and that the format supports the grid."""
         limits = LIMITS[self.format]
         if self.grid not in limits.grids:
             names = ", ".join(limits.grids)
@@ -71,7 +73,7 @@ class QuantConfig:
 
 
 def quant_config(fields: Mapping[str, Any]) -> QuantConfig:
-    """Return the config of fields that were written as JSON; without `format`, as older versions wrote them, INT4."""
+    """Return the config stored in JSON fields; if `format` is missing, as in older versions, it is INT4."""
     named = {"format": FormatName.int4.value, **fields}
     names = {"format": FormatName(named["format"]), "grid": GridName(named["grid"])}
     return QuantConfig(**{**named, **names})

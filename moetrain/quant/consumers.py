@@ -1,10 +1,10 @@
-"""The programs that an exported folder may be meant for. No torch here."""
+"""The programs that can read an exported folder. Imports no torch."""
 
 from enum import StrEnum
 
 
 class Consumer(StrEnum):
-    """A program that computes with an exported folder."""
+    """A program that runs the model of an exported folder."""
 
     moetrain = "moetrain"
     """This package: evaluation, generation, further training."""
@@ -13,4 +13,4 @@ class Consumer(StrEnum):
     vllm = "vllm"
     """vLLM's DeepSeek-V3 model."""
     llama_cpp = "llama_cpp"
-    """llama.cpp, through its own converter to GGUF."""
+    """llama.cpp, via its own converter to GGUF."""

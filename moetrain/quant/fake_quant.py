@@ -1,6 +1,6 @@
-"""Quantised weights in the forward pass, the gradient straight through to the fp32 masters.
+"""Fake quantisation: quantised weights in the forward pass, straight-through gradients to the fp32 masters.
 
-The gradient of the rounding is taken as one everywhere (arXiv 1308.3432), the term through the scale is dropped.
+The gradient of the rounding is 1 everywhere (arXiv 1308.3432); the gradient through the scale is ignored.
 """
 
 from enum import StrEnum
@@ -16,29 +16,30 @@ from moetrain.quant.grids import dequantize, quantize
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_XOI: Tensor, rounded_XOI: Tensor) -> Tensor:
-        """Return the rounded weight; autograd sees the master as its source."""
+        """Return the rounded weight; autograd treats it as a function of the master."""
         ctx.master_dtype = weight_XOI.dtype
         return rounded_XOI.view_as(rounded_XOI)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        """Hand the gradient on unchanged, in the master's dtype."""
+        """Return the gradient unchanged, in the master's dtype."""
         return grad_outputs[0].to(ctx.master_dtype), None
 
 
 class Keep(StrEnum):
-    """How long the quantised weights stay in memory: until the masters change, or for one product."""
+    """How long the quantised weights stay in memory: until the masters change (`step`), or for one product (`call`)."""
 
     step = "step"
     call = "call"
 
 
 class FakeQuantizer:
-    """Makes the weights that the exported codes stand for; with `Keep.step` once a matrix until `invalidate` is called.
+    """Returns the weights that the exported codes represent; with `Keep.step` they are cached until `invalidate` is
+    called.
 
-    One object serves the matrices of one experts module: what it made is kept beside the tensor it was made from. An
-    optimizer that writes through `.data` leaves no trace on a tensor, so whoever changes the masters must call
-    `invalidate`; a change that torch does record is noticed without it.
+    One object serves all matrices of one experts module and caches each result with its source tensor. A change that
+    torch records in the tensor's version is detected. An optimizer that writes through `.data` is not, so code that
+    changes the masters must call `invalidate`.
     """
 
     def __init__(self, *, grid: GridName, group_size: int, keep: Keep = Keep.step) -> None:
@@ -49,9 +50,9 @@ class FakeQuantizer:
         self._rounded: dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]] = {}
 
     def __call__(self, weight_XOI: Tensor, compute_dtype: torch.dtype) -> Tensor:
-        """Return the dequantised weight [..., out, in] in `compute_dtype`: bf16 numbers, also when that is float32.
+        """Return the dequantised weight [..., out, in] in `compute_dtype`; its values are bf16 numbers even in float32.
 
-        Its gradient reaches `weight_XOI`, the fp32 master, unchanged.
+        Its gradient passes unchanged to `weight_XOI`, the fp32 master.
         """
         key = (id(weight_XOI), compute_dtype)
         kept = self._rounded.get(key)
@@ -66,5 +67,5 @@ class FakeQuantizer:
         return result
 
     def invalidate(self) -> None:
-        """Forget what was made; call after every change of the masters."""
+        """Clear the cache; call this after every change of the masters."""
         self._rounded.clear()

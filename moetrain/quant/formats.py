@@ -1,7 +1,7 @@
-"""The quantisation formats: one row each, and nothing outside `quant/` names one.
+"""The quantisation formats, one row each; no code outside `quant/` depends on a particular format.
 
-In memory every format is `grids.Quantized`: int8 codes and bf16 scales whose product, rounded to bf16, is the weight.
-Training, rollout and evaluation compute with those. A format adds how they are stored, what config.json says of them,
+In memory every format is a `grids.Quantized`: int8 codes and bf16 scales, whose product rounded to bf16 is the weight.
+Training, rollout and evaluation compute with these. A format defines how they are stored, their entry in config.json,
 and which programs read them. docs/add-a-quantisation-format.md shows how to add one.
 """
 
@@ -19,7 +19,7 @@ from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import Quantized
 
 _MARLIN_GROUPS = (32, 64, 128)
-"""Group sizes that vLLM's INT4 kernels for experts take."""
+"""Group sizes that vLLM's INT4 kernels for experts support."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,33 +27,33 @@ class Format:
     """A row of `FORMATS`."""
 
     title: str
-    """Its name in tables."""
+    """Display name."""
     suffixes: tuple[str, ...]
-    """Suffixes of the tensors on disk that hold one matrix; no other tensor ends in one."""
+    """Suffixes of the stored tensors of one matrix; no other tensor has such a suffix."""
     encode: Callable[[Quantized], dict[str, Tensor]]
-    """One matrix [out, in] -> its tensors on disk by suffix."""
+    """Maps one matrix [out, in] to its stored tensors, by suffix."""
     decode: Callable[[Mapping[str, Tensor]], Quantized]
-    """The inverse of `encode`. Raises CheckpointError when the tensors do not agree."""
+    """The inverse of `encode`. Raises CheckpointError if the tensors are inconsistent."""
     compression: str
-    """Its name in compressed-tensors."""
+    """Name of the format in compressed-tensors."""
     weights: Mapping[str, Any]
-    """compressed-tensors' QuantizationArgs of the weights, without the group size."""
+    """QuantizationArgs of the weights for compressed-tensors, without the group size."""
     obstacles: Callable[[Consumer, int], list[str]]
-    """Why a consumer does not read it at a group size; empty when it does."""
+    """Returns the reasons why a consumer cannot read the format at a group size; empty if it can."""
 
     def named(self, prefix: str, quantized: Quantized) -> dict[str, Tensor]:
-        """Return the tensors of one matrix by full name, after the module `prefix`."""
+        """Return the tensors of one matrix by full name, for the module `prefix`."""
         return {prefix + suffix: tensor for suffix, tensor in self.encode(quantized).items()}
 
     def read(self, prefix: str, tensors: Mapping[str, Tensor]) -> Quantized:
         """Return the matrix of the module `prefix`: the inverse of `named`.
 
-        Raises CheckpointError when one of its tensors is missing or does not fit the others.
+        Raises CheckpointError if a tensor is missing or inconsistent with the others.
         """
         for suffix in self.suffixes:
             if prefix + suffix not in tensors:
                 raise CheckpointError(
-                    f"{prefix + suffix} is missing: a matrix in {self.title} has {', '.join(self.suffixes)}"
+                    f"{prefix + suffix} is missing: a matrix in {self.title} requires {', '.join(self.suffixes)}"
                 )
         try:
             return self.decode({suffix: tensors[prefix + suffix] for suffix in self.suffixes})
@@ -83,7 +83,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             encode=codec_int4.encode,
             decode=codec_int4.decode,
             compression="pack-quantized",
-            # The keys are those of the released Kimi K2 Thinking.
+            # As in the released Kimi K2 Thinking.
             weights={
                 "num_bits": 4,
                 "type": "int",
@@ -103,7 +103,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             encode=codec_mxfp4.encode,
             decode=codec_mxfp4.decode,
             compression="mxfp4-pack-quantized",
-            # Those of compressed-tensors' preset MXFP4A16: weights alone are quantised.
+            # As in compressed-tensors' preset MXFP4A16: only the weights are quantised.
             weights={
                 "num_bits": 4,
                 "type": "float",
@@ -117,4 +117,4 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
         ),
     }
 )
-"""Every format that can be named in a config."""
+"""All formats that a config can select."""

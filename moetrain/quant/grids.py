@@ -1,10 +1,10 @@
-"""The numerics of record: how a weight matrix becomes codes and scales, and back.
+"""The numerics of quantisation: how a weight matrix becomes codes and scales, and back.
 
-Training, rollout, export and evaluation all call these functions; nothing else in the package rounds a weight.
-`formats` packs codes and scales for files, `fake_quant` has the straight-through gradient. The order of roundings is
-part of the contract and stands in docs/numerics.md.
+Training, rollout, export and evaluation all use these functions; no other code in the package rounds a weight to a
+grid. `formats` packs codes and scales into files, `fake_quant` has the straight-through gradient. The order of
+roundings is part of the contract; docs/numerics.md specifies it.
 
-Shape letters: X any leading axes (experts), O outputs, I inputs, G groups of consecutive inputs, S inputs in a group.
+Shape letters: X any leading axes (experts), O outputs, I inputs, G groups of consecutive inputs, S inputs per group.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,39 +19,39 @@ from moetrain.errors import ConfigError
 from moetrain.quant.config import GridName
 
 SMALLEST_SCALE = 2.0**-17
-"""A group whose scale is below this becomes zero. From this power of two on every bf16 scale is also an fp16 number, so
-that no reader flushes a group that another keeps."""
+"""A group whose scale is below this becomes zero. Every bf16 scale of at least this power of two is also an fp16
+number, so no reader flushes a group to zero that another reader keeps."""
 
 ZERO_GROUP_SCALE = 1.0
-"""The scale stored for a group that became zero: any value serves, and 1 is exact in every format."""
+"""The scale stored for a zero group. Any value would do; 1 is exact in every format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A row of `GRIDS`: the scale of a group, and the code of a weight over its scale."""
+    """A row of `GRIDS`: how to compute the scale of a group, and the code of a weight divided by its scale."""
 
     scales_of: Callable[[Tensor], Tensor]
-    """bf16 groups [X, O, G, S] -> bf16 scales [X, O, G], before the policy for groups near zero."""
+    """Maps bf16 groups [X, O, G, S] to bf16 scales [X, O, G], before groups near zero are handled."""
     codes_of: Callable[[Tensor], Tensor]
-    """bf16 quotients of weights over scales, of any shape -> the nearest codes, in the same shape and dtype."""
+    """Maps bf16 quotients (weight / scale) of any shape to the nearest codes, in the same shape and dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A matrix, or a stack of them, as codes and scales. A scale times its codes, rounded to bf16, is the weight."""
+    """A matrix, or a stack of matrices, as codes and scales; code * scale, rounded to bf16, is the weight."""
 
     codes_XOI: Tensor
-    """int8, each within the grid's range."""
+    """int8, each within the range of the grid."""
     scales_XOG: Tensor
     """bf16; group g covers inputs g * group_size to (g + 1) * group_size - 1."""
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.codes_XOI.shape[-1] // self.scales_XOG.shape[-1]
 
     def __getitem__(self, expert: int) -> "Quantized":
-        """Return the part at index `expert` of the first axis."""
+        """Return the slice at index `expert` of the first axis."""
         return Quantized(codes_XOI=self.codes_XOI[expert], scales_XOG=self.scales_XOG[expert])
 
 
@@ -75,14 +75,14 @@ def _kimi7_codes(quotients: Tensor) -> Tensor:
 E2M1_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
 """Magnitudes of e2m1, the 4-bit float of OCP Microscaling Formats 1.0 (0 to 6), counted in halves."""
 _E2M1_LARGEST_EXPONENT = 2
-_ROUNDS_UP = 0.875  # of the next power of two: 7 of 8, halfway from the largest number, 6, to 8
+_ROUNDS_UP = 0.875  # relative to the next power of two: 7 / 8 is halfway between the largest number, 6, and 8
 
 
 def _mx_scales(weight_XOGS: Tensor) -> Tensor:
     """Return half of the scale 2^e that the format stores, because codes count halves.
 
-    e is the exponent of the largest weight less that of the largest e2m1 number. A largest weight that is nearer to 8
-    than to 6 times the scale takes the next e, as compressed-tensors has it.
+    e is the exponent of the largest weight minus that of the largest e2m1 number. If the largest weight is at least 7
+    times the scale, and so closer to 8 than to 6 times, e is one higher, as in compressed-tensors.
     """
     amax_XOG = weight_XOGS.abs().float().amax(dim=-1)
     mantissas_XOG, exponents_XOG = torch.frexp(amax_XOG)  # mantissas from 0.5 to 1
@@ -92,7 +92,9 @@ def _mx_scales(weight_XOGS: Tensor) -> Tensor:
 
 
 def _mx_codes(quotients: Tensor) -> Tensor:
-    """Return the nearest e2m1 numbers in halves, ties to the even mantissa: steps of 1 to 4, of 2 to 8, of 4 to 12."""
+    """Return the nearest e2m1 numbers in halves, ties to even mantissa: in steps of 1 up to 4, of 2 up to 8, of 4 up to
+    12.
+    """
     magnitudes = quotients.abs()
     steps = torch.where(magnitudes <= 4, 1.0, torch.where(magnitudes <= 8, 2.0, 4.0))
     return ((quotients / steps).round() * steps).clamp(-E2M1_HALVES[-1], E2M1_HALVES[-1])
@@ -100,46 +102,46 @@ def _mx_codes(quotients: Tensor) -> Tensor:
 
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
     {
-        # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes, and a grid that re-quantises to itself.
+        # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes; requantisation changes nothing.
         GridName.kimi7: Grid(scales_of=_kimi7_scales, codes_of=_kimi7_codes),
-        # MXFP4: e2m1 codes, scales that are powers of two. Also a grid that re-quantises to itself.
+        # MXFP4: e2m1 codes, scales that are powers of two; requantisation changes nothing.
         GridName.mx: Grid(scales_of=_mx_scales, codes_of=_mx_codes),
     }
 )
-"""Every grid that can be named in a config."""
+"""All grids that a config can select."""
 
 
 def quantize(weight_XOI: Tensor, *, grid: GridName, group_size: int) -> Quantized:
     """Return the codes and scales of `weight_XOI` [..., out, in], fp32 or bf16, on the grid.
 
-    The bf16 cast of the weight is what is quantised, so that codes taken from the fp32 master and from the dequantised
-    weight agree. Raises ConfigError when `group_size` does not divide the inputs.
+    The weight is cast to bf16 before quantisation, so that the fp32 master and the dequantised weight give the same
+    codes. Raises ConfigError if `group_size` does not divide the inputs.
     """
     rule = GRIDS[grid]
     check_group_size(weight_XOI.shape[-1], group_size=group_size)
     weight_XOGS = _grouped(weight_XOI.detach().to(torch.bfloat16), group_size=group_size)
     raw_scales_XOG = rule.scales_of(weight_XOGS)
     is_zero_XOG = raw_scales_XOG.abs() < SMALLEST_SCALE
-    divisors_XOG1 = raw_scales_XOG.masked_fill(is_zero_XOG, torch.inf).unsqueeze(-1)  # gives codes 0
+    divisors_XOG1 = raw_scales_XOG.masked_fill(is_zero_XOG, torch.inf).unsqueeze(-1)  # makes all codes 0
     codes_XOGS = rule.codes_of(weight_XOGS / divisors_XOG1)
     scales_XOG = raw_scales_XOG.masked_fill(is_zero_XOG, ZERO_GROUP_SCALE)
     return Quantized(codes_XOI=_ungrouped(codes_XOGS.to(torch.int8)), scales_XOG=scales_XOG)
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """Return the bf16 weight [..., out, in] that codes and scales stand for: one rounding of code times scale."""
+    """Return the bf16 weight [..., out, in]: code times scale, rounded once."""
     codes_XOGS = _grouped(quantized.codes_XOI, group_size=quantized.group_size).to(torch.bfloat16)
     return _ungrouped(codes_XOGS * quantized.scales_XOG.unsqueeze(-1))
 
 
 def num_zero_groups(quantized: Quantized) -> int:
-    """Return how many groups have only zero codes: all-zero weights, or a scale below `SMALLEST_SCALE`."""
+    """Return the number of groups in which all codes are zero: all-zero weights, or a scale below `SMALLEST_SCALE`."""
     codes_XOGS = _grouped(quantized.codes_XOI, group_size=quantized.group_size)
     return int((codes_XOGS == 0).all(dim=-1).sum())
 
 
 def check_group_size(num_inputs: int, *, group_size: int) -> None:
-    """Raise ConfigError when rows of `num_inputs` weights cannot be cut into groups of `group_size`."""
+    """Raise ConfigError if `group_size` does not divide `num_inputs`, the row length of a matrix."""
     if num_inputs % group_size:
         raise ConfigError(
             f"quant.group_size is {group_size}: it must divide the {num_inputs} inputs of an expert matrix "

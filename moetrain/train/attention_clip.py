@@ -1,7 +1,7 @@
-"""QK-Clip in a training step: the largest logits of the whole batch, and the rows that they make smaller.
+"""QK-Clip in a training step: the largest logits of the whole batch, and the row factors that follow from them.
 
-The arithmetic is in `optim.qk_clip`, the logits come from `ops.max_logits`, and the engine multiplies its masters.
-A layers with attention, H heads.
+`optim.qk_clip` contains the arithmetic, `ops.max_logits` measures the logits, and the engine multiplies the masters. A
+attention layers, H heads.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from moetrain.parallel.topology import Topology
 def batch_max_logits(results: Sequence[ObjectiveResult], topology: Topology) -> torch.Tensor:
     """Return the largest logit of each head over all micro-batches and ranks [A, H], float32. Collective.
 
-    A maximum does not depend on how the batch is cut, and a micro-batch that is computed twice counts once. Raises
-    ConfigError when the objective does not measure.
+    A maximum does not depend on how the batch is split, so a micro-batch that runs twice changes nothing. Raises
+    ConfigError if the objective does not measure the logits.
     """
     measured = [result.max_logits_AH for result in results if result.max_logits_AH is not None]
     if len(measured) < len(results):
         raise ConfigError(
-            "optim.qk_clip is set, and the objective returns no max_logits_AH: call the model with "
-            "max_logits=MaxLogits.measured and pass on what it reports"
+            "optim.qk_clip is set, but the objective returns no max_logits_AH: call the model with "
+            "max_logits=MaxLogits.measured and return its max_logits_AH"
         )
     return topology.all_reduce_max(torch.stack(measured).amax(0))
 
 
 def row_factors(model: Transformer, max_logits_AH: torch.Tensor, *, threshold: float) -> dict[str, torch.Tensor]:
-    """Return what `Engine.multiply_rows` takes: only parameters of layers in which a head is above the threshold."""
+    """Return the factors for `Engine.multiply_rows`, only for layers in which a head exceeds the threshold."""
     config = model.config
     factors = {}
     for (name, _), max_logits_H in zip(model.attention_layers(), max_logits_AH, strict=True):
@@ -49,10 +49,10 @@ def row_factors(model: Transformer, max_logits_AH: torch.Tensor, *, threshold: f
 
 
 def clip_attention(engine: Engine, max_logits_AH: torch.Tensor, *, threshold: float) -> None:
-    """Make the queries and keys of heads above the threshold smaller, in the masters. Collective, after a step.
+    """Scale down the queries and keys of heads above the threshold, in the master weights. Collective, after a step.
 
-    The logits are those of the weights before the step, as in the paper: a step moves a head little, and the next
-    batch measures again.
+    The logits were measured with the weights before the step, as in the paper: one step changes a head little, and the
+    next batch measures again.
     """
     factors = row_factors(engine.model, max_logits_AH, threshold=threshold)
     if factors:
@@ -60,7 +60,7 @@ def clip_attention(engine: Engine, max_logits_AH: torch.Tensor, *, threshold: fl
 
 
 def logit_metrics(model: Transformer, max_logits_AH: torch.Tensor, *, threshold: float) -> dict[str, float]:
-    """Return the largest logit of each layer and of all, and how many heads are above the threshold."""
+    """Return the largest logit per layer and overall, and the number of heads above the threshold."""
     names = [name for name, _ in model.attention_layers()]
     by_layer = max_logits_AH.amax(1).tolist()
     return {

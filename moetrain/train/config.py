@@ -1,4 +1,4 @@
-"""Steps, batch and checkpoints of one training stage. No torch here."""
+"""Config of the steps, batches and checkpoints of one training stage. Imports no torch."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,7 +9,7 @@ from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
 class ComputeDtype(StrEnum):
-    """Precision of the matrix products; masters, router and loss are float32 always."""
+    """Precision of the matrix products; master weights, router and loss are always float32."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -18,16 +18,17 @@ class ComputeDtype(StrEnum):
 
 
 class Continuation(StrEnum):
-    """What the config of a stage with `continue_from` describes. part: the steps that are added; warmup, decay, ramp
-    and mixes run over them, from the learning rate of the last step. whole: the run from its step 0, as if it had been
-    started with this config."""
+    """What the config of a stage with `continue_from` describes. part: only the added steps; warmup, decay, ramp and
+    mixes apply to them, and the learning rate starts from that of the last step. whole: the entire run from step 0, as
+    if it had been started with this config.
+    """
 
     part = "part"
     whole = "whole"
 
 
 class NonfinitePolicy(StrEnum):
-    """What a step does whose loss or gradient norm is not a finite number: end the run, or leave the step out."""
+    """What happens when a step's loss or gradient norm is not finite: stop the run, or skip the step."""
 
     stop = "stop"
     skip = "skip"
@@ -35,12 +36,12 @@ class NonfinitePolicy(StrEnum):
 
 @dataclass(kw_only=True)
 class RampConfig:
-    """A part of the batch-size ramp."""
+    """One phase of the batch-size ramp."""
 
     steps: int
-    """Optimizer steps that it takes."""
+    """Number of optimizer steps of this phase."""
     rows: int
-    """Rows of each of them, as train.rows_per_step counts."""
+    """Rows per optimizer step in this phase, counted like train.rows_per_step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -51,31 +52,32 @@ class RampConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Steps, precision and checkpoints: what every training stage has."""
+    """Steps, precision and checkpoints: the settings of every training stage."""
 
     steps: int = 400
-    """Optimizer steps; with continue_as=part those that are added, with whole those of the whole run."""
+    """Number of optimizer steps. With continue_as=part: of the added steps; with whole: of the entire run."""
     continue_as: Continuation | None = None
-    """What this config describes when the stage continues another (continue_from): part, the steps that are added, or
-    whole, the run from its beginning."""
+    """What this config describes when the stage continues another one (continue_from): part, only the added steps, or
+    whole, the entire run from step 0."""
     compute_dtype: ComputeDtype = ComputeDtype.bfloat16
-    """Precision of the matrix products. fastest is bfloat16 with the native kernels; without them both are measured
-    when the run begins: many CPUs multiply float32 faster, those without bf16 instructions tens of times. Accelerators
-    use bfloat16."""
+    """Precision of the matrix products. fastest selects bfloat16 with the native kernels; without them it measures both
+    when the run starts, because many CPUs multiply float32 faster (CPUs without bf16 instructions by a factor of ten or
+    more). On accelerators it selects bfloat16."""
     kernels: Kernels = Kernels.auto
-    """What computes in bfloat16 on a CPU: native, the project's own C++, or torch. auto is native on a CPU with AVX2
-    and without AMX where there is a C++ compiler. Results differ by rounding alone."""
+    """Kernels for bfloat16 on a CPU: native (the project's own C++) or torch. auto selects native on a CPU with AVX2
+    and without AMX if a C++ compiler is installed. Results differ only by rounding."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; a last one is always written at the end."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of it are kept as well; 0 keeps the newest alone."""
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps only the newest."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
-    """A loss or gradient norm that is not finite: stop ends the run; skip drops the step's gradient, leaves weights,
-    momentum and balance bias as they are, counts the step in `skipped_steps`, and continues with the next batch."""
+    """What to do when a loss or gradient norm is not finite: stop ends the run; skip drops the step's gradient, leaves
+    weights, momentum and balance bias unchanged, counts the step in `skipped_steps`, and continues with the next batch.
+    """
     max_skipped_in_row: int = 10
     """Maximum number of consecutive skipped steps (on_nonfinite=skip); one more ends the run."""
 
@@ -85,22 +87,22 @@ class TrainConfig:
         check_ranges(self, prefix="train.", ranges={COUNT: counts, NOT_NEGATIVE: ("keep_every",)})
         if self.kernels is Kernels.native and self.compute_dtype is ComputeDtype.float32:
             raise ConfigError(
-                "train.kernels is native, which multiplies bfloat16, and train.compute_dtype is float32: "
+                "train.kernels is native, which supports only bfloat16, but train.compute_dtype is float32: "
                 "change one of them, or give train.kernels=auto"
             )
 
 
 @dataclass(kw_only=True)
 class ReadingConfig(TrainConfig):
-    """What the stages that read documents, pretraining and SFT, have besides."""
+    """Additional settings of the stages that read documents: pretraining and SFT."""
 
     rows_per_step: int = 16
     """Rows of data.seq_len tokens per optimizer step, over all ranks and micro-batches."""
     batch_ramp: list[RampConfig] = field(default_factory=list)
-    """Smaller (or larger) batches at the beginning: parts in order, each so many steps of so many rows;
-    train.rows_per_step holds after the last of them."""
+    """Smaller (or larger) batches at the start of training: a list of phases, each with a number of steps and of rows
+    per step. After the last phase, train.rows_per_step applies."""
     rows_per_micro_batch: int = 16
-    """Rows that one rank holds in memory at once."""
+    """Maximum number of rows per micro-batch and rank."""
     validate_every: int = 100
     """Steps between validations; 0 validates only at the end."""
 
@@ -118,11 +120,11 @@ class ReadingConfig(TrainConfig):
         ramp_steps = sum(part.steps for part in self.batch_ramp)
         if ramp_steps > self.steps:
             raise ConfigError(
-                f"train.batch_ramp takes {ramp_steps} steps, train.steps is {self.steps}: shorten the ramp"
+                f"train.batch_ramp takes {ramp_steps} steps, but train.steps is {self.steps}: shorten the ramp"
             )
 
     def rows_before(self, step: int) -> int:
-        """Return the rows of all steps before optimizer step `step`, from 0: the number of its first row in the run."""
+        """Return the rows of all steps before step `step` (from 0): the index of its first row in the run."""
         rows = 0
         for part in self.batch_ramp:
             taken = min(step, part.steps)
@@ -132,5 +134,5 @@ class ReadingConfig(TrainConfig):
 
     @property
     def most_rows(self) -> int:
-        """Rows of the largest step."""
+        """Number of rows of the largest step."""
         return max([self.rows_per_step, *(part.rows for part in self.batch_ramp)])

@@ -1,14 +1,13 @@
-"""Continuing a run in a new stage: with the optimizer's state, the counters and the place in the data that it had.
+"""Continuing a run in a new stage, with its optimizer state, counters and data position.
 
-`continue_from` names the stage or checkpoint, and `train.continue_as` says what the new stage's config describes:
+`continue_from` names the stage or checkpoint, and `train.continue_as` defines what the new stage's config describes:
 
-- `part`: the steps that are added. Warmup, decay, ramp, mixes and the last share of the balance bias run over them, and
-  the warmup starts at the learning rate of the last step that was taken.
-- `whole`: the whole run from its step 0, as if it had been started with this config. The steps that were taken must
-  have read the rows that it gives them.
+- `part`: only the added steps. Warmup, decay, ramp, mixes and `bias_still_share` apply to them, and the warmup starts
+  at the learning rate of the last step taken.
+- `whole`: the entire run from step 0, as if it had been started with this config. The steps already taken must have
+  read the rows that this config gives them.
 
-The steps of the run are numbered through, in metrics, checkpoints and random streams. The stage that is continued is
-only read.
+Step numbers continue in metrics, checkpoints and random streams. The continued stage's folder is only read.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,16 +24,16 @@ from moetrain.optim.schedule import learning_rate
 from moetrain.train.config import Continuation, TrainConfig
 
 ROWS_READ, TASKS_USED = "rows_read", "tasks_used"
-"""How the place in the data is counted: by stages that read documents, and by RL."""
+"""Keys of the data position in a checkpoint: rows read, by stages that read documents, and tasks used, by RL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """Where the steps of a stage begin; the default is a run that begins.
+    """Where the steps of a stage begin; the default is a new run.
 
-    step: steps of the run that were taken before. first_step: the step of the run that is step 0 of the config.
-    last_rate: learning rate of the last step that was taken. loop, data: counters and place in the data at `step`, as
-    state.json keeps them. path: the checkpoint that is continued.
+    step: number of steps of the run taken before this stage. first_step: the step of the run that is step 0 of the
+    config. last_rate: learning rate of the last step taken. loop, data: counters and data position at `step`, as stored
+    in state.json. path: the checkpoint that is continued.
     """
 
     step: int = 0
@@ -46,29 +45,31 @@ class Beginning:
 
     @property
     def is_part(self) -> bool:
-        """Return whether the config describes the added steps alone."""
+        """Return whether the config describes only the added steps."""
         return self.first_step > 0
 
     def rate(self, step: int, *, optim: OptimConfig, steps: int) -> float:
-        """Return the learning rate of step `step` of the run, under the schedule of a config with `steps` steps."""
+        """Return the learning rate of step `step` of the run; the config of the schedule has `steps` steps."""
         schedule = optim.schedule
         if self.is_part and self.last_rate is not None:
-            # A rate below the last one needs no warmup: it holds at once.
+            # A peak below the last rate needs no warmup.
             schedule = replace(schedule, initial_ratio=min(1.0, self.last_rate / optim.lr))
         return learning_rate(step - self.first_step, steps, lr=optim.lr, schedule=schedule)
 
     def check_place(self, position: Callable[[int], Mapping[str, Any]]) -> None:
-        """Raise `CheckpointError` when the steps before read other data than `position` gives them: see `Training`."""
+        """Raise `CheckpointError` if the steps taken so far read other data than `position` gives for them; see
+        `Training`.
+        """
         changed = differences(self.data, _known(position(self.step), self.data))
         if changed:
             cure = "" if self.is_part else ", or give train.continue_as=part"
             raise CheckpointError(
-                f"{self.path}: its steps read other data than this config gives them ({'; '.join(changed)}): data "
-                f"would be read twice or never. Change it back{cure}"
+                f"{self.path}: its steps read other data than this config describes ({'; '.join(changed)}), so some "
+                f"data would be read twice or never. Change the config back{cure}"
             )
 
     def record(self) -> dict[str, Any]:
-        """Return what `summary.json` says of the steps before; nothing for a run that begins."""
+        """Return the entry of `summary.json` about the steps taken before this stage; empty for a new run."""
         if self.path is None:
             return {}
         as_kept = Continuation.part if self.is_part else Continuation.whole
@@ -79,41 +80,41 @@ class Beginning:
 def beginning_of(
     origin: Origin | None, *, counted: str, optim: OptimConfig, train: TrainConfig, seed: int
 ) -> Beginning:
-    """Return where a stage with these sections begins; `counted` is how it counts its place in the data.
+    """Return where a stage with these config sections begins; `counted` is the key of its data position.
 
-    Raises `CheckpointError` when it is to continue `origin` (`train.continue_as`) and cannot: those are weights without
-    a run, or a run of another kind, optimizer, seed or length.
+    Raises `CheckpointError` if `train.continue_as` is set and `origin` cannot be continued: it is weights without the
+    state of a run, or a run with another data position, optimizer, seed or length.
     """
     if train.continue_as is None or origin is None:
         return Beginning()
     loaded = origin.checkpoint
     if loaded is None:
         raise CheckpointError(
-            f"continue_from is {origin.path}: those are weights without the state of a run; give the folder of a stage "
-            "that trained or one of its checkpoints, or start from the weights with init_from"
+            f"continue_from is {origin.path}, which has weights but no training state: give the folder of a training "
+            "stage or one of its checkpoints, or start from the weights with init_from"
         )
     loop, identity = loaded.state["loop"], loaded.state["identity"]
     if "learning_rate" not in loop:
         raise CheckpointError(
-            f"{loaded.path}: was written by an older version, which did not keep what continuing needs; "
+            f"{loaded.path}: was written by an older version, which did not store what continuing requires; "
             "start from its weights with init_from"
         )
     if counted not in loaded.state["data"]:
         raise CheckpointError(
-            f"continue_from is {origin.path}: that is a stage of another command; RL continues RL, and what reads "
-            "documents what read them. Start from its weights with init_from"
+            f"continue_from is {origin.path}, a stage of another command: RL can continue only RL, and a stage that "
+            "reads documents only such a stage. Start from its weights with init_from"
         )
     for name, before, now in (
         ("optim.name", identity["optim"]["name"], optim.name),
         ("run.seed", identity["seed"], seed),
     ):
         if before != now:
-            raise CheckpointError(f"{name} is {now}: the run that {loaded.path} continues has {before}; give that")
+            raise CheckpointError(f"{name} is {now}, but the run of {loaded.path} has {before}: set {name}={before}")
     is_part = train.continue_as is Continuation.part
     if not is_part and train.steps <= loaded.step:
         raise CheckpointError(
-            f"train.steps is {train.steps}, and {loaded.path} has taken {loaded.step} steps: give more "
-            "(train.continue_as=whole counts them from the beginning of the run)"
+            f"train.steps is {train.steps}, but {loaded.path} has taken {loaded.step} steps already: give more "
+            "(train.continue_as=whole counts steps from the beginning of the run)"
         )
     return Beginning(
         step=loaded.step,
@@ -126,9 +127,9 @@ def beginning_of(
 
 
 def check_same_sources(origin: Origin, data: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` when a section `data` changes more than the mix of a run that is to be continued.
+    """Raise `CheckpointError` if the section `data` changes more than the mix of the run that is continued.
 
-    Weights and `mix` may change, and sources may be added; what the rows of a source are may not.
+    Weights and `mix` may change, and sources may be added; the rows of an existing source may not change.
     """
     assert origin.checkpoint is not None
     identity = origin.checkpoint.state["identity"]
@@ -136,14 +137,14 @@ def check_same_sources(origin: Origin, data: Mapping[str, Any]) -> None:
     changed = differences(before, _known(_without_mix(as_kept(data)), before))
     if changed:
         raise CheckpointError(
-            f"{origin.path}: its rows are not those of this config ({'; '.join(f'data.{line}' for line in changed)}); "
-            "change it back (a source that is no longer read keeps its settings with weight 0), or start from the "
-            "weights with init_from"
+            f"{origin.path}: it read other rows than this config ({'; '.join(f'data.{line}' for line in changed)}). "
+            "Change the config back (to stop reading a source, keep its settings and give it weight 0), or start from "
+            "the weights with init_from"
         )
 
 
 def _without_mix(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section `data` without what says how much of each source is read."""
+    """Return a section `data` without the settings of how much of each source is read."""
     sources = {
         name: {key: value for key, value in source.items() if key != "weight"}
         for name, source in data["sources"].items()

@@ -1,6 +1,6 @@
-"""Expert load of a step: counted before it where a loss needs the whole batch, and told after it as metrics.
+"""Token counts per expert: counted before the step if the global balance loss needs them, and reported as metrics.
 
-L layers with experts, E routed experts, M micro-batches of one rank.
+L MoE layers, E routed experts, M micro-batches of one rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from moetrain.parallel.topology import Topology
 
 
 def global_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what turns a micro-batch's expert counts [L, E] into those of the whole step. A collective.
+    """Return a function from a micro-batch's expert counts [L, E] to those of the whole step. Collective.
 
-    With one micro-batch a rank, its counts are summed over ranks when they are there. With more, a forward pass without
-    gradient over all of them counts first: routing does not depend on the loss, so they are the counts of the step.
+    With one micro-batch per rank, the function sums the counts over ranks. With more, a forward pass without gradient
+    over all micro-batches counts first; routing does not depend on the loss, so these are the counts of the step.
     """
     if len(micro_batches) == 1:
         return engine.topology.all_reduce_sum
@@ -26,7 +26,7 @@ def global_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> Callabl
 
 
 def count_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> torch.Tensor:
-    """Return the expert counts [L, E] of all ranks' micro-batches, int64, from a forward pass. A collective."""
+    """Return the expert counts [L, E] over all ranks' micro-batches, int64, from a forward pass. Collective."""
     counts = [engine.inspect(_counts, batch) for batch in micro_batches]
     return engine.topology.all_reduce_sum(torch.stack(counts).sum(dim=0))
 
@@ -38,15 +38,15 @@ def _counts(model: Transformer, batch: TokenBatch) -> torch.Tensor:
 
 
 def violations(counts_LE: torch.Tensor) -> torch.Tensor:
-    """Return MaxVio of each layer, float64: largest load over mean load, minus 1 (arXiv 2408.15664)."""
+    """Return MaxVio per layer, float64: largest load / mean load - 1 (arXiv 2408.15664)."""
     counts_LE = counts_LE.double()
     return counts_LE.amax(dim=-1) / counts_LE.mean(dim=-1).clamp_min(1e-9) - 1.0
 
 
 def micro_violations(counts_MLE: torch.Tensor, *, topology: Topology) -> torch.Tensor:
-    """Return the mean over all ranks' micro-batches of each layer's MaxVio; those without tokens are left out.
+    """Return the mean MaxVio per layer over all ranks' micro-batches; micro-batches without tokens are excluded.
 
-    A collective. It depends on how a step is cut into micro-batches, as no other metric does.
+    Collective. Unlike all other metrics, it depends on how the step is split into micro-batches.
     """
     has_tokens_ML = counts_MLE.sum(dim=-1) > 0
     sums_2L = torch.stack([(violations(counts_MLE) * has_tokens_ML).sum(dim=0), has_tokens_ML.double().sum(dim=0)])
@@ -57,10 +57,10 @@ def micro_violations(counts_MLE: torch.Tensor, *, topology: Topology) -> torch.T
 def load_metrics(
     counts_LE: torch.Tensor, *, biases_LE: torch.Tensor, micro_violation_L: torch.Tensor, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return what the step's loads and biases look like: of each layer, and the mean of the layers.
+    """Return the load and bias metrics of a step: per layer, and the mean over layers.
 
-    MaxVio of the step and of micro-batches, load variation (standard deviation over mean), range of the bias, and
-    experts that no token chose, of which the sum is given.
+    MaxVio of the step and of micro-batches, load variation (standard deviation / mean), range of the bias, and the
+    number of experts that no token chose, which is summed over layers instead of averaged.
     """
     if not names:
         return {}

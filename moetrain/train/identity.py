@@ -1,6 +1,6 @@
-"""What identifies a training run: two runs of one identity compute the same numbers.
+"""The identity of a training run: two runs with equal identity compute the same numbers.
 
-Layout and bookkeeping are left out: the number of ranks, micro-batches, how often to log or to save change no number.
+Layout and bookkeeping are excluded: ranks, micro-batches, and the intervals of logging and saving change no number.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from moetrain.quant.config import QuantConfig
 from moetrain.train.config import TrainConfig
 
 _OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype", "continue_as")
-"""Fields of the section `train` that change numbers; a stage has those that its schema has."""
+"""Fields of the section `train` that change numbers; fields that a stage's schema lacks are ignored."""
 
 
 def identity_of(
@@ -27,10 +27,11 @@ def identity_of(
     origin: str | None,
     others: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the identity of a training run. origin: digest of the weights it starts from. others: sections of its own.
+    """Return the identity of a training run. origin: digest of the initial weights. others: further sections of the
+    stage.
 
-    Paths are left out wherever they stand: a digest says what they hold, and a folder may be moved. So are
-    micro-batches. Infinity, which a threshold may be and JSON has not, is the string "inf".
+    Paths are excluded at every depth, because a folder may be moved; digests identify the content. Micro-batch sizes
+    are excluded too. Infinity, a valid threshold that JSON cannot express, becomes the string "inf".
     """
     sections = {
         "model": asdict(model),

@@ -1,4 +1,4 @@
-"""Stopping at the end of a step: on SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning) and Ctrl-C."""
+"""Stopping at the end of a step on SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning) or Ctrl-C."""
 
 import logging
 import signal
@@ -15,20 +15,21 @@ _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_PRESS_S = 1.0
-"""A terminal sends Ctrl-C to every process of its group, and launchers pass it on: within this time it is one press."""
+"""A terminal sends Ctrl-C to its whole process group, and launchers forward it; within this time it counts as one
+press."""
 
 
 class Status(StrEnum):
-    """How a stage ended: finished, or interrupted: saved on a signal, to be started again."""
+    """How a stage ended: finished, or interrupted (saved after a signal, resumable)."""
 
     finished = "finished"
     interrupted = "interrupted"
 
 
 class StopSignals:
-    """Notes stop signals while it is entered, so that a loop can save at the end of a step.
+    """Context manager that records stop signals, so that the loop can save at the end of a step.
 
-    A second Ctrl-C stops at once: it raises KeyboardInterrupt, and what came after the last checkpoint is lost.
+    A second Ctrl-C raises KeyboardInterrupt at once; progress since the last checkpoint is lost.
     """
 
     def __init__(self) -> None:
@@ -37,20 +38,20 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        """Take over the handlers of the signals."""
+        """Install the signal handlers."""
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the handlers; Ctrl-C stays ignored on the way out of a run that it stops."""
+        """Restore the previous handlers; after a KeyboardInterrupt, Ctrl-C stays ignored during shutdown."""
         for number, handler in self._previous.items():
             if number != signal.SIGINT or kind is not KeyboardInterrupt:
                 signal.signal(number, handler)
 
     def requested(self, topology: Topology) -> str | None:
-        """Return the name of the signal that any rank received, the same on every rank, or None. A collective."""
+        """Return the name of a signal that any rank received, the same on every rank, or None. Collective."""
         highest = topology.all_reduce_max(torch.tensor(float(self._received or 0)))
         return signal.Signals(int(highest)).name if highest > 0 else None
 
@@ -58,9 +59,9 @@ class StopSignals:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._pressed_at is not None and now - self._pressed_at > _SAME_PRESS_S:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is not interrupted again
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing interrupts the shutdown
                 raise KeyboardInterrupt
             if self._pressed_at is None:
                 self._pressed_at = now
-                _log.warning("Ctrl-C: the run saves at the end of this step; Ctrl-C again stops at once without saving")
+                _log.warning("Ctrl-C: saving at the end of this step; Ctrl-C again stops at once without saving")
         self._received = signal.Signals(number)

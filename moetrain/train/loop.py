@@ -1,8 +1,8 @@
-"""The training loop of every stage: steps, metrics, validation, checkpoints, stopping without loss.
+"""The training loop of every stage: steps, metrics, validation, checkpoints and resumable stops.
 
-Pretraining, SFT and RL differ in what one step computes, which the loop is handed as `Training.take_step`. A run is a
-pure function of its step: batch, tasks, learning rate and every random draw follow from (seed, step). So a checkpoint
-needs the engine's state and the number of steps, and a run that was stopped resumes to the same numbers.
+Pretraining, SFT and RL differ in what one step computes, which they pass as `Training.take_step`. Batch, tasks,
+learning rate and every random draw of a step are functions of (seed, step). So a checkpoint needs only the engine's
+state, the counters and the number of steps, and a stopped run resumes with the same numbers.
 """
 
 import logging
@@ -28,24 +28,28 @@ from moetrain.train.progress_note import ProgressNote
 _log = logging.getLogger(__name__)
 
 TOTAL_PREFIX = "total/"
-"""Metrics that are sums over the run up to a step, such as `total/tokens`."""
+"""Prefix of metrics that are summed over the run so far, such as `total/tokens`."""
 
 
 def no_validation() -> dict[str, float]:
-    """Return no figures: what a stage without held-out data validates."""
+    """Return no metrics: the validation of a stage without held-out data."""
     return {}
 
 
 @dataclass(kw_only=True)
 class Training:
-    """What a stage hands to the loop.
+    """The functions and settings that a stage passes to the loop.
 
-    take_step: takes step n of the run (from 0) and returns its metrics, the same on every rank; a collective.
-    learning_rate: the rate of step n. headline: the metric that the progress line shows. totals: metrics that are
-    summed over the run. position: what the checkpoint after n steps keeps of the data that was read. beginning: where
-    the steps begin; the engine holds the state of that step. identity: what must be equal for a stopped run to resume
-    (see `checkpoint.resume`). validate: metrics of held-out data, the same on every rank; a collective, called every
-    validate_every steps (0: at the end alone). opening: metrics of a run that begins.
+    - take_step: takes step n of the run (from 0) and returns its metrics, the same on every rank. Collective.
+    - learning_rate: the learning rate of step n.
+    - headline: name of the metric that the progress line shows.
+    - totals: names of metrics that are summed over the run.
+    - position: the data position that a checkpoint stores after n steps.
+    - identity: must be equal for a stopped run to resume (see `checkpoint.resume`).
+    - beginning: where the steps begin; the engine must hold the state of that step.
+    - validate: metrics of held-out data, the same on every rank. Collective; called every validate_every steps (0: only
+      at the end).
+    - opening: metrics that are logged once when a run begins.
     """
 
     engine: Engine
@@ -63,7 +67,9 @@ class Training:
 
 @dataclass(kw_only=True)
 class Counters:
-    """What a run has seen up to a step; kept in its checkpoints. totals: sums of `Training.totals`."""
+    """Counters of a run up to a step, stored in its checkpoints. totals: sums of the metrics named in
+    `Training.totals`.
+    """
 
     totals: dict[str, int]
     seconds: float = 0.0
@@ -71,8 +77,8 @@ class Counters:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], *, names: Sequence[str]) -> "Counters":
-        """Return counters from what `asdict` made of them; an empty state gives zeros for `names`."""
-        kept = state.get("totals", state)  # older checkpoints keep them beside the seconds
+        """Return the counters stored by `asdict`; from an empty state, zeros for `names`."""
+        kept = state.get("totals", state)  # older checkpoints store the totals at the top level
         return cls(
             totals={name: int(kept.get(name, 0)) for name in names},
             seconds=state.get("seconds", 0.0),
@@ -82,7 +88,7 @@ class Counters:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """How a run ended. validation: the last figures, empty if it was interrupted. checkpoint: the last one written."""
+    """How a run ended. validation: the final metrics, empty if interrupted. checkpoint: the last one written."""
 
     status: Status
     step: int
@@ -92,12 +98,11 @@ class Outcome:
 
 
 def run_training(training: Training, config: TrainConfig, *, folder: Path, metrics: Metrics) -> Outcome:
-    """Take `config.steps` steps, from the last good checkpoint in `folder` if there is one. A collective.
+    """Train from the last good checkpoint in `folder`, if there is one, to the last step. Collective.
 
-    They are counted from `training.beginning.first_step`.
-
-    SIGTERM, SIGUSR1 and Ctrl-C save at the end of the step and return `Status.interrupted`; started again, the run
-    resumes to the numbers it would have had. A loss that is not finite raises `DivergenceError`, or its step is skipped
+    The last step is `training.beginning.first_step + config.steps`. SIGTERM, SIGUSR1 and Ctrl-C save at the end of the
+    current step and return `Status.interrupted`; when started again, the run resumes and computes the same numbers as
+    without the stop. A loss that is not finite raises `DivergenceError`, or the step is skipped
     (`config.on_nonfinite`).
     """
     engine = training.engine
@@ -145,13 +150,13 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
 
 
 def _state(training: Training, counters: Counters, *, step: int) -> dict[str, Any]:
-    """Return what state.json keeps after `step` steps."""
+    """Return the content of state.json after `step` steps."""
     loop = {**asdict(counters), "learning_rate": training.learning_rate(step - 1)}
     return saved_state(training.identity, loop=loop, data=training.position(step))
 
 
 def _one_step(training: Training, config: TrainConfig, *, step: int, counters: Counters) -> dict[str, float]:
-    """Take step `step`, add what it saw to `counters`, and return its metrics."""
+    """Take step `step`, update `counters`, and return its metrics."""
     start = time.perf_counter()
     training.engine.topology.enter_step(step)
     values = counters.skips.note(training.take_step(step), config, step=step)
@@ -164,7 +169,7 @@ def _one_step(training: Training, config: TrainConfig, *, step: int, counters: C
 
 
 def _ignore(*values: object) -> None:
-    """Take what only the main rank records."""
+    """Do nothing: replaces the recorders of the main rank on all other ranks."""
 
 
 def _outcome(

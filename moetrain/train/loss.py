@@ -1,10 +1,10 @@
-"""Log-probabilities of the tokens that are predicted, and the objective of pretraining and SFT.
+"""Log-probabilities of the predicted tokens, and the objective of pretraining and SFT.
 
-The head runs only where the next token is in the loss mask, a few rows at a time, and again in the backward pass: the
-logits of all tokens never exist at once. Log-softmax is in float32. Objectives return this micro-batch's share of a
-global mean, so that neither packing nor micro-batches nor ranks change the sum.
+The head computes logits only for positions whose next token is in the loss mask, a few rows at a time, and recomputes
+them in the backward pass, so the logits of all tokens never exist at once. Log-softmax runs in float32. Objectives
+return this micro-batch's share of a global mean, so the sum does not depend on packing, micro-batches or ranks.
 
-Letters: B rows, T tokens a row, N predicted tokens, D hidden size, V vocabulary.
+B rows, T tokens per row, N predicted tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ from moetrain.parallel.protocol import Objective, ObjectiveResult
 
 @dataclass(kw_only=True)
 class TokenLogprobs:
-    """What the model gives the predicted tokens, in the order of `batch.loss_mask_BT.nonzero()`.
+    """Log-probabilities and entropies of the predicted tokens, in the order of `batch.loss_mask_BT.nonzero()`.
 
-    logprobs_N: float32, with gradient. entropies_N: float32, without.
+    logprobs_N: float32, with gradient. entropies_N: float32, without gradient.
     """
 
     logprobs_N: torch.Tensor
@@ -38,10 +38,10 @@ def _only_these(counts_LE: torch.Tensor) -> torch.Tensor:
 
 @dataclass(kw_only=True)
 class GlobalCounts:
-    """Totals of one optimizer step over all micro-batches and ranks: what losses are normalised by.
+    """Totals of one optimizer step over all micro-batches and ranks, by which losses are normalised.
 
-    target_weight: sum of the weights of the predicted tokens. loads: from the expert counts of the micro-batch in hand
-    to those of the step (collective); as it stands, for a step of one micro-batch on one rank.
+    target_weight: sum of the weights of the predicted tokens. loads: maps the expert counts of the current micro-batch
+    to those of the whole step (collective); the default is for steps of one micro-batch on one rank.
     """
 
     tokens: int
@@ -53,9 +53,9 @@ class GlobalCounts:
 def token_logprobs(
     model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch, temperatures_N: torch.Tensor | None = None
 ) -> TokenLogprobs:
-    """Return the float32 log-probability of every token in the loss mask, predicted from the token before it.
+    """Return the float32 log-probability of each token in the loss mask, predicted from the token before it.
 
-    temperatures_N: what the logits of each predicted token are divided by, float32 above 0; None is 1 everywhere.
+    temperatures_N: divisor of the logits of each predicted token, float32 above 0; None means 1 everywhere.
     """
     row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, column_N - 1]
@@ -74,7 +74,7 @@ def token_logprobs(
 
 @dataclass(kw_only=True)
 class BalanceTerms:
-    """What the routers add to an objective: a loss with gradient, and its parts as metrics."""
+    """The routers' contribution to an objective: a loss with gradient, and its terms as metrics."""
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
@@ -83,9 +83,9 @@ class BalanceTerms:
 def balance_terms(
     output: ForwardOutput, *, counts: GlobalCounts, model: ModelConfig, balance: BalanceConfig
 ) -> BalanceTerms:
-    """Return this micro-batch's share of the balance losses that `balance` gives a weight, summed over layers.
+    """Return this micro-batch's share of the balance losses with a weight in `balance`, summed over layers.
 
-    Each is a mean over the step's tokens, so any split into micro-batches and ranks has the same sum.
+    Each is a mean over the step's tokens, so the sum does not depend on the split into micro-batches and ranks.
     """
     loss = balance.sequence_loss * output.balance_loss / counts.tokens
     metrics = {"balance_loss": loss.detach()}
@@ -103,7 +103,7 @@ def balance_terms(
 def router_entropies(
     output: ForwardOutput, *, layers: Sequence[str], num_tokens: int, counts: GlobalCounts
 ) -> dict[str, torch.Tensor]:
-    """Return this micro-batch's share of the routers' mean entropies: of all layers, and of each by name."""
+    """Return this micro-batch's share of the mean router entropies: over all layers, and per layer by name."""
     entropy_L = output.entropy_L * num_tokens / counts.tokens
     return {
         "router_entropy": output.entropy_L.sum() / max(len(output.entropy_L), 1) * num_tokens / counts.tokens,
@@ -146,4 +146,4 @@ def language_model_objective(
 
 
 ObjectiveFor = Callable[[GlobalCounts], Objective]
-"""Makes the objective of one step once the step's global counts are known."""
+"""Builds the objective of one step from the step's global counts."""

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient norm is not a finite number: left out and counted where the policy says so.
+"""Steps whose loss or gradient norm is not finite: skipped and counted, if the policy is `skip`.
 
-`train.step` decides, from numbers that are the same on every rank, so that all ranks leave the same steps out. The
-counts are part of a checkpoint: a run that was stopped ends at the same limit as one that was not.
+`train.step` decides from numbers that are equal on every rank, so all ranks skip the same steps. The counts are part of
+a checkpoint, so a resumed run reaches the limit at the same step.
 """
 
 import logging
@@ -15,21 +15,21 @@ from moetrain.train.config import NonfinitePolicy, TrainConfig
 _log = logging.getLogger(__name__)
 
 SKIPPED = "skipped"
-"""Key that `train.step.train_step` sets in the values of a step that it left out."""
+"""Key in the metrics of `train.step.train_step` that marks a skipped step."""
 
 
 @dataclass(kw_only=True)
 class Skips:
-    """Steps left out so far: `total`, and `in_row`, those since the last step that was taken."""
+    """Counts of skipped steps: `total`, and `in_row`, those since the last step taken."""
 
     total: int = 0
     in_row: int = 0
 
     def note(self, values: Mapping[str, float], config: TrainConfig, *, step: int) -> dict[str, float]:
-        """Count step `step` if it was left out, and return its metrics: finite ones, and `skipped_steps`.
+        """Count step `step` if it was skipped, and return its finite metrics and `skipped_steps`.
 
-        Under `NonfinitePolicy.stop` nothing is counted and `values` come back as they are. Raises `DivergenceError`
-        when more than `config.max_skipped_in_row` steps in a row were left out.
+        Under `NonfinitePolicy.stop` nothing is counted and `values` is returned unchanged. Raises `DivergenceError`
+        after more than `config.max_skipped_in_row` consecutive skipped steps.
         """
         if config.on_nonfinite is NonfinitePolicy.stop:
             return dict(values)
@@ -38,18 +38,18 @@ class Skips:
         self.in_row = self.in_row + 1 if was_skipped else 0
         if was_skipped:
             _log.warning(
-                "step %d is left out: the loss is %s, the gradient norm %s; weights and optimizer stay (%d so far)",
+                "step %d is skipped (%d so far): the loss is %s, gradient norm %s; weights and optimizer are unchanged",
                 step,
+                self.total,
                 values["loss"],
                 values["grad_norm"],
-                self.total,
             )
         if self.in_row > config.max_skipped_in_row:
             raise DivergenceError(
-                f"step {step}: {self.in_row} steps in a row had a loss or gradient that is not finite, where "
-                f"train.max_skipped_in_row is {config.max_skipped_in_row}: the weights or the data are at fault, not "
-                "one batch. Start again from an earlier checkpoint, or with a lower optim.lr"
+                f"step {step}: {self.in_row} steps in a row had a loss or gradient that is not finite, and "
+                f"train.max_skipped_in_row is {config.max_skipped_in_row}. The cause is the weights or the data, not a "
+                "single batch. Start again from an earlier checkpoint, or with a lower optim.lr"
             )
-        # JSON has no number for what is not finite.
+        # JSON cannot express NaN or infinity.
         kept = {name: value for name, value in values.items() if name != SKIPPED and math.isfinite(value)}
         return {**kept, "skipped_steps": float(self.total)}

@@ -1,4 +1,4 @@
-"""The speed that this machine reaches in a plain matrix product: the denominator of MFU. Measured, not looked up."""
+"""The measured speed of a large matrix product on this machine: the denominator of MFU."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,15 @@ from moetrain.kernels.choice import taking
 from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
 
-_SIZE = 1024  # large enough to reach the ceiling on a CPU, small enough to stay short
+_SIZE = 1024  # large enough to reach the peak of a CPU, small enough to run quickly
 _SECONDS = 0.3
 
 
 def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology, library: Library | None) -> float:
-    """Return the matmul peak of all ranks together in FLOP/s, measured at the same time, kept in the JSON file `path`.
+    """Return the matmul peak of all ranks together in FLOP/s, measured on all at once and cached in the JSON file
+    `path`.
 
-    A collective.
+    Collective.
     """
     kernels = ", native kernels" if library else ""
     key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}{kernels}"
@@ -34,19 +35,19 @@ def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology, library: L
 
 
 def kept(path: Path, key: str) -> float | None:
-    """Return what `keep` wrote under `key`, None if nothing."""
+    """Return the value that `keep` stored under `key`, or None."""
     return read_json_or_empty(path).get(key)
 
 
 def keep(path: Path, key: str, *, measured: float) -> None:
-    """Add what was measured to the JSON file `path`, whole or not at all."""
+    """Store a measured value under `key` in the JSON file `path`, which is replaced atomically."""
     write_json(path, read_json_or_empty(path) | {key: measured})
 
 
 def measure_peak(
     *, dtype: torch.dtype, device: torch.device, library: Library | None, seconds: float = _SECONDS
 ) -> float:
-    """Return the best FLOP/s of square products seen in `seconds`: torch's, or by turns those of `library`."""
+    """Return the best FLOP/s of square products within `seconds`, of torch and (if supported) of `library`."""
     a_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     b_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [partial(torch.mm, a_MM, b_MM)]

@@ -1,4 +1,4 @@
-"""What a run's products are made with: dtype and kernels, as the config names them or as the machine has them."""
+"""The dtype and the kernels of a run's matrix products: as configured, or as measured and available on the machine."""
 
 import logging
 import time
@@ -23,22 +23,23 @@ _Config = TypeVar("_Config", bound=TrainConfig)
 
 DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
 MACHINE = "machine.json"
-"""What was measured of the machine, in a stage's folder."""
+"""File in a stage's folder with measurements of the machine."""
 _GAIN = "speed of float32 products over bfloat16 ones"
 _NATIVE = "native kernels"
-"""1 where a stage computes with them, else 0."""
-_GO_ON = "The stage began with them; train.kernels=torch goes on with others"
+"""1 if the stage computes with native kernels, else 0."""
+_GO_ON = "This stage started with native kernels; set train.kernels=torch to continue without them"
 _MARGIN = 1.25
-"""Gain from which on float32 is taken: its operands are twice as large."""
+"""Speedup above which float32 is selected; a lower one is not worth operands of twice the size."""
 _SIZE = 512
 _SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Products(Generic[_Config]):
-    """What a run multiplies with. train: the config with a dtype and kernels in place of `fastest` and `auto`.
+    """The dtype and kernels of a run. train: the config, with `fastest` and `auto` replaced by the values that were
+    chosen.
 
-    library: the native kernels, None for torch's.
+    library: the native kernels; None for torch's.
     """
 
     train: _Config
@@ -46,11 +47,11 @@ class Products(Generic[_Config]):
 
 
 def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Products[_Config]:
-    """Return what a run multiplies with.
+    """Return the dtype and the kernels that a run uses.
 
-    A collective: native where all ranks have it. What they come to is kept in the stage's folder: a run that goes on
-    there goes on with the kernels and the dtype it began with. The main rank measures dtypes; an accelerator is not
-    measured: bfloat16. Raises ConfigError where native kernels must be had and are not.
+    Collective: native kernels are used only if all ranks have them. The choice is stored in the stage's folder, so that
+    a resumed run uses the kernels and the dtype it started with. The main rank measures the dtypes on a CPU;
+    accelerators always use bfloat16. Raises ConfigError if native kernels are required but unavailable.
     """
 
     def kept_gain() -> float:
@@ -61,17 +62,17 @@ def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Prod
         return gain
 
     if train.kernels is Kernels.torch and kept(folder / MACHINE, _NATIVE) and topology.is_main:
-        _log.warning("this stage began with native kernels and goes on with torch's: numbers differ by rounding")
+        _log.warning("this stage started with native kernels and continues with torch's: results differ by rounding")
     cure = _cure(train)
     train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
     library, why, refusal = None, "", ""
     try:
         library, why = kernels_of(train, device=topology.device, cure=cure)
-    except ConfigError as error:  # on this rank: all of them hear of it first
+    except ConfigError as error:  # raised below, after all ranks have met in the collective
         refusal = str(error)
     everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
     if not everywhere and train.kernels is Kernels.native and topology.device.type == "cpu":
-        raise ConfigError(refusal or "kernels=native cannot be had on another rank. Give kernels=auto or torch")
+        raise ConfigError(refusal or "kernels=native is unavailable on another rank. Give kernels=auto or torch")
     kernels = Kernels.native if everywhere else Kernels.torch
     if topology.is_main:
         _log.info("kernels: %s (%s)", kernels, why if everywhere or library is None else "not on all ranks")
@@ -83,19 +84,19 @@ def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Prod
 
 
 def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:
-    """Return the kernels of `train`, and in place of `auto` those that the run in a stage's folder began with."""
+    """Return the kernels in `train`, with `auto` replaced by the kernels that the run in `folder` started with."""
     native = kept(folder / MACHINE, _NATIVE)
     if train.kernels is not Kernels.auto or train.compute_dtype is ComputeDtype.float32:
         return train.kernels
-    if native is None:  # a folder that knows dtypes alone is older than the kernels
+    if native is None:  # a folder with a dtype measurement only was written before native kernels existed
         return Kernels.auto if kept(folder / MACHINE, _GAIN) is None else Kernels.torch
     return Kernels.native if native else Kernels.torch
 
 
 def kernels_of(train: TrainConfig, *, device: torch.device, cure: str = CURE) -> tuple[Library | None, str]:
-    """Return the native kernels that `train` comes to here, None for torch's, and why.
+    """Return the native kernels to use on `device`, or None for torch's, and the reason.
 
-    Raises ConfigError where they must be had and are not; `cure`: see `find`.
+    Raises ConfigError if native kernels are required but unavailable; `cure`: see `find`.
     """
     if device.type != "cpu":
         return None, f"this is {device.type}"
@@ -105,9 +106,9 @@ def kernels_of(train: TrainConfig, *, device: torch.device, cure: str = CURE) ->
 
 
 def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
-    """Return what the dtype of `train` comes to on a device, its kernels not `auto`.
+    """Return the dtype to use on `device`; the kernels in `train` must not be `auto`.
 
-    `gain` says of a CPU what `float32_gain`, the default, measures.
+    `gain`: returns the speed of float32 relative to bfloat16 on a CPU; the default measures it.
     """
     if train.compute_dtype is not ComputeDtype.fastest:
         return train.compute_dtype
@@ -117,7 +118,7 @@ def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], flo
 
 
 def settled(train: TrainConfig, *, device: torch.device, folder: Path) -> tuple[ComputeDtype, Library | None]:
-    """Return the dtype and the kernels that `settle_products` comes to in one process; nothing is written or used."""
+    """Return the dtype and kernels that `settle_products` would choose in one process, without storing the choice."""
     begun = replace(train, kernels=begun_with(train, folder=folder))
     library, _ = kernels_of(begun, device=device, cure=_cure(train))
     kernels = Kernels.native if library else Kernels.torch
@@ -125,25 +126,27 @@ def settled(train: TrainConfig, *, device: torch.device, folder: Path) -> tuple[
 
 
 def _cure(train: TrainConfig) -> str:
-    """Return what helps where native kernels cannot be had: with `auto` they must because the stage began with them."""
+    """Return the remedy if native kernels are unavailable; with `auto` they are required because the stage started with
+    them.
+    """
     return _GO_ON if train.kernels is Kernels.auto else CURE
 
 
 def faster(gain: float) -> ComputeDtype:
-    """Return the dtype to take on a CPU whose products are `gain` times as fast in float32 as in bfloat16."""
+    """Return the dtype for a CPU on which float32 products are `gain` times as fast as bfloat16 products."""
     return ComputeDtype.float32 if gain > _MARGIN else ComputeDtype.bfloat16
 
 
 def found_gain(folder: Path) -> float:
-    """Return the gain that a stage's folder keeps, or measure it where there is none; nothing is written."""
+    """Return the gain stored in a stage's folder, or measure it without storing it."""
     gain = kept(folder / MACHINE, _GAIN)
     return float32_gain() if gain is None else gain
 
 
 def float32_gain() -> float:
-    """Return how many times as fast this CPU multiplies square matrices in float32 as in bfloat16.
+    """Return how many times faster this CPU multiplies square matrices in float32 than in bfloat16.
 
-    By turns, on one thread, the best of each: a busy neighbour that takes a core changes little.
+    Both alternate on one thread and the best time of each counts, so a busy neighbouring core has little effect.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the progress line of training says beside the step: loss or reward, speed, rate, memory, validation, saves."""
+"""The text of the progress line: loss or reward, speed, learning rate, memory, validation and last save."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ _GB = 1e9
 
 @dataclass(kw_only=True)
 class ProgressNote:
-    """Collects what the line says. headline: the metric that comes first."""
+    """State of the progress line. headline: name of the metric that comes first."""
 
     headline: str
     device: torch.device
     validation: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the last validation."""
     saved: int | None = None
-    """Step of the last checkpoint that was begun."""
+    """Step of the last checkpoint whose save has started."""
 
     def of(self, values: Mapping[str, float]) -> str:
         """Return the line for a step with these metrics: `loss 2.383, 3.2k tokens/s, lr 6.0e-03, 1.9 GB, saved 100`."""
@@ -39,12 +39,12 @@ class ProgressNote:
         return ", ".join(parts)
 
     def _memory(self) -> int:
-        """Return the bytes that this process holds: on the GPU where it computes there, else resident."""
+        """Return the memory of this process in bytes: allocated on the GPU if it computes there, else resident."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
 
 
 def _tokens_per_s(values: Mapping[str, float]) -> float | None:
-    """Return the tokens of a step per second; in RL those that were sampled."""
+    """Return the tokens per second of a step; in RL, of sampled tokens."""
     if TIME_PREFIX + "tokens_per_s" in values and "sampled_tokens" not in values:
         return values[TIME_PREFIX + "tokens_per_s"]
     seconds = values.get(TIME_PREFIX + "seconds", 0.0)

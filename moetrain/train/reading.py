@@ -1,4 +1,4 @@
-"""A step of pretraining and SFT: rows of documents in, one update of the weights out."""
+"""A step of pretraining and SFT: from rows of documents to one update of the weights."""
 
 import math
 import time
@@ -20,13 +20,13 @@ from moetrain.train.step import train_step
 
 @dataclass(kw_only=True)
 class Reading:
-    """What the steps of pretraining or SFT are made of.
+    """The functions and settings of the steps of pretraining or SFT.
 
-    batch_at: the global batch of a step of the run (from 0). learning_rate: the rate of a step. mix_at: the number of
-    the mix of sources that a step belongs to. position, beginning, identity: see `Training`. validate: metrics of
-    held-out data, a collective. opening: metrics of a run that begins. flops_per_token: forward and backward.
-    peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; otherwise the
-    objective measures the logits.
+    batch_at: the global batch of a step of the run (from 0). learning_rate: the rate of a step. mix_at: the index of
+    the data mix that a step uses. position, beginning, identity: see `Training`. validate: metrics of held-out data,
+    collective. opening: metrics that are logged once when a run begins. flops_per_token: of forward and backward.
+    peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; if set, the
+    objective must measure the logits.
     """
 
     engine: Engine
@@ -63,7 +63,7 @@ def reading_training(reading: Reading, config: ReadingConfig) -> Training:
 
 
 def take_reading_step(reading: Reading, config: ReadingConfig, *, step: int) -> dict[str, float]:
-    """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
+    """Take step `step` (from 0) and return its metrics, the same on every rank. Collective."""
     start = time.perf_counter()
     topology = reading.engine.topology
     batch = reading.batch_at(step)

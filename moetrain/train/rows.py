@@ -1,4 +1,4 @@
-"""Which rows of a global batch a rank works on, and in which pieces. Pure functions of sizes."""
+"""How the rows of a global batch are split over ranks and micro-batches. Pure functions of sizes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from moetrain.data.batch import TokenBatch
 
 
 def padded(batch: TokenBatch, num_rows: int) -> TokenBatch:
-    """Return `batch` with rows of padding added up to `num_rows`; they hold no tokens and change no number."""
+    """Return `batch` extended to `num_rows` rows with padding rows, which contain no tokens and change no result."""
     missing = num_rows - len(batch.tokens_BT)
     if missing <= 0:
         return batch
@@ -14,7 +14,7 @@ def padded(batch: TokenBatch, num_rows: int) -> TokenBatch:
 
 
 def rank_rows(batch: TokenBatch, *, rank: int, world_size: int) -> TokenBatch:
-    """Return the rows of one rank: consecutive, the same number on each, padded where they do not divide evenly."""
+    """Return the rows of one rank: consecutive, the same number on every rank, padded if they do not divide evenly."""
     rows = -(-len(batch.tokens_BT) // world_size)
     return padded(batch, rows * world_size).rows(rank * rows, (rank + 1) * rows)
 

@@ -1,6 +1,6 @@
-"""The tokenizer of a training stage: the one that its weights were trained with, the one named, or a new one.
+"""The tokenizer of a training stage: the one configured, that of the initial weights, or a new one.
 
-Weights mean nothing with another tokenizer than theirs, so that is refused unless the user asks for it.
+Weights are useless with another tokenizer than their own, so a change is refused unless the user requests it.
 """
 
 import logging
@@ -21,10 +21,10 @@ _RETRAIN = "data.tokenizer.retrain=true"
 def stage_tokenizer(
     config: DataConfig, folder: Path, *, num_rows: int, origin: Origin | None, dialogue_texts: Iterable[str] = ()
 ) -> Tokenizer:
-    """Return the tokenizer of a stage: the one named, else that of the weights, else one trained on the data.
+    """Return the tokenizer of a stage: the one configured, else that of the weights, else one trained on the data.
 
-    It is kept in `folder/tokenizer`, so that later stages need this stage's folder alone. num_rows: rows of the model's
-    embedding. Raises ConfigError when it is another one than that of the weights (`check_tokenizer`).
+    It is saved in `folder/tokenizer`, so that later stages need only this stage's folder. num_rows: rows of the model's
+    embedding. Raises ConfigError if it differs from the tokenizer of the weights (`check_tokenizer`).
     """
     own = folder / TOKENIZER
     keeps_theirs = origin is not None and not config.tokenizer.retrain
@@ -38,11 +38,11 @@ def stage_tokenizer(
         assert origin is not None
         theirs = _digest_of_theirs(origin)
         if theirs is None:
-            _log.info("%s is taken as the tokenizer of the weights %s", config.tokenizer.path, origin.path)
+            _log.info("assuming that %s is the tokenizer of the weights %s", config.tokenizer.path, origin.path)
         elif tokenizer.digest != theirs:
             raise ConfigError(
-                f"{own} holds another tokenizer than that of the weights {origin.path}: give another run.stage or "
-                f"run.name, or {_RETRAIN} to train on with it"
+                f"{own} contains another tokenizer than that of the weights {origin.path}: give another run.stage or "
+                f"run.name, or {_RETRAIN} to train the weights with it"
             )
     if not (own / TOKENIZER_FILE).is_file():
         tokenizer.save(own)
@@ -50,24 +50,24 @@ def stage_tokenizer(
 
 
 def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:
-    """Raise ConfigError when training on from `origin` would change the tokenizer and the user did not ask for it."""
+    """Raise ConfigError if training from `origin` would change the tokenizer and the user did not request it."""
     if config.retrain:
         return
     if config.path is None:
         if origin.tokenizer is None:
             raise ConfigError(
-                f"{origin.path} has no tokenizer beside its weights: copy theirs there, name it as "
-                f"data.tokenizer.path, or give {_RETRAIN} to train on with a new one, whose tokens they do not know"
+                f"{origin.path} has no tokenizer beside its weights: copy their tokenizer there, name it as "
+                f"data.tokenizer.path, or give {_RETRAIN} to train the weights with a new tokenizer, unknown to them"
             )
         return
     theirs = _digest_of_theirs(origin)
     if theirs is not None and Tokenizer.load(Path(config.path).expanduser()).digest != theirs:
         raise ConfigError(
-            f"data.tokenizer.path is {config.path}: that is another tokenizer than that of the weights {origin.path}; "
-            f"leave data.tokenizer.path out, or give {_RETRAIN} to train on with a tokenizer that they do not know"
+            f"data.tokenizer.path is {config.path}, which is not the tokenizer of the weights {origin.path}: "
+            f"leave data.tokenizer.path out, or give {_RETRAIN} to train the weights with a tokenizer unknown to them"
         )
 
 
 def _digest_of_theirs(origin: Origin) -> str | None:
-    """Return the digest of the tokenizer that the weights were trained with; None when that is not known."""
+    """Return the digest of the tokenizer that the weights were trained with, or None if unknown."""
     return Tokenizer.load(origin.tokenizer).digest if origin.tokenizer is not None else origin.tokenizer_digest

@@ -1,7 +1,7 @@
-"""Pretraining and SFT: sections of a config in, a trained folder out. The two differ in data and settings alone.
+"""Pretraining and SFT: from the sections of a config to a trained folder. They differ only in data and settings.
 
-A stage's folder gets `tokenizer/`, `checkpoints/` and, at the end, `summary.json`. Everything that lies above this
-package comes in as a function: dialogues, metrics, an evaluation.
+A stage's folder gets `tokenizer/`, `checkpoints/` and, at the end, `summary.json`. Dialogues, metrics and evaluation
+belong to packages above this one and are passed in as functions.
 """
 
 import logging
@@ -45,17 +45,17 @@ from moetrain.train.validate import validate
 _log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
-"""What a finished stage says of itself; absent until then."""
+"""Results of a finished stage; the file does not exist before the stage is finished."""
 
 Dialogues = Callable[[Tokenizer], Mapping[str, Iterable[TokenizedDocument]]]
-"""Makes the documents of each source of kind dialogues, once there is a tokenizer."""
+"""Returns the documents of each source of kind dialogues, given the tokenizer."""
 Evaluate = Callable[[Engine, Tokenizer], Mapping[str, float]]
-"""Measures a model beyond its validation loss; a collective."""
+"""Returns metrics of a model beyond its validation loss. Collective."""
 
 
 @dataclass(kw_only=True)
 class Sections:
-    """The sections of a run's config that a training stage takes. library: the native kernels, once settled."""
+    """The config sections of a training stage. library: the native kernels, set once they are chosen."""
 
     model: ModelConfig
     data: DataConfig
@@ -79,13 +79,13 @@ def train_stage(
 ) -> Status:
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
-    A collective. origin: weights to start from, or the checkpoint to continue where `train.continue_as` says so
-    (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues that a tokenizer trained here sees too.
-    evaluate: called with each validation. Raises the errors of data, checkpoints and layout; an interrupted stage
+    Collective. origin: weights to start from, or the checkpoint to continue if `train.continue_as` is set
+    (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues to include when a tokenizer is trained.
+    evaluate: called with each validation. Raises the errors of data, checkpoints and layout. An interrupted stage
     resumes when it is run again.
     """
     if origin is not None:
-        check_fit(origin, sections.model)  # before the data, which takes longest
+        check_fit(origin, sections.model)  # before preparing the data, which takes longest
     beginning = reading_beginning(sections, origin)
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
@@ -124,7 +124,7 @@ def train_stage(
 
 
 def reading_beginning(sections: Sections, origin: Origin | None) -> Beginning:
-    """Return where a stage with these sections begins; raises `CheckpointError` when it cannot continue `origin`."""
+    """Return where a stage with these sections begins; raises `CheckpointError` if it cannot continue `origin`."""
     beginning = beginning_of(origin, counted=ROWS_READ, optim=sections.optim, train=sections.train, seed=sections.seed)
     if beginning.path is not None and origin is not None:
         check_same_sources(origin, asdict(sections.data))
@@ -132,7 +132,7 @@ def reading_beginning(sections: Sections, origin: Origin | None) -> Beginning:
 
 
 def _taken(beginning: Beginning) -> dict[str, int]:
-    """Return the rows of each source that were read before a config that describes the added steps."""
+    """Return the rows read per source before the added steps; empty unless the config describes only added steps."""
     sources = beginning.data["sources"] if beginning.is_part else {}
     return {name: counts["rows_taken"] for name, counts in sources.items()}
 
@@ -144,7 +144,7 @@ def rows_before(step: int, train: ReadingConfig, *, beginning: Beginning) -> int
 
 
 def mixes_of(data: DataConfig, train: ReadingConfig, *, beginning: Beginning | None = None) -> list[Mix]:
-    """Return the mixes of a config, each with the row of the run that it begins with."""
+    """Return the data mixes of a config, each with the index of its first row in the run."""
     beginning = beginning or Beginning()
     first_steps = [0, *(change.first_step(train.steps) for change in data.mix)]
     return [
@@ -154,9 +154,9 @@ def mixes_of(data: DataConfig, train: ReadingConfig, *, beginning: Beginning | N
 
 
 def engine_of(sections: Sections) -> Engine:
-    """Return the engine of a run, initialised from its seed. A collective; raises ConfigError where nothing fits.
+    """Return the engine of a run, initialised from its seed. Collective; raises ConfigError if no layout fits.
 
-    Products are settled (`train.precision.settle_products`).
+    The dtype and kernels must have been chosen (`train.precision.settle_products`).
     """
     return build_engine(
         sections.model,
@@ -170,9 +170,9 @@ def engine_of(sections: Sections) -> Engine:
 
 
 def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """Return what `make` gives, run on the main rank before the others; its error is raised on every rank.
+    """Return the result of `make`, run on the main rank before all others; its error is raised on every rank.
 
-    The others wait for as long as it takes: reading a corpus and training a tokenizer on it is no hang.
+    The other ranks wait without a timeout, because reading a corpus and training a tokenizer may take long.
     """
     made: Tokenizer | None = None
     failure: MoetrainError | None = None
@@ -236,7 +236,7 @@ def _reading(
 
 
 def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the rows that were read: how many of each source, and of how many."""
+    """Return the data position that a checkpoint stores: rows read per source, and the size of each source."""
     sources = {
         name: {"rows_taken": taken, "rows": data.training[name].num_rows, "sha256": data.digests[name]}
         for name, taken in data.loader.rows_taken(rows_read).items()
@@ -245,7 +245,7 @@ def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
 
 
 def _summary(sections: Sections, *, data: Data, outcome: Outcome, reading: Reading, folder: Path) -> dict[str, Any]:
-    """Return what `summary.json` holds: figures that repeat to the last digit, and apart from them the times."""
+    """Return the content of `summary.json`: reproducible figures, and times under their own key."""
     bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
     sources = {
         name: {

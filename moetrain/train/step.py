@@ -1,6 +1,6 @@
-"""One optimizer step: global counts, gradients, update, balance bias, metrics. Blind to the objective.
+"""One optimizer step: global counts, gradients, update, balance bias, metrics. Independent of the objective.
 
-Letters: L layers with experts, E routed experts.
+L MoE layers, E routed experts.
 """
 
 import math
@@ -38,10 +38,10 @@ def train_step(
 ) -> dict[str, float]:
     """Take one optimizer step on this rank's micro-batches and return its metrics, the same on every rank.
 
-    A collective: each rank calls it with the same number of micro-batches. step names the step in errors. qk_clip:
-    threshold of QK-Clip, None is off; otherwise the objective must measure the logits. A loss or gradient norm that is
-    not finite leaves weights, optimizer state and balance bias untouched on every rank, and raises `DivergenceError`
-    or, where `on_nonfinite` says so, returns the metrics with `SKIPPED` among them.
+    Collective: every rank must pass the same number of micro-batches. step: the step number for errors. qk_clip:
+    threshold of QK-Clip, None is off; if set, the objective must measure the logits. If the loss or gradient norm is
+    not finite, weights, optimizer state and balance bias stay unchanged on every rank, and the function raises
+    `DivergenceError` or, with `on_nonfinite=skip`, returns metrics that include `SKIPPED`.
     """
     start = time.perf_counter()
     counts = global_counts(micro_batches, engine.topology)
@@ -88,12 +88,12 @@ def _divergence(step: int, *, loss: float, grad_norm: float) -> DivergenceError:
     found = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
     return DivergenceError(
         f"step {step}: {found}; the weights are those before this step. "
-        "Start again with a lower optim.lr, or with train.on_nonfinite=skip to leave such steps out"
+        "Start again with a lower optim.lr, or with train.on_nonfinite=skip to skip such steps"
     )
 
 
 def global_counts(micro_batches: Sequence[TokenBatch], topology: Topology) -> GlobalCounts:
-    """Return the totals of all ranks' micro-batches. A collective."""
+    """Return the totals over all ranks' micro-batches. Collective."""
     local = [
         (batch.num_tokens, batch.num_targets, float(batch.target_weights().double().sum())) for batch in micro_batches
     ]
@@ -104,7 +104,7 @@ def global_counts(micro_batches: Sequence[TokenBatch], topology: Topology) -> Gl
 def _accumulate(
     engine: Engine, objective: Objective, micro_batches: Sequence[TokenBatch]
 ) -> tuple[list[ObjectiveResult], torch.Tensor]:
-    """Return the results of all micro-batches, and the sum of their histograms, of which one is held at a time."""
+    """Return the results of all micro-batches and the sum of their histograms; only one histogram is held at a time."""
     results: list[ObjectiveResult] = []
     required_LEB = torch.zeros((), dtype=torch.int32)
     for index, batch in enumerate(micro_batches):
@@ -138,7 +138,7 @@ def _load_metrics(model: Transformer, totals: "_Totals") -> dict[str, float]:
 
 
 class _Totals:
-    """Sums over micro-batches and ranks of what the objectives returned, reduced in float64."""
+    """Sums of the objectives' results over micro-batches and ranks, reduced in float64."""
 
     def __init__(self, results: Sequence[ObjectiveResult], topology: Topology) -> None:
         first = results[0]

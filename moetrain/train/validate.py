@@ -1,4 +1,4 @@
-"""How well a model predicts held-out rows: nats a character by source, comparable across tokenizers."""
+"""Validation loss on held-out rows per source, in nats per character, which is comparable across tokenizers."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from moetrain.train.rows import rank_rows, split_rows
 
 
 def validate(engine: Engine, held_out: Mapping[str, ValidationRows], *, rows_per_micro_batch: int) -> dict[str, float]:
-    """Return `validation/<source>`, nats a character, for each source. A collective; the same on every rank."""
+    """Return `validation/<source>` in nats per character for each source. Collective; the same on every rank."""
     nats = [total_nats(engine, source.batch, rows_per_micro_batch=rows_per_micro_batch) for source in held_out.values()]
     return {
         f"validation/{name}": total / source.num_characters
@@ -22,7 +22,7 @@ def validate(engine: Engine, held_out: Mapping[str, ValidationRows], *, rows_per
 
 
 def total_nats(engine: Engine, batch: TokenBatch, *, rows_per_micro_batch: int) -> float:
-    """Return the nats of all predicted tokens of a global batch, weights aside. A collective."""
+    """Return the negative log-likelihood of a global batch's predicted tokens in nats, unweighted. Collective."""
     topology = engine.topology
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
     nats = torch.zeros((), dtype=torch.float64)

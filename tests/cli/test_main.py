@@ -176,7 +176,7 @@ def test_openmp_spins_briefly_unless_the_user_says_otherwise(
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, and RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
         ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),

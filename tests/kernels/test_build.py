@@ -45,7 +45,7 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     library, why = find(Kernels.auto)
     assert library is None
-    assert "no C++ compiler is here" in why
+    assert "no C++ compiler found" in why
     with pytest.raises(ConfigError, match=r"kernels=native is unavailable here: no C\+\+ compiler"):
         find(Kernels.native)
 

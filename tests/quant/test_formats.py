@@ -42,7 +42,7 @@ def test_reading_a_matrix_gives_the_codes_and_scales_that_were_stored(name: Form
     assert torch.equal(back.codes_XOI, quantized.codes_XOI)
     assert torch.equal(back.scales_XOG, quantized.scales_XOG)
     for suffix in row.suffixes:
-        with pytest.raises(CheckpointError, match=rf"m\{suffix} is missing: a matrix in {row.title} has"):
+        with pytest.raises(CheckpointError, match=rf"m\{suffix} is missing: a matrix in {row.title} requires"):
             row.read("m", {key: tensor for key, tensor in tensors.items() if not key.endswith(suffix)})
 
 

@@ -81,7 +81,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     stored = encode(_quantize(_weights("gauss")))
     with pytest.raises(CheckpointError, match=r"scales of shape \[40, 3\] do not fit codes of \[40, 64\]"):
         decode({**stored, ".weight_scale": torch.zeros(40, 3, dtype=torch.uint8)})
-    with pytest.raises(CheckpointError, match="weight_scale holds the byte 255, which stands for NaN"):
+    with pytest.raises(CheckpointError, match="weight_scale contains the byte 255, which means NaN"):
         decode({**stored, ".weight_scale": torch.full((40, 2), 255, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match=r"weight_scale is torch.bfloat16: MXFP4 is stored as uint8"):
         decode({**stored, ".weight_scale": torch.ones(40, 2, dtype=torch.bfloat16)})

@@ -239,7 +239,7 @@ def test_an_objective_that_does_not_measure_is_refused() -> None:
     engine = toy_engine()
     objective = language_model_objective(GlobalCounts(tokens=1, targets=1, target_weight=1.0), balance=BalanceConfig())
     result = objective(engine.model, toy_batch(0, rows=ROWS))
-    with pytest.raises(ConfigError, match=r"optim.qk_clip is set, and the objective returns no max_logits_AH"):
+    with pytest.raises(ConfigError, match=r"optim.qk_clip is set, but the objective returns no max_logits_AH"):
         batch_max_logits([result], engine.topology)
 
 

@@ -58,7 +58,7 @@ def test_a_ramp_and_a_mix_can_be_given_on_the_command_line() -> None:
             "train.batch_ramp=[{steps: 2, rows: 6}]",
             "batch_ramp: rows is 6: give a multiple of train.rows_per_micro_batch",
         ),
-        ("train.batch_ramp=[{steps: 11, rows: 4}]", "batch_ramp takes 11 steps, train.steps is 10"),
+        ("train.batch_ramp=[{steps: 11, rows: 4}]", "batch_ramp takes 11 steps, but train.steps is 10"),
         ("train.batch_ramp=[{steps: 0, rows: 4}]", "batch_ramp: steps is 0"),
         ("train.batch_ramp=[{steps: 2}]", "train.batch_ramp"),
         ("train.batch_ramp=[{steps: 2, row: 4}]", "row"),

@@ -150,11 +150,14 @@ def test_another_mix_with_a_new_source_counts_the_rows_of_both_parts(runs: Path)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: replace(s, seed=6), r"run.seed is 6: the run .* has 5; give that"),
-        (lambda s: replace(s, optim=replace(s.optim, name=OptimizerName.adamw)), r"optim.name is adamw: .* has muon"),
+        (lambda s: replace(s, seed=6), r"run.seed is 6, but the run of .* has 5: set run.seed=5"),
+        (
+            lambda s: replace(s, optim=replace(s.optim, name=OptimizerName.adamw)),
+            r"optim.name is adamw, but .* has muon",
+        ),
         (lambda s: replace(s, data=replace(s.data, seq_len=32)), r"data.seq_len: 64 -> 32"),
         (lambda s: replace(s, train=replace(s.train, rows_per_step=8)), r"rows_read: 12 -> 24.*continue_as=part"),
-        (lambda s: replace(s, train=replace(s.train, steps=3)), r"train.steps is 3, and .* has taken 3 steps"),
+        (lambda s: replace(s, train=replace(s.train, steps=3)), r"train.steps is 3, but .* has taken 3 steps"),
         (lambda s: replace(s, model=replace(s.model, rope_theta=1e4)), r"rope_theta"),
     ],
 )
@@ -178,7 +181,7 @@ def test_other_documents_under_the_same_settings_are_refused(runs: Path, tmp_pat
 
 def test_weights_without_a_run_cannot_be_continued(runs: Path, tmp_path: Path) -> None:
     config = settings(runs, steps=3, continue_as=Continuation.part)
-    with pytest.raises(CheckpointError, match="weights without the state of a run"):
+    with pytest.raises(CheckpointError, match="has weights but no training state"):
         run(tmp_path / "second", config, origin=replace(first(runs), checkpoint=None))
 
 

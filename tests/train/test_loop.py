@@ -241,7 +241,7 @@ def test_a_step_whose_loss_is_not_finite_is_left_out_and_counted(
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "tokens" in row]
     assert [row["skipped_steps"] for row in rows] == [0.0, 1.0]
     assert ["loss" in row for row in rows] == [True, False]
-    assert "step 1 is left out" in caplog.text
+    assert "step 1 is skipped" in caplog.text
     after = _tensors(tmp_path)
     alone = tmp_path / "alone"
     _run(alone, engine=engine, steps=1)

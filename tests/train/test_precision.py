@@ -57,7 +57,7 @@ def test_fastest_is_measured_once_a_folder(tmp_path: Path) -> None:
     known = json.loads((tmp_path / MACHINE).read_text())
     (key,) = known.keys() - {"native kernels"}
     assert first is faster(known[key])
-    # A run that goes on, on a machine that would choose otherwise, goes on with what it began with.
+    # A resumed run keeps what it started with, even on a machine that would choose otherwise.
     (tmp_path / MACHINE).write_text(json.dumps(known | {key: 0.5 if first is ComputeDtype.float32 else 5.0}))
     assert {first, settle_products(FASTEST, folder=tmp_path, topology=topology).train.compute_dtype} == set(DTYPES)
 
@@ -93,7 +93,7 @@ def test_float32_is_torchs_and_native_float32_is_refused(tmp_path: Path) -> None
         TrainConfig(compute_dtype=ComputeDtype.float32), folder=tmp_path, topology=setup(ParallelConfig())
     )
     assert settled.train.kernels is Kernels.torch
-    with pytest.raises(ConfigError, match=r"train\.kernels is native, which multiplies bfloat16"):
+    with pytest.raises(ConfigError, match=r"train\.kernels is native, which supports only bfloat16"):
         TrainConfig(compute_dtype=ComputeDtype.float32, kernels=Kernels.native)
 
 
@@ -132,5 +132,5 @@ def test_a_run_goes_on_with_the_kernels_it_began_with(
         lambda: settle_products(train, folder=native, topology=topology),
         lambda: settled(train, device=CPU, folder=native),
     ):
-        with pytest.raises(ConfigError, match=r"no compiler\. The stage began with them"):
+        with pytest.raises(ConfigError, match=r"no compiler\. This stage started with native kernels"):
             goes_on()

@@ -142,13 +142,13 @@ def test_weights_train_on_with_their_tokenizer_wherever_it_is_named(pretrained: 
     train_tokenizer(["other words " * 20], vocab_size=VOCAB_SIZE).save(tmp_path / "other")
     other = replace(data, tokenizer=TokenizerConfig(path=str(tmp_path / "other")))
     for weights in (origin, read_origin(pretrained / "pretrain")):
-        with pytest.raises(ConfigError, match=r"data\.tokenizer\.path is .*/other: that is another tokenizer"):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer\.path is .*/other, which is not the tokenizer of"):
             stage_tokenizer(other, tmp_path / "b", num_rows=VOCAB_SIZE, origin=weights)
     assert not (tmp_path / "b").exists()
     told = replace(data, tokenizer=replace(other.tokenizer, retrain=True))
     found = stage_tokenizer(told, tmp_path / "b", num_rows=VOCAB_SIZE, origin=origin)
     assert found.digest == Tokenizer.load(tmp_path / "other").digest
-    with pytest.raises(ConfigError, match=r"b/tokenizer holds another tokenizer than that of the weights"):
+    with pytest.raises(ConfigError, match=r"b/tokenizer contains another tokenizer than that of the weights"):
         stage_tokenizer(data, tmp_path / "b", num_rows=VOCAB_SIZE, origin=read_origin(pretrained / "pretrain"))
 
 
