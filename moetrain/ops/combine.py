@@ -1,8 +1,8 @@
-"""Rows for a token's experts, and the weighted sum of what they gave: the plain way, and two for CPUs.
+"""Rows for the chosen experts of each token, and the weighted sum of their outputs: a plain path and two for CPUs.
 
-One goes through the sum in slices, the other is native.
+One CPU path computes the sum in slices, the other is native.
 
-S = N * K rows (a token times a chosen expert), N tokens, n tokens of a slice, K chosen experts, D hidden.
+S = N * K rows (one per token and chosen expert), N tokens, n tokens of a slice, K chosen experts, D hidden.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from moetrain.kernels.build import Library
 from moetrain.kernels.choice import taking
 from moetrain.ops import native
 
-_SLICE_ELEMENTS = 1 << 18  # of a slice in float32: 1 MB, which stays in cache
+_SLICE_ELEMENTS = 1 << 18  # size of a slice: 1 MB in float32, which fits in the cache
 
 
 def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None) -> torch.Tensor:
-    """Return rows [S, D], `num_chosen` of each token: row i is the token of (token, k) number `order_S[i]`."""
+    """Return rows [S, D], `num_chosen` per token: row i is the token of pair `order_S[i]` among the (token, k) pairs."""
     if found := taking(library, x_ND):
         return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=found)
     return x_ND.index_select(0, order_S // num_chosen)
@@ -27,7 +27,7 @@ def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, librar
 def permute(
     rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor, library: Library | None
 ) -> torch.Tensor:
-    """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the way back."""
+    """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the inverse permutation."""
     if found := taking(library, rows_SD):
         return native.spread(rows_SD, inverse_S[:, None], library=found)
     return rows_SD.index_select(0, order_S)
@@ -36,9 +36,9 @@ def permute(
 def combine(
     y_SD: torch.Tensor, order_S: torch.Tensor, *, weights_NK: torch.Tensor, library: Library | None
 ) -> torch.Tensor:
-    """Return the weighted sum [N, D] of a token's K rows, summed in float32, in the dtype of y.
+    """Return the weighted sum [N, D] of each token's K rows, summed in float32, in the dtype of y.
 
-    Row i of `y_SD` is (token, k) number `order_S[i]`.
+    Row i of `y_SD` belongs to pair `order_S[i]` among all (token, k) pairs.
     """
     inverse_S = inverse(order_S)
     if found := taking(library, y_SD):
@@ -49,12 +49,12 @@ def combine(
 
 
 def inverse(order_S: torch.Tensor) -> torch.Tensor:
-    """Return where each of 0..S-1 stands in a permutation."""
+    """Return the inverse of a permutation: the position of each of 0..S-1 in it."""
     return torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
 
 
 def combine_plain(y_SD: torch.Tensor, inverse_S: torch.Tensor, *, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Return the same in torch's own operations, which hold N * K * D float32 numbers."""
+    """Return the weighted sum with torch's own operations, which materialise N * K * D float32 values."""
     y_NKD = y_SD.index_select(0, inverse_S).view(*weights_NK.shape, y_SD.shape[1])
     return (y_NKD * weights_NK[..., None]).sum(1).to(y_SD.dtype)
 
@@ -62,7 +62,7 @@ def combine_plain(y_SD: torch.Tensor, inverse_S: torch.Tensor, *, weights_NK: to
 def combine_in_slices(
     y_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
-    """Return what `combine_plain` returns, bit for bit, and with the same gradients; float32 exists of a slice only."""
+    """Return the same bits and gradients as `combine_plain`; only one slice at a time exists in float32."""
     out_ND: torch.Tensor = _InSlices.apply(y_SD, weights_NK, order_S, inverse_S)  # type: ignore[no-untyped-call]
     return out_ND
 
@@ -83,7 +83,7 @@ class _InSlices(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of the rows and of the weights."""
+        """Return the gradients of the rows and the weights."""
         y_SD, weights_NK, order_S, inverse_NK = ctx.saved_tensors
         grad_NKD = y_SD.new_empty(*weights_NK.shape, y_SD.shape[1])
         grad_weights_NK = torch.empty_like(weights_NK)

@@ -1,4 +1,4 @@
-"""The dense computations of a block: product, RMS norm, SwiGLU. Each has torch's path and a native one for CPUs.
+"""The dense computations of a block: product, RMS norm, SwiGLU. Each has a torch path and a native path for CPUs.
 
 X any leading axes, D in, O out, F feed-forward width.
 """
@@ -15,7 +15,7 @@ from moetrain.ops import native
 
 
 def linear(x_XD: torch.Tensor, weight_OD: torch.Tensor, *, library: Library | None) -> torch.Tensor:
-    """Return x W^T over the last axis in the dtype of x; the float32 weight is cast to it."""
+    """Return x W^T over the last axis in the dtype of x; the float32 weight is cast to that dtype."""
     if found := taking(library, x_XD):
         return native.linear(x_XD, weight_OD, library=found)
     return F.linear(x_XD, weight_OD.to(x_XD.dtype))
@@ -37,7 +37,7 @@ def swiglu(gate_XF: torch.Tensor, up_XF: torch.Tensor, *, library: Library | Non
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm with its gradient written out: half the passes over memory of the composed one."""
+    """The norm with an explicit backward pass, which needs half the memory passes of the composed operations."""
 
     @staticmethod
     def forward(ctx: Any, x_XD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

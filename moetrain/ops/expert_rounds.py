@@ -1,10 +1,10 @@
-"""Expert computation in rounds of at most so many rows, each computed again in the backward pass (arXiv 1604.06174).
+"""Expert computation in rounds of a limited number of rows; the backward pass recomputes each (arXiv 1604.06174).
 
-So the rows that exist at once do not depend on where the router sends tokens. How the rows of a round reach their
-experts is the dispatcher's; no rank is known here.
+So the number of rows that exist at once does not depend on the routing. The dispatcher decides how the rows of a round
+reach their experts; this module does not depend on ranks.
 
-N tokens, S rows (a token times a chosen expert), P rows that are sent in a round, R rows that are computed in it,
-D hidden, L experts, l those of a round, F expert width, G = 2F (gate rows first).
+N tokens, S rows (one per token and chosen expert), P rows sent in a round, R rows computed in it, D hidden, L experts,
+l experts of a round, F expert width, G = 2F (gate rows first).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +22,13 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What is computed at once.
+    """The rows that are computed together.
 
-    sent_P: int64, which of this rank's S rows take part. to_experts: brings P rows to where their experts are and
-    returns the R rows that arrived here, sorted by expert; from_experts brings R rows back. Either undoes the other,
-    so that it is its gradient too. experts: those that have rows, at least one. counts_l: int64, rows of each of them.
+    - sent_P: int64, indices of this rank's S rows in the round.
+    - to_experts: sends P rows to the ranks of their experts and returns the R rows that arrive here, sorted by expert.
+    - from_experts: sends R rows back. Each of the two is the inverse of the other, and so also its gradient.
+    - experts: slice that contains all experts with rows, at least one expert.
+    - counts_l: int64, number of rows per expert.
     """
 
     sent_P: torch.Tensor
@@ -37,10 +39,10 @@ class Round:
 
 
 def round_ends(counts: Iterable[int], *, limit: int) -> list[int]:
-    """Return where each round ends among rows that are sorted by expert, `counts` rows each.
+    """Return the end of each round among rows sorted by expert, with `counts` rows per expert.
 
-    No round has more than `limit` rows, and at least one is returned. An expert of at most `limit` rows is never cut:
-    its gradient is summed in one go.
+    No round has more than `limit` rows, and at least one round is returned. An expert with at most `limit` rows is
+    never split, so its gradient is one sum.
     """
     ends, start, end = [], 0, 0
     for count in counts:
@@ -55,7 +57,7 @@ def round_ends(counts: Iterable[int], *, limit: int) -> list[int]:
 
 
 def rows_between(counts_X: torch.Tensor, *, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Return how many rows of each block lie in [first, last), where blocks of `counts_X` rows follow one another.
+    """Return the number of rows of each block that lie in [first, last), for consecutive blocks of `counts_X` rows.
 
     Blocks are along the last axis; `first` and `last` broadcast against the counts.
     """
@@ -64,7 +66,7 @@ def rows_between(counts_X: torch.Tensor, *, first: torch.Tensor, last: torch.Ten
 
 
 def experts_of_round(counts: Sequence[int]) -> slice:
-    """Return the range of experts that holds all that have rows; the first one when none has."""
+    """Return the smallest slice that contains all experts with rows; the first expert if none has rows."""
     with_rows = [expert for expert, count in enumerate(counts) if count] or [0]
     return slice(with_rows[0], with_rows[-1] + 1)
 
@@ -77,11 +79,11 @@ def compute_in_rounds(
     rounds: Sequence[Round],
     library: Library | None,
 ) -> torch.Tensor:
-    """Return y_SD: row i is what its expert makes of token `tokens_S[i]`, in the dtype of x.
+    """Return y_SD in the dtype of x: row i is the output of its expert for token `tokens_S[i]`.
 
-    weights: gate_up [L, G, D] and down [L, D, F]. For the backward pass x and the weights alone are kept. Ranks take
-    part in all rounds in the same order, forward and backward. The gradient of an expert whose rows lie in several
-    rounds is the float32 sum of theirs.
+    weights: gate_up [L, G, D] and down [L, D, F]. Only x and the weights are kept for the backward pass. All ranks must
+    take part in all rounds in the same order, forward and backward. The gradient of an expert with rows in several
+    rounds is summed in float32.
     """
     y_SD: torch.Tensor = _InRounds.apply(x_ND, *weights, tokens_S, rounds, library)  # type: ignore[no-untyped-call]
     return y_SD
@@ -112,7 +114,7 @@ class _InRounds(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x and of both weights."""
+        """Return the gradients of x and both weights."""
         x_ND, gate_up_LGD, down_LDF, tokens_S = ctx.saved_tensors
         (grad_y_SD,) = grads
         grad_rows_SD = torch.empty_like(grad_y_SD)
@@ -138,7 +140,7 @@ class _InRounds(torch.autograd.Function):
 def _gradients(
     *tensors: torch.Tensor, counts_l: torch.Tensor, grad_y_RD: torch.Tensor, library: Library | None
 ) -> tuple[torch.Tensor, ...]:
-    """Compute a round once more and return the gradients of its rows and of both weights, which are `tensors`."""
+    """Recompute a round and return the gradients of `tensors`: its rows, gate_up and down."""
     with torch.enable_grad():
         x_RD, gate_up_lGD, down_lDF = (tensor.detach().requires_grad_() for tensor in tensors)
         y_RD = expert_rows(x_RD, counts_l, gate_up_LGD=gate_up_lGD, down_LDF=down_lDF, library=library)

@@ -1,9 +1,11 @@
-"""What the routed experts of a layer make of their rows: four ways to the same numbers, chosen by device and dtype.
+"""The feed-forward computation of a layer's routed experts: four implementations, chosen by device and dtype.
 
-`expert_loop` is the plain one, in torch's own operations, and the reference of the others. `expert_written_out` is for
-CPUs: bit for bit the same, with the backward pass written out, which saves copies and keeps less. Where the native
-kernels are in use, they take its place in bfloat16. `expert_grouped` is for GPUs: one grouped product for all experts.
-Sums are ordered differently in the last two.
+- `expert_loop`: plain torch operations; the reference for the others.
+- `expert_written_out`: for CPUs; the same bits, with an explicit backward pass that copies and stores less.
+- the native kernels: for bfloat16 on CPUs, if available.
+- `expert_grouped`: for bfloat16 on GPUs; one grouped product for all experts.
+
+The last two order their sums differently.
 
 S rows sorted by expert, R rows of one expert, D hidden, L experts, F expert width, G = 2F (gate rows first).
 """
@@ -23,7 +25,7 @@ from moetrain.ops import native
 from moetrain.ops.thread_parts import part_bounds, run_parts
 
 ROW_MULTIPLE = 64
-"""Rows of each expert are padded to it: oneDNN builds a kernel for every new shape."""
+"""The rows of each expert are padded to a multiple of this, because oneDNN builds a kernel for every new shape."""
 
 
 def expert_rows(
@@ -34,9 +36,9 @@ def expert_rows(
     down_LDF: torch.Tensor,
     library: Library | None,
 ) -> torch.Tensor:
-    """Return down(silu(gate x) * up x) of rows sorted by expert, `counts_L` int64 rows each, in the dtype of x.
+    """Return down(silu(gate x) * up x) in the dtype of x; rows are sorted by expert, `counts_L` (int64) rows each.
 
-    An expert without rows still has a gradient: zero.
+    An expert without rows still gets a gradient: zero.
     """
     if found := taking(library, x_SD):
         return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=found)
@@ -50,7 +52,7 @@ def expert_rows(
 def expert_loop(
     x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
 ) -> torch.Tensor:
-    """Return the same, one expert after the other."""
+    """Return the outputs, computed one expert at a time."""
     outputs = []
     for x_RD, gate_up_GD, down_DF in zip(
         torch.split(x_SD, counts_L.tolist()), gate_up_LGD.unbind(), down_LDF.unbind(), strict=True
@@ -64,7 +66,7 @@ def expert_loop(
 def expert_grouped(
     x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
 ) -> torch.Tensor:
-    """Return the same by `torch.nn.functional.grouped_mm`, which takes bf16; the host need not know the counts."""
+    """Return the outputs by `torch.nn.functional.grouped_mm`, for bf16; the host does not need to read the counts."""
     ends_L = counts_L.cumsum(0).to(torch.int32)
     gate_SF, up_SF = F.grouped_mm(x_SD, gate_up_LGD.transpose(1, 2), offs=ends_L).chunk(2, -1)
     return F.grouped_mm(F.silu(gate_SF) * up_SF, down_LDF.transpose(1, 2), offs=ends_L)
@@ -73,14 +75,14 @@ def expert_grouped(
 def expert_written_out(
     x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
 ) -> torch.Tensor:
-    """Return what `expert_loop` returns, bit for bit, and with the same gradients."""
+    """Return the same bits and gradients as `expert_loop`."""
     counts = counts_L.tolist()
     y_SD: torch.Tensor = _WrittenOut.apply(x_SD, gate_up_LGD, down_LDF, counts)  # type: ignore[no-untyped-call]
     return y_SD
 
 
 def _pieces(counts: list[int]) -> Iterator[tuple[int, slice, slice]]:
-    """Yield expert, its rows among the sorted ones, and its rows in a buffer where each expert's are padded."""
+    """Yield each expert's index, its rows among the sorted rows, and its rows in the padded buffer."""
     start = padded_start = 0
     for expert, count in enumerate(counts):
         padded = count + -count % ROW_MULTIPLE
@@ -90,14 +92,14 @@ def _pieces(counts: list[int]) -> Iterator[tuple[int, slice, slice]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Some consecutive experts that one thread computes. `end`: rows from here on are other parts' to write."""
+    """Consecutive experts that one thread computes. `end`: rows from here on belong to other parts."""
 
     pieces: list[tuple[int, slice, slice]]
     end: int
 
 
 def _parts(counts: list[int]) -> list[_Part]:
-    """Return the experts in at most as many parts as there are threads, with about as many rows each."""
+    """Return the experts in at most one part per thread, with about equal numbers of rows."""
     pieces = list(_pieces(counts))
     ends = [end for _, end in part_bounds(pieces[-1][2].stop)]
     groups: list[list[tuple[int, slice, slice]]] = [[] for _ in ends]
@@ -109,9 +111,10 @@ def _parts(counts: list[int]) -> list[_Part]:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, rows: slice, part: _Part) -> None:
-    """Write the rows of a @ b that are no padding to `out[rows]`.
+    """Write the rows of a @ b without padding to `out[rows]`.
 
-    The padding goes after them, where the part's next expert overwrites it, unless others write there.
+    If possible the product is written in place, with its padding after the rows, where the part's next expert
+    overwrites it. If the padding would reach rows of another part, the rows are copied instead.
     """
     end = rows.start + len(a)
     if end <= part.end:
@@ -121,16 +124,16 @@ def _product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, rows: slice
 
 
 def _padded(rows_RD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write rows, and zeros after them, to `out`; return it."""
+    """Write the rows to `out`, fill the rest with zeros, and return `out`."""
     out[: len(rows_RD)] = rows_RD
     out[len(rows_RD) :].zero_()
     return out
 
 
 class _WrittenOut(torch.autograd.Function):
-    """Experts one after the other, so that what an expert needs stays in cache.
+    """Computes one expert after the other, so that an expert's data stays in the cache.
 
-    Outputs go straight to their place: the padding of an expert is overwritten by the rows of the next one.
+    Outputs are written in place: the next expert's rows overwrite an expert's padding.
     """
 
     @staticmethod
@@ -161,7 +164,7 @@ class _WrittenOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of the rows and of both weights; silu is made again."""
+        """Return the gradients of the rows and both weights; silu is recomputed."""
         x_PD, gate_up_PG, gate_up_LGD, down_LDF = ctx.saved_tensors
         (grad_y_SD,) = grads
         grad_x_SD = x_PD.new_empty(len(grad_y_SD) + ROW_MULTIPLE, x_PD.shape[1])

@@ -1,4 +1,4 @@
-"""Attention over packed rows by torch's flash kernel, for GPUs: no mask, documents laid end to end.
+"""Attention over packed rows with torch's flash kernel, for GPUs: documents are concatenated, so no mask is needed.
 
 B rows, H heads, T tokens, P = B * T, Q query-key width, V value width, S runs of one segment.
 """
@@ -11,16 +11,16 @@ import torch
 from torch.nn import functional as F
 
 _MOST_WIDTH, _WIDTH_MULTIPLE, _CAPABILITY = 256, 8, (8, 0)
-"""What FlashAttention-2 takes (arXiv 2307.08691); heads are padded to one width."""
+"""Limits of FlashAttention-2 (arXiv 2307.08691): largest width, its multiple, compute capability."""
 _CAUSAL = (-1, 0)
 
 FlashKernel = Callable[..., Any]
-"""`torch.nn.attention.varlen.varlen_attn`, or what takes the same arguments."""
+"""`torch.nn.attention.varlen.varlen_attn`, or a function with the same arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Runs of one segment, row after row: the first token of each and the end of the last, int32 [S + 1]."""
+    """Consecutive tokens of one segment, row after row: the start of each run and the end of the last, int32 [S + 1]."""
 
     segments_BT: torch.Tensor
     bounds: torch.Tensor
@@ -28,13 +28,16 @@ class Runs:
 
 
 def takes_flash(device: torch.device, dtype: torch.dtype, *, width: int) -> bool:
-    """Return whether the flash kernel runs there for heads whose widest of query, key and value is this wide."""
+    """Return whether the flash kernel supports this device, dtype and head width.
+
+    `width`: the largest of the query, key and value widths per head.
+    """
     fits = width <= _MOST_WIDTH and dtype in (torch.bfloat16, torch.float16)
     return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 def plan_runs(segments_BT: torch.Tensor) -> Runs:
-    """Return the runs of packed rows, for all layers of a forward pass; padding is a run like any other."""
+    """Return the runs of packed rows, for all layers of a forward pass; padding forms runs as well."""
     starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
     starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
     starts = starts_BT.flatten().nonzero()[:, 0]
@@ -51,7 +54,7 @@ def attend_flash(
     scale: float,
     kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
-    """Return attention outputs [B, H, T, V]; padding heads to a width of the kernel changes no score."""
+    """Return attention outputs [B, H, T, V]; heads are padded to a supported width, which changes no score."""
     attend = kernel or _kernel_of_torch()
     num_rows, num_heads, num_tokens, query_width = q_BHTQ.shape
     value_width = v_BHTV.shape[-1]
@@ -68,6 +71,6 @@ def attend_flash(
 
 
 def _kernel_of_torch() -> FlashKernel:
-    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and no CPU calls it
+    from torch.nn.attention.varlen import varlen_attn  # the import takes seconds, and CPU runs do not need it
 
     return varlen_attn

@@ -1,4 +1,4 @@
-"""Head, log-softmax and choice of the target in one, chunk by chunk, so that all logits never exist at once.
+"""Head, log-softmax and target log-probability in one pass over chunks, so that all logits never exist at once.
 
 C rows of one chunk, N rows, D hidden size, V vocabulary. Products run in the dtype of the hidden states, log-softmax in
 float32.
@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from moetrain.kernels.build import Library
 from moetrain.kernels.choice import taking
 
-_CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in float32, about what stays in cache
-_NATIVE_CHUNK_ELEMENTS = 1 << 22  # each chunk packs the head's weight anew
-_KEPT_ELEMENTS = 1 << 25  # logits of a micro-batch that are kept for the backward pass: 64 MB in bf16
+_CHUNK_ELEMENTS = 1 << 20  # logits per chunk: 4 MB in float32, about the size of the cache
+_NATIVE_CHUNK_ELEMENTS = 1 << 22  # larger, because every chunk packs the head's weight again
+_KEPT_ELEMENTS = 1 << 25  # maximum logits per micro-batch to keep for the backward pass: 64 MB in bf16
 
 
 def chunked_logprobs(
@@ -25,9 +25,9 @@ def chunked_logprobs(
     library: Library | None,
     temperatures_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 log-probabilities of the targets [N], and entropies [N], which have no gradient.
+    """Return the float32 log-probabilities of the targets [N], and the entropies [N], which have no gradient.
 
-    temperatures_N: float32 above 0, what the logits of each row are divided by; None is 1 everywhere.
+    temperatures_N: divisor of the logits of each row, float32 above 0; None means 1 everywhere.
     """
     found: tuple[torch.Tensor, torch.Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, temperatures_N, library
@@ -36,7 +36,7 @@ def chunked_logprobs(
 
 
 class Read(NamedTuple):
-    """What is read off rows of logits, float32: log of the sum of exp, log-probability of the target, entropy."""
+    """Results per row of logits, float32: log of the sum of exp, log-probability of the target, entropy."""
 
     normalizers_C: torch.Tensor
     logprobs_C: torch.Tensor
@@ -46,7 +46,7 @@ class Read(NamedTuple):
 def read_logits(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None = None
 ) -> Read:
-    """Return what is asked of logits, in torch's operations; of logits over temperatures where these are given."""
+    """Return the results for rows of logits, with torch's operations; logits are first divided by the temperatures."""
     scaled_CV = logits_CV.float() if temperatures_C is None else logits_CV.float() / temperatures_C[:, None]
     terms_CV, sum_C, normalizers_C = exponentials(scaled_CV)
     entropies_C = normalizers_C - terms_CV.mul_(scaled_CV).sum(dim=-1) / sum_C
@@ -54,9 +54,9 @@ def read_logits(
 
 
 def exponentials(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return exp(logit - largest of the row) [C, V], its sum [C], and the log of the sum of exp(logit) [C], float32.
+    """Return exp(logit - row maximum) [C, V], its sum [C], and the log of the sum of exp(logit) [C], float32.
 
-    Training and sampling both take log-probabilities from here, so that equal logits give equal bits.
+    Training and sampling both compute log-probabilities with this function, so equal logits give equal bits.
     """
     largest_C = logits_CV.amax(dim=-1)
     terms_CV = (logits_CV - largest_C[:, None]).exp_()
@@ -65,7 +65,7 @@ def exponentials(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 class _Chunk(NamedTuple):
-    """What the backward pass reads of a chunk."""
+    """The values of a chunk that the backward pass reads."""
 
     hidden_CD: torch.Tensor
     logits_CV: torch.Tensor
@@ -75,7 +75,7 @@ class _Chunk(NamedTuple):
 
 
 class _Head(Protocol):
-    """A head's weight, read chunk by chunk of `chunk_elements` logits."""
+    """The operations of the head, in chunks of `chunk_elements` logits."""
 
     chunk_elements: int
 
@@ -83,10 +83,10 @@ class _Head(Protocol):
         """Return the logits [C, V] in the dtype of the hidden states."""
 
     def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
-        """Return what is asked of the logits, divided by the temperatures where these are given."""
+        """Return the results for rows of logits, which are divided by the temperatures if given."""
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
-        """Add to `grad_VD`, the weight's gradient in float32, and return that of the hidden states.
+        """Add the weight's gradient to `grad_VD` (float32), and return the gradient of the hidden states.
 
         d logprob / d logits = (onehot(target) - p) / temperature.
         """
@@ -152,7 +152,7 @@ def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, library: Library 
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """The backward pass makes the logits again, but for a micro-batch whose logits are few: those are kept."""
+    """The backward pass recomputes the logits, unless the micro-batch has so few that they were kept."""
 
     @staticmethod
     def forward(
@@ -201,6 +201,6 @@ def _part(temperatures_N: torch.Tensor | None, rows: slice) -> torch.Tensor | No
 
 
 def _chunks(num_rows: int, vocab_size: int, *, elements: int) -> list[slice]:
-    """Return slices of rows whose logits have about so many elements."""
+    """Return slices of rows whose logits have about `elements` elements."""
     size = max(64, elements // vocab_size)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

@@ -1,7 +1,7 @@
-"""The largest attention logit of each head over the tokens of a batch: what QK-Clip goes by.
+"""The largest attention logit per head over the tokens of a batch, for QK-Clip.
 
-A kernel that holds its scores reads the maximum off them. For one that keeps them to itself,
-`max_logits` makes the scores again without gradient, a block at a time.
+A path that has its scores in memory takes the maximum from them. For a fused kernel that does not expose its scores,
+`max_logits` recomputes them without gradient, one block at a time.
 
 B rows, H heads, T tokens, I queries of a block, J keys of a block, Q query-key width.
 """
@@ -9,13 +9,13 @@ B rows, H heads, T tokens, I queries of a block, J keys of a block, Q query-key 
 import torch
 
 _QUERIES, _KEYS = 128, 1024
-"""Size of a block: its scores are all that is held, whatever the length of the rows."""
+"""Size of a block. Only one block of scores exists at a time, whatever the length of the rows."""
 
 
 def largest_by_head(largest_BHI: torch.Tensor, *, measured_BI: torch.Tensor) -> torch.Tensor:
-    """Return the largest logit of each head over the measured queries [H], float32; -inf where there is none.
+    """Return the largest logit per head over the measured queries [H], float32; -inf if there are none.
 
-    `largest_BHI`: the largest softmax input of each query, changed in place. `measured_BI`: False for padding.
+    `largest_BHI`: the largest softmax input per query, modified in place. `measured_BI`: False for padding.
     """
     return largest_BHI.masked_fill_(~measured_BI[:, None], float("-inf")).amax((0, 2))
 
@@ -29,10 +29,10 @@ def max_logits(
     measured_BT: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return the largest logit of each head over the measured tokens [H], float32, without gradient.
+    """Return the largest logit per head over the measured tokens [H], float32, without gradient.
 
-    Products run in the dtype of the queries. A token sees itself and earlier tokens of its own segment. `measured_BT`:
-    False for padding. A head whose tokens are all left out has -inf.
+    Products run in the dtype of the queries. A token attends to itself and to earlier tokens of its own segment.
+    `measured_BT`: False for padding. A head without measured tokens gets -inf.
     """
     num_rows, num_heads, num_tokens, _ = q_BHTQ.shape
     index_T = torch.arange(num_tokens, device=q_BHTQ.device)

@@ -1,10 +1,10 @@
-"""The native kernels as differentiable functions of torch, each on the library that is handed in.
+"""The native kernels as differentiable torch functions; each takes the library as an argument.
 
-Activations are bfloat16, parameters float32, on a CPU. Gradients of parameters are the float32 sums themselves.
+They run on a CPU with bfloat16 activations and float32 parameters. Gradients of parameters are float32 sums.
 
 X any leading axes, N tokens, D in, O out, S rows sorted by expert, L experts, G = 2F (gate rows first), F expert width,
-K experts of a token, B rows, T tokens, H heads, C = N + R queries of a head, E = N + V keys without position and values
-of a head, R rotary width, P = R / 2 pairs, V value width.
+K experts per token, B rows, T tokens, H heads, C = N + R query width per head, E = N + V width of keys without position
+and values per head, R rotary width, P = R / 2 pairs, V value width.
 """
 
 from dataclasses import dataclass
@@ -44,16 +44,16 @@ def expert_rows(
     down_LDF: torch.Tensor,
     library: Library,
 ) -> torch.Tensor:
-    """Return down(silu(gate x) * up x) of rows sorted by expert, `counts_L` int64 rows each.
+    """Return down(silu(gate x) * up x) of rows sorted by expert, `counts_L` (int64) rows each.
 
-    Weights are float32 or bfloat16. An expert without rows still has a gradient: zero.
+    Weights are float32 or bfloat16. An expert without rows still gets a gradient: zero.
     """
     y_SD: torch.Tensor = _Experts.apply(x_SD, gate_up_LGD, down_LDF, counts_L, library)  # type: ignore[no-untyped-call]
     return y_SD
 
 
 def spread(x_ND: torch.Tensor, places_NK: torch.Tensor, *, library: Library) -> torch.Tensor:
-    """Return N * K rows: row `places_NK[n, k]` is x[n]. Places, int64, are a permutation."""
+    """Return N * K rows, where row `places_NK[n, k]` is x[n]. The places (int64) are a permutation."""
     rows_SD: torch.Tensor = _Spread.apply(x_ND, places_NK, library)  # type: ignore[no-untyped-call]
     return rows_SD
 
@@ -61,19 +61,21 @@ def spread(x_ND: torch.Tensor, places_NK: torch.Tensor, *, library: Library) -> 
 def combine(
     rows_SD: torch.Tensor, places_NK: torch.Tensor, *, weights_NK: torch.Tensor, library: Library
 ) -> torch.Tensor:
-    """Return the sums [N, D] over k of weight * rows[places_NK[n, k]]; weights are float32, places a permutation."""
+    """Return sum over k of weight * rows[places_NK[n, k]] [N, D]; weights are float32, the places a permutation."""
     out_ND: torch.Tensor = _Combine.apply(rows_SD, weights_NK, places_NK, library)  # type: ignore[no-untyped-call]
     return out_ND
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where tokens are and what they see: cosine and sine [B, T, P] float32, the first key that each token sees."""
+    """Positions and segments of tokens: cosine and sine [B, T, P] float32, and the first key that each token attends
+    to.
+    """
 
     cosine_BTP: torch.Tensor
     sine_BTP: torch.Tensor
     first_seen_BT: torch.Tensor
-    """int32; token t sees the keys first_seen..t."""
+    """int32; token t attends to the keys first_seen..t."""
 
 
 def latent_attention(
@@ -85,9 +87,9 @@ def latent_attention(
     scale: float,
     library: Library,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs [B, T, H, V], and the largest logit of each token [B, H, T], float32, without gradient.
+    """Return the outputs [B, T, H, V] and the largest logit per token [B, H, T], float32, without gradient.
 
-    Queries and keys come as their projections leave them: the rotation is part of this.
+    Queries and keys are the outputs of their projections; this function also applies the rotation.
     """
     found: tuple[torch.Tensor, torch.Tensor] = _LatentAttention.apply(  # type: ignore[no-untyped-call]
         q_BTHC, kv_BTHE, k_rotary_BTR, rows, scale, library
@@ -261,7 +263,9 @@ class _LatentAttention(torch.autograd.Function):
         library: Library,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_BTHC, kv_BTHE = q_BTHC.contiguous(), kv_BTHE.contiguous()
-        flat_NR = k_rotary_BTR.flatten(0, 1)  # a view where rows are as far apart as tokens: of a wider projection
+        flat_NR = k_rotary_BTR.flatten(
+            0, 1
+        )  # a view if the token stride is uniform, as in a slice of a wider projection
         flat_NR = flat_NR if flat_NR.stride(1) == 1 else flat_NR.contiguous()
         _check_float32(rows.cosine_BTP, rows.sine_BTP)
         num_rows, num_tokens, num_heads, width = q_BTHC.shape

@@ -1,7 +1,8 @@
-"""Runs independent parts of one operation at the same time, each on threads of its own. CPUs only.
+"""Runs independent parts of one operation in parallel, each on its own threads. CPUs only.
 
-torch cuts every product among its threads and waits for the last of them. Where an operation is hundreds of small
-products, the waits and wake-ups take as long as the work: one thread for each half of the products meets once.
+torch splits every product over its threads and waits for the last one. For an operation of hundreds of small products,
+this synchronisation takes as long as the work. Here each thread computes its share of the products, and the threads
+synchronise once.
 """
 
 import os
@@ -14,9 +15,9 @@ import torch
 
 
 def part_bounds(size: int) -> list[tuple[int, int]]:
-    """Return (first, end) of each part of `size` equal things: at most a part a thread, none empty, all alike in size.
+    """Return (first, end) per part of `size` equal items: at most one part per thread, none empty, about equal in size.
 
-    One part in all on one thread, or when there is nothing.
+    Returns a single part if there is one thread or no items.
     """
     num_parts = max(1, min(torch.get_num_threads(), size))
     ends = [size * part // num_parts for part in range(num_parts + 1)]
@@ -24,9 +25,9 @@ def part_bounds(size: int) -> list[tuple[int, int]]:
 
 
 def run_parts(part: Callable[[int], None], num_parts: int) -> None:
-    """Call `part(0)` .. `part(num_parts - 1)` at the same time and wait for all; an error of one is raised here.
+    """Call `part(0)` .. `part(num_parts - 1)` in parallel and wait for all; an error in one is raised here.
 
-    Parts write to memory that no other part touches, without gradient. The threads of this thread are shared out among
+    Parts run without gradient and must write to separate memory. The calling thread's torch threads are divided among
     the parts.
     """
     threads = torch.get_num_threads()
@@ -47,12 +48,12 @@ def run_parts(part: Callable[[int], None], num_parts: int) -> None:
 
 def _on(part: Callable[[int], None], index: int, threads: int) -> None:
     if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)  # of this Python thread
+        torch.set_num_threads(threads)  # the setting applies to this Python thread
     with torch.no_grad():
         part(index)
 
 
 @lru_cache(maxsize=1)
 def _workers() -> ThreadPoolExecutor:
-    """Return the threads of all operations, each started when one is first missing."""
+    """Return the thread pool shared by all operations; it starts threads on demand."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="parts")

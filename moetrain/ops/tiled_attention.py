@@ -1,10 +1,10 @@
-"""Attention over packed rows by tiles of queries, forward and backward written out; made for short rows on CPUs.
+"""Attention over packed rows in tiles of queries, with an explicit backward pass; for short rows on CPUs.
 
-A tile of queries meets only the keys from the first that any of its documents may see to its own end, which skips
-the upper half of the square and most of what lies in other documents. In bf16 with rows up to a few hundred tokens the
-products reach several times what torch's fused CPU kernel does.
+A tile of queries is multiplied only with the keys from the start of its first document to its own end. This skips the
+upper triangle and most of the other documents. In bf16 with rows of up to a few hundred tokens, the products run
+several times faster than torch's fused CPU kernel.
 
-B rows, H heads, Z = B * H, z of them in a part, T tokens, I queries of a tile, J keys it meets, Q query-key width, V
+B rows, H heads, Z = B * H, z of them in a part, T tokens, I queries of a tile, J keys of a tile, Q query-key width, V
 value width.
 """
 
@@ -19,13 +19,13 @@ from moetrain.ops.max_logits import largest_by_head
 from moetrain.ops.thread_parts import part_bounds, run_parts
 
 TILE = 128
-"""Queries of a tile, and the step in which its first key moves: few distinct shapes, for each of which oneDNN builds a
-kernel."""
+"""Number of queries per tile, and the granularity of its first key. This gives few distinct shapes, for each of which
+oneDNN builds a kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Queries start..end and the keys first_key..end that they meet; the bias is 0 where seen, -inf elsewhere."""
+    """Queries start..end and keys first_key..end; the bias is 0 where a query attends to a key, else -inf."""
 
     start: int
     end: int
@@ -34,9 +34,9 @@ class Tile:
 
 
 def first_seen(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Return the first token [B, T] of each token's own segment, int64.
+    """Return the index of the first token [B, T] of each token's segment, int64.
 
-    Segments are runs; padding is a segment like any other.
+    Segments are consecutive tokens; padding is treated as one more segment.
     """
     index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     starts_run_BT = torch.ones_like(segments_BT, dtype=torch.bool)
@@ -47,7 +47,7 @@ def first_seen(segments_BT: torch.Tensor) -> torch.Tensor:
 def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
     """Return the tiles of packed rows, for all layers of a forward pass.
 
-    A token sees itself and earlier tokens of its own segment.
+    A token attends to itself and to earlier tokens of its own segment.
     """
     num_tokens = segments_BT.shape[1]
     index_T = torch.arange(num_tokens, device=segments_BT.device)
@@ -65,7 +65,7 @@ def plan_tiles(segments_BT: torch.Tensor, dtype: torch.dtype) -> list[Tile]:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Keeps the probabilities of every tile for the backward pass; reads the scores' maximum where it is asked to."""
+    """Stores the probabilities of every tile for the backward pass, and measures the largest scores if requested."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _TiledAttention(torch.autograd.Function):
         scale: float,
         measured_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the outputs [Z, T, V], and the largest logits [H] over the measured tokens."""
+        """Return the outputs [Z, T, V], and the largest logits [H] over the measured tokens if there are any."""
         out_ZTV = v_ZTV.new_empty(v_ZTV.shape)
         largest_ZT = q_ZTQ.new_empty(q_ZTQ.shape[:2], dtype=torch.float32) if measured_BT is not None else None
         bounds = part_bounds(len(q_ZTQ))
@@ -111,7 +111,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of queries, keys and values; sums over tiles are kept in float32."""
+        """Return the gradients of queries, keys and values; those of keys and values are summed over tiles in float32."""
         q_ZTQ, k_ZTQ, v_ZTV, *probabilities = ctx.saved_tensors
         grad_q_ZTQ = torch.empty_like(q_ZTQ)
         grad_k_ZTQ = torch.zeros_like(k_ZTQ, dtype=torch.float32)
@@ -124,7 +124,7 @@ class _TiledAttention(torch.autograd.Function):
             of_part = probabilities[index * len(ctx.tiles) : (index + 1) * len(ctx.tiles)]
             for tile, p_zIJ in zip(ctx.tiles, of_part, strict=True):
                 queries, keys = slice(tile.start, tile.end), slice(tile.first_key, tile.end)
-                grad_zIV = grad_zTV[:, queries].contiguous()  # bmm would copy it, each time
+                grad_zIV = grad_zTV[:, queries].contiguous()  # otherwise every bmm would copy it
                 grad_v_zTV[:, keys].add_(torch.bmm(p_zIJ.transpose(1, 2), grad_zIV))
                 grad_p_zIJ = torch.bmm(grad_zIV, v_zTV[:, keys].transpose(1, 2))
                 grad_scores_zIJ = torch.ops.aten._softmax_backward_data(grad_p_zIJ, p_zIJ, -1, p_zIJ.dtype)
@@ -151,10 +151,10 @@ def attend_tiled(
     scale: float,
     measured_BT: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return attention outputs [B, H, T, V], and the largest logit of each head [H] where tokens are measured.
+    """Return attention outputs [B, H, T, V], and the largest logit per head [H] if tokens are measured.
 
-    Softmax accumulates in float32. `measured_BT`: True for tokens whose logits count. The maximum is float32 and has no
-    gradient; a head whose tokens are all left out has -inf.
+    Softmax accumulates in float32. `measured_BT`: True for tokens whose logits count. The maximum is float32 without
+    gradient; a head without measured tokens gets -inf.
     """
     q_ZTQ, k_ZTQ, v_ZTV = q_BHTQ.flatten(0, 1), k_BHTQ.flatten(0, 1), v_BHTV.flatten(0, 1)
     out_ZTV, max_logits_H = _TiledAttention.apply(  # type: ignore[no-untyped-call]
