@@ -18,7 +18,7 @@ _SLICE_ELEMENTS = 1 << 18  # size of a slice: 1 MB in float32, which fits in the
 
 
 def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None) -> torch.Tensor:
-    """Return rows [S, D], `num_chosen` per token: row i is the token of pair `order_S[i]` among the (token, k) pairs."""
+    """Return rows [S, D], `num_chosen` per token: row i is the token of the (token, k) pair `order_S[i]`."""
     if found := taking(library, x_ND):
         return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=found)
     return x_ND.index_select(0, order_S // num_chosen)

@@ -20,7 +20,7 @@ FlashKernel = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Consecutive tokens of one segment, row after row: the start of each run and the end of the last, int32 [S + 1]."""
+    """Consecutive tokens of a segment, row after row: the start of each run and the end of the last, int32 [S + 1]."""
 
     segments_BT: torch.Tensor
     bounds: torch.Tensor

@@ -111,7 +111,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of queries, keys and values; those of keys and values are summed over tiles in float32."""
+        """Return the gradients of queries, keys and values; the last two are summed over tiles in float32."""
         q_ZTQ, k_ZTQ, v_ZTV, *probabilities = ctx.saved_tensors
         grad_q_ZTQ = torch.empty_like(q_ZTQ)
         grad_k_ZTQ = torch.zeros_like(k_ZTQ, dtype=torch.float32)
