@@ -1,4 +1,4 @@
-"""The identity of a run as JSON: kept in its checkpoints, compared on resuming, and read back as configs."""
+"""The identity of a run as JSON: stored in its checkpoints, compared when resuming, and converted back to configs."""
 
 import math
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
 
 
 def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity with the fields that older versions did not write, at the values which they had then."""
+    """Return an identity with the fields that older versions did not write, set to the values used at the time."""
     return {**identity, "quant": asdict(quant_of(identity))} if "quant" in identity else dict(identity)
 
 
 def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping without the paths and micro-batches in it, its numbers that JSON has not as strings."""
+    """Return a mapping without paths and micro-batch sizes, at every depth, and with non-finite floats as strings."""
     return {name: _kept(value) for name, value in mapping.items() if name not in _LEFT_OUT}
 
 

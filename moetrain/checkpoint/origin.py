@@ -1,4 +1,4 @@
-"""Where weights come from: the folder of a stage, one checkpoint, or a Hugging Face folder (`init_from`)."""
+"""The origin of weights (`init_from`): the folder of a stage, one checkpoint, or a Hugging Face folder."""
 
 import hashlib
 import logging
@@ -23,20 +23,23 @@ from moetrain.quant.config import QuantConfig
 _log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer in a stage's folder."""
+"""Name of the tokenizer folder in a stage's folder."""
 _FREE = ("balance.", "yarn.", "max_position_embeddings")
-"""Fields of the model that a stage may change without changing what the weights mean."""
+"""Fields of the model config that a stage may change without invalidating the weights."""
 
 
 @dataclass(kw_only=True)
 class Origin:
-    """Weights to start from, checked.
+    """Checked weights to start from.
 
-    tensors: parameters and buffers under their names in memory, each read when it is asked for where they lie in files.
-    reader: the same, of which ranges can be read. quant: the grid they were trained on, None when that is not known.
-    tokenizer: its folder, None when there is none beside the weights. tokenizer_digest: of the tokenizer that they were
-    trained with, None when that is not known. make_digest: see `digest`. step: steps trained, 0 for a Hugging Face
-    folder. checkpoint: where they are from a checkpoint, with the state of its run.
+    - tensors: parameters and buffers under their names in memory, each read from disk on access.
+    - reader: the same tensors, with access to ranges.
+    - quant: the quantisation they were trained with, None if unknown.
+    - tokenizer: folder of the tokenizer, None if there is none beside the weights.
+    - tokenizer_digest: digest of the tokenizer they were trained with, None if unknown.
+    - make_digest: see `digest`.
+    - step: number of steps trained, 0 for a Hugging Face folder.
+    - checkpoint: the checkpoint with the state of its run, None for a Hugging Face folder.
     """
 
     path: Path
@@ -52,23 +55,25 @@ class Origin:
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 that changes with the weights; of a Hugging Face folder it reads all files."""
+        """Return a sha256 that changes with the weights; for a Hugging Face folder this reads all files."""
         return self.make_digest()
 
 
 def read_origin(path: Path) -> Origin:
-    """Return the weights that `path` names.
+    """Return the weights in `path`.
 
-    A stage's folder gives its newest good checkpoint; a checkpoint that is named itself must be good. Raises
-    `CheckpointError` that names the file or folder and says what would do.
+    For a stage's folder, this is its newest good checkpoint; a checkpoint named directly must be good. Raises
+    `CheckpointError` that names the file or folder and the remedy.
     """
     if checkpoint.is_checkpoint(path):
-        # A link may name the checkpoint, or the folder in which it lies: the tokenizer is beside one or the other.
+        # `path` may be a symlink; the tokenizer is in the stage of the link or of its target.
         return _of_checkpoint(path, stages=[path.absolute().parent.parent, path.resolve().parent.parent])
     if (path / CHECKPOINTS).is_dir():
         newest = checkpoint.latest(path / CHECKPOINTS).path
         if newest is None:
-            raise CheckpointError(f"{path / CHECKPOINTS}: holds no checkpoint; let the stage write one first")
+            raise CheckpointError(
+                f"{path / CHECKPOINTS}: contains no checkpoint; run the stage until it has written one"
+            )
         return _of_checkpoint(newest, stages=[path])
     if (path / "config.json").is_file():
         return _of_hf_folder(path)
@@ -79,9 +84,9 @@ def read_origin(path: Path) -> Origin:
 
 
 def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
-    """Load the weights of `origin` into an engine whose model has the config `model`; optimizer and step start anew.
+    """Load the weights of `origin` into an engine with model config `model`; optimizer state and step start from zero.
 
-    Raises `CheckpointError` when they do not fit (`check_fit`).
+    Raises `CheckpointError` if the weights do not fit (`check_fit`).
     """
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
@@ -90,7 +95,7 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
 
 
 def continue_state(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
-    """Load the weights and the optimizer's state of `origin`, a checkpoint. Raises as `start_from`."""
+    """Load the weights and the optimizer state of `origin`, a checkpoint. Raises the same errors as `start_from`."""
     assert origin.checkpoint is not None
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
@@ -98,31 +103,31 @@ def continue_state(engine: Engine, origin: Origin, *, model: ModelConfig) -> Non
 
 
 def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
-    """Return the fields of the model that change and may, as "field: before -> now".
+    """Return the model fields that change and are allowed to, as "field: before -> now".
 
-    Raises `CheckpointError` when a field differs that says what the weights mean.
+    Raises `CheckpointError` if a field differs on which the meaning of the weights depends.
     """
     changed = differences(vars_of(origin.model), vars_of(model))
     if unfit := unfit_fields(origin, model):
         raise CheckpointError(
-            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
+            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
         )
     return changed
 
 
 def unfit_fields(origin: Origin, model: ModelConfig) -> list[str]:
-    """Return the fields in which `model` is another than that of the weights, as "field: theirs -> this"."""
+    """Return the fields in which `model` is incompatible with the weights, as "field: theirs -> this"."""
     return [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_FREE)]
 
 
 def vars_of(model: ModelConfig) -> dict[str, object]:
-    """Return the fields of a model config as a nested mapping; a factor that is left open as the one derived."""
+    """Return the fields of a model config as a nested mapping, with the derived routed_scaling_factor if it is null."""
     sections = {"yarn": vars(model.yarn), "balance": vars(model.balance)}
     return {**vars(model), **sections, "routed_scaling_factor": routed_scaling_factor(model)}
 
 
 def _of_checkpoint(path: Path, *, stages: Sequence[Path]) -> Origin:
-    """Return the weights of a checkpoint; `stages` are the folders beside whose checkpoints the tokenizer may lie."""
+    """Return the weights of a checkpoint; `stages` are the stage folders in which to look for the tokenizer."""
     loaded = checkpoint.load(path)
     identity = loaded.state["identity"]
     written = identity.get("tokenizer") or identity.get("digests", {}).get("tokenizer")
@@ -160,14 +165,15 @@ def _tokenizer_in(folder: Path) -> Path | None:
 
 
 def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
-    """Return the first folder that holds a tokenizer; CheckpointError when its file is not the one that was written."""
+    """Return the first folder with a tokenizer; raises CheckpointError if its digest differs from the checkpoint's."""
     found = next(filter(None, map(_tokenizer_in, folders)), None)
     if found is not None and written is not None:
         path = found / "tokenizer.json"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != written:
             raise CheckpointError(
-                f"{path}: sha256 is {digest[:12]}..., {written[:12]}... was written; copy the tokenizer there again"
+                f"{path}: its sha256 is {digest[:12]}..., but the weights were trained with {written[:12]}...; "
+                "copy the original tokenizer there"
             )
     return found
 

@@ -1,10 +1,11 @@
-"""Checkpoint folders, read: checked against their checksums, free of the layout that wrote them. No engine, no ranks.
+"""Reading checkpoint folders: verified by checksums, and independent of the layout that wrote them. No engine, no
+ranks.
 
-A checkpoint is a folder `step_00000100`. Its tensors are global, one a logical parameter; each is one or several pieces
-in safetensors (`model-r<rank>-<n>` for parameters and buffers, `optimizer-r<rank>-<n>` for what the optimizer holds),
-written by the ranks that owned them. `index.json` says which flat range of which tensor lies where, and has size and
-sha256 of every file and of itself; `state.json` has step, configuration, position in the data and random streams. A
-folder with the final name is whole (see `checkpoint.write`). Nothing is pickled.
+A checkpoint is a folder `step_00000100`. Its tensors are global, one per logical parameter, each stored as one or more
+pieces in safetensors files (`model-r<rank>-<n>` for parameters and buffers, `optimizer-r<rank>-<n>` for optimizer
+state), written by the ranks that own them. `index.json` maps flat ranges of tensors to files, and contains size and
+sha256 of every file and its own sha256. `state.json` contains step, configuration, data position and random streams. A
+folder with the final name is complete (see `checkpoint.write`). Nothing is pickled.
 """
 
 import hashlib
@@ -27,19 +28,19 @@ from moetrain.hf.slices import flat_range
 _log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a stage's folder."""
+"""Name of the checkpoints folder in a stage's folder."""
 FORMAT = 2
-_WHOLE_TENSORS = 1  # the format before: each tensor whole in one file; read, never written
+_WHOLE_TENSORS = 1  # the previous format, with each tensor whole in one file; only read
 OPTIMIZER_PREFIX = "optimizer/"
 STATE_FILE, INDEX_FILE = "state.json", "index.json"
-REPAIR = "name another checkpoint, or copy this one again from where it is whole"
+REPAIR = "use another checkpoint, or copy this one again from an intact copy"
 _STEP_FOLDER = re.compile(r"^step_(\d{8})$")
 _REPLACED = ".replaced.tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where a flat range of a tensor lies: `count` elements from element `start` on, under `key` in the file `file`."""
+    """One piece of a tensor: `count` elements from flat index `start`, stored under `key` in the file `file`."""
 
     file: str
     key: str
@@ -49,22 +50,22 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A global tensor of a checkpoint: its shape, and its pieces in the order of their starts."""
+    """A global tensor of a checkpoint: its shape, and its pieces ordered by start."""
 
     shape: tuple[int, ...]
     pieces: tuple[Stored, ...]
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of a folder by name, each read from its files when it is asked for, whole or a flat range of it."""
+    """The tensors of a folder by name, read from disk on access, whole or as a flat range."""
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
-        """Hold where in `folder` the tensors lie."""
+        """Create a view of the tensors stored in `folder`."""
         self._folder = folder
         self._stored = dict(stored)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return one tensor whole, on the CPU; `CheckpointError` when a file does not hold it."""
+        """Return one whole tensor on the CPU; raises `CheckpointError` if its file does not contain it."""
         shape = self._stored[name].shape
         return self.read(name, first=0, last=math.prod(shape)).view(shape)
 
@@ -73,7 +74,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         return {name: tensor.shape for name, tensor in self._stored.items()}
 
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
-        """Return the elements [first, last) of a tensor laid flat; opens only the files that hold some of them."""
+        """Return the elements [first, last) of a flattened tensor; opens only the files that contain some of them."""
         wanted = [
             self._range(piece, first=max(first, piece.start), last=min(last, piece.start + piece.count), name=name)
             for piece in self._stored[name].pieces
@@ -90,7 +91,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{path}: cannot read tensor {name} ({error}): {REPAIR}") from error
 
     def of_model(self) -> "TensorFiles":
-        """Return parameters and buffers alone, without what the optimizer holds."""
+        """Return only parameters and buffers, without optimizer state."""
         kept = {name: tensor for name, tensor in self._stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
         return TensorFiles(self._folder, kept)
 
@@ -105,8 +106,9 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A checkpoint whose index and state were found to be whole. state: what the run saved, with "step". files: size
-    and sha256 by name. digest: sha256 that changes with the weights."""
+    """A checkpoint with verified index and state. state: what the run saved, with "step". files: size and sha256 by
+    name. digest: a sha256 that changes with the weights.
+    """
 
     path: Path
     step: int
@@ -118,14 +120,14 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class Latest:
-    """The newest good checkpoint of a folder (None: it has none), and how many damaged ones were passed over."""
+    """The newest good checkpoint of a folder (None if it has none), and the number of damaged ones skipped."""
 
     path: Path | None
     num_damaged: int
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, ascending, damaged ones included."""
+    """Return the steps of the checkpoints in `folder`, ascending, including damaged ones."""
     if not folder.is_dir():
         return []
     found = (_STEP_FOLDER.match(path.name) for path in folder.iterdir() if path.is_dir())
@@ -138,24 +140,24 @@ def folder_of(folder: Path, step: int) -> Path:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove what a killed process left half-written or half-removed in `folder`; return how many folders there were.
+    """Remove the incomplete folders that a killed process left in `folder`; return their number.
 
-    A checkpoint that was being replaced and whose successor did not get its name is put back.
+    A checkpoint that was being replaced is restored if its replacement was not completed.
     """
     leftovers = sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []
     for path in leftovers:
         final = folder / path.name.removeprefix(".").removesuffix(_REPLACED)
         if path.name.endswith(_REPLACED) and not final.exists():
-            _log.warning("putting %s back, whose replacement was not finished", final)
+            _log.warning("restoring %s, because its replacement was not completed", final)
             path.rename(final)
             continue
-        _log.warning("removing %s, left half-written by a process that was stopped", path)
+        _log.warning("removing %s, left incomplete by a process that was stopped", path)
         shutil.rmtree(path)
     return len(leftovers)
 
 
 def damage_of(path: Path) -> str | None:
-    """Return what is wrong with the checkpoint folder `path`, or None when every file has its checksum."""
+    """Return what is wrong with the checkpoint folder `path`, or None if every file matches its checksum."""
     try:
         load(path)
     except CheckpointError as error:
@@ -166,10 +168,10 @@ def damage_of(path: Path) -> str | None:
 def latest(
     folder: Path, *, present: Sequence[int] | None = None, damage: Callable[[Path], str | None] = damage_of
 ) -> Latest:
-    """Return the newest checkpoint in `folder` without `damage`, passing over damaged ones with a log line each.
+    """Return the newest checkpoint in `folder` without `damage`; logs each damaged one that is skipped.
 
-    present: the steps to look at, ascending; None takes those that `steps` finds. Raises `CheckpointError` when there
-    are checkpoints but none of them is good.
+    present: the steps to check, ascending; None uses those found by `steps`. Raises `CheckpointError` if there are
+    checkpoints but all are damaged.
     """
     damaged: list[str] = []
     for step in reversed(steps(folder) if present is None else present):
@@ -182,16 +184,17 @@ def latest(
         damaged.append(found)
     if damaged:
         raise CheckpointError(
-            f"{folder}: none of its {len(damaged)} checkpoints is good; the newest: {damaged[0]}; "
+            f"{folder}: none of the {len(damaged)} checkpoints here is intact; the newest: {damaged[0]}; "
             "delete the folder to start from the beginning"
         )
     return Latest(path=None, num_damaged=0)
 
 
 def load(path: Path) -> Checkpoint:
-    """Check every file of the checkpoint folder `path` against its checksum and return it, tensors read on demand.
+    """Verify every file of the checkpoint folder `path` against its checksum and return the checkpoint.
 
-    Raises `CheckpointError` that names the file: missing folder or shard, flipped byte, truncated JSON.
+    Tensors are read on access. Raises `CheckpointError` that names the file: missing folder or file, changed byte,
+    truncated JSON.
     """
     found = open_checkpoint(path)
     check_files(found)
@@ -199,25 +202,27 @@ def load(path: Path) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint in the folder `path` with index and state checked, its weight files not yet.
+    """Return the checkpoint in the folder `path`, with verified index and state but unverified weight files.
 
     Raises `CheckpointError` that names the file.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such checkpoint folder; give a folder named step_*")
+        raise CheckpointError(f"{path}: this checkpoint folder does not exist; give a folder named step_*")
     index = read_json(path / INDEX_FILE)
     digest = index.pop("sha256", None)
     if index.get("format") not in (FORMAT, _WHOLE_TENSORS):
         raise CheckpointError(
-            f"{path / INDEX_FILE}: format is {index.get('format')}, this version reads {_WHOLE_TENSORS} and {FORMAT}; "
-            f"{REPAIR}"
+            f"{path / INDEX_FILE}: format is {index.get('format')}, but this version reads {_WHOLE_TENSORS} and "
+            f"{FORMAT}; {REPAIR}"
         )
     if digest != index_digest(index):
-        raise CheckpointError(f"{path / INDEX_FILE}: its content does not have the sha256 it states; {REPAIR}")
+        raise CheckpointError(f"{path / INDEX_FILE}: its content does not match its sha256; {REPAIR}")
     _check_file(path / STATE_FILE, index["files"][STATE_FILE])
     state = read_json(path / STATE_FILE)
     if state.get("step") != index["step"]:
-        raise CheckpointError(f"{path / STATE_FILE}: step is {state.get('step')}, the index says {index['step']}")
+        raise CheckpointError(
+            f"{path / STATE_FILE}: step is {state.get('step')}, but {index['step']} in {INDEX_FILE}; {REPAIR}"
+        )
     is_of_whole_tensors = index["format"] == _WHOLE_TENSORS
     stored = _whole_tensors(path, index["tensors"]) if is_of_whole_tensors else _stored_tensors(index["tensors"])
     return Checkpoint(
@@ -231,39 +236,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_files(checkpoint: Checkpoint, *, part: int = 0, num_parts: int = 1) -> None:
-    """Raise `CheckpointError` that names a file without its size or checksum, among every `num_parts`-th file.
+    """Raise `CheckpointError` that names the first file with a wrong size or checksum, among every `num_parts`-th file.
 
-    Ranks that each take their `part` have checked all of them together.
+    Ranks that each check one `part` verify all files together.
     """
     for name in sorted(checkpoint.files)[part::num_parts]:
         _check_file(checkpoint.path / name, checkpoint.files[name])
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether `path` has the form of a checkpoint folder, good or not."""
+    """Return whether `path` looks like a checkpoint folder, intact or not."""
     return _STEP_FOLDER.match(path.name) is not None or (path / INDEX_FILE).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; `CheckpointError` when it is missing, truncated or not an object."""
+    """Return the JSON object in `path`; raises `CheckpointError` if it is missing, truncated or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the file is missing; {REPAIR}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); {REPAIR}") from error
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {REPAIR}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a JSON object; {REPAIR}")
+        raise CheckpointError(f"{path}: contains a {type(value).__name__} instead of a JSON object; {REPAIR}")
     return value
 
 
 def dump(value: Mapping[str, Any]) -> str:
-    """Return the JSON text of which digests are taken."""
+    """Return canonical JSON text, as hashed for digests."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
-    """Return the sha256 of an index without its own."""
+    """Return the sha256 of an index, excluding its own "sha256" entry."""
     return hashlib.sha256(dump({key: value for key, value in index.items() if key != "sha256"}).encode()).hexdigest()
 
 
@@ -274,7 +279,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def whole_tensor_files(folder: Path, file_of: Mapping[str, str]) -> TensorFiles:
-    """Return the tensors of a folder whose every tensor is whole in the file that `file_of` names.
+    """Return the tensors of a folder in which each tensor is whole in the file given by `file_of`.
 
     Raises `CheckpointError` that names a file which is missing, unreadable, or lacks a tensor.
     """
@@ -309,8 +314,8 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: the file is missing; {REPAIR}")
     found = fingerprint(path)
     if found["bytes"] != expected["bytes"]:
-        raise CheckpointError(f"{path}: has {found['bytes']} bytes, {expected['bytes']} were written; {REPAIR}")
+        raise CheckpointError(f"{path}: has {found['bytes']} bytes instead of {expected['bytes']}; {REPAIR}")
     if found["sha256"] != expected["sha256"]:
         raise CheckpointError(
-            f"{path}: sha256 is {found['sha256'][:12]}..., {expected['sha256'][:12]}... was written; {REPAIR}"
+            f"{path}: its sha256 is {found['sha256'][:12]}... instead of {expected['sha256'][:12]}...; {REPAIR}"
         )

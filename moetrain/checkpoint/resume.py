@@ -1,8 +1,8 @@
-"""From a checkpoint folder to where a run stands, for every training stage; `checkpoint.saver` is the way there.
+"""Resuming a training stage from its checkpoint folder; `checkpoint.saver` writes the checkpoints.
 
-`identity` is what makes a run the run it is (its configuration apart from layout, and the digests of its data): a
-folder whose checkpoints have another identity is refused, field by field, instead of being continued into something
-that neither configuration describes.
+The `identity` of a run is its configuration apart from layout, and the digests of its data. If the checkpoints in a
+folder have another identity, resuming is refused with a list of the fields that differ, because the result would match
+neither configuration.
 """
 
 import json
@@ -28,8 +28,9 @@ RANDOM_RULE = (
 
 @dataclass(kw_only=True)
 class Resumed:
-    """Where a run stands. step: steps that are done. state: the loop's counters, as `saved_state` took them.
-    num_damaged: checkpoints that were passed over because they were damaged."""
+    """The state of a resumed run. step: number of steps done. state: the loop's counters, as stored by `saved_state`.
+    num_damaged: number of damaged checkpoints that were skipped.
+    """
 
     step: int
     state: dict[str, Any]
@@ -37,14 +38,14 @@ class Resumed:
 
 
 def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resumed:
-    """Load the newest good checkpoint of `folder` into the engine, if there is one, and return where the run stands.
+    """Load the newest good checkpoint of `folder`, if there is one, into the engine; return the state of the run.
 
-    Raises `CheckpointError` when all checkpoints are damaged, or when they are of a run with another identity.
+    Raises `CheckpointError` if all checkpoints are damaged, or if they belong to a run with another identity.
     """
     topology = engine.topology
     if topology.is_main:
         checkpoint.remove_leftovers(folder)
-    # One list for all ranks: each check is a collective, and hosts may see a change of a shared folder late.
+    # All ranks use one list: each check is a collective, and a host may see changes of a shared folder late.
     present = topology.broadcast_object(checkpoint.steps(folder) if topology.is_main else [])
     found = checkpoint.latest(folder, present=present, damage=lambda path: _damage_on_any_rank(path, topology))
     if found.path is None:
@@ -52,12 +53,12 @@ def resume(engine: Engine, folder: Path, *, identity: Mapping[str, Any]) -> Resu
     loaded = checkpoint.open_checkpoint(found.path)
     check_identity(loaded, identity)
     engine.load_state(loaded.tensors, with_optimizer=True)
-    _log.info("going on from %s", loaded.path)
+    _log.info("resuming from %s", loaded.path)
     return Resumed(step=loaded.step, state=loaded.state["loop"], num_damaged=found.num_damaged)
 
 
 def saved_state(identity: Mapping[str, Any], *, loop: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what state.json keeps of a run: identity, the loop's counters, position in the data, random streams."""
+    """Return the content of state.json: identity, the loop's counters, data position and random streams."""
     return {
         "identity": dict(identity),
         "loop": dict(loop),
@@ -67,7 +68,7 @@ def saved_state(identity: Mapping[str, Any], *, loop: Mapping[str, Any], data: M
 
 
 def _damage_on_any_rank(path: Path, topology: Topology) -> str | None:
-    """Return a checkpoint's damage, the same on every rank; each checks its share of the files. Collective."""
+    """Return the damage of a checkpoint, the same on every rank; each checks its share of the files. Collective."""
     failure: str | None = None
     try:
         opened = checkpoint.open_checkpoint(path)
@@ -79,7 +80,7 @@ def _damage_on_any_rank(path: Path, topology: Topology) -> str | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
-    """Return one line "field: before -> now" for each leaf in which two nested mappings differ."""
+    """Return one line "field: before -> now" for each leaf that differs between two nested mappings."""
     lines: list[str] = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
@@ -91,9 +92,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
 
 
 def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` when a checkpoint is of a run with another identity; it names each field."""
+    """Raise `CheckpointError` that lists the fields in which a checkpoint's identity differs from `identity`."""
     as_written = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    changed = differences(as_kept(upgraded(loaded.state["identity"])), as_written)  # older ones hold more
+    changed = differences(as_kept(upgraded(loaded.state["identity"])), as_written)  # older versions stored more fields
     if changed:
         raise CheckpointError(
             f"{loaded.path}: was written by a run with another configuration ({'; '.join(changed)}); "

@@ -1,8 +1,8 @@
-"""Saving off the training path: a copy of the state is taken, a thread of each rank writes its part, training goes on.
+"""Saving in the background: the state is copied, a thread per rank writes that rank's part, and training continues.
 
-Every method of `Saver` that talks to other ranks is called by all of them at the same place, and whether a save goes on
-is known to all alike; the thread itself meets nobody. A save is finished at the first step boundary at which all
-threads are done: the main rank then gives the checkpoint its name (`checkpoint_write` has the order of things).
+Methods of `Saver` that communicate must be called by all ranks at the same point, and all ranks agree on whether a save
+is in progress; the threads themselves do not communicate. A save is finished at the first step boundary at which all
+threads are done: the main rank then gives the checkpoint its final name (`checkpoint.write` documents the order).
 """
 
 import shutil
@@ -21,12 +21,12 @@ from moetrain.errors import CheckpointError, DivergenceError
 from moetrain.parallel.protocol import Engine, Piece
 from moetrain.parallel.topology import Topology
 
-CURE = "free some space or give another run.folder, and start again: the last good checkpoint is as it was"
+CURE = "free some space or give another run.folder, and start again; the last good checkpoint is unchanged"
 
 
 @dataclass(kw_only=True)
 class _Pending:
-    """A save that goes on: its step, the folder it is written into, what its state.json gets, this rank's thread."""
+    """A save in progress: its step, the folder it writes to, the content of its state.json, and this rank's thread."""
 
     step: int
     partial: Path
@@ -38,7 +38,7 @@ class Saver:
     """Writes the checkpoints of one run, one at a time. held_s: seconds that training waited for it."""
 
     def __init__(self, topology: Topology, folder: Path, *, retention: Retention) -> None:
-        """Save into `folder`, which all ranks see."""
+        """Save into `folder`, which must be visible to all ranks."""
         self._topology = topology
         self._folder = folder
         self._retention = retention
@@ -53,19 +53,19 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the save that goes on, unless an error took this rank away from the others: then only the thread ends.
+        """Finish the save in progress; after an error on this rank alone, only wait for the thread.
 
-        What it wrote is a leftover that the next start removes.
+        The next start removes the incomplete folder.
         """
         if error is None or isinstance(error, DivergenceError) or self._topology.world_size == 1:
             self.finish()
         self._threads.shutdown()
 
     def begin(self, engine: Engine, *, step: int, state: Mapping[str, Any]) -> None:
-        """Begin to save the engine's state as checkpoint `step`; waits for the save before. Collective.
+        """Begin to save the engine's state as checkpoint `step`, after finishing the previous save. Collective.
 
-        state: what state.json gets. Raises CheckpointError on every rank when a file cannot be written, by this save or
-        by the one before; the checkpoints that are there stay, and nothing half-written.
+        state: content of state.json. Raises CheckpointError on every rank if this save or the previous one cannot write
+        a file; existing checkpoints are unchanged, and nothing incomplete gets a final name.
         """
         self.finish()
         start = time.perf_counter()
@@ -76,9 +76,10 @@ class Saver:
         self.held_s += time.perf_counter() - start
 
     def poll(self) -> None:
-        """Finish the save that goes on if all ranks have written; call it at every step boundary. Collective.
+        """Finish the save in progress if all ranks have written their parts; call this at every step boundary.
+        Collective.
 
-        Raises what `begin` raises.
+        Raises the same errors as `begin`.
         """
         if self._pending is None:
             return
@@ -89,7 +90,7 @@ class Saver:
         self.held_s += time.perf_counter() - start
 
     def finish(self) -> None:
-        """Wait until the save that goes on, if any, is a checkpoint. Collective; raises what `begin` raises."""
+        """Wait until the save in progress, if any, is complete. Collective; raises the same errors as `begin`."""
         if self._pending is None:
             return
         start = time.perf_counter()
@@ -97,7 +98,7 @@ class Saver:
         self.held_s += time.perf_counter() - start
 
     def take_held_s(self) -> float:
-        """Return the seconds that training waited since this was last asked."""
+        """Return the seconds that training waited since the last call."""
         held_s, self.held_s = self.held_s, 0.0
         return held_s
 
@@ -118,17 +119,19 @@ class Saver:
         self._on_main(give_name, step=pending.step, partial=pending.partial)
 
     def _on_main(self, work: Callable[[], Path], *, step: int, partial: Path | None = None) -> Path:
-        """Return on every rank what `work` gives on the main one, or raise its error there, `partial` removed."""
+        """Return on every rank the result of `work` on the main rank; if it fails, remove `partial` and raise on every
+        rank.
+        """
         path = self._folder
         failure: str | None = None
         if self._topology.is_main:
             try:
                 path = work()
-            except Exception as error:  # whatever it is: the other ranks wait to hear of it
+            except Exception as error:  # any error, because the other ranks wait for the broadcast
                 is_told = isinstance(error, OSError | CheckpointError)
                 failure = f"{error}" if is_told else f"{type(error).__name__}: {error}"
                 if partial is not None:
-                    shutil.rmtree(partial, ignore_errors=True)  # what a failing disk keeps goes at the next start
+                    shutil.rmtree(partial, ignore_errors=True)  # the next start removes what remains
         path, failure = self._topology.broadcast_object((path, failure))
         if failure is not None:
             raise CheckpointError(f"{self._folder}: checkpoint {step} was not written: {failure}; {CURE}")

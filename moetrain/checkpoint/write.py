@@ -1,16 +1,20 @@
-"""Checkpoint folders, written: every rank its own part, then one process makes the whole. Files only, no collective.
+"""Writing checkpoint folders: every rank writes its own part, then one process completes the folder. No collectives.
 
-The order of things, by which a folder tells how far a save came:
+The steps are, in this order:
 
-1. `.step_00000100.tmp/` is made (main rank);
-2. each rank writes `model-r<rank>-<n>.safetensors` and `optimizer-r<rank>-<n>.safetensors` and, when they are on disk,
-   `part-r<rank>.json`: its pieces, with size and sha256 of its files;
-3. when all parts are there, the main rank writes `state.json` and `index.json` and removes the `part-*`;
+1. the main rank creates `.step_00000100.tmp/`;
+
+2. each rank writes `model-r<rank>-<n>.safetensors` and `optimizer-r<rank>-<n>.safetensors`, syncs them to disk, and
+writes `part-r<rank>.json` with its pieces and the size and sha256 of its files;
+
+3. when all parts are there, the main rank writes `state.json` and `index.json` and removes the `part-*` files;
+
 4. the folder is renamed to `step_00000100`;
+
 5. checkpoints that are no longer kept are renamed to `.step_<n>.removed.tmp` and removed.
 
-Killed anywhere before 4, there is no new checkpoint; after it, it is whole. `checkpoint.remove_leftovers` clears the
-rest away. All files and folders are synced to disk before the rename.
+If a process is killed before step 4, there is no new checkpoint; after it, the checkpoint is complete.
+`checkpoint.read.remove_leftovers` removes the rest. All files and folders are synced to disk before the rename.
 """
 
 import hashlib
@@ -46,14 +50,14 @@ from moetrain.parallel.protocol import Piece
 _log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 << 30
-_CHUNK_BYTES = 16 << 20  # written and hashed at once
-_HEADER_ALIGNMENT = 8  # of safetensors
+_CHUNK_BYTES = 16 << 20  # bytes per write and hash update
+_HEADER_ALIGNMENT = 8  # required by safetensors
 _DTYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay: the `newest` ones, and those whose step is a multiple of `every` (0: none)."""
+    """Which checkpoints to keep: the `newest` ones, and those whose step is a multiple of `every` (0: none)."""
 
     newest: int
     every: int = 0
@@ -68,7 +72,9 @@ def save(
     keep: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write checkpoint `step` of tensors that are all here, keep the newest `keep` ones, and return its path."""
+    """Write checkpoint `step` of tensors that are all in this process, keep the newest `keep` ones, and return its
+    path.
+    """
     pieces = [
         Piece(name=name, shape=tuple(tensor.shape), start=0, values_P=tensor.detach().cpu().reshape(-1))
         for name, tensor in tensors.items()
@@ -79,7 +85,7 @@ def save(
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Make the empty folder that checkpoint `step` is written into; return it."""
+    """Create the empty folder into which checkpoint `step` is written, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{folder_of(folder, step).name}.tmp"
     if partial.exists():
@@ -89,9 +95,10 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def write_part(partial: Path, pieces: Sequence[Piece], *, rank: int, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the pieces that `rank` owns, and then `part-r<rank>.json`, which says that they are on disk.
+    """Write the pieces owned by `rank`, and then `part-r<rank>.json`, which marks them as complete on disk.
 
-    A piece that is a whole tensor keeps its name and shape in the file; others are flat and called `<name>@<start>`.
+    A piece that is a whole tensor keeps its name and shape in the file; other pieces are flat and named
+    `<name>@<start>`.
     """
     files: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
@@ -108,9 +115,9 @@ def write_part(partial: Path, pieces: Sequence[Piece], *, rank: int, shard_bytes
 
 
 def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any], retention: Retention) -> Path:
-    """Make the checkpoint of `num_parts` parts that are on disk, and remove those that are no longer kept.
+    """Complete the checkpoint from `num_parts` parts on disk, and remove the checkpoints that are no longer kept.
 
-    Raises CheckpointError when a part is missing, or the parts do not make every tensor whole.
+    Raises CheckpointError if a part is missing, or if the parts do not cover every tensor exactly.
     """
     folder = partial.parent
     files: dict[str, dict[str, Any]] = {}
@@ -119,8 +126,8 @@ def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any]
         path = _part_file(partial, rank)
         if not path.is_file():
             raise CheckpointError(
-                f"{path}: rank {rank} wrote it, and it is not here: the run folder must lie on a file system that all "
-                "hosts share"
+                f"{path}: rank {rank} wrote this file, but it is not visible here: the run folder must be on a file "
+                "system that all hosts share"
             )
         part = read_json(path)
         files |= part["files"]
@@ -147,14 +154,14 @@ def _part_file(partial: Path, rank: int) -> Path:
 
 
 def _check_whole(name: str, entry: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the pieces, in order, are the tensor without gap or overlap."""
+    """Raise CheckpointError unless the sorted pieces cover the tensor without gap or overlap."""
     end = 0
     for piece in entry["pieces"]:
         if piece["start"] != end:
-            raise CheckpointError(f"{name}: its pieces meet at element {end}, one begins at {piece['start']}")
+            raise CheckpointError(f"{name}: a piece ends at element {end}, but the next begins at {piece['start']}")
         end += piece["count"]
     if end != math.prod(entry["shape"]):
-        raise CheckpointError(f"{name}: its pieces end at element {end}, its shape is {entry['shape']}")
+        raise CheckpointError(f"{name}: its pieces end at element {end}, but its shape is {entry['shape']}")
 
 
 def _key(piece: Piece) -> str:
@@ -163,7 +170,7 @@ def _key(piece: Piece) -> str:
 
 
 def _shards(pieces: Sequence[Piece], *, shard_bytes: int) -> Iterator[list[Piece]]:
-    """Yield the pieces, in the order of their names, in lists of at most `shard_bytes` bytes (or one piece)."""
+    """Yield the pieces, ordered by name, in lists of at most `shard_bytes` bytes (or of one larger piece)."""
     shard: list[Piece] = []
     room = shard_bytes
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.start)):
@@ -177,10 +184,10 @@ def _shards(pieces: Sequence[Piece], *, shard_bytes: int) -> Iterator[list[Piece
 
 
 def _write_safetensors(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write CPU pieces as one safetensors file, synced to disk; return its size and sha256.
+    """Write CPU pieces to one safetensors file, synced to disk; return its size and sha256.
 
-    The library's own writer makes a second copy of what it writes and keeps Python from running meanwhile, which would
-    hold the training that goes on beside it; this one hashes what it writes on the way.
+    The writer of the safetensors library copies the data and holds Python's GIL meanwhile, which would block the
+    training that runs beside it. This one copies nothing and hashes the data while writing.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -209,7 +216,7 @@ def _write_safetensors(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def _blocks(header: bytes, pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file; those of pieces are views of their memory."""
+    """Yield the bytes of a safetensors file; the bytes of pieces are views of their memory."""
     yield len(header).to_bytes(8, "little")
     yield header
     for piece in pieces:
@@ -217,25 +224,25 @@ def _blocks(header: bytes, pieces: Sequence[Piece]) -> Iterator[bytes | memoryvi
 
 
 def _retain(folder: Path, step: int, *, retention: Retention) -> None:
-    """Remove the checkpoints up to `step` that are not kept, and all beyond it.
+    """Remove the checkpoints up to `step` that are not kept, and all later ones.
 
-    What lies beyond was damaged and passed over by `latest`: it must not push a good one out.
+    Later checkpoints are damaged ones that `latest` skipped; they must not displace a good one.
     """
     present = steps(folder)
     kept = [other for other in present if other <= step][-retention.newest :]
     for other in present:
         if other > step:
-            _log.warning("removing the checkpoint of step %d: the run went on from before it and is at %d", other, step)
+            _log.warning("removing the checkpoint of step %d: the run resumed before it and is now at %d", other, step)
         elif other in kept or (retention.every and other % retention.every == 0):
             continue
         path = folder_of(folder, other)
-        removed = folder / f".{path.name}.removed.tmp"  # half of it must never stand under the name of a checkpoint
+        removed = folder / f".{path.name}.removed.tmp"  # an incomplete folder must never have the name of a checkpoint
         path.rename(removed)
         shutil.rmtree(removed)
 
 
 def _move_into_place(partial: Path, final: Path) -> None:
-    if final.exists():  # a damaged one that the run fell back over, or the same step saved twice
+    if final.exists():  # a damaged one that was skipped, or the same step saved twice
         replaced = final.with_name(f".{final.name}.replaced.tmp")
         if replaced.exists():
             shutil.rmtree(replaced)

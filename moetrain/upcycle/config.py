@@ -1,8 +1,8 @@
-"""How a dense feed-forward layer becomes experts: settings, and what follows from them and the shape. No torch here.
+"""How a dense feed-forward layer becomes experts: the config, and the plan that follows from it. Imports no torch.
 
-A feed-forward layer of I units is a sum over its units, so any cut of the units into shards is exact. With F units an
-expert: `copy` makes every expert the whole layer (arXiv 2212.05055); `split` makes it one of G shards, each of which
-has E / G copies (fine-grained: arXiv 2401.06066, 2410.07524).
+A feed-forward layer of I units is a sum over its units, so splitting the units into shards is exact. With F units per
+expert, `copy` makes every expert a copy of the whole layer (arXiv 2212.05055); `split` makes every expert one of G
+shards, with E / G copies of each shard (fine-grained: arXiv 2401.06066, 2410.07524).
 """
 
 import math
@@ -15,15 +15,15 @@ from moetrain.model.gate_scale import routed_scaling_factor
 
 
 class UpcycleMethod(StrEnum):
-    """What an expert is at the start: a copy of the routed units, or one shard of them."""
+    """Initial content of an expert: a copy of all routed units, or one shard of them."""
 
-    # Both names are methods of an object or of str; these are not used on members.
+    # The names may shadow methods such as str.split, which nothing calls on members.
     copy = "copy"
     split = "split"  # type: ignore[assignment]
 
 
 class SharedStart(StrEnum):
-    """What the shared experts are at the start."""
+    """Initial content of the shared experts."""
 
     zero = "zero"
     part = "part"
@@ -31,18 +31,19 @@ class SharedStart(StrEnum):
 
 @dataclass(kw_only=True)
 class UpcycleConfig:
-    """From a dense checkpoint to experts, with the output of the dense model."""
+    """Upcycling of a dense checkpoint to a Mixture-of-Experts model with the same output."""
 
     method: UpcycleMethod = UpcycleMethod.copy
-    """copy: every expert is the dense layer. split: the layer is cut into shards, and every expert is one of them."""
+    """copy: every expert is the dense layer. split: the layer is split into shards, and every expert is one of them."""
     shared: SharedStart = SharedStart.zero
-    """Shared experts at the start. zero: their output is 0, all units are routed. part: they are the first units of the
-    dense layer, as many as they are wide, and only the others are routed."""
+    """Initial shared experts. zero: their output is 0, and all units are routed. part: they take the first units of the
+    dense layer, as many as they are wide, and only the other units are routed."""
     router_std: float | None = None
-    """Standard deviation of the router's weights; null takes model.initializer_range. The shards of a copy share their
-    row, which is drawn anew for each copy. At 0 all copies tie and the same ones are chosen for every token."""
+    """Standard deviation of the router weights; null uses model.initializer_range. All shards of a copy share one
+    router row; each copy has its own random row. With 0 all copies tie, so every token chooses the same ones."""
     check_tokens: int = 256
-    """Random tokens on which each layer is compared with the dense one before anything is written; 0 leaves it out."""
+    """Number of random tokens on which each layer is compared with the dense one before anything is written; 0 disables
+    the check."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -54,32 +55,32 @@ class UpcycleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpcyclePlan:
-    """What follows from shape and settings. Expert e is shard e % num_shards of copy e // num_shards."""
+    """The plan derived from shape and config. Expert e is shard e % num_shards of copy e // num_shards."""
 
     num_shared_units: int
-    """Units of the dense layer that the shared experts take, its first ones."""
+    """Number of units of the dense layer, from the first, that become the shared experts."""
     num_shards: int
-    """Parts of the other units: 1 is a copy."""
+    """Number of shards of the other units; 1 for copies."""
     num_copies: int
-    """Experts that hold the same shard."""
+    """Number of experts with the same shard."""
     down_scale: float
-    """Factor on the down projections of the routed experts that makes the weighted sum the dense layer."""
+    """Factor on the routed experts' down projections that makes the weighted sum equal the dense layer."""
     router_std: float
     """Standard deviation of the router's rows."""
     has_whole_groups: bool
-    """Whether group-limited routing alone makes every choice one of whole copies, ties included."""
+    """Whether group-limited routing guarantees that every choice consists of whole copies, even with ties."""
 
 
 def plan_upcycling(model: ModelConfig, upcycle: UpcycleConfig) -> UpcyclePlan:
-    """Return how a dense model with layers of `model.intermediate_size` units becomes one of the shape `model`.
+    """Return the plan that turns a dense model with layers of `model.intermediate_size` units into the shape `model`.
 
-    Raises ConfigError that names the field where the shape does not divide.
+    Raises ConfigError that names the field if the sizes do not divide.
     """
     width, num_chosen = model.moe_intermediate_size, model.num_experts_per_token
     if not model.num_moe_layers:
         raise ConfigError(
             f"model.num_dense_layers is {model.num_dense_layers}: give fewer than model.num_layers={model.num_layers}, "
-            "the others get experts"
+            "because only the other layers get experts"
         )
     shared = width * model.num_shared_experts if upcycle.shared is SharedStart.part else 0
     routed = model.intermediate_size - shared

@@ -1,7 +1,7 @@
-"""A dense checkpoint to a sparse one whose first loss is the dense model's last: a stage's folder for `init_from=`.
+"""Upcycling: turns a dense checkpoint into a sparse one with the same output, in a stage's folder for `init_from=`.
 
-The folder gets `checkpoints/step_00000000` (weights alone, no optimizer state), the tokenizer that lay beside the dense
-weights, and `summary.json`. It is written layer by layer, so that the sparse model is never in memory whole.
+The folder gets `checkpoints/step_00000000` (weights without optimizer state), the tokenizer of the dense weights, and
+`summary.json`. It is written layer by layer, so that the whole sparse model is never in memory.
 """
 
 import logging
@@ -34,12 +34,14 @@ _NEW = (
     *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
     *("initializer_range", "max_position_embeddings", "balance."),
 )
-"""Fields of the model that may differ: what the experts are, and what changes no output."""
+"""Model fields that may differ: those of the experts, and those that do not affect the output."""
 
 
 @dataclass(kw_only=True)
 class Upcycling:
-    """A dense model and what it becomes, checked. changes: of each layer that gets experts, by its number."""
+    """A checked dense model and the sparse model made from it. changes: output change per layer with experts, by its
+    index.
+    """
 
     origin: Origin
     model: ModelConfig
@@ -49,7 +51,7 @@ class Upcycling:
 
 
 def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: UpcyclePlan, seed: int) -> Upcycling:
-    """Return the sparse model of the shape `model` that computes what the dense weights of `origin` compute.
+    """Return a sparse model of shape `model` that computes the same outputs as the dense weights of `origin`.
 
     Raises the errors of `check_dense`.
     """
@@ -66,39 +68,39 @@ def upcycle(origin: Origin, *, model: ModelConfig, config: UpcycleConfig, plan: 
 
 
 def check_dense(origin: Origin, *, model: ModelConfig) -> None:
-    """Raise CheckpointError when weights are not dense, or are of another shape than `model` says."""
+    """Raise CheckpointError if the weights are not dense, or if their shape does not fit `model`."""
     if origin.model.num_moe_layers:
         raise CheckpointError(
-            f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers have experts "
-            "already; give dense weights (model.num_dense_layers = model.num_layers)"
+            f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers already have "
+            "experts; give dense weights (model.num_dense_layers = model.num_layers)"
         )
     unfit = [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_NEW)]
     if unfit:
         raise CheckpointError(
-            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change the fields of model="
+            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
         )
     _check_tensors(origin)
 
 
 def check_untrained(folder: Path) -> None:
-    """Raise CheckpointError when a stage's folder holds checkpoints of training: checkpoint 0 would remove them."""
+    """Raise CheckpointError if a stage's folder contains training checkpoints, which checkpoint 0 would replace."""
     if trained := [step for step in checkpoint.steps(folder / CHECKPOINTS) if step > 0]:
         raise CheckpointError(
-            f"{folder / CHECKPOINTS}: holds {len(trained)} checkpoints of training, the last of step {trained[-1]}, "
-            "and upcycling would remove them; give another run.stage or run.name"
+            f"{folder / CHECKPOINTS}: contains {len(trained)} training checkpoints, the last of step {trained[-1]}, "
+            "which upcycling would remove; give another run.stage or run.name"
         )
 
 
 def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
     """Write the weights as checkpoint 0 of a stage's folder, with the tokenizer; return the checkpoint's path.
 
-    Raises what `check_untrained` raises.
+    Raises the errors of `check_untrained`.
     """
     check_untrained(folder)
     origin = upcycling.origin
     if origin.tokenizer is None:
         _log.warning(
-            "no tokenizer beside %s: the stage that trains on from here needs data.tokenizer.path", origin.path
+            "no tokenizer beside %s: the stage that trains these weights requires data.tokenizer.path", origin.path
         )
     else:
         Tokenizer.load(origin.tokenizer).save(folder / TOKENIZER)
@@ -123,7 +125,7 @@ def write_upcycled(upcycling: Upcycling, folder: Path) -> Path:
 
 
 def _layers(names: Iterable[str]) -> list[list[str]]:
-    """Return the names of each layer, and of what is outside of the layers one by one."""
+    """Return the tensor names grouped by layer; each name outside of the layers is a group of its own."""
     layers: dict[str, list[str]] = {}
     for name in names:
         match = _LAYER.match(name)
@@ -136,18 +138,18 @@ def _piece(name: str, tensor: torch.Tensor) -> Piece:
 
 
 def _check_tensors(origin: Origin) -> None:
-    """Raise CheckpointError unless the tensors are those of the dense model, all of them finite."""
+    """Raise CheckpointError unless the tensors are exactly those of the dense model, with finite values."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(origin.model).state_dict().items()}
     if missing := sorted(shapes.keys() - origin.tensors.keys()):
-        raise CheckpointError(f"{origin.path}: {missing[0]} is missing: the weights do not fit its config")
+        raise CheckpointError(f"{origin.path}: {missing[0]} is missing, but its config requires it")
     if left_over := sorted(origin.tensors.keys() - shapes.keys()):
-        raise CheckpointError(f"{origin.path}: {left_over[0]} is no tensor of its model")
+        raise CheckpointError(f"{origin.path}: {left_over[0]} is not a tensor of its model")
     for name, shape in shapes.items():
         tensor = origin.tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{origin.path}: {name} has shape {list(tensor.shape)}, its config says {list(shape)}"
+                f"{origin.path}: {name} has shape {list(tensor.shape)}, but its config requires {list(shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{origin.path}: {name} holds numbers that are not finite")

@@ -1,10 +1,11 @@
-"""The tensors of a sparse model made from those of a dense one, one at a time; and how much a layer's output changed.
+"""The tensors of a sparse model, computed one at a time from a dense model; and the output change per layer.
 
-Why nothing changes. The router gives the K chosen experts weights whose sum is a constant s. Copies all return the
-dense output, so s times it comes out whatever is chosen. Shards: the G shards of a copy have the same router row, so
-the same score, and the K / G best copies are chosen whole; each shard then has s / G of the weight. In both cases the
-down projections carry the factor G / s. K chosen experts, E experts, G shards, C copies, F units an expert, D hidden,
-N tokens, U units of the dense layer.
+Why the output does not change: the router gives the K chosen experts weights with a constant sum s. Copies all return
+the dense output, so the result is s times that output, whatever is chosen. With shards, the G shards of a copy share
+one router row and so one score, and the K / G best copies are chosen whole; each shard then has a total weight of
+s / G. In both cases the down projections contain the factor G / s.
+
+K chosen experts, E experts, G shards, C copies, F units per expert, D hidden, N tokens, U units of the dense layer.
 """
 
 import re
@@ -25,10 +26,10 @@ _OF_MLP = re.compile(r"(?P<layer>model\.layers\.(?P<number>\d+)\.mlp)\.(?P<part>
 
 
 class UpcycledTensors(Mapping[str, torch.Tensor]):
-    """The float32 tensors of the sparse model by name, each made when it is asked for."""
+    """The float32 tensors of the sparse model by name, each computed on access."""
 
     def __init__(self, dense: Mapping[str, torch.Tensor], *, model: ModelConfig, plan: UpcyclePlan, seed: int) -> None:
-        """Make the tensors of `model` from those of a dense model; `seed` is that of the new routers."""
+        """Compute the tensors of `model` from those of a dense model; `seed` is the seed of the new routers."""
         self._dense = dense
         self._model = model
         self._plan = plan
@@ -71,7 +72,7 @@ class UpcycledTensors(Mapping[str, torch.Tensor]):
         return (shards_GDF * plan.down_scale).repeat(plan.num_copies, 1, 1)
 
     def _shards(self, layer: str, kind: str) -> torch.Tensor:
-        """Return the rows of the routed units [G, F, D]."""
+        """Return the rows of the routed units as shards [G, F, D]."""
         routed_UD = self._dense[f"{layer}.{kind}_proj.weight"].float()[self._plan.num_shared_units :]
         return torch.stack(routed_UD.chunk(self._plan.num_shards))
 
@@ -88,10 +89,10 @@ class UpcycledTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """How a layer with experts differs from the dense one that it was made from, on random tokens.
+    """Difference between a layer with experts and its dense original, on random tokens.
 
-    relative: largest difference of an output over the largest output, among tokens whose choice is of whole copies.
-    num_cut: tokens for which some shards of a copy were chosen and others not: a tie between copies.
+    relative: largest output difference relative to the largest output, over tokens whose choice consists of whole
+    copies. num_cut: number of tokens for which only some shards of a copy were chosen, because copies tied.
     """
 
     relative: float
@@ -108,7 +109,7 @@ def layer_change(
     plan: UpcyclePlan,
     num_tokens: int,
 ) -> LayerChange:
-    """Return the change of block `layer` in float32 on tokens with the scale that its norm gives them."""
+    """Return the output change of block `layer` in float32, on random tokens scaled by the layer's norm weight."""
     prefix = f"model.layers.{layer}."
     x_ND = torch.empty(num_tokens, model.hidden_size).normal_(generator=torch_stream(0, "upcycle/check", layer))
     x_ND = x_ND * dense[f"{prefix}post_attention_layernorm.weight"].float()

@@ -101,7 +101,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> 
 def test_a_truncated_index_and_a_missing_folder_are_errors_with_advice(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     (path / "index.json").write_text((path / "index.json").read_text()[:-20])
-    with pytest.raises(CheckpointError, match=r"index.json: not readable as JSON.*name another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"index.json: cannot be read as JSON.*use another checkpoint"):
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         checkpoint.load(tmp_path / "step_00000099")
@@ -127,7 +127,7 @@ def test_latest_of_no_checkpoints_is_none_and_of_none_good_an_error(
     _flip_byte(_save(tmp_path, 1) / "state.json")
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(CheckpointError, match="none of its 1 checkpoints is good"),
+        pytest.raises(CheckpointError, match="none of the 1 checkpoints here is intact"),
     ):
         checkpoint.latest(tmp_path)
     assert not caplog.records  # the error says it all: there is nothing to fall back to

@@ -308,6 +308,6 @@ def test_parts_that_do_not_make_a_tensor_whole_are_no_checkpoint(tmp_path: Path)
     partial = checkpoint_write.begin(tmp_path, 1)
     half = Piece(name="weight", shape=(4,), start=0, values_P=torch.zeros(2))
     checkpoint_write.write_part(partial, [half], rank=0)
-    with pytest.raises(CheckpointError, match=r"weight: its pieces end at element 2, its shape is \[4\]"):
+    with pytest.raises(CheckpointError, match=r"weight: its pieces end at element 2, but its shape is \[4\]"):
         checkpoint_write.commit(partial, 1, num_parts=1, state={}, retention=Retention(newest=1))
     assert checkpoint.steps(tmp_path) == []

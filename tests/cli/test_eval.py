@@ -19,7 +19,7 @@ WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.i
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        ('{"modes": ', [], r"eval\.json: not readable as JSON"),
+        ('{"modes": ', [], r"eval\.json: cannot be read as JSON"),
         ('{"modes": 3}', [], r"eval\.before: .*eval\.json: modes: 3 is not of type 'object'; the file is damaged"),
         ('{"modes": {}}', [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
         (WITHOUT, [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),

@@ -127,7 +127,7 @@ def test_the_weights_do_not_depend_on_the_run_but_the_routers_on_its_seed(traine
 
 
 def test_weights_that_have_experts_are_refused(trained: Path, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="2 of its 3 layers have experts already"):
+    with pytest.raises(CheckpointError, match="2 of its 3 layers already have experts"):
         upcycled(trained, "twice", init_from=folder)
     assert not (trained / "runs" / "twice").exists()
 
@@ -136,7 +136,7 @@ def test_a_folder_that_holds_trained_checkpoints_is_refused(trained: Path) -> No
     taken = trained / "runs" / "taken"
     shutil.copytree(trained / "dense" / CHECKPOINTS, taken / CHECKPOINTS)
     before = checkpoint.steps(taken / CHECKPOINTS)
-    with pytest.raises(CheckpointError, match="checkpoints of training, the last of step 3") as raised:
+    with pytest.raises(CheckpointError, match="training checkpoints, the last of step 3") as raised:
         upcycled(trained, "taken", init_from=trained / "dense")
     assert raised.value.exit_code == 2
     assert checkpoint.steps(taken / CHECKPOINTS) == before
@@ -160,8 +160,8 @@ def test_dense_weights_of_another_shape_are_refused_with_the_field(trained: Path
     ("change", "said"),
     [
         ("missing", "model.layers.2.mlp.up_proj.weight is missing"),
-        ("left over", "extra is no tensor of its model"),
-        ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[3\], its config says \[48, 32\]"),
+        ("left over", "extra is not a tensor of its model"),
+        ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[3\], but its config requires \[48, 32\]"),
         ("not finite", "model.layers.2.mlp.up_proj.weight holds numbers that are not finite"),
     ],
 )
