@@ -59,7 +59,7 @@ def test_a_prompt_from_standard_input_that_is_none_is_refused(
 def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
     main(["pretrain", "--help"])
     page = capsys.readouterr().out
-    assert "  optim.name (muon|adamw) = muon\n      Rule for the hidden matrices.\n" in page
+    assert "  optim.name (muon|adamw) = muon\n      Optimizer of the hidden matrices.\n" in page
     assert "  model.q_lora_rank (int or null) = 96\n" in page
     assert "  model={deepseek_v3,k2_bench,k2_nano," in page
 

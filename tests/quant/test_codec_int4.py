@@ -50,5 +50,5 @@ def test_decode_inverts_encode_and_names_what_is_missing_or_wrong() -> None:
     assert torch.equal(back.scales_XOG, quantized.scales_XOG)
     with pytest.raises(CheckpointError, match=r"m\.weight_scale is missing"):
         INT4.read("m", {name: t for name, t in tensors.items() if "scale" not in name})
-    with pytest.raises(CheckpointError, match=r"weight_shape says \[8, 32\]"):
+    with pytest.raises(CheckpointError, match=r"weight_shape is \[8, 32\]"):
         INT4.read("m", tensors | {"m.weight_shape": torch.tensor([8, 32], dtype=torch.int32)})

@@ -216,7 +216,7 @@ def test_a_named_checkpoint_with_a_flipped_byte_is_the_users_error(pretrained: P
     path = tmp_path / "pretrain" / CHECKPOINTS / "step_00000003"
     shard = path / "model-r00000-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match=r"model-r00000-00001.safetensors: sha256 is") as raised:
+    with pytest.raises(CheckpointError, match=r"model-r00000-00001.safetensors: its sha256 is") as raised:
         read_origin(path)
     assert raised.value.exit_code == 2
 

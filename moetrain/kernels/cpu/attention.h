@@ -1,9 +1,9 @@
-// Multi-head latent attention between its projections (arXiv 2405.04434, section 2.1): rotary positions, scores, softmax
-// and values of packed rows, forward and backward. Scores exist of a chunk of queries only and are made again in the
-// backward pass (arXiv 2307.08691).
+// The core of multi-head latent attention (arXiv 2405.04434, section 2.1), without its projections: rotary positions,
+// scores, softmax and values of packed rows, forward and backward. Scores exist for one chunk of queries at a time, and
+// the backward pass recomputes them (arXiv 2307.08691).
 //
-// B rows, T tokens, H heads, N width without position, R rotary width, Q = N + R, V value width. Token t sees the keys
-// first_seen[b][t]..t.
+// B rows, T tokens, H heads, N width without position, R rotary width, Q = N + R, V value width. Token t attends to the
+// keys first_seen[b][t]..t.
 #pragma once
 
 #include <limits>
@@ -16,7 +16,7 @@ struct AttentionShape {
   int64_t width() const { return plain + rotary; }
 };
 
-// What the projections made: q [B][T][H][N + R], kv [B][T][H][N + V], k_rotary [B][T][R] with rows `ld_rotary` apart;
+// Outputs of the projections: q [B][T][H][N + R], kv [B][T][H][N + V], k_rotary [B][T][R] with row stride `ld_rotary`;
 // cosine and sine [B][T][R / 2] float32; first_seen [B][T].
 struct AttentionInput {
   const bf16 *q, *kv, *k_rotary;
@@ -25,7 +25,7 @@ struct AttentionInput {
   const int32_t* first_seen;
 };
 
-// Pairs (x0, x1), (x2, x3).. turned: first members, then second ones.
+// Rotates the pairs (x0, x1), (x2, x3)..; stores the first members of all pairs, then the second members.
 inline void rotate(const bf16* x, const float* cosine, const float* sine, int64_t rotary, bf16* out) {
   const auto turn = [&](int64_t p, auto first, auto second, auto c, auto s) {
     store(out + p, first * c - second * s);
@@ -36,7 +36,7 @@ inline void rotate(const bf16* x, const float* cosine, const float* sine, int64_
     turn(p, firsts(x + 2 * p), seconds(x + 2 * p), load(cosine + p), load(sine + p));
   for (; p < rotary / 2; p++) turn(p, widen(x[2 * p]), widen(x[2 * p + 1]), cosine[p], sine[p]);
 }
-// The gradient of x from that of what `rotate` gave.
+// The gradient of x, given the gradient of the output of `rotate`.
 inline void rotate_back(const float* grad, const float* cosine, const float* sine, int64_t rotary, bf16* out) {
   const auto turn = [&](int64_t p, auto first, auto second, auto c, auto s) {
     store_pairs(out + 2 * p, first * c + second * s, second * c - first * s);
@@ -47,7 +47,7 @@ inline void rotate_back(const float* grad, const float* cosine, const float* sin
   for (; p < rotary / 2; p++) turn(p, grad[p], half[p], cosine[p], sine[p]);
 }
 
-// One head of one row: its queries and keys with their positions in them, [T][Q] bfloat16.
+// One head of one row: its queries and keys after rotation, [T][Q] bfloat16.
 class Head {
  public:
   Head(const AttentionShape& shape, const AttentionInput& in, int64_t b, int64_t h)
@@ -64,7 +64,7 @@ class Head {
       rotate(in.k_rotary + at * in.ld_rotary, cosine, sine, shape.rotary, k.get() + t * width + shape.plain);
     }
   }
-  // The first key that any of the queries start..end sees, down to whole panels.
+  // The first key that any of the queries start..end attends to, rounded down to a panel boundary.
   int64_t first_key(int64_t start, int64_t end) const {
     return *std::min_element(first_seen + start, first_seen + end) / PANEL * PANEL;
   }
@@ -73,7 +73,7 @@ class Head {
   const int32_t* first_seen;
 };
 
-// A row of whole vectors holds something in first..last - 1: what shares a vector with it becomes x.
+// A row contains valid entries in first..last - 1: sets the other entries of the same vectors to x.
 inline void surround(float* row, int64_t first, int64_t last, float x) {
   std::fill(row + first / LANES * LANES, row + first, x);
   std::fill(row + last, row + up_to(last, LANES), x);
@@ -82,10 +82,10 @@ inline void clear_around(bf16* row, int64_t first, int64_t last, int64_t size) {
   std::memset(row, 0, first * sizeof(bf16));
   std::memset(row + last, 0, (size - last) * sizeof(bf16));
 }
-constexpr float HIDDEN = -std::numeric_limits<float>::infinity();  // a score; beside a sum its exp is nothing
+constexpr float HIDDEN = -std::numeric_limits<float>::infinity();  // score of a masked key: its exp is 0
 
-// out = exp(scale * (score - most)) of keys first..last - 1, zero elsewhere; returns their sum, and the largest score in
-// `most`.
+// out = exp(scale * (score - most)) for keys first..last - 1, zero elsewhere. Returns the sum, and in `most` the largest
+// score.
 inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t size, float scale, bf16* out, float* most) {
   const int64_t start = first / LANES * LANES;
   surround(scores, first, last, HIDDEN);
@@ -102,7 +102,7 @@ inline float softmax_row(float* scores, int64_t first, int64_t last, int64_t siz
   }
   clear_around(out, first, last, size);
   const float total = sum(totals);
-  *most = total == total ? top : total;  // comparisons pass NaN by
+  *most = total == total ? top : total;  // propagates NaN, which the comparisons skip
   return total;
 }
 
@@ -149,8 +149,8 @@ void attention(const AttentionShape& shape, const AttentionInput& in, bf16* out,
   }
 }
 
-// From scores and gradients of the probabilities of keys first..last - 1: the probabilities, and the gradients of the
-// scores, both zero elsewhere.
+// For keys first..last - 1: computes the probabilities `p` from scores, and the gradients of the scores from `grad`, the
+// gradients of the probabilities. Both are zero elsewhere.
 inline void softmax_gradient_row(float* scores, float* grad, int64_t first, int64_t last, int64_t size, float scale,
                                  float log_sum, bf16* p, bf16* grad_scores) {
   const int64_t start = first / LANES * LANES;
@@ -179,10 +179,10 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
   const int64_t tokens = shape.tokens, width = shape.width(), value = shape.value, plain = shape.plain;
   const int64_t keys = up_to(tokens, PANEL), padded_value = up_to(value, PANEL), padded_width = up_to(width, PANEL);
   const int64_t ld_kv = shape.heads * (plain + value), ld_out = shape.heads * value;
-  Scratch<float> grad_k_rotary(shape.rows * shape.heads * tokens * shape.rotary);  // of each head, turned
+  Scratch<float> grad_k_rotary(shape.rows * shape.heads * tokens * shape.rotary);  // per head, rotated
 #pragma omp parallel
   {
-    Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // of their transposes
+    Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // transposed
     Scratch<float> k_rows(padded_width * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
     Scratch<float> q_rows(padded_width * QUERIES), out_rows(padded_value * QUERIES), tiles(up_to(keys, BESIDE) * QUERIES);
     Scratch<float> scores(CHUNK * keys), grad_p(CHUNK * keys), grad_q(CHUNK * padded_width);
@@ -246,7 +246,7 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < shape.rows * tokens; at++) {
       const int64_t b = at / tokens, t = at % tokens;
-      float* total = grad_k_rotary.get() + (b * shape.heads * tokens + t) * shape.rotary;  // of the first head, and all
+      float* total = grad_k_rotary.get() + (b * shape.heads * tokens + t) * shape.rotary;  // over heads
       for (int64_t h = 1; h < shape.heads; h++)
         for (int64_t i = 0; i < shape.rotary; i++) total[i] += total[h * tokens * shape.rotary + i];
       rotate_back(total, in.cosine + at * shape.rotary / 2, in.sine + at * shape.rotary / 2, shape.rotary,

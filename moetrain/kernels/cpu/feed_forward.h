@@ -1,9 +1,9 @@
-// SwiGLU feed-forward, dense or of routed experts: down(silu(gate x) * up x). D hidden, F width, m rows.
+// SwiGLU feed-forward of a dense layer or of routed experts: down(silu(gate x) * up x). D hidden, F width, m rows.
 #pragma once
 
 #include "products.h"
 
-// The weights of one: gate and up [F][D], down [D][F]. T float is rounded to bfloat16.
+// The weights of one layer or expert: gate and up [F][D], down [D][F]. If T is float, they are rounded to bfloat16.
 template <class T>
 struct FeedForward {
   const T *gate, *up, *down;
@@ -23,7 +23,7 @@ inline void swiglu_row(const bf16* gate, const bf16* up, int64_t width, bf16* hi
   for (; i < width; i++) hidden[i] = narrow(widen(gate[i]) * sigmoid(widen(gate[i])) * widen(up[i]));
 }
 
-// The gradients of gate and up from that of hidden, and hidden once more where it is asked for. T float or bf16.
+// The gradients of gate and up, given the gradient of hidden; also recomputes hidden on request. T is float or bf16.
 template <class T>
 void swiglu_gradient_row(const bf16* gate, const bf16* up, const T* grad_hidden, int64_t width, bf16* hidden,
                          bf16* grad_gate, bf16* grad_up) {
@@ -38,7 +38,7 @@ void swiglu_gradient_row(const bf16* gate, const bf16* up, const T* grad_hidden,
   for (; i < width; i++) at(i, get(gate + i), get(up + i), get(grad_hidden + i));
 }
 
-// y[m][D]; gate_up[m][2F] is kept for the backward pass.
+// Writes y[m][D], and gate_up[m][2F] for the backward pass.
 template <class P, class T>
 void feed_forward(const bf16* x, int64_t m, const FeedForward<T>& layer, bf16* gate_up, bf16* y) {
   const int64_t hidden = layer.hidden, width = layer.width, padded_width = up_to(width, PANEL);
@@ -69,7 +69,7 @@ void feed_forward(const bf16* x, int64_t m, const FeedForward<T>& layer, bf16* g
   }
 }
 
-// grad_x[m][D] and the gradients of the weights, which are written, not added to.
+// Writes grad_x[m][D] and the gradients of the weights; these are overwritten, not accumulated.
 template <class P, class T>
 void feed_forward_backward(const bf16* grad_y, const bf16* x, const bf16* gate_up, int64_t m, const FeedForward<T>& layer,
                            bf16* grad_x, const FeedForwardGradient& grads) {

@@ -1,4 +1,4 @@
-// What Python calls, by plain C: pointers, sizes, and which of the two kinds of units products take (`paired`).
+// The C functions that Python calls, with pointers and sizes; `paired` selects the kind of unit for products.
 #include <chrono>
 #include <omp.h>
 
@@ -15,9 +15,9 @@ void with_units(int paired, Call call) {
   else call(Widened{});
 }
 
-constexpr int64_t SLICE = 1 << 13;  // elements that a cache holds
+constexpr int64_t SLICE = 1 << 13;  // elements that fit in the cache
 
-// Calls with (start, size) of slices, shared out among threads.
+// Calls the function with (start, size) of each slice; slices are divided among threads.
 template <class Call>
 void in_slices(int64_t size, Call call) {
 #pragma omp parallel for schedule(static)
@@ -28,14 +28,14 @@ template <class P>
 double seconds_of_a_tile() {
   constexpr int64_t ELEMENTS = 256, TIMES = 400, TRIES = 20;
   Scratch<float> a(TILE_ROWS * ROW_STRIDE), b(ELEMENTS * PANEL), c(TILE_ROWS * PANEL);
-  std::fill_n(a.get(), TILE_ROWS * ROW_STRIDE, pair(0x3f8d, 0x3f99));  // as floats and as pairs: about one
+  std::fill_n(a.get(), TILE_ROWS * ROW_STRIDE, pair(0x3f8d, 0x3f99));  // about 1, read as floats and as pairs
   std::fill_n(b.get(), ELEMENTS * PANEL, pair(0x3f77, 0x3f84));
   double best = 1e9;
   for (int64_t attempt = 0; attempt < TRIES; attempt++) {
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < TIMES; i++) {
       tile<P, ROW_STRIDE, 1>(a.get(), b.get(), units<P>(ELEMENTS), c.get(), PANEL, false);
-      asm volatile("" : : "r"(c.get()) : "memory");  // so that every tile is made
+      asm volatile("" : : "r"(c.get()) : "memory");  // keeps the compiler from removing the tile
     }
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
@@ -71,7 +71,7 @@ void experts_backward(const bf16* grad_y, const bf16* x, const bf16* kept, const
 }
 }  // namespace
 
-// How many times as fast a tile is by pairs as by widened numbers; 1 where the CPU has no instruction for pairs.
+// Speedup of a tile with pairs over one with widened numbers; 1 if the CPU has no pair instruction.
 EXPORT double gain_of_pairs() {
   return Paired::STEP == Widened::STEP ? 1.0 : seconds_of_a_tile<Widened>() / seconds_of_a_tile<Paired>();
 }
@@ -102,7 +102,7 @@ EXPORT void swiglu_backward(const bf16* grad_hidden, const bf16* gate, const bf1
   });
 }
 
-// Rows of x are sorted by expert; those of expert e end at ends[e]. Weights are float32, or bfloat16 where `halves`.
+// Rows of x are sorted by expert; the rows of expert e end at ends[e]. Weights are float32, or bfloat16 if `halves`.
 EXPORT void expert_rows(int paired, int half, const bf16* x, const int64_t* ends, const void* gate_up, const void* down,
                         bf16* kept, bf16* y, int64_t num, int64_t hidden, int64_t width) {
   with_units(paired, [&](auto p) {

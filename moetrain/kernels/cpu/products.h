@@ -1,9 +1,9 @@
-// Products of bfloat16 matrices with float32 sums. Rows are contiguous; ld is the distance of rows in elements.
+// Products of bfloat16 matrices with float32 sums. Rows are contiguous; ld is the row stride in elements.
 //
 // Both operands are packed into panels of 32-bit units, so that one tile of TILE_ROWS x PANEL sums stays in registers
-// while a panel streams through the first cache (the scheme of Goto and van de Geijn, ACM TOMS 34(3), 2008). What a
-// unit is depends on the CPU: a bfloat16 widened to float32 and multiplied by fused multiply-add, or a pair of
-// bfloat16 and the instruction for them, which is four times as fast on some CPUs and half as fast on others.
+// while a panel streams through the L1 cache (the scheme of Goto and van de Geijn, ACM TOMS 34(3), 2008). The unit
+// depends on the CPU. It is either one bfloat16 widened to float32, for fused multiply-add, or a pair of bfloat16, for
+// the pair instruction, which is four times as fast on some CPUs and half as fast on others.
 #pragma once
 
 #include <omp.h>
@@ -11,14 +11,14 @@
 #include "vectors.h"
 
 constexpr int64_t PANEL = 2 * LANES;
-constexpr int64_t DEPTH = 512, OUTER_DEPTH = 256;  // units summed in one go, and in one of an outer product
-constexpr int64_t ROW_STRIDE = DEPTH + LANES;      // of packed rows: no power of two, which caches dislike
-constexpr int64_t BLOCK_UNITS = 1 << 18;           // of panels, 1 MB
-constexpr int64_t CHUNK = up_to(32, TILE_ROWS);    // rows at once
-constexpr int64_t BESIDE = LANES % TILE_ROWS == 0 ? LANES : TILE_ROWS;  // rows of a transposed left operand, side by side
+constexpr int64_t DEPTH = 512, OUTER_DEPTH = 256;  // units per pass over the sums, and per pass of an outer product
+constexpr int64_t ROW_STRIDE = DEPTH + LANES;      // of packed rows; not a power of two, to avoid cache conflicts
+constexpr int64_t BLOCK_UNITS = 1 << 18;           // units per block of panels: 1 MB
+constexpr int64_t CHUNK = up_to(32, TILE_ROWS);    // rows per call of a product
+constexpr int64_t BESIDE = LANES % TILE_ROWS == 0 ? LANES : TILE_ROWS;  // interleaved rows of a transposed left operand
 
 struct Widened {
-  static constexpr int64_t STEP = 1;  // bfloat16 in a unit
+  static constexpr int64_t STEP = 1;  // bfloat16 numbers per unit
   static floats add(floats sums, float a, floats b) { return sums + a * b; }
 };
 #if defined(__AVX512BF16__)
@@ -58,7 +58,7 @@ __attribute__((noinline)) void tile(const float* a, const float* b, int64_t dept
     }
 }
 
-// Rows of a left operand [rows][k], widened or copied: row r at out + r * ROW_STRIDE, zeros up to whole tiles.
+// Packs rows of a left operand [rows][k], widened or copied: row r at out + r * ROW_STRIDE, zeros up to a full tile.
 template <class P>
 void pack_left(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) {
   for (int64_t r = 0; r < up_to(rows, TILE_ROWS); r++, out += ROW_STRIDE, a += lda) {
@@ -75,8 +75,8 @@ void pack_left(const bf16* a, int64_t lda, int64_t rows, int64_t k, float* out) 
   }
 }
 
-// A left operand that is stored as its transpose [k][rows]: [units][BESIDE] for each BESIDE of its rows. The rows up to
-// `readable` may be read too.
+// Packs a left operand that is stored transposed as [k][rows]: [units][BESIDE] for every BESIDE rows. Rows up to
+// `readable` may also be read.
 template <class P>
 void pack_left_transposed(const bf16* a, int64_t lda, int64_t rows, int64_t readable, int64_t k, float* out) {
   const int64_t depth = units<P>(k);
@@ -100,7 +100,7 @@ void pack_left_transposed(const bf16* a, int64_t lda, int64_t rows, int64_t read
     }
 }
 
-// One panel [units][PANEL] of a right operand [k][columns]; T float is rounded to bfloat16.
+// Packs one panel [units][PANEL] of a right operand [k][columns]; if T is float, it is rounded to bfloat16.
 template <class P, class T>
 void pack_right(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
   for (int64_t u = 0; u < units<P>(k); u++, out += PANEL) {
@@ -124,7 +124,7 @@ void pack_right(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out)
   }
 }
 
-// LANES units of a row from unit u on, all inside it.
+// LANES units of a row from unit u on, all within the row.
 template <class P, class T>
 floats load_units(const T* row, int64_t u) {
   if constexpr (P::STEP == 1) return widen(as_halves(row + u));
@@ -134,7 +134,7 @@ floats load_units(const T* row, int64_t u) {
   return units;
 }
 
-// Lane l of vector i and lane i of vector l change places, by exchanging blocks of 1, 2, 4.. lanes.
+// Transposes a square of vectors, by swapping blocks of 1, 2, 4.. lanes.
 template <int64_t SIZE = 1>
 inline void transpose(floats* rows) {
   ints first, second;
@@ -152,7 +152,7 @@ inline void transpose(floats* rows) {
   if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
 }
 
-// The same of a right operand that is stored as its transpose [columns][k].
+// Packs one panel of a right operand that is stored transposed as [columns][k].
 template <class P, class T>
 void pack_right_transposed(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
   const int64_t depth = units<P>(k);
@@ -181,8 +181,8 @@ void pack_right_transposed(const T* b, int64_t ldb, int64_t columns, int64_t k, 
   }
 }
 
-// c[rows][ldc] (+)= a[rows][k] times the panels, columns up to whole panels; `depth`: units of a panel, of which the
-// product starts at the first. c and scratch (CHUNK * ROW_STRIDE) have whole tiles; rows <= CHUNK.
+// c[rows][ldc] (+)= a[rows][k] times the panels, with columns padded to full panels. `depth`: units per panel; the
+// product starts at the first. c and scratch (CHUNK * ROW_STRIDE) have room for full tiles; rows <= CHUNK.
 template <class P>
 void rows_times_panels(const bf16* a, int64_t lda, int64_t rows, int64_t k, const float* panels, int64_t depth,
                        int64_t columns, float* c, int64_t ldc, bool add, float* scratch) {
@@ -196,7 +196,7 @@ void rows_times_panels(const bf16* a, int64_t lda, int64_t rows, int64_t k, cons
   }
 }
 
-// c[rows][columns] (+)= what `pack_left_transposed` made times panels of as many units.
+// c[rows][columns] (+)= the output of `pack_left_transposed` times panels of the same number of units.
 template <class P>
 void tiles_times_panels(const float* tiles, int64_t rows, const float* panels, int64_t columns, int64_t depth, float* c,
                         int64_t ldc, bool add) {
@@ -222,31 +222,31 @@ inline void narrow_row(const float* from, bf16* to, int64_t size) {
   for (; i < size; i++) to[i] = narrow(from[i]);
 }
 
-// The panel that begins at column j of a right operand, to its place among all panels.
+// Packs the panel that begins at column j of a right operand, into its place among all panels.
 template <class P, bool TRANSPOSED, class T>
 void pack_panel(const T* b, int64_t ldb, int64_t columns, int64_t k, int64_t j, float* out) {
   if constexpr (TRANSPOSED) pack_right_transposed<P>(b + j * ldb, ldb, columns - j, k, out + j * units<P>(k));
   else pack_right<P>(b + j, ldb, columns - j, k, out + j * units<P>(k));
 }
 
-// All panels of a right operand, by the thread that calls.
+// Packs all panels of a right operand, on the calling thread.
 template <class P, bool TRANSPOSED, class T>
 void pack_all(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
   for (int64_t j = 0; j < columns; j += PANEL) pack_panel<P, TRANSPOSED>(b, ldb, columns, k, j, out);
 }
 
-// The same, shared out among the threads of the team that calls.
+// Packs all panels of a right operand, divided among the threads of the calling team.
 template <class P, bool TRANSPOSED, class T>
 void pack_panels(const T* b, int64_t ldb, int64_t columns, int64_t k, float* out) {
 #pragma omp for schedule(static)
   for (int64_t j = 0; j < columns; j += PANEL) pack_panel<P, TRANSPOSED>(b, ldb, columns, k, j, out);
 }
 
-// y[m][n] = x[m][k] w, w [k][n], or [n][k] where TRANSPOSED
+// y[m][n] = x[m][k] w, where w is [k][n], or [n][k] if TRANSPOSED
 template <class P, bool TRANSPOSED, class T>
 void product(const bf16* x, int64_t ldx, const T* w, int64_t ldw, bf16* y, int64_t ldy, int64_t m, int64_t n, int64_t k) {
   const int64_t depth = units<P>(k), padded = up_to(n, PANEL);
-  // Columns whose panels stay in the second cache while all rows meet them.
+  // Number of columns whose panels stay in the L2 cache while all rows are multiplied with them.
   const int64_t block = std::clamp(BLOCK_UNITS / std::max<int64_t>(depth, 1) / PANEL * PANEL, PANEL, padded);
   Scratch<float> panels(padded * depth);
 #pragma omp parallel
@@ -272,11 +272,11 @@ void outer(const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* out, i
            int64_t k, bool add) {
   const int64_t block = OUTER_DEPTH * P::STEP;
   const int64_t padded = up_to(k, PANEL) * OUTER_DEPTH;
-  Scratch<float> panels(2 * padded);  // a thread that is done packs the next block while others read this one
+  Scratch<float> panels(2 * padded);  // two, so a finished thread can pack the next block while others read this one
 #pragma omp parallel
   {
     Scratch<float> tiles(up_to(CHUNK, BESIDE) * OUTER_DEPTH);
-    // As many parts for each thread; a sum is the same in every part.
+    // The same number of parts per thread; the split does not change any sum.
     const int64_t parts = up_to((n + CHUNK - 1) / CHUNK, omp_get_num_threads());
     const int64_t part = std::max(up_to((n + parts - 1) / std::max<int64_t>(parts, 1), TILE_ROWS), TILE_ROWS);
     for (int64_t start = 0; start < m; start += block) {

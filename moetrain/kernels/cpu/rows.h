@@ -1,5 +1,5 @@
-// What goes through rows or elements once: RMS norm, log-probabilities, rows of experts, squares, AdamW. Sums are in an
-// order that no number of threads changes.
+// Operations with one pass over rows or elements: RMS norm, log-probabilities, rows of experts, sum of squares, AdamW.
+// The order of sums does not depend on the number of threads.
 #pragma once
 
 #include <limits>
@@ -60,8 +60,8 @@ inline void rms_norm_backward(const bf16* grad, const bf16* x, const float* weig
     for (int64_t i = 0; i < width; i++) grad_weight[i] += partial.get()[block * width + i];
 }
 
-// Of logits [rows][size] over the temperature of their row: log of the sum of exp, log-probability of the target,
-// entropy; each [rows]. temperatures [rows]; null is 1 everywhere.
+// For logits [rows][size] divided by the temperature of their row: log of the sum of exp, log-probability of the
+// target, entropy; each [rows]. temperatures [rows]; null means 1 everywhere.
 inline void log_probabilities(const bf16* logits, const int64_t* targets, const float* temperatures, int64_t rows,
                               int64_t size, float* normalizers, float* logprobs, float* entropies) {
 #pragma omp parallel for schedule(static)
@@ -96,7 +96,7 @@ inline void log_probabilities(const bf16* logits, const int64_t* targets, const 
   }
 }
 
-// The gradients of the logits from those of the log-probabilities: g (onehot(target) - p) / temperature.
+// The gradients of the logits, given the gradients g of the log-probabilities: g (onehot(target) - p) / temperature.
 inline void log_probabilities_backward(const float* grads, const bf16* logits, const int64_t* targets,
                                        const float* normalizers, const float* temperatures, int64_t rows, int64_t size,
                                        bf16* grad_logits) {
@@ -112,7 +112,7 @@ inline void log_probabilities_backward(const float* grads, const bf16* logits, c
   }
 }
 
-// rows[places[n][c]] = x[n], for each of `chosen` places of a token
+// rows[places[n][c]] = x[n], for each of the `chosen` places of a token
 inline void scatter_rows(const bf16* x, const int64_t* places, int64_t tokens, int64_t chosen, int64_t width, bf16* rows) {
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < tokens; n++)
@@ -120,7 +120,7 @@ inline void scatter_rows(const bf16* x, const int64_t* places, int64_t tokens, i
       std::memcpy(rows + places[n * chosen + c] * width, x + n * width, width * sizeof(bf16));
 }
 
-// out[n] = sum over c of weights[n][c] rows[places[n][c]]; without weights each is one
+// out[n] = sum over c of weights[n][c] rows[places[n][c]]; null weights mean 1 everywhere
 inline void combine_rows(const bf16* rows, const int64_t* places, const float* weights, int64_t tokens, int64_t chosen,
                          int64_t width, bf16* out) {
 #pragma omp parallel for schedule(static)
@@ -185,7 +185,7 @@ struct AdamW {
   float correction, eps, step;      // sqrt(1 - beta2^t), eps, lr / (1 - beta1^t)
 };
 
-// One step in place (arXiv 1711.05101), all float32.
+// One AdamW step in place (arXiv 1711.05101), all float32.
 inline void adamw(float* param, const float* grad, float* mean, float* square, int64_t size, const AdamW& by) {
   for (int64_t i = 0; i < size; i++) {
     mean[i] += by.first * (grad[i] - mean[i]);

@@ -1,4 +1,4 @@
-// Vectors of floats as GCC and Clang write them for any CPU, bfloat16 and back, and exp.
+// Float vectors by the portable vector extensions of GCC and Clang, conversion from and to bfloat16, and exp.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,7 @@ inline floats widen(halves x) {
 #endif
 }
 
-// Nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 inline bf16 narrow(float x) {
   const uint32_t u = bits<uint32_t>(x);
   return x != x ? bf16(0x7fc0) : bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -68,13 +68,13 @@ inline void store(bf16* to, floats x) { *reinterpret_cast<halves_anywhere*>(to) 
 inline float get(const float* from) { return *from; }
 inline float get(const bf16* from) { return widen(*from); }
 
-// The number that products of bfloat16 see.
+// x rounded to bfloat16, as the products read it.
 inline bf16 as_bf16(const float* from) { return narrow(*from); }
 inline bf16 as_bf16(const bf16* from) { return *from; }
 inline halves as_halves(const float* from) { return narrow(load(from)); }
 inline halves as_halves(const bf16* from) { return *reinterpret_cast<const halves_anywhere*>(from); }
 
-// A word of two neighbours: the first in its lower half.
+// A word with two bfloat16 numbers, the first in the lower half.
 inline floats pairs(halves first, halves second) {
   return bits<floats>(__builtin_convertvector(first, words) | __builtin_convertvector(second, words) << 16);
 }
@@ -94,7 +94,7 @@ inline void store_pairs(bf16* to, float first, float second) {
   to[1] = narrow(second);
 }
 
-// What `op` makes of all lanes: of the two halves of a vector, of the halves of that..
+// Reduces all lanes with `op`: first the two halves of the vector, then the halves of the result..
 template <int64_t SIZE = LANES / 2, class Op>
 inline float fold(floats x, Op op) {
   ints other;
@@ -111,7 +111,7 @@ inline float largest(floats x) {
 }
 inline floats every(float x) { return x - floats{}; }  // no operation: x may be any 32 bits
 
-// exp within 2 ulp from -87.3 to 88, and its value there beyond; NaN stays NaN.
+// exp within 2 ulp on [-87.3, 88]; arguments outside are clamped; NaN stays NaN.
 inline floats exponential(floats x) {
   constexpr float LOWEST = -87.3f, HIGHEST = 88.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
   x = x < LOWEST ? every(LOWEST) : x;
@@ -125,7 +125,7 @@ inline floats exponential(floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * bits<floats>((bits<words>(shifted) << 23) + (127u << 23));  // the integer is in the last bits
+  return p * bits<floats>((bits<words>(shifted) << 23) + (127u << 23));  // the lowest bits contain the integer
 }
 inline float exponential(float x) { return exponential(every(x))[0]; }
 
@@ -134,7 +134,7 @@ V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory aligned to vectors, freed at the end of its scope.
+// Memory with vector alignment, freed at the end of the scope.
 template <class T>
 class Scratch {
  public:
