@@ -103,7 +103,7 @@ def test_a_truncated_index_and_a_missing_folder_are_errors_with_advice(tmp_path:
     (path / "index.json").write_text((path / "index.json").read_text()[:-20])
     with pytest.raises(CheckpointError, match=r"index.json: cannot be read as JSON.*use another checkpoint"):
         checkpoint.load(path)
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="this checkpoint folder does not exist"):
         checkpoint.load(tmp_path / "step_00000099")
 
 

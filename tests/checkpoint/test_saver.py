@@ -218,7 +218,7 @@ def test_a_full_disk_of_one_rank_is_one_error_on_all_and_leaves_what_was_good(ra
 
 
 def test_a_folder_that_the_ranks_do_not_share_is_said_to_be(ranks: list[dict[str, Any]]) -> None:
-    assert "must lie on a file system that all hosts share" in ranks[1]["not shared"]
+    assert "must be on a file system that all hosts share" in ranks[1]["not shared"]
 
 
 def test_a_state_that_cannot_be_written_is_one_error_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
