@@ -47,15 +47,16 @@ class Saver:
         self.held_s = 0.0
 
     def __enter__(self) -> "Saver":
-        """Return itself."""
+        """Return this saver."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the save in progress; after an error on this rank alone, only wait for the thread.
+        """Finish the save in progress; after an error that may have hit only this rank, just wait for this rank's
+        thread.
 
-        The next start removes the incomplete folder.
+        In that case the folder stays incomplete, and the next start removes it. A DivergenceError hits all ranks.
         """
         if error is None or isinstance(error, DivergenceError) or self._topology.world_size == 1:
             self.finish()

@@ -151,8 +151,7 @@ class ModelConfig:
     num_experts_per_token: int = 2
     """Routed experts chosen per token (K)."""
     num_shared_experts: int = 1
-    """Number of experts that process every token; they are stored as one expert of num_shared_experts times the width.
-    """
+    """Number of experts that process every token; stored as one expert of num_shared_experts times the width."""
     num_groups: int = 1
     """Number of expert groups for group-limited routing."""
     num_groups_per_token: int = 1

@@ -33,7 +33,7 @@ class Documents:
     lengths_M: torch.Tensor
     """Tokens per document, without padding; some may be 0."""
     tokens_n: torch.Tensor | None = None
-    """Positions of the n tokens that are not padding, int64; None where no position is padding."""
+    """Positions of the n tokens that are not padding, int64; None if there is no padding."""
 
     @classmethod
     def of(cls, segments_BT: torch.Tensor) -> "Documents":
@@ -224,9 +224,10 @@ class MoE(nn.Module):
         return y_BTD, _statistics(routing, documents, gate=self.gate)
 
     def _routed(self, x_ND: torch.Tensor, routing: Routing, tokens_n: torch.Tensor | None) -> torch.Tensor:
-        """Return the experts' output [N, D] for the positions `tokens_n`, all where it is None; zero elsewhere.
+        """Return the routed experts' output [N, D] at the positions `tokens_n` (None: all positions), and zero
+        elsewhere.
 
-        All padding has one embedding, so that all of it would go to the same experts.
+        All padding tokens have the same embedding, so without this they would all load the same experts.
         """
         ids_NK, weights_NK = routing.expert_ids_NK, routing.weights_NK
         if tokens_n is None:

@@ -1,4 +1,4 @@
-"""Base class of modules that compute matrix products or other kernel operations, and the choice of their kernels."""
+"""Base class of the modules that can compute with native kernels, and the function that sets their kernels."""
 
 from torch import nn
 

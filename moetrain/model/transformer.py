@@ -201,8 +201,9 @@ class Transformer(Multiplying):
         return [(name, module) for name, module in self.named_modules() if isinstance(module, Attention)]
 
     def _rotation(self, positions_BT: torch.Tensor) -> Rotation:
-        """Return the rotation at these positions, from a table that grows to the longest row so far; not in the state
-        dict.
+        """Return the rotation at these positions, from a table that grows to the longest row so far.
+
+        The table is not part of the state dict.
         """
         num_positions = max(positions_BT.shape[1], int(positions_BT.max()) + 1)
         if self._rope is None or len(self._rope.cos_SP) < num_positions:

@@ -38,7 +38,7 @@ def combine(
 ) -> torch.Tensor:
     """Return the weighted sum [N, D] of each token's K rows, summed in float32, in the dtype of y.
 
-    Row i of `y_SD` belongs to pair `order_S[i]` among all (token, k) pairs.
+    Row i of `y_SD` belongs to number `order_S[i]` of the N * K (token, k) pairs.
     """
     inverse_S = inverse(order_S)
     if found := taking(library, y_SD):

@@ -36,7 +36,7 @@ def chunked_logprobs(
 
 
 class Read(NamedTuple):
-    """Results per row of logits, float32: log of the sum of exp, log-probability of the target, entropy."""
+    """Values per row of logits, float32: log of the sum of exp, log-probability of the target, entropy."""
 
     normalizers_C: torch.Tensor
     logprobs_C: torch.Tensor
@@ -46,7 +46,10 @@ class Read(NamedTuple):
 def read_logits(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None = None
 ) -> Read:
-    """Return the results for rows of logits, with torch's operations; logits are first divided by the temperatures."""
+    """Return normaliser, target log-probability and entropy per row, with torch's operations.
+
+    The logits are first divided by the temperatures, if given.
+    """
     scaled_CV = logits_CV.float() if temperatures_C is None else logits_CV.float() / temperatures_C[:, None]
     terms_CV, sum_C, normalizers_C = exponentials(scaled_CV)
     entropies_C = normalizers_C - terms_CV.mul_(scaled_CV).sum(dim=-1) / sum_C
@@ -83,7 +86,7 @@ class _Head(Protocol):
         """Return the logits [C, V] in the dtype of the hidden states."""
 
     def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
-        """Return the results for rows of logits, which are divided by the temperatures if given."""
+        """Return normaliser, target log-probability and entropy per row; see `read_logits`."""
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
         """Add the weight's gradient to `grad_VD` (float32), and return the gradient of the hidden states.

@@ -263,9 +263,8 @@ class _LatentAttention(torch.autograd.Function):
         library: Library,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_BTHC, kv_BTHE = q_BTHC.contiguous(), kv_BTHE.contiguous()
-        flat_NR = k_rotary_BTR.flatten(
-            0, 1
-        )  # a view if the token stride is uniform, as in a slice of a wider projection
+        # A view if the token stride is uniform, as in a slice of a wider projection.
+        flat_NR = k_rotary_BTR.flatten(0, 1)
         flat_NR = flat_NR if flat_NR.stride(1) == 1 else flat_NR.contiguous()
         _check_float32(rows.cosine_BTP, rows.sine_BTP)
         num_rows, num_tokens, num_heads, width = q_BTHC.shape

@@ -25,8 +25,7 @@ _MUON_STATES = 1  # momentum
 _ACTIVATIONS_A_LAYER = 20
 """Values that a block stores per token and unit of hidden size, experts included: a rule of thumb."""
 _INPUTS_A_LAYER = 4
-"""Values among these that remain with parallel.recompute=blocks: the inputs of the norms, attention and feed-forward.
-"""
+"""Values among these that remain with parallel.recompute=blocks: inputs of the norms, attention and feed-forward."""
 UTILISATION = 0.15
 """Assumed MFU: the share of the matmul peak that training reaches."""
 

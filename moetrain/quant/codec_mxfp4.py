@@ -29,9 +29,8 @@ def encode(quantized: Quantized) -> dict[str, Tensor]:
     halves = torch.tensor(E2M1_HALVES, device=codes_OI.device)
     nibbles_OI = torch.searchsorted(halves, codes_OI.abs().to(halves.dtype)) + _SIGN * (codes_OI < 0)
     nibbles_OB2 = rearrange(nibbles_OI.to(torch.uint8), "... (B two) -> ... B two", two=2)
-    _, exponents_OG = torch.frexp(
-        2 * quantized.scales_XOG.float()
-    )  # frexp returns mantissa 0.5, so the exponent is one too high
+    # The mantissa of frexp is 0.5, so its exponent is one too high.
+    _, exponents_OG = torch.frexp(2 * quantized.scales_XOG.float())
     scales_OG = (exponents_OG - 1 + _EXPONENT_BIAS).to(torch.uint8)
     return dict(zip(SUFFIXES, (nibbles_OB2[..., 0] | (nibbles_OB2[..., 1] << 4), scales_OG), strict=True))
 

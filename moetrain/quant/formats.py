@@ -24,7 +24,7 @@ _MARLIN_GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A row of `FORMATS`."""
+    """A quantisation format (a row of `FORMATS`): how a matrix is stored, and which programs can read it."""
 
     title: str
     """Display name."""

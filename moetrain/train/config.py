@@ -76,8 +76,7 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     on_nonfinite: NonfinitePolicy = NonfinitePolicy.stop
     """What to do when a loss or gradient norm is not finite: stop ends the run; skip drops the step's gradient, leaves
-    weights, momentum and balance bias unchanged, counts the step in `skipped_steps`, and continues with the next batch.
-    """
+    weights, momentum and balance bias unchanged, counts it in `skipped_steps`, and continues with the next batch."""
     max_skipped_in_row: int = 10
     """Maximum number of consecutive skipped steps (on_nonfinite=skip); one more ends the run."""
 
