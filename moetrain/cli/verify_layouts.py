@@ -21,7 +21,7 @@ def main(run: VerifyLayoutsRun) -> int:
             f"{name} {ref.margin:.1e} (coin flip below {ref.coin_flip:.1e})" for name, ref in outcome.references.items()
         ]
         flips = [
-            f"{name}: {ref.num_coin_flips} draws of tokens"
+            f"{name}: {ref.num_coin_flips} token draws"
             for name, ref in outcome.references.items()
             if ref.num_coin_flips
         ]
@@ -35,7 +35,7 @@ def main(run: VerifyLayoutsRun) -> int:
         }
         write_rows(folder / "verify.json", rows=rows, context=context)
         console = Console(width=_WIDTH)
-        console.print(f"smallest lead of a chosen expert: {'; '.join(margins)}", highlight=False)
+        console.print(f"smallest margin of a chosen expert: {'; '.join(margins)}", highlight=False)
         console.print(render(f"layouts: {counted}", rows=rows))
     check_rows(rows)
     return 0

@@ -1,7 +1,7 @@
-"""Whether a quantised export is what was trained: against the masters, against transformers, and against our own model.
+"""Compares a quantised export with the master weights, with transformers, and with our own model.
 
-transformers reads the folder with its stock classes and compressed-tensors; nothing of this package is between the file
-and its logits. B rows, T tokens, V vocabulary.
+transformers reads the folder with its own classes and compressed-tensors, so no code of this package affects those
+logits. Shape letters: B rows, T tokens, V vocabulary.
 """
 
 import shutil
@@ -30,21 +30,22 @@ from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
 
 FP32_BOUND = 1e-5
-"""Largest difference of fp32 logits, over the larger of 1 and the largest logit: two orders of summation, no more."""
+"""Bound on the largest difference of fp32 logits, divided by max(1, largest logit). It allows for another order of
+summation."""
 
 _NORM_FAULT = 1.001
 
 
 class ExportFault(StrEnum):
-    """A fault to plant, to see that it is found."""
+    """Fault to inject, which the comparison must detect."""
 
     none = "none"
     code = "code"
-    """One code of the first expert is another one, the digests made to agree."""
+    """Changes one code of the first expert, and updates the digests."""
     scale = "scale"
-    """One scale of the first expert is doubled, the digests made to agree."""
+    """Doubles one scale of the first expert, and updates the digests."""
     norm = "norm"
-    """Our model's last norm is larger by a thousandth."""
+    """Multiplies the final norm of our model by 1.001."""
 
 
 def verify_exports(
@@ -56,16 +57,16 @@ def verify_exports(
     num_tokens: int = 64,
     fault: ExportFault = ExportFault.none,
 ) -> list[Row]:
-    """Return the promises about the quantised export `folder` of the fp32 `masters` (by name in memory), measured.
+    """Compare the quantised export in `folder` with its fp32 `masters` (by their name in memory); return the rows.
 
-    Logits are of `num_rows` rows of `num_tokens` random tokens. Raises CheckpointError for a damaged folder, and
-    ConfigError for one that holds no codes.
+    Logits are computed on `num_rows` rows of `num_tokens` random tokens. Raises `CheckpointError` for a damaged folder,
+    and `ConfigError` for an export that is not quantised.
     """
     with _planted(folder, fault=fault) as read_folder:
         export = read_export(read_folder)
         if export.format is not ExportFormat.quantized:
             wanted = f"export.format={ExportFormat.quantized}"
-            raise ConfigError(f"{folder} is an export of format {export.format}: verify one with {wanted}")
+            raise ConfigError(f"{folder} is an export of format {export.format}: give an export with {wanted}")
         title = FORMATS[export.quant.format].title
         quantized = {
             name: quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
@@ -93,7 +94,7 @@ def verify_exports(
 def _expected_weights(
     export: Export, *, masters: Mapping[str, Tensor], quantized: Mapping[str, Quantized]
 ) -> dict[str, Tensor]:
-    """Return the model's weights as the trainer computes with them, made from the masters and not from the file."""
+    """Return the weights that training computes with, derived from the masters and not from the file."""
     layout = layout_of(export.model)
     return {
         name: dequantize(quantized[name]) if name in quantized else layout.stored(name, masters[name])
@@ -137,9 +138,9 @@ def _size_row(export: Export, *, title: str) -> Row:
 
 
 def _transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
-    """Return transformers' model of the folder, every weight in `dtype`.
+    """Load the folder with transformers and return the model with every weight in `dtype`.
 
-    transformers leaves unpacked experts in the dtype of their scales, bf16, whatever is asked for: hence the last cast.
+    transformers keeps unpacked experts in the dtype of their scales (bf16) whatever `dtype` is, so they are cast here.
     """
     from transformers import AutoModelForCausalLM  # takes seconds to import
     from transformers.utils.logging import disable_progress_bar
@@ -152,7 +153,7 @@ def _transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
 
 
 def _reference_model(export: Export, *, loaded: Any, weights: Mapping[str, Tensor]) -> Any:
-    """Return transformers' model on `weights`, each in the dtype that `loaded` computes with."""
+    """Return transformers' model with `weights`, each cast to the dtype of the same weight in `loaded`."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -180,7 +181,7 @@ def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Ten
 
 @contextmanager
 def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
-    """Give the folder, or a copy of it whose first packed matrix carries the fault."""
+    """Yield the folder, or a temporary copy whose first packed matrix contains the fault."""
     if fault not in (ExportFault.code, ExportFault.scale):
         yield folder
         return

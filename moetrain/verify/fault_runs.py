@@ -1,6 +1,6 @@
-"""Runs of the real `pretrain` command that `verify faults` starts, kills and compares. Processes and files only.
+"""Starts, kills and compares runs of the real `pretrain` command for `verify faults`. Uses only processes and files.
 
-A *life* is one process, or one launcher with its ranks, from its start to its end, killed or not.
+A *life* is one process, or one launcher with its ranks, from its start to its end, whether it is killed or not.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from moetrain.verify.injection import VARIABLE, Plan
 ROWS_PER_STEP = 4
 CHECKPOINT_EVERY = 2
 LIFE_S = 300.0
-"""A life that is not over by then hangs."""
+"""Time limit of a life in seconds; a life that takes longer counts as hung and is killed."""
 _LOOK_S = 0.002
 _SHUTDOWN_S = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How runs of one kind are started: ranks, steps, further overrides; `folder` holds them all."""
+    """How a group of runs is started: ranks, steps, model and additional overrides. `folder` contains the runs."""
 
     folder: Path
     ranks: int
@@ -38,11 +38,14 @@ class Layout:
     overrides: tuple[str, ...] = ()
 
     def stage(self, name: str) -> Path:
-        """Return the folder of the run `name`."""
+        """Return the stage folder of the run `name`."""
         return self.folder / name / "pretrain"
 
     def command(self, name: str, *, more: Sequence[str] = (), restarts: int = 0) -> list[str]:
-        """Return the command line that starts the run `name`, or goes on with it."""
+        """Return the command line that starts or resumes the run `name`.
+
+        more: additional overrides. restarts: torchrun's --max-restarts.
+        """
         words = ["pretrain", f"model={self.model}", "data=test", f"run.folder={self.folder}", f"run.name={name}"]
         words += ["run.wandb.mode=disabled", "plugins=[moetrain.verify.injection]", f"train.steps={self.steps}"]
         words += [f"train.rows_per_step={ROWS_PER_STEP}", f"train.rows_per_micro_batch={ROWS_PER_STEP // self.ranks}"]
@@ -58,7 +61,7 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Life:
-    """A life that goes on; `told` is where its ranks tell of themselves."""
+    """A started life. `told` is the folder to which its ranks report."""
 
     process: subprocess.Popen[bytes]
     told: Path
@@ -66,42 +69,42 @@ class Life:
     started: float
 
     def is_over(self) -> bool:
-        """Return whether the process that was started has ended; a life over its time is killed, and over."""
+        """Return whether the process has ended. Kills a life that is over its time limit."""
         if time.monotonic() - self.started > LIFE_S:
             self.kill_all()
         return self.process.poll() is not None
 
     def gate(self, rank: int) -> str:
-        """Return what `rank` wrote when it reached its moment and stopped; empty before."""
+        """Return what `rank` wrote when it stopped at its chosen moment, or an empty string before that."""
         path = self.told / f"gate_{rank}"
         return path.read_text(encoding="utf-8").strip() if path.exists() and _state(self.pid(rank)) == "T" else ""
 
     def place(self, rank: int) -> str:
-        """Return "in <collective>" or "out <collective>", what `rank` entered or left last."""
+        """Return "in <collective>" or "out <collective>": the collective that `rank` last entered or left."""
         path = self.told / f"place_{rank}"
         return " ".join(path.read_text(encoding="utf-8").split()) if path.exists() else ""
 
     def pid(self, rank: int) -> int:
-        """Return the process of `rank`, 0 when it has not come so far."""
+        """Return the process id of `rank`, or 0 if it has not reported yet."""
         path = self.told / f"pid_{rank}"
         return int(path.read_text(encoding="utf-8") or 0) if path.exists() else 0
 
     def kill(self, rank: int, *, ranks: int) -> None:
-        """SIGKILL one rank; the others, if they stand still, go on and meet its death."""
+        """Send SIGKILL to one rank, and resume stopped ranks so that they notice its death."""
         os.kill(self.pid(rank), signal.SIGKILL)
         for other in range(ranks):
             if other != rank and _state(self.pid(other)) == "T":
                 os.kill(self.pid(other), signal.SIGCONT)
 
     def kill_all(self) -> None:
-        """SIGKILL launcher and ranks at once, as when a machine goes down."""
+        """Send SIGKILL to the launcher and all ranks, as when a machine fails."""
         ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.told.glob("pid_*")]
         for pid in [self.process.pid, *ranks]:
             if _state(pid) not in ("", "Z"):
                 os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Return the exit code, once it and all its ranks have ended."""
+        """Wait until the process and all its ranks have ended; return the exit code."""
         while not self.is_over():
             time.sleep(_LOOK_S)
         deadline = time.monotonic() + 60
@@ -112,12 +115,12 @@ class Life:
         return self.process.wait()
 
     def said(self) -> str:
-        """Return what it printed."""
+        """Return the output of the process and its ranks."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def begin(layout: Layout, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
-    """Start a life of the run `name`. plan: fields of `Plan` but its folder."""
+    """Start a life of the run `name`. plan: fields of `Plan` except its folder."""
     number = len(list(layout.folder.glob(f"{name}.life_*")))
     told = layout.folder / f"{name}.life_{number:03d}"
     told.mkdir(parents=True)
@@ -131,7 +134,7 @@ def begin(layout: Layout, name: str, *, plan: dict[str, Any], more: Sequence[str
 
 
 def environment_of(plan: Plan) -> dict[str, str]:
-    """Return the environment of a life."""
+    """Return the environment variables of a life, with `plan` as JSON."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, VARIABLE: json.dumps(asdict(plan))}
@@ -140,24 +143,24 @@ def environment_of(plan: Plan) -> dict[str, str]:
 
 
 def num_lines(stage: Path) -> int:
-    """Return how many lines metrics.jsonl has."""
+    """Return the number of lines in metrics.jsonl."""
     path = stage / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def checkpoints(stage: Path) -> list[Path]:
-    """Return the folders with a checkpoint's final name, oldest first."""
+    """Return the folders of complete checkpoints, oldest first."""
     return sorted((stage / "checkpoints").glob("step_*"))
 
 
 def partial_files(stage: Path) -> list[str]:
-    """Return the files that lie in half-written checkpoints, as "folder/file"."""
-    found = stage.glob("checkpoints/.step_????????.tmp/*")  # not those on their way out
+    """Return the files in partially written checkpoints, as "folder/file"."""
+    found = stage.glob("checkpoints/.step_????????.tmp/*")  # checkpoints that are being deleted have other names
     return sorted(str(path.relative_to(stage / "checkpoints")) for path in found)
 
 
 def numbers(stage: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what a clock gave and without word of damage."""
+    """Return the lines of metrics.jsonl without clock-dependent values and without counts of damaged checkpoints."""
     lines = [
         {name: value for name, value in row.items() if not name.startswith(("time/", "checkpoint/"))}
         for row in read_metrics(stage / "metrics.jsonl")
@@ -166,27 +169,27 @@ def numbers(stage: Path) -> list[dict[str, Any]]:
 
 
 def final_state(stage: Path) -> dict[str, str]:
-    """Return a digest of every file of the last checkpoint, state.json without what a clock gave."""
+    """Return sha256 of each file of the last checkpoint; state.json is hashed without its measured seconds."""
     digests: dict[str, str] = {}
     for path in sorted(path for newest in checkpoints(stage)[-1:] for path in newest.iterdir()):
         content = path.read_bytes()
         if path.name == "state.json":
             content = json.dumps(_without_seconds(json.loads(content)), sort_keys=True).encode()
-        if path.name != "index.json":  # digests of the others, state.json with its seconds among them
+        if path.name != "index.json":  # it contains the digest of state.json, which includes measured seconds
             digests[path.name] = hashlib.sha256(content).hexdigest()
     return digests
 
 
 @dataclass(kw_only=True)
 class Difference:
-    """Where two runs differ: the number of lines of metrics, and files of the last checkpoint."""
+    """Difference of two runs: the number of differing metrics lines, and the differing files of the last checkpoint."""
 
     num_lines: int
     files: list[str]
 
 
 def difference(stage: Path, *, whole: Path) -> Difference:
-    """Return where a run differs from the undisturbed one: in everything when it has no checkpoint."""
+    """Compare a run with the undisturbed run `whole`. A run without a checkpoint differs in all lines and files."""
     ours, theirs = numbers(stage) if checkpoints(stage) else [], numbers(whole)
     num_lines = sum(one != two for one, two in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
     files, expected = final_state(stage), final_state(whole)
@@ -203,7 +206,7 @@ def _without_seconds(value: Any) -> Any:
 
 
 def _state(pid: int) -> str:
-    """Return the state of a process as /proc has it (R, S, T, Z, ...); empty when there is none."""
+    """Return the state of a process from /proc (R, S, T, Z, ...), or an empty string if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""
     except (FileNotFoundError, ProcessLookupError):

@@ -1,8 +1,9 @@
-"""Whether a fault costs more than time: real runs are killed, damaged, starved and hung, and compared bit by bit.
+"""Disturbs real runs (kills, damaged files, a full disk, hangs) and compares the results with an undisturbed run.
 
-A chain is one run with many lives: each is killed at its moment, the next goes on, and the last one finishes. Its
-losses and its last checkpoint must be those of the same command that nothing disturbed. One process is a chain, several
-ranks another; they run side by side. That a kill landed in its stratum is read from what the kill left behind.
+A chain is one run with many lives: each life is killed at a chosen moment, the next one resumes, and the last one
+finishes. Losses and last checkpoint of the chain must be bit-identical to those of the same command without kills.
+There is one chain with a single process and one with several ranks; they run at the same time. The files and reports
+that a kill leaves behind show whether it happened in the intended phase (stratum).
 """
 
 import random
@@ -23,13 +24,13 @@ from moetrain.verify.fault_runs import CHECKPOINT_EVERY, Layout, Life, begin
 from moetrain.verify.other_faults import elastic_rows, full_disk_row, hang_rows, nonfinite_rows
 from moetrain.verify.table import Row
 
-_SAVE_FSYNCS = 10  # the first ten synced files and folders of a life lie in its first two saves
-_MOST_COLLECTIVES = 60  # of a life: those of the first steps
+_SAVE_FSYNCS = 10  # the first ten fsync calls of a life belong to its first two saves
+_MOST_COLLECTIVES = 60  # kills happen in the first 60 collectives of a life, which belong to its first steps
 _LONGEST_DELAY_S = 0.05
 
 
 class Stratum(StrEnum):
-    """Where a kill lands."""
+    """Phase of training in which a kill happens."""
 
     step = "step"
     collective = "collective"
@@ -38,7 +39,7 @@ class Stratum(StrEnum):
 
 
 class Damage(StrEnum):
-    """What is done to a file of the newest checkpoint after a kill."""
+    """Damage to a file of the newest checkpoint after a kill."""
 
     none = "none"
     flipped_byte = "flipped_byte"
@@ -48,7 +49,7 @@ class Damage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `verify_faults` is asked for; see `moetrain.commands.VerifyFaultsRun`."""
+    """Arguments of `verify_faults`; see `moetrain.commands.VerifyFaultsRun`."""
 
     model: str
     kills: int
@@ -61,8 +62,12 @@ class Request:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What a chain saw. landed: kills by stratum; evidence: a few words a kill; passed_over: damages that the next life
-    passed over, by kind; refused: lives that did not end as they should."""
+    """Counts of a chain.
+
+    landed: kills by stratum in which they happened. evidence: a short note per kill. done: damages by kind.
+    passed_over: damages for which the next life fell back to an earlier checkpoint, by kind. refused: lives that ended
+    in an unexpected way.
+    """
 
     landed: Counter[Stratum] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
@@ -72,7 +77,7 @@ class Tally:
 
 
 def shares(kills: int, *, ranks: int) -> dict[Stratum, int]:
-    """Return how many kills each stratum gets: of 30 ten inside a save, five around its rename, six in a collective."""
+    """Return the number of kills per stratum. Of 30: 10 in saves, 5 around renames, 6 in collectives, 9 in steps."""
     rename = max(1, kills // 6) if kills > 1 else 0
     save = max(1, kills // 3)
     collective = kills // 5 if ranks > 1 else 0
@@ -85,7 +90,7 @@ def shares(kills: int, *, ranks: int) -> dict[Stratum, int]:
 
 
 def verify_faults(folder: Path, request: Request) -> list[Row]:
-    """Return the promises about faults, measured in runs that lie in `folder` afterwards."""
+    """Run all experiments and return the result rows. The runs stay in `folder`/runs."""
     want = shares(request.kills, ranks=request.ranks)
     alone, together = _orders(want, request)
     runs = folder / "runs"
@@ -116,7 +121,7 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
 
 
 def _orders(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], list[Stratum]]:
-    """Return the strata of the kills of one process, and of those of several ranks, in a seeded order."""
+    """Return (strata of the kills in the single-process chain, in the multi-rank chain), in a seeded order."""
     stream = python_stream(request.seed, "verify.faults.order")
     together = [Stratum.collective] * want[Stratum.collective]
     alone = [stratum for stratum in (Stratum.step, Stratum.save, Stratum.rename) for _ in range(want[stratum])]
@@ -128,16 +133,16 @@ def _orders(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], 
 
 
 def _layout(folder: Path, request: Request, *, ranks: int, lives: int) -> Layout:
-    steps = (2 * (lives + lives // 3) + 4) * CHECKPOINT_EVERY  # a life comes two saves far at most
+    steps = (2 * (lives + lives // 3) + 4) * CHECKPOINT_EVERY  # a life completes at most two saves
     return Layout(folder=folder, ranks=ranks, steps=steps, model=request.model, overrides=request.overrides)
 
 
 def _chain(layout: Layout, order: Sequence[Stratum], *, request: Request, advance: Callable[[str], None]) -> Tally:
-    """Make the undisturbed run and the chain of kills; return what was seen."""
+    """Run the undisturbed run and then the chain of kills; return the counts."""
     tally = Tally()
     whole = _finish(layout, "whole", planted="none", tally=tally)
     if tally.refused:
-        raise ConfigError(f"the undisturbed run fails: {whole.said().splitlines()[-1]} (log: {whole.log})")
+        raise ConfigError(f"the undisturbed run failed: {whole.said().splitlines()[-1]} (log: {whole.log})")
     advance("undisturbed run")
     stream = python_stream(request.seed, "verify.faults.kills", layout.ranks)
     damages = [damage for damage in Damage if damage is not Damage.none] if layout.ranks == 1 else []
@@ -148,7 +153,7 @@ def _chain(layout: Layout, order: Sequence[Stratum], *, request: Request, advanc
         life = _killed_life(layout, stratum, planted=request.planted, stream=stream, tally=tally)
         _note_damage(life, damage, tally=tally)
         if not waiting and len(tally.evidence) < len(order) + len(order) // 3:
-            # One by the clock that fell into a save counts there; another takes its place.
+            # A kill meant for a step may happen during a save and counts there, so it is repeated.
             waiting += [Stratum.step] * (order.count(Stratum.step) > tally.landed[Stratum.step])
         damage = Damage.none
         if damages and len(fault_runs.checkpoints(layout.stage("killed"))) > 1:
@@ -171,10 +176,10 @@ def _finish(layout: Layout, name: str, *, planted: str, tally: Tally) -> Life:
 
 
 def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: random.Random, tally: Tally) -> Life:
-    """Let the run live until its moment, kill it there, and count the kill where its traces say that it landed."""
+    """Start a life, kill it at the moment that `stratum` asks for, and count the kill by its traces."""
     stage = layout.stage("killed")
     rank = stream.randrange(layout.ranks)
-    victim = stream.randrange(layout.ranks + (layout.ranks > 1))  # one more: all of them, with the launcher
+    victim = stream.randrange(layout.ranks + (layout.ranks > 1))  # layout.ranks: the launcher and all ranks
     plan: dict[str, object] = {"planted": planted, "rank": rank}
     if stratum is Stratum.save:
         plan |= {"moment": "fsync", "number": stream.randint(1, _SAVE_FSYNCS if rank == 0 else 2)}
@@ -193,7 +198,7 @@ def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: rand
         time.sleep(0.002)
     time.sleep(delay_s)
     while stratum is Stratum.step and fault_runs.partial_files(stage) and not life.is_over():
-        time.sleep(0.001)  # saves go on beside steps
+        time.sleep(0.001)  # saves run concurrently with steps
     if stratum is Stratum.collective:
         _await_others(life, rank, ranks=layout.ranks)
     gate, places = life.gate(rank), [life.place(other) for other in range(layout.ranks)]
@@ -212,7 +217,7 @@ def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: rand
 
 
 def _await_others(life: Life, rank: int, *, ranks: int) -> None:
-    """Wait until each other rank is in a collective, where it waits for `rank`, or two seconds."""
+    """Wait until every other rank waits in a collective for `rank`, at most two seconds."""
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
         if all(life.place(other).startswith("in ") for other in range(ranks) if other != rank):
@@ -221,11 +226,15 @@ def _await_others(life: Life, rank: int, *, ranks: int) -> None:
 
 
 def _landed(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
-    """Return the stratum of a kill from its traces: the gate a rank stood at, half-written files, who was where."""
+    """Return the stratum of a kill from its traces.
+
+    gate: moment at which the rank stopped. places: the last collective of each rank. Partially written files show a
+    save.
+    """
     if gate.startswith(("before_rename", "after_rename")):
         return Stratum.rename
     if gate.startswith("collective") and any(place.startswith("in ") for place in places):
-        return Stratum.collective  # a save may go on beside it
+        return Stratum.collective  # a concurrent save does not matter
     if fault_runs.partial_files(stage) or gate.startswith("fsync"):
         return Stratum.save
     return Stratum.step
@@ -254,10 +263,10 @@ def _note_damage(life: Life, damage: Damage, *, tally: Tally) -> None:
 def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
     landed = sum((tally.landed for tally in tallies), Counter[Stratum]())
     evidence = {
-        Stratum.step: "by the clock, no half-written checkpoint lay there",
-        Stratum.collective: "a rank waited in a collective for one that stood before it",
-        Stratum.save: "half-written files lay in the folder",
-        Stratum.rename: "stood just before or just after the rename",
+        Stratum.step: "killed after a delay, no partially written checkpoint present",
+        Stratum.collective: "a rank waited in a collective for a rank that had not entered it",
+        Stratum.save: "partially written files present",
+        Stratum.rename: "stopped just before or just after the rename",
     }
     rows = [
         Row(
@@ -275,8 +284,8 @@ def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
         done = sum(tally.done[damage] for tally in tallies)
         if done:
             passed = sum(tally.passed_over[damage] for tally in tallies)
-            note = f"{passed} of {done} passed over by the next start, with a line in the log"
-            rows.append(Row(name=f"{damage.replace('_', ' ')}: not found", value=done - passed, bound=0, note=note))
+            note = f"in {passed} of {done} cases the next start fell back to an earlier checkpoint and logged it"
+            rows.append(Row(name=f"{damage.replace('_', ' ')}: not detected", value=done - passed, bound=0, note=note))
     return rows
 
 
@@ -284,7 +293,7 @@ def _equal_rows(layout: Layout, tally: Tally) -> list[Row]:
     whole, killed = layout.stage("whole"), layout.stage("killed")
     ranks = "1 process" if layout.ranks == 1 else f"{layout.ranks} ranks"
     refused = Row(
-        name=f"{ranks}: lives that ended otherwise",
+        name=f"{ranks}: lives that ended unexpectedly",
         value=len(tally.refused),
         bound=0,
         note="; ".join(tally.refused[:3]),
@@ -293,14 +302,14 @@ def _equal_rows(layout: Layout, tally: Tally) -> list[Row]:
 
 
 def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:
-    """Return rows that say whether two runs are the same bit for bit: metrics, and files of the last checkpoint."""
+    """Return rows that compare two runs bit by bit: their metrics, and the files of their last checkpoints."""
     if not fault_runs.checkpoints(other) or not fault_runs.checkpoints(whole):
         return [Row(name=f"{title}: no checkpoint to compare", value=1, bound=0)]
     found = fault_runs.difference(other, whole=whole)
     lives = len(list(other.parent.parent.glob(f"{other.parent.name}.life_*")))
     return [
         Row(
-            name=f"{title}: lines of metrics that differ",
+            name=f"{title}: metrics lines that differ",
             value=found.num_lines,
             bound=0,
             note=f"of {len(fault_runs.numbers(whole))}, undisturbed against {lives} lives",

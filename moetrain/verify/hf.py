@@ -1,7 +1,7 @@
-"""Whether transformers computes from our weights what we compute: logits of random tokens in float32, side by side.
+"""Compares our float32 logits of random tokens with those of transformers on the same weights.
 
-Over a matrix of tiny models, through both layouts of experts (fused in memory, one by one on disk, there and back), or
-for one folder with weights. B rows, T tokens, V vocabulary.
+Either for a matrix of tiny random models, in both layouts of experts (fused in memory; one by one through files), or
+for one folder of weights. Shape letters: B rows, T tokens, V vocabulary.
 """
 
 import tempfile
@@ -30,9 +30,10 @@ from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
 
 BOUND = 1e-5
-"""Largest difference of logits, over the larger of 1 and the largest logit: two orders of summation, no more."""
+"""Bound on the largest difference of logits, divided by max(1, largest logit). It allows for another order of
+summation."""
 YARNS = ((32.0, 1.0), (40.0, 32.0), (64.0, 1.0))
-"""Factor and beta_fast of Kimi K2, DeepSeek-V3 and Kimi K2 Thinking."""
+"""(factor, beta_fast) of YaRN in Kimi K2, DeepSeek-V3 and Kimi K2 Thinking."""
 VARIANTS: tuple[dict[str, Any], ...] = (
     *({"score_function": function} for function in ScoreFunction),
     {"normalize_weights": False, "routed_scaling_factor": 1.0},
@@ -43,7 +44,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     *({"num_dense_layers": number} for number in (0, 2)),
     {"num_experts_per_token": 1},
 )
-"""Changes of the tiny model that cover every score function and group setting, counts of shared experts and layers."""
+"""Changes to `_TINY`: every score function, several group settings, and numbers of shared experts and dense layers."""
 _TINY = ModelConfig(
     vocab_size=97,
     hidden_size=32,
@@ -61,34 +62,34 @@ _TINY = ModelConfig(
     routed_scaling_factor=2.5,
     initializer_range=0.2,
 )
-_SHARD_BYTES = 100_000  # several files even for the tiny models
-_BIAS_STD, _GAIN_STD = 0.05, 0.1  # biases and gains away from the 0 and 1 that they begin with
+_SHARD_BYTES = 100_000  # small enough that even the tiny models are split into several files
+_BIAS_STD, _GAIN_STD = 0.05, 0.1  # noise on biases and norm gains, whose initial values are 0 and 1
 _NORM_FAULT = 1.001
 
 
 class HfFault(StrEnum):
-    """A fault to plant in our weights, to see that it is found."""
+    """Fault to inject into our weights, which the comparison must detect."""
 
     none = "none"
     norm = "norm"
-    """The last norm is larger by a thousandth."""
+    """Multiplies the final norm by 1.001."""
     expert = "expert"
-    """The first two experts of the first layer that has experts have changed places."""
+    """Swaps the first two experts of the first MoE layer."""
 
 
 class ExpertLayout(StrEnum):
-    """How weights get to transformers."""
+    """How weights are passed to transformers."""
 
     fused = "fused"
-    """As in memory: a layer's experts in one tensor."""
+    """In memory, with the experts of a layer in one tensor."""
     single = "single"
-    """Through a folder of ours with each expert's matrices apart, and back through one that transformers writes."""
+    """Through files with one tensor per expert matrix: we write a folder that transformers reads, and the reverse."""
 
 
 def verify_matrix(*, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Iterator[Row]:
-    """Yield a row per tiny model: queries compressed or not, YaRN, groups, router settings, layout of the experts.
+    """Yield one row per tiny model, over query compression, YaRN, groups, router settings and expert layouts.
 
-    A shape that transformers does not compute has a row that says so, and misses its bound when exports allow it.
+    For a shape that transformers does not support, the row contains the reasons for which exports refuse it.
     """
     for q_lora_rank, (factor, beta_fast), groups, layout in product((None, 24), YARNS, (1, 8), ExpertLayout):
         yarn = YarnConfig(factor=factor, beta_fast=beta_fast)
@@ -127,9 +128,9 @@ def _tiny_row(
 
 
 def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Row:
-    """Return the row of a Hugging Face folder of bf16 or fp32 weights; both models are in memory, in float32.
+    """Return the row of a Hugging Face folder of bf16 or fp32 weights. Both models are in memory in float32.
 
-    Raises ConfigError for a shape that transformers does not compute.
+    Raises `ConfigError` for a shape that transformers does not support.
     """
     from transformers import AutoModelForCausalLM  # takes seconds to import
 

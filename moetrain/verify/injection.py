@@ -1,13 +1,13 @@
-"""A plugin that `verify faults` loads into the real program: it stops a rank at a chosen moment, or spoils a batch.
+"""Plugin that `verify faults` loads into real runs. It stops a rank at a chosen moment, or puts NaN into a batch.
 
-Nothing of the package knows of it. What is wrapped is the system's and torch's (fsync, rename, collectives), so that a
-moment is one of files and messages, however the package is written; the collectives that need no message, and the
-planted faults, are the package's.
-`MOETRAIN_FAULT` holds a `Plan` as JSON; without it, and after an elastic restart, nothing is done.
+The rest of the package does not depend on it. It wraps functions of the system and of torch (fsync, rename,
+collectives), so that moments are defined by file operations and messages and not by the package's code. Exceptions are
+collectives in shared memory and the injected faults, which wrap functions of the package.
+`MOETRAIN_FAULT` contains a `Plan` as JSON. Without it, and after an elastic restart, the plugin does nothing.
 
-A rank that reaches its moment writes it to `<folder>/gate_<rank>` and stops itself with SIGSTOP: all its threads stand
-still, and the harness has the time to kill whom it wants. `<folder>/pid_<rank>` has the process, and
-`<folder>/place_<rank>` whether it is in a collective.
+A rank that reaches its moment writes it to `<folder>/gate_<rank>` and stops itself with SIGSTOP, which stops all its
+threads until `verify faults` kills or resumes it. `<folder>/pid_<rank>` contains the process id, and
+`<folder>/place_<rank>` the collective that the rank last entered or left.
 """
 
 import functools
@@ -37,18 +37,18 @@ COLLECTIVES = (
     "reduce",
 )
 IN_MEMORY = ("sum_", "gather", "exchange")
-"""Collectives of ranks that share memory, which need no message."""
+"""Collectives of `HostMemory`, which ranks on one host perform in shared memory."""
 _FINAL = re.compile(r"^step_\d{8}$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What happens in one life of a run.
+    """What to inject into one life of a run.
 
-    folder: where ranks tell of themselves. moment: `fsync` (in a half-written checkpoint), `before_rename`,
-    `after_rename` (its final one), `collective`, or none. number: which one of this life, from 1. rank: which stops.
-    nan_row: first row of the batch whose last row gets a loss weight of NaN, -1 for none. planted: `step` or
-    `weight`, what goes wrong when a run goes on; `none`.
+    folder: where ranks write their reports. moment: `fsync` (in a partially written checkpoint), `before_rename` or
+    `after_rename` (to a checkpoint's final name), `collective`, or `none`. number: which occurrence in this life, from
+    1. rank: the rank that stops. nan_row: first row of the batch whose last row gets a loss weight of NaN; -1 for none.
+    planted: fault on resuming: `step` (one step too late), `weight` (one row changed) or `none`.
     """
 
     folder: str
@@ -60,13 +60,13 @@ class Plan:
 
 
 class _Gate:
-    """Counts moments and stops the process at the chosen one."""
+    """Counts the occurrences of the plan's moment and stops the process at the chosen one."""
 
     def __init__(self, plan: Plan, rank: int) -> None:
         self._plan, self._rank, self._seen = plan, rank, 0
 
     def pass_by(self, moment: str, what: str) -> None:
-        """Count `moment` if it is the plan's, and stop this process if it is the chosen one."""
+        """Count `moment` if it is the plan's, and stop this process at the planned occurrence."""
         if moment != self._plan.moment or self._rank != self._plan.rank:
             return
         self._seen += 1
@@ -129,7 +129,7 @@ def _spoil_batch(first_row: int) -> None:
         if start != first_row:
             return batch
         weights_BT = torch.ones(batch.tokens_BT.shape)
-        weights_BT[-1] = float("nan")  # one row, so that one rank alone sees it
+        weights_BT[-1] = float("nan")  # a single row, so that only one rank gets it
         return batch.with_columns({WEIGHT: weights_BT})
 
     Loader.rows_between = spoilt  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ def _plant(planted: str) -> None:
 
 
 def install() -> None:
-    """Do what the plan in the environment says, if there is one."""
+    """Install the hooks for the plan in the environment variable `MOETRAIN_FAULT`, if it is set."""
     text = os.environ.get(VARIABLE)
     if text is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return

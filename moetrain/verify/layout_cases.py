@@ -1,8 +1,8 @@
-"""One layout of `verify layouts`: how it is trained, what its steps show, and the faults that can be planted in it.
+"""Training in one layout of `verify layouts`, the values recorded per step, and the faults that can be injected.
 
-The steps are those of training: `train_step` with the objective of pretraining. Each second step the last half of the
-rows is padding, so that with two or four ranks half of them have no token; in the unbalanced scenario the balance bias
-sends every token to the same experts, so that with EP other ranks' experts receive nothing.
+Training uses the ordinary `train_step` with the objective of pretraining. In every second step the last half of the
+rows is padding, so that with two or four ranks half of the ranks have no tokens. In the unbalanced scenario the balance
+bias sends every token to the same experts, so that with EP the experts of other ranks receive no tokens.
 """
 
 import math
@@ -34,7 +34,7 @@ _PUSH = 10.0  # added to the bias of the first experts; scores are at most 1
 
 
 class Order(StrEnum):
-    """How the plain loop takes the rows of a step: whole, or one by one from the last to the first."""
+    """Order of the rows of a step: all in one batch, or one by one from the last to the first."""
 
     whole = "whole"
     reversed_rows = "reversed_rows"
@@ -42,7 +42,7 @@ class Order(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What is compared with the plain loop."""
+    """A training layout that is compared with the plain loop."""
 
     optimizer: OptimizerName
     scenario: LayoutScenario
@@ -52,16 +52,16 @@ class Layout:
     accumulation: int
     recompute: Recompute
     draw: int = 0
-    """Which draw of the scenario's tokens it trains on."""
+    """Index of the random draw of the training tokens."""
 
     @property
     def reference(self) -> str:
-        """Name of the plain run that it is compared with."""
+        """Name of the plain run with which the layout is compared."""
         return f"{self.optimizer}.{self.scenario}"
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Name in the table."""
         return (
             f"{self.optimizer} {self.scenario}: {self.world_size} ranks, EP {self.expert}, ZeRO {self.zero}, "
             f"accumulation {self.accumulation}, recompute {self.recompute}"
@@ -70,7 +70,7 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What the steps of a run showed; each list has a value a step. `loads`: tokens that each expert was chosen by."""
+    """Values recorded during a run, one list item per step. `loads`: number of tokens per expert."""
 
     loss: list[float]
     grad_norm: list[float]
@@ -80,7 +80,7 @@ class Trace:
 
 
 def layouts_of(run: VerifyLayoutsRun) -> list[Layout]:
-    """Return all valid combinations, those of one world size together."""
+    """Return all valid combinations, grouped by world size."""
     return [
         Layout(
             optimizer=optimizer,
@@ -104,7 +104,7 @@ def layouts_of(run: VerifyLayoutsRun) -> list[Layout]:
 
 
 def make_batch(run: VerifyLayoutsRun, step: int, *, draw: int) -> TokenBatch:
-    """Return the rows of a step: two documents a row, of random tokens that repeat, weights that differ, padding."""
+    """Return the rows of a step: two documents per row, repeated random tokens, random loss weights, and padding."""
     shape = (run.rows, run.seq_len)
     stream = torch_stream(run.run.seed, "verify/layouts", draw, step)
     tokens_BT = torch.randint(run.model.vocab_size, shape, generator=stream)
@@ -125,7 +125,7 @@ def make_batch(run: VerifyLayoutsRun, step: int, *, draw: int) -> TokenBatch:
 
 
 def make_engine(run: VerifyLayoutsRun, layout: Layout, *, engine: EngineName) -> Engine:
-    """Return the engine of a layout; the plain one keeps optimizer and scenario alone."""
+    """Return the engine of a layout. With `engine=torch` only the layout's optimizer and scenario are used."""
     is_plain = engine is EngineName.torch
     optim = run.optim_of(layout.optimizer)
     built = build_engine(
@@ -150,9 +150,9 @@ def make_engine(run: VerifyLayoutsRun, layout: Layout, *, engine: EngineName) ->
 
 
 def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: Order, fault: LayoutFault) -> Trace:
-    """Train for the run's steps on the layout's tokens and return what they showed. Collective.
+    """Train for `run.steps` steps on the layout's tokens and return the recorded values. Collective.
 
-    In `reversed_rows` the micro-batches are single rows, whatever the layout's accumulation.
+    With `reversed_rows` each micro-batch is a single row, regardless of the layout's accumulation.
     """
     trace = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
     topology = engine.topology
@@ -197,7 +197,7 @@ def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.
 
 
 def _plant(engine: Engine, fault: LayoutFault, *, clip_norm: float) -> None:
-    """Make the experts' gradients miss the norm, or one token of this process lose its experts."""
+    """Inject a fault: leave the experts out of the reported gradient norm, or drop a token's experts on this rank."""
     if fault is LayoutFault.norm_without_experts:
         vars(engine)["step"] = _NormWithoutExperts(engine, clip_norm=clip_norm).step
     if fault is LayoutFault.dropped_token:
@@ -205,7 +205,7 @@ def _plant(engine: Engine, fault: LayoutFault, *, clip_norm: float) -> None:
 
 
 class _NormWithoutExperts:
-    """Takes an engine's steps and reports their gradient norm as if experts had no gradient; they keep theirs."""
+    """Wraps an engine's step: reports the gradient norm without the experts, while the update stays correct."""
 
     def __init__(self, engine: Engine, *, clip_norm: float) -> None:
         self._true_step, self._topology, self._clip_norm = engine.step, engine.topology, clip_norm
@@ -219,16 +219,16 @@ class _NormWithoutExperts:
         self._sums[param] = self._sums.get(param, 0.0) + gradient.detach().double()
 
     def step(self, learning_rate: float) -> StepReport:
-        """Take the step; what is clipped is right, what is reported is not. Collective."""
+        """Take the correct step, then report a gradient norm and clip factor without the experts. Collective."""
         report, topology = self._true_step(learning_rate), self._topology
         squares = torch.zeros(1, dtype=torch.float64, device=topology.device)
-        for param in self._params:  # in the same order on every rank
+        for param in self._params:  # the same order on every rank, because all_reduce must match
             whole = self._sums[param] / self._loss_factor
             if topology.world_size > 1:
                 dist.all_reduce(whole, group=topology.expert_data_group)  # None: all ranks
             squares += whole.square().sum()
         self._sums.clear()
-        # As many ranks hold an expert as there are expert groups.
+        # Each expert is on world_size / expert_size ranks, so the sum over ranks counts it that often.
         of_experts = float(topology.all_reduce_sum(squares)) * topology.expert_size / topology.world_size
         norm = math.sqrt(max(report.grad_norm**2 - of_experts, 0.0))
         return replace(report, grad_norm=norm, clip_factor=clip_factor_of(norm, clip_norm=self._clip_norm))

@@ -1,6 +1,7 @@
-"""How far the routers of a run are from another choice of experts, and how much a reordering moves their scores.
+"""Measures how close the routers are to another choice of experts, and how much a reordering changes their scores.
 
-N tokens, E experts, K chosen experts a token, G groups of S experts; O open groups and H closed ones are G again.
+Shape letters: N tokens, E experts, K chosen experts per token, G groups of S experts. O and H both have size G and
+index the selected (open) and the other (closed) group of a pair.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.router import Routing
 from moetrain.parallel.protocol import Engine
 
-_SCORES_OF_A_GROUP = 2  # a group is judged by the sum of its two best; see model.router
+_SCORES_OF_A_GROUP = 2  # the score of a group is the sum of its two best experts; see model.router
 
 
 class Margins:
-    """Watches the routers of an engine: scores as they come, and the smallest lead by which an expert was chosen."""
+    """Records the scores of an engine's routers, and the smallest margin by which an expert was chosen."""
 
     def __init__(self, engine: Engine) -> None:
         self.scores: list[torch.Tensor] = []
@@ -27,19 +28,19 @@ class Margins:
     def _watch(self, gate: Any, inputs: Any, routing: Routing) -> None:
         del inputs  # torch's signature
         if not torch.is_grad_enabled():
-            return  # a pass that counts the step's choices first; see train.load
+            return  # the extra forward pass that only counts expert loads; see train.expert_load
         self.scores.append(routing.scores_NE.detach().clone())
         biased_NE = routing.scores_NE.detach() + gate.e_score_correction_bias
         self.smallest = min(self.smallest, smallest_lead(biased_NE, routing.expert_ids_NK, config=gate.config))
 
 
 def smallest_lead(biased_NE: torch.Tensor, expert_ids_NK: torch.Tensor, *, config: ModelConfig) -> float:
-    """Return how far the closest of all choices is from another one: no change of every score by less than half of it
-    sends a token elsewhere; inf where there is no other choice.
+    """Return the smallest margin of all choices of experts; inf if there is no alternative choice.
 
-    An expert leads one of an open group by the difference of their scores. An open group leads a closed one by the
-    difference of their sums over the number of terms; if it holds no chosen expert, the closed group's best must also
-    pass the last chosen one.
+    If every score changes by less than half of the margin, no token changes its experts. Between two experts in open
+    groups the margin is the difference of their scores. Between an open and a closed group it is the difference of
+    their sums divided by the number of terms. If the open group contains no chosen expert, the best expert of the
+    closed group must also exceed the last chosen expert to change the choice.
     """
     grouped_NGS = biased_NE.view(len(biased_NE), config.num_groups, -1)
     num_best = min(_SCORES_OF_A_GROUP, grouped_NGS.shape[-1])
@@ -62,7 +63,7 @@ def smallest_lead(biased_NE: torch.Tensor, expert_ids_NK: torch.Tensor, *, confi
 
 
 def largest_score_gap(whole: Sequence[torch.Tensor], single: Sequence[torch.Tensor], *, num_layers: int) -> float:
-    """Return the largest difference of any score between a run that took rows whole and one in reverse, row by row."""
+    """Return the largest difference of router scores between a run on whole batches and one row by row in reverse."""
     num_rows = len(single) // len(whole)
     gap = 0.0
     for step in range(len(whole) // num_layers):

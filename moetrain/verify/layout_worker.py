@@ -1,6 +1,6 @@
-"""A rank of `verify layouts`: `python -m moetrain.verify.layout_worker CONFIG.yaml LAYOUTS.json FOLDER`.
+"""Worker process of `verify layouts`: `python -m moetrain.verify.layout_worker CONFIG.yaml LAYOUTS.json FOLDER`.
 
-Trains the layouts of one world size one after the other; the main rank writes a line of JSON for each.
+One process per rank. Trains all layouts of one world size in turn; rank 0 prints one JSON line per layout.
 """
 
 import json
@@ -22,7 +22,7 @@ from moetrain.verify.layout_cases import Layout, Order, make_engine, take_steps
 
 
 def read_layout(fields: Mapping[str, Any]) -> Layout:
-    """Return the layout of its JSON fields."""
+    """Return the layout described by `fields`, read from JSON."""
     named = {
         "optimizer": OptimizerName(fields["optimizer"]),
         "scenario": LayoutScenario(fields["scenario"]),
@@ -32,7 +32,7 @@ def read_layout(fields: Mapping[str, Any]) -> Layout:
 
 
 def weight_gap(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
-    """Return the largest difference of two states, each tensor's relative to its own largest element."""
+    """Return the largest difference of two states, where each tensor is scaled by its largest element."""
     return max(
         float((found[name] - tensor).abs().max() / tensor.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         for name, tensor in expected.items()
@@ -40,7 +40,7 @@ def weight_gap(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.T
 
 
 def main() -> None:
-    """Train what the arguments name."""
+    """Train the layouts that the command-line arguments name."""
     config, layouts, folder = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     run = load_config("verify layouts", config)

@@ -1,5 +1,6 @@
-"""Whether a layout changes a number: every combination of ranks, EP, ZeRO, accumulation and recomputation against a
-plain torch loop, with the noise of a mere reordering in one process beside it.
+"""Compares training in every layout (ranks, EP, ZeRO, accumulation, recomputation) with a plain torch loop.
+
+The effect of only reordering the rows in one process is measured too, as the noise level.
 """
 
 import json
@@ -35,27 +36,30 @@ from moetrain.verify.layout_worker import weight_gap
 from moetrain.verify.table import Row
 
 CONFIG = "layouts_config.yaml"
-"""What the ranks read. `config.yaml` may still be that of an earlier run here."""
+"""Config file that the worker processes read. `config.yaml` may still be the one of an earlier run in this folder."""
 
 STEP_BOUND = 1e-6
-"""Largest relative difference of loss, gradient norm and clip factor of a step; of the bias, of its largest."""
+"""Bound on the relative difference of loss, gradient norm and clip factor per step. Biases and loads are compared
+relative to their largest value."""
 WEIGHT_BOUND = 1e-5
-"""Largest difference of a weight after the last step, relative to the largest of its tensor."""
+"""Bound on the difference of weights after the last step, relative to the largest element of the tensor."""
 _COIN_FLIP = 4.0
-"""A choice by less than this many times the largest change of a score under reordering is a coin flip: two scores move
-by up to that change each, and a layout may reorder more than one reordering of rows does, hence twice over."""
+"""A choice of experts whose margin is below this multiple of the largest score change under reordering counts as a coin
+flip. Each of two scores may move by that change (factor 2), and a layout may reorder more than the measured reordering
+does (factor 2)."""
 _MOST_DRAWS = 8
-"""Draws of tokens that are tried for a reference without a coin flip; one is met in about 50 at the default size."""
+"""Maximum number of token draws to find a reference without a coin flip. At the default size about 1 draw in 50 has
+one."""
 _FIGURES = ("loss", "grad_norm", "clip_factor", "bias", "loads", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The plain run of an optimizer and scenario. `noise` by figure: what another order of its rows changes.
+    """Plain run of an optimizer and scenario.
 
-    moved: the least that any parameter moved, its largest change relative to its largest element. margin: smallest lead
-    of a chosen expert. coin_flip: leads below it are left to rounding. draw: which tokens; those of the draws before it
-    had a coin flip.
+    noise: change of each figure when the rows are reordered. moved: minimum over parameters of the largest change by
+    training, relative to the parameter's largest element. margin: smallest margin of a chosen expert. coin_flip:
+    margins below this value are decided by rounding. draw: index of the token draw; all earlier draws had a coin flip.
     """
 
     trace: Trace
@@ -67,18 +71,22 @@ class Reference:
 
     @property
     def is_decided(self) -> bool:
-        """Whether every choice of an expert is beyond rounding."""
+        """Whether no choice of an expert depends on rounding."""
         return self.margin > self.coin_flip
 
     @property
     def num_coin_flips(self) -> int:
-        """Draws of tokens that were left out."""
+        """Number of token draws that were discarded because of a coin flip."""
         return self.draw + (not self.is_decided)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a command run found. `gaps`: of each layout compared, by figure. `left_out`: as a coin flip, by draw."""
+    """Results of the command.
+
+    gaps: largest differences per compared layout and figure. left_out: layouts that were not compared because of a coin
+    flip, once per discarded draw.
+    """
 
     references: dict[str, Reference]
     gaps: dict[Layout, dict[str, float]]
@@ -86,7 +94,7 @@ class Outcome:
 
 
 def verify_layouts(run: VerifyLayoutsRun, *, folder: Path) -> Outcome:
-    """Return how far each layout of `run` is from the plain loop. Starts and ends its own processes."""
+    """Train all layouts of `run` and compare them with the plain loop. Starts and ends its own processes."""
     torch.set_num_threads(1)
     save_config(run, folder / CONFIG)
     layouts = layouts_of(run)
@@ -125,7 +133,7 @@ def differences(found: Trace, expected: Trace) -> dict[str, float]:
 
 
 def _reference(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Reference:
-    """Return the plain run of the first draw of tokens that has no coin flip, or of the last that is tried."""
+    """Return the plain run for the first token draw without a coin flip, or for the last draw tried."""
     for draw in range(_MOST_DRAWS):
         reference = _plain_run(run, replace(layout, draw=draw), folder=folder)
         if reference.is_decided:
@@ -134,7 +142,7 @@ def _reference(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
 
 
 def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Reference:
-    """Train the plain loop twice, the second time row by row from the last; keep the weights of the first."""
+    """Train the plain loop twice, the second time row by row in reverse; write the weights of the first run to disk."""
     layout = replace(layout, world_size=1, accumulation=1)
     traces, states, watched, moved = [], [], [], []
     for order in Order:
@@ -160,7 +168,7 @@ def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
 
 
 def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the main rank's line for each layout, from processes that are started once for all of them."""
+    """Yield rank 0's results for each layout. The processes are started once for all layouts."""
     listed = folder / f"layouts_{world_size}.json"
     write_text(listed, to_json([asdict(layout) for layout in layouts]))
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -180,15 +188,16 @@ def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Ite
         for layout in layouts:
             line = ranks[0].stdout.readline()
             if not line:
-                raise RuntimeError(f"{layout.name}: the ranks ended without an answer; see {log.name}")
+                raise RuntimeError(f"{layout.name}: the ranks ended without a result; see {log.name}")
             answer: dict[str, Any] = json.loads(line)
             yield answer
 
 
 def rows_of(outcome: Outcome) -> list[Row]:
-    """Return a row for each figure, with the layout that is farthest from the plain loop, and what must not be missing.
+    """Return one row per figure, with the largest difference over layouts, and two rows that check the comparison.
 
-    No layout compared is a miss, and so is a reference that none was compared with, or one that did not clip.
+    Bounds are also missed if no layout was compared, if a reference has no compared layout, or if a step of a plain run
+    did not clip the gradient.
     """
     undecided = [name for name, reference in outcome.references.items() if not reference.is_decided]
     factors = [factor for reference in outcome.references.values() for factor in reference.trace.clip_factor]
@@ -203,7 +212,7 @@ def rows_of(outcome: Outcome) -> list[Row]:
             name="steps that did not clip",
             value=sum(factor >= 1 for factor in factors),
             bound=0,
-            note=f"of the {len(factors)} of the plain loop",
+            note=f"of {len(factors)} steps of the plain loop",
         ),
     ]
     for figure in _FIGURES:

@@ -1,6 +1,6 @@
-"""Faults other than kills and damage: a full disk, a batch that is not finite, a rank that hangs, an elastic restart.
+"""Faults other than kills and damaged files: a full disk, a batch with NaN, a rank that hangs, an elastic restart.
 
-Each disturbs a run of its own; the run then goes on, and is compared with the undisturbed one of its layout (`whole`).
+Each fault disturbs its own run. The run then resumes and is compared with the undisturbed run of its layout (`whole`).
 """
 
 import os
@@ -17,7 +17,7 @@ from moetrain.verify.injection import Plan
 from moetrain.verify.table import Row
 
 _NAN_STEP = 3
-_HANG_TIMEOUT_S = 30  # a start on a busy machine keeps one rank waiting for the other that long
+_HANG_TIMEOUT_S = 30  # on a busy machine one rank may start this much later than the other
 _FULL_DISK = """
 set -u
 mount -t tmpfs -o size="$1"k tmpfs "$2" || exit 90
@@ -32,16 +32,16 @@ cp -r "$DISK"/. "$COPY"
 
 
 def same(layout: Layout, name: str) -> int:
-    """Return the number of lines of metrics and files of the last checkpoint in which a run differs from `whole`."""
+    """Return the number of metrics lines and last-checkpoint files that differ from the run `whole`; 0 if identical."""
     found = fault_runs.difference(layout.stage(name), whole=layout.stage("whole"))
     return found.num_lines + len(found.files)
 
 
 def full_disk_row(layout: Layout) -> Row:
-    """Fill a small disk during a save; then give it room, and start again.
+    """Let a small disk fill up during a save, then enlarge the disk and start the run again.
 
-    A tmpfs in a mount namespace of its own where `unshare` allows it. Otherwise a limit on the size of files
-    (RLIMIT_FSIZE), which fails the first save already.
+    Uses a tmpfs in a separate mount namespace if `unshare` is permitted. Otherwise it limits the file size
+    (RLIMIT_FSIZE), so that the first save fails.
     """
     name = "full_disk"
     size = sum(path.stat().st_size for path in fault_runs.checkpoints(layout.stage("whole"))[-1].iterdir())
@@ -55,7 +55,7 @@ def full_disk_row(layout: Layout) -> Row:
     on_disk = replace(layout, folder=disk)
     environment = fault_runs.environment_of(Plan(folder=str(copy)))
     environment |= {"DISK": str(disk), "COPY": str(layout.folder), "STAGE": str(on_disk.stage(name))}
-    # Room for one checkpoint and a half, and for the tokenizer and the like.
+    # Space for one and a half checkpoints, plus the tokenizer and other small files.
     kilobytes = int(1.5 * size) // 1024 + 256
     script = ["unshare", "-rm", "sh", "-c", _FULL_DISK, "sh", str(kilobytes), str(disk), *on_disk.command(name)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=600)
@@ -82,7 +82,9 @@ def _limited_files(layout: Layout, name: str, *, size: int) -> Row:
 
 
 def nonfinite_rows(layout: Layout) -> list[Row]:
-    """Spoil one batch: `stop` ends with one line and goes on to the same bits once it is well; `skip` counts it."""
+    """Put NaN into one batch. `on_nonfinite=stop` must stop with one line and resume to identical bits without the NaN;
+    `on_nonfinite=skip` must count the skipped step.
+    """
     spoilt = {"nan_row": _NAN_STEP * ROWS_PER_STEP}
     stopped = begin(layout, "nan_stop", plan=spoilt)
     code = stopped.wait()
@@ -97,19 +99,19 @@ def nonfinite_rows(layout: Layout) -> list[Row]:
             name="NaN in one rank's batch, stop: what went wrong",
             value=(not is_clear) + (again != 0) + same(layout, "nan_stop"),
             bound=0,
-            note=f"exit code {code} at step {_NAN_STEP}; without the NaN the next start went on, exit code {again}",
+            note=f"exit code {code} at step {_NAN_STEP}; resumed without the NaN, exit code {again}",
         ),
         Row(
             name="NaN in one rank's batch, skip: what went wrong",
             value=int(not is_counted),
             bound=0,
-            note=f"exit code {skipping}, skipped_steps {counted[-1] if counted else 'not there'} of {len(counted)}",
+            note=f"exit code {skipping}, skipped_steps {counted[-1] if counted else 'missing'} of {len(counted)}",
         ),
     ]
 
 
 def hang_rows(layout: Layout) -> list[Row]:
-    """Stop a rank before a collective: the others must name it and the step; the next start goes on."""
+    """Stop a rank before a collective. The other ranks must name it and the step, and the next start must resume."""
     plan = {"moment": "collective", "number": 40, "rank": layout.ranks - 1}
     life = begin(layout, "hung", plan=plan, more=[f"parallel.timeout_s={_HANG_TIMEOUT_S}"])
     code = life.wait()
@@ -121,13 +123,13 @@ def hang_rows(layout: Layout) -> list[Row]:
             name="a rank that hangs: what went wrong",
             value=(not is_named) + (again != 0) + same(layout, "hung"),
             bound=0,
-            note=f"exit code {code}: {lines[0][:110] if lines else 'nobody was named'}",
+            note=f"exit code {code}: {lines[0][:110] if lines else 'no rank was named'}",
         )
     ]
 
 
 def elastic_rows(layout: Layout) -> list[Row]:
-    """Kill one rank under torchrun's --max-restarts: it comes back by itself and the run goes on to the same bits."""
+    """Kill one rank under torchrun's --max-restarts. torchrun must restart it, and the result must be bit-identical."""
     life = begin(layout, "elastic", plan={"moment": "collective", "number": 60, "rank": 0}, restarts=2)
     _kill_at_gate(life)
     code = life.wait()

@@ -1,4 +1,4 @@
-"""The rows that every `moetrain verify` makes: a measured value, the bound it must keep, the error for a missed one."""
+"""Result rows of every `moetrain verify` command: a measured value, its upper bound, and the error for a missed one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +13,16 @@ from moetrain.files import write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One promise, measured."""
+    """One measured value with its bound."""
 
     name: str
-    """What was compared."""
+    """Name of the measured quantity."""
     value: float
-    """What was found; a value that is not a number misses every bound."""
+    """Measured value; NaN misses every bound."""
     bound: float
-    """The largest value that keeps the promise."""
+    """Largest allowed value."""
     note: str = ""
-    """Unit, or what the value is made from."""
+    """Unit of the value, or the numbers that it was computed from."""
 
     @property
     def is_kept(self) -> bool:
@@ -39,15 +39,13 @@ def render(title: str, *, rows: Sequence[Row]) -> Table:
 
 
 def write_rows(path: Path, *, rows: Sequence[Row], context: Mapping[str, Any]) -> None:
-    """Write the rows and what they were measured on as JSON."""
+    """Write the rows as JSON, together with `context`, which describes what was measured."""
     content = {**context, "rows": [{**asdict(row), "is_kept": row.is_kept} for row in rows]}
     write_json(path, content)
 
 
 def check_rows(rows: Sequence[Row]) -> None:
-    """Raise BoundError that names every row whose bound was missed."""
-    missed = [
-        f"{row.name}: {row.value:.6g} where at most {row.bound:.6g} is promised" for row in rows if not row.is_kept
-    ]
+    """Raise `BoundError`, which names every row that misses its bound."""
+    missed = [f"{row.name}: {row.value:.6g} is above the bound {row.bound:.6g}" for row in rows if not row.is_kept]
     if missed:
         raise BoundError("; ".join(missed))

@@ -109,5 +109,5 @@ def test_masters_of_another_step_miss_the_bounds(tmp_path: Path) -> None:
 
 def test_an_export_without_codes_is_refused(tmp_path: Path) -> None:
     masters = write_export(tmp_path / "bf16", shape(), format=ExportFormat.bf16)
-    with pytest.raises(ConfigError, match=r"format bf16: verify one with export\.format=quantized"):
+    with pytest.raises(ConfigError, match=r"format bf16: give an export with export\.format=quantized"):
         verify_exports(tmp_path / "bf16", masters=masters)

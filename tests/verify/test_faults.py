@@ -25,11 +25,11 @@ def _request(*, kills: int, planted: str) -> Request:
 def test_kills_inside_a_save_and_around_its_rename_change_no_bit(tmp_path: Path) -> None:
     rows = verify_faults(tmp_path, _request(kills=2, planted="none"))
     check_rows(rows)
-    assert {"kills in a save that did not land", "1 process: lines of metrics that differ"} <= {r.name for r in rows}
+    assert {"kills in a save that did not land", "1 process: metrics lines that differ"} <= {r.name for r in rows}
 
 
 def test_a_run_that_goes_on_at_the_wrong_step_is_found(tmp_path: Path) -> None:
-    with pytest.raises(BoundError, match="1 process: lines of metrics that differ"):
+    with pytest.raises(BoundError, match="1 process: metrics lines that differ"):
         check_rows(verify_faults(tmp_path, _request(kills=1, planted="step")))
 
 
