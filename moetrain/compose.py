@@ -1,8 +1,8 @@
-"""YAML files and the command line into a checked root dataclass: the only door to Hydra.
+"""Composes YAML files and the command line into a checked root dataclass. The only module that uses Hydra.
 
-The root dataclass of a command is registered in Hydra's ConfigStore and stands first in the defaults of
-`configs/<command>.yaml`, so every key has a type and a default, and unknown keys are refused while composing.
-Everything that is wrong becomes one line that names the key. Nothing behind this door sees a Hydra or OmegaConf object.
+The root dataclass of a command is registered in Hydra's ConfigStore and is the first default of
+`configs/<command>.yaml`. So every key has a type and a default, and unknown keys are refused during composition. Every
+mistake becomes a one-line error that names the key. No other module sees Hydra or OmegaConf objects.
 """
 
 import difflib
@@ -29,13 +29,13 @@ from moetrain.files import write_text
 
 _SEARCH_PATH = "hydra.searchpath"
 _STAGE = re.compile(r"(\$\{stage:[^{}]*\})|(?:(?!\$\{stage:[^{}]*\}).)+", re.DOTALL)
-"""Either the folder of a stage, or the text up to the next one."""
+"""Matches a `${stage:NAME}`, or the text up to the next one."""
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"', re.DOTALL)
 _Resolver = Callable[[str], str]
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder `configs` or `recipes`: the repository's in a checkout, else the one in the package."""
+    """Return the folder `configs` or `recipes`: in a checkout that of the repository, else that of the package."""
     package = Path(__file__).resolve().parent
     beside = package.parent / name
     return beside if (package.parent / "pyproject.toml").is_file() and beside.is_dir() else package / f"_{name}"
@@ -44,10 +44,10 @@ def data_folder(name: str) -> Path:
 def compose(
     command: str, overrides: Sequence[str], *, stage_folder: _Resolver | None = None, search: Sequence[Path] = ()
 ) -> Any:
-    """Return the checked root dataclass of `command`: its primary config with the overrides on top.
+    """Return the checked root dataclass of `command`: its primary config with the overrides applied.
 
-    `${stage:<name>}` in a value becomes `stage_folder(name)`. `search` has further folders of config groups. Raises
-    `ConfigError`, of one line, for everything that is wrong.
+    stage_folder: returns the folder that replaces `${stage:<name>}` in a value. search: additional folders of config
+    groups. Raises a one-line `ConfigError` for any mistake.
     """
     schema = SCHEMAS[command]
     name = command.replace(" ", "_")
@@ -67,7 +67,7 @@ def compose(
         return OmegaConf.to_object(tree)
     except OverrideParseException as error:
         raise ConfigError(
-            f"{error.override}: not key=value; a value is a number, a word, a 'quoted text' or a [list]"
+            f"{error.override}: not of the form key=value; a value is a number, a word, a 'quoted text' or a [list]"
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, schema)) from None
@@ -76,7 +76,7 @@ def compose(
 
 
 def _with_family_options(schema: type, words: Sequence[str]) -> list[str]:
-    """Return overrides with `task.options.x=1` for `task.<name>.x=1`, where `task.name` is a plugin's family."""
+    """Replace `task.<name>.x=1` by `task.options.x=1` if `task.name` is the task family of a plugin."""
     names = [word.partition("=")[2] for word in words if word.startswith("task.name=")]
     if not names or "task" not in get_type_hints(schema) or names[-1] in get_type_hints(get_type_hints(schema)["task"]):
         return list(words)
@@ -85,12 +85,12 @@ def _with_family_options(schema: type, words: Sequence[str]) -> list[str]:
 
 
 def save_config(run: Any, path: Path) -> None:
-    """Write every value of a checked config as YAML, for `load_config`."""
+    """Write all values of a checked config as YAML, in the form that `load_config` reads."""
     write_text(path, yaml.safe_dump(to_mapping(run), allow_unicode=True, sort_keys=False))
 
 
 def load_config(command: str, path: Path) -> Any:
-    """Return the checked root dataclass of `command` that `save_config` wrote; a `${` in it is text."""
+    """Return the checked root dataclass of `command` from a file that `save_config` wrote. `${` is not interpolated."""
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
     schema = SCHEMAS[command]
@@ -102,7 +102,7 @@ def load_config(command: str, path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, empty when there is none; `ConfigError` names what is wrong in it."""
+    """Return the mapping in a YAML file, or an empty one if the file is missing. Raises `ConfigError` if invalid."""
     if not path.is_file():
         return {}
     try:
@@ -111,10 +111,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(_not_yaml(error, str(path))) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a date that is none
+    except ValueError as error:  # PyYAML raises it for an invalid date
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} where keys and values are wanted")
+        raise ConfigError(f"{path} contains a value of type {type(content).__name__}: give keys and values")
     return content or {}
 
 
@@ -125,34 +125,33 @@ def to_mapping(run: Any) -> dict[str, Any]:
 
 
 def suggestion(word: str, options: Sequence[str]) -> str:
-    """Return `did you mean X?` when an option is near, else the list of options."""
+    """Return `did you mean X?` if an option is similar to `word`, else the list of options."""
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(options)) or 'none'}"
 
 
 def quoted(text: str) -> str:
-    """Return a string as an override's value, whatever characters it has."""
-    # A backslash is one but for those right before a quote or at the end, which come in pairs.
+    """Quote a string as the value of a Hydra override, for any characters."""
+    # In Hydra's quoted text a backslash is literal, except before a quote and at the end, where it must be doubled.
     escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
 
 
 def _with_quoted_text(schema: type, word: str) -> str:
-    """Return an override with its value quoted when that is text, so that Hydra's grammar does not interpret it.
+    """Quote the value of an override if its key has type `str`, so that Hydra's grammar does not interpret the text.
 
-    Text is the value of a key of type `str`: all that follows the first `=`. Three forms are special: a value that is
-    one quoted string stands for what is inside the quotes, `null` is null where the key allows it, and
-    `${stage:NAME}` is the folder of a recipe's stage.
+    The value is everything after the first `=`. There are three special forms. A value that is one quoted string means
+    the text inside the quotes; `null` is null if the key allows it; `${stage:NAME}` is the folder of a recipe's stage.
     """
     key, equals, value = word.partition("=")
     try:
         kinds = _check_key(schema, key)
     except ConfigError:
-        return word  # a config group, Hydra's own syntax, or unknown, which is reported later
+        return word  # a config group, Hydra's own syntax, or an unknown key, which is reported later
     if not equals or kinds[-1] is not str:
         return word
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ConfigError(f"{key} is {value!r}, which is not UTF-8: give it in UTF-8")
+        raise ConfigError(f"{key} is {value!r}: this is not UTF-8, give it in UTF-8")
     is_nullable = is_dataclass(kinds[-2]) and get_type_hints(kinds[-2])[key.split(".")[-1]] is not str
     if value == "null" and is_nullable:
         return word
@@ -160,7 +159,7 @@ def _with_quoted_text(schema: type, word: str) -> str:
 
 
 def _unquoted(value: str) -> str:
-    """Return what is inside the quotes of a value that is one quoted string, and any other value as it is."""
+    """Return the text inside the quotes if the value is one quoted string, else the value unchanged."""
     if not _QUOTED.fullmatch(value):
         return value
 
@@ -171,12 +170,12 @@ def _unquoted(value: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text in which OmegaConf sees no interpolation."""
+    """Escape `${` so that OmegaConf does not interpolate the text."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _escaped(content: Any) -> Any:
-    """Return what a YAML file holds with every string escaped."""
+    """Return the content of a YAML file with every string escaped."""
     if isinstance(content, dict):
         return {key: _escaped(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -185,7 +184,7 @@ def _escaped(content: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a checked config as dicts, lists, strings and numbers."""
+    """Convert a value of a checked config to dicts, lists, strings and numbers."""
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, dict):
@@ -196,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def leaf_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, type) of every value of a schema; an entry of a dict of sections is written `*`."""
+    """Yield (dotted key, type) of every value of a schema; `*` stands for the names in a dict of sections."""
     for name, hint in get_type_hints(schema).items():
         kind, key = _without_none(hint), prefix + name
         if get_origin(kind) is dict:
@@ -213,7 +212,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def _check_key(schema: type, key: str) -> list[Any]:
-    """Return the types along a dotted key; raise with a suggestion where it leaves the schema."""
+    """Return the types along a dotted key. Raises `ConfigError` with a suggestion if the key is not in the schema."""
     kinds: list[Any] = [schema]
     for depth, part in enumerate(key.split(".")):
         above = ".".join(key.split(".")[:depth])
@@ -222,7 +221,7 @@ def _check_key(schema: type, key: str) -> list[Any]:
             if part not in hints:
                 leaves = [leaf for leaf, _ in leaf_keys(schema)]
                 elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
-                is_slip = difflib.get_close_matches(part, hints, cutoff=0.8)  # of a letter, in the right place
+                is_slip = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
                 said = f"did you mean {elsewhere[0]}?" if elsewhere and not is_slip else suggestion(part, list(hints))
                 place = f"in {above}" if above else "here"
                 raise ConfigError(f"{key}: there is no {part!r} {place}; {said}")
@@ -235,7 +234,7 @@ def _check_key(schema: type, key: str) -> list[Any]:
 
 
 def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
-    """Check the keys of overrides; return those for Hydra, and those that set an entry of a dict of sections."""
+    """Check the keys of overrides; return (overrides for Hydra, overrides that set an entry of a dict of sections)."""
     direct: list[str] = []
     entries: list[Override] = []
     for override in overrides:
@@ -246,12 +245,12 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
             continue
         if key.startswith("hydra."):
             raise ConfigError(
-                f"{override.input_line}: moetrain sets Hydra up itself, but for {_SEARCH_PATH}; take it out"
+                f"{override.input_line}: of Hydra's own keys only {_SEARCH_PATH} can be set; remove this override"
             )
         kinds = _check_key(schema, key)
         in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
         if override.is_delete() and not in_dict:
-            raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be taken out; give {key} a value")
+            raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be removed; give {key} a value")
         if in_dict and not override.is_delete():
             entries.append(override)
         else:
@@ -260,7 +259,7 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
 
 
 def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
-    """Set a value inside a dict, making the entry when it is new: `data.sources.mine.path=x.jsonl`."""
+    """Set a value in a dict of sections and create a missing entry: `data.sources.mine.path=x.jsonl`."""
     key = override.key_or_group
     kinds = _check_key(schema, key)
     parts = key.split(".")
@@ -273,11 +272,11 @@ def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
 
 
 def _no_stages(name: str) -> str:
-    raise ConfigError(f"${{stage:{name}}} has a meaning in a recipe only: give a path")
+    raise ConfigError(f"${{stage:{name}}} is only valid in a recipe: give a path")
 
 
 def _not_yaml(error: Exception, path: str) -> str:
-    """Return what is wrong with a YAML file, with the line where it is known."""
+    """Return an error message for an invalid YAML file, with the line number if it is known."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         name = mark.name if path == "a config file" else path
@@ -288,7 +287,7 @@ def _not_yaml(error: Exception, path: str) -> str:
 
 
 def _in_one_line(error: Exception, schema: type) -> str:
-    """Return what a Hydra or OmegaConf error says, in one line that names the key."""
+    """Return the message of a Hydra or OmegaConf error as one line that names the key."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group} is {choice!r}: {suggestion(choice, error.options or [])}"
@@ -297,7 +296,7 @@ def _in_one_line(error: Exception, schema: type) -> str:
         return " ".join(str(error).split())
     what, key = str(found.msg or found).split("\n")[0], found.full_key
     cause = next((each for each in _chain(found) if isinstance(each, ConfigError)), None)
-    if cause is not None:  # of a resolver of ours
+    if cause is not None:  # raised by our `stage` resolver or by a check of the config
         return f"{key}: {cause}" if key else str(cause)
     if not key:
         return what
@@ -311,7 +310,7 @@ def _in_one_line(error: Exception, schema: type) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it was raised from or while handling."""
+    """Yield an error and its chain of causes (`__cause__`, `__context__`)."""
     following: BaseException | None = error
     while following is not None:
         yield following

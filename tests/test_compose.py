@@ -58,15 +58,18 @@ def test_a_source_can_be_removed() -> None:
         (["train.steps=many"], "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
         (["train.steps=0"], "train.steps is 0: give at least 1"),
         (["train.steps.x=3"], "train.steps.x: train.steps is one value and has no 'x'"),
-        (["train.steps"], "train.steps: not key=value"),
-        (["train.steps=5)"], "train.steps=5): not key=value; a value is a number, a word, a 'quoted text' or a [list]"),
-        (["init_from=\udcff"], "init_from is '\\udcff', which is not UTF-8"),
+        (["train.steps"], "train.steps: not of the form key=value"),
+        (
+            ["train.steps=5)"],
+            "train.steps=5): not of the form key=value; a value is a number, a word, a 'quoted text' or a [list]",
+        ),
+        (["init_from=\udcff"], "init_from is '\\udcff': this is not UTF-8"),
         (
             ["hydra.run.dir=foo"],
-            "hydra.run.dir=foo: moetrain sets Hydra up itself, but for hydra.searchpath; take it out",
+            "hydra.run.dir=foo: of Hydra's own keys only hydra.searchpath can be set; remove this override",
         ),
-        (["~train"], "~train: only an entry such as data.sources.maths can be taken out; give train a value"),
-        (["init_from=${stage:sft}"], "${stage:sft} has a meaning in a recipe only"),
+        (["~train"], "~train: only an entry such as data.sources.maths can be removed; give train a value"),
+        (["init_from=${stage:sft}"], "${stage:sft} is only valid in a recipe"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(overrides: list[str], message: str) -> None:
@@ -155,7 +158,7 @@ def test_a_saved_config_is_checked_like_any_other(tmp_path: Path) -> None:
         (b"run: \xff", r"config\.yaml is not YAML: .*UTF-8 text"),
         (b"run: \x07", r"config\.yaml is not YAML: special characters are not allowed at position 5"),
         (b"run: [", r"config\.yaml:1 is not YAML"),
-        (b"- run", r"config\.yaml holds list where keys and values are wanted"),
+        (b"- run", r"config\.yaml contains a value of type list: give keys and values"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=message) as caught:

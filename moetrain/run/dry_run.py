@@ -1,4 +1,4 @@
-"""`dry_run=true`: prints what a stage would take, and stops."""
+"""`dry_run=true`: prints parameters, memory, tokens and expected time of a stage without running it."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 
 
 def show(name: str, run: Any, *, world_size: int) -> None:
-    """Print parameters, memory, tokens and expected time of a training stage; that others' input is good."""
+    """Print the plan of a training stage on `world_size` ranks. For other stages, print that the input is valid."""
     plan = plan_of(run, world_size=world_size)
     if plan is None:
-        print(f"{name}: the input is good; this command trains nothing, so there is nothing to plan")
+        print(f"{name}: the input is valid; the command does not train, so there is no plan to print")
         return
-    table = Table("what", "how much", title=f"{name}, dry run")
+    table = Table("quantity", "value", title=f"{name}, dry run")
     for what, how_much in _rows(plan, peak=_peak(run)):
         table.add_row(what, how_much)
     Console().print(table)
 
 
 def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
-    """Return what a stage takes on `world_size` ranks; None for a stage that trains nothing."""
+    """Return the plan of a stage on `world_size` ranks, or None for a stage that does not train."""
     if not isinstance(run, TrainingRun):
         return None
     if isinstance(run, RlRun):
@@ -65,7 +65,7 @@ def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
 
 
 def _peak(run: TrainingRun) -> float:
-    # These bring torch in; only a dry run of a stage that trains needs them here.
+    # These imports load torch, which only the dry run of a training stage needs.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
     from moetrain.train.precision import DTYPES, settled

@@ -1,4 +1,4 @@
-"""The earlier evaluation that an evaluation is paired with."""
+"""Reads the earlier evaluation (`eval.before`) with which an evaluation is compared task by task."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,23 +17,23 @@ _OF_TASKS = (
 
 
 def read_before(run: EvalRun) -> dict[str, Any] | None:
-    """Return the numbers of the evaluation that `eval.before` names, None without one.
+    """Return the content of `eval.json` of the evaluation that `eval.before` names, or None if it is null.
 
-    Raises `CheckpointError` when there are none, or they are of other tasks.
+    Raises `CheckpointError` if the file is missing or invalid, or if the evaluation used other tasks.
     """
     if run.eval.before is None:
         return None
     from moetrain.checkpoint.read import read_json
     from moetrain.checkpoint.resume import differences
-    from moetrain.eval.stage import EVAL  # brings torch in, so only now
+    from moetrain.eval.stage import EVAL  # loads torch
 
     folder = Path(run.eval.before).expanduser()
     path = folder / EVAL
     if not path.is_file():
-        raise CheckpointError(f"eval.before: there is no {path}; give the folder of an evaluation that is done")
+        raise CheckpointError(f"eval.before: there is no {path}; give the folder of a finished evaluation")
     numbers = checked(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")
     if not numbers["modes"] or not all("outcomes" in mode for mode in numbers["modes"].values()):
-        raise CheckpointError(f"eval.before: {path} holds no outcomes; run that evaluation again")
+        raise CheckpointError(f"eval.before: {path} contains no outcomes; run that evaluation again")
     config = checked(read_yaml(folder / CONFIG), CONFIG_SHAPE, place=f"eval.before: {folder / CONFIG}")
     changed = differences(_tasks_of(config), _tasks_of(to_mapping(run)))
     if changed:
@@ -42,7 +42,7 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
 
 
 def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an evaluation's config says of which tasks there are."""
+    """Return the config values that determine the tasks of an evaluation, by key."""
     return {key: _at(config, key) for key in _OF_TASKS}
 
 

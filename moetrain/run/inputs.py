@@ -1,8 +1,8 @@
-"""What a config names, checked before anything starts: folders and files, plugins, names, records, weights.
+"""Checks everything that a config names before a stage starts: folders, files, plugins, names, records, weights.
 
-`check_inputs` looks at paths alone and is what every process does first. The rest reads more: names need the plugins,
-records are read whole, weights bring torch in. `moetrain check` does all of it, and launchers call that before they
-start ranks, so that a mistake in the input is one line and not one a rank.
+`check_inputs` checks only paths, and every process calls it first. The other checks read more: `check_names` imports
+the plugins, `check_records` reads all records, `check_weights` loads torch. `moetrain check` runs all of them. The
+launchers call it before they start ranks, so that a mistake is reported once instead of once per rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,33 +31,34 @@ from moetrain.runtime import num_ranks
 from moetrain.tasks import registry
 
 LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
-"""Kinds of sources that are files."""
+"""Kinds of sources that are local files."""
 _NEED_WEIGHTS: dict[type[StageRun], str] = {
-    RlRun: "RL begins with weights that solve some tasks, give those of an SFT stage",
+    RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
     ExportRun: "give the stage or checkpoint to export",
     EvalRun: "give the export to evaluate",
     GenerateRun: "give the folder of the weights",
     VerifyExportsRun: "give the export to verify",
 }
-"""What to give as init_from where it cannot be null."""
+"""Configs that require `init_from`, with the advice that the error message gives."""
 
 
 def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | None = None) -> None:
-    """Raise the user's error when what the config names is not there; ranks and files come after this.
+    """Raise `ConfigError` or `CheckpointError` for a missing folder, file or plugin, or a wrong number of ranks.
 
-    made: folders that earlier stages will write. world_size: ranks that will start; None takes what the launcher says.
+    made: folders that earlier stages will write. world_size: number of ranks that will start; None takes the
+    launcher's.
     """
     for field, value in _folders(run):
         if not value:
             raise ConfigError(f"{field} is empty: give a folder, or null")
         folder = Path(value).expanduser()
         if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in made):
-            wrong = "that is a file" if folder.exists() else "there is no such folder"
+            wrong = "this is a file, give a folder" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{field} is {value}: {wrong}")
     if isinstance(run, TrainingRun) and run.continue_from and _lies_in(run.continue_from, run.run.path):
         raise ConfigError(
-            f"continue_from is {run.continue_from}, the folder of this stage: a stage that continues another has a "
-            "folder of its own; give another run.stage"
+            f"continue_from is {run.continue_from}, the folder of this stage: a stage that continues another one needs "
+            "its own folder; give another run.stage"
         )
     for plugin in run.plugins:
         plugin_spec(plugin)
@@ -65,7 +66,9 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
     if isinstance(run, TrainingRun):
         run.parallel.check_world_size(ranks)
     elif ranks > 1 and not isinstance(run, EvalRun):
-        raise ConfigError(f"{ranks} ranks were started, and this command is one process: start it without a launcher")
+        raise ConfigError(
+            f"{ranks} ranks were started, but this command runs in one process: start it without a launcher"
+        )
     for source in _data(run).sources.values():
         if source.kind in LOCAL_KINDS:
             local_files(source)
@@ -76,7 +79,7 @@ def _lies_in(value: str, folder: Path) -> bool:
 
 
 def check_names(run: StageRun) -> None:
-    """Load the plugins, and raise the user's error where a task or a format is named that nobody registered."""
+    """Load the plugins; raise `ConfigError` for an unregistered task, algorithm or format, or a missing `init_from`."""
     load_plugins(run.plugins)
     for schema, needed in _NEED_WEIGHTS.items():
         if isinstance(run, schema) and run.init_from is None and not _continues(run):
@@ -87,7 +90,7 @@ def check_names(run: StageRun) -> None:
         if isinstance(run, ReadingRun) and has_dialogues:
             registry.demonstrator_of(family)
     if isinstance(run, RlRun):
-        from moetrain.rl.registry import build  # brings torch in
+        from moetrain.rl.registry import build  # loads torch
 
         build(run.rl)
     for source in _data(run).sources.values():
@@ -99,16 +102,16 @@ def _continues(run: StageRun) -> bool:
 
 
 def check_records(run: StageRun) -> None:
-    """Read every document of the sources that are files; `DataError` names the file and line that cannot be used."""
+    """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid."""
     for name, source in _data(run).sources.items():
         if source.kind in LOCAL_KINDS:
             read_documents(source, name=name)
 
 
 def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
-    """Read what a stage starts from, and raise the user's error when it is damaged or does not fit.
+    """Read the weights and the tokenizer that a stage uses; raise an error if they are damaged or do not fit.
 
-    made: folders that earlier stages will write, which are left out.
+    made: folders that earlier stages will write, which are skipped.
     """
     named = {
         field: value
@@ -116,9 +119,9 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
         if not any(Path(value).expanduser().is_relative_to(folder) for folder in made)
     }
     if isinstance(run, ReadingRun) and "data.tokenizer.path" in named:
-        from moetrain.data.build import prepare_tokenizer  # brings torch in
+        from moetrain.data.build import prepare_tokenizer  # loads torch
 
-        # With a path it reads the tokenizer and checks its size; nothing is trained or written.
+        # With data.tokenizer.path this only reads the tokenizer and checks its size.
         folder = Path(named["data.tokenizer.path"])
         tokenizer = prepare_tokenizer(run.data, folder=folder, num_rows=run.model.vocab_size)
         sources = run.data.sources.values()
@@ -131,7 +134,7 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
 
 
 def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
-    # These bring torch in; most command lines name no weights.
+    # These imports load torch, which a command line without weights does not need.
     from moetrain.checkpoint.origin import check_fit
     from moetrain.run.reading_stage import sections_of
     from moetrain.run.rl_stage import rl_beginning
@@ -165,7 +168,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
 
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
-    """Yield (field, folder) of what a config takes of others."""
+    """Yield (field, folder) for each folder that a config names as input."""
     named = {"init_from": run.init_from}
     if isinstance(run, TrainingRun):
         named["continue_from"] = run.continue_from

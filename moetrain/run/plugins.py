@@ -1,4 +1,4 @@
-"""Plugins: modules of the user's, and of installed packages, that register tasks, tools or data formats."""
+"""Loads plugins: modules of the user or of installed packages that register tasks, tools or data formats."""
 
 import hashlib
 import importlib
@@ -16,13 +16,13 @@ from moetrain.errors import ConfigError
 
 T = TypeVar("T")
 PLUGINS = "moetrain.plugins"
-"""Group of entry points through which an installed package offers tasks, tools or formats."""
+"""Entry-point group with which an installed package registers tasks, tools or formats."""
 
 
 def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
-    """Import the plugins that are named, and those of installed packages (entry points); return the modules.
+    """Import the plugins of installed packages (entry points) and the given plugins; return the modules.
 
-    Each is run once a process. `ConfigError` of one line when one is not there, or fails while it is imported.
+    Each is imported once per process. Raises a one-line `ConfigError` if a plugin is missing or its import fails.
     """
     entries = sorted(entry_points(group=PLUGINS), key=lambda entry: entry.name)
     modules = [_guarded(f"entry point {entry.name}", entry.load) for entry in entries]
@@ -30,7 +30,7 @@ def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
 
 
 def plugin_spec(plugin: str) -> importlib.machinery.ModuleSpec:
-    """Return where a plugin is: the path of a .py file, or a module on the path or in the current folder."""
+    """Return the module spec of a plugin: a .py file, or a module on `sys.path` or in the current folder."""
     spec = _of_file(Path(plugin).expanduser()) if plugin.endswith(".py") else _of_module(plugin)
     if spec is None or spec.loader is None:
         raise ConfigError(f"plugins: there is no {plugin}; give a module that Python finds, or the path of a .py file")
@@ -54,7 +54,7 @@ def _load(plugin: str) -> ModuleType:
 
 
 def _of_file(path: Path) -> importlib.machinery.ModuleSpec | None:
-    """Return the spec of a file: its stem is the module's name, unless another module has that already."""
+    """Return the spec of a .py file. The module gets the stem of the file, with a hash added if the name is taken."""
     path = path.resolve()
     if not path.is_file():
         return None
@@ -73,7 +73,7 @@ def _of_module(plugin: str) -> importlib.machinery.ModuleSpec | None:
 
     def find() -> importlib.machinery.ModuleSpec | None:
         try:
-            return importlib.util.find_spec(plugin)  # imports the packages that the module lies in
+            return importlib.util.find_spec(plugin)  # imports the parent packages of the module
         except ModuleNotFoundError as error:
             if error.name is not None and f"{plugin}.".startswith(f"{error.name}."):
                 return None
@@ -83,7 +83,7 @@ def _of_module(plugin: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _guarded(plugin: str, act: Callable[[], T]) -> T:
-    """Return what `act` returns; what a plugin's own code raises becomes a `ConfigError` of one line."""
+    """Return the result of `act`, which runs a plugin's code; turn any exception into a one-line `ConfigError`."""
     try:
         return act()
     except (Exception, SystemExit) as error:  # a plugin's own code

@@ -1,4 +1,4 @@
-"""What made a stage: the version of the package, when, and on what machine. The report shows it."""
+"""Records which version made a stage, when, and on which machine, for the report."""
 
 import os
 import platform
@@ -12,16 +12,17 @@ from pathlib import Path
 from moetrain.runtime import num_ranks
 
 MADE_BY = "made_by.json"
-"""The file in a stage's folder."""
+"""File in the stage folder with the values of `provenance`."""
 _GIB = 2**30
 
 
 def provenance(*, started: float) -> dict[str, object]:
-    """Return what a process that began at `started` (seconds since 1970) knows of itself and its machine.
+    """Return versions, start time, hardware and peak memory of this process.
 
-    `peak_memory_gib` is the most that this process has held, on the host and on its device.
+    started: start of the process in seconds since 1970. `peak_memory_gib` is the peak resident memory on the host;
+    `peak_device_memory_gib` is the peak allocated memory on the GPU.
     """
-    torch = sys.modules.get("torch")  # a stage that did not need it does not load it here
+    torch = sys.modules.get("torch")  # do not load torch for a stage that did not use it
     found: dict[str, object] = {
         "moetrain": _version("moetrain"),
         "commit": _commit(Path(__file__).resolve().parents[2]),
@@ -49,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(checkout: Path) -> str | None:
-    """Return the commit of a checkout, with a plus when files were changed; None for an installed package."""
+    """Return the git commit of a checkout, with `+` if files were changed; None for an installed package."""
     if not (checkout / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Pretraining and SFT: a run's sections into `train.stages`. Imported once the input is checked: it brings torch in."""
+"""Pretraining and SFT: passes a run's config to `train.stages`. Loads torch, so import it after checking the input."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +22,7 @@ from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of
 
 
 def train(run: ReadingRun) -> int:
-    """Run a stage that learns from documents; return its exit code."""
+    """Run a stage that trains on documents; return its exit code."""
     weights = run.continue_from or run.init_from
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         status = train_stage(
@@ -37,7 +37,7 @@ def train(run: ReadingRun) -> int:
 
 
 def sections_of(run: ReadingRun) -> Sections:
-    """Return the sections of a run that a training stage takes."""
+    """Return the config sections that a training stage uses."""
     return Sections(
         model=run.model,
         data=run.data,
@@ -50,7 +50,7 @@ def sections_of(run: ReadingRun) -> Sections:
 
 
 def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topology]:
-    """Return a run's sections, data and place, its tokenizer in `folder`: for what trains outside a stage."""
+    """Return (sections, data, topology) of a run, for training outside of a stage. Writes the tokenizer to `folder`."""
     topology = setup(run.parallel)
     sections = sections_of(run)
     products = settle_products(sections.train, folder=folder, topology=topology)
@@ -72,18 +72,18 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
 
 
 def _texts(run: ReadingRun) -> Iterable[str]:
-    """Return the rendered dialogues that a tokenizer trained for this run sees too."""
+    """Return the rendered dialogues on which a new tokenizer of this run is trained, besides the documents."""
     most = max(dialogue_counts(run.data).values(), default=0)
     return dialogue_texts(registry.build(run.task, run.run.seed), count=most, seed=run.run.seed)
 
 
 def dialogue_counts(data: DataConfig) -> dict[str, int]:
-    """Return how many dialogues each source of that kind has."""
+    """Return the number of dialogues per source of kind dialogues."""
     return {name: source.num_documents for name, source in data.sources.items() if source.kind is SourceKind.dialogues}
 
 
 def dialogues_of(data: DataConfig, task: TaskConfig, *, seed: int) -> Dialogues:
-    """Return a function that makes the documents of the sources of kind dialogues, given a tokenizer."""
+    """Return a function that takes a tokenizer and returns the documents of the sources of kind dialogues by source."""
     family = registry.build(task, seed)
 
     def make(tokenizer: Tokenizer) -> dict[str, list[TokenizedDocument]]:

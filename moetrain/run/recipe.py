@@ -1,13 +1,13 @@
-"""Recipes: `recipe.yaml` into stages, each with its own checked config. Nothing runs here.
+"""Reads `recipe.yaml` and composes its stages, each with its own checked config. Runs no stage.
 
     plugins: [my_task.py]            # optional; a path is relative to the recipe's folder
-    processes: 2                     # optional; ranks of the stages that can have several
+    processes: 2                     # optional; ranks of the stages that train or evaluate
     threads: 1                       # optional; run.threads of every stage
     stages:
       - name: pretrain
         command: pretrain
         overrides: [model=k2_nano, train.steps=300]
-        processes: 1                 # optional, as `threads`: for this stage alone
+        processes: 1                 # optional, like `threads`: for this stage only
       - name: sft
         command: sft
         overrides: [model=k2_nano, "init_from=${stage:pretrain}"]
@@ -32,12 +32,12 @@ _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
 _OWN = {field.name for field in fields(RecipeRun)}
 _COUNTS = ("processes", "threads")
 _OF_RANKS = (TrainingRun, EvalRun)
-"""Configs of the stages that several ranks can share."""
+"""Configs of the stages that can run on several ranks."""
 
 
 @dataclass(kw_only=True)
 class RecipeStage:
-    """One stage as the recipe states it."""
+    """One stage as it is written in the recipe."""
 
     name: str
     command: str
@@ -58,7 +58,11 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Stage:
-    """A stage that can run: its checked config, the earlier stages whose folders it takes, and its ranks."""
+    """A stage that is ready to run.
+
+    config: checked root dataclass. inputs: names of the earlier stages whose folders it uses. processes: number of
+    ranks.
+    """
 
     name: str
     command: str
@@ -68,7 +72,7 @@ class Stage:
 
 
 def load(recipe: str) -> Recipe:
-    """Return the recipe of a name or of the path of a folder. `ConfigError` says which file and what is wrong in it."""
+    """Return the recipe with this name or folder path. Raises `ConfigError`, which names the file and the mistake."""
     folder = Path(recipe).expanduser()
     own = data_folder("recipes") / recipe
     if (own / "recipe.yaml").is_file():
@@ -91,7 +95,7 @@ def load(recipe: str) -> Recipe:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (overrides of the run itself, overrides of stages): the latter begin with a name that no run field has."""
+    """Return (overrides of the run, overrides of stages). An override whose first name is no run field is a stage's."""
     own: list[str] = []
     of_stages: list[str] = []
     for word in words:
@@ -102,9 +106,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) -> list[Stage]:
-    """Return every stage of a recipe, composed and checked on its own; errors name the stage.
+    """Compose and check all stages of a recipe. Raises `ConfigError`, which names the stage.
 
-    `overrides` are of stages: `<stage>.<key>=<value>`.
+    overrides: overrides of stages, as `<stage>.<key>=<value>`.
     """
     names = [stage.name for stage in recipe.stages]
     extra: dict[str, list[str]] = {name: [] for name in names}
@@ -155,7 +159,7 @@ def _compose_stage(
 
 
 def _of_run(recipe: Recipe, run: RecipeRun, stage: RecipeStage) -> list[str]:
-    """Return what the run says to each of its stages, as overrides."""
+    """Return the settings of the run that apply to a stage, as overrides of the stage."""
     plugins = [*recipe.plugins, *run.plugins]
     threads = run.threads or stage.threads
     return [
@@ -206,5 +210,5 @@ def _strings(content: dict[str, Any], key: str, where: str) -> list[str]:
 
 
 def _beside(folder: Path, plugin: str) -> str:
-    """Return a plugin's path from the recipe's folder; a module's name stays as it is."""
+    """Resolve the path of a .py plugin relative to the recipe's folder. A module name is returned unchanged."""
     return str((folder / plugin).resolve()) if plugin.endswith(".py") else plugin

@@ -1,6 +1,6 @@
-"""What a stage was made with, kept in its folder: its config, digests of the files it reads, the stages it takes.
+"""Record of a stage in its folder: its config, digests of the files that it reads, and ids of its input stages.
 
-A stage is unchanged while these are equal. Neither times of files nor the code of moetrain are among them.
+A stage is unchanged while these are equal. The record contains neither file times nor the code of moetrain.
 """
 
 import hashlib
@@ -17,21 +17,22 @@ from moetrain.files import read_json_or_empty, write_json
 _log = logging.getLogger(__name__)
 
 STARTED, DONE = "started.json", "done.json"
-"""Written when a stage begins, and when it is done."""
+"""Files written when a stage starts, and when it is done."""
 CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
 _CHANGES_NOTHING = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run")
-"""Keys of a config that change no result."""
+"""Config keys that do not affect results."""
 _RUN = "<run>"
-_LARGE = 1 << 30  # bytes from which on hashing is announced
+_LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
 _SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """config: values by dotted key; the run's own folder stands as `<run>`. files: sha256 of what a key names on disk.
+    """Inputs of a stage that determine its results.
 
-    inputs: id of each earlier stage that the stage takes, by name.
+    config: values by dotted key, with the run's folder replaced by `<run>`. files: sha256 of the file or folder that a
+    key names, by key. inputs: id of each earlier stage whose results are used, by name.
     """
 
     config: Mapping[str, Any]
@@ -40,7 +41,7 @@ class Record:
 
 
 def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[str, str]) -> Record:
-    """Return the record of a stage whose config, as plain values, is `config`."""
+    """Return the record of a stage. config: its config as plain values."""
     flat = _without_folder(config, run_folder)
     files = {}
     digests = _Digests(run_folder)
@@ -53,9 +54,9 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
 
 
 def kept_record(folder: Path) -> Record | None:
-    """Return the record that a stage began with; None where no stage began.
+    """Return the record with which a stage started, or None if no stage has started in `folder`.
 
-    Folders of older versions have no record: the config is read from config.yaml, and nothing is known of the files.
+    Folders of older versions have no record; their config is read from config.yaml, and the file digests are unknown.
     """
     started = read_json_or_empty(folder / STARTED)
     if not started:
@@ -73,12 +74,12 @@ def kept_record(folder: Path) -> Record | None:
 
 
 def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, Any]]) -> list[str]:
-    """Return what differs, such as `train.steps: 50 -> 100`.
+    """Return the differences of two records as text, such as `train.steps: 50 -> 100`.
 
-    defaults: the values of a config without overrides, by dotted key. A key that an older version did not write was at
-    its default; a key that exists no more is left out.
+    defaults: the values of a config without overrides, by dotted key. A key that an older version did not write counts
+    as its default; a key that no longer exists is ignored.
     """
-    if not before.config:  # nothing is known of it
+    if not before.config:  # the earlier config is unknown
         return []
     known = before.config if now.config.keys() <= before.config.keys() else {**defaults(), **before.config}
     found = []
@@ -92,16 +93,16 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
         elif known[key] != value:
             found.append(f"{key}: {_shown(known[key])} -> {_shown(value)}")
     gone = dict.fromkeys(key.rpartition(".")[0] for key in before.config if not _has_section(now.config, key))
-    found += [f"{section}: taken out" for section in gone]
+    found += [f"{section}: removed" for section in gone]
     return found + [
-        f"stage {name}, whose results it takes, was run again"
+        f"its input stage {name} was run again"
         for name, identity in now.inputs.items()
         if before.inputs.get(name, identity) != identity
     ]
 
 
 def _has_section(config: Mapping[str, Any], key: str) -> bool:
-    """Return whether a config has the section that `key` stands in."""
+    """Return whether a config contains the section of `key`."""
     section = key.rpartition(".")[0]
     return not section or any(other.startswith(f"{section}.") for other in config)
 
@@ -136,19 +137,19 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _outside(text: str, *, key: str, run_folder: Path) -> Path | None:
-    """Return the file or folder outside of the run that a value names, if it names one."""
+    """Return the file or folder outside of the run folder that a value names, or None."""
     if key.rpartition(".")[2] not in ("path", "plugins") and "/" not in text:
         return None
     path = Path(text).expanduser()
     try:
         is_outside = path.exists() and not path.resolve().is_relative_to(run_folder.resolve())
-    except OSError:  # a text that is no path, such as one that is too long
+    except OSError:  # the text is not a valid path, such as one that is too long
         return None
     return path if is_outside else None
 
 
 class _Digests:
-    """sha256 of files, kept in the run's folder: a file of the same size, time and inode is not read again."""
+    """Cache of sha256 digests in the run folder. A file with the same size, time and inode is not read again."""
 
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / _DIGESTS
@@ -156,7 +157,7 @@ class _Digests:
         self._is_new = False
 
     def of(self, path: Path) -> str:
-        """Return the digest of a file, or of all files of a folder with their names in it."""
+        """Return the digest of a file, or of the names and contents of all files in a folder."""
         if not path.is_dir():
             return self._of_file(path)
         files = sorted(item for item in path.rglob("*") if item.is_file())
@@ -174,7 +175,7 @@ class _Digests:
         return str(self._known[name][-1])
 
     def save(self) -> None:
-        """Keep what was hashed, where the run has a folder."""
+        """Write new digests to the run folder, if it exists."""
         if self._is_new and self._path.parent.is_dir():
             write_json(self._path, self._known)
 

@@ -1,4 +1,4 @@
-"""What a training stage left in its folder, checked before it goes on: the stage finds the same, but once a rank."""
+"""Checks a training stage's folder before the stage resumes, once instead of once per rank."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,14 +10,14 @@ from moetrain.runtime import default_device
 
 
 def check_going_on(run: TrainingRun) -> None:
-    """Raise the user's error when the metrics there are broken, or the checkpoints are of another configuration."""
+    """Raise `CheckpointError` if the metrics are invalid or the last checkpoint is of another configuration."""
     metrics = run.run.path / "metrics.jsonl"
     if metrics.is_file():
         read_metrics(metrics)
     folder = run.run.path / "checkpoints"
     if not folder.is_dir():
         return
-    # These bring torch in; most stages have not begun.
+    # These imports load torch, which a stage without checkpoints does not need here.
     from moetrain.checkpoint import read as checkpoint
     from moetrain.checkpoint.resume import check_identity
     from moetrain.train.identity import identity_of
@@ -26,7 +26,7 @@ def check_going_on(run: TrainingRun) -> None:
     try:
         loaded = checkpoint.open_checkpoint(checkpoint.folder_of(folder, max(checkpoint.steps(folder))))
     except (CheckpointError, ValueError):
-        return  # damaged, or none: the stage takes an earlier one
+        return  # no checkpoint, or a damaged one; the stage then falls back to an earlier one
     kept: dict[str, Any] = loaded.state["identity"]
     train = run.train
     compute_dtype, _ = settled(train, device=default_device(), folder=run.run.path)
@@ -40,13 +40,13 @@ def check_going_on(run: TrainingRun) -> None:
         origin=None,
         others=own_sections(run),
     )
-    # Of what was read there are digests, which only the stage can make.
+    # Only the stage can compute the digests of its data, so they are taken from the checkpoint.
     digests = {name: value for name, value in kept.items() if name not in said or name == "origin"}
     check_identity(loaded, said | digests)
 
 
 def own_sections(run: TrainingRun) -> dict[str, Any]:
-    """Return the sections that only a stage of this kind has, of those that make it the run it is."""
+    """Return the config sections that belong to the identity of this kind of stage only, by name."""
     if isinstance(run, RlRun):
         return {"task": asdict(run.task), "rollout": asdict(run.rollout), "rl": asdict(run.rl)}
     return {"data": asdict(run.data)} if isinstance(run, ReadingRun) else {}

@@ -1,4 +1,4 @@
-"""RL: a run's sections into `rl.stage`. Imported once the input is checked: it brings torch in."""
+"""RL: passes a run's config to `rl.stage`. Loads torch, so import it after checking the input."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +49,7 @@ def learn(run: RlRun, *, weights: str) -> int:
         )
         start = start_from if run.continue_from is None else continue_state
         start(engine, origin, model=run.model)
-        # A stage that has checkpoints keeps its tokenizer: whether this is the same, resuming finds out.
+        # A stage with checkpoints keeps its tokenizer. Resuming checks that it equals the tokenizer of the weights.
         is_begun = checkpoint.steps(folder / CHECKPOINTS) and (folder / TOKENIZER).is_dir()
         if engine.topology.is_main and not is_begun:
             tokenizer.save(folder / TOKENIZER)
@@ -66,7 +66,7 @@ def learn(run: RlRun, *, weights: str) -> int:
 
 
 def rl_beginning(run: RlRun, origin: Origin) -> Beginning:
-    """Return where an RL stage begins; raises `CheckpointError` when it cannot continue `origin`."""
+    """Return the starting point of an RL stage. Raises `CheckpointError` if it cannot continue `origin`."""
     return beginning_of(origin, counted=TASKS_USED, optim=run.optim, train=run.train, seed=run.run.seed)
 
 
@@ -74,7 +74,7 @@ def _stage(
     run: RlRun, engine: Engine, *, origin: Origin, beginning: Beginning, tokenizer: Tokenizer, folder: Path
 ) -> RlStage:
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
-        """Keep the first group of each step for reading."""
+        """Write the first group of trajectories of each step to a trace file."""
         if engine.topology.is_main:
             path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)

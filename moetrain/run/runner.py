@@ -1,11 +1,12 @@
-"""Runs the stages of a recipe, one after the other; those that are done and unchanged are skipped.
+"""Runs the stages of a recipe in order, and skips those that are done and unchanged.
 
-Every stage is composed and checked before the first one starts. Each runs in a process of its own, `python -m
-moetrain.cli <command> --config <stage folder>/config.yaml`: memory, process groups and DeepSpeed's state end with the
-stage, a killed stage takes nothing else along, and the same line starts it by hand.
+All stages are composed and checked before the first one starts. Each stage runs in its own process, `python -m
+moetrain.cli <command> --config <stage folder>/config.yaml`. So memory, process groups and DeepSpeed's state are freed
+at the end of the stage, a killed stage does not kill the run, and the same command starts the stage by hand.
 
-`started.json` has what a stage began with (`run.record`); `done.json`, written last, says that it is done. A stage that
-has begun with other values is refused, and runs again only when the user says so: weeks of training may lie there.
+`started.json` contains the record with which a stage started (`run.record`). `done.json` is written last and marks the
+stage as done. A stage that started with other values is refused and runs again only on the user's request, because its
+results may be weeks of training.
 """
 
 import logging
@@ -48,7 +49,7 @@ class Prepared:
 
 @dataclass(kw_only=True)
 class Row:
-    """A line of the table at the end."""
+    """A line of the final table."""
 
     stage: str
     status: str
@@ -57,7 +58,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class Ran:
-    """What a run did: a row a stage that it came to, how many stages were unchanged, and its exit code."""
+    """Result of a run: one row per stage that it reached, the number of unchanged stages, and the exit code."""
 
     rows: list[Row]
     num_unchanged: int
@@ -67,7 +68,7 @@ class Ran:
 def run_stages(prepared: Prepared) -> Ran:
     """Run the stages that are not done, in order, until one fails.
 
-    Raises ConfigError, before anything runs or moves, when a stage has begun with another config or other inputs.
+    Raises `ConfigError`, before it runs or moves anything, if a stage was started with another config or other inputs.
     """
     rows: list[Row] = []
     code = 0
@@ -93,9 +94,9 @@ def prepare(words: Sequence[str]) -> Prepared:
     for word in own:
         key = word.split("=")[0].lstrip("+~")
         if word.startswith("-"):
-            raise ConfigError(f"{word}: there is no such option here; write key=value")
+            raise ConfigError(f"{word}: unknown option; write key=value")
         if key in get_type_hints(TrainingRun) and key not in get_type_hints(RecipeRun):
-            raise ConfigError(f"{word}: that is said to a stage, <stage>.{word}, such as pretrain.{word}")
+            raise ConfigError(f"{word}: this is a key of a stage; give <stage>.{word}, such as pretrain.{word}")
     run: RecipeRun = compose("run", own)
     loaded = recipe.load(run.recipe)
     stages = recipe.compose_stages(loaded, run, overrides=of_stages)
@@ -115,7 +116,7 @@ def prepare(words: Sequence[str]) -> Prepared:
 
 
 def _settle(prepared: Prepared) -> tuple[int, dict[str, Path]]:
-    """Return from which stage on all run again, and where the folders that these leave behind were moved, by stage."""
+    """Return (index of the first stage to run again, new paths of the folders that were moved aside, by stage)."""
     begin = len(prepared.stages)
     for number, stage in enumerate(prepared.stages):
         if stage.name == prepared.run.again_from:
@@ -140,7 +141,7 @@ def _settle(prepared: Prepared) -> tuple[int, dict[str, Path]]:
 
 
 def _changes(prepared: Prepared, stage: recipe.Stage) -> list[str]:
-    """Return what differs from what a stage began with; nothing for one that has not begun."""
+    """Return the differences to the record with which a stage started; empty if it has not started."""
     before = kept_record(prepared.folder / stage.name)
     if before is None:
         return []
@@ -157,7 +158,7 @@ def _record(prepared: Prepared, stage: recipe.Stage) -> Record:
 
 
 def _identity(folder: Path) -> str:
-    """Return what tells this run of a stage from its other runs; empty where nothing is recorded."""
+    """Return the id of this execution of a stage, or an empty string if none is recorded."""
     return str(read_json_or_empty(folder / STARTED).get("id", ""))
 
 
@@ -172,7 +173,7 @@ def _refusal(folder: Path, name: str, found: Sequence[str]) -> ConfigError:
 
 
 def _tell_version(folder: Path, name: str) -> None:
-    """Say which version made a stage, where it is not this one. That is no reason to run it again."""
+    """Log which version made a stage if it is not this one. This does not cause the stage to run again."""
     started = read_json_or_empty(folder / STARTED)
     maker = started.get("made_by", "an older version") if started else made_by()
     if maker != made_by():
@@ -182,11 +183,11 @@ def _tell_version(folder: Path, name: str) -> None:
 
 
 def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
-    """Run a stage in a process of its own; return its exit code and seconds."""
+    """Run a stage in its own process; return (exit code, seconds)."""
     folder = prepared.folder / stage.name
     check_inputs(stage.config, world_size=stage.processes)
     if not has_results(folder) and _changes(prepared, stage):
-        set_aside(folder)  # it left nothing but what was made for another config
+        set_aside(folder)  # it contains only files of another config, and no results
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / CONFIG
     save_config(stage.config, config)
@@ -199,7 +200,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     if stage.processes > 1:
         torchrun = f"torch.distributed.run --standalone --nproc-per-node {stage.processes} -m".split()
         launcher = ["env", f"OMP_NUM_THREADS={stage.config.run.threads or 1}", *python, *torchrun]
-        # What only reading the weights can tell is one line here, not one per rank.
+        # A mistake that only reading the weights reveals is reported once here instead of once per rank.
         code = _wait(["env", f"WORLD_SIZE={stage.processes}", *python, "moetrain.cli", "check", *words])
     if code == 0:
         command = [*launcher, "moetrain.cli", *words]
@@ -213,20 +214,23 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
 
 
 def _put_back(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> None:
-    """Move back what was moved aside for a stage that then refused its input and left nothing, and for those after."""
+    """Move folders back if the stage that should replace them refused its input and left no results.
+
+    Also moves back the folders of the stages after it.
+    """
     folder = prepared.folder / refused.name
     if refused.name not in moved or has_results(folder):
         return
     names = [stage.name for stage in prepared.stages]
     for name in names[names.index(refused.name) :]:
         if name in moved:
-            shutil.rmtree(prepared.folder / name, ignore_errors=True)  # without results
+            shutil.rmtree(prepared.folder / name, ignore_errors=True)  # it has no results
             moved[name].rename(prepared.folder / name)
-            _log.info("%s is where it was: the stage that should take its place did not run", prepared.folder / name)
+            _log.info("%s was restored, because the stage that should replace it did not run", prepared.folder / name)
 
 
 def _wait(command: Sequence[str]) -> int:
-    """Run a process that dies with this one, and that is sent on the signals this one is sent; return its exit code."""
+    """Run a process, forward signals to it, and return its exit code. It is killed if this process dies."""
     process = subprocess.Popen(command, preexec_fn=die_with_parent)
 
     def send_on(number: int, frame: FrameType | None) -> None:
@@ -243,9 +247,9 @@ def _wait(command: Sequence[str]) -> int:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a stage's folder to `<stage>.previous`, or `.previous.2` and so on; return where it is now.
+    """Rename a stage folder to `<stage>.previous`, `<stage>.previous.2` and so on; return the new path.
 
-    Nothing that was set aside before is touched. A folder without results is removed; then None is returned.
+    Existing `.previous` folders are not changed. A folder without results is deleted, and None is returned.
     """
     if not has_results(folder):
         shutil.rmtree(folder)
@@ -253,5 +257,5 @@ def set_aside(folder: Path) -> Path | None:
     names = [f"{folder.name}.previous", *(f"{folder.name}.previous.{number}" for number in range(2, _MOST_ASIDE))]
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     folder.rename(aside)
-    _log.info("%s is now %s, and the stage begins anew", folder, aside)
+    _log.info("%s was moved to %s; the stage starts from the beginning", folder, aside)
     return aside

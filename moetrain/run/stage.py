@@ -1,4 +1,4 @@
-"""What the commands of all stages share: the stage's folder and its metrics."""
+"""Folder, lock and metrics of a stage, shared by all stage commands."""
 
 import fcntl
 import os
@@ -18,25 +18,25 @@ from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode,
 from moetrain.run.provenance import MADE_BY, provenance
 
 INTERRUPTED = 128 + signal.SIGTERM
-"""Exit code of a stage that saved and stopped on a signal; the same command goes on."""
+"""Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
 CONFIG = "config.yaml"
-"""The config of a stage, in its folder."""
+"""File in the stage folder with the config of the stage."""
 _RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html")
-"""What a stage leaves that was made with its config."""
+"""Patterns of result files in a stage folder, which belong to its config."""
 
 
 def rank() -> int:
-    """Return this process's number among the ranks that a launcher started; 0 without a launcher."""
+    """Return the rank of this process, or 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def check_folder(run: StageRun) -> None:
-    """Raise the user's error when the stage's folder cannot be written, or holds what another command wrote."""
+    """Raise `ConfigError` if the stage folder is not writable or belongs to another command."""
     check_writable(run.run.path)
     try:
         earlier = read_yaml(run.run.path / CONFIG)
     except ConfigError:
-        return  # torn by a machine that stopped: it is written again
+        return  # incomplete after a machine failure; it is written again
     schema = to_mapping(run)
     if foreign := sorted(name for name in earlier if name not in schema):
         raise ConfigError(
@@ -46,12 +46,12 @@ def check_folder(run: StageRun) -> None:
 
 
 def has_results(folder: Path) -> bool:
-    """Return whether a stage has left anything there that was made with its config."""
+    """Return whether a stage folder contains results."""
     return any(next(folder.glob(pattern), None) for pattern in _RESULTS)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `ConfigError` when `folder` cannot be made or written in; nothing is made."""
+    """Raise `ConfigError` if `folder` cannot be created or is not writable. Creates nothing."""
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         wrong = "" if there.is_dir() else f"{there} is a file"
@@ -68,7 +68,7 @@ def _unusable(folder: Path, wrong: str) -> ConfigError:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; `ConfigError` when another process holds it. It falls when the process ends."""
+    """Hold the lock of a folder until the process ends at the latest. `ConfigError` if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / ".lock").open("a+")
@@ -90,11 +90,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_folder(run: StageRun) -> Iterator[Path]:
-    """Yield the stage's folder; rank 0 locks it and writes `config.yaml` there.
+    """Yield the stage folder; rank 0 locks it and writes `config.yaml` there.
 
-    Where there are results, the config that they were made with stays until this run has ended well: one that is
-    refused leaves the folder as it was. A new folder is taken away again when the user's input turns out to be bad
-    before there is a checkpoint.
+    If the folder contains results, their config.yaml is replaced only after this run succeeds, so a run that is refused
+    leaves the folder unchanged. A new folder is removed if the user's input is rejected before the first checkpoint.
     """
     folder = run.run.path
     if rank() > 0:
@@ -120,14 +119,14 @@ def stage_folder(run: StageRun) -> Iterator[Path]:
         if is_new and error.exit_code == ConfigError.exit_code and not (folder / "checkpoints").exists():
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
-                with suppress(OSError):  # it holds something else
+                with suppress(OSError):  # the folder is not empty
                     parent.rmdir()
         raise
 
 
 @contextmanager
 def stage_metrics(run: StageRun) -> Iterator[Metrics]:
-    """Yield where rank 0 writes its metrics: metrics.jsonl and W&B; other ranks get one that writes nowhere."""
+    """Yield the metrics writer: metrics.jsonl and W&B on rank 0, a writer without destinations on other ranks."""
     sinks: list[Metrics] = []
     first: dict[str, float] = {}
     if rank() == 0:

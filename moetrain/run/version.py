@@ -1,4 +1,4 @@
-"""Which moetrain made a result: told to the user, and never a reason to run a stage again."""
+"""Version of moetrain that made a result. It is shown to the user and never causes a stage to run again."""
 
 import functools
 import hashlib
@@ -18,6 +18,6 @@ def made_by() -> str:
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     try:
         number = version("moetrain")
-    except PackageNotFoundError:  # the package's folder alone, not installed
+    except PackageNotFoundError:  # the package runs from its folder without being installed
         number = "unknown"
     return f"{number} (source {digest.hexdigest()[:_SHOWN]})"

@@ -1,4 +1,4 @@
-"""Where weights come from, exports included. Imported by commands once their input is checked: it brings torch in."""
+"""Reads weights of every kind, including exports. Loads torch, so import it after checking the input."""
 
 from pathlib import Path
 
@@ -10,14 +10,13 @@ from moetrain.export.read import is_export, read_export
 from moetrain.parallel.state import TensorReader
 
 EXPORT = "model"
-"""Folder of the export in the folder of an export stage."""
+"""Subfolder of an export stage that contains the export."""
 
 
 def read_weights(init_from: str) -> Origin:
-    """Return the weights of a stage's folder, a checkpoint, an export or a Hugging Face folder.
+    """Return the weights of a stage folder, a checkpoint, an export or a Hugging Face folder.
 
-    Those of a quantised export are the numbers that its codes and scales stand for. Raises `CheckpointError` that names
-    what is missing or damaged.
+    The weights of a quantised export are dequantised. Raises `CheckpointError`, which names what is missing or damaged.
     """
     try:
         return _read(Path(init_from).expanduser())
@@ -28,18 +27,18 @@ def read_weights(init_from: str) -> Origin:
 
 
 def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
-    """Return weights that stand beside `origin`; `CheckpointError` that begins with `field` for another model's."""
+    """Return the weights in `value`. `CheckpointError`, which names `field`, if the model differs from `origin`."""
     other = read_weights(value)
     if unfit := unfit_fields(other, origin.model):
-        raise CheckpointError(f"{field} is {value}: that is another model than {origin.path} ({'; '.join(unfit)})")
+        raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(unfit)})")
     return other
 
 
 def read_masters(value: str, *, field: str, origin: Origin) -> Origin:
-    """Return the float32 masters that `origin` was exported of; raises as `read_beside`, and for an export."""
+    """Return the float32 masters from which `origin` was exported. Raises as `read_beside`, and for an export."""
     masters = read_beside(value, field=field, origin=origin)
     if is_export(masters.path):
-        raise CheckpointError(f"{field} is {value}: that is an export; give the stage or checkpoint it was made of")
+        raise CheckpointError(f"{field} is {value}: this is an export; give the stage or checkpoint it was made from")
     return masters
 
 
@@ -66,7 +65,7 @@ def _read(path: Path) -> Origin:
 
 
 def _check_foreign(origin: Origin) -> None:
-    """Check the tensors of a folder that another program wrote, to which no checksum of ours belongs."""
+    """Check names and shapes of the tensors in a folder that another program wrote, which has no checksums."""
     try:
         layout_of(origin.model).check(origin.reader)
     except CheckpointError as error:
@@ -74,11 +73,13 @@ def _check_foreign(origin: Origin) -> None:
 
 
 def tokenizer_of(origin: Origin) -> Tokenizer:
-    """Return the tokenizer that lies beside the weights."""
+    """Return the tokenizer in the folder of the weights. Raises `CheckpointError` if it is missing or too large."""
     if origin.tokenizer is None:
-        raise CheckpointError(f"{origin.path}: there is no {TOKENIZER_FILE} beside the weights; copy theirs there")
+        raise CheckpointError(
+            f"{origin.path}: there is no {TOKENIZER_FILE} beside the weights; copy their tokenizer there"
+        )
     tokenizer = Tokenizer.load(origin.tokenizer)
     if tokenizer.vocab_size > origin.model.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens and the weights beside it {origin.model.vocab_size}"
-        raise CheckpointError(f"{origin.tokenizer}: it has {sizes}; put theirs there")
+        raise CheckpointError(f"{origin.tokenizer}: it has {sizes}; copy the tokenizer of these weights there")
     return tokenizer

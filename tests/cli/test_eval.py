@@ -21,8 +21,8 @@ WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.i
     [
         ('{"modes": ', [], r"eval\.json: cannot be read as JSON"),
         ('{"modes": 3}', [], r"eval\.before: .*eval\.json: modes: 3 is not of type 'object'; the file is damaged"),
-        ('{"modes": {}}', [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
-        (WITHOUT, [], r"eval\.before: .*eval\.json holds no outcomes; run that evaluation again"),
+        ('{"modes": {}}', [], r"eval\.before: .*eval\.json contains no outcomes; run that evaluation again"),
+        (WITHOUT, [], r"eval\.before: .*eval\.json contains no outcomes; run that evaluation again"),
         (
             GOOD.replace('"outcomes": {', '"outcomes": null, "x": {'),
             [],
@@ -34,7 +34,7 @@ WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.i
             ["eval.num_tasks=2", "task.database.max_calls=3"],
             r"evaluated other tasks \(task\.database\.max_calls: 3 -> 8\)",
         ),
-        (None, [], r"eval\.before: there is no .*eval\.json; give the folder of an evaluation that is done"),
+        (None, [], r"eval\.before: there is no .*eval\.json; give the folder of a finished evaluation"),
     ],
 )
 def test_an_earlier_evaluation_that_cannot_be_paired_is_refused(

@@ -95,9 +95,9 @@ def test_a_process_computes_with_as_many_threads_as_it_is_told(threads: int) -> 
         (["run", "pretrian.train.steps=3"], "'pretrian' is no stage; did you mean pretrain?\n"),
         (
             ["run", "model=k2_nano"],
-            "that is said to a stage, <stage>.model=k2_nano, such as pretrain.model=k2_nano\n",
+            "this is a key of a stage; give <stage>.model=k2_nano, such as pretrain.model=k2_nano\n",
         ),
-        (["run", "-m"], "moetrain: -m: there is no such option here; write key=value\n"),
+        (["run", "-m"], "moetrain: -m: unknown option; write key=value\n"),
         (["pretrain", "--foo=3"], "moetrain: --foo=3: unknown option; write key=value, or --config FILE directly"),
         (["pretrain", "train.steps=3", "--config", "x"], "moetrain: --config: unknown option"),
         (["run", "again_from=sfd"], "moetrain: again_from is 'sfd': did you mean sft?\n"),

@@ -60,11 +60,11 @@ def test_a_recipe_meets_a_mistake_of_any_stage_before_the_first_one_starts(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rl"], "init_from is null: RL begins with weights"),
+        (["rl"], "init_from is null: RL starts from weights"),
         (["eval"], "init_from is null: give the export to evaluate"),
         (["export"], "init_from is null: give the stage or checkpoint to export"),
         (["pretrain", "init_from="], "init_from is empty: give a folder, or null"),
-        (["pretrain", "init_from=file"], "init_from is file: that is a file"),
+        (["pretrain", "init_from=file"], "init_from is file: this is a file"),
         (["pretrain", "task.name=nope"], "task.name is nope: there are database"),
         (["pretrain", "data.sources.english.format=nope"], "data.sources.*.format is nope: known are messages"),
         (["pretrain", "run.folder=file"], "cannot be written: file is a file"),
@@ -107,8 +107,8 @@ def test_check_reads_the_tokenizer_that_is_named(
         (["abc", "pretrain"], "torchrun.sh: RANKS is 'abc': give a whole number from 1"),
         (["0", "pretrain"], "torchrun.sh: RANKS is '0': give a whole number from 1"),
         (["2", "pretrain", "parallel.expert=4"], "moetrain: parallel.expert is 4: it must divide the number of proc"),
-        (["2", "report"], "moetrain: 2 ranks were started, and this command is one process: start it without a lau"),
-        (["2", "export", "init_from=mine"], "moetrain: 2 ranks were started, and this command is one process"),
+        (["2", "report"], "moetrain: 2 ranks were started, but this command runs in one process: "),
+        (["2", "export", "init_from=mine"], "moetrain: 2 ranks were started, but this command runs in one process"),
         (["2", "pretrain", "parallel.engine=torch"], "parallel.engine is torch, which runs in one process, not 2"),
         (
             ["2", "pretrain", "data.sources.x.kind=jsonl", "data.sources.x.path=broken.jsonl"],

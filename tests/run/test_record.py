@@ -55,7 +55,7 @@ def test_a_file_in_a_folder_that_is_renamed_or_changed_is_a_change(tmp_path: Pat
         ({"train": {"steps": 3}}, {"train": {"steps": 3, "new": 8}}, ["train.new: 7 -> 8"]),
         ({"train": {"steps": 3, "old": 1}}, {"train": {"steps": 3}}, []),  # exists no more
         ({"data": {"a": {"n": 1}}}, {"data": {"a": {"n": 1}, "b": {"n": 2}}}, ["data.b.n: nothing -> 2"]),
-        ({"data": {"a": {"n": 1}, "b": {"n": 2}}}, {"data": {"a": {"n": 1}}}, ["data.b: taken out"]),
+        ({"data": {"a": {"n": 1}, "b": {"n": 2}}}, {"data": {"a": {"n": 1}}}, ["data.b: removed"]),
         ({"data": {"a": {"n": 1}}}, {"data": {"a": {"n": 1, "added": 2}}}, []),  # of a later version
     ],
 )
@@ -67,4 +67,4 @@ def test_an_input_that_was_made_again_is_a_change(tmp_path: Path) -> None:
     before = record_of({}, run_folder=tmp_path, inputs={"sft": "first"})
     now = record_of({"a": 1}, run_folder=tmp_path, inputs={"sft": "second"})
     before = Record(config=now.config, files={}, inputs=before.inputs)
-    assert difference(before, now) == ["stage sft, whose results it takes, was run again"]
+    assert difference(before, now) == ["its input stage sft was run again"]

@@ -160,7 +160,7 @@ def test_a_stage_that_takes_one_that_ran_again_is_named(run: Path) -> None:
     shutil.copytree(run / "kept", run / "runs" / "mine" / "export")
     refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", folder=run)
     assert refused.returncode == 2
-    assert "stage pretrain, whose results it takes, was run again" in refused.stderr
+    assert "its input stage pretrain was run again" in refused.stderr
 
 
 def test_a_stage_that_is_refused_while_it_runs_leaves_the_results_before_it_in_place(run: Path) -> None:

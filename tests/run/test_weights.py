@@ -76,16 +76,16 @@ def test_weights_of_another_model_are_no_masters(field: str, tmp_path: Path) -> 
     good, other = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "other"))
     config = {**to_hf_config(TINY), "rms_norm_eps": 0.5}
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match=rf"^{field} is {other}: that is another model than {good} \(rms_norm_eps"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^{field} is {other}: its model differs from {good} \(rms_norm_eps"):
         check_weights(compose("eval", [f"init_from={good}", f"{field}={other}"]))
 
 
 def test_a_tokenizer_of_more_tokens_than_the_weights_have_is_named(tmp_path: Path) -> None:
     folder = write(_folder(tmp_path, "good"))
     train_tokenizer(["a tokenizer of every byte and some more " * 20], vocab_size=300).save(folder)
-    with pytest.raises(CheckpointError, match=rf"{folder}: it has \d+ tokens and the weights beside it 50; put theirs"):
+    with pytest.raises(
+        CheckpointError, match=rf"{folder}: it has \d+ tokens and the weights beside it 50; copy the tokenizer"
+    ):
         tokenizer_of(read_weights(str(folder)))
 
 
