@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/deepspeed.sh launch/hostfile.example pretrain model=k2_nano parallel.expert=8
 # bash launch/deepspeed.sh 2 pretrain model=k2_nano parallel.expert=2
-# Starts one rank a slot of the host file, over ssh, or that many on this machine, with DeepSpeed's launcher.
+# Starts ranks with DeepSpeed's launcher: one per slot of the host file over ssh, or RANKS ranks on this machine.
 set -euo pipefail
 usage="usage: bash launch/deepspeed.sh HOSTFILE|RANKS COMMAND [OVERRIDE...]"
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then

@@ -15,7 +15,7 @@ Where their names do not resolve, also NODE_RANK=0 on the machine MASTER_ADDR, a
 Also:
   MAX_RESTARTS=0        times that all ranks start again, from the last checkpoint, when one dies
   SAVE_SECONDS=110      time to save after SIGTERM
-  OMP_NUM_THREADS=1     threads a rank
+  OMP_NUM_THREADS=1     threads per rank
   VENV=/path            environment, if not .venv beside the repository
 END
 }
@@ -41,7 +41,7 @@ bin="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
 [[ -n "${VENV:-}" ]] && bin="$VENV/bin"
 [[ -x "$bin/python" ]] && PATH="$bin:$PATH"
 
-# A mistake in the input is one line here, not one a rank.
+# Check the input first, so that a mistake is reported once instead of once per rank.
 nodes="${NNODES:-1}"
 WORLD_SIZE=$((ranks * ${nodes%%:*})) python -m moetrain.cli check "$@"
 if [[ "$nodes" == 1 ]]; then
