@@ -4,6 +4,7 @@ The methods take their steps in turn, so that other load on the machine affects 
 layers with experts, E experts.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,15 +13,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from moetrain.bench.step import take_step
 from moetrain.data.build import Data
 from moetrain.files import write_json
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
 from moetrain.train.expert_load import count_loads, violations
+from moetrain.train.reading import take_reading_step
 from moetrain.train.rows import rank_rows, split_rows
-from moetrain.train.stages import Sections, engine_of
+from moetrain.train.stages import Sections, engine_of, reading_of
 from moetrain.train.validate import validate
 
 LOADS = ("maxvio", "maxvio_micro", "load_variation", "dead_experts", "router_entropy", "bias_range")
@@ -67,11 +68,14 @@ def bench_balance(
         name: replace(sections, model=replace(sections.model, balance=balance)) for name, balance in methods.items()
     }
     engines = {name: engine_of(run) for name, run in runs.items()}
+    readings = {
+        name: reading_of(runs[name], engine=engine, data=data, peak_flops=math.inf) for name, engine in engines.items()
+    }
     results = {name: MethodResult(name=name, balance=balance) for name, balance in methods.items()}
     history: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for step in range(train.steps):
-        for name, engine in engines.items():
-            values = take_step(runs[name], engine=engine, data=data, step=step)
+        for name, reading in readings.items():
+            values = take_reading_step(reading, train, step=step)
             history[name].append(values)
             results[name].maxvio.append(values["maxvio"])
             results[name].seconds.append(values[TIME_PREFIX + "seconds"])

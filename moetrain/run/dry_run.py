@@ -1,5 +1,6 @@
 """`dry_run=true`: prints parameters, memory, tokens and expected time of a stage without running it."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,12 +29,13 @@ def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
         return None
     if isinstance(run, RlRun):
         trajectories = run.rl.tasks_per_step * run.rl.group_size
-        tokens, seq_len = run.train.steps * trajectories * run.rollout.max_tokens, run.rollout.max_tokens
+        seq_len = run.rollout.max_tokens
+        tokens = (run.train.steps - _steps_taken(run)) * trajectories * seq_len
         in_memory = run.rl.tokens_per_micro_batch
     else:
         assert isinstance(run, ReadingRun)
         seq_len = run.data.seq_len
-        tokens = run.train.rows_before(run.train.steps) * seq_len
+        tokens = (run.train.rows_before(run.train.steps) - run.train.rows_before(_steps_taken(run))) * seq_len
         in_memory = min(run.train.rows_per_micro_batch, run.train.most_rows) * seq_len
     return plan_stage(
         run.model,
@@ -44,6 +46,28 @@ def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
         seq_len=seq_len,
         tokens_in_memory=in_memory,
     )
+
+
+def _steps_taken(run: TrainingRun) -> int:
+    """Return how many of `train.steps` the continued run has taken; 0 if its folder does not exist yet.
+
+    Raises `CheckpointError` if the run cannot be continued.
+    """
+    if run.continue_from is None or not Path(run.continue_from).expanduser().exists():
+        return 0
+    # These bring torch in; most dry runs continue nothing.
+    from moetrain.run.reading_stage import sections_of
+    from moetrain.run.rl_stage import rl_beginning
+    from moetrain.run.weights import read_weights
+    from moetrain.train.stages import reading_beginning
+
+    origin = read_weights(run.continue_from)
+    if isinstance(run, RlRun):
+        beginning = rl_beginning(run, origin)
+    else:
+        assert isinstance(run, ReadingRun)
+        beginning = reading_beginning(sections_of(run), origin)
+    return beginning.step - beginning.first_step
 
 
 def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:

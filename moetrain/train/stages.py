@@ -113,8 +113,20 @@ def train_stage(
     if origin is not None:
         start = start_from if sections.train.continue_as is None else continue_state
         start(engine, origin, model=sections.model)
-    reading = _reading(
-        sections, engine=engine, data=data, origin=origin, beginning=beginning, folder=folder, evaluate=evaluate
+    peak_flops = total_peak(
+        folder / MACHINE,
+        dtype=DTYPES[sections.train.compute_dtype],
+        topology=engine.topology,
+        library=sections.library,
+    )
+    reading = reading_of(
+        sections,
+        engine=engine,
+        data=data,
+        peak_flops=peak_flops,
+        origin=origin,
+        beginning=beginning,
+        evaluate=evaluate,
     )
     outcome = run_training(reading_training(reading, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
@@ -188,16 +200,21 @@ def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokeni
     return made if made is not None else make()
 
 
-def _reading(
+def reading_of(
     sections: Sections,
     *,
     engine: Engine,
     data: Data,
-    origin: Origin | None,
-    beginning: Beginning,
-    folder: Path,
-    evaluate: Evaluate | None,
+    peak_flops: float,
+    origin: Origin | None = None,
+    beginning: Beginning | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Reading:
+    """Return what the steps of a stage with these sections need, for `take_reading_step`. Collective.
+
+    peak_flops: see `Reading`; inf leaves out the utilisation. beginning: None is a new run.
+    """
+    beginning = beginning or Beginning()
     train, optim, balance = sections.train, sections.optim, sections.model.balance
     max_logits = MaxLogits.needed(optim.qk_clip)
 
@@ -208,7 +225,6 @@ def _reading(
     def first_row(step: int) -> int:
         return rows_before(step, train, beginning=beginning)
 
-    dtype = DTYPES[train.compute_dtype]
     return Reading(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
@@ -230,7 +246,7 @@ def _reading(
             others={"data": asdict(sections.data), "digests": data.digests},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
-        peak_flops=total_peak(folder / MACHINE, dtype=dtype, topology=engine.topology, library=sections.library),
+        peak_flops=peak_flops,
         qk_clip=optim.qk_clip,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.checkpoint.origin import Origin, continue_state, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.log import JsonlMetrics, Metrics, read_metrics
 from moetrain.model.config import BalanceConfig, BiasRule
@@ -20,7 +21,9 @@ from moetrain.rl.stage import RlStage, collect_groups, rl_training
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
-from moetrain.train.config import TrainConfig
+from moetrain.train.config import Continuation, TrainConfig
+from moetrain.train.continuation import TASKS_USED, beginning_of
+from moetrain.train.identity import identity_of
 from moetrain.train.loop import run_training
 from tests.distributed import run_ranks
 from tests.even_task import MODEL, EvenFamily, even_tokenizer
@@ -76,6 +79,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_trajectories_and_weights(tmp
     assert any(trajectory.reward for trajectory in all_seen)
     assert [t.segments for t in first + rest] == [t.segments for t in all_seen]
     expected, found = whole.gather_state(with_optimizer=True), resumed.gather_state(with_optimizer=True)
+    assert expected is not None and found is not None
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("continue_as", "steps"), [(Continuation.part, 2), (Continuation.whole, 4)])
+def test_two_steps_continued_by_two_equal_four_and_no_task_is_repeated(
+    tmp_path: Path, continue_as: Continuation, steps: int
+) -> None:
+    optim = OptimConfig(lr=1e-2)
+    identity = identity_of(
+        model=MODEL, quant=_QUANT, optim=optim, train=_TRAIN, seed=3, origin=None, others={"data": {}, "digests": {}}
+    )
+
+    def take(folder: Path, *, steps: int, origin: Origin | None = None) -> tuple[Engine, list[Trajectory]]:
+        seen: list[Trajectory] = []
+        engine = _engine(EngineName.torch)
+        train = replace(_TRAIN, steps=steps, continue_as=None if origin is None else continue_as)
+        beginning = beginning_of(origin, counted=TASKS_USED, optim=optim, train=train, seed=3)
+        if origin is not None:
+            continue_state(engine, origin, model=MODEL)
+        stage = replace(_stage(engine, seen), identity=identity, beginning=beginning)
+        metrics = JsonlMetrics(folder / "metrics.jsonl")
+        run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
+        metrics.close()
+        return engine, seen
+
+    whole, all_seen = take(tmp_path / "whole", steps=4)
+    _, first = take(tmp_path / "first", steps=2)
+    continued, rest = take(tmp_path / "second", steps=steps, origin=read_origin(tmp_path / "first"))
+    assert not {t.task for t in first} & {t.task for t in rest}
+    assert [t.segments for t in first + rest] == [t.segments for t in all_seen]
+    expected, found = whole.gather_state(with_optimizer=True), continued.gather_state(with_optimizer=True)
     assert expected is not None and found is not None
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

@@ -278,3 +278,25 @@ def test_a_dry_run_writes_nothing(finished: Path, tmp_path: Path) -> None:
     assert "parameters" in done.stdout and "memory, a rank" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert json.loads((finished / "runs" / "mine" / "pretrain" / "summary.json").read_text())["steps"] == 3
+
+
+def test_a_stage_continues_another_one_of_its_recipe_and_a_dry_run_counts_only_its_own_steps(run: Path) -> None:
+    words = RECIPE.split("overrides:", 1)[1].split("  - name: export", 1)[0].replace("train.steps=3", "train.steps=5")
+    stage = f"  - name: longer\n    command: pretrain\n    overrides:{words}"
+    own = '      - "continue_from=${stage:pretrain}"\n      - train.continue_as=whole\n'
+    (run / "mine" / "recipe.yaml").write_text(RECIPE + stage + own)
+    before = weights_of(run / "runs" / "mine" / "pretrain")
+    planned = moetrain("run", "recipe=mine", "dry_run=true", folder=run)
+    assert planned.returncode == 0, planned.stderr
+    found = statuses([], run)
+    assert (found["pretrain"], found["longer"]) == ("skipped", "finished")
+    first, longer = (run / "runs" / "mine" / name for name in ("pretrain", "longer"))
+    steps = [[row["step"] for row in read_metrics(at / "metrics.jsonl") if "loss" in row] for at in (first, longer)]
+    assert steps == [[1, 2, 3], [4, 5]]
+    summary = json.loads((longer / "summary.json").read_text())
+    assert (summary["steps"], summary["continued"]["steps"]) == (5, 3)
+    assert weights_of(first) == before
+    tokens = [
+        int(line.split("│")[2].strip().replace(",", "")) for line in planned.stdout.splitlines() if "tokens," in line
+    ]
+    assert tokens[1] * 3 == tokens[0] * 2
