@@ -113,17 +113,11 @@ def train_stage(
     if origin is not None:
         start = start_from if sections.train.continue_as is None else continue_state
         start(engine, origin, model=sections.model)
-    peak_flops = total_peak(
-        folder / MACHINE,
-        dtype=DTYPES[sections.train.compute_dtype],
-        topology=engine.topology,
-        library=sections.library,
-    )
     reading = reading_of(
         sections,
         engine=engine,
         data=data,
-        peak_flops=peak_flops,
+        peak_flops=_peak_flops(sections, folder=folder, topology=topology),
         origin=origin,
         beginning=beginning,
         evaluate=evaluate,
@@ -198,6 +192,11 @@ def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokeni
     if failure is not None:
         raise failure
     return made if made is not None else make()
+
+
+def _peak_flops(sections: Sections, *, folder: Path, topology: Topology) -> float:
+    dtype = DTYPES[sections.train.compute_dtype]
+    return total_peak(folder / MACHINE, dtype=dtype, topology=topology, library=sections.library)
 
 
 def reading_of(

@@ -289,14 +289,13 @@ def test_a_stage_continues_another_one_of_its_recipe_and_a_dry_run_counts_only_i
     planned = moetrain("run", "recipe=mine", "dry_run=true", folder=run)
     assert planned.returncode == 0, planned.stderr
     found = statuses([], run)
-    assert (found["pretrain"], found["longer"]) == ("skipped", "finished")
+    assert (found["pretrain"], found["longer"]) == ("unchanged", "done")
     first, longer = (run / "runs" / "mine" / name for name in ("pretrain", "longer"))
     steps = [[row["step"] for row in read_metrics(at / "metrics.jsonl") if "loss" in row] for at in (first, longer)]
     assert steps == [[1, 2, 3], [4, 5]]
     summary = json.loads((longer / "summary.json").read_text())
     assert (summary["steps"], summary["continued"]["steps"]) == (5, 3)
     assert weights_of(first) == before
-    tokens = [
-        int(line.split("│")[2].strip().replace(",", "")) for line in planned.stdout.splitlines() if "tokens," in line
-    ]
-    assert tokens[1] * 3 == tokens[0] * 2
+    rows = [line.split("│") for line in planned.stdout.splitlines() if "tokens, at most" in line]
+    of_first, of_longer = (int(row[2].replace(",", "")) for row in rows)
+    assert of_longer * 3 == of_first * 2

@@ -188,7 +188,7 @@ def test_weights_without_a_run_cannot_be_continued(runs: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["continue_from=x"], "train.continue_as is null: say how"),
+        (["continue_from=x"], "train.continue_as is null: give part or whole"),
         (["train.continue_as=part"], "train.continue_as is part and continue_from is null"),
         (["continue_from=x", "init_from=y", "train.continue_as=part"], "init_from is y and continue_from is x"),
         (
