@@ -3,6 +3,8 @@
 The root dataclass of a command is registered in Hydra's ConfigStore and is the first default of
 `configs/<command>.yaml`. So every key has a type and a default, and unknown keys are refused during composition. Every
 mistake becomes a one-line error that names the key. No other module sees Hydra or OmegaConf objects.
+
+A stage that starts from weights takes its model's shape from them, unless `model=` selects one.
 """
 
 import difflib
@@ -23,15 +25,20 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from moetrain.checkpoint.shape import FREE_FIELDS, stored_shape, unfit_fields
 from moetrain.commands import SCHEMAS
+from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.files import write_text
+from moetrain.model.config import ModelConfig
 
 _SEARCH_PATH = "hydra.searchpath"
 _STAGE = re.compile(r"(\$\{stage:[^{}]*\})|(?:(?!\$\{stage:[^{}]*\}).)+", re.DOTALL)
 """Matches a `${stage:NAME}`, or the text up to the next one."""
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"', re.DOTALL)
 _Resolver = Callable[[str], str]
+ShapeReader = Callable[[str], ModelConfig | None]
+"""From the folder of weights to their shape; None where it is not known."""
 
 
 def data_folder(name: str) -> Path:
@@ -42,18 +49,25 @@ def data_folder(name: str) -> Path:
 
 
 def compose(
-    command: str, overrides: Sequence[str], *, stage_folder: _Resolver | None = None, search: Sequence[Path] = ()
+    command: str,
+    overrides: Sequence[str],
+    *,
+    stage_folder: _Resolver | None = None,
+    search: Sequence[Path] = (),
+    shape_of: ShapeReader = stored_shape,
 ) -> Any:
     """Return the checked root dataclass of `command`: its primary config with the overrides applied.
 
     stage_folder: returns the folder that replaces `${stage:<name>}` in a value. search: additional folders of config
-    groups. Raises a one-line `ConfigError` for any mistake.
+    groups. shape_of: returns the shape of the weights that a training stage starts from. Raises a one-line
+    `ConfigError` for any mistake, and `CheckpointError` if the shape of the weights cannot be read.
     """
     schema = SCHEMAS[command]
     name = command.replace(" ", "_")
     try:
         words = [_with_quoted_text(schema, word) for word in _with_family_options(schema, overrides)]
-        direct, entries = _split(schema, OverridesParser.create().parse_overrides(words))
+        parsed = OverridesParser.create().parse_overrides(words)
+        direct, entries = _split(schema, parsed)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
         if search:
@@ -64,7 +78,13 @@ def compose(
             tree = hydra.compose(name, overrides=direct)
         for entry in entries:
             _set_entry(tree, schema, entry)
-        return OmegaConf.to_object(tree)
+        shape = _shape_of_weights(tree, schema, shape_of)
+        if shape is not None and not any(override.key_or_group == "model" for override in parsed):
+            _take_shape(tree, shape, given=[each for each in parsed if each.key_or_group.startswith("model.")])
+        run: Any = OmegaConf.to_object(tree)
+        if shape is not None:
+            _check_shape(run, shape)
+        return run
     except OverrideParseException as error:
         raise ConfigError(
             f"{error.override}: not of the form key=value; a value is a number, a word, a 'quoted text' or a [list]"
@@ -84,6 +104,32 @@ def _with_family_options(schema: type, words: Sequence[str]) -> list[str]:
     return [own.sub("task.options.", word) if own.match(word) else word for word in words]
 
 
+def _shape_of_weights(tree: DictConfig, schema: type, shape_of: ShapeReader) -> ModelConfig | None:
+    """Return the shape of the weights that a training stage starts from; None without weights."""
+    if not issubclass(schema, TrainingRun):
+        return None
+    weights = tree.continue_from or tree.init_from
+    return shape_of(weights) if weights else None
+
+
+def _take_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Override]) -> None:
+    """Put the shape of the weights in the place of the default one, with the fields that were given on top."""
+    tree.model = OmegaConf.structured(shape)
+    for override in given:
+        OmegaConf.update(tree, override.key_or_group, override.value())
+
+
+def _check_shape(run: TrainingRun, shape: ModelConfig) -> None:
+    """Raise ConfigError when a config asks for another shape than that of the weights it starts from."""
+    if unfit := unfit_fields(shape, run.model):
+        field = "init_from" if run.continue_from is None else "continue_from"
+        free = ", ".join(f"model.{name}{'*' if name.endswith('.') else ''}" for name in FREE_FIELDS)
+        raise ConfigError(
+            f"model does not fit the weights of {field}={run.continue_from or run.init_from} ({'; '.join(unfit)}): "
+            f"leave model= and these fields out, the weights give the shape; only {free} may differ"
+        )
+
+
 def save_config(run: Any, path: Path) -> None:
     """Write all values of a checked config as YAML, in the form that `load_config` reads."""
     write_text(path, yaml.safe_dump(to_mapping(run), allow_unicode=True, sort_keys=False))
@@ -96,7 +142,11 @@ def load_config(command: str, path: Path) -> Any:
     schema = SCHEMAS[command]
     content = read_yaml(path)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(content))))
+        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(content)))
+        assert isinstance(tree, DictConfig)
+        if "model" not in content and (shape := _shape_of_weights(tree, schema, stored_shape)) is not None:
+            _take_shape(tree, shape, given=[])
+        return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
 

@@ -112,12 +112,7 @@ class TrainingRun(StageRun):
                 f"parallel.expert is {self.parallel.expert}: parallel.engine=torch runs in one process; give 1"
             )
         if self.quant.enabled:
-            for name in ("hidden_size", "moe_intermediate_size"):
-                width = getattr(self.model, name)
-                if width % self.quant.group_size:
-                    raise ConfigError(
-                        f"quant.group_size is {self.quant.group_size}: it must divide model.{name}={width}"
-                    )
+            check_groups(self.model, self.quant)
 
     def _check_continuation(self) -> None:
         if self.continue_from is None:
@@ -243,6 +238,14 @@ def check_length(model: ModelConfig, *, name: str, length: int) -> None:
     longest = model.max_position_embeddings
     if length > longest:
         raise ConfigError(f"{name} is {length}: give at most model.max_position_embeddings={longest}")
+
+
+def check_groups(model: ModelConfig, quant: QuantConfig) -> None:
+    """Raise `ConfigError` when the rows of the experts do not divide into whole groups that share a scale."""
+    for name in ("hidden_size", "moe_intermediate_size"):
+        width = getattr(model, name)
+        if width % quant.group_size:
+            raise ConfigError(f"quant.group_size is {quant.group_size}: it must divide model.{name}={width}")
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+def user_path(text: str) -> Path:
+    """Return a path that a user typed, with `~` and `~name` replaced; those that name no user are text."""
+    return Path(os.path.expanduser(text))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically; create the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

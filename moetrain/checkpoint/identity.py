@@ -33,6 +33,18 @@ def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "quant": asdict(quant_of(identity))} if "quant" in identity else dict(identity)
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """Return one line "field: before -> now" for each leaf that differs between two nested mappings."""
+    lines: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, prefix=f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
 def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping without paths and micro-batch sizes, at every depth, and with non-finite floats as strings."""
     return {name: _kept(value) for name, value in mapping.items() if name not in _LEFT_OUT}

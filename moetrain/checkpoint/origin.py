@@ -12,11 +12,10 @@ import torch
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.identity import model_of, quant_of
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
-from moetrain.checkpoint.resume import differences
+from moetrain.checkpoint.shape import shape_changes, unfit_fields
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
-from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.quant.config import QuantConfig
 
@@ -24,8 +23,6 @@ _log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Name of the tokenizer folder in a stage's folder."""
-_FREE = ("balance.", "yarn.", "max_position_embeddings")
-"""Fields of the model config that a stage may change without invalidating the weights."""
 
 
 @dataclass(kw_only=True)
@@ -107,23 +104,11 @@ def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
 
     Raises `CheckpointError` if a field differs on which the meaning of the weights depends.
     """
-    changed = differences(vars_of(origin.model), vars_of(model))
-    if unfit := unfit_fields(origin, model):
+    if unfit := unfit_fields(origin.model, model):
         raise CheckpointError(
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
         )
-    return changed
-
-
-def unfit_fields(origin: Origin, model: ModelConfig) -> list[str]:
-    """Return the fields in which `model` is incompatible with the weights, as "field: theirs -> this"."""
-    return [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_FREE)]
-
-
-def vars_of(model: ModelConfig) -> dict[str, object]:
-    """Return the fields of a model config as a nested mapping, with the derived routed_scaling_factor if it is null."""
-    sections = {"yarn": vars(model.yarn), "balance": vars(model.balance)}
-    return {**vars(model), **sections, "routed_scaling_factor": routed_scaling_factor(model)}
+    return shape_changes(origin.model, model)
 
 
 def _of_checkpoint(path: Path, *, stages: Sequence[Path]) -> Origin:

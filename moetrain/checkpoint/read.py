@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +21,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moetrain.checkpoint.folders import CHECKPOINTS as CHECKPOINTS
+from moetrain.checkpoint.folders import INDEX_FILE as INDEX_FILE
+from moetrain.checkpoint.folders import REPAIR as REPAIR
+from moetrain.checkpoint.folders import STATE_FILE as STATE_FILE
+from moetrain.checkpoint.folders import folder_of as folder_of
+from moetrain.checkpoint.folders import is_checkpoint as is_checkpoint
+from moetrain.checkpoint.folders import read_json as read_json
+from moetrain.checkpoint.folders import steps as steps
 from moetrain.errors import CheckpointError
 from moetrain.hf.slices import flat_range
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-"""Name of the checkpoints folder in a stage's folder."""
 FORMAT = 2
 _WHOLE_TENSORS = 1  # the previous format, with each tensor whole in one file; only read
 OPTIMIZER_PREFIX = "optimizer/"
-STATE_FILE, INDEX_FILE = "state.json", "index.json"
-REPAIR = "use another checkpoint, or copy this one again from an intact copy"
-_STEP_FOLDER = re.compile(r"^step_(\d{8})$")
 _REPLACED = ".replaced.tmp"
 
 
@@ -124,19 +126,6 @@ class Latest:
 
     path: Path | None
     num_damaged: int
-
-
-def steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, ascending, including damaged ones."""
-    if not folder.is_dir():
-        return []
-    found = (_STEP_FOLDER.match(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted(int(match.group(1)) for match in found if match)
-
-
-def folder_of(folder: Path, step: int) -> Path:
-    """Return the folder of checkpoint `step`."""
-    return folder / f"step_{step:08d}"
 
 
 def remove_leftovers(folder: Path) -> int:
@@ -242,24 +231,6 @@ def check_files(checkpoint: Checkpoint, *, part: int = 0, num_parts: int = 1) ->
     """
     for name in sorted(checkpoint.files)[part::num_parts]:
         _check_file(checkpoint.path / name, checkpoint.files[name])
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether `path` looks like a checkpoint folder, intact or not."""
-    return _STEP_FOLDER.match(path.name) is not None or (path / INDEX_FILE).is_file()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises `CheckpointError` if it is missing, truncated or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; {REPAIR}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {REPAIR}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: contains a {type(value).__name__} instead of a JSON object; {REPAIR}")
-    return value
 
 
 def dump(value: Mapping[str, Any]) -> str:

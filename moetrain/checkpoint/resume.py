@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint import read as checkpoint
-from moetrain.checkpoint.identity import as_kept, upgraded
+from moetrain.checkpoint.identity import as_kept, differences, upgraded
 from moetrain.errors import CheckpointError
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology
@@ -77,18 +77,6 @@ def _damage_on_any_rank(path: Path, topology: Topology) -> str | None:
         failure = str(error)
     failures = topology.gather_objects(failure)
     return topology.broadcast_object(next((text for text in failures or () if text is not None), None))
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:
-    """Return one line "field: before -> now" for each leaf that differs between two nested mappings."""
-    lines: list[str] = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, prefix=f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old} -> {new}")
-    return lines
 
 
 def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_tensor_files
+from moetrain.checkpoint.shape import CONFIG_FILE as CONFIG_FILE
+from moetrain.checkpoint.shape import RECORD_FILE as RECORD_FILE
 from moetrain.errors import CheckpointError
 from moetrain.files import sync, write_json
 from moetrain.hf.folder import INDEX_FILE
 
-RECORD_FILE = "moetrain.json"
-CONFIG_FILE = "config.json"
 _FORMAT = 1
 _REPAIR = "export again, or copy the folder again from where it is whole"
 

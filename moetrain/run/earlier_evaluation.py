@@ -23,8 +23,8 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
     """
     if run.eval.before is None:
         return None
+    from moetrain.checkpoint.identity import differences
     from moetrain.checkpoint.read import read_json
-    from moetrain.checkpoint.resume import differences
     from moetrain.eval.stage import EVAL  # loads torch
 
     folder = Path(run.eval.before).expanduser()

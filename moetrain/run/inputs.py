@@ -24,7 +24,9 @@ from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
+from moetrain.run.chain import keeps_tokenizer, needs_chat
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.runtime import num_ranks
@@ -51,7 +53,7 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
     for field, value in _folders(run):
         if not value:
             raise ConfigError(f"{field} is empty: give a folder, or null")
-        folder = Path(value).expanduser()
+        folder = user_path(value)
         if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in made):
             wrong = "this is a file, give a folder" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{field} is {value}: {wrong}")
@@ -75,7 +77,7 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
 
 
 def _lies_in(value: str, folder: Path) -> bool:
-    return Path(value).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
+    return user_path(value).resolve().is_relative_to(folder.expanduser().resolve())
 
 
 def check_names(run: StageRun) -> None:
@@ -116,7 +118,7 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
     named = {
         field: value
         for field, value in _folders(run)
-        if not any(Path(value).expanduser().is_relative_to(folder) for folder in made)
+        if not any(user_path(value).is_relative_to(folder) for folder in made)
     }
     if isinstance(run, ReadingRun) and "data.tokenizer.path" in named:
         from moetrain.data.build import prepare_tokenizer  # loads torch
@@ -124,8 +126,7 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
         # With data.tokenizer.path this only reads the tokenizer and checks its size.
         folder = Path(named["data.tokenizer.path"])
         tokenizer = prepare_tokenizer(run.data, folder=folder, num_rows=run.model.vocab_size)
-        sources = run.data.sources.values()
-        if any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources):
+        if needs_chat(run):
             tokenizer.check_chat()
     if "init_from" in named or "continue_from" in named:
         _check_origin(run, named)
@@ -159,7 +160,9 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     if isinstance(run, EvalRun):
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     if origin.tokenizer is not None:
-        tokenizer_of(origin)
+        tokenizer = tokenizer_of(origin)
+        if needs_chat(run) and keeps_tokenizer(run):
+            tokenizer.check_chat()
     for field in ("masters", "eval.masters"):
         if field in named:
             read_masters(named[field], field=field, origin=origin)

@@ -10,9 +10,10 @@
         processes: 1                 # optional, like `threads`: for this stage only
       - name: sft
         command: sft
-        overrides: [model=k2_nano, "init_from=${stage:pretrain}"]
+        overrides: ["init_from=${stage:pretrain}"]
 
-`${stage:NAME}` is the folder of an earlier stage. A folder `configs/` beside recipe.yaml adds choices to config groups.
+`${stage:NAME}` is the folder of an earlier stage. A stage that starts from its weights has the shape of its model.
+A folder `configs/` beside recipe.yaml adds choices to config groups.
 """
 
 import re
@@ -23,9 +24,9 @@ from typing import Any
 
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder, quoted, read_yaml, suggestion
-from moetrain.config import EvalRun, ExportRun, RecipeRun, TrainingRun
+from moetrain.config import EvalRun, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
-from moetrain.hf.consumers import check_shape
+from moetrain.run.chain import check_chain, shape_of
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
@@ -121,37 +122,32 @@ def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) 
     stages: list[Stage] = []
     for stage in recipe.stages:
         words = [*stage.overrides, *_of_run(recipe, run, stage), *extra[stage.name]]
-        stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=[done.name for done in stages]))
-    _check_exports(stages)
+        stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=stages))
+    check_chain([(stage.name, stage.config) for stage in stages])
     return stages
 
 
-def _check_exports(stages: Sequence[Stage]) -> None:
-    """Raise ConfigError when the shape that a stage trains would be refused by a later stage that exports it."""
-    models = {stage.name: stage.config.model for stage in stages if isinstance(stage.config, TrainingRun)}
-    for stage in stages:
-        if isinstance(stage.config, ExportRun):
-            for name in filter(models.__contains__, stage.inputs):
-                try:
-                    check_shape(models[name], stage.config.export.consumers)
-                except ConfigError as error:
-                    raise ConfigError(f"stage {stage.name}: {error}") from None
-
-
 def _compose_stage(
-    recipe: Recipe, stage: RecipeStage, *, run: RecipeRun, overrides: Sequence[str], earlier: Sequence[str]
+    recipe: Recipe, stage: RecipeStage, *, run: RecipeRun, overrides: Sequence[str], earlier: Sequence[Stage]
 ) -> Stage:
     inputs: set[str] = set()
+    names = [done.name for done in earlier]
 
     def folder_of(name: str) -> str:
-        if name not in earlier:
-            raise ConfigError(f"${{stage:{name}}} is no earlier stage; {suggestion(name, earlier)}")
+        if name not in names:
+            raise ConfigError(f"${{stage:{name}}} is no earlier stage; {suggestion(name, names)}")
         inputs.add(name)
         return str(Path(run.folder) / (run.name or recipe.name) / name)
 
     search = [recipe.folder / "configs"] if (recipe.folder / "configs").is_dir() else []
     try:
-        config = compose(stage.command, overrides, stage_folder=folder_of, search=search)
+        config = compose(
+            stage.command,
+            overrides,
+            stage_folder=folder_of,
+            search=search,
+            shape_of=lambda weights: shape_of(weights, [done.config for done in earlier]),
+        )
     except ConfigError as error:
         raise ConfigError(f"stage {stage.name}: {error}") from None
     processes = (run.num_processes or stage.processes or 1) if isinstance(config, _OF_RANKS) else 1

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from moetrain.checkpoint.origin import Origin, read_origin, unfit_fields
+from moetrain.checkpoint.origin import Origin, read_origin
+from moetrain.checkpoint.shape import EXPORT as EXPORT
+from moetrain.checkpoint.shape import unfit_fields
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
+from moetrain.files import user_path
 from moetrain.parallel.state import TensorReader
-
-EXPORT = "model"
-"""Subfolder of an export stage that contains the export."""
 
 
 def read_weights(init_from: str) -> Origin:
@@ -19,7 +19,7 @@ def read_weights(init_from: str) -> Origin:
     The weights of a quantised export are dequantised. Raises `CheckpointError`, which names what is missing or damaged.
     """
     try:
-        return _read(Path(init_from).expanduser())
+        return _read(user_path(init_from))
     except CheckpointError as error:
         if str(error).startswith("config.json: "):
             raise CheckpointError(f"{init_from}: {error}") from error
@@ -29,7 +29,7 @@ def read_weights(init_from: str) -> Origin:
 def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
     """Return the weights in `value`. `CheckpointError`, which names `field`, if the model differs from `origin`."""
     other = read_weights(value)
-    if unfit := unfit_fields(other, origin.model):
+    if unfit := unfit_fields(other.model, origin.model):
         raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(unfit)})")
     return other
 

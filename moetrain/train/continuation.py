@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.identity import as_kept
+from moetrain.checkpoint.identity import as_kept, differences
 from moetrain.checkpoint.origin import Origin
-from moetrain.checkpoint.resume import differences
 from moetrain.errors import CheckpointError
 from moetrain.optim.config import OptimConfig
 from moetrain.optim.schedule import learning_rate

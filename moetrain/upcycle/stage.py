@@ -14,27 +14,21 @@ import torch
 
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint import write as checkpoint_write
-from moetrain.checkpoint.origin import TOKENIZER, Origin, vars_of
+from moetrain.checkpoint.origin import TOKENIZER, Origin
 from moetrain.checkpoint.read import CHECKPOINTS
-from moetrain.checkpoint.resume import differences
+from moetrain.checkpoint.shape import shape_changes
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import Piece
 from moetrain.quant.config import QuantConfig
-from moetrain.upcycle.config import UpcycleConfig, UpcyclePlan
+from moetrain.upcycle.config import NEW_FIELDS, UpcycleConfig, UpcyclePlan
 from moetrain.upcycle.tensors import LayerChange, UpcycledTensors, layer_change
 
 _log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-_NEW = (
-    *("num_dense_layers", "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts"),
-    *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
-    *("initializer_range", "max_position_embeddings", "balance."),
-)
-"""Model fields that may differ: those of the experts, and those that do not affect the output."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +68,7 @@ def check_dense(origin: Origin, *, model: ModelConfig) -> None:
             f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers already have "
             "experts; give dense weights (model.num_dense_layers = model.num_layers)"
         )
-    unfit = [line for line in differences(vars_of(origin.model), vars_of(model)) if not line.startswith(_NEW)]
+    unfit = [line for line in shape_changes(origin.model, model) if not line.startswith(NEW_FIELDS)]
     if unfit:
         raise CheckpointError(
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"

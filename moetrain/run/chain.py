@@ -1,0 +1,174 @@
+"""The stages of a recipe against each other: what each hands on is known from its config before it has run.
+
+Only what earlier stages of the recipe write is checked here. What is on disk is checked when it is read (`run.inputs`).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moetrain.checkpoint.shape import shape_changes, stored_shape, unfit_fields
+from moetrain.commands import VerifyExportsRun
+from moetrain.config import (
+    EvalRun,
+    ExportRun,
+    ReadingRun,
+    RlRun,
+    StageRun,
+    TrainingRun,
+    UpcycleRun,
+    check_groups,
+    check_length,
+)
+from moetrain.data.config import SourceKind
+from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.errors import ConfigError, DataError
+from moetrain.export.config import ExportFormat
+from moetrain.files import user_path
+from moetrain.hf.consumers import check_shape
+from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.upcycle.config import NEW_FIELDS
+
+
+def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
+    """Return the shape of weights that an earlier stage writes or that are on disk; None where there are none."""
+    writer = _writer_of(weights, earlier)
+    if writer is None:
+        return stored_shape(weights)
+    if isinstance(writer, TrainingRun | UpcycleRun):
+        return writer.model
+    return shape_of(writer.init_from, earlier) if isinstance(writer, ExportRun) and writer.init_from else None
+
+
+def check_chain(stages: Sequence[tuple[str, StageRun]]) -> None:
+    """Raise ConfigError that names the first stage which cannot take what the stages before it hand on."""
+    for number, (name, run) in enumerate(stages):
+        try:
+            _check_stage(run, [before for _, before in stages[:number]])
+        except (ConfigError, DataError) as error:
+            raise ConfigError(f"stage {name}: {error}") from None
+
+
+def needs_chat(run: StageRun) -> bool:
+    """Return whether a stage renders dialogues, for which its tokenizer needs the tokens of the chat template."""
+    if isinstance(run, ReadingRun):
+        sources = run.data.sources.values()
+        return any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources)
+    return isinstance(run, RlRun | EvalRun)
+
+
+def keeps_tokenizer(run: StageRun) -> bool:
+    """Return whether a stage takes the tokenizer of the weights that it starts from."""
+    return not isinstance(run, ReadingRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
+
+
+def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
+    weights = _weights(run)
+    if weights is None or _writer_of(weights, earlier) is None:
+        return
+    model = shape_of(weights, earlier)
+    if model is None:
+        raise ConfigError(f"init_from is {weights}: that stage writes no weights; name one that trains or exports")
+    if isinstance(run, UpcycleRun):
+        _check_dense(model, run, weights)
+    if isinstance(run, ExportRun):
+        check_shape(model, run.export.consumers)
+        if run.export.format is ExportFormat.quantized:
+            check_groups(model, _quant_of(weights, earlier) or run.quant)
+    if isinstance(run, EvalRun):
+        check_length(model, name="rollout.max_tokens", length=run.rollout.max_tokens)
+    for field, value in _same_model(run):
+        other = shape_of(value, earlier)
+        if other is not None and (unfit := unfit_fields(model, other)):
+            raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(unfit)})")
+    _check_tokenizer(run, weights, earlier)
+
+
+def _check_dense(dense: ModelConfig, run: UpcycleRun, weights: str) -> None:
+    if dense.num_moe_layers:
+        raise ConfigError(
+            f"init_from is {weights}: {dense.num_moe_layers} of its {dense.num_layers} layers have experts already; "
+            "give dense weights (model.num_dense_layers = model.num_layers)"
+        )
+    if unfit := [line for line in shape_changes(dense, run.model) if not line.startswith(NEW_FIELDS)]:
+        raise ConfigError(
+            f"model does not fit the dense weights of {weights} ({'; '.join(unfit)}): change these fields"
+        )
+
+
+def _same_model(run: StageRun) -> Iterator[tuple[str, str]]:
+    """Yield (field, folder) of further weights that must be of the same model as init_from."""
+    named: dict[str, str | None] = {}
+    if isinstance(run, VerifyExportsRun):
+        named["masters"] = run.masters
+    if isinstance(run, EvalRun):
+        named |= {"eval.masters": run.eval.masters, "eval.codes_before": run.eval.codes_before}
+    for field, value in named.items():
+        if value:
+            yield field, value
+
+
+def _quant_of(weights: str, earlier: Sequence[StageRun]) -> QuantConfig | None:
+    """Return the grid that weights were trained on by an earlier stage; None where they were not."""
+    writer = _writer_of(weights, earlier)
+    return writer.quant if isinstance(writer, TrainingRun) and writer.quant.enabled else None
+
+
+def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -> None:
+    """Raise ConfigError when a stage asks for another tokenizer than its weights have, or for one that cannot chat."""
+    theirs = _tokenizer_of(weights, earlier)
+    if isinstance(run, ReadingRun) and not run.data.tokenizer.retrain and theirs is not None:
+        own = run.data.tokenizer
+        named = None if own.path is None else _named_tokenizer(own.path, earlier)
+        if named is not None and not _is_same(named, theirs):
+            raise ConfigError(
+                f"data.tokenizer.path is {own.path}: that is another tokenizer than that of {weights}; leave it out, "
+                "or give data.tokenizer.retrain=true to train on with a tokenizer that the weights do not know"
+            )
+        if isinstance(theirs, ReadingRun) and own.vocab_size is not None:
+            size = theirs.data.tokenizer.vocab_size
+            if size is not None and own.vocab_size != size:
+                raise ConfigError(
+                    f"data.tokenizer.vocab_size is {own.vocab_size}: the tokenizer of {weights} has {size} tokens; "
+                    "leave data.tokenizer.vocab_size out"
+                )
+    if isinstance(theirs, Path) and needs_chat(run) and keeps_tokenizer(run):
+        Tokenizer.load(theirs).check_chat()
+
+
+def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
+    """Return the tokenizer of weights: the stage that trains it, or its folder; None where it is not known yet."""
+    writer = _writer_of(weights, earlier)
+    if writer is None:
+        return None
+    before = _weights(writer)
+    if isinstance(writer, ReadingRun):
+        if writer.data.tokenizer.path is not None:
+            return _named_tokenizer(writer.data.tokenizer.path, earlier)
+        if before is None or writer.data.tokenizer.retrain:
+            return writer
+    return None if before is None else _tokenizer_of(before, earlier)
+
+
+def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
+    """Return the tokenizer in a folder that a config names; None where there is none, which is found on reading."""
+    if _writer_of(path, earlier) is not None:
+        return _tokenizer_of(path, earlier)
+    folder = user_path(path)
+    return folder if (folder / TOKENIZER_FILE).is_file() else None
+
+
+def _is_same(one: ReadingRun | Path, other: ReadingRun | Path) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one == other or Tokenizer.load(one).digest == Tokenizer.load(other).digest
+    return one is other
+
+
+def _weights(run: StageRun) -> str | None:
+    return (run.continue_from or run.init_from) if isinstance(run, TrainingRun) else run.init_from
+
+
+def _writer_of(weights: str, earlier: Sequence[StageRun]) -> StageRun | None:
+    """Return the earlier stage in whose folder weights lie; None where none does."""
+    path = user_path(weights)
+    return next((run for run in earlier if path.is_relative_to(user_path(str(run.run.path)))), None)
