@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
+from moetrain.compose import compose
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
 from tests.cli.command import ENVIRONMENT, ROOT
@@ -52,11 +51,9 @@ def _commands(folder: Path) -> Path:
 def test_the_guide_to_models_can_be_followed(tmp_path: Path) -> None:
     printed = follow("add-a-model.md", tmp_path)
     assert "parameters" in printed and "memory, a rank" in printed
-    values = json.dumps(to_hf_config(ModelConfig(num_experts=16)))
-    (tmp_path / "config.json").write_text(values)
-    words = [sys.executable, "to_yaml.py", "config.json"]
-    shown = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert yaml.safe_load(shown.stdout)["num_experts"] == 16
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(ModelConfig(num_experts=16))))
+    run = compose("sft", [f"init_from={tmp_path}", "model.yarn.factor=4", "model.max_position_embeddings=8192"])
+    assert (run.model.num_experts, run.model.yarn.factor, run.model.max_position_embeddings) == (16, 4, 8192)
 
 
 def test_the_guide_to_data_can_be_followed(tmp_path: Path) -> None:

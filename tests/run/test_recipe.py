@@ -15,7 +15,7 @@ stages:
     command: pretrain
     overrides: [model=tiny, train.steps=5]
   - command: sft
-    overrides: [model=tiny, "init_from=${stage:first}"]
+    overrides: ["init_from=${stage:first}"]
 """
 
 
