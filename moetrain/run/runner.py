@@ -26,6 +26,7 @@ from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import OnChange, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, write_json
+from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
 from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, kept_record, record_of
@@ -35,6 +36,12 @@ from moetrain.runtime import die_with_parent
 
 _log = logging.getLogger(__name__)
 
+_CONTINUABLE = ("train.steps:", "optim.", "data.mix")
+"""Changes with which a stage that trained can be continued in another stage."""
+_CONTINUES = (
+    "; to train on with the new values and the optimizer state kept, leave this stage as it was and add one with "
+    "continue_from=${{stage:{name}}} and train.continue_as=part or whole"
+)
 _MOST_ASIDE = 10_000  # earlier results of one stage
 
 
@@ -72,6 +79,7 @@ def run_stages(prepared: Prepared) -> Ran:
     """
     rows: list[Row] = []
     code = 0
+    start = time.monotonic()
     with lock(prepared.folder):
         begin, moved = _settle(prepared)
         for number, stage in enumerate(prepared.stages):
@@ -79,8 +87,13 @@ def run_stages(prepared: Prepared) -> Ran:
             if number < begin and "seconds" in done:
                 rows.append(Row(stage=stage.name, status="unchanged", seconds=done["seconds"]))
                 continue
+            place = f"stage {number + 1} of {len(prepared.stages)}, {stage.name}"
+            _log.info("%s: starts in %s; time left: %s", place, prepared.folder / stage.name, _left(prepared, number))
             code, seconds = _run_stage(prepared, stage)
             rows.append(Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds))
+            how = "is done" if code == 0 else f"ended with exit code {code}"
+            left = _left(prepared, number + 1 if code == 0 else number)
+            _log.info("%s: %s after %s in all; time left: %s", place, how, duration(time.monotonic() - start), left)
             if code:
                 _put_back(prepared, moved, refused=stage)
                 break
@@ -113,6 +126,21 @@ def prepare(words: Sequence[str]) -> Prepared:
         check_records(stage.config)
         check_weights(stage.config, made=made[:number])
     return Prepared(run=run, folder=folder, stages=stages)
+
+
+def _left(prepared: Prepared, first: int) -> str:
+    """Return the time that the stages from `first` on took the last time, or `unknown` where one has never finished."""
+    seconds = [earlier_seconds(prepared.folder / stage.name) for stage in prepared.stages[first:]]
+    known = [each for each in seconds if each is not None]
+    return f"about {duration(sum(known))}" if len(known) == len(seconds) else "unknown"
+
+
+def earlier_seconds(folder: Path) -> float | None:
+    """Return how long a stage took when it last finished in this run, moved aside or not; None if it never did."""
+    paths = [folder / DONE, *folder.parent.glob(f"{folder.name}.previous*/{DONE}")]
+    newest = max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
+    seconds = None if newest is None else read_json_or_empty(newest).get("seconds")
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def _settle(prepared: Prepared) -> tuple[int, dict[str, Path]]:
@@ -169,6 +197,7 @@ def _refusal(folder: Path, name: str, found: Sequence[str]) -> ConfigError:
         f"again_from={name} runs it and the stages after it again and keeps what is there as {name}.previous; "
         "on_change=rerun does so wherever something changed; on_change=keep takes the results as they are; "
         "name=NEW is a run of its own"
+        f"{_CONTINUES.format(name=name) if any(line.startswith(_CONTINUABLE) for line in found) else ''}"
     )
 
 

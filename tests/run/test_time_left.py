@@ -1,0 +1,37 @@
+"""What a recipe says of its stages: the time that is left, and how a stage that is refused is continued."""
+
+import json
+import os
+from pathlib import Path
+
+from moetrain.config import RecipeRun, ReportRun
+from moetrain.run.recipe import Stage
+from moetrain.run.runner import Prepared, _left, _refusal, earlier_seconds
+
+
+def finish(folder: Path, seconds: float, *, time: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
+    os.utime(folder / "done.json", (time, time))
+
+
+def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -> None:
+    stages = [
+        Stage(name=name, command="report", config=ReportRun(), inputs=[], processes=1) for name in ("sft", "export")
+    ]
+    prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
+    assert earlier_seconds(tmp_path / "sft") is None
+    assert _left(prepared, 0) == "unknown"
+    finish(tmp_path / "sft.previous", 10, time=1)
+    finish(tmp_path / "sft.previous.2", 70, time=2)
+    assert _left(prepared, 0) == "unknown"  # export has never finished
+    finish(tmp_path / "export", 5, time=3)
+    assert (_left(prepared, 0), _left(prepared, 1), _left(prepared, 2)) == ("about 1:15", "about 0:05", "about 0:00")
+
+
+def test_a_refusal_says_how_to_continue_where_that_is_possible(tmp_path: Path) -> None:
+    for change in ("train.steps: 3 -> 5", "optim.lr: 0.1 -> 0.2", "data.mix: [] -> [1]"):
+        said = str(_refusal(tmp_path, "sft", [change]))
+        assert "continue_from=${stage:sft} and train.continue_as=part or whole" in said
+        assert "\n" not in said
+    assert "continue_from" not in str(_refusal(tmp_path, "sft", ["model.hidden_size: 1 -> 2"]))
