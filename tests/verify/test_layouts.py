@@ -145,7 +145,7 @@ def test_a_model_without_experts_keeps_every_bound(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fault=dropped_token", "model.num_dense_layers=3"], "without experts"),
+        (["fault=dropped_token", "model.num_dense_layers=3"], "needs a model with experts"),
         (["zeros=[1,0]"], "parallel.zero is 0"),
         (["world_sizes=[1]", "experts=[2]"], "experts is "),
         (["experts=[3]"], "experts is "),
