@@ -12,7 +12,7 @@ from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import unpacked_experts
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
-from moetrain.export.layout import layout_of
+from moetrain.export.tensors import folder_tensors
 from moetrain.hf.names import fused_tensors
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
@@ -72,10 +72,10 @@ def read_export(folder: Path) -> Export:
         dense=dense,
         experts=experts,
     )
-    layout = layout_of(model)
-    layout.check(TensorReader(export.weights()))
+    tensors = folder_tensors(model)
+    tensors.check(TensorReader(export.weights()))
     for name, quantized in experts.items():
-        if name not in layout.experts or quantized.group_size != export.quant.group_size:
+        if name not in tensors.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(
                 f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} says another size"
             )

@@ -14,7 +14,7 @@ from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
-from moetrain.export.layout import Layout, layout_of
+from moetrain.export.tensors import FolderTensors, folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import check_consumers, obstacles
 from moetrain.hf.names import hf_disk_tensors
@@ -73,8 +73,8 @@ def export_model(
     """
     reasons = _reasons(model, quant, format=export.format)
     check_consumers(reasons, export.consumers)
-    layout = layout_of(model)
-    layout.check(reader)
+    tensors = folder_tensors(model)
+    tensors.check(reader)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
@@ -83,9 +83,9 @@ def export_model(
     is_packed = export.format is ExportFormat.quantized
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
-        written = _disk_tensors(reader, layout=layout, quant=quant, format=export.format, report=report)
+        written = _disk_tensors(reader, tensors=tensors, quant=quant, format=export.format, report=report)
         report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
-        config = _config(model, quant, export=export, layout=layout, tokenizer=tokenizer)
+        config = _config(model, quant, export=export, tensors=tensors, tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
         ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
         write_json(partial / "generation_config.json", ids, indent=2)
@@ -118,12 +118,12 @@ def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) ->
 
 
 def _disk_tensors(
-    reader: StateReader, *, layout: Layout, quant: QuantConfig, format: ExportFormat, report: ExportReport
+    reader: StateReader, *, tensors: FolderTensors, quant: QuantConfig, format: ExportFormat, report: ExportReport
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what the files hold, tensor by tensor and expert by expert, and count it in `report`."""
-    for name, shape in layout.shapes.items():
-        if name not in layout.experts:
-            stored = layout.stored(name, reader.read(name, first=0, last=shape.numel()).view(shape))
+    for name, shape in tensors.shapes.items():
+        if name not in tensors.experts:
+            stored = tensors.stored(name, reader.read(name, first=0, last=shape.numel()).view(shape))
             report.num_bytes_bf16 += stored.nbytes
             yield name, stored
             continue
@@ -132,7 +132,7 @@ def _disk_tensors(
             weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
             report.num_bytes_bf16 += size * _BYTES_PER_BF16
             if format is ExportFormat.bf16:
-                yield from hf_disk_tensors({name: layout.stored(name, weight_1OI)}, first_expert=expert)
+                yield from hf_disk_tensors({name: tensors.stored(name, weight_1OI)}, first_expert=expert)
                 continue
             quantized = quantize(weight_1OI, grid=quant.grid, group_size=quant.group_size)
             report.num_quantized += size
@@ -145,11 +145,11 @@ def _disk_tensors(
 
 
 def _config(
-    model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, layout: Layout, tokenizer: Tokenizer
+    model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, tensors: FolderTensors, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     config = {**to_hf_config(model), "dtype": "bfloat16", **_token_ids(tokenizer)}
     if export.format is ExportFormat.quantized:
-        config["quantization_config"] = quantization_config(quant, ignore=layout.unquantized_linears)
+        config["quantization_config"] = quantization_config(quant, ignore=tensors.unquantized_linears)
     return config
 
 

@@ -7,8 +7,8 @@ from moetrain.checkpoint.shape import EXPORT as EXPORT
 from moetrain.checkpoint.shape import unfit_fields
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError
-from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
+from moetrain.export.tensors import folder_tensors
 from moetrain.files import user_path
 from moetrain.parallel.state import TensorReader
 
@@ -67,7 +67,7 @@ def _read(path: Path) -> Origin:
 def _check_foreign(origin: Origin) -> None:
     """Check names and shapes of the tensors in a folder that another program wrote, which has no checksums."""
     try:
-        layout_of(origin.model).check(origin.reader)
+        folder_tensors(origin.model).check(origin.reader)
     except CheckpointError as error:
         raise CheckpointError(f"{origin.path}: {error}") from error
 

@@ -20,8 +20,8 @@ from moetrain.errors import ConfigError
 from moetrain.export.compressed_tensors import module_of
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import RECORD_FILE, open_weights, read_record, write_record
-from moetrain.export.layout import layout_of
 from moetrain.export.read import Export, read_export
+from moetrain.export.tensors import folder_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer
 from moetrain.quant.formats import FORMATS
@@ -70,7 +70,7 @@ def verify_exports(
         title = FORMATS[export.quant.format].title
         quantized = {
             name: quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
-            for name in layout_of(export.model).experts
+            for name in folder_tensors(export.model).experts
         }
         tokens_BT = torch.randint(
             export.model.vocab_size, (num_rows, num_tokens), generator=torch_stream(seed, "verify.exports")
@@ -95,10 +95,10 @@ def _expected_weights(
     export: Export, *, masters: Mapping[str, Tensor], quantized: Mapping[str, Quantized]
 ) -> dict[str, Tensor]:
     """Return the weights that training computes with, derived from the masters and not from the file."""
-    layout = layout_of(export.model)
+    tensors = folder_tensors(export.model)
     return {
-        name: dequantize(quantized[name]) if name in quantized else layout.stored(name, masters[name])
-        for name in layout.shapes
+        name: dequantize(quantized[name]) if name in quantized else tensors.stored(name, masters[name])
+        for name in tensors.shapes
     }
 
 

@@ -28,7 +28,7 @@ _SHUTDOWN_S = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class FaultSetup:
     """How a group of runs is started: ranks, steps, model and additional overrides. `folder` contains the runs."""
 
     folder: Path
@@ -119,12 +119,12 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def begin(layout: Layout, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
+def begin(setup: FaultSetup, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
     """Start a life of the run `name`. plan: fields of `Plan` except its folder."""
-    number = len(list(layout.folder.glob(f"{name}.life_*")))
-    told = layout.folder / f"{name}.life_{number:03d}"
+    number = len(list(setup.folder.glob(f"{name}.life_*")))
+    told = setup.folder / f"{name}.life_{number:03d}"
     told.mkdir(parents=True)
-    command = layout.command(name, more=more, restarts=restarts)
+    command = setup.command(name, more=more, restarts=restarts)
     environment = environment_of(Plan(folder=str(told), **plan))
     with (told / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -20,7 +20,7 @@ from moetrain.errors import ConfigError
 from moetrain.log import progress
 from moetrain.runtime import python_stream
 from moetrain.verify import fault_runs
-from moetrain.verify.fault_runs import CHECKPOINT_EVERY, Layout, Life, begin
+from moetrain.verify.fault_runs import CHECKPOINT_EVERY, FaultSetup, Life, begin
 from moetrain.verify.other_faults import elastic_rows, full_disk_row, hang_rows, nonfinite_rows
 from moetrain.verify.table import Row
 
@@ -95,25 +95,25 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
     alone, together = _orders(want, request)
     runs = folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
-    layouts = [_layout(runs / "one", request, ranks=1, lives=len(alone))]
+    setups = [_setup(runs / "one", request, ranks=1, lives=len(alone))]
     orders = [alone]
     if request.ranks > 1:
-        layouts.append(_layout(runs / "several", request, ranks=request.ranks, lives=len(together)))
+        setups.append(_setup(runs / "several", request, ranks=request.ranks, lives=len(together)))
         orders.append(together)
     extra: list[Callable[[], list[Row]]] = []
     if request.with_others:
-        extra += [lambda: [full_disk_row(layouts[0])], lambda: nonfinite_rows(layouts[-1])]
+        extra += [lambda: [full_disk_row(setups[0])], lambda: nonfinite_rows(setups[-1])]
         if request.ranks > 1:
-            extra += [lambda: hang_rows(layouts[1]), lambda: elastic_rows(layouts[1])]
-    total = request.kills + 2 * len(layouts) + len(extra)
-    with progress(total, "verify faults") as advance, ThreadPoolExecutor(max_workers=len(layouts)) as pool:
+            extra += [lambda: hang_rows(setups[1]), lambda: elastic_rows(setups[1])]
+    total = request.kills + 2 * len(setups) + len(extra)
+    with progress(total, "verify faults") as advance, ThreadPoolExecutor(max_workers=len(setups)) as pool:
         chains = [
-            pool.submit(_chain, layout, order, request=request, advance=advance)
-            for layout, order in zip(layouts, orders, strict=True)
+            pool.submit(_chain, setup, order, request=request, advance=advance)
+            for setup, order in zip(setups, orders, strict=True)
         ]
         tallies = [chain.result() for chain in chains]
         found = list(_kill_rows(want, tallies))
-        found += [row for layout, tally in zip(layouts, tallies, strict=True) for row in _equal_rows(layout, tally)]
+        found += [row for setup, tally in zip(setups, tallies, strict=True) for row in _equal_rows(setup, tally)]
         for make in extra:
             found += make()
             advance("")
@@ -132,54 +132,56 @@ def _orders(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], 
     return alone, together
 
 
-def _layout(folder: Path, request: Request, *, ranks: int, lives: int) -> Layout:
+def _setup(folder: Path, request: Request, *, ranks: int, lives: int) -> FaultSetup:
     steps = (2 * (lives + lives // 3) + 4) * CHECKPOINT_EVERY  # a life completes at most two saves
-    return Layout(folder=folder, ranks=ranks, steps=steps, model=request.model, overrides=request.overrides)
+    return FaultSetup(folder=folder, ranks=ranks, steps=steps, model=request.model, overrides=request.overrides)
 
 
-def _chain(layout: Layout, order: Sequence[Stratum], *, request: Request, advance: Callable[[str], None]) -> Tally:
+def _chain(setup: FaultSetup, order: Sequence[Stratum], *, request: Request, advance: Callable[[str], None]) -> Tally:
     """Run the undisturbed run and then the chain of kills; return the counts."""
     tally = Tally()
-    whole = _finish(layout, "whole", planted="none", tally=tally)
+    whole = _finish(setup, "whole", planted="none", tally=tally)
     if tally.refused:
         raise ConfigError(f"the undisturbed run failed: {whole.said().splitlines()[-1]} (log: {whole.log})")
     advance("undisturbed run")
-    stream = python_stream(request.seed, "verify.faults.kills", layout.ranks)
-    damages = [damage for damage in Damage if damage is not Damage.none] if layout.ranks == 1 else []
+    stream = python_stream(request.seed, "verify.faults.kills", setup.ranks)
+    damages = [damage for damage in Damage if damage is not Damage.none] if setup.ranks == 1 else []
     damage = Damage.none
     waiting = list(order)
     while waiting:
         stratum = waiting.pop(0)
-        life = _killed_life(layout, stratum, planted=request.planted, stream=stream, tally=tally)
+        life = _killed_life(setup, stratum, planted=request.planted, stream=stream, tally=tally)
         _note_damage(life, damage, tally=tally)
         if not waiting and len(tally.evidence) < len(order) + len(order) // 3:
             # A kill meant for a step may happen during a save and counts there, so it is repeated.
             waiting += [Stratum.step] * (order.count(Stratum.step) > tally.landed[Stratum.step])
         damage = Damage.none
-        if damages and len(fault_runs.checkpoints(layout.stage("killed"))) > 1:
+        if damages and len(fault_runs.checkpoints(setup.stage("killed"))) > 1:
             damage = damages.pop()
-            _damage(fault_runs.checkpoints(layout.stage("killed"))[-1], damage, stream=stream)
+            _damage(fault_runs.checkpoints(setup.stage("killed"))[-1], damage, stream=stream)
             tally.done[damage] += 1
         advance(f"killed in {stratum}")
-    life = _finish(layout, "killed", planted=request.planted, tally=tally)
+    life = _finish(setup, "killed", planted=request.planted, tally=tally)
     _note_damage(life, damage, tally=tally)
     advance("last life")
     return tally
 
 
-def _finish(layout: Layout, name: str, *, planted: str, tally: Tally) -> Life:
-    life = begin(layout, name, plan={"planted": planted})
+def _finish(setup: FaultSetup, name: str, *, planted: str, tally: Tally) -> Life:
+    life = begin(setup, name, plan={"planted": planted})
     code = life.wait()
     if code != 0:
         tally.refused.append(f"{life.log}: exit code {code}")
     return life
 
 
-def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: random.Random, tally: Tally) -> Life:
+def _killed_life(setup: FaultSetup, stratum: Stratum, *, planted: str, stream: random.Random, tally: Tally) -> Life:
     """Start a life, kill it at the moment that `stratum` asks for, and count the kill by its traces."""
-    stage = layout.stage("killed")
-    rank = stream.randrange(layout.ranks)
-    victim = stream.randrange(layout.ranks + (layout.ranks > 1))  # layout.ranks: the launcher and all ranks
+    stage = setup.stage("killed")
+    rank = stream.randrange(setup.ranks)
+    victim = stream.randrange(
+        setup.ranks + (setup.ranks > 1)
+    )  # equal to the number of ranks: the launcher and all ranks
     plan: dict[str, object] = {"planted": planted, "rank": rank}
     if stratum is Stratum.save:
         plan |= {"moment": "fsync", "number": stream.randint(1, _SAVE_FSYNCS if rank == 0 else 2)}
@@ -190,7 +192,7 @@ def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: rand
         plan |= {"moment": "collective", "number": stream.randint(10, _MOST_COLLECTIVES)}
     lines, steps = fault_runs.num_lines(stage), stream.randint(1, 3)
     delay_s = stream.uniform(0.0, _LONGEST_DELAY_S)
-    life = begin(layout, "killed", plan=plan)
+    life = begin(setup, "killed", plan=plan)
     while not life.is_over():
         reached = life.gate(rank) if stratum is not Stratum.step else fault_runs.num_lines(stage) >= lines + steps
         if reached:
@@ -200,15 +202,15 @@ def _killed_life(layout: Layout, stratum: Stratum, *, planted: str, stream: rand
     while stratum is Stratum.step and fault_runs.partial_files(stage) and not life.is_over():
         time.sleep(0.001)  # saves run concurrently with steps
     if stratum is Stratum.collective:
-        _await_others(life, rank, ranks=layout.ranks)
-    gate, places = life.gate(rank), [life.place(other) for other in range(layout.ranks)]
+        _await_others(life, rank, ranks=setup.ranks)
+    gate, places = life.gate(rank), [life.place(other) for other in range(setup.ranks)]
     if life.is_over():
         tally.refused.append(f"{life.log}: ended with {life.process.returncode} before it was killed in {stratum}")
         return life
-    if victim == layout.ranks:
+    if victim == setup.ranks:
         life.kill_all()
     else:
-        life.kill(victim, ranks=layout.ranks)
+        life.kill(victim, ranks=setup.ranks)
     life.wait()
     landed = _landed(stage, gate=gate, places=places)
     tally.landed[landed] += 1
@@ -289,9 +291,9 @@ def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
     return rows
 
 
-def _equal_rows(layout: Layout, tally: Tally) -> list[Row]:
-    whole, killed = layout.stage("whole"), layout.stage("killed")
-    ranks = "1 process" if layout.ranks == 1 else f"{layout.ranks} ranks"
+def _equal_rows(setup: FaultSetup, tally: Tally) -> list[Row]:
+    whole, killed = setup.stage("whole"), setup.stage("killed")
+    ranks = "1 process" if setup.ranks == 1 else f"{setup.ranks} ranks"
     refused = Row(
         name=f"{ranks}: lives that ended unexpectedly",
         value=len(tally.refused),

@@ -13,8 +13,8 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import open_weights, read_record, write_record
-from moetrain.export.layout import layout_of
 from moetrain.export.read import is_export, read_export
+from moetrain.export.tensors import folder_tensors
 from moetrain.export.write import ExportReport, export_model
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer
@@ -115,7 +115,7 @@ def test_the_quantization_config_is_legal_and_ignores_exactly_the_linear_layers_
     assert len(packed) == 2 * 4 * 3
     assert not packed & set(parsed.ignore or [])
     assert not any(name.startswith("re:") for name in parsed.ignore or [])
-    assert len(layout_of(model_config).experts) == 4
+    assert len(folder_tensors(model_config).experts) == 4
 
 
 def test_tokenizer_and_chat_template_travel_with_the_weights(

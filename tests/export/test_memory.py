@@ -12,7 +12,7 @@ import torch
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import write_weights
-from moetrain.export.layout import layout_of
+from moetrain.export.tensors import folder_tensors
 from moetrain.export.write import export_model
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.shape import to_hf_config
@@ -66,7 +66,7 @@ def _grown(folder: Path, target: Path, tokenizer: Path, format: str) -> float:
     torch.set_num_threads(1)
     config, reader = open_hf_folder(folder)
     words = Tokenizer.load(tokenizer)
-    layout_of(config)  # torch loads its meta kernels at their first use, which is none of the export's memory
+    folder_tensors(config)  # torch loads its meta kernels at their first use, which is none of the export's memory
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     export_model(

@@ -22,7 +22,7 @@ _DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class FolderTensors:
     """Shapes of a model's tensors by name in memory, and how an export stores each."""
 
     shapes: Mapping[str, torch.Size]
@@ -58,15 +58,15 @@ class Layout:
                     raise CheckpointError(f"{name} holds numbers that are not finite: take an earlier checkpoint")
 
 
-def layout_of(config: ModelConfig) -> Layout:
-    """Return the layout of a model of this shape."""
+def folder_tensors(config: ModelConfig) -> FolderTensors:
+    """Return the tensors of a folder with a model of this shape."""
     with torch.device("meta"):
         model = Transformer(config)
     routers = {f"{name}.gate.weight" for name, _ in model.moe_layers()}
     experts = {f"{name}.experts.{kind}" for name, _ in model.moe_layers() for kind in ("gate_up_proj", "down_proj")}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name != _EMBEDDING]
-    return Layout(
+    return FolderTensors(
         shapes=shapes,
         experts=frozenset(experts),
         float32=frozenset(routers | {name for name, shape in shapes.items() if len(shape) == 1}),
