@@ -146,6 +146,12 @@ class ParameterShards:
                 own_piece(kept_P, slot.whole, partition=partition).fill_(True)
             flat_P.data.masked_fill_(~kept_P, 0.0)
         self.written()
+        self._share_masters()
+
+    def _share_masters(self) -> None:
+        """Make the masters the parts that are gathered: both are float32, so DeepSpeed's second copy is dropped."""
+        for index, flat_P in enumerate(self.vectors()):
+            flat_P.data = self.zero.fp16_partitioned_groups_flat[index].data
 
     def vectors(self) -> Iterator[torch.Tensor]:
         """Yield the masters of each group."""
@@ -185,7 +191,7 @@ class ParameterShards:
         self.zero.grad_partitions_flat_buffer.zero_()
 
     def written(self) -> None:
-        """Copy the masters to the parts that are gathered, and drop what was gathered before."""
+        """Drop what was gathered before. The first call also copies the masters to the parts that are gathered."""
         self.zero.parameter_offload.partition_all_parameters()
         for index, flat_P in enumerate(self.vectors()):
             self.zero.fp16_partitioned_groups_flat[index].data.copy_(flat_P.data)
