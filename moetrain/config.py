@@ -17,7 +17,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.ranges import COUNT, SEED, TEMPERATURE, check_ranges
+from moetrain.ranges import COUNT, POSITIVE, SEED, TEMPERATURE, check_ranges
 from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
@@ -99,9 +99,13 @@ class TrainingRun(StageRun):
     """Distribution of the model and the batch over ranks."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantisation-aware training of the routed experts."""
+    device_tflops: float | None = None
+    """Matmul peak of one device in TFLOP/s for the time that dry_run prints; null measures this machine's device. Only
+    dry_run reads it."""
 
     def __post_init__(self) -> None:
         """Check constraints that span sections."""
+        check_ranges(self, prefix="", ranges={POSITIVE: ("device_tflops",)})
         self._check_continuation()
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(
@@ -341,8 +345,15 @@ class RecipeRun:
     results as they are."""
     dry_run: bool = False
     """Print parameters, memory, tokens and expected time of each stage without running it."""
+    device_tflops: float | None = None
+    """Matmul peak of one device in TFLOP/s for the time that dry_run prints, for every stage; null takes each stage's
+    value."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="", ranges={SEED: ("seed",), COUNT: ("num_processes", "threads")})
+        check_ranges(
+            self,
+            prefix="",
+            ranges={SEED: ("seed",), COUNT: ("num_processes", "threads"), POSITIVE: ("device_tflops",)},
+        )
         check_folder_name("folder", self.folder)

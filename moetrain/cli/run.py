@@ -19,7 +19,12 @@ def main(words: Sequence[str]) -> int:
     prepared = prepare(words)
     if prepared.run.dry_run:
         for stage in prepared.stages:
-            dry_run.show(stage.name, stage.config, world_size=stage.processes)
+            dry_run.show(
+                stage.name,
+                stage.config,
+                world_size=stage.processes,
+                device_tflops=prepared.run.device_tflops,
+            )
         return 0
     ran = run_stages(prepared)
     for stage in prepared.stages[: ran.num_unchanged]:

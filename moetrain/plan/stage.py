@@ -16,7 +16,7 @@ from moetrain.model.flops import (
     num_parameters,
 )
 from moetrain.optim.config import OptimConfig, OptimizerName
-from moetrain.parallel.config import PARTITIONING_STAGE, ParallelConfig
+from moetrain.parallel.config import PARTITIONING_STAGE, EngineName, ParallelConfig
 
 _FLOAT32 = 4
 _BFLOAT16 = 2
@@ -41,6 +41,8 @@ class StagePlan:
     bytes_gradients: int
     bytes_optimizer: int
     bytes_activations: int
+    bytes_start: int
+    """Peak while the engine is built, before the first step; activations and gathered weights are not part of it."""
 
     @property
     def bytes_total(self) -> int:
@@ -80,6 +82,7 @@ def plan_stage(
         bytes_gradients=round((owned if parallel.zero > 1 else local) * _FLOAT32),
         bytes_optimizer=round(owned * states * _FLOAT32),
         bytes_activations=tokens_in_memory * _activations_a_token(model, parallel) * _BFLOAT16,
+        bytes_start=_bytes_of_start(model, parallel, local=local, owned=owned, states=states),
     )
 
 
@@ -95,6 +98,23 @@ def _bytes_of_weights(model: ModelConfig, parallel: ParallelConfig, *, local: in
     unit = _largest_unit(model, parallel)
     cast = unit if parallel.recompute is Recompute.blocks else local
     return round((owned + unit) * _FLOAT32) + cast * _BFLOAT16
+
+
+def _bytes_of_start(model: ModelConfig, parallel: ParallelConfig, *, local: int, owned: float, states: float) -> int:
+    """Return the peak per rank while the engine is built.
+
+    A rank first fills its whole part of the model in float32, under ZeRO 3 too. ZeRO 1 and 2 then copy this part into
+    flat vectors, parameter group by parameter group, and allocate a second copy of the owned masters, which is freed
+    after the optimizer state exists. ZeRO 3 replaces one parameter after another by the shard that the rank owns,
+    copies the shards twice, and allocates the gradients.
+    """
+    if parallel.engine is EngineName.torch:
+        elements = local * (1 + states)
+    elif parallel.zero != PARTITIONING_STAGE:
+        elements = max(2 * local, local + owned * (1 + states))
+    else:
+        elements = max(local + _largest_unit(model, parallel), owned * (2 + max(states, 1)))
+    return round(elements * _FLOAT32)
 
 
 def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:

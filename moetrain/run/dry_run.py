@@ -1,5 +1,6 @@
 """`dry_run=true`: prints parameters, memory, tokens and expected time of a stage without running it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ from moetrain.config import ReadingRun, RlRun, TrainingRun
 from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 
+_DAY_S = 24 * 3600
+_DAYS_A_YEAR = 365.25
 
-def show(name: str, run: Any, *, world_size: int) -> None:
-    """Print the plan of a training stage on `world_size` ranks. For other stages, print that the input is valid."""
+
+def show(name: str, run: Any, *, world_size: int, device_tflops: float | None = None) -> None:
+    """Print the plan of a training stage on `world_size` ranks. For other stages, print that the input is valid.
+
+    device_tflops: matmul peak of one device, in place of the value in the stage's config.
+    """
     plan = plan_of(run, world_size=world_size)
     if plan is None:
         print(f"{name}: the input is valid; the command does not train, so there is no plan to print")
         return
     table = Table("quantity", "value", title=f"{name}, dry run")
-    for what, how_much in _rows(plan, peak=_peak(run)):
+    for what, how_much in [*_rows(plan), *_time_rows(plan, run, world_size=world_size, tflops=device_tflops)]:
         table.add_row(what, how_much)
     Console().print(table)
 
@@ -70,7 +77,7 @@ def _steps_taken(run: TrainingRun) -> int:
     return beginning.step - beginning.first_step
 
 
-def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
+def _rows(plan: StagePlan) -> list[tuple[str, str]]:
     counts = plan.parameters
     return [
         ("parameters", f"{counts.total:,}"),
@@ -83,12 +90,27 @@ def _rows(plan: StagePlan, *, peak: float) -> list[tuple[str, str]]:
         ("optimizer", _bytes(plan.bytes_optimizer)),
         ("activations, about", _bytes(plan.bytes_activations)),
         ("memory, a rank", _bytes(plan.bytes_total)),
-        ("matmul peak measured here", f"{peak / 1e9:,.0f} GFLOP/s"),
-        (f"time at {UTILISATION:.0%} of it, at most", duration(plan.seconds(peak))),
+        ("memory at the start, a rank", _bytes(plan.bytes_start)),
     ]
 
 
-def _peak(run: TrainingRun) -> float:
+def _time_rows(
+    plan: StagePlan, run: TrainingRun, *, world_size: int, tflops: float | None
+) -> Iterator[tuple[str, str]]:
+    """Yield the peak of one device, given or measured, and the time on `world_size` devices of that peak."""
+    tflops = run.device_tflops if tflops is None else tflops
+    if tflops is None:
+        device, peak = _measured_peak(run)
+        yield f"matmul peak measured here, one {device} device", f"{peak / 1e9:,.0f} GFLOP/s"
+    else:
+        peak = tflops * 1e12
+        yield "matmul peak of one device, from device_tflops", f"{peak / 1e9:,.0f} GFLOP/s"
+    seconds = plan.seconds(world_size * peak)
+    yield f"time at {UTILISATION:.0%} of {world_size} x this peak, at most", time_in_words(seconds)
+
+
+def _measured_peak(run: TrainingRun) -> tuple[str, float]:
+    """Return the type of this machine's device and its matmul peak in FLOP/s."""
     # These imports load torch, which only the dry run of a training stage needs.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
@@ -96,7 +118,15 @@ def _peak(run: TrainingRun) -> float:
 
     device = default_device()
     dtype, library = settled(run.train, device=device, folder=run.run.path)
-    return measure_peak(dtype=DTYPES[dtype], device=device, library=library)
+    return device.type, measure_peak(dtype=DTYPES[dtype], device=device, library=library)
+
+
+def time_in_words(seconds: float) -> str:
+    """Return a duration as h:mm:ss, or in days or years if it takes longer than two days."""
+    days = seconds / _DAY_S
+    if days < 2:
+        return duration(seconds)
+    return f"{days:,.1f} days" if days < 2 * _DAYS_A_YEAR else f"{days / _DAYS_A_YEAR:,.1f} years"
 
 
 def _bytes(count: int) -> str:

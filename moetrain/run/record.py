@@ -20,7 +20,7 @@ STARTED, DONE = "started.json", "done.json"
 """Files written when a stage starts, and when it is done."""
 CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
-_CHANGES_NOTHING = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run")
+_CHANGES_NOTHING = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
 _RUN = "<run>"
 _LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
