@@ -12,6 +12,7 @@ from moetrain.model.config import Recompute
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
+from moetrain.parallel.deepspeed_engine import DeepSpeedEngine
 from moetrain.parallel.engine import Engine, ObjectiveResult
 from moetrain.parallel.state import TensorReader
 from tests.parallel.nano import LEARNING_RATE, batch_of, build, difference, identical, largest_gap, objective_for, train
@@ -215,6 +216,16 @@ def test_weight_decay_is_on_every_parameter_norms_included(engine: EngineName, o
     after = _state(built, with_optimizer=False)
     for name, _ in built.model.named_parameters():
         torch.testing.assert_close(after[name], (1 - LEARNING_RATE * 0.05) * before[name], rtol=1e-6, atol=0)
+
+
+def test_zero_3_keeps_one_copy_of_the_weights_in_memory() -> None:
+    engine = build(zero=3)
+    assert isinstance(engine, DeepSpeedEngine)
+    train(engine, range(2))
+    zero = engine.engine.optimizer
+    pairs = list(zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True))
+    assert len(pairs) > 1
+    assert all(shard_P.data_ptr() == master_P.data_ptr() for shard_P, master_P in pairs)
 
 
 @pytest.mark.parametrize("zero", [1, 2])
