@@ -17,7 +17,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
-from moetrain.parallel.deepspeed_start import quieten, share_memory, spare_the_compiler
+from moetrain.parallel.deepspeed_internals import check_contract, quieten, share_memory, spare_the_compiler
 from moetrain.parallel.expert import ExpertAdapter, group_name
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
@@ -84,6 +84,7 @@ class DeepSpeedEngine:
         self.config = optim_config
         self.experts = expert_parameter_names(model) if topology.expert_size > 1 else set()
         self.parameters = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        check_contract()
         quieten()
         spare_the_compiler()
         share_memory(deepspeed.comm.comm.cdb)

@@ -13,6 +13,8 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
+from moetrain.parallel.deepspeed_internals import skip_operator_builds
+
 
 def group_name(expert_size: int) -> str:
     """Return the name that DeepSpeed gives, and parses, for groups of `expert_size` ranks."""
@@ -34,13 +36,10 @@ def expert_groups(expert_size: int) -> tuple[dist.ProcessGroup | None, dist.Proc
 
 
 def join_deepspeed() -> None:
-    """Let DeepSpeed use the process group that exists.
-
-    Its shared-memory operator serves inference only; it is left out because building it needs a compiler and minutes.
-    """
+    """Let DeepSpeed use the process group that exists."""
     if deepspeed.comm.is_initialized():
         return
-    deepspeed.ops.__compatible_ops__ = {}  # set before DeepSpeed fills it by running the compiler
+    skip_operator_builds()
     deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 from moetrain.kernels.build import Library
+from moetrain.parallel.deepspeed_internals import replace_methods
 from moetrain.parallel.host_memory import sum_over
 from moetrain.parallel.partition import Slot, own_piece
 
@@ -49,9 +50,7 @@ class VectorGradients:
             "_use_compact_grad_partition_buffer": lambda index: True,
             "_build_compact_grad_partition_buffer": self._begin,
         }
-        missing = methods.keys() - vars(DeepSpeedZeroOptimizer).keys()
-        assert not missing, f"this DeepSpeed has no {sorted(missing)}: install the version that pyproject.toml gives"
-        vars(zero).update(methods)
+        replace_methods(zero, methods)
 
     def _take(self, bucket_P: torch.Tensor, dtype: torch.dtype) -> None:
         """Sum a full bucket, or one large gradient, over ranks, and add what is this rank's to its vectors."""
