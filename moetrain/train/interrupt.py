@@ -1,6 +1,6 @@
 """Stopping at the end of a step on SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning) or Ctrl-C."""
 
-import logging
+import os
 import signal
 import time
 from enum import StrEnum
@@ -11,9 +11,8 @@ import torch
 
 from moetrain.parallel.topology import Topology
 
-_log = logging.getLogger(__name__)
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STDERR = 2  # the descriptor
 _SAME_PRESS_S = 1.0
 """A terminal sends Ctrl-C to its whole process group, and launchers forward it; within this time it counts as one
 press."""
@@ -63,5 +62,11 @@ class StopSignals:
                 raise KeyboardInterrupt
             if self._pressed_at is None:
                 self._pressed_at = now
-                _log.warning("Ctrl-C: saving at the end of this step; Ctrl-C again stops at once without saving")
+                _say("Ctrl-C: the run saves at the end of this step; press Ctrl-C again to stop at once without saving")
         self._received = signal.Signals(number)
+
+
+def _say(text: str) -> None:
+    """Write a line to standard error, on the main rank. A handler can interrupt a write of the logger's."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(_STDERR, f"{text}\n".encode())

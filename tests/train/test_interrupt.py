@@ -24,14 +24,14 @@ def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_one_press_that_arrives_several_times_asks_for_one_save(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_press_that_arrives_several_times_asks_for_one_save(capfd: pytest.CaptureFixture[str]) -> None:
     topology = setup(ParallelConfig(engine=EngineName.torch))
     with StopSignals() as signals:
         assert signals.requested(topology) is None
         for _ in range(3):  # from the terminal, from the runner, from torchrun
             press()
         assert signals.requested(topology) == "SIGINT"
-    assert caplog.text.count("Ctrl-C again stops at once") == 1
+    assert capfd.readouterr().err.count("press Ctrl-C again") == 1
 
 
 def test_a_second_press_stops_at_once_and_a_third_does_not_disturb_the_way_out(
