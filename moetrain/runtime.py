@@ -27,22 +27,38 @@ LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_
 """All environment variables in which a launcher gives a process its rank and the number of ranks."""
 
 
-def check_launcher(*, needs_others: bool) -> None:
-    """Raise ConfigError if the environment variables of a launcher are inconsistent.
+_CURE = "unset it, or start the ranks with launch/torchrun.sh"
+_MAX_PORT = 65535
 
-    needs_others: whether the process will connect to the other ranks; a check requires only their number.
-    """
-    cure = "unset it, or start the ranks with launch/torchrun.sh"
+
+def check_launcher() -> None:
+    """Raise ConfigError if the rank or the number of ranks in the environment is impossible."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit()):
-            raise ConfigError(f"{name} is {value!r} in the environment, but must be a whole number: {cure}")
+            raise ConfigError(f"{name} is {value!r} in the environment, but must be a whole number: {_CURE}")
     size, rank = num_ranks(), int(os.environ.get("RANK", "0"))
     if size < 1 or rank >= size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment, which is impossible: {cure}")
-    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
-    if needs_others and size > 1 and missing:
-        raise ConfigError(f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} is not set: {cure}")
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment, which is impossible: {_CURE}")
+
+
+def check_rendezvous() -> None:
+    """Raise ConfigError if the environment names ranks but not how they find each other.
+
+    A check and a dry run connect to no other rank, so they require only WORLD_SIZE.
+    """
+    named = next((name for name in ("RANK", "WORLD_SIZE") if name in os.environ), None)
+    if named is None or (named == "WORLD_SIZE" and num_ranks() == 1):
+        return
+    missing = [name for name in ("WORLD_SIZE", *RENDEZVOUS) if not os.environ.get(name)]
+    if missing:
+        value = os.environ[named]
+        raise ConfigError(f"{named} is {value} in the environment, but {', '.join(missing)} is not set: {_CURE}")
+    port = os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT):
+        raise ConfigError(
+            f"MASTER_PORT is {port!r} in the environment, but must be a port from 1 to {_MAX_PORT}: {_CURE}"
+        )
 
 
 def num_ranks() -> int:

@@ -18,7 +18,7 @@ from moetrain.log import setup_logging
 from moetrain.run import dry_run
 from moetrain.run.inputs import check_inputs, check_names
 from moetrain.run.stage import check_folder, rank
-from moetrain.runtime import LAUNCHER, check_launcher, die_with_parent, keep_freed_memory, num_ranks
+from moetrain.runtime import LAUNCHER, check_launcher, check_rendezvous, die_with_parent, keep_freed_memory, num_ranks
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """Error codes of a bad path from the user, reported in one line wherever the path is opened."""
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["run"]:  # a recipe starts the ranks of its stages itself
             for name in LAUNCHER:
                 os.environ.pop(name, None)
-        check_launcher(needs_others=words[:1] not in ([], ["check"]) and not {"-h", "--help"} & {*words})
+        check_launcher()
         setup_logging(rank=rank())
         return _dispatch(words)
     except MoetrainError as error:
@@ -80,6 +80,8 @@ def _dispatch(words: list[str]) -> int:
     if command == "run":
         return run.main(rest)
     config = composed(command, rest)
+    if not config.dry_run:
+        check_rendezvous()
     check_inputs(config)
     check_folder(config)
     check_names(config)

@@ -173,6 +173,9 @@ def test_openmp_spins_briefly_unless_the_user_says_otherwise(
     assert os.environ["GOMP_SPINCOUNT"] == after
 
 
+_LEFT = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -183,6 +186,9 @@ def test_openmp_spins_briefly_unless_the_user_says_otherwise(
         ({"RANK": "x"}, "RANK is 'x' in the environment"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3 and WORLD_SIZE is 2"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment"),
+        ({"RANK": "0"}, "RANK is 0 in the environment, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
+        (_LEFT | {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc' in the environment"),
+        (_LEFT | {"MASTER_PORT": "99999"}, "MASTER_PORT is '99999' in the environment"),
     ],
 )
 def test_what_a_launcher_left_in_the_environment_is_one_line(
@@ -194,6 +200,14 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"moetrain: {said}") and error.count("\n") == 1
     assert "unset it, or start the ranks with launch/torchrun.sh" in error
+
+
+def test_a_dry_run_needs_only_the_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["model=k2_nano_test", "data=test", "data.seq_len=64", "parallel.expert=2", "dry_run=true"]
+    assert main(["pretrain", *words]) == 0, capsys.readouterr().err
 
 
 def test_a_run_starts_its_stages_without_the_variables_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
