@@ -65,7 +65,7 @@ def test_a_number_out_of_range_is_named_with_its_field(command: str, override: s
         (
             "pretrain",
             "data.sources.mine.kind=jsonl",
-            "data.sources.mine.path is None: a source of kind jsonl needs one",
+            "data.sources.mine.path is None: a source of kind jsonl requires one",
         ),
         (
             "pretrain",

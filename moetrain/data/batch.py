@@ -1,6 +1,6 @@
-"""The only thing that travels from data and rollouts to the trainer: per-token columns of packed rows.
+"""`TokenBatch`: packed rows of tokens with per-token columns, the input of every training step.
 
-B rows, T tokens per row, N predicted tokens.
+Both the data loader and RL produce it. B rows, T tokens per row, N predicted tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 import torch
 
 WEIGHT = "weight"
-"""Column of the factor on each token's loss, float32; 1 where a batch has none."""
+"""Name of the column that multiplies each token's loss, float32. A batch without it uses 1."""
 
 
 @dataclass(kw_only=True)
 class TokenBatch:
     """Packed rows. A document never spans rows; attention and positions do not cross documents.
 
-    tokens_BT: int64 ids. segments_BT: int64, 0 is padding, the documents of a row count from 1. positions_BT: int64,
-    from 0 in each document. loss_mask_BT: bool; True where the token at t is predicted, from t-1 of the same document
-    (never True at position 0). columns: what else an objective reads per token, by name; each tensor begins with the
-    axes [B, T].
+    tokens_BT: int64 ids. segments_BT: int64, number of the document within its row, from 1; 0 is padding.
+    positions_BT: int64, position within the document, from 0. loss_mask_BT: bool, True where the token at t is
+    predicted from t-1 of the same document (never at position 0). columns: other per-token inputs of an objective, by
+    name; the first two axes of each tensor are [B, T].
     """
 
     tokens_BT: torch.Tensor
@@ -45,11 +45,11 @@ class TokenBatch:
         return torch.ones(self.num_targets, device=self.tokens_BT.device)
 
     def at_targets(self, name: str) -> torch.Tensor:
-        """Return a column at the predicted tokens, [N, ...], row by row. Raises KeyError for no such column."""
+        """Return a column at the predicted tokens, [N, ...], row by row. Raises KeyError for an unknown column."""
         return self.columns[name][self.loss_mask_BT]
 
     def with_columns(self, columns: Mapping[str, torch.Tensor]) -> "TokenBatch":
-        """Return the batch with `columns` added, in place of those of the same names."""
+        """Return the batch with `columns` added; they replace columns of the same names."""
         return TokenBatch(**{**vars(self), "columns": {**self.columns, **columns}})
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":

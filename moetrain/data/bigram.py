@@ -1,8 +1,8 @@
-"""A token bigram with Witten-Bell interpolation: the yardstick that a trained model's validation loss stands beside.
+"""A token bigram model with Witten-Bell interpolation: the baseline for a trained model's validation loss.
 
-Fitted on the same training documents as the model, starts of documents included, and evaluated on the same tokens.
-Witten and Bell, "The zero-frequency problem", IEEE Trans. Inf. Theory 37 (1991), method C, interpolated as in Chen and
-Goodman (arXiv cmp-lg/9606011, section 2.4). A history is the token before, always of the same document.
+It is fitted on the same training documents as the model, and evaluated on the same tokens. Witten and Bell, "The
+zero-frequency problem", IEEE Trans. Inf. Theory 37 (1991), method C, interpolated as in Chen and Goodman (arXiv
+cmp-lg/9606011, section 2.4). The history of a token is the previous token of the same document.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,10 +16,11 @@ from moetrain.data.packing import PackedRows, ValidationRows
 
 @dataclass(kw_only=True)
 class Bigram:
-    """Counts of pairs, sparse.
+    """Sparse counts of token pairs.
 
-    pairs: int64, sorted codes `history * vocab_size + token`; pair_counts: int64, their counts; history_V: int64, times
-    that a history occurs; types_V: int64, different tokens seen after it; unigram_V: float64, the interpolated unigram.
+    pairs: int64, sorted codes `history * vocab_size + token`. pair_counts: int64, their counts. history_V: int64,
+    occurrences of each history. types_V: int64, distinct tokens that follow each history. unigram_V: float64,
+    interpolated unigram probabilities.
     """
 
     vocab_size: int
@@ -32,7 +33,7 @@ class Bigram:
     def nats(self, histories_N: np.ndarray, tokens_N: np.ndarray) -> np.ndarray:
         """Return -log p(token | history) of each pair, float64 [N].
 
-        p(w|h) = (c(h,w) + T(h) p(w)) / (c(h) + T(h)); a history never seen leaves p(w).
+        p(w|h) = (c(h,w) + T(h) p(w)) / (c(h) + T(h)); for an unseen history it is p(w).
         """
         codes = histories_N.astype(np.int64) * self.vocab_size + tokens_N
         places = np.searchsorted(self.pairs, codes)
@@ -46,9 +47,10 @@ class Bigram:
 
 
 def fit_bigram(documents: Iterable[tuple[np.ndarray, np.ndarray]], *, vocab_size: int) -> Bigram:
-    """Return the bigram of (tokens, loss mask) documents: pairs count where the second token is predicted.
+    """Return the bigram model of documents given as (tokens, loss mask).
 
-    The unigram is itself interpolated with the uniform distribution, so that no token has probability zero.
+    A pair counts when its second token is predicted. The unigram is interpolated with the uniform distribution, so that
+    no token has probability zero.
     """
     codes = [_codes(tokens, loss_mask, vocab_size) for tokens, loss_mask in documents]
     pairs, pair_counts = np.unique(np.concatenate(codes), return_counts=True)
@@ -68,10 +70,10 @@ def fit_bigram(documents: Iterable[tuple[np.ndarray, np.ndarray]], *, vocab_size
 def bigram_baseline(
     training: Mapping[str, PackedRows], validation: Mapping[str, ValidationRows], *, vocab_size: int
 ) -> dict[str, float]:
-    """Return nats a character on each validation source, of a bigram fitted on that source's training documents.
+    """Return nats per character by validation source, of a bigram model fitted on the source's training documents.
 
-    One bigram a source is the harder yardstick: it is told what it reads, where the model has to see it. Sources that
-    are validated but not trained on are left out.
+    One bigram model per source is a stronger baseline than one for all sources: it is given the source, which the
+    trained model must infer. Sources that are validated but not trained on are left out.
     """
     nats = {}
     for name, held_out in validation.items():

@@ -1,7 +1,7 @@
-"""From a data section to what a stage reads: tokenizer, training rows, validation rows, digests and counts.
+"""Builds the data of a stage from its config: tokenizer, training rows, validation rows, digests and counts.
 
-The validation split depends on the documents alone, never on the run's seed, so that runs of several seeds are measured
-on the same tokens. The seed decides the order in which documents are packed and rows are read.
+The validation split depends on the documents only and not on the run's seed, so that runs with different seeds are
+validated on the same tokens. The seed sets the order in which documents are packed and rows are read.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ from moetrain.runtime import python_stream
 _log = logging.getLogger(__name__)
 
 _DIALOGUE_SHARE = 0.25
-"""Share of the tokenizer's training text that dialogues may take."""
+"""Characters of dialogues in the tokenizer's training text, as a share of `data.tokenizer.max_characters`."""
 _VALIDATION_SEED = 0
-"""Of the order in which validation documents are packed and their rows chosen: the same for all runs."""
-_DOCUMENTS_A_CALL = 64
-"""Documents tokenized at once, between two steps of the progress bar."""
+"""Seed of the order in which validation documents are packed and their rows chosen; the same for all runs."""
+_DOCUMENTS_PER_CALL = 64
+"""Documents tokenized per call; the progress bar advances after each call."""
 
 
 @dataclass(kw_only=True)
 class Data:
-    """What a stage reads."""
+    """Data of a stage."""
 
     loader: Loader
     training: dict[str, PackedRows]
-    """Rows of each source, those of weight 0 included."""
+    """Training rows of each source, including sources of weight 0."""
     validation: dict[str, ValidationRows]
     tokenizer: Tokenizer
     digests: dict[str, str]
-    """sha256 of each source's documents and of the tokenizer; they go into every result."""
+    """sha256 of each source's documents and of the tokenizer; every result contains them."""
     counts: dict[str, PackingCounts]
-    """What became of each source's training documents."""
+    """Counts of each source's training documents."""
 
     def metrics(self) -> dict[str, float]:
         """Return the counts as metrics, `data/<source>/num_rows` and so on."""
@@ -65,11 +65,11 @@ def build_data(
     mixes: Sequence[Mix] = (),
     taken: Mapping[str, int] | None = None,
 ) -> Data:
-    """Return the data of a stage; the tokenizer is that of `prepare_tokenizer`.
+    """Return the data of a stage. The tokenizer is loaded or trained as in `prepare_tokenizer`.
 
-    `dialogues` holds the documents of each source of kind dialogues. `mixes` are those of the run with their first
-    rows; none means the sources' own weights throughout. `taken`: see `Loader`. Raises DataError and ConfigError before
-    anything is written.
+    dialogues: documents of each source of kind dialogues. mixes: weights of the sources by the first row at which they
+    apply; empty uses the weights in `config.sources` for all rows. taken: see `Loader`. Raises ConfigError for settings
+    that do not fit the data, and DataError for data that cannot be read or is empty.
     """
     given = dict(dialogues or {})
     _check_dialogues(config, given)
@@ -90,7 +90,7 @@ def build_data(
         for name, documents in training.items()
     }
     for name, packed in rows.items():
-        _tell(name, packed)
+        _log_counts(name, packed)
     return Data(
         loader=Loader(
             rows,
@@ -110,13 +110,13 @@ def build_data(
 def prepare_tokenizer(
     config: DataConfig, *, folder: Path, num_rows: int | None = None, dialogue_texts: Iterable[str] = ()
 ) -> Tokenizer:
-    """Return the tokenizer of `config.tokenizer.path`, else of `folder`, else train one and save it there.
+    """Return the tokenizer in `config.tokenizer.path`, else the one in `folder`, else train one and save it there.
 
-    num_rows: rows of the model's embedding, which the tokenizer must fit; null where only the tokenizer is wanted.
+    num_rows: rows of the model's embedding, the upper limit of the vocabulary; None when there is no model.
 
-    It is trained on the training split of the mixture, each source up to its weight's share of `max_characters`, and on
-    `dialogue_texts`, rendered dialogues whose special tokens are replaced by newlines here. Dialogues are made with a
-    tokenizer, so a stage that has some calls this first and then `build_data`.
+    Training text is the training split of each source, up to its weight's share of `max_characters`, and
+    `dialogue_texts`: rendered dialogues, whose special tokens this function replaces by newlines. `build_data` takes
+    dialogues as tokens, so a stage with dialogues calls this function first.
     """
     is_there = config.tokenizer.path is not None or (folder / TOKENIZER_FILE).exists()
     texts = {} if is_there else _read_texts(config)
@@ -124,10 +124,10 @@ def prepare_tokenizer(
 
 
 def is_held_out(keys: Sequence[str], *, fraction: float) -> list[bool]:
-    """Return which documents are for validation: those whose key's hash is below `fraction`.
+    """Return for each document whether it is held out for validation: whether the hash of its key is below `fraction`.
 
-    Of several documents at least the one with the smallest hash, so that a small source has validation rows too; a
-    single document is for training.
+    The document with the smallest hash is always held out, so that a small source has validation rows too. A single
+    document is used for training.
     """
     hashes = [key_hash(key, choice=Choice.hold_out) for key in keys]
     if len(hashes) == 1:
@@ -141,7 +141,10 @@ def _check_dialogues(config: DataConfig, dialogues: Mapping[str, object]) -> Non
         raise ConfigError("data.sources is empty: name at least one source")
     wanted = {name for name, source in config.sources.items() if source.kind is SourceKind.dialogues}
     if wanted != set(dialogues):
-        raise ConfigError(f"data.sources of kind dialogues are {sorted(wanted)}, the stage makes {sorted(dialogues)}")
+        raise ConfigError(
+            f"data.sources of kind dialogues are {sorted(wanted)}, but this stage makes {sorted(dialogues)}: "
+            "remove the sources that it does not make"
+        )
 
 
 def _read_texts(config: DataConfig) -> dict[str, list[Document]]:
@@ -174,7 +177,7 @@ def _tokenizer(
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
     tokenizer = train_tokenizer(chosen, vocab_size=size)
     if tokenizer.vocab_size < size:
-        _tell_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
+        _warn_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
     tokenizer.save(folder)
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
@@ -186,7 +189,7 @@ def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_r
     if wanted is not None and wanted != num_tokens:
         raise ConfigError(
             f"data.tokenizer.vocab_size is {wanted}, the tokenizer in {source} has {num_tokens} tokens: "
-            "leave data.tokenizer.vocab_size out, it is for tokenizers that are trained"
+            "remove data.tokenizer.vocab_size, which applies to trained tokenizers only"
         )
     if num_rows is not None and num_tokens > num_rows:
         raise ConfigError(
@@ -195,16 +198,16 @@ def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_r
         )
 
 
-def _tell_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int | None) -> None:
-    """Say that the texts gave fewer tokens than the model has rows; DataError when the user asked for a number."""
+def _warn_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int | None) -> None:
+    """Warn that the embedding has more rows than the tokenizer has tokens; DataError if the user set the size."""
     if wanted is not None:
         raise DataError(
-            f"data.tokenizer.vocab_size is {wanted}, the texts give {num_tokens} tokens: give more text, or leave "
-            f"data.tokenizer.vocab_size out; model.vocab_size can be {num_tokens} or any larger number"
+            f"data.tokenizer.vocab_size is {wanted}, the texts give {num_tokens} tokens: give more text, or remove "
+            f"data.tokenizer.vocab_size; model.vocab_size can be {num_tokens} or any larger number"
         )
     _log.warning(
         "the texts give %d tokens, model.vocab_size is %d: the tokenizer has %d tokens, and the other rows of the "
-        "embedding are never used; model.vocab_size=%d saves them",
+        "embedding are never used; set model.vocab_size=%d to remove them",
         *(num_tokens, num_rows, num_tokens, num_tokens),
     )
 
@@ -236,12 +239,12 @@ def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str) -> list[TokenizedDocument]:
-    """Return the documents as tokens, each with its beginning; texts are encoded many at once."""
+    """Return the documents as tokens, each starting with `[BOS]` or its own special token."""
     tokenized = []
-    chunks = range(0, len(documents), _DOCUMENTS_A_CALL)
+    chunks = range(0, len(documents), _DOCUMENTS_PER_CALL)
     with progress(len(chunks), f"tokenize {name}") as advance:
         for begin in chunks:
-            chunk = documents[begin : begin + _DOCUMENTS_A_CALL]
+            chunk = documents[begin : begin + _DOCUMENTS_PER_CALL]
             texts = [piece.text for document in chunk for piece in document.pieces if not piece.is_special]
             encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
             for document in chunk:
@@ -268,7 +271,7 @@ def _distinct(documents: Iterable[TokenizedDocument]) -> list[TokenizedDocument]
 def _split(
     tokenized: Mapping[str, list[TokenizedDocument]], keys: Mapping[str, list[str]], *, fraction: float
 ) -> tuple[dict[str, list[TokenizedDocument]], dict[str, list[TokenizedDocument]]]:
-    """Return training and validation documents; what is held out of one source is read in no other."""
+    """Return training and validation documents. A document held out of one source is trained on in no source."""
     held_out: dict[str, list[TokenizedDocument]] = {}
     training: dict[str, list[TokenizedDocument]] = {}
     for name, documents in tokenized.items():
@@ -276,13 +279,13 @@ def _split(
         held_out[name] = [document for document, out in zip(documents, is_out, strict=True) if out]
         training[name] = [document for document, out in zip(documents, is_out, strict=True) if not out]
         if not held_out[name]:
-            _log.warning("data.sources.%s is a single document: nothing of it is held out for validation", name)
-    secret = {_identity(document) for documents in held_out.values() for document in documents}
+            _log.warning("data.sources.%s has a single document: it is trained on, and none is held out", name)
+    out_of_any = {_identity(document) for documents in held_out.values() for document in documents}
     for name, documents in training.items():
-        kept = [document for document in documents if _identity(document) not in secret]
+        kept = [document for document in documents if _identity(document) not in out_of_any]
         if len(kept) < len(documents):
-            num_left_out = len(documents) - len(kept)
-            _log.info("data.sources.%s: %d documents are held out of another source", name, num_left_out)
+            num_dropped = len(documents) - len(kept)
+            _log.info("data.sources.%s: %d documents dropped, held out in another source", name, num_dropped)
         training[name] = kept
     return training, held_out
 
@@ -299,7 +302,7 @@ def _packed(
 def _validation(
     held_out: Mapping[str, list[TokenizedDocument]], config: DataConfig, *, tokenizer: Tokenizer
 ) -> dict[str, ValidationRows]:
-    """Return the validation rows of each source that has text to predict in them; the log names the others."""
+    """Return the validation rows of each source whose rows contain text to predict; log the names of the others."""
     validation = {}
     for name, documents in held_out.items():
         if not documents:
@@ -309,8 +312,8 @@ def _validation(
             validation[name] = rows
         else:
             _log.warning(
-                "data.sources.%s: its validation rows hold no text to predict and are left out; "
-                "a larger data.seq_len or data.validation_rows, or shorter documents, would give some",
+                "data.sources.%s is not validated, because its validation rows contain no text to predict; "
+                "use a larger data.seq_len or data.validation_rows, or shorter documents",
                 name,
             )
     return validation
@@ -334,12 +337,12 @@ def _validation_rows(
     return ValidationRows(batch=batch, num_characters=num_characters)
 
 
-def _tell(name: str, packed: PackedRows) -> None:
+def _log_counts(name: str, packed: PackedRows) -> None:
     counts = packed.counts
     fill = counts.num_tokens / max(1, packed.num_rows * packed.seq_len)
     _log.info(
         "data.sources.%s: %d documents, %d tokens in %d rows (%.1f%% full); longer than a row: %d split, %d truncated, "
-        "%d dropped; %d left out with nothing to learn",
+        "%d dropped; without a token to predict: %d dropped",
         *(name, counts.num_documents, counts.num_tokens, packed.num_rows, 100 * fill),
         *(counts.num_split, counts.num_truncated, counts.num_dropped, counts.num_dropped_untrainable),
     )

@@ -1,4 +1,4 @@
-"""Tokenizer, sources and their mixture. No torch here."""
+"""Config of the data: sources, their mixture, and the tokenizer. Does not import torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from moetrain.errors import ConfigError
 from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 NUM_BYTES = 256
-"""Ordinary tokens that a byte-level vocabulary has at least."""
+"""Tokens for single bytes, which every byte-level vocabulary has."""
 MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
 """Smallest vocabulary that a tokenizer can be trained to."""
 
@@ -28,7 +28,7 @@ class SourceKind(StrEnum):
 
 
 class Overlong(StrEnum):
-    """What happens to a document longer than a row: cut into rows, cut at the end, or left out. Always counted."""
+    """What happens to a document longer than a row: split over rows, truncated, or dropped. Each case is counted."""
 
     split = "split"  # type: ignore[assignment]  # name == value; the method of str is not used on it
     truncate = "truncate"
@@ -43,60 +43,62 @@ class SourceConfig:
     """One source of documents."""
 
     kind: SourceKind = SourceKind.stdlib_code
-    """stdlib_*: the running Python's own library, on every machine; maths: made by procedure; dialogues: the task
-    family's demonstrations; hub: through `datasets`; jsonl, parquet, text: files."""
+    """stdlib_code, stdlib_english: text of the running Python's standard library; maths: generated problems; dialogues:
+    demonstrations of the task family; hub: a data set that `datasets` loads; jsonl, parquet, text: local files."""
     weight: float = 1.0
     """Share of the tokens in the mixture, relative to the other sources."""
     path: str | None = None
-    """Hub name, or a local file, folder or glob (hub, jsonl, parquet, text); a path that exists is no glob."""
+    """Name of a hub data set, or a local file, folder or glob (kinds hub, jsonl, parquet and text). An existing path is
+    never read as a glob."""
     split: str = "train"
     """Split of a hub data set."""
     ignore: list[str] = field(default_factory=list)
-    """Keys of records and of their messages that are left out (format=messages refuses those it does not know)."""
+    """Keys that are removed from records and their messages. format=messages refuses other unknown keys."""
     field: str | None = None
-    """Column that holds the text or the messages; null: `messages` with format=messages, else `text`."""
+    """Column with the text or the messages. Null uses `messages` for format=messages, else `text`."""
     format: str = "text"
-    """Format of a record: text, messages (chat), or one that a plugin registered."""
+    """Format of a record: text, messages (chat), or a format that a plugin registers."""
     num_documents: int = 4000
-    """Documents made by procedure (maths, dialogues)."""
+    """Number of documents to generate (kinds maths and dialogues)."""
     overlong: Overlong | None = None
-    """Policy for documents longer than a row; null takes data.overlong."""
+    """Policy for documents longer than a row; null uses data.overlong."""
     max_characters: int | None = None
-    """Characters read of this source at most, whole documents; null reads all. A hub source then streams."""
+    """Largest number of characters to read, in whole documents; null reads all. With a limit, a hub source streams."""
 
     @property
     def column(self) -> str:
-        """Column of a record that its format reads."""
+        """Name of the column that the format reads."""
         return self.field or ("messages" if self.format == "messages" else "text")
 
     def check(self, name: str) -> None:
-        """Raise `ConfigError` when the source `name` cannot be read like this; `DataConfig` calls it of each."""
+        """Raise ConfigError when the settings of the source `name` do not fit its kind. Called by `DataConfig`."""
         counts = ("num_documents", "max_characters")
         prefix = f"data.sources.{name}."
         check_ranges(self, prefix=prefix, ranges={COUNT: counts, NOT_NEGATIVE: ("weight",)})
         if self.kind in _WITH_PATH and not self.path:
-            raise ConfigError(f"{prefix}path is {self.path}: a source of kind {self.kind} needs one")
+            raise ConfigError(f"{prefix}path is {self.path}: a source of kind {self.kind} requires one")
         if self.path is not None and self.kind not in _WITH_PATH:
             raise ConfigError(
                 f"{prefix}path is {self.path}, which a source of kind {self.kind} does not read: "
-                f"give {prefix}kind too, one of {', '.join(_WITH_PATH)}"
+                f"set {prefix}kind to one of {', '.join(_WITH_PATH)}, or remove the path"
             )
 
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """Byte-level BPE, trained on the mixture, or one that exists."""
+    """A byte-level BPE tokenizer trained on the mixture, or an existing tokenizer."""
 
     path: str | None = None
-    """Folder of an existing tokenizer; null takes that of the weights (init_from), or trains one."""
+    """Folder of an existing tokenizer. Null uses the tokenizer of the weights (init_from), or trains one without
+    weights."""
     retrain: bool = False
-    """Train on from weights (init_from) with another tokenizer than theirs: a new one, or that of `path`. The weights
-    do not know its tokens."""
+    """Allow training from weights (init_from) with another tokenizer than theirs: a newly trained one, or the one in
+    `path`. The weights were not trained on its tokens."""
     vocab_size: int | None = None
-    """Tokens to train, special ones included, at most model.vocab_size. Null: as many as model.vocab_size, or fewer
-    where the texts cannot fill it."""
+    """Tokens of a trained tokenizer, including special tokens; at most model.vocab_size. Null uses model.vocab_size, or
+    fewer when the texts do not contain enough different pairs."""
     max_characters: int = 4_000_000
-    """Characters of the mixture that it is trained on."""
+    """Characters of the mixture that the tokenizer is trained on."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -105,30 +107,31 @@ class TokenizerConfig:
         if self.path is None and self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {self.vocab_size}: give at least {MIN_VOCAB_SIZE}, "
-                f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+                f"for {NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
             )
 
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """Other weights of the sources from some step of the run on, such as better data while the rate decays."""
+    """New weights of the sources from a step of the run on, for example better data while the learning rate decays."""
 
     from_step: int | None = None
-    """First optimizer step of this mix, counted from 0; give this or from_share."""
+    """First optimizer step of this mix, counted from 0. Give either this or from_share."""
     from_share: float | None = None
-    """The same as a share of train.steps, to the nearest step."""
+    """First step of this mix as a share of train.steps, rounded to the nearest step."""
     weights: dict[str, float] = field(default_factory=dict)
-    """New weight of each source that is named; the others keep theirs. 0 leaves a source out from then on."""
+    """New weights by source; sources that are not named keep theirs. From this step on, a source of weight 0 is not
+    read."""
 
     def __post_init__(self) -> None:
-        """Check that there is one beginning, and ranges."""
+        """Check that exactly one of from_step and from_share is given, and check ranges."""
         if (self.from_step is None) == (self.from_share is None):
             raise ConfigError(
                 f"data.mix: from_step is {self.from_step} and from_share is {self.from_share}: give one of the two"
             )
         if self.from_step is not None and self.from_step < 1:
             raise ConfigError(
-                f"data.mix: from_step is {self.from_step}: give at least 1 (data.sources.*.weight holds from step 0)"
+                f"data.mix: from_step is {self.from_step}: give at least 1 (data.sources.*.weight applies from step 0)"
             )
         if self.from_share is not None and not 0 < self.from_share < 1:
             raise ConfigError(f"data.mix: from_share is {self.from_share}: give a share between 0 and 1")
@@ -137,7 +140,7 @@ class MixConfig:
                 raise ConfigError(f"data.mix: the weight of {name} is {weight}: give 0 or more")
 
     def first_step(self, steps: int) -> int:
-        """Return the step that it begins with in a run of `steps` steps."""
+        """Return the first step of this mix in a run of `steps` steps."""
         if self.from_step is not None:
             return self.from_step
         assert self.from_share is not None
@@ -146,20 +149,20 @@ class MixConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What the model reads."""
+    """Training and validation data."""
 
     seq_len: int = 512
-    """Tokens a row (T)."""
+    """Tokens per row (T)."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name."""
     mix: list[MixConfig] = field(default_factory=list)
-    """Changes of the sources' weights in the course of the run, in order."""
+    """Changes of the sources' weights during the run, in order of their first step."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer."""
     validation_fraction: float = 0.02
     """Share of the documents of each source held out for validation, chosen by a hash of the document."""
     validation_rows: int = 16
-    """Rows of validation tokens a source."""
+    """Largest number of validation rows per source."""
     overlong: Overlong = Overlong.split
     """Policy for documents longer than a row."""
 
@@ -179,10 +182,10 @@ class DataConfig:
                         f"data.mix[{number}].weights names {name}: give one of {', '.join(self.sources) or 'no source'}"
                     )
             if not any(weight > 0 for weight in weights.values()):
-                raise ConfigError(f"data.mix[{number}] leaves no source with a weight above 0")
+                raise ConfigError(f"data.mix[{number}] leaves no source with a weight above 0: give at least one")
 
     def mix_weights(self) -> list[dict[str, float]]:
-        """Return the weight of each source in each mix; the first one is that of `sources`."""
+        """Return the weights by source of each mix; the first has the weights in `sources`."""
         mixes = [{name: source.weight for name, source in self.sources.items()}]
         for change in self.mix:
             mixes.append({**mixes[-1], **change.weights})

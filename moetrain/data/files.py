@@ -1,7 +1,7 @@
-"""Bytes and records of local data files.
+"""Reads bytes, text and JSON records from local data files.
 
-A file may be packed with gzip and may begin with a byte-order mark. JSONL has one object per line; a file that begins
-with `[` is read as one array of objects.
+A file may be compressed with gzip and may begin with a byte-order mark. JSONL has one object per line; a file that
+begins with `[` is read as one array of objects.
 """
 
 import gzip
@@ -17,18 +17,18 @@ from moetrain.errors import DataError
 _GZIP = b"\x1f\x8b"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _NOT_READ = {
-    b"\x28\xb5\x2f\xfd": "is packed with zstd: unpack it, or pack it with gzip",
-    b"BZh": "is packed with bzip2: unpack it, or pack it with gzip",
-    b"\xfd7zXZ": "is packed with xz: unpack it, or pack it with gzip",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it, or use gzip",
+    b"BZh": "is compressed with bzip2: decompress it, or use gzip",
+    b"\xfd7zXZ": "is compressed with xz: decompress it, or use gzip",
     b"PK\x03\x04": "is a zip archive: unpack it",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
 }
-"""First bytes of files of other kinds, and what to do about them."""
+"""Error message by the first bytes of file types that are not supported."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds, unpacked and without a byte-order mark. Raises DataError that names the file."""
+    """Return a file's content, decompressed and without a byte-order mark. Raises DataError that names the file."""
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP):
@@ -42,7 +42,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text; lines end in a newline. Raises DataError that names the file and the byte."""
+    """Return a file's text with `\\n` line ends. Raises DataError that names the file and the byte."""
     data = read_bytes(path)
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield each record with its place, "file:line" or "file record number"; DataError that begins with the place."""
+    """Yield (place, record); a place is "FILE:LINE" or "FILE record NUMBER". A DataError begins with the place."""
     data = read_bytes(path)
     if data.lstrip().startswith(b"["):
         records = _json(data, where=str(path))
@@ -68,7 +68,7 @@ def _json(data: bytes, *, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 at byte {error.start} of it") from error
+        raise DataError(f"{where} is not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not JSON: {error.msg} at column {error.colno}; give one object per line, or one array of them"

@@ -1,7 +1,7 @@
-"""From a record of a data set to a document of pieces: text, or special tokens.
+"""Formats: functions that turn a record of a data set into a document of pieces (text or special tokens).
 
-A plugin adds a format of its own with `register_format("alpaca", function)`. The function takes a record and the name
-of its column. It returns text, or pieces when a part is not to be learned or a special token is needed.
+A plugin adds a format with `register_format("alpaca", function)`. The function takes a record and the name of its
+column. It returns text, or pieces when a part is not to be learned or a special token is needed.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,14 +18,14 @@ Format = Callable[[Record, str], str | Sequence[Piece]]
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One document before tokenization. `key` decides on which side of the train/validation split it falls."""
+    """One document before tokenization. The hash of `key` decides whether it is for training or validation."""
 
     key: str
     pieces: tuple[Piece, ...]
 
     @property
     def text(self) -> str:
-        """Return the text, special tokens spelt out."""
+        """Return the text, with the names of special tokens."""
         return pieces_to_text(self.pieces)
 
 
@@ -53,8 +53,8 @@ def format_named(name: str) -> Format:
 def document_of(record: Record, *, column: str, format: Format, where: str, ignore: Collection[str] = ()) -> Document:
     """Return the record as a document.
 
-    `ignore` names keys of the record, and of the messages in its column, that are left out. A DataError begins with
-    `where`, the file and line.
+    ignore: keys that are removed from the record and from the messages in its column. where: the file and line, with
+    which a DataError begins.
     """
     if column not in record:
         raise DataError(f"{where} has no column {column}: it has {', '.join(map(str, record))}")
@@ -67,16 +67,16 @@ def document_of(record: Record, *, column: str, format: Format, where: str, igno
         TypeError,
         ValueError,
         AttributeError,
-    ) as error:  # of a plugin's format
+    ) as error:  # raised by a plugin's format
         said = " ".join(str(error).split())
         raise DataError(f"{where} does not fit its format: {type(error).__name__}: {said}") from error
     if isinstance(result, str):
-        return _spelt(text_document(result), where=where)
-    return _spelt(Document(key=pieces_to_text(result), pieces=tuple(result)), where=where)
+        return _encodable(text_document(result), where=where)
+    return _encodable(Document(key=pieces_to_text(result), pieces=tuple(result)), where=where)
 
 
 def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
-    """Return the record without the keys to ignore, on its own level and in the list of messages in its column."""
+    """Return the record without the ignored keys, both in the record and in the messages in its column."""
     if not ignore:
         return record
     kept = {key: value for key, value in record.items() if key not in ignore}
@@ -88,13 +88,15 @@ def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
     return kept
 
 
-def _spelt(document: Document, *, where: str) -> Document:
-    """Return the document. Raises DataError when it holds a lone surrogate, which JSON can escape."""
+def _encodable(document: Document, *, where: str) -> Document:
+    """Return the document. Raises DataError when it contains a lone surrogate, which a JSON escape can produce."""
     try:
         document.text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ord(document.text[error.start])
-        raise DataError(f"{where} holds U+{half:04X}, half of a character, which UTF-8 cannot spell") from error
+        raise DataError(
+            f"{where} holds U+{half:04X}, half of a surrogate pair, which UTF-8 cannot encode: remove it"
+        ) from error
     return document
 
 
@@ -106,7 +108,7 @@ def _text(record: Record, column: str) -> str:
 
 
 def _messages(record: Record, column: str) -> list[Piece]:
-    """Return a conversation in the chat-completions form; the tools of a column `tools` are declared first."""
+    """Return a conversation in the chat-completions form, after the declaration of the tools in the column `tools`."""
     check_keys(record, (column, "tools", "parallel_tool_calls"), place="the record")
     declared = read_declaration(record.get("tools"))
     pieces = declare_pieces(declared) if declared else []

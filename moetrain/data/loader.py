@@ -1,9 +1,9 @@
-"""Training rows by number: a pure function of (seed, number), so that a stopped run goes on with the very next row.
+"""Training rows by number. Row i is a pure function of (seed, i), so that a stopped run resumes at the next row.
 
-Two choices make it pure. Which source row number i of the run comes from is a closed formula of i that follows the
-weights exactly (error diffusion, no sampling): after any number of rows each source is within a few rows of its share.
-Which row of the source that is: passes over the source are shuffled by (seed, source, pass). The weights may change at
-stated rows; each such mix has its shares exactly, and the passes over a source go on through them.
+Two rules determine row i. Its source is a closed formula of i that follows the weights exactly (error diffusion, no
+sampling): after any number of rows, each source is within a few rows of its share. The row within the source comes from
+a permutation per pass, seeded by (seed, source, pass). The weights may change at given rows. Each mix then has exactly
+its own shares, and a pass over a source continues across mixes.
 """
 
 import bisect
@@ -16,7 +16,7 @@ from moetrain.data.packing import PackedRows
 from moetrain.errors import DataError
 from moetrain.runtime import python_stream
 
-_SHARE_BITS = 48  # shares are whole numbers over 2^48: exact for more rows than any run has
+_SHARE_BITS = 48  # shares are integers over 2^48, which is exact for more rows than any run has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +25,21 @@ class RowPlace:
 
     source: str
     epoch: int
-    """Passes over the source that are complete."""
+    """Number of complete passes over the source before this row."""
     row: int
-    """Row of the source."""
+    """Number of the row within the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Weights of the sources, in tokens, from a row of the run on."""
+    """Weights of the sources, as shares of tokens, from row `first_row` of the run on."""
 
     first_row: int
     weights: Mapping[str, float]
 
 
 class Mixture:
-    """Which source each row of a run comes from, by share."""
+    """Assigns each row of a mix to a source, in proportion to the shares."""
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         self._names = list(shares)
@@ -51,10 +51,10 @@ class Mixture:
         self._numerators[-1] = 2**_SHARE_BITS  # the last source takes what the others leave
 
     def place(self, index: int) -> tuple[str, int]:
-        """Return the source of row `index` of the run and how many rows of that source came before.
+        """Return the source of row `index` of the mix, and the number of earlier rows from that source.
 
-        Each source in turn takes its share of the rows that the sources before it left: row i of those is taken when
-        floor((i + 1) * share) is one more than floor(i * share).
+        Each source in order takes its share of the rows that the earlier sources did not take. It takes row i of those
+        when floor((i + 1) * share) is one more than floor(i * share).
         """
         for name, numerator in zip(self._names, self._numerators, strict=True):
             taken = index * numerator >> _SHARE_BITS
@@ -64,7 +64,7 @@ class Mixture:
         raise AssertionError("the last source takes every row that reaches it")
 
     def counts(self, num_rows: int) -> dict[str, int]:
-        """Return how many of the first `num_rows` rows each source gives."""
+        """Return the number of rows from each source among the first `num_rows` rows."""
         counts = {}
         for name, numerator in zip(self._names, self._numerators, strict=True):
             counts[name] = num_rows * numerator >> _SHARE_BITS
@@ -73,7 +73,7 @@ class Mixture:
 
 
 class Loader:
-    """Training rows of all sources, mixed by weight in tokens."""
+    """Training rows of all sources, mixed such that the weights are shares of tokens."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class Loader:
         pad_id: int,
         taken: Mapping[str, int] | None = None,
     ) -> None:
-        """Mix `rows` of the sources that have a positive weight in one of the mixes.
+        """Mix the rows of the sources that have a positive weight in one of the mixes.
 
-        taken: rows of each source that the run read before the first row of the first mix, which is row 0 otherwise.
-        Raises DataError when a source that is read has no rows.
+        taken: number of rows of each source that the run read before the first mix. Without it, the first mix begins at
+        row 0. Raises DataError when a source with a positive weight has no rows.
         """
         self._taken = dict(taken or {})
         weighted = {name for mix in mixes for name, weight in mix.weights.items() if weight > 0}
@@ -95,9 +95,9 @@ class Loader:
         self._rows = {name: packed for name, packed in rows.items() if name in weighted}
         for name, packed in self._rows.items():
             if packed.num_rows == 0:
-                raise DataError(f"data.sources.{name} has no rows to train on: all of its documents were left out")
+                raise DataError(f"data.sources.{name} has no rows to train on: all of its documents were dropped")
         if not self._rows:
-            raise DataError("data.sources has no source with a positive weight")
+            raise DataError("data.sources has no source with a positive weight: give one")
         self._first_rows = [mix.first_row for mix in mixes]
         self._mixtures = [self._mixture(mix.weights) for mix in mixes]
         self._seed = seed
@@ -116,11 +116,11 @@ class Loader:
 
     @property
     def rows(self) -> Mapping[str, PackedRows]:
-        """Return the training rows of each source that is trained on."""
+        """Training rows of each source that is trained on."""
         return self._rows
 
     def mix_at(self, index: int) -> int:
-        """Return the number of the mix that row `index` of the run is of."""
+        """Return the number of the mix that contains row `index` of the run."""
         return bisect.bisect_right(self._first_rows, index) - 1
 
     def place(self, index: int) -> RowPlace:
@@ -133,17 +133,17 @@ class Loader:
         return RowPlace(source=name, epoch=epoch, row=self._order(name, epoch)[place])
 
     def batch(self, step: int, rows: int) -> TokenBatch:
-        """Return the batch of `step` (from 0) where all steps have `rows` rows."""
+        """Return the batch of step `step` (from 0) of a run in which every step has `rows` rows."""
         return self.rows_between(step * rows, (step + 1) * rows)
 
     def rows_between(self, start: int, stop: int) -> TokenBatch:
-        """Return rows `start` up to `stop` of the run as a batch."""
+        """Return rows [start, stop) of the run as a batch."""
         places = [self.place(index) for index in range(start, stop)]
         singles = [self._rows[place.source].batch([place.row], pad_id=self._pad_id) for place in places]
         return concatenated(singles)
 
     def mix_rows(self, num_rows: int) -> list[dict[str, int]]:
-        """Return how many of the first `num_rows` rows of the run each mix takes from each source."""
+        """Return for each mix the number of rows from each source, among the first `num_rows` rows of the run."""
         ends = [*self._first_rows[1:], num_rows]
         return [
             dict.fromkeys(self._rows, 0) | mixture.counts(max(0, min(end, num_rows) - first))
@@ -151,12 +151,12 @@ class Loader:
         ]
 
     def epochs(self, num_rows: int) -> dict[str, float]:
-        """Return the passes over each source that the first `num_rows` rows of the run make."""
+        """Return the number of passes over each source in the first `num_rows` rows of the run."""
         taken = self.rows_taken(num_rows)
         return {name: taken[name] / packed.num_rows for name, packed in self._rows.items()}
 
     def rows_taken(self, num_rows: int) -> dict[str, int]:
-        """Return how many of the first `num_rows` rows of the run come from each source."""
+        """Return the number of rows from each source in the first `num_rows` rows of the run."""
         of_mixes = self.mix_rows(num_rows)
         return {name: self._taken.get(name, 0) + sum(rows[name] for rows in of_mixes) for name in self._rows}
 

@@ -1,10 +1,10 @@
-"""Documents into rows of T tokens, so that little is padding and no document spans two rows.
+"""Packs documents into rows of T tokens with little padding; no document spans two rows.
 
-A document longer than a row is cut into documents of their own, truncated or dropped, as the policy says, and counted.
-Rows keep documents back to back and are made into tensors only when a batch is asked for. Loss, attention and
-positions know documents by `segments_BT`, so it does not matter to the loss which documents share a row.
+A document longer than a row is split into several documents, truncated or dropped, according to `Overlong`, and
+counted. Rows store documents back to back; tensors are made when a batch is requested. `segments_BT` separates the
+documents of a row in loss, attention and positions, so the loss does not depend on which documents share a row.
 
-R rows, B rows of a batch, T tokens a row.
+B rows of a batch, T tokens per row.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from moetrain.data.config import Overlong
 
 @dataclass(kw_only=True)
 class TokenizedDocument:
-    """One document as tokens; `loss_mask` is True where the model learns to predict the token. `source` names it."""
+    """One document as tokens. loss_mask: True where the model learns to predict the token. source: its name."""
 
     tokens: Sequence[int] | np.ndarray
     loss_mask: Sequence[bool] | np.ndarray
@@ -29,20 +29,20 @@ class TokenizedDocument:
 
 @dataclass(kw_only=True)
 class PackingCounts:
-    """What became of the documents of a source."""
+    """Counts of a source's documents during packing."""
 
     num_documents: int = 0
-    """Documents given."""
+    """Documents before packing."""
     num_pieces: int = 0
-    """Documents in rows, the parts of cut ones counted each."""
+    """Documents in rows; each part of a split document counts."""
     num_split: int = 0
-    """Documents cut into several."""
+    """Documents split into parts."""
     num_truncated: int = 0
-    """Documents cut at the end."""
+    """Documents truncated to a row."""
     num_dropped: int = 0
-    """Documents left out because they are longer than a row."""
+    """Documents dropped because they are longer than a row."""
     num_dropped_untrainable: int = 0
-    """Documents, or parts of cut ones, left out because nothing in them is predicted."""
+    """Documents, or parts of split ones, dropped because none of their tokens is predicted."""
     num_tokens: int = 0
     """Tokens in rows, padding excluded."""
     num_targets: int = 0
@@ -55,8 +55,9 @@ class PackingCounts:
 class PackedRows:
     """The rows of one source.
 
-    tokens: int32, all documents back to back in the order of the rows; loss_mask: bool, the same; document_ends: int64,
-    where each document ends in them; row_ends: int64, the number of documents in all rows up to and with row r.
+    tokens: int32, all documents back to back, in row order. loss_mask: bool, for each of `tokens`. document_ends:
+    int64, end of each document in `tokens`. row_ends: int64, for each row the number of documents in all rows up to and
+    including it.
     """
 
     seq_len: int
@@ -79,7 +80,7 @@ class PackedRows:
             begin = end
 
     def batch(self, rows: Sequence[int], *, pad_id: int) -> TokenBatch:
-        """Return the rows of these numbers as a batch."""
+        """Return the rows with these numbers as a batch."""
         shape = (len(rows), self.seq_len)
         tokens_BT = np.full(shape, pad_id, dtype=np.int64)
         segments_BT, positions_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -108,8 +109,8 @@ class PackedRows:
 class ValidationRows:
     """Held-out rows of one source.
 
-    `num_characters` counts the text of the tokens that are predicted, special tokens left out: total nats over them is
-    nats a character, which does not depend on the tokenizer.
+    num_characters: characters of the predicted tokens' text, without special tokens. Total nats divided by it are nats
+    per character, which can be compared between tokenizers.
     """
 
     batch: TokenBatch
@@ -117,9 +118,9 @@ class ValidationRows:
 
 
 def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Overlong, bos_id: int) -> PackedRows:
-    """Return rows of `documents`: each goes, in the order given, where it leaves the least room (best fit).
+    """Return `documents` packed by best fit: each, in the order given, goes to the row where it leaves the least room.
 
-    The parts of a cut document after its first begin with `bos_id`, because text that goes on has no role marker.
+    The second and later parts of a split document begin with `bos_id`, because continued text has no role marker.
     """
     counts = PackingCounts()
     pieces = [piece for document in documents for piece in _fitted(document, seq_len, overlong, bos_id, counts)]
@@ -140,9 +141,9 @@ def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Over
 
 
 def best_fit(lengths: Sequence[int], *, seq_len: int) -> list[list[int]]:
-    """Return the items of each row: each item, in order, in the open row with the least room that holds it.
+    """Return the item numbers of each row. Each item, in order, goes into the fullest row that has room for it.
 
-    Ties go to the older row; an item that fits nowhere opens a row.
+    Ties go to the older row. An item that fits in no row opens a new one.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
@@ -165,7 +166,7 @@ _Piece = tuple[np.ndarray, np.ndarray]
 def _fitted(
     document: TokenizedDocument, seq_len: int, overlong: Overlong, bos_id: int, counts: PackingCounts
 ) -> Iterator[_Piece]:
-    """Yield the document, or its parts by the policy; what has no target is left out."""
+    """Yield the document, or its parts if it is longer than a row; parts without a predicted token are dropped."""
     tokens = np.asarray(document.tokens, dtype=np.int32)
     loss_mask = np.asarray(document.loss_mask, dtype=np.bool_).copy()
     if len(tokens) != len(loss_mask):

@@ -1,4 +1,4 @@
-"""What a source holds before anything is trained: its size, and records as the model will see them."""
+"""Previews a source before training: its size, and its records as the model reads them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ _COUNTED_CHARACTERS = 500_000
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSize:
-    """Size of a source; sampled numbers are scaled from some of its documents to all of them."""
+    """Size of a source. If `is_sampled`, it is extrapolated from some of the documents or characters."""
 
     num_documents: int
     num_characters: int
     """Characters of text; special tokens have none."""
     num_tokens: int | None
-    """None without a tokenizer."""
+    """None when there is no tokenizer."""
     learned_share: float
-    """Share of the characters that are learned."""
+    """Share of the characters that the model learns to predict."""
     is_sampled: bool
 
 
 def measure(documents: Iterable[Iterable[Piece]], *, num_documents: int, tokenizer: Tokenizer | None) -> SourceSize:
-    """Return the size of a source of `num_documents` documents, of which `documents` are all or the first ones."""
+    """Return the size of a source with `num_documents` documents, measured on `documents`: all or the first of them."""
     num_read = num_characters = num_learned = num_counted = num_tokens = 0
     for document in documents:
         pieces = with_bos(list(document))
@@ -49,8 +49,10 @@ def measure(documents: Iterable[Iterable[Piece]], *, num_documents: int, tokeniz
 
 
 def spans(pieces: Iterable[Piece], *, max_characters: int) -> list[tuple[str, bool]]:
-    """Return a rendered document as (text, whether it is learned), up to `max_characters`; characters that a terminal
-    would obey are escaped."""
+    """Return a rendered document as spans of (text, whether it is learned), up to `max_characters`.
+
+    Control characters are escaped, so that a terminal does not interpret them.
+    """
     found = []
     room = max_characters
     for is_learned, group in groupby(with_bos(list(pieces)), key=lambda piece: piece.is_sampled):
@@ -59,7 +61,7 @@ def spans(pieces: Iterable[Piece], *, max_characters: int) -> list[tuple[str, bo
             found.append((_printable(text[:room]), is_learned))
         room -= len(text)
     if room < 0:
-        found.append((f" ... {-room} characters more", False))
+        found.append((f" ... {-room} more characters", False))
     return found
 
 

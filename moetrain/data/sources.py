@@ -1,12 +1,12 @@
-"""Documents of each source, before tokenization, and their digest.
+"""Reads the documents of each source before tokenization, and computes their digest.
 
-A local path is a file, a folder or a glob; one that exists is never taken as a glob. Of JSONL each line is a record,
-and every line is checked before anything is used; of parquet each row is one; a text file is cut at blank lines into
-documents of 4,000 characters or more, so that a single large file can be split into training and validation too.
-Empty documents and repeated ones are left out and counted in the log.
+A local path is a file, a folder or a glob; a path that exists is not read as a glob. In JSONL each line is a record,
+and all lines are checked before any is used. In parquet each row is a record. A text file is cut at blank lines into
+documents of 4,000 characters or more, so that a single large file can be split into training and validation. Empty and
+repeated documents are dropped, and the log states their number.
 
-JSONL is read here and not by `datasets`, which would fit one schema to all records: a tool call's arguments then gain
-the keys of all other calls. Dialogues do not pass through this module; they come as tokens.
+This module parses JSONL itself, because `datasets` fits one schema to all records: the arguments of a tool call would
+gain the keys of all other calls. Dialogues do not pass through this module; they are already tokens.
 """
 
 import glob
@@ -32,17 +32,17 @@ _ENDINGS = {
     SourceKind.parquet: (".parquet",),
     SourceKind.text: (".txt", ".md", ".rst", ".py", ".txt.gz"),
 }
-"""Files of a folder that count, by kind."""
+"""Endings of the files that are read from a folder, by kind."""
 _MIN_TEXT = 4000
-"""Characters from which a text file is cut at the next blank line."""
+"""Characters after which a text file is cut at the next blank line."""
 _MATHS_SEED = 0
-"""The problems are a data set like any other: the run's seed changes their order, not what they are."""
+"""Fixed, because the run's seed changes the order of a source's documents and not their content."""
 
 
 def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
     """Return the documents of one source, each text once, up to `max_characters`.
 
-    Raises DataError that names file and line, path or column, or the source when it holds nothing.
+    Raises DataError that names the file and line, the path or the column; or the source, when it is empty.
     """
     documents = _distinct(_READERS[config.kind](config), name=name)
     if config.max_characters is not None:
@@ -50,27 +50,27 @@ def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
     if not documents:
         place = f" in {config.path}" if config.path else ""
         cap = f" within max_characters={config.max_characters}" if config.max_characters is not None else ""
-        raise DataError(f"data.sources.{name} has no documents{place}{cap}: give one that holds text")
+        raise DataError(f"data.sources.{name} has no documents{place}{cap}: give a source that contains text")
     return documents
 
 
 class Choice(StrEnum):
-    """What documents are chosen for by their hash; the name is the salt.
+    """Purposes for which documents are chosen by hash. The value is the salt of the hash.
 
-    Two choices with the same salt would not be independent: documents kept for their low hashes would then be those
-    held out for their low hashes.
+    With one salt the choices would depend on each other: the documents with the lowest hashes would be both kept by
+    `max_characters` and held out.
     """
 
     keep = "keep"
-    """Which documents `max_characters` keeps."""
+    """Chooses the documents that `max_characters` keeps."""
     hold_out = "hold_out"
-    """Which documents are for validation."""
+    """Chooses the documents for validation."""
     train_tokenizer = "train_tokenizer"
-    """Which documents a tokenizer is trained on."""
+    """Chooses the documents that a tokenizer is trained on."""
 
 
 def key_hash(key: str, *, choice: Choice) -> float:
-    """Return a number in [0, 1) that depends on the key and on what is chosen, and on nothing else."""
+    """Return a number in [0, 1) that depends on `key` and `choice` only."""
     data = key.encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(data, digest_size=8, salt=choice.value.encode()).digest()
     return int.from_bytes(digest, "big") / 2.0**64
@@ -141,7 +141,7 @@ def _parquet(config: SourceConfig) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Record]]:
-    import pyarrow  # only users of parquet pay for it
+    import pyarrow  # imported here, because only parquet sources use it
     import pyarrow.parquet
 
     number = 0
@@ -170,10 +170,10 @@ def _hub(config: SourceConfig) -> Iterator[Document]:
 
 
 def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[str, Record]]:
-    import datasets  # two seconds of import time that only users of it pay
+    import datasets  # imported here, because it takes two seconds and only hub sources use it
     import pyarrow
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the error below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below contains its messages
     datasets.disable_progress_bars()
     try:
         for number, record in enumerate(datasets.load_dataset(builder, **options)):
@@ -184,10 +184,10 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[
 
 
 def _columns(record: Record) -> Record:
-    """Return a row of Arrow without the keys that are null in the objects inside its columns.
+    """Return an Arrow row without the keys that are null in the objects inside its columns.
 
-    Arrow fits one schema to all rows: each object gains, as null, the keys that any other row has in that place. A null
-    that the author wrote looks the same.
+    Arrow fits one schema to all rows, so each object gains, as nulls, the keys of the same object in other rows. They
+    cannot be told apart from nulls that the author wrote.
     """
     return {key: _without_nulls(value) for key, value in record.items()}
 
@@ -207,7 +207,7 @@ def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> I
 
 
 def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
-    """Return the documents that hold text, each text once; the log says how many were left out."""
+    """Return the documents that contain text, each text once; log the number of dropped documents."""
     seen: set[bytes] = set()
     kept = []
     num_empty = num_identical = 0
@@ -228,7 +228,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
 
 
 def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
-    """Return whole documents up to the limit, chosen by hash so that they come from all over the source."""
+    """Return whole documents up to the limit, chosen by hash so that they are spread over the source."""
     chosen: set[int] = set()
     num_characters = 0
     for index in sorted(range(len(documents)), key=lambda index: key_hash(documents[index].key, choice=Choice.keep)):

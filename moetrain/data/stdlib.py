@@ -1,8 +1,8 @@
-"""The embedded default: code and English of the running Python's standard library. Every machine has it.
+"""The default data: code and English text of the running Python's standard library, which every machine has.
 
-Nothing is downloaded and nothing is shipped; the text differs between Python versions, so the digest of the documents
-goes into every result. Code and English of one file share a key, so that the train/validation split keeps them
-together: else the docstrings held out as English would be read as code in training.
+Nothing is downloaded or shipped with the package. The text differs between Python versions, so every result contains
+the digest of the documents. Code and English of one file share a key, so that both are for training or both are held
+out. Otherwise docstrings held out as English would be trained on as code.
 """
 
 import ast
@@ -19,17 +19,17 @@ _LEFT_OUT = frozenset(
         *("encodings", "pydoc_data", "__pycache__"),
     }
 )
-"""Folders with tests, other people's packages, examples, or tables of characters."""
+"""Folders with tests, third-party packages, examples or character tables, which are not read."""
 _BUILD_PREFIXES = ("config-", "_sysconfigdata")
-"""Names of files and folders that differ between builds of one Python version."""
+"""Prefixes of files and folders that differ between builds of one Python version, which are not read."""
 _TOPICS = "pydoc_data/topics.py"
 """The language reference as `help()` shows it: a dict of plain English."""
 _MIN_PARAGRAPH = 40
-"""Characters below which a docstring or comment is a label, not English."""
+"""Fewest characters of a paragraph; shorter ones are labels."""
 _MIN_LETTERS = 0.6
-"""Share of letters and spaces below which a paragraph is a table, a prompt session or a banner."""
+"""Smallest share of letters and spaces in a paragraph; below it are tables, interactive sessions and banners."""
 _MAX_WORD = 20
-"""Mean characters a word above which a paragraph is a list of names."""
+"""Largest mean number of characters per word in a paragraph; above it are lists of names."""
 
 
 _BLOCKS = ("body", "handlers", "orelse", "finalbody")
@@ -48,7 +48,7 @@ def stdlib_code() -> dict[str, str]:
 def stdlib_english() -> dict[str, str]:
     """Return the docstrings and long comments of each file as paragraphs, and the topics of `help()`.
 
-    A paragraph that stands in several files is left out: it could not be held out of one without being read in another.
+    A paragraph that occurs in several files is left out, because it could be held out in one and trained on in another.
     """
     by_file = {path: list(dict.fromkeys(_paragraphs(text))) for path, text in stdlib_code().items()}
     num_files = Counter(paragraph for paragraphs in by_file.values() for paragraph in paragraphs)
@@ -100,7 +100,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield everything that can have a docstring, in the order of the text; only statements with a block are walked."""
+    """Yield all nodes that can have a docstring, in source order; only statements with a block are visited."""
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
@@ -111,7 +111,7 @@ def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.F
 
 
 def _comments(text: str) -> Iterator[str]:
-    """Yield runs of whole-line comments, the `#` taken off."""
+    """Yield runs of whole-line comments, without the `#`."""
     run: list[str] = []
     for line in text.splitlines():
         stripped = line.strip()

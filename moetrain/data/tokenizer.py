@@ -1,11 +1,11 @@
 """The tokenizer of a stage: trained on the mixture as byte-level BPE, or read from a folder.
 
 A trained tokenizer has the special tokens of the chat template at the end of its vocabulary, as the released Kimi K2
-does. It splits words so that an identifier such as `k3f` has the same tokens in a prompt's quotes, in JSON and in a
-result: single digits, runs of letters, runs of punctuation, each with an optional space before it.
+does. It splits text into single digits, runs of letters and runs of punctuation, each with an optional space before it.
+An identifier such as `k3f` thus has the same tokens in quotes, in JSON and in a tool result.
 
-A tokenizer that is read needs an end-of-document token, and the tokens of the chat template only where they are used.
-Text never becomes a control token, whatever the file says of its tokens.
+A tokenizer that is read requires an end-of-document token. It requires the tokens of the chat template only when they
+are used. Text is never encoded as a control token, whatever the file states about its tokens.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from moetrain.files import write_text
 _log = logging.getLogger(__name__)
 
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Letters, one digit, punctuation, trailing space, other space; nothing joins a quote to a letter."""
+"""Alternatives: letters, one digit, punctuation, trailing space, other space. None joins a quote to a letter."""
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -35,14 +35,14 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 _CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
-"""Keys of `tokenizer_config.json` that name a token which plays this part under a name of its own."""
+"""Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
 
 
 class SpecialIds(dict[str, int]):
-    """Ids of the special tokens that a tokenizer has, by their names in the chat template."""
+    """Ids of a tokenizer's special tokens, by their names in the chat template."""
 
     def __missing__(self, name: str) -> int:
-        """Raise DataError: what asks for this token cannot use this tokenizer."""
+        """Raise DataError, because the caller requires a token that the tokenizer lacks."""
         raise DataError(
             f"the tokenizer has no special token {name}: chats, dialogues and tool use require the tokens of the chat "
             "template; use a tokenizer that has them"
@@ -50,25 +50,26 @@ class SpecialIds(dict[str, int]):
 
 
 class Tokenizer:
-    """Text to ids and back. Text never yields a special id; ids of special tokens decode to their names."""
+    """Encodes text and decodes ids. Text never encodes to a special id; special ids decode to their names."""
 
     def __init__(self, inner: HFTokenizer, *, names: Mapping[str, str] | None = None) -> None:
-        """Wrap a tokenizer of the library; `names` gives the tokens that play `[BOS]` and so on under other names.
+        """Wrap a tokenizer of the library `tokenizers`.
 
-        Raises DataError when no token ends a document, or when text can become a control token.
+        names: own names of the tokens in the roles of `[BOS]` and so on, where they differ. Raises DataError when there
+        is no end-of-document token, or when text can encode to a control token.
         """
         own_names = {name: name for name in SPECIAL_TOKENS} | dict(names or {})
         found = {name: inner.token_to_id(own_name) for name, own_name in own_names.items()}
         self.special_ids = SpecialIds({name: id_ for name, id_ in found.items() if id_ is not None})
         if EOS not in self.special_ids:
             raise DataError(
-                f"the tokenizer lacks {EOS}, the end of a document: add it, or name the token that plays its part as "
+                f"the tokenizer lacks {EOS}, the end of a document: add it, or name the token with this role as "
                 f"eos_token in {TOKENIZER_CONFIG_FILE}"
             )
         self.eos_id = self.special_ids[EOS]
-        self.bos_id = self.special_ids.setdefault(BOS, self.eos_id)  # GPT-2 begins documents so
+        self.bos_id = self.special_ids.setdefault(BOS, self.eos_id)  # as in GPT-2
         self.pad_id = self.special_ids.setdefault(PAD, self.eos_id)  # padding is masked everywhere
-        parts = [name for name in (UNK, PAD, BOS, EOS) if name in self.special_ids]  # one token may play several
+        parts = [name for name in (UNK, PAD, BOS, EOS) if name in self.special_ids]  # one token may have several roles
         markers = [name for name in self.special_ids if name not in parts]
         self.special_names: dict[int, str] = {self.special_ids[name]: name for name in [*parts, *markers]}
         self._inner = inner
@@ -76,11 +77,11 @@ class Tokenizer:
         self._encoder = _encoder_of(inner, self._own_names.values())
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding needs: the largest id plus one."""
-        self._check_that_text_is_text()
+        self._check_text_gives_no_control_ids()
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end a generation: the end of a turn, where there is one, and of a document."""
+        """Ids that end a generation: end of turn, if the tokenizer has it, and end of document."""
         return [self.special_ids[name] for name in (IM_END, EOS) if name in self.special_ids]
 
     @property
@@ -94,16 +95,16 @@ class Tokenizer:
             if name != UNK:
                 self.special_ids[name]
 
-    def _check_that_text_is_text(self) -> None:
+    def _check_text_gives_no_control_ids(self) -> None:
         control = {id_ for id_, name in self.special_names.items() if name != UNK}
         names = [self._own_names[id_] for id_ in sorted(control)]
         samples = [*names, *(f"a{name}b" for name in names), *(f" {name} " for name in names), "".join(names)]
         for sample, ids in zip(samples, self.encode_batch(samples), strict=True):
             if made := control.intersection(ids):
                 raise DataError(
-                    f"the tokenizer turns the text {sample[:40]!r} into the control token "
-                    f"{self._own_names[min(made)]}: a document could steer the model; use a tokenizer that spells "
-                    "such text with ordinary tokens"
+                    f"the tokenizer encodes the text {sample[:40]!r} as the control token "
+                    f"{self._own_names[min(made)]}, so that a document could imitate markers; use a tokenizer that "
+                    "encodes such text with ordinary tokens"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -116,11 +117,11 @@ class Tokenizer:
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; special tokens give their names, broken UTF-8 the replacement character."""
+        """Return the text of `ids`. Special tokens give their names, invalid UTF-8 gives the replacement character."""
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
-        """Write the files that transformers' AutoTokenizer reads; each file appears whole or not at all."""
+        """Write the files that transformers' AutoTokenizer reads. Each file is written atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         own_name = {name: self._own_names[id_] for name, id_ in self.special_ids.items()}
         config = {
@@ -137,7 +138,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read `tokenizer.json` of `folder`, truncation, padding and dropout switched off.
+        """Read `tokenizer.json` in `folder`, with truncation, padding and dropout switched off.
 
         Raises DataError that names the path.
         """
@@ -157,7 +158,7 @@ class Tokenizer:
             said = " ".join(str(error).split())
             raise DataError(f"{path} holds no tokenizer ({said}): copy the tokenizer there again") from error
         if switched_off:
-            _log.info("%s asks for %s: switched off, so that text is encoded whole", path, " and ".join(switched_off))
+            _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))
         return tokenizer
 
 
@@ -174,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names under which `[BOS]` and so on stand in a tokenizer that does not have them by these names."""
+    """Return the tokenizer's own names of `[BOS]` and so on, for those that it lacks under these names."""
     if not path.is_file():
         return {}
     config = _read_json(path)
@@ -190,7 +191,7 @@ def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_ids(inner: HFTokenizer, content: Mapping[str, Any]) -> None:
-    """Raise DataError when the library numbers an added token otherwise than the file, as it does after a gap."""
+    """Raise DataError when the library gives an added token another id than the file, as it does after a gap."""
     for token in content.get("added_tokens") or []:
         read = inner.token_to_id(token["content"])
         if read != token["id"]:
@@ -201,7 +202,7 @@ def _check_ids(inner: HFTokenizer, content: Mapping[str, Any]) -> None:
 
 
 def _switch_off(content: dict[str, Any]) -> list[str]:
-    """Remove from a tokenizer's file what would cut, lengthen or vary the tokens of a text; return what it was."""
+    """Remove truncation, padding and dropout from a tokenizer's content; return the names of those it had."""
     switched_off = [key for key in ("truncation", "padding") if content.get(key)]
     content |= dict.fromkeys(switched_off)
     model = content.get("model")
@@ -212,10 +213,10 @@ def _switch_off(content: dict[str, Any]) -> list[str]:
 
 
 def _encoder_of(inner: HFTokenizer, names: Iterable[str]) -> HFTokenizer:
-    """Return a tokenizer that encodes as `inner` does and spells the control tokens `names` where text holds them.
+    """Return a tokenizer that encodes like `inner`, except that the text of control tokens gives ordinary tokens.
 
-    The library does that for tokens marked as special alone; some files leave the mark off, as those of Qwen do for
-    `<think>`.
+    names: the control tokens. The library does this only for tokens marked as special. Some files lack the mark, such
+    as Qwen's for `<think>`.
     """
     content = json.loads(inner.to_str())
     control = set(names)
@@ -230,15 +231,16 @@ def _encoder_of(inner: HFTokenizer, names: Iterable[str]) -> HFTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE of `vocab_size` tokens, or of fewer where the texts hold too few pairs to fill it.
+    """Return a byte-level BPE tokenizer of `vocab_size` tokens, or fewer when the texts contain too few pairs.
 
-    The same texts give the same bytes on any machine. Raises DataError when the vocabulary has no room for the bytes.
+    The same texts give the same tokenizer file on any machine. Raises DataError when `vocab_size` is less than the
+    number of bytes and special tokens.
     """
     num_ordinary = vocab_size - len(SPECIAL_TOKENS)
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
             f"a tokenizer of {vocab_size} tokens has no room for the bytes: give at least {MIN_VOCAB_SIZE}, "
-            f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+            f"for {NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -259,7 +261,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 def without_specials(text: str) -> str:
     """Return `text` with each special token replaced by a newline, for training a tokenizer on rendered dialogues.
 
-    A newline, unlike a space, does not give the word after a marker a form of its own.
+    A space would become part of the token of the next word; a newline does not.
     """
     for name in SPECIAL_TOKENS:
         text = text.replace(name, "\n")

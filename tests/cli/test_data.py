@@ -101,4 +101,4 @@ def test_documents_characters_and_tokens_are_counted(tmp_path: Path, capsys: pyt
     text = len("user" + "Rome?" + "assistant" + "x" * 101)
     row = page.splitlines()[-1].split()
     assert row[:4] == ["mine", "10", f"{10 * text:,}", f"{10 * (text + 8):,}"]
-    assert "characters more" in page and "estimated" not in page
+    assert "more characters" in page and "estimated" not in page

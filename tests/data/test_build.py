@@ -113,7 +113,7 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path) -> None:
     prepare_tokenizer(config_of(one=maths()), folder=tmp_path)
     config = config_of(one=maths())
     config.tokenizer.vocab_size = 512
-    with pytest.raises(ConfigError, match=r"vocab_size is 512, the tokenizer in .* has 320 tokens: leave"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 512, the tokenizer in .* has 320 tokens: remove"):
         prepare_tokenizer(config, folder=tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_chats_need_the_tokens_of_the_template(tmp_path, write_jsonl) -> None:
 
 def test_dialogues_that_do_not_match_the_sources_are_refused(tmp_path) -> None:
     config = config_of(talk=SourceConfig(kind=SourceKind.dialogues))
-    with pytest.raises(ConfigError, match=r"of kind dialogues are \['talk'\], the stage makes \[\]"):
+    with pytest.raises(ConfigError, match=r"of kind dialogues are \['talk'\], but this stage makes \[\]"):
         build_data(config, 0, tokenizer_folder=tmp_path)
 
 

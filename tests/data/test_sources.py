@@ -81,7 +81,7 @@ def test_a_file_packed_with_gzip_is_read_and_a_torn_one_is_named(tmp_path) -> No
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"\x28\xb5\x2f\xfd....", "is packed with zstd: unpack it"),
+        (b"\x28\xb5\x2f\xfd....", "is compressed with zstd: decompress it"),
         ("text".encode("utf-16"), "is UTF-16: convert it to UTF-8"),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
     [
         ('{"text": ' + "[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
         ('{"text": ' + "1" * 5000 + "}", r"mine\.jsonl:1 cannot be read: ValueError: Exceeds the limit"),
-        (r'{"text": "a\ud800b"}', r"mine\.jsonl:1 holds U\+D800, half of a character"),
+        (r'{"text": "a\ud800b"}', r"mine\.jsonl:1 holds U\+D800, half of a surrogate pair"),
     ],
 )
 def test_json_that_python_cannot_hold_is_named_by_line(line: str, message: str, tmp_path) -> None:
@@ -252,7 +252,7 @@ def test_a_device_is_no_file_and_a_source_without_text_names_its_file(tmp_path) 
         read_documents(jsonl(Path("/dev/null")), name="mine")
     path = tmp_path / "empty.jsonl"
     path.write_text("\n")
-    with pytest.raises(DataError, match=r"data\.sources\.mine has no documents in .*empty\.jsonl: give one"):
+    with pytest.raises(DataError, match=r"data\.sources\.mine has no documents in .*empty\.jsonl: give a source"):
         read_documents(jsonl(path), name="mine")
 
 

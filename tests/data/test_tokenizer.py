@@ -144,7 +144,7 @@ def test_what_would_change_the_tokens_of_a_text_is_switched_off_and_said(
 ) -> None:
     with caplog.at_level(logging.INFO):
         loaded = Tokenizer.load(rewrite(tokenizer, tmp_path, change))
-    assert f"{tmp_path / TOKENIZER_FILE} asks for {name}: switched off" in caplog.text
+    assert f"{tmp_path / TOKENIZER_FILE} sets {name}: switched off" in caplog.text
     text = "What is 12 + 34? And what is 56 + 78? Say so."
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.encode_batch([text, "x"]) == tokenizer.encode_batch([text, "x"])
@@ -171,7 +171,7 @@ def test_a_tokenizer_whose_ordinary_words_are_control_tokens_is_refused(tmp_path
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens([BOS, EOS, "[UNK]"])
     inner.save(str(tmp_path / TOKENIZER_FILE))
-    with pytest.raises(DataError, match=rf"{tmp_path}.*turns the text '\[EOS\]' into the control token \[EOS\]"):
+    with pytest.raises(DataError, match=rf"{tmp_path}.*encodes the text '\[EOS\]' as the control token \[EOS\]"):
         Tokenizer.load(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_check_and_dry_run_find_what_the_run_would(
         ),
         (
             ["data.tokenizer.path=words", "data.tokenizer.vocab_size=300"],
-            "data.tokenizer.vocab_size is 300, the tokenizer in words has 275 tokens: leave data.tokenizer.vocab_size",
+            "data.tokenizer.vocab_size is 300, the tokenizer in words has 275 tokens: remove data.tokenizer.vocab_size",
         ),
     ],
 )
