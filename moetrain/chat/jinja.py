@@ -1,8 +1,8 @@
 """The chat template in Jinja, for programs that read `chat_template.jinja` beside a tokenizer.
 
-It gives the text that `chat/records.py` and `chat/template.py` give for the same messages, or raises an exception: a
-program that serves an export must not show a model text that it was never trained on. It keeps the reasoning of every
-turn. Ids of calls are renumbered to `functions.NAME:N`, and results follow their call.
+It renders the same text as `chat/records.py` and `chat/template.py` for the same messages, or raises an exception,
+because a program that serves an export must not give the model text in a form that it was not trained on. It keeps the
+reasoning of every turn. It renumbers ids of calls to `functions.NAME:N`, and gives each result the new id of its call.
 """
 
 JINJA = """{%- macro text(content) -%}
@@ -90,4 +90,4 @@ or message.thinking) -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
-"""Uses `raise_exception` and a `tojson` with `separators`, as transformers, vLLM and SGLang offer them."""
+"""Requires `raise_exception` and a `tojson` with `separators`, which transformers, vLLM and SGLang provide."""

@@ -1,4 +1,4 @@
-"""Messages of a conversation and tool calls, as data. No tokens here."""
+"""Data classes of messages and tool calls, without tokens."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,7 +9,7 @@ _SHOWN = 40  # characters of a bad value that an error message repeats
 
 
 class Role(StrEnum):
-    """Who speaks."""
+    """Role of a message's author."""
 
     system = "system"
     user = "user"
@@ -19,9 +19,9 @@ class Role(StrEnum):
 
 @dataclass(kw_only=True)
 class ToolCall:
-    """One call in an assistant's turn; `arguments` is the JSON text as written, `id` is `functions.{name}:{index}`.
+    """One call in an assistant's turn. arguments: JSON text as written. id: `functions.{name}:{index}`.
 
-    `name` is empty when the id that a model wrote has another form: the call then names no tool.
+    `name` is empty when the id that a model wrote has another form.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Message:
     tool_calls: list[ToolCall] = field(default_factory=list)
     tool_call_id: str = ""
     name: str = ""
-    """Who speaks, in place of the role's name: the tool of a result, or a participant."""
+    """Author, shown instead of the role: the tool of a result, or a participant. Empty shows the role."""
     is_learned: bool = True
-    """Whether training learns the message; it has a meaning for assistants only."""
+    """Whether the model learns to predict the message; used for assistant messages only."""
 
     def __post_init__(self) -> None:
         """Make the texts valid Unicode."""
@@ -58,7 +58,7 @@ def valid_text(text: object, *, field: str) -> str:
     """Return `text` with each lone surrogate replaced by U+FFFD, because no tokenizer can encode one.
 
     Files, environments and models produce lone surrogates through JSON escapes such as `\\ud83d`. Raises DataError that
-    names `field` when `text` is no string.
+    names `field` when `text` is not a string.
     """
     if not isinstance(text, str):
         raise DataError(f"{field} is {type(text).__name__} {str(text)[:_SHOWN]!r}: give a string")

@@ -1,8 +1,8 @@
-"""Conversations of data sets in the chat-completions form: checked, and read as messages.
+"""Checks conversations of data sets in the chat-completions form, and reads them as messages.
 
-What different programs write is read where its meaning is clear: content in parts, calls as `tool_calls` or the older
-`function_call`, ids of any form, results without ids, reasoning under three names, ShareGPT's `from` and `value`. Other
-forms, and keys that are not known, are refused with a `DataError` that names the value and a cure.
+Variants with a clear meaning are accepted: content in parts, calls as `tool_calls` or the older `function_call`, ids of
+any form, results without ids, reasoning under three names, ShareGPT's `from` and `value`. Other forms and unknown keys
+raise a `DataError` that names the value and a cure.
 """
 
 import difflib
@@ -16,15 +16,15 @@ from moetrain.chat.tool_schema import compact_json
 from moetrain.errors import DataError
 
 _ROLES = {role.value: role for role in Role} | {
-    "developer": Role.system,  # OpenAI's newer name of it
-    "function": Role.tool,  # OpenAI's older name of it
-    "ipython": Role.tool,  # Llama's name of it
+    "developer": Role.system,  # OpenAI's newer name
+    "function": Role.tool,  # OpenAI's older name
+    "ipython": Role.tool,  # Llama's name
 }
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _UNSUPPORTED_KEYS = ("refusal", "audio", "annotations")
-"""Keys that OpenAI writes into each message; they must be empty."""
+"""Keys that OpenAI writes into each message; they must be empty or null."""
 _MESSAGE_KEYS = (
     *("role", "content", "name", "tool_call_id", "weight", "train"),
     *(*_REASONING_KEYS, *_CALL_KEYS, *_UNSUPPORTED_KEYS),
@@ -32,12 +32,12 @@ _MESSAGE_KEYS = (
 
 
 def read_messages(value: object) -> list[Message]:
-    """Return the messages of a conversation; its calls have the ids `functions.NAME:N`, N counted from 0.
+    """Return the messages of a conversation, with calls renumbered to `functions.NAME:N`, N from 0.
 
-    Raises DataError when a message cannot be read, or when no message is an assistant's.
+    Raises DataError when a message cannot be read, or when there is no assistant message.
     """
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise DataError(f"{_shown(value)} is no conversation: give a list of messages")
+        raise DataError(f"{_shown(value)} is not a conversation: give a list of messages")
     messages: list[Message] = []
     numbering = _Numbering()
     for number, item in enumerate(value):
@@ -60,7 +60,7 @@ def read_declaration(value: object) -> str:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise DataError(f"tools holds text that is no JSON: {error}; give a list of declarations") from None
+            raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
     if not value:
         return ""
     if not isinstance(value, list):
@@ -86,12 +86,12 @@ def check_keys(item: Mapping[str, Any], known: Collection[str], *, place: str) -
             meant = f"did you mean {close[0]}? Known" if close else "known"
             raise DataError(
                 f"{place} has the unknown key {key!r}; {meant} are {', '.join(known)} "
-                "(data.sources.NAME.ignore=[KEY] leaves a key of records and messages out)"
+                "(data.sources.NAME.ignore=[KEY] removes a key from records and messages)"
             )
 
 
 class _Numbering:
-    """Ids of the calls of one conversation, and the calls of the last turn that wait for their result."""
+    """Assigns ids to the calls of one conversation, and matches results to the calls of the last turn with calls."""
 
     def __init__(self) -> None:
         self._num_calls = 0
@@ -99,18 +99,18 @@ class _Numbering:
         self._was_guessed = False
 
     def add(self, calls: list[tuple[str, ToolCall]]) -> None:
-        """Number the calls of a turn; each comes with its id in the record, which may be empty."""
+        """Assign ids to the calls of a turn. calls: (id in the record, which may be empty; call)."""
         self.check()
         ids = [identity for identity, _ in calls if identity]
         if len(set(ids)) < len(ids):
-            raise DataError(f"two calls of one turn have the same id: {', '.join(ids)}; give each its own")
+            raise DataError(f"two calls of one turn have the same id: {', '.join(ids)}; give each call its own id")
         for _, call in calls:
             call.id = call_id(call.name, self._num_calls)
             self._num_calls += 1
         self._waiting, self._was_guessed = list(calls), False
 
     def answer(self, identity: str, *, name: str) -> str:
-        """Return the id of the call that a result belongs to: by its id, else in order among those of its name."""
+        """Return the id of the call that a result belongs to: matched by `identity` if given, else by name in order."""
         if identity:
             found = [pair for pair in self._waiting if pair[0] == identity]
         else:
@@ -119,17 +119,17 @@ class _Numbering:
         if not found:
             given = f"tool_call_id is {identity!r}" if identity else f"a tool result has no id and the name {name!r}"
             waiting = ", ".join(identity or call.name for identity, call in self._waiting) or "none"
-            raise DataError(f"{given}: it belongs to no call of the turn before; calls without a result are {waiting}")
+            raise DataError(f"{given}: no call of the turn before matches; calls without a result are {waiting}")
         self._waiting.remove(found[0])
         return found[0][1].id
 
     def check(self) -> None:
-        """Raise DataError when results were given to calls in order, and calls are left over."""
+        """Raise DataError when results were matched by order and some calls have no result."""
         if self._was_guessed and self._waiting:
             left = ", ".join(call.id for _, call in self._waiting)
             raise DataError(
-                "tool results without ids are fewer than the calls of their turn, so that it is not clear which they "
-                f"belong to ({left} without one): give each result its tool_call_id"
+                "a turn has fewer tool results without ids than calls, so that their calls are ambiguous "
+                f"({left} without a result): give each result its tool_call_id"
             )
 
 
@@ -143,7 +143,7 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     role = _ROLES[given]
     for key in _UNSUPPORTED_KEYS:
         if item.get(key):
-            raise DataError(f"{key} holds {_shown(item[key])}, which cannot be learned: give what is said as content")
+            raise DataError(f"{key} holds {_shown(item[key])}, which is not supported: give the text as content")
     name, identity = _string(item, "name"), _string(item, "tool_call_id")
     message = Message(
         role=role,
@@ -156,9 +156,9 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     if role is Role.assistant:
         _check_turn(message, has_calls=bool(calls))
     elif calls or message.reasoning:
-        raise DataError(f"a message of the role {given} has calls or reasoning: only an assistant's has them")
+        raise DataError(f"a message of the role {given} has calls or reasoning: only assistant messages may have them")
     if identity and role is not Role.tool:
-        raise DataError(f"a message of the role {given} has a tool_call_id: only a tool's result has one")
+        raise DataError(f"a message of the role {given} has a tool_call_id: only tool results may have one")
     if calls:
         numbering.add(calls)
         message.tool_calls = [call for _, call in calls]
@@ -183,23 +183,23 @@ def _check_turn(message: Message, *, has_calls: bool) -> None:
     if message.content.lstrip().startswith(THINK_BEGIN):
         raise DataError(f"content begins with {THINK_BEGIN}: give the reasoning as reasoning_content, without markers")
     if not (message.content or message.reasoning or has_calls):
-        raise DataError("an assistant's message is empty: give it content, reasoning_content or tool_calls, or drop it")
+        raise DataError("an assistant message is empty: give content, reasoning_content or tool_calls, or remove it")
 
 
 def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:
-    """Return whether `weight` (0 or 1) and `train` let the message be learned; null is as if it were not there."""
+    """Return whether the message is learned, from `weight` (0 or 1) and `train`; a null is ignored."""
     given = {}
     for key in ("weight", "train"):
         value = item.get(key)
         if value is not None and (not isinstance(value, bool | int | float) or value not in (0, 1)):
-            raise DataError(f"{key} is {value!r}: give 0 or 1, false or true; shares between are not supported")
+            raise DataError(f"{key} is {value!r}: give 0 or 1, false or true; values between are not supported")
         if value is not None:
             given[key] = bool(value)
     if len(set(given.values())) > 1:
         raise DataError(f"weight is {item['weight']!r} and train is {item['train']!r}: give one of the two")
     if role is not Role.assistant and any(given.values()):
         key = next(iter(given))
-        raise DataError(f"{key} is {item[key]!r} on a message of the role {role}: only an assistant's can be learned")
+        raise DataError(f"{key} is {item[key]!r} on a message of the role {role}: only assistant messages are learned")
     return all(given.values())
 
 
@@ -211,7 +211,7 @@ def _reasoning(item: Mapping[str, Any]) -> str:
 
 
 def _content(value: object) -> str:
-    """Return the text of a message: a string, null, or the texts of a list of parts, put together."""
+    """Return the text of a message, given as a string, as null, or as a list of text parts, which are joined."""
     parts = value if isinstance(value, list) else [] if value is None else [{"type": "text", "text": value}]
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -236,19 +236,19 @@ def _calls(item: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:
 def _call(call: Any) -> tuple[str, ToolCall]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
-        raise DataError(f"a tool call is {str(call)[:60]!r}: it needs function.name and function.arguments")
+        raise DataError(f"a tool call is {str(call)[:60]!r}: give function.name and function.arguments")
     check_keys(call, ("id", "type", "function"), place="a tool call")
     check_keys(function, ("name", "arguments"), place="function of a tool call")
     if call.get("type") not in (None, "function"):
         raise DataError(f"type of a tool call is {call['type']!r}: give function")
     name = function["name"]
     if not isinstance(name, str) or not name or ":" in name or name != "".join(name.split()):
-        raise DataError(f"function.name is {_shown(name)}: give a name without colon or space, as its ids need")
+        raise DataError(f"function.name is {_shown(name)}: give a name without a colon or space, for use in ids")
     return _string(call, "id"), ToolCall(name=name, arguments=_arguments(function.get("arguments"), name=name), id="")
 
 
 def _arguments(value: object, *, name: str) -> str:
-    """Return the arguments of a call as JSON text: text as it is written, an object as JSON, nothing as {}."""
+    """Return the arguments of a call as JSON text: text unchanged, an object as JSON, null and empty text as {}."""
     if value is None or value == "":
         return "{}"
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""The chat template of the released Kimi K2 Thinking: messages to pieces and tokens, and a turn's tokens back.
+"""The chat template of the released Kimi K2 Thinking: renders messages as pieces and tokens, and parses turns.
 
 Training renders pieces instead of running a Jinja engine, so that each token is known to be a marker, given text, or
-text that the model produces. `chat/jinja.py` holds the same template for other programs.
+text that the model produces. `chat/jinja.py` contains the same template for other programs.
 
 A conversation begins with its first role marker and has no `[BOS]`, as in the released template. This holds for
 training documents, demonstrations, rollouts, `generate` and the exported template. Plain text begins with `[BOS]`:
@@ -50,7 +50,7 @@ SPECIAL_TOKENS: list[str] = [
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of text or one special token; `is_sampled` tells what a model produces from what it is given."""
+    """A run of text or one special token. is_sampled: whether the model produces it; otherwise it is given."""
 
     text: str
     is_special: bool = False
@@ -62,14 +62,14 @@ def _special(token: str, is_sampled: bool = False) -> Piece:
 
 
 def with_bos(pieces: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces of a document with its beginning: `[BOS]`, or the special token that it begins with already."""
+    """Return the pieces of a document with `[BOS]` in front, unless they already begin with a special token."""
     if pieces and pieces[0].is_special:
         return list(pieces)
     return [_special(BOS), *pieces]
 
 
 def declare_pieces(tools: str) -> list[Piece]:
-    """Return the message that declares tools, given as compact JSON text; it is the first of a conversation."""
+    """Return the message that declares tools, given as compact JSON text. It is the first message of a conversation."""
     return [*_header(IM_SYSTEM, "tool_declare"), Piece(text=tools), _special(IM_END)]
 
 
@@ -78,12 +78,15 @@ def _header(marker: str, name: str) -> list[Piece]:
 
 
 def generation_prompt() -> list[Piece]:
-    """Return what precedes a model's turn."""
+    """Return the pieces that precede a model's turn."""
     return _header(IM_ASSISTANT, Role.assistant.value)
 
 
 def turn_pieces(message: Message) -> list[Piece]:
-    """Return what a model produces in its turn, `<think>` to `<|im_end|>`; it is sampled when it is learned."""
+    """Return the pieces that a model produces in its turn, from `<think>` to `<|im_end|>`.
+
+    They are marked as sampled when the message is learned.
+    """
     pieces = [_special(THINK_BEGIN), Piece(text=message.reasoning), _special(THINK_END), Piece(text=message.content)]
     if message.tool_calls:
         pieces.append(_special(SECTION_BEGIN))
@@ -108,10 +111,10 @@ def message_pieces(message: Message) -> list[Piece]:
 
 
 def conversation_pieces(messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[Piece]:
-    """Return a conversation as pieces; the declaration of its tools, if it has any, comes first.
+    """Return a conversation as pieces, after the declaration of its tools, if any.
 
-    Raises DataError when the ids of its calls are not `functions.NAME:N` with N counted from 0, or a result has none of
-    them: the exported template would write other ids.
+    Raises DataError when the ids of calls are not `functions.NAME:N` with N from 0, or when a result has the id of no
+    earlier call. The exported template would write other ids.
     """
     _check_ids(messages)
     pieces = declare_pieces(declaration(tools)) if tools else []
@@ -128,18 +131,18 @@ def _check_ids(messages: Sequence[Message]) -> None:
                 raise DataError(f"the id of a call is {call.id!r}: give {call_id(call.name, len(known))!r}")
             known.append(call.id)
         if message.role is Role.tool and message.tool_call_id not in known:
-            raise DataError(f"tool_call_id is {message.tool_call_id!r}: give the id of a call before it")
+            raise DataError(f"tool_call_id is {message.tool_call_id!r}: give the id of an earlier call")
 
 
 def pieces_to_text(pieces: Sequence[Piece]) -> str:
-    """Return the text of `pieces`, special tokens spelt out."""
+    """Return the text of `pieces`, with the names of special tokens."""
     return "".join(piece.text for piece in pieces)
 
 
 def pieces_to_tokens(
     pieces: Sequence[Piece], *, encode: Callable[[str], list[int]], special_ids: Mapping[str, int]
 ) -> tuple[list[int], list[bool]]:
-    """Return token ids and, for each of them, whether a model produces it. Text never becomes a special token."""
+    """Return token ids and, for each id, whether the model produces it. Text never becomes a special token."""
     tokens: list[int] = []
     is_sampled: list[bool] = []
     for piece in pieces:
@@ -152,9 +155,9 @@ def pieces_to_tokens(
 def parse_turn(
     tokens: Sequence[int], *, decode: Callable[[Sequence[int]], str], special_names: Mapping[int, str], first_index: int
 ) -> Message:
-    """Return the message in the tokens of a model's turn, with or without its `<|im_end|>`.
+    """Return the message of a model's turn from its tokens, with or without the final `<|im_end|>`.
 
-    A call whose id has another form than `functions.NAME:N` has an empty name and keeps its id; a missing id becomes
+    A call whose id is not of the form `functions.NAME:N` has an empty name and keeps its id. A missing id becomes
     `call:N`, where N counts from `first_index`, the number of calls before this turn. Raises RolloutError when the
     markers do not nest.
     """

@@ -1,4 +1,4 @@
-"""A tool as a model sees it: name, description and JSON schema, and the text that declares it."""
+"""Declaration of a tool to the model: name, description and JSON schema, and their text."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from moetrain.chat.messages import valid_text
 
 @dataclass(frozen=True, kw_only=True)
 class ToolSpec:
-    """A tool as a model sees it; `parameters` is a JSON schema of type object."""
+    """A tool as declared to the model. parameters: a JSON schema of type object."""
 
     name: str
     description: str
@@ -30,5 +30,5 @@ def declaration(tools: Sequence[ToolSpec]) -> str:
 
 
 def compact_json(value: object) -> str:
-    """Return `value` as the JSON text of a declaration: no spaces, characters as they are."""
+    """Return `value` as the JSON text of a declaration: without spaces, non-ASCII characters not escaped."""
     return valid_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False), field="tools")

@@ -123,7 +123,7 @@ def test_text_begins_with_bos_and_a_conversation_with_its_first_marker() -> None
         ("call_a1", "call_a1", "the id of a call is 'call_a1': give 'functions.get:0'"),
         ("", "", "the id of a call is '': give 'functions.get:0'"),
         ("functions.get:1", "functions.get:1", "give 'functions.get:0'"),
-        ("functions.get:0", "", "tool_call_id is '': give the id of a call before it"),
+        ("functions.get:0", "", "tool_call_id is '': give the id of an earlier call"),
     ],
 )
 def test_ids_that_the_exported_template_would_write_otherwise_are_refused(

@@ -68,7 +68,7 @@ def test_a_record_is_shown_as_it_is_learned(
     [
         (calling("x", "{'city': Rome", tool_call_id="x")[0], "function.arguments of get holds str"),
         ({**ANSWER, "contnet": "x"}, "the message has the unknown key 'contnet'; did you mean content?"),
-        ({"role": "assistant", "content": None}, "an assistant's message is empty"),
+        ({"role": "assistant", "content": None}, "an assistant message is empty"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_one_line(

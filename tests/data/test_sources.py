@@ -273,7 +273,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ),
         (
             {**ASSISTANT, "tool_calls": [{"function": {"name": "f:7"}}]},
-            r"function\.name is str 'f:7': give a name without colon or space",
+            r"function\.name is str 'f:7': give a name without a colon or space",
         ),
         ({**ASSISTANT, "tool_calls": [{"function": {"name": 1}}]}, r"function\.name is int '1': give a name without"),
         (
