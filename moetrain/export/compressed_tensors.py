@@ -1,6 +1,6 @@
-"""Quantised experts as compressed-tensors stores them: its part of config.json, and tensors by name, both ways.
+"""Converts quantised experts to and from the layout of compressed-tensors: tensors by name, and part of config.json.
 
-No rounding happens here: codes and scales come from `quant.grids`, their packing from the row of `quant.formats`.
+Nothing is rounded here: `quant.grids` computes codes and scales, and `quant.formats` packs them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,9 +17,9 @@ _WEIGHT_SUFFIX = ".weight"
 
 
 def quantization_config(quant: QuantConfig, *, ignore: Iterable[str]) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: every linear layer is packed but those named in `ignore`.
+    """Return config.json's `quantization_config`: every linear layer is packed, except those named in `ignore`.
 
-    compressed-tensors refuses keys that it does not know.
+    compressed-tensors refuses unknown keys, so there are no others.
     """
     row = FORMATS[quant.format]
     return {
@@ -42,9 +42,9 @@ def quantization_config(quant: QuantConfig, *, ignore: Iterable[str]) -> dict[st
 def packed_tensors(
     name: str, quantized: Quantized, *, format: Format, first_expert: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the fused experts tensor `name` as the format's tensors for each expert and projection, by name on disk.
+    """Yield (name on disk, tensor) of the format's tensors, for each expert and projection of the fused tensor `name`.
 
-    first_expert: number of the first of the experts that `quantized` holds.
+    first_expert: number of the first expert in `quantized`.
     """
     codes = hf_disk_tensors({name: quantized.codes_XOI}, first_expert=first_expert)
     scales = hf_disk_tensors({name: quantized.scales_XOG}, first_expert=first_expert)

@@ -1,4 +1,4 @@
-"""What an export holds. No torch here."""
+"""Config of an export. Does not import torch."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,27 +8,27 @@ from moetrain.quant.consumers import Consumer
 
 
 class ExportFormat(StrEnum):
-    """How the routed experts are stored; everything else is the same in each."""
+    """How the routed experts are stored; all other tensors are stored in the same way."""
 
     quantized = "quantized"
-    """Codes and scales in the format of the weights (`quant.format`), as compressed-tensors reads it."""
+    """Codes and scales in the format `quant.format`, in the layout of compressed-tensors."""
     bf16 = "bf16"
-    """The masters, cast to bf16: not what a quantised model was trained as."""
+    """The float32 masters, cast to bf16. They differ from the quantised weights that training multiplied with."""
     bf16_dequantized = "bf16_dequantized"
-    """The numbers that codes and scales stand for, in bf16: for engines without a kernel for the format."""
+    """Codes and scales, dequantised to bf16: for engines without a kernel for the format."""
 
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Writing a model for other programs."""
+    """Export of a model for other programs."""
 
     format: ExportFormat = ExportFormat.quantized
     """How the routed experts are stored."""
     consumers: list[Consumer] = field(default_factory=lambda: [Consumer.transformers])
-    """Programs that must compute from the folder what the model was trained to compute; a model that one of them would
-    compute otherwise is refused. [moetrain] writes a folder that this package alone reads."""
+    """Programs that must compute the model as it was trained. The export is refused when one of them would compute it
+    differently. [moetrain] writes a folder that only this package must read."""
     shard_megabytes: int = 4096
-    """Largest size of a weight file; a tensor is never split."""
+    """Largest size of a weight file in MiB; a tensor is never split over files."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

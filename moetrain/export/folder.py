@@ -1,6 +1,6 @@
-"""Folders of weights in the layout of Hugging Face: written whole or not at all, and checked against their digests.
+"""Folders of weights in the layout of Hugging Face: written atomically, and checked against their digests.
 
-This module knows files and bytes; `compressed_tensors` knows what the tensors mean. `moetrain.json` holds the size and
+This module handles files and bytes; `compressed_tensors` interprets the tensors. `moetrain.json` contains the size and
 sha256 of every other file, and the sha256 of its own content.
 """
 
@@ -24,7 +24,7 @@ from moetrain.files import sync, write_json
 from moetrain.hf.folder import INDEX_FILE
 
 _FORMAT = 1
-_REPAIR = "export again, or copy the folder again from where it is whole"
+_REPAIR = "export again, or copy the folder again from an intact copy"
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
         nonlocal pending_bytes
         path = folder / f"{len(shards)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
-        with suppress(PermissionError):  # this file system has no modes
-            path.chmod(folder.stat().st_mode & 0o666)  # save_file makes files that only their owner may read
+        with suppress(PermissionError):  # a file system without permissions
+            path.chmod(folder.stat().st_mode & 0o666)  # save_file makes files that only their owner can read
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0
@@ -88,16 +88,16 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `moetrain.json` with `record` and the digest of every file in `folder`; call last."""
+    """Write `moetrain.json` with `record` and the digest of every file in `folder`. Call it when all are written."""
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **record, "files": files}
     write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)}, indent=2)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Check every file of an export against its digest and return what `moetrain.json` says.
+    """Check every file of an export against its digest and return the content of `moetrain.json`.
 
-    Raises CheckpointError that names the file which is missing or has changed.
+    Raises CheckpointError that names the file that is missing or has changed.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give the folder of an export")
@@ -108,7 +108,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder / RECORD_FILE}: format is {record.get('format')}, this version reads {_FORMAT}; {_REPAIR}"
         )
     if stated != _digest(record):
-        raise CheckpointError(f"{folder / RECORD_FILE}: its content does not have the sha256 it states; {_REPAIR}")
+        raise CheckpointError(f"{folder / RECORD_FILE}: its content does not match its sha256; {_REPAIR}")
     for name, expected in record["files"].items():
         path = folder / name
         if not path.is_file():
@@ -119,7 +119,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def open_weights(folder: Path) -> TensorFiles:
-    """Return the tensors of a folder by name; each is read when it is asked for."""
+    """Return the tensors of a folder by name; each is read on request."""
     return whole_tensor_files(folder, read_json(folder / INDEX_FILE)["weight_map"])
 
 

@@ -24,35 +24,35 @@ from moetrain.quant.grids import Quantized, dequantize
 
 @dataclass(kw_only=True)
 class Export:
-    """An export in memory. Names are those of the model in memory, experts fused."""
+    """An export in memory. Tensors have the names of the model in memory, with fused experts."""
 
     path: Path
     format: ExportFormat
     model: ModelConfig
     quant: QuantConfig
-    """The grid of the experts; not enabled where the file holds cast masters."""
+    """Format and grid of the experts; not enabled when the experts are cast masters."""
     step: int
     record: dict[str, Any]
-    """What moetrain.json says."""
+    """Content of moetrain.json."""
     dense: dict[str, Tensor]
-    """Tensors stored as plain bf16 or fp32 numbers; for the bf16 formats, all of them."""
+    """Tensors stored in bf16 or fp32; in the bf16 formats these are all tensors."""
     experts: dict[str, Quantized]
-    """Codes and scales of the routed experts, empty for the bf16 formats."""
+    """Codes and scales of the routed experts; empty in the bf16 formats."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Return every tensor of the model as numbers: bf16 or fp32 as stored, experts dequantised to bf16."""
+        """Return every tensor of the model: bf16 or fp32 as stored, quantised experts dequantised to bf16."""
         return self.dense | {name: dequantize(quantized) for name, quantized in self.experts.items()}
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether `folder` has the form of an export, good or not."""
+    """Return whether `folder` contains the record of an export; its content is not checked."""
     return (folder / RECORD_FILE).is_file()
 
 
 def read_export(folder: Path) -> Export:
     """Return an export after checking the digest of every file and the shape of every tensor.
 
-    Raises CheckpointError that names the file or tensor which does not fit.
+    Raises CheckpointError that names the file or tensor that does not fit.
     """
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
@@ -77,13 +77,13 @@ def read_export(folder: Path) -> Export:
     for name, quantized in experts.items():
         if name not in tensors.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(
-                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} says another size"
+                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} states another size"
             )
     return export
 
 
 def _quant_of(record: Mapping[str, Any], folder: Path) -> QuantConfig:
-    """Return format and grid of the experts from a record; not enabled where the file holds cast masters."""
+    """Return format and grid of the experts from a record; not enabled when the experts are cast masters."""
     grid = record["grid"]
     if grid is None:
         return QuantConfig()
@@ -95,7 +95,7 @@ def _quant_of(record: Mapping[str, Any], folder: Path) -> QuantConfig:
 
 
 def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
-    """Return how the experts are stored; a record names the quantisation format where they are packed."""
+    """Return how the experts are stored. For packed experts, the record names the quantisation format instead."""
     stored = record["report"]["format"]
     if stored in list(FormatName):
         return ExportFormat.quantized

@@ -1,6 +1,6 @@
 """Which of a model's tensors an export quantises, and in which dtype it stores the others.
 
-The answer comes from the model itself, built on the meta device; no pattern over names decides what is quantised.
+Both follow from the model, built on the meta device, and not from patterns over names.
 """
 
 from collections.abc import Mapping
@@ -18,28 +18,28 @@ from moetrain.parallel.state import CHUNK_ELEMENTS
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
 _DERIVED = ".rotary_emb.inv_freq"
-"""A buffer that some folders hold although it follows from the config."""
+"""Buffer that some folders contain although it follows from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderTensors:
-    """Shapes of a model's tensors by name in memory, and how an export stores each."""
+    """Shapes of a model's tensors by name in memory, and how an export stores each tensor."""
 
     shapes: Mapping[str, torch.Size]
-    """Every tensor of the model."""
+    """Shape of every tensor of the model."""
     experts: frozenset[str]
-    """Fused matrices of the routed experts."""
+    """Fused tensors of the routed experts."""
     float32: frozenset[str]
     """Tensors that the forward pass uses in float32: gains of norms, router weights, balance biases."""
     unquantized_linears: list[str]
-    """Modules with a matrix, except the routed experts and the embedding."""
+    """Names of modules with a matrix, except the routed experts and the embedding."""
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an unquantised tensor as it is stored: fp32 where the forward pass reads fp32, else bf16."""
+        """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16."""
         return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
 
     def check(self, reader: StateReader) -> None:
-        """Raise CheckpointError when the tensors are not those of the model: a name, a shape, or a value not finite."""
+        """Raise CheckpointError when a tensor is missing, unknown, of another shape, or contains non-finite values."""
         found = {
             name: shape
             for name, shape in reader.shapes().items()
@@ -55,11 +55,11 @@ class FolderTensors:
             for first in range(0, shape.numel(), CHUNK_ELEMENTS):
                 chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
                 if not bool(torch.isfinite(chunk_P).all()):
-                    raise CheckpointError(f"{name} holds numbers that are not finite: take an earlier checkpoint")
+                    raise CheckpointError(f"{name} holds numbers that are not finite: use an earlier checkpoint")
 
 
 def folder_tensors(config: ModelConfig) -> FolderTensors:
-    """Return the tensors of a folder with a model of this shape."""
+    """Return the tensors of an exported model of this shape."""
     with torch.device("meta"):
         model = Transformer(config)
     routers = {f"{name}.gate.weight" for name, _ in model.moe_layers()}

@@ -34,20 +34,20 @@ _BYTES_PER_BF16 = 2
 
 @dataclass(kw_only=True)
 class ExportReport:
-    """What was written. Bytes are those of the tensors, without the files' headers."""
+    """Sizes of an export. Bytes count tensors, without the headers of files."""
 
     format: str
-    """The quantisation format where experts are packed, else the `ExportFormat`."""
+    """Name of the quantisation format if experts are packed, else of the `ExportFormat`."""
     num_bytes: int = 0
     """Bytes of the weights as stored."""
     num_bytes_bf16: int = 0
     """Bytes of the same weights with experts in bf16."""
     num_quantized: int = 0
-    """Parameters that went through codes and scales."""
+    """Number of parameters that were quantised."""
     num_groups: int = 0
-    """Scales of those parameters."""
+    """Number of groups of those parameters; each has one scale."""
     num_zero_groups: int = 0
-    """Groups whose codes are all zero: their weights were zero, or too small for a scale."""
+    """Number of groups whose codes are all zero, because their weights were zero or too small for a scale."""
 
 
 def export_model(
@@ -61,15 +61,16 @@ def export_model(
     step: int,
     sources: Mapping[str, str],
 ) -> ExportReport:
-    """Write a checkpoint's fp32 parameters and buffers, by name in memory, as the Hugging Face folder `folder`.
+    """Write the parameters and buffers of a checkpoint as the Hugging Face folder `folder`.
 
-    The model is streamed: one expert (or one other tensor) is read at a time, and at most twice
-    `export.shard_megabytes` of written tensors are in memory beside it.
+    reader: fp32 tensors by name in memory. They are streamed: one expert (or one other tensor) is read at a time, and
+    at most twice `export.shard_megabytes` of tensors to write are in memory beside it.
 
-    Experts go through `quant`'s grid and group size in every format but bf16, whether or not they were trained so.
-    `step` and `sources` (say, the path of the checkpoint and the digest of the data) are kept in moetrain.json. The
-    folder appears whole or not at all, and replaces an older export. Raises CheckpointError when the weights do not fit
-    the model or the tokenizer, and ConfigError when one of `export.consumers` would compute the model otherwise.
+    In every format except bf16, experts are quantised with `quant`'s grid and group size, even if training did not use
+    them. `step` and `sources` (such as the path of the checkpoint and the digest of the data) are stored in
+    moetrain.json. The folder is written atomically and replaces an older export. Raises CheckpointError when the
+    weights do not fit the model or the tokenizer, and ConfigError when one of `export.consumers` would compute the
+    model differently.
     """
     reasons = _reasons(model, quant, format=export.format)
     check_consumers(reasons, export.consumers)
@@ -78,7 +79,7 @@ def export_model(
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
-            "export with the tokenizer that the model was trained with"
+            "use the tokenizer that the model was trained with"
         )
     is_packed = export.format is ExportFormat.quantized
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
@@ -104,12 +105,14 @@ def export_model(
         report.num_groups,
     )
     for consumer, why in reasons.items():
-        _log.info("%s %s", consumer, f"may compute it otherwise: {'; '.join(why)}" if why else "reads it as trained")
+        _log.info(
+            "%s %s", consumer, f"may compute it differently: {'; '.join(why)}" if why else "computes it as trained"
+        )
     return report
 
 
 def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
-    """Return for each consumer why it would not compute the export as trained; no reason when it would."""
+    """Return for each consumer the reasons why it would not compute the export as trained; empty when it would."""
     reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
     if format is ExportFormat.quantized and model.num_moe_layers:
         for consumer in Consumer:
@@ -120,7 +123,7 @@ def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) ->
 def _disk_tensors(
     reader: StateReader, *, tensors: FolderTensors, quant: QuantConfig, format: ExportFormat, report: ExportReport
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the files hold, tensor by tensor and expert by expert, and count it in `report`."""
+    """Yield (name on disk, tensor) for one tensor or expert after the other, and add their sizes to `report`."""
     for name, shape in tensors.shapes.items():
         if name not in tensors.experts:
             stored = tensors.stored(name, reader.read(name, first=0, last=shape.numel()).view(shape))

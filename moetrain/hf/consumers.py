@@ -1,7 +1,7 @@
-"""Which programs compute from an exported shape what this package computes, and why the others do not.
+"""Which programs compute an exported shape as this package does, and why others do not.
 
-transformers is checked by `moetrain verify hf`. What vLLM and llama.cpp do is read from their sources and from trials
-(docs/numerics.md), not measured on each export. No torch here.
+`moetrain verify hf` checks transformers. The rules for vLLM and llama.cpp come from their sources and from trials
+(docs/numerics.md); exports are not run in them. Does not import torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ _SCORES = {
     Consumer.vllm: (ScoreFunction.sigmoid, ScoreFunction.softmax),
     Consumer.llama_cpp: (ScoreFunction.sigmoid, ScoreFunction.softmax),
 }
-"""Score functions that a program computes; transformers ignores `scoring_func` and always computes sigmoid."""
+"""Score functions that each program computes; transformers ignores `scoring_func` and always computes sigmoid."""
 _LITE_LAYERS = (26, 27)
-"""llama.cpp takes a model of so many layers for one without compressed queries, and every other for one with them."""
+"""Numbers of layers for which llama.cpp expects uncompressed queries; for all others it expects compressed ones."""
 
 
 def obstacles(model: ModelConfig, consumer: Consumer) -> list[str]:
-    """Return why `consumer` would not compute this shape as this package does; empty when it would."""
+    """Return the reasons why `consumer` would not compute this shape as this package does; empty when it would."""
     found = list(_of_rope(model, consumer))
     if model.num_moe_layers:
         found += _of_router(model, consumer)
@@ -35,11 +35,11 @@ def obstacles(model: ModelConfig, consumer: Consumer) -> list[str]:
 
 
 def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer]) -> None:
-    """Raise ConfigError when a wanted consumer is among those that have reasons not to read an export rightly."""
+    """Raise ConfigError when a wanted consumer would not compute the model as trained. reasons: why, by consumer."""
     for consumer in wanted:
         if reasons[consumer]:
             able = ", ".join(other for other in Consumer if not reasons[other])
-            cure = f"set export.consumers=[{able}] to export for those alone" if able else "change the model"
+            cure = f"set export.consumers=[{able}] to export for those only" if able else "change the model"
             raise ConfigError(
                 f"export.consumers names {consumer}, which would not compute this model as it was trained "
                 f"({'; '.join(reasons[consumer])}): {cure}"
@@ -47,7 +47,7 @@ def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer
 
 
 def check_shape(model: ModelConfig, wanted: list[Consumer]) -> None:
-    """Raise ConfigError when a wanted consumer would not compute this shape; the format is checked by the export."""
+    """Raise ConfigError when a wanted consumer would not compute this shape. The export also checks the format."""
     check_consumers({consumer: obstacles(model, consumer) for consumer in Consumer}, wanted)
 
 

@@ -1,7 +1,7 @@
-"""Reads the weights of a Hugging Face folder under their names in memory, each only when it is asked for.
+"""Reads the weights of a Hugging Face folder by their names in memory, each on request.
 
-On disk each expert is three matrices, or the experts of a layer are fused as transformers has them in memory. Either
-way values are read one matrix at a time, in the dtype of the file. E experts, F expert width, D hidden.
+On disk each expert is three matrices, or the experts of a layer are fused as transformers has them in memory. In both
+cases values are read one matrix at a time, in the dtype of the file.
 """
 
 import json
@@ -52,14 +52,16 @@ class Source:
 class HfFolder(Mapping[str, torch.Tensor]):
     """Parameters and buffers of a folder by name in memory; `[name]` returns a whole tensor in float32.
 
-    A tensor in memory is one tensor on disk or several in a row: a fused expert tensor is the matrices of its experts.
+    A tensor in memory is one tensor on disk or several, one after the other: a fused expert tensor consists of the
+    matrices of its experts.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         """Read names and shapes of all files of the folder.
 
-        Layers beyond the last (the multi-token-prediction head of DeepSeek-V3) are left out. Raises CheckpointError for
-        a missing or unreadable file, and a missing or misshapen matrix of an expert.
+        Layers beyond `config.num_layers` (the multi-token-prediction head of DeepSeek-V3) are ignored. Raises
+        CheckpointError for a missing or unreadable file, and for an expert's matrix that is missing or has another
+        shape than those of other experts.
         """
         self._path = path
         disk = {
@@ -81,7 +83,8 @@ class HfFolder(Mapping[str, torch.Tensor]):
         for matrix in matrices:
             if matrix.shape != first.shape or len(matrix.shape) != 2:
                 raise CheckpointError(
-                    f"{self._path}: {matrix.name} has shape {list(matrix.shape)}, {first.name} has {list(first.shape)}"
+                    f"{self._path}: {matrix.name} has shape {list(matrix.shape)}, {first.name} has "
+                    f"{list(first.shape)}: both must have the same two-dimensional shape"
                 )
         num_parts = len(FUSED_KINDS[name.rsplit(".", 1)[1]])
         rows, columns = first.shape
@@ -134,7 +137,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
 
 
 def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
-    """Return config and weights of a folder with config.json and safetensors; no weight is read yet.
+    """Return config and weights of a folder with config.json and safetensors files; weights are read on request.
 
     Raises CheckpointError for a missing or unreadable file, and for weights that are quantised.
     """
@@ -158,9 +161,9 @@ def _json(path: Path) -> dict[str, object]:
 
 
 def weight_files(path: Path) -> list[str]:
-    """Return the names of the weight files: those of the index; without one `model.safetensors`, else all there are.
+    """Return the names of the weight files: those in the index, else `model.safetensors`, else all .safetensors files.
 
-    Raises CheckpointError when there are none, or when the index names a file that is not there.
+    Raises CheckpointError when there are none, or when the index names a file that does not exist.
     """
     if (path / INDEX_FILE).is_file():
         files = sorted(set(_weight_map(path).values()))
@@ -186,14 +189,14 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _tensors_of(path: Path) -> dict[str, DiskTensor]:
     """Return every tensor of a folder by its name on disk.
 
-    Raises CheckpointError when two files hold one tensor, or when the files do not hold what the index says.
+    Raises CheckpointError when two files contain the same tensor, or when the files do not match the index.
     """
     tensors: dict[str, DiskTensor] = {}
     for file in weight_files(path):
         for tensor in _tensors_in(path, file):
             if tensor.name in tensors:
                 raise CheckpointError(
-                    f"{path}: {tensor.name} stands in two files, {tensors[tensor.name].file} and {file}: "
+                    f"{path}: {tensor.name} is in two files, {tensors[tensor.name].file} and {file}: "
                     "remove the file that does not belong to these weights"
                 )
             tensors[tensor.name] = tensor
@@ -201,7 +204,7 @@ def _tensors_of(path: Path) -> dict[str, DiskTensor]:
         for name, file in _weight_map(path).items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(
-                    f"{path / file}: {name} is not in it, and {INDEX_FILE} says so: copy the folder again"
+                    f"{path / file}: {name} is missing, and {INDEX_FILE} lists it in this file: copy the folder again"
                 )
     return tensors
 
@@ -209,7 +212,7 @@ def _tensors_of(path: Path) -> dict[str, DiskTensor]:
 def _tensors_in(path: Path, file_name: str) -> Iterator[DiskTensor]:
     try:
         with safe_open(path / file_name, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping and cannot be iterated
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping and cannot be iterated
                 stored = file.get_slice(name)
                 if stored.get_dtype() not in _DTYPES:
                     raise CheckpointError(

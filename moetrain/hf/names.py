@@ -13,14 +13,14 @@ import torch
 from moetrain.errors import CheckpointError
 
 FUSED_KINDS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""The fused tensors of a layer's experts, each with the projections that it holds, in order."""
+"""The projections in each fused tensor of a layer's experts, in order."""
 _FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertMatrix:
-    """One matrix of one expert. prefix: name of the layer's experts module. kind: gate, up or down."""
+    """One matrix of one expert. prefix: name of the layer's module of experts. kind: gate, up or down."""
 
     prefix: str
     expert: int
@@ -28,12 +28,12 @@ class ExpertMatrix:
 
     @property
     def name(self) -> str:
-        """Its name on disk."""
+        """Name of the matrix on disk."""
         return f"{self.prefix}.{self.expert}.{self.kind}_proj.weight"
 
 
 def expert_matrix(name: str) -> ExpertMatrix | None:
-    """Return which matrix of which expert a name on disk stands for; None for every other tensor."""
+    """Return the expert's matrix that has this name on disk; None for every other tensor."""
     match = _SINGLE.fullmatch(name)
     if match is None:
         return None
@@ -41,7 +41,7 @@ def expert_matrix(name: str) -> ExpertMatrix | None:
 
 
 def fused_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each fused tensor in memory the names of its matrices on disk, in the order in which they are laid.
+    """Return for each fused tensor in memory the names of its matrices on disk, in their order within the tensor.
 
     Raises CheckpointError when an expert lacks a matrix.
     """
@@ -65,9 +65,9 @@ def fused_names(names: Iterable[str]) -> dict[str, list[str]]:
 def hf_disk_tensors(
     tensors: Mapping[str, torch.Tensor], *, first_expert: int = 0
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors under their names on disk, experts one by one; views, nothing is copied.
+    """Yield (name on disk, tensor), with fused tensors divided into the matrices of experts. Tensors are views.
 
-    first_expert: number of the first of the experts that the fused tensors hold.
+    first_expert: number of the first expert in the fused tensors.
     """
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
@@ -85,7 +85,7 @@ def hf_disk_tensors(
 
 
 def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors under their names in memory, from those on disk: the inverse of `hf_disk_tensors`.
+    """Return tensors by name in memory from tensors by name on disk: the inverse of `hf_disk_tensors`.
 
     Raises CheckpointError when an expert lacks one of its matrices.
     """

@@ -1,4 +1,4 @@
-"""The shape of a model as the config.json of DeepseekV3ForCausalLM, both ways. Needs neither transformers nor torch."""
+"""Converts a model's shape to and from the config.json of DeepseekV3ForCausalLM. Imports no torch or transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +50,7 @@ _MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the model's part of a config.json. Token ids and dtype are the exporter's to add."""
+    """Return the model's fields of config.json. The exporter adds token ids and dtype."""
     values = {theirs: vars(config)[ours] for ours, theirs in _FIELDS.items()}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     yarn = config.yarn
@@ -83,9 +83,10 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Return the config of a config.json of the DeepSeek-V3 family, transformers 4's rope fields included.
+    """Return the model config from a config.json of the DeepSeek-V3 family.
 
-    Raises CheckpointError when the file names another architecture or a setting that this model does not compute.
+    Both forms of rope parameters are read, those of transformers 4 and 5. Raises CheckpointError when the file names
+    another architecture, or a setting that this model does not compute.
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
@@ -96,11 +97,14 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     heads = values.get("num_attention_heads")
     if values.get("num_key_value_heads", heads) != heads:
         raise CheckpointError(
-            f"config.json: num_key_value_heads is {values['num_key_value_heads']}: only num_attention_heads ({heads})"
+            f"config.json: num_key_value_heads is {values['num_key_value_heads']}: only the value of "
+            f"num_attention_heads ({heads}) is supported"
         )
     missing = [name for name in _FIELDS.values() if name not in values and name != "initializer_range"]
     if missing:
-        raise CheckpointError(f"config.json: {', '.join(missing)} missing: is this a DeepSeek-V3 shaped model?")
+        raise CheckpointError(
+            f"config.json: {', '.join(missing)} missing: give the config.json of a model of the DeepSeek-V3 family"
+        )
     try:
         score_function = ScoreFunction(values.get("scoring_func", "sigmoid"))
     except ValueError as error:
@@ -133,7 +137,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_architecture(values: Mapping[str, Any]) -> None:
-    """Raise CheckpointError when the file names another architecture than the one that this package computes."""
+    """Raise CheckpointError when the file names an architecture that this package does not compute."""
     architectures, model_type = values.get("architectures"), values.get("model_type")
     if architectures:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else str(architectures)
@@ -156,9 +160,7 @@ def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
         raise CheckpointError(f"config.json: rope_type is {kind!r}: only default and yarn are supported")
     for name in ("mscale", "mscale_all_dim", "factor", "original_max_position_embeddings"):
         if not rope.get(name):
-            raise CheckpointError(
-                f"config.json: {name} of the yarn parameters is missing or 0: only with it is yarn supported"
-            )
+            raise CheckpointError(f"config.json: {name} of the yarn parameters is missing or 0: yarn requires it")
     return YarnConfig(
         factor=float(rope["factor"]),
         original_max_position=int(rope["original_max_position_embeddings"]),

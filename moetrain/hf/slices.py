@@ -1,4 +1,4 @@
-"""Reads ranges of flattened tensors from safetensors files; only the rows that contain them are read."""
+"""Reads a range of a flattened tensor from a safetensors file. Only the rows that contain the range are read."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def flat_range(stored: Any, *, first: int, last: int) -> torch.Tensor:
-    """Return the elements [first, last), in row-major order, of a slice of `safe_open(...).get_slice`, in its dtype."""
+    """Return elements [first, last) of a flattened tensor in its dtype. stored: from `safe_open(...).get_slice`."""
     shape = stored.get_shape()
     if not shape:
         return torch.as_tensor(stored[...]).reshape(1)[first:last]

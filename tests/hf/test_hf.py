@@ -155,12 +155,12 @@ def test_an_old_weight_file_beside_the_only_one_is_not_read(tmp_path: Path) -> N
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     two_files(tmp_path / "hf", names=("weights.safetensors", "weights_old.safetensors"))
-    with pytest.raises(CheckpointError, match=r"stands in two files, weights\.safetensors and weights_old"):
+    with pytest.raises(CheckpointError, match=r"is in two files, weights\.safetensors and weights_old"):
         open_hf_folder(tmp_path / "hf")
     index = {name: "weights.safetensors" for name, _ in hf_disk_tensors(make().state_dict())}
     index["lm_head.weight"] = "weights_old.safetensors"
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    with pytest.raises(CheckpointError, match=r"stands in two files"):
+    with pytest.raises(CheckpointError, match=r"is in two files"):
         open_hf_folder(tmp_path / "hf")
 
 
@@ -172,7 +172,7 @@ def test_an_index_must_agree_with_the_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"c\.safetensors: the file is missing, and .*index\.json names it"):
         open_hf_folder(tmp_path / "hf")
     path.write_text(json.dumps({"weight_map": index | {"model.extra.weight": "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: model\.extra\.weight is not in it"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: model\.extra\.weight is missing"):
         open_hf_folder(tmp_path / "hf")
     path.write_text(json.dumps({"weight_map": ["a.safetensors"]}))
     with pytest.raises(CheckpointError, match="has no weight_map from names of tensors to names of files"):
