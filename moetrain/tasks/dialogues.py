@@ -1,4 +1,4 @@
-"""Demonstrations of a task family as documents to train on."""
+"""Turns the demonstrations of a task family into training documents."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from moetrain.tasks.registry import demonstrator_of
 _log = logging.getLogger(__name__)
 
 RL_FIRST_TASK = 1_000_000
-"""Number of the first training task of RL; demonstrations are of tasks below it."""
+"""Number of RL's first training task; demonstrations use tasks with smaller numbers."""
 
 
 def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
@@ -32,14 +32,14 @@ def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: b
         stream = seed_of(seed, "demonstration", index)
         try:
             messages, _ = demonstrator.demonstrate(family.task(Split.train, index), stream)
-        except Exception as error:  # the boundary to environments that are not ours
+        except Exception as error:  # a plugin's code may raise anything
             num_failed, reason = num_failed + 1, f"{type(error).__name__}: {error}"
             continue
         yield conversation_pieces(messages, tools)
     if num_failed == wanted:
         raise DataError(f"none of the {wanted} demonstrations of {type(family).__name__} could be made: {reason}")
     if num_failed:
-        _log.warning("%d of %d demonstrations failed and are left out; the last: %s", num_failed, wanted, reason)
+        _log.warning("%d of %d demonstrations failed and are left out; last error: %s", num_failed, wanted, reason)
 
 
 def dialogues(
@@ -53,5 +53,5 @@ def dialogues(
 
 
 def dialogue_texts(family: TaskFamily, *, count: int, seed: int) -> Iterator[str]:
-    """Yield the same conversations as text, special tokens spelt out, for training a tokenizer."""
+    """Yield the same conversations as text, with the names of special tokens, for training a tokenizer."""
     yield from map(pieces_to_text, conversations(family, count=count, seed=seed))

@@ -1,7 +1,7 @@
-"""What a task family is: tasks, and the environment that a trajectory acts in and that grades it.
+"""Protocols of a task family: tasks, and the environments that trajectories act in and that grade them.
 
-A plugin that offers `TaskFamily`, `Task` and `Environment` and calls `tasks.registry.register` is all that a new
-environment needs. Demonstrations and lengths are optional.
+To add an environment, a plugin implements `TaskFamily`, `Task` and `Environment`, and calls `tasks.registry.register`.
+Demonstrations and tasks of a given length are optional.
 """
 
 import math
@@ -15,7 +15,7 @@ from moetrain.chat.tool_schema import ToolSpec
 
 
 class Split(StrEnum):
-    """train and held_out share no database, name or phrasing."""
+    """Splits of tasks. Those of the family `database` share no database, name or phrasing."""
 
     train = "train"
     held_out = "held_out"
@@ -23,7 +23,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a tool call brought back; `is_transient` marks a failure that was no fault of the caller."""
+    """Result of a tool call. is_error: the call failed. is_transient: it failed through no fault of the caller."""
 
     text: str
     is_error: bool = False
@@ -34,8 +34,8 @@ class Observation:
 class Grade:
     """Verdict on a finished trajectory, from the environment's final state and the answer.
 
-    reward: any finite number; what RL learns from. reason: one word. parts: what the reward is made of, by name, for
-    the metrics. threshold: the task counts as solved when the reward is at least this.
+    reward: any finite number; RL maximises it. reason: one word. parts: components of the reward by name, for the
+    metrics. threshold: the task counts as solved when the reward is at least this.
     """
 
     reward: float
@@ -52,16 +52,16 @@ class Grade:
         parts: Mapping[str, float] | None = None,
         threshold: float = 1.0,
     ) -> None:
-        """Take a reward, or `success` for graders that only say yes (reward 1) or no (reward 0).
+        """Set the reward from `reward`, or from `success`: 1 if True, 0 if False.
 
-        Raises ValueError for both or neither, and for a number that is not finite: it would spoil the advantages of
-        the whole group.
+        Raises ValueError for both or neither, and for a number that is not finite, because all advantages of its group
+        would then not be finite.
         """
         if (reward is None) == (success is None):
             raise ValueError(f"reward is {reward} and success is {success}: give one of the two")
         found = float(bool(success)) if reward is None else reward
         if not all(math.isfinite(value) for value in (found, *(parts or {}).values())):
-            raise ValueError(f"reward {found} with parts {dict(parts or {})}: give finite numbers")
+            raise ValueError(f"reward is {found} and parts are {dict(parts or {})}: give finite numbers")
         for name, value in (("reward", found), ("reason", reason), ("parts", parts or {}), ("threshold", threshold)):
             object.__setattr__(self, name, value)
 
@@ -72,23 +72,24 @@ class Grade:
 
 
 class Environment(Protocol):
-    """The world of one trajectory, freshly made; used once.
+    """The environment of one trajectory. Each trajectory gets a new one.
 
-    Each method may be a coroutine function or a plain one. Plain ones run on a thread of their own, unless the task is
-    an `InlineTask`. `ToolError` is what the caller did wrong: its text is the observation. `TransientError` is
-    repeated. Any other exception is a failure of the environment, and the trajectory is not scored.
+    Each method may be a coroutine function or a plain function. Plain functions run on a separate thread, unless the
+    task is an `InlineTask`. `call` raises `ToolError` for a mistake of the caller: its text becomes the observation.
+    After `TransientError` the method is called again. Any other exception is a failure of the environment, and the
+    trajectory is not scored.
     """
 
     def call(self, name: str, arguments: str) -> Observation | Awaitable[Observation]:
-        """Carry out one tool call; a bad call is an observation too."""
+        """Carry out one tool call. A bad call returns an observation with `is_error`, or raises `ToolError`."""
         ...
 
     def grade(self, answer: str) -> Grade | Awaitable[Grade]:
-        """Judge the final state and the answer."""
+        """Return the grade of the final state and the answer."""
         ...
 
     def close(self) -> Awaitable[None] | None:
-        """Free what the environment holds."""
+        """Release all resources."""
         ...
 
 
@@ -97,38 +98,38 @@ class Task(Protocol):
 
     @property
     def prompt(self) -> list[Message]:
-        """Messages that the model is given."""
+        """Messages that precede the model's first turn."""
         ...
 
     def environment(self, stream: int) -> Environment | Awaitable[Environment]:
-        """Return a fresh world; `stream` seeds what is random in it (tool failures)."""
+        """Return a new environment; `stream` seeds its randomness, such as tool failures."""
         ...
 
 
 class InlineTask:
-    """Base class that marks tasks whose environments answer within a millisecond and wait for nothing.
+    """Base class of tasks whose environments answer within a millisecond and never wait.
 
-    They are called in the thread that decodes, which saves two changes of threads per call. Deadlines do not hold for
-    them, since nothing can interrupt them.
+    Their environments run in the decoding thread, which saves two thread switches per call. Deadlines do not apply to
+    them, because nothing can interrupt them.
     """
 
 
 @runtime_checkable
 class KnowsCalls(Protocol):
-    """A task that knows how long its shortest solution is; success is then also shown by length."""
+    """A task whose shortest solution has a known length. Success is then also reported by number of calls."""
 
     @property
     def num_calls(self) -> int:
-        """Tool calls that the shortest right solution takes."""
+        """Tool calls of the shortest right solution."""
         ...
 
 
 class TaskFamily(Protocol):
-    """Tasks by number. With `Demonstrates` it also has SFT data, with `MakesLengths` tasks of any length."""
+    """Tasks by number. `Demonstrates` adds SFT data, `MakesLengths` adds tasks of a given length."""
 
     @property
     def tools(self) -> Sequence[ToolSpec]:
-        """Tools that the environments offer."""
+        """Tools of the environments."""
         ...
 
     def task(self, split: Split, index: int) -> Task:
@@ -141,19 +142,19 @@ class Demonstrates(Protocol):
     """A task family with a scripted demonstrator, whose conversations are SFT data."""
 
     def demonstrate(self, task: Any, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        """Return the demonstrator's conversation in a fresh world, and its grade; `perfect` makes no mistakes."""
+        """Return the demonstrator's conversation in a new environment, and its grade. perfect: without mistakes."""
         ...
 
 
 @runtime_checkable
 class MakesLengths(Protocol):
-    """A task family that makes tasks of a length that is asked for."""
+    """A task family that makes tasks of a given length."""
 
     @property
     def trained_calls(self) -> tuple[int, int]:
-        """Fewest and most calls of the tasks that `task` returns."""
+        """Smallest and largest number of calls of the tasks that `task` returns."""
         ...
 
     def task_of_length(self, split: Split, index: int, *, num_calls: int) -> Task:
-        """Return task `index` among those of `split` that need `num_calls` calls."""
+        """Return task `index` among those of `split` that require `num_calls` calls."""
         ...

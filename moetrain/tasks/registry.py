@@ -1,4 +1,4 @@
-"""Task families by name. A plugin calls `register`; `build` is how stages get theirs."""
+"""Task families by name. A plugin calls `register`, and a stage calls `build`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,7 +10,7 @@ from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.protocol import Demonstrates, TaskFamily
 
 _KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-"""Types of an option and the types of values that it takes."""
+"""Accepted types of values, by the type of an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ _FAMILIES: dict[str, _Row] = {"database": _Row(factory=DatabaseFamily, options=N
 
 
 def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, options: type | None = None) -> None:
-    """Offer `factory(config, seed)` as `task.name=name`.
+    """Register `factory(config, seed)` as `task.name=name`.
 
-    options: a dataclass of the family's own settings. `task.options.<field>` sets a field, and `config.options` holds
-    the values of all fields, checked.
+    options: a dataclass of the family's own settings. `task.options.<field>` sets a field, and `config.options`
+    contains the checked values of all fields.
     """
     _FAMILIES[name] = _Row(factory=factory, options=options)
 
@@ -35,7 +35,7 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
     """Return the task family that `config` names. Raises ConfigError that names the key."""
     if config.name not in _FAMILIES:
         raise ConfigError(
-            f"task.name is {config.name}: there are {', '.join(sorted(_FAMILIES))}; a plugin can register more"
+            f"task.name is {config.name}: known are {', '.join(sorted(_FAMILIES))}; a plugin can register more"
         )
     row = _FAMILIES[config.name]
     checked = replace(config, options=_options(config, row.options))
@@ -43,7 +43,7 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
         return row.factory(checked, seed)
     except MoetrainError:
         raise
-    except Exception as error:  # a plugin's own code
+    except Exception as error:  # a plugin's code may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"task.name is {config.name}: the family cannot be made: {reason}") from error
 
@@ -53,13 +53,13 @@ def demonstrator_of(family: TaskFamily) -> Demonstrates:
     if not isinstance(family, Demonstrates):
         raise ConfigError(
             f"data.sources has a source of kind dialogues, but {type(family).__name__} has no demonstrate(): "
-            "take the source out, or add that method"
+            "remove the source, or add that method"
         )
     return family
 
 
 def _options(config: TaskConfig, schema: type | None) -> dict[str, Any]:
-    """Return the values of all options of a family, checked."""
+    """Return the checked values of all options of a family."""
     hints: Mapping[str, Any] = get_type_hints(schema) if schema is not None else {}
     for name, value in config.options.items():
         if name not in hints:

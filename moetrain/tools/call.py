@@ -1,4 +1,4 @@
-"""From the JSON text of a call to checked arguments, and from a value to the text of an observation."""
+"""Parses the JSON arguments of a tool call and checks them against the tool's schema."""
 
 import functools
 import json
@@ -14,10 +14,10 @@ _SHOWN = 40  # characters of a bad value that an error message repeats
 
 
 def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
-    """Return the arguments of a call, checked against the tool's schema; ToolError says what is wrong."""
+    """Return the arguments of a call, checked against the tool's schema. Raises ToolError with the reason."""
     try:
         arguments = json.loads(text)
-        if "\\u" in text:  # only an escape makes a lone surrogate, which no database or file takes
+        if "\\u" in text:  # an escape can produce a lone surrogate, which databases and files refuse
             arguments = json.loads(valid_text(json.dumps(arguments, ensure_ascii=False), field="arguments"))
     except json.JSONDecodeError as error:
         raise ToolError(f"arguments are not JSON: {error.msg}") from None

@@ -1,7 +1,7 @@
 """Five typed tools over one SQLite database: get, find, aggregate, calculate, update.
 
-Names of tables and columns are checked against the database before they reach SQL; every statement has a deadline.
-Whatever a model writes gives a result or a ToolError. Knows nothing of tasks or of what the right answer is.
+Names of tables and columns are checked against the database before they are put into SQL, and every statement has a
+deadline. Any input gives a result or a ToolError. The tools do not depend on tasks or their right answers.
 """
 
 import ast
@@ -56,14 +56,14 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
 }
 _MAX_NUMBER = 10**12
-_PROGRESS_INSTRUCTIONS = 1000  # SQLite virtual-machine instructions between two looks at the clock
+_PROGRESS_INSTRUCTIONS = 1000  # SQLite virtual-machine instructions between two checks of the deadline
 
 
 class SqlTools:
     """The five tools on one open database connection."""
 
     def __init__(self, connection: sqlite3.Connection, *, deadline_s: float = 2.0) -> None:
-        """Keep the connection; `deadline_s` bounds each statement."""
+        """Store the connection. deadline_s: time limit of each statement in seconds."""
         self._connection = connection
         self._deadline_s = deadline_s
         self._specs = {spec.name: spec for spec in SQL_TOOLS}
@@ -76,7 +76,7 @@ class SqlTools:
         }
 
     def call(self, name: str, arguments: str) -> str:
-        """Return the JSON text of the result; ToolError's text is meant to become the observation."""
+        """Return the result as JSON text. Raises ToolError, whose text becomes the observation."""
         if name not in self._specs:
             raise ToolError(f"no tool {name[:40]}")
         values = parse_arguments(self._specs[name], arguments)

@@ -25,7 +25,7 @@ class Unreliable(EvenFamily):
 
 def test_demonstrations_that_fail_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert len(list(dialogue_texts(Unreliable(every=3), count=9, seed=0))) == 3
-    assert "6 of 9 demonstrations failed and are left out; the last: ConnectionError: no free container" in caplog.text
+    assert "6 of 9 demonstrations failed and are left out; last error: ConnectionError: no free" in caplog.text
 
 
 def test_a_family_none_of_whose_demonstrations_can_be_made_is_refused() -> None:

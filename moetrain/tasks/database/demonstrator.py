@@ -1,8 +1,8 @@
-"""The demonstrator: carries a program out call by call, with the mistakes that its config gives it.
+"""The demonstrator: carries out a program call by call, with mistakes at the probabilities of its config.
 
-What it thinks before a call is the step it is at, in the question's words (`step 3: add 7`), or that it tries again
-(`retry step 3: add 7`): its place in the question can be read from its last thought, however many calls failed on the
-way, and what to call is written next to the call.
+Before each call its reasoning is the present step in the question's words (`step 3: add 7`), or a retry of it (`retry
+step 3: add 7`). A model that learns this finds its place in the question in the last reasoning, however many calls
+failed before, and finds the words of the step right before the call.
 """
 
 import json
@@ -16,7 +16,7 @@ from moetrain.tasks.database.program import Program
 from moetrain.tasks.database.schema import Table
 from moetrain.tasks.database.steps import Step, StepKind
 
-_MAX_ATTEMPTS = 6  # of one step; then it reports what it has
+_MAX_ATTEMPTS = 6  # per step; after them it reports its present value
 PERFECT = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=0, retry=1)
 
 
@@ -29,7 +29,7 @@ def demonstrate(
     slips: DemonstratorConfig,
     stream: random.Random,
 ) -> list[Message]:
-    """Return the demonstrator's turns and the tools' answers, its final answer last."""
+    """Return the demonstrator's turns and the tools' results, up to its final answer."""
     messages: list[Message] = []
     value: str | int = program.start
     for number, (step, phrase) in enumerate(zip(program.steps, phrases, strict=True), 1):
@@ -77,7 +77,7 @@ def _attempts(
 
 
 def _slipped(step: Step, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random) -> Step:
-    """Return the step as the first call is made, slips included."""
+    """Return the step that the first call carries out, which may contain a mistake."""
     draw = stream.random()
     if step.kind is StepKind.calculate or draw >= slips.wrong_name + slips.unknown_name:
         return step

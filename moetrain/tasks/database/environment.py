@@ -1,7 +1,7 @@
-"""The world of one trajectory: a fresh SQLite database behind five tools, and a grader that looks at what is left.
+"""The environment of one trajectory: a new SQLite database, five tools, and a grader of the final state.
 
-The grader never looks at what the model claims to have done: it compares every row of the final database with the rows
-that the right solution leaves, and the answer with the right value.
+The grader ignores what the model claims to have done. It compares every row of the final database with the rows after
+the right solution, and the answer with the right value.
 """
 
 import json
@@ -20,10 +20,10 @@ _FAILURES = ["busy", "timeout"]
 
 
 class DatabaseEnvironment:
-    """One trajectory's database; used once."""
+    """The database of one trajectory."""
 
     def __init__(self, tables: dict[str, Table], program: Program, *, config: TaskConfig, stream: int) -> None:
-        """Open a fresh database; `stream` seeds the failures of its tools."""
+        """Open a new database; `stream` seeds the failures of its tools."""
         self._tables = tables
         self._program = program
         self._config = config
@@ -32,7 +32,7 @@ class DatabaseEnvironment:
         self._tools = _tools(self._connection, config)
 
     def call(self, name: str, arguments: str) -> Observation:
-        """Carry out one call; failures that were no fault of the caller come before it has any effect."""
+        """Carry out one call. A simulated failure of the tool happens before the call has any effect."""
         if self._failures.random() < self._config.tool_failure:
             text = f"error: {self._failures.choice(_FAILURES)}"
             return Observation(text=text, is_error=True, is_transient=True)
@@ -72,7 +72,7 @@ def _read_answer(answer: str) -> str | int | float | None:
 def solve(
     tables: dict[str, Table], program: Program, *, config: TaskConfig
 ) -> tuple[dict[str, list[tuple[str | int, ...]]], str | int]:
-    """Return all rows that the right solution leaves, and the right answer, by carrying it out on a fresh database."""
+    """Carry out the right solution on a new database; return all rows after it, and the right answer."""
     connection = open_database(tables)
     tools = _tools(connection, config)
     value: str | int = program.start

@@ -30,7 +30,7 @@ class DatabaseTask(InlineTask):
 
     @property
     def num_calls(self) -> int:
-        """Tool calls that the right solution takes."""
+        """Tool calls of the right solution."""
         return len(self.program.steps)
 
     @property
@@ -39,7 +39,7 @@ class DatabaseTask(InlineTask):
         return [Message(role=Role.user, content=self.text)]
 
     def environment(self, stream: int) -> DatabaseEnvironment:
-        """Return a fresh database; `stream` seeds its tools' failures."""
+        """Return an environment with a new database; `stream` seeds its tools' failures."""
         return DatabaseEnvironment(self.tables, self.program, config=self.config, stream=stream)
 
 
@@ -47,26 +47,26 @@ class DatabaseFamily:
     """All database tasks of one seed."""
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
-        """Keep what every task is a function of."""
+        """Store the config and the seed, which determine every task."""
         self._config = config
         self._seed = seed
 
     @property
     def tools(self) -> Sequence[ToolSpec]:
-        """get, find, aggregate, calculate, update."""
+        """The tools get, find, aggregate, calculate and update."""
         return SQL_TOOLS
 
     @property
     def trained_calls(self) -> tuple[int, int]:
-        """Fewest and most calls of the tasks that `task` returns."""
+        """Smallest and largest number of calls of the tasks that `task` returns."""
         return self._config.database.min_calls, self._config.database.max_calls
 
     def task_of_length(self, split: Split, index: int, *, num_calls: int) -> DatabaseTask:
-        """Return task `index` among those of `split` that need `num_calls` calls."""
+        """Return task `index` among those of `split` that require `num_calls` calls."""
         return self.task(split, index, num_calls=num_calls)
 
     def task(self, split: Split, index: int, *, num_calls: int | None = None) -> DatabaseTask:
-        """Return task `index` of `split`; lengths go round from min_calls to max_calls unless `num_calls` fixes one."""
+        """Return task `index` of `split`, with `num_calls` calls; None cycles from min_calls to max_calls by index."""
         stream = python_stream(self._seed, f"database/{split.value}", index, num_calls or 0)
         low, high = self.trained_calls
         calls = num_calls or low + index % (high - low + 1)
@@ -77,9 +77,9 @@ class DatabaseFamily:
         return DatabaseTask(tables=tables, program=program, phrases=phrases, text=text, config=self._config)
 
     def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
-        """Return the demonstrator's conversation and its grade; `perfect` makes no mistakes and retries."""
+        """Return the demonstrator's conversation and its grade. perfect: no mistakes, and it retries failed calls."""
         if not isinstance(task, DatabaseTask):
-            raise DataError(f"a {type(task).__name__} is no task of this family: give one that its task() returned")
+            raise DataError(f"a {type(task).__name__} is not a task of this family: give one that task() returned")
         environment = task.environment(stream)
         messages = demonstrate(
             environment,

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM905  # lists of words read better as one string
-"""Words that tables and columns are named with, and row ids. Training never shows the words of the held-out split.
+"""Draws names of tables and columns, and row ids. Training tasks never contain the words of the held-out split.
 
-Words are made up of onset, nucleus, coda and ending, tens of thousands of them: a list of nouns is soon known by heart,
-names that are always new teach copying.
+A word consists of onset, nucleus, coda and ending, which gives tens of thousands of words. A model soon memorises a
+list of nouns; names that are always new teach it to copy them.
 """
 
 import random
@@ -17,8 +17,8 @@ _CODAS = "   b ck d ft g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh ss st
     " "
 )  # three of them are empty
 _ENDINGS = "a al e el en er ey ic in le o on or us y".split(" ")
-_HELD_OUT_EVERY = 5  # words are held out by a rule on their letters
-_LONG_SHARE = 0.5  # of the made-up words have an ending
+_HELD_OUT_EVERY = 5  # one word in five is held out, chosen by its letters
+_LONG_SHARE = 0.5  # share of words with an ending
 
 
 def is_held_out(word: str) -> bool:

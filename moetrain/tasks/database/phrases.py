@@ -1,6 +1,6 @@
-"""Questions in words. A phrasing is a frame with a word chosen for each slot.
+"""Writes questions in words. A phrasing is a frame with a word chosen for each slot.
 
-Training and held-out tasks share frames and words, never the same choice of them.
+Training and held-out tasks share frames and words, but never the same combination of them.
 """
 
 import functools
@@ -97,7 +97,7 @@ def phrase(step: Step, *, split: Split, stream: random.Random) -> str:
 
 
 def question(start: str, phrases: list[str], *, split: Split, stream: random.Random) -> str:
-    """Return the text of a question: where to start, the numbered steps as phrased, what to report."""
+    """Return the text of a question: where to start, the numbered steps, and what to report."""
     opening = stream.choice(frames("opening", split)).format(row=start)
     lines = [opening[0].upper() + opening[1:]]
     lines += [f"Step {number}: {text}" for number, text in enumerate(phrases, 1)]

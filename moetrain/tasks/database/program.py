@@ -1,4 +1,4 @@
-"""Draws the steps of a question over a database, and says what a right solution leaves behind."""
+"""Draws the steps of a question over a database."""
 
 import random
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from moetrain.tasks.database.schema import Table
 from moetrain.tasks.database.steps import Step, StepKind
 
-_FIND_SHARE = 0.3  # of the hops from row to row, those that go against the direction of a link
-_ID_ANSWER_SHARE = 0.25  # of the questions, those that never come to a number
+_FIND_SHARE = 0.3  # share of hops between rows that follow a link backwards
+_ID_ANSWER_SHARE = 0.25  # share of questions whose answer is a row id and not a number
 _UPDATE_SHARE = 0.4
 _AGGREGATE_SHARE = 0.5
 _LARGEST_OPERAND = 9
@@ -16,7 +16,7 @@ _AGGREGATES = ["sum", "max", "min", "count"]
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Where a question starts and what it does."""
+    """A question as data: the row id where it starts, and its steps."""
 
     start: str
     steps: list[Step]

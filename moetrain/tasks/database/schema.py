@@ -35,7 +35,7 @@ class Table:
 
 
 def draw_tables(stream: random.Random, split: Split) -> dict[str, Table]:
-    """Return a fresh database of `split`: names, rows and links all drawn from `stream`."""
+    """Return a new database of `split`, with names, rows and links drawn from `stream`."""
     names = draw_names(stream, split=split, count=_TABLES * (1 + _LINKS + _NUMBERS))
     tables = names[:_TABLES]
     columns = iter(names[_TABLES:])
@@ -58,7 +58,7 @@ def draw_tables(stream: random.Random, split: Split) -> dict[str, Table]:
 
 
 def open_database(tables: dict[str, Table]) -> sqlite3.Connection:
-    """Return a connection to a fresh SQLite database in memory that holds `tables`."""
+    """Return a connection to a new SQLite database in memory that contains `tables`."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("PRAGMA journal_mode=OFF")
     for table in tables.values():
@@ -71,6 +71,6 @@ def open_database(tables: dict[str, Table]) -> sqlite3.Connection:
 
 
 def dump(connection: sqlite3.Connection) -> dict[str, list[tuple[str | int, ...]]]:
-    """Return all rows of all tables, in order: what a grader compares."""
+    """Return all rows of all tables, in order, for comparison by the grader."""
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     return {name: connection.execute(f'SELECT * FROM "{name}" ORDER BY rowid').fetchall() for name in names}

@@ -1,4 +1,4 @@
-"""Steps of a question as data. A step turns the current value into the next by one tool call."""
+"""Steps of a question as data. A step computes the next value from the current one with one tool call."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class StepKind(StrEnum):
-    """What a step does; its value is the name of the tool it calls."""
+    """What a step does. The value is the name of the tool that it calls."""
 
     get = "get"
     find_row = "find"
@@ -17,8 +17,11 @@ class StepKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step. `column` is read, searched or set; `where` is the aggregate's filter; `op` its function or operator;
-    `number` the operand of a calculation; `row` the row that an update sets."""
+    """One step. Fields that its kind does not use are empty.
+
+    column: column to read, search or set. where: column that filters an aggregate. op: function of an aggregate, or
+    operator of a calculation. number: operand of a calculation. row: id of the row that an update sets.
+    """
 
     kind: StepKind
     table: str = ""
@@ -29,7 +32,7 @@ class Step:
     row: str = ""
 
     def arguments(self, value: str | int) -> str:
-        """Return the JSON arguments of the call that this step makes of the current value."""
+        """Return the JSON arguments of this step's tool call for the current value."""
         match self.kind:
             case StepKind.get:
                 fields: dict[str, str | int] = {"table": self.table, "id": value, "column": self.column}
