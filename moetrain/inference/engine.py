@@ -1,7 +1,7 @@
 """Generation in this process: continuous batching over slots of a latent KV cache, one token per step and sequence.
 
-Prompts are prefilled together when slots are filled. Tokens that are given later (tool results) are fed one per step.
-An idle sequence keeps its slot and its cache.
+Prompts that fill free slots are prefilled together. Tokens that are given later (tool results) are fed one per step. An
+idle sequence keeps its slot and its cache.
 """
 
 from collections import deque
@@ -18,18 +18,18 @@ from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import RopeTable, build_rope
 
 _CACHE_BLOCK = 64
-"""Positions that the cache grows by: attention runs over all that are allocated."""
-_REFILL_SHARE = 0.25  # of the slots; fewer free ones wait, so that prompts are prefilled together
+"""Positions by which the cache grows. Attention runs over all allocated positions."""
+_REFILL_SHARE = 0.25  # smallest share of free slots that is filled, so that several prompts are prefilled together
 
 
 class GenerationEngine:
     """Slots of a KV cache and the sequences in them; implements `inference.protocol.Generation`.
 
-    The first slots hold the sequences that are continued, those behind them the idle ones.
+    Running sequences occupy the first slots, and idle ones the slots after them.
     """
 
     def __init__(self, weights: InferenceWeights, *, num_slots: int, max_tokens: int, version: int = 0) -> None:
-        """Hold a cache for `num_slots` sequences of at most `max_tokens` tokens; `version` is that of the weights."""
+        """Create a cache for `num_slots` sequences of at most `max_tokens` tokens. version: version of `weights`."""
         config = weights.config
         self._weights = weights
         self._version = version
@@ -46,7 +46,7 @@ class GenerationEngine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether any sequence is to be continued."""
+        """Whether any sequence is not idle."""
         return any(not sequence.is_idle for sequence in (*self._active, *self._waiting))
 
     def add(self, sequence: Sequence) -> None:
@@ -60,7 +60,7 @@ class GenerationEngine:
         self._waiting.append(sequence)
 
     def extend(self, sequence: Sequence, tokens: list[int], *, limit: int) -> None:
-        """Append given tokens, which the next steps feed."""
+        """Append given tokens; the next steps feed them."""
         sequence.give(tokens, version=self._version)
         self._limit(sequence, limit)
 
@@ -73,7 +73,7 @@ class GenerationEngine:
         sequence.limit, sequence.is_idle = limit, False
 
     def cancel(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence; the last slot moves into its place."""
+        """Free the slot of a sequence. The sequence in the last slot moves into it."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
             return
@@ -84,7 +84,7 @@ class GenerationEngine:
             self._cache_LBSC[:, slot, : last.num_fed] = self._cache_LBSC[:, len(self._active), : last.num_fed]
 
     def load(self, weights: InferenceWeights, *, version: int) -> None:
-        """Use other weights of the same shape. Every sequence is prefilled anew: the cache is that of the old ones."""
+        """Use other weights of the same shape. Every sequence is prefilled again, because the cache is out of date."""
         self._weights, self._version = weights, version
         for sequence in self._active:
             sequence.num_fed = 0
@@ -93,7 +93,10 @@ class GenerationEngine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """Feed one token of every sequence that is not idle, and sample where all are fed."""
+        """Feed one token of each running sequence, and sample the next token of those whose tokens are all fed.
+
+        Returns the sequences whose turn has ended.
+        """
         free = min(self._num_slots - len(self._active), len(self._waiting))
         is_running = any(not sequence.is_idle for sequence in self._active)
         if free and (self._num_slots - len(self._active) >= self._num_slots * _REFILL_SHARE or not is_running):
@@ -115,7 +118,7 @@ class GenerationEngine:
         return self._sample(hidden_B1D[:, 0], rows) if rows else []
 
     def _order_slots(self) -> int:
-        """Move idle sequences behind the others; return the number of the others."""
+        """Move idle sequences behind the running ones; return the number of running sequences."""
         num_running = 0
         for slot, sequence in enumerate(self._active):
             if sequence.is_idle:
@@ -128,7 +131,7 @@ class GenerationEngine:
         return num_running
 
     def _fit_cache(self, num_positions: int) -> None:
-        """Make the cache hold `num_positions`, in whole blocks: larger when it must be, smaller when half would do."""
+        """Resize the cache to `num_positions`, in whole blocks, when it is too small or at least twice too large."""
         present = self._cache_LBSC.shape[2]
         wanted = -(-num_positions // _CACHE_BLOCK) * _CACHE_BLOCK
         if present // 2 < wanted <= present:
@@ -139,7 +142,7 @@ class GenerationEngine:
         self._cache_LBSC = fitted
 
     def _prefill(self, sequences: list[Sequence]) -> None:
-        """Feed all but the last token of new sequences; decode feeds that one and samples from it."""
+        """Feed all but the last token of new sequences. The next decoding step feeds the last one and samples."""
         first = len(self._active)
         self._active += sequences
         width = max(len(sequence.tokens) for sequence in sequences) - 1
@@ -154,7 +157,7 @@ class GenerationEngine:
         forward(self._weights, tokens_BT=tokens_BT, starts_B=starts_B, cache_LBSC=cache, rope=self._rope)
 
     def _sample(self, hidden_BD: torch.Tensor, rows: list[int]) -> list[Sequence]:
-        """Sample the next token of some rows; return the sequences whose turn ends with it."""
+        """Sample the next token of the sequences in `rows`; return those whose turn ends with it."""
         sequences = [self._active[row] for row in rows]
         hidden_BD = hidden_BD if len(rows) == len(hidden_BD) else hidden_BD[rows]
         logits_BV = torch.nn.functional.linear(hidden_BD, self._weights.head_VD).float()

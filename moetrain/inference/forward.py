@@ -1,7 +1,7 @@
-"""One forward pass of generation over a latent KV cache: some new tokens for each of a run of slots.
+"""The forward pass of generation over a latent KV cache: T new tokens for each of B slots.
 
 B slots, T new tokens, S cached positions, D hidden, H heads, C kv_lora, R rope width, E experts, K chosen experts.
-Plain and batched; knows no sequences, sampling or scheduling.
+Sequences, sampling and scheduling are in `inference/engine.py`.
 """
 
 import torch
@@ -30,9 +30,9 @@ def forward(
 ) -> torch.Tensor:
     """Return hidden states [B, T, D] after the last norm; writes positions starts_B .. starts_B+T-1 of the cache.
 
-    `cache_LBSC` is [layers, B, S, C+R] with S > every position that is written; positions beyond a row's own do not
-    count, so rows of one call may hold padding at their end. All S are multiplied with: give no more than are needed,
-    and whole rows of them, for products copy what is not contiguous.
+    `cache_LBSC` is [layers, B, S, C+R]; every position that is written must be less than S. A token does not attend to
+    later positions, so rows may end in padding. Attention multiplies all S positions, so allocate no more than
+    required. Pass each slot with all of its positions, because products copy tensors that are not contiguous.
     """
     config = weights.config
     num_new = tokens_BT.shape[1]
@@ -67,7 +67,10 @@ def _attention(
     cache_BSC: torch.Tensor,
     rope: RopeTable,
 ) -> torch.Tensor:
-    """Attend in the latent space: queries absorb the key up-projection, outputs the value up-projection."""
+    """Return the attention output, computed in the latent space.
+
+    The key up-projection is absorbed into the queries, and the value up-projection into the outputs.
+    """
     num_rows, num_new = positions_BT.shape
     nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
     if layer.q_a is None or layer.q_a_norm is None:
@@ -103,7 +106,10 @@ def _feed_forward(layer: LayerWeights, config: ModelConfig, x_BTD: torch.Tensor)
 
 
 def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
-    """Sum the chosen experts' outputs; every expert's rows are padded to the longest, in one batched product."""
+    """Return the weighted sum of the chosen experts' outputs.
+
+    The rows of each expert are padded to the largest number of rows, so that one batched product computes all experts.
+    """
     assert layer.router_ED is not None and layer.router_bias_E is not None
     assert layer.experts_gate_up_EDF is not None and layer.experts_down_EFD is not None
     routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config=config)

@@ -1,8 +1,8 @@
-"""Generation behind one protocol: token sequences that are continued turn by turn.
+"""Protocol of generation: token sequences that are continued turn by turn.
 
 The caller adds sequences and calls `step` until turns end. Between two turns a sequence is idle and costs no compute,
-so a slow tool holds up nobody else. `inference.engine` is the implementation in this process; a server is another.
-Implementations know tokens only: no text, tools or tasks.
+so a slow tool does not delay other sequences. `inference.engine` implements the protocol in this process; a server can
+implement it too. Implementations handle tokens only, and no text, tools or tasks.
 """
 
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from moetrain.inference.weights import InferenceWeights
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """One sequence of tokens, which only grows. Its turn ends with a token of `stop_ids`, or at `limit` tokens.
+    """A sequence of tokens that only grows. A turn ends at a token in `stop_ids`, or when there are `limit` tokens.
 
-    stream: seeds its sampling, which depends on (stream, position) alone. temperature: 0 is greedy. logprobs,
-    is_sampled and versions have one entry per token; given tokens have logprob 0.0. versions: of the weights that
-    sampled the token, or that were present when it was given. num_fed: tokens that are in the cache of the
-    implementation. is_idle: the turn has ended, and the sequence waits for `extend` or `cancel`.
+    stream: seeds its sampling, which depends on (stream, position) only. temperature: 0 is greedy. logprobs, is_sampled
+    and versions have one entry per token; given tokens have logprob 0.0. versions: version of the weights that sampled
+    the token, or that were loaded when it was given. num_fed: number of tokens in the implementation's cache. is_idle:
+    the turn has ended, and the sequence waits for `extend` or `cancel`.
     """
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class Sequence:
     is_idle: bool = False
 
     def give(self, tokens: list[int], *, version: int) -> None:
-        """Append tokens that the model did not produce; the prompt is marked in the same way."""
+        """Append given tokens, and mark all tokens that have no entries yet (such as the prompt) as given."""
         self.tokens += tokens
         missing = len(self.tokens) - len(self.versions)
         self.logprobs += [0.0] * missing
@@ -41,7 +41,7 @@ class Sequence:
         self.versions += [version] * missing
 
     def take(self, token: int, *, logprob: float, version: int) -> None:
-        """Append a token that the model produced; the sequence is idle when its turn ends with it."""
+        """Append a token that the model produced. The sequence becomes idle if the token ends its turn."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.is_sampled.append(True)
@@ -50,15 +50,15 @@ class Sequence:
 
 
 class Generation(Protocol):
-    """Continues sequences. Results depend on a sequence alone: not on its neighbours, nor on the order of arrival."""
+    """Continues sequences. The result of a sequence does not depend on other sequences or on the order of arrival."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether any sequence is to be continued: not all are idle."""
+        """Whether any sequence is not idle."""
         ...
 
     def add(self, sequence: Sequence) -> None:
-        """Take a sequence that holds a prompt; `RolloutError` when it does not fit."""
+        """Add a sequence that contains a prompt. Raises RolloutError when it is too long."""
         ...
 
     def extend(self, sequence: Sequence, tokens: list[int], *, limit: int) -> None:
@@ -66,13 +66,13 @@ class Generation(Protocol):
         ...
 
     def step(self) -> list[Sequence]:
-        """Continue the sequences that are not idle; return those whose turn has ended, which may be none."""
+        """Continue the sequences that are not idle; return those whose turn ended in this step."""
         ...
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence, in whatever state it is."""
+        """Remove a sequence, whether idle or not."""
         ...
 
     def load(self, weights: InferenceWeights, *, version: int) -> None:
-        """Use other weights from the next step on; tokens that sequences have stay, and are read by the new weights."""
+        """Use other weights from the next step on. Sequences keep their tokens, which the new weights read again."""
         ...

@@ -1,4 +1,4 @@
-"""Sampling that depends on nothing but (stream, position): not on the batch, the slot or the order of arrival.
+"""Sampling that depends on (stream, position) only, and not on the batch, the slot or the order of arrival.
 
 B sequences, V vocabulary.
 """
@@ -30,8 +30,9 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and their logprobs, both [B].
 
-    Temperature 0 takes the likeliest token (the first of equals) and gives its logprob at temperature 1. Otherwise the
-    logprob is that of the distribution sampled from, by inverting its cumulative sum at the given uniform.
+    Temperature 0 returns the most likely token (the first of equals) and its logprob at temperature 1. Otherwise the
+    token is drawn by inverting the cumulative distribution at the given uniform, and the logprob is that of the
+    distribution sampled from.
     """
     is_greedy_B = temperatures_B == 0
     scaled_BV = logits_BV.float() / torch.where(is_greedy_B, 1.0, temperatures_B)[:, None]

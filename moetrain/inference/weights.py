@@ -1,4 +1,4 @@
-"""Weights as generation reads them: everything cast once, experts from codes and scales, MLA absorbed into the latent.
+"""Weights in the form for generation: cast once, experts from codes and scales, MLA projections ready for absorption.
 
 D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a matrix.
 """
@@ -18,8 +18,11 @@ _Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
 
 @dataclass(kw_only=True)
 class LayerWeights:
-    """One block. Matrices are [out, in]; `up_k_HNC` and `up_v_HCV` are kv_b_proj split by head and use, to be absorbed
-    into the query and the output (arXiv 2405.04434, section 2.1.2)."""
+    """One transformer block. Matrices are [out, in] unless their name gives the axes.
+
+    up_k_HNC, up_v_HCV: the key and value parts of kv_b_proj by head, to be absorbed into the query and the output
+    (arXiv 2405.04434, section 2.1.2).
+    """
 
     input_norm_D: torch.Tensor
     post_norm_D: torch.Tensor
@@ -46,7 +49,7 @@ class LayerWeights:
 
 @dataclass(kw_only=True)
 class InferenceWeights:
-    """A whole model for generation; `dtype` is that of the matrix products."""
+    """A whole model for generation. dtype: dtype of the matrix products."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -57,12 +60,12 @@ class InferenceWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, and with them all that generation computes."""
+        """Device of the weights, on which generation computes."""
         return self.embed_VD.device
 
 
 def expert_weight(weight: torch.Tensor | Quantized, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Return expert weights as they are multiplied with: from codes and scales when quantised, else cast."""
+    """Return expert weights in `dtype`, as they are multiplied: from codes and scales if quantised, else cast."""
     if isinstance(weight, Quantized):
         return dequantize(weight).to(dtype)
     if not quant.enabled:
@@ -78,11 +81,10 @@ def build_weights(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
 ) -> InferenceWeights:
-    """Return generation weights from global tensors under the training names.
+    """Return generation weights from whole tensors by their names in training.
 
-    Tensors are fp32 masters, an export's values, or, of routed experts, codes and scales.
-
-    They lie on `device`, by default this machine's accelerator if it has one.
+    tensors: fp32 masters, or an export's values; for routed experts also codes and scales. device: where the result is
+    stored; None is this machine's accelerator if it has one.
     """
     device = device or default_device()
     layers = [

@@ -1,6 +1,6 @@
-"""Plays episodes to their end on one `Generation` and returns their trajectories in the order asked for.
+"""Runs episodes on one `Generation` and returns their trajectories in the order of the requests.
 
-Decoding and environments run side by side: a sequence whose tool is still working is idle, and the others continue.
+Decoding and environments run concurrently: a sequence whose tool is working is idle, and the others continue.
 """
 
 from collections import deque
@@ -20,8 +20,11 @@ from moetrain.tasks.protocol import Task, TaskFamily
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """One trajectory to collect. `stream` seeds its sampling and its environment: what is random in it is a function of
-    (stream, position), never of the other trajectories."""
+    """One trajectory to collect.
+
+    stream: seeds its sampling and its environment, so that its randomness depends on (stream, position) and not on
+    other trajectories.
+    """
 
     task_index: int
     task: Task
@@ -41,8 +44,8 @@ def collect(
 ) -> list[Trajectory]:
     """Return one trajectory per request, in the order of the requests.
 
-    A trajectory that the environment or the clock ended is replaced by another attempt with its own streams, at most
-    `config.max_replacements` times; the last attempt is returned, whatever its ending.
+    A trajectory that ended because its environment failed or because of `max_seconds` is replaced by a new attempt with
+    its own streams, at most `config.max_replacements` times. The last attempt is returned, whatever its ending.
     """
     finished: dict[int, Trajectory] = {}
     with Reactor() as reactor:
@@ -68,7 +71,7 @@ def collect(
 
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
-    """One try at a request; `number` counts those before it."""
+    """One attempt at a request. number: number of earlier attempts."""
 
     position: int
     request: RolloutRequest
@@ -89,7 +92,7 @@ class _Attempt:
 
 
 class _Play:
-    """The episodes that are under way: those whose sequence is continued, and those whose environment works."""
+    """The unfinished episodes. Each is waiting either for decoding or for its environment."""
 
     def __init__(self, *, generation: Generation, reactor: Reactor) -> None:
         self.live: dict[int, tuple[_Attempt, Episode]] = {}
@@ -98,12 +101,15 @@ class _Play:
         self._ready: deque[Episode] = deque()
 
     def begin(self, attempt: _Attempt, episode: Episode, *, family: TaskFamily, declare_tools: bool) -> None:
-        """Make an episode's environment."""
+        """Start an episode by making its environment and its prompt."""
         self.live[id(episode.sequence)] = (attempt, episode)
         self._act(episode, episode.begin(family, declare_tools=declare_tools))
 
     def advance(self) -> list[tuple[_Attempt, Episode]]:
-        """Let every episode go as far as it can without waiting, or wait when none can; return those that ended."""
+        """Take at most one decoding step and process the results of environments; return the episodes that ended.
+
+        Waits for an environment only when there is nothing to decode.
+        """
         ended = self._take_up()
         if self._generation.is_busy:
             for sequence in self._generation.step():
@@ -113,7 +119,7 @@ class _Play:
         return ended
 
     def close(self) -> None:
-        """Give up the episodes that are still under way."""
+        """Close the environments of the unfinished episodes."""
         for _, episode in self.live.values():
             self._act(episode, episode.close())
 
@@ -125,7 +131,7 @@ class _Play:
             self._reactor.start(coroutine, about=episode)
 
     def _take_up(self) -> list[tuple[_Attempt, Episode]]:
-        """Hand the sequences of episodes whose environment is done to the generation; return those that ended."""
+        """Pass sequences whose environment has answered to the generation; return the episodes that ended."""
         wait = not self._generation.is_busy and not self._ready
         done = [*self._ready, *self._reactor.finished(wait=wait)]
         self._ready.clear()

@@ -1,4 +1,4 @@
-"""Limits and sampling of trajectories. No torch here."""
+"""Config of rollouts: limits and sampling of trajectories. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -8,30 +8,33 @@ from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TEMPERATURE, check_ra
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """How trajectories are generated. Every limit that fires is recorded in the trajectory and counted."""
+    """Limits and sampling of trajectories. A trajectory records the limit that ended it, and the metrics count them."""
 
     num_slots: int = 128
-    """Sequences that are decoded together."""
+    """Largest number of sequences that are decoded together."""
     max_tokens: int = 1280
-    """Tokens of a trajectory, prompt and tool results included."""
+    """Largest number of tokens of a trajectory, including the prompt and tool results."""
     max_turns: int = 16
-    """Turns of a trajectory."""
+    """Largest number of turns of a trajectory."""
     max_turn_tokens: int = 112
-    """Tokens that the model may produce in one turn."""
+    """Largest number of tokens that the model produces in one turn."""
     max_repeats: int = 6
-    """The same call this many times in a row ends a trajectory (a stall)."""
+    """A trajectory ends (as `stalled`) when it makes the same call this many times in a row."""
     max_output_tokens: int = 256
-    """Tokens of a tool's result that the model is shown: head and tail, with a note between them."""
+    """Largest number of tokens of a tool result. A longer one is cut to its head and tail, with a note between them."""
     call_deadline_s: float = 30.0
-    """Seconds after which a tool call is given up; the model reads an error. Holds for tools that do not run inline."""
+    """Seconds after which a tool call is abandoned and the model reads an error. Does not apply to tools that run
+    inline."""
     environment_deadline_s: float = 120.0
-    """Seconds that making, grading or closing an environment may take, before it counts as failed."""
+    """Seconds after which making, grading or closing an environment counts as failed."""
     max_retries: int = 2
-    """Repetitions of whatever an environment does that raises `TransientError`."""
+    """Largest number of times that a method of an environment is called again after `TransientError`."""
     max_replacements: int = 2
-    """New attempts for a trajectory that the environment or the clock ended; if all fail, it is not scored."""
+    """Largest number of new attempts for a trajectory whose environment failed or that reached max_seconds. If all
+    fail, it is not scored."""
     max_seconds: float = 0.0
-    """Wall-clock seconds of a trajectory; 0 is no limit. One that fires makes a run's numbers irreproducible."""
+    """Wall-clock limit of a trajectory in seconds; 0 is no limit. When the limit ends a trajectory, the run is not
+    reproducible."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
 

@@ -1,4 +1,4 @@
-"""One trajectory in the making: turns go to the environment, observations come back as tokens to append."""
+"""One trajectory in progress: passes turns to the environment, and turns observations into tokens to append."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ _CHARACTERS_PER_TOKEN = 64  # more than any tokenizer has on average
 
 
 def prompt_tokens(task: Task, family: TaskFamily, *, tokenizer: Tokenizer, declare_tools: bool) -> list[int]:
-    """Return the tokens of a task's prompt, up to where the model's first turn begins."""
+    """Return the tokens of a task's prompt, which end where the model's first turn begins."""
     tools = family.tools if declare_tools else ()
     pieces = [*conversation_pieces(task.prompt, tools), *generation_prompt()]
     return _tokens(pieces, tokenizer)
@@ -42,12 +42,13 @@ def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> list[int]:
 class Episode:
     """A task, its environment and the sequence that acts in it.
 
-    `begin`, then `respond` after each turn of the sequence; after either, `is_finished`, or `observation` is what the
-    sequence is to be extended by, until it has `limit` tokens. `has_begun` is set once the sequence is generated from.
+    Call `begin` first, and `respond` after each turn of the sequence. After each call, either `is_finished` is True, or
+    the caller continues the sequence: it appends `observation` and generates until there are `limit` tokens. The caller
+    sets `has_begun` when it adds the sequence to the generation.
     """
 
     def __init__(self, task: Task, *, name: str, stream: int, config: RolloutConfig, tokenizer: Tokenizer) -> None:
-        """Prepare a trajectory. name: for messages; stream: seeds its sampling and its environment."""
+        """Prepare a trajectory. name: for log messages. stream: seeds its sampling and its environment."""
         self.observation: list[int] = []
         self.has_begun = False
         self.is_inline = isinstance(task, InlineTask)
@@ -81,11 +82,11 @@ class Episode:
 
     @property
     def limit(self) -> int:
-        """Tokens at which the present turn ends by force."""
+        """Number of tokens of the sequence at which the present turn is cut off."""
         return min(self._turn_start + self._config.max_turn_tokens, self._config.max_tokens)
 
     async def begin(self, family: TaskFamily, *, declare_tools: bool) -> None:
-        """Make the environment and put the prompt into the sequence."""
+        """Make the environment, and append the prompt to the sequence."""
         try:
             prompt = self._prompt(family, declare_tools=declare_tools)
             if len(prompt) >= self._config.max_tokens:
@@ -105,11 +106,11 @@ class Episode:
     def _prompt(self, family: TaskFamily, *, declare_tools: bool) -> list[int]:
         try:
             return prompt_tokens(self._task, family, tokenizer=self._tokenizer, declare_tools=declare_tools)
-        except Exception as error:  # the boundary to tasks, whose code is not ours
+        except Exception as error:  # a plugin's code may raise anything
             raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
 
     async def respond(self) -> None:
-        """Act on the turn that the sequence has ended: carry out its calls, grade its answer, or meet a limit."""
+        """Process the turn that has ended: carry out its calls, grade its answer, or end the trajectory at a limit."""
         tokens = self.sequence.tokens
         if tokens[-1] in self.sequence.stop_ids:
             try:
@@ -159,7 +160,7 @@ class Episode:
         return Message(role=Role.tool, name=call.name, tool_call_id=call.id, content=observation.text)
 
     def _capped(self, message: Message) -> Message:
-        """Return a tool's message; when it has more than `max_output_tokens`, a note stands in place of its middle."""
+        """Return a tool's message. If it has more than `max_output_tokens`, a note replaces its middle."""
         text, cap = message.content, self._config.max_output_tokens
         if len(text.encode()) <= cap:  # a token has at least one byte
             return message
@@ -188,7 +189,7 @@ class Episode:
             self._turn_start = len(self.sequence.tokens) + len(observation)
 
     async def close(self) -> None:
-        """Close the environment, which also `begin` and `respond` do when the trajectory has ended."""
+        """Close the environment. `begin` and `respond` also close it when the trajectory has ended."""
         try:
             await self._world.close()
         except EnvironmentFailure as error:
@@ -203,7 +204,7 @@ class Episode:
         self._grade = Grade(reward=0.0, reason=reason or ending.value)
 
     def trajectory(self, *, task: int, sample: int, num_replaced: int) -> Trajectory:
-        """Return the finished trajectory. num_replaced: earlier attempts that the environment or the clock ended."""
+        """Return the finished trajectory. num_replaced: number of earlier attempts that it replaces."""
         sequence = self.sequence
         segment = Segment(
             tokens=sequence.tokens,

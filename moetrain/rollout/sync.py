@@ -1,8 +1,8 @@
-"""From the training engine to generation weights, tensor by tensor: the numbers that training multiplied with.
+"""Copies the training engine's weights to generation, tensor by tensor, with the values that training multiplies with.
 
-Every rank asks for the tensors in one order. A tensor that is not quantised is broadcast by the ranks that own its
-pieces, in the dtype that generation reads it in. A quantised one is brought together in bf16 on one rank, quantised
-there, and broadcast as it would be stored: codes and scales, 4.5 bits per weight in INT4. Beyond the target a rank
+All ranks request the tensors in the same order. A tensor that is not quantised is broadcast by the ranks that own its
+pieces, in the dtype in which generation reads it. A quantised tensor is assembled in bf16 on one rank, quantised there,
+and broadcast in its stored form: codes and scales, 4.5 bits per weight in INT4. Besides the generation weights, a rank
 holds one tensor at a time.
 """
 
@@ -29,7 +29,7 @@ _ROUTER = ".mlp.gate.weight"
 def sync_weights(
     engine: Engine, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16
 ) -> InferenceWeights:
-    """Return the engine's present weights for generation, on every rank. A collective.
+    """Return the engine's present weights in the form for generation, on every rank. A collective.
 
     Raises RolloutError when the ranks did not receive the same bytes.
     """
@@ -41,7 +41,7 @@ def sync_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
-    """A piece that rank `owner` holds as its piece number `index`."""
+    """Where a piece of a tensor is: piece number `index` of rank `owner`, `count` elements of the flat tensor."""
 
     owner: int
     index: int
@@ -50,20 +50,20 @@ class _Head:
 
 
 class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
-    """The engine's tensors by name, each brought to every rank when it is asked for.
+    """The engine's tensors by name. An access transfers the tensor to every rank.
 
-    Asking is a collective: every rank asks for the same names in the same order. Nothing is kept.
+    An access is a collective: all ranks must request the same names in the same order. Tensors are not cached.
     """
 
     def __init__(self, engine: Engine, *, quant: QuantConfig, dtype: torch.dtype) -> None:
-        """Exchange which rank owns which piece; no tensor moves. dtype: of the matrices that generation multiplies."""
+        """Exchange which rank owns which piece; no tensor is sent. dtype: dtype of generation's matrix products."""
         self._topology = engine.topology
         self._quant = quant
         self._dtype = dtype
         self._own = list(engine.pieces(with_optimizer=False))
         self._heads: dict[str, list[_Head]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._num_asked = 0
+        self._num_requests = 0
         self._digest = hashlib.sha256()
         for owner, pieces in enumerate(_everyones(self._own, self._topology)):
             for index, (name, shape, start, count) in enumerate(pieces):
@@ -71,18 +71,18 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
                 self._heads.setdefault(name, []).append(_Head(owner=owner, index=index, start=start, count=count))
 
     def __iter__(self) -> Iterator[str]:
-        """Return the names."""
+        """Iterate over the names."""
         return iter(self._shapes)
 
     def __len__(self) -> int:
-        """Return how many tensors there are."""
+        """Return the number of tensors."""
         return len(self._shapes)
 
     def __getitem__(self, name: str) -> "torch.Tensor | Quantized":
-        """Return a tensor whole on this rank's device; a quantised one as codes and scales. A collective."""
+        """Return a whole tensor on this rank's device; a quantised one as codes and scales. A collective."""
         shape = self._shapes[name]
-        assembler = self._num_asked % self._topology.world_size
-        self._num_asked += 1
+        assembler = self._num_requests % self._topology.world_size
+        self._num_requests += 1
         if len(shape) == 3 and self._quant.enabled:
             return self._quantized(name, shape, assembler=assembler)
         is_multiplied = len(shape) > 1 and not name.endswith(_ROUTER)
@@ -95,7 +95,7 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
             raise RolloutError(f"the ranks received different weights: sha256 {', '.join(d[:12] for d in digests)}")
 
     def _whole(self, name: str, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor of which each owner broadcasts its pieces."""
+        """Return a whole tensor; each owner broadcasts its pieces."""
         whole_P = torch.empty(_numel(shape), dtype=dtype, device=self._topology.device)
         for head in self._heads[name]:
             values_P = whole_P[head.start : head.start + head.count]
@@ -107,7 +107,7 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
         return whole_P.view(*shape)
 
     def _quantized(self, name: str, shape: Sequence[int], *, assembler: int) -> Quantized:
-        """Return a tensor [E, out, in] that one rank assembles in bf16, quantises, and broadcasts as it is stored."""
+        """Return a tensor [E, out, in] that rank `assembler` assembles in bf16, quantises and broadcasts."""
         stored_format = FORMATS[self._quant.format]
         whole_P = self._assembled(name, shape, assembler=assembler)
         stored: dict[str, torch.Tensor] = {}
@@ -122,7 +122,10 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
         return Quantized(codes_XOI=rows.codes_XOI.view(*shape), scales_XOG=rows.scales_XOG.view(*shape[:-1], -1))
 
     def _assembled(self, name: str, shape: Sequence[int], *, assembler: int) -> torch.Tensor | None:
-        """Return a tensor laid flat in bf16 on one rank, None on the others. Codes of bf16 are those of its master."""
+        """Return the flat tensor in bf16 on rank `assembler`, None on the others.
+
+        bf16 gives the same codes as the fp32 master, because `quantize` casts to bf16 first.
+        """
         rank, device = self._topology.rank, self._topology.device
         whole_P = torch.empty(_numel(shape), dtype=torch.bfloat16, device=device) if rank == assembler else None
         for head in self._heads[name]:
@@ -149,7 +152,7 @@ def _everyones(own: Sequence[Piece], topology: Topology) -> list[list[tuple[str,
 
 
 def _broadcast(tensors: Mapping[str, torch.Tensor], *, src: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of rank `src` on every rank; the others give none."""
+    """Return the tensors of rank `src` on every rank; the other ranks pass an empty mapping."""
     header = [[(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]]
     dist.broadcast_object_list(header, src=src)
     received = {}

@@ -1,4 +1,4 @@
-"""Whole trajectories as JSON lines, for reading."""
+"""Writes complete trajectories as JSON lines, for inspection."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from moetrain.rollout.types import Trajectory
 
 
 def write_traces(path: Path, trajectories: Sequence[Trajectory], *, tokenizer: Tokenizer) -> None:
-    """Write trajectories with their text, one per line; replace an earlier file."""
+    """Write trajectories with their text, one per line. An existing file is replaced."""
     write_json_lines(path, [trace(item, decode=tokenizer.decode) for item in trajectories])
 
 

@@ -1,4 +1,4 @@
-"""What a rollout brings back: trajectories as segments of tokens, with their grade and how they ended."""
+"""Results of a rollout: trajectories as segments of tokens, with their grade and their ending."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from moetrain.tasks.protocol import Grade
 
 
 class Ending(StrEnum):
-    """Why a trajectory ended. Only `answered` is graded; other endings of the agent's own making have reward 0."""
+    """Why a trajectory ended. Only `answered` is graded. Other endings have reward 0, or are in `UNSCORED`."""
 
     answered = "answered"
     invalid_turn = "invalid_turn"
@@ -22,19 +22,19 @@ class Ending(StrEnum):
 
 
 UNSCORED = frozenset({Ending.max_seconds, Ending.environment_failed, Ending.prompt_too_long})
-"""Endings that say nothing about the agent: such trajectories are left out of rewards, baselines and updates."""
+"""Endings that the model did not cause: such trajectories are excluded from rewards, baselines and updates."""
 REPLACED = frozenset({Ending.max_seconds, Ending.environment_failed})
-"""Endings after which another attempt at the same task can go better."""
+"""Endings after which a new attempt at the same task may end otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of tokens that the model saw as one context. The lists have one entry per token.
+    """Tokens that the model read as one context. The lists have one entry per token.
 
     is_sampled: whether the model produced the token; prompts and tool results are given. logprobs: natural log of the
-    probability that the token was sampled with; 0.0 for given tokens. versions: of the weights that sampled the token,
-    or that were present when it was given. temperature: of the sampling; 0 is greedy, whose logprobs are those of
-    temperature 1.
+    probability with which the token was sampled; 0.0 for given tokens. versions: version of the weights that sampled
+    the token, or that were loaded when it was given. temperature: sampling temperature; 0 is greedy, with the logprobs
+    of temperature 1.
     """
 
     tokens: list[int]
@@ -53,9 +53,9 @@ class Segment:
 class Trajectory:
     """One finished trajectory. Its segments share its reward.
 
-    num_calls_needed: tool calls of the shortest solution; None where the task family does not say. num_cut_outputs:
-    tool results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces,
-    since the environment or the clock ended them.
+    num_calls_needed: tool calls of the shortest solution; None when the task does not provide it. num_cut_outputs: tool
+    results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces, because
+    their environment failed or they reached `rollout.max_seconds`.
     """
 
     task: int
@@ -73,12 +73,12 @@ class Trajectory:
 
     @property
     def reward(self) -> float:
-        """What the grader gave; 0 where the agent ended before it could be graded."""
+        """Reward of the grade; 0 when the trajectory ended before it was graded."""
         return self.grade.reward
 
     @property
     def is_scored(self) -> bool:
-        """Whether the reward says something about the agent."""
+        """Whether the trajectory counts in rewards, baselines and updates."""
         return self.ending not in UNSCORED
 
     @property

@@ -1,7 +1,7 @@
-"""The environment of one trajectory behind one asynchronous interface, with deadlines, retries and typed failures.
+"""Asynchronous interface to the environment of one trajectory, with deadlines, retries and typed failures.
 
-The methods of an environment may be coroutines or plain functions. Plain functions run on a thread that belongs to the
-environment, so that a slow tool stops nobody else. The environments of an `InlineTask` run in the calling thread.
+The methods of an environment may be coroutines or plain functions. Plain functions run on a thread of the environment,
+so that a slow tool does not block other trajectories. The environments of an `InlineTask` run in the calling thread.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from moetrain.tasks.protocol import Environment, Grade, InlineTask, Observation,
 T = TypeVar("T")
 
 
-class EnvironmentFailure(RolloutError):  # noqa: N818  a failure of what is not ours
-    """An environment could not be made, called, graded or closed. No fault of the agent."""
+class EnvironmentFailure(RolloutError):  # noqa: N818  names what failed
+    """An environment could not be made, called, graded or closed, through no fault of the model."""
 
 
 class World:
-    """One environment. Open it first and close it last; its methods are awaited one after the other."""
+    """One environment. Await `open` first and `close` last, and one method at a time."""
 
     def __init__(self, task: Task, stream: int, *, config: RolloutConfig) -> None:
         """Prepare the environment that `task` makes from `stream`."""
@@ -40,7 +40,7 @@ class World:
         self._environment = await self._act(lambda: self._task.environment(self._stream), "making it", limit_s=limit)
 
     async def call(self, name: str, arguments: str) -> Observation:
-        """Return what a tool call brings back. An error of the caller and a missed deadline are observations."""
+        """Return the observation of a tool call; also for a mistake of the caller or a missed deadline."""
         assert self._environment is not None
         call, limit = self._environment.call, self._config.call_deadline_s
         try:
@@ -57,7 +57,7 @@ class World:
         return observation
 
     async def grade(self, answer: str) -> Grade:
-        """Return the verdict on the final state and the answer."""
+        """Return the grade of the final state and the answer."""
         assert self._environment is not None
         grade, limit = self._environment.grade, self._config.environment_deadline_s
         verdict = await self._act(lambda: grade(answer), "grading", limit_s=limit)
@@ -66,7 +66,7 @@ class World:
         return verdict
 
     async def close(self) -> None:
-        """Free what the environment holds; does nothing when it was never made or is closed."""
+        """Close the environment. Does nothing when it was never made or is already closed."""
         environment, self._environment = self._environment, None
         try:
             if environment is not None:
@@ -76,7 +76,7 @@ class World:
                 self._thread.stop()
 
     async def _act(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
-        """Return what `act` returns, awaited where it is a coroutine; repeat it after a `TransientError`."""
+        """Return the result of `act`, awaited if necessary; call it again after a `TransientError`."""
         for attempt in range(self._config.max_retries + 1):
             try:
                 return await self._once(act, what, limit_s=limit_s)
@@ -85,12 +85,12 @@ class World:
                     raise EnvironmentFailure(f"{what}: {error} ({attempt + 1} attempts)") from error
             except (ToolError, EnvironmentFailure):
                 raise
-            except (Exception, SystemExit) as error:  # the boundary to environments, whose code is not ours
+            except (Exception, SystemExit) as error:  # a plugin's code may raise anything
                 raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
-        if self._thread is None:  # nothing can interrupt a plain function in this thread: no deadline
+        if self._thread is None:  # no deadline, because nothing can interrupt a plain function in this thread
             result = act()
             return await result if inspect.isawaitable(result) else result
         if self._thread.is_busy:
@@ -110,7 +110,7 @@ class _Late(EnvironmentFailure):
 
 
 class _Thread:
-    """A daemon thread that runs one job after the other. Python's own pool would wait for a stuck tool at exit."""
+    """A daemon thread that runs jobs in order. A `ThreadPoolExecutor` would wait for a stuck tool at exit."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
@@ -118,14 +118,14 @@ class _Thread:
         threading.Thread(target=self._run, daemon=True, name="environment").start()
 
     def submit(self, act: Callable[[], T]) -> Future[T]:
-        """Return the future result of `act`."""
+        """Queue `act` and return the future of its result."""
         future: Future[T] = Future()
         self.is_busy = True
         self._jobs.put((act, future))
         return future
 
     def stop(self) -> None:
-        """End the thread after its present job."""
+        """End the thread after its queued jobs."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -137,23 +137,24 @@ class _Thread:
                 result, error = None, caught
             self.is_busy = False
             if not future.set_running_or_notify_cancel():
-                continue  # nobody waits any more
+                continue  # the caller no longer waits
             if error is None:
                 future.set_result(result)
             elif isinstance(error, Exception):
                 future.set_exception(error)
-            else:  # SystemExit and its like would end the event loop
+            else:  # SystemExit and KeyboardInterrupt would end the event loop
                 future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class Reactor:
-    """Runs coroutines beside the thread that decodes; what they concern comes back in `finished` when they are done.
+    """Runs coroutines on an event loop in a separate thread, so that the calling thread can decode.
 
-    An event loop in a thread of its own, started with the first coroutine that is not inline.
+    `start` takes an object with each coroutine, and `finished` returns the objects of completed coroutines. The thread
+    starts with the first coroutine.
     """
 
     def __init__(self) -> None:
-        """Start nothing yet."""
+        """Create the reactor without starting its thread."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._done: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
         self._num_pending = 0
@@ -168,7 +169,7 @@ class Reactor:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def start(self, coroutine: Coroutine[Any, Any, None], *, about: object) -> None:
-        """Run a coroutine beside this thread; `about` is given back when it is done."""
+        """Start a coroutine on the event loop. about: object that `finished` returns when it has completed."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True, name="environments").start()
@@ -177,7 +178,10 @@ class Reactor:
         future.add_done_callback(lambda done: self._done.put((about, done)))
 
     def finished(self, *, wait: bool) -> list[Any]:
-        """Return what the coroutines that are done were about; `wait` for one when none is. Raises what they raised."""
+        """Return the objects of completed coroutines, and raise what a coroutine raised.
+
+        wait: if none has completed and some are pending, wait for the first.
+        """
         found: list[Any] = []
         while self._num_pending and (not self._done.empty() or (wait and not found)):
             about, future = self._done.get()
@@ -188,18 +192,18 @@ class Reactor:
 
 
 def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return what a coroutine returns that never waits for anything."""
+    """Run a coroutine that never suspends and return its result. Raises RolloutError when it suspends."""
     try:
         coroutine.send(None)
     except StopIteration as done:
         result: T = done.value
         return result
     coroutine.close()
-    raise RolloutError("the environment of an InlineTask awaits something: take the mark off its task")
+    raise RolloutError("the environment of an InlineTask awaits something: do not derive its task from InlineTask")
 
 
 def run_alone(task: Task, stream: int, *, answer: str) -> Grade:
-    """Return the grade of `answer` in a fresh environment without any call."""
+    """Return the grade of `answer` in a new environment without any call."""
 
     async def act() -> Grade:
         world = World(task, stream, config=RolloutConfig())
