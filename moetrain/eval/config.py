@@ -1,4 +1,4 @@
-"""What is evaluated, on how many held-out tasks. No torch here."""
+"""Config of evaluations. Does not import torch."""
 
 from dataclasses import dataclass, field
 
@@ -8,30 +8,30 @@ from moetrain.ranges import COUNT, NOT_NEGATIVE, TEMPERATURE, check_ranges
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Evaluation of exported weights, beside the masters they were made of."""
+    """Evaluation of exported weights, and of their masters if they are given."""
 
     num_tasks: int = 280
-    """Held-out tasks; each mode takes one trajectory of each."""
+    """Number of held-out tasks; each mode runs one trajectory per task."""
     first_task: int = 0
     """Number of the first held-out task."""
     temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
     """Sampling temperatures; 0 is greedy."""
     longer_calls: list[int] = field(default_factory=lambda: [9, 10])
-    """Lengths beyond those trained on that are shown too."""
+    """Numbers of tool calls, larger than in training, that are evaluated too."""
     longer_tasks: int = 20
-    """Held-out tasks of each of those lengths."""
+    """Held-out tasks per number of calls in longer_calls."""
     error_free: bool = True
-    """Also run greedy with tools that never fail."""
+    """Also run greedy decoding with tools that never fail."""
     masters: str | None = None
-    """Checkpoint or stage folder of the float32 masters; their bf16 cast is evaluated beside the export."""
+    """Checkpoint or stage folder of the float32 masters. Their bf16 cast is evaluated beside the export."""
     before: str | None = None
-    """Stage folder of an earlier evaluation of the same tasks; differences are paired with it."""
+    """Stage folder of an earlier evaluation of the same tasks, for paired differences."""
     codes_before: str | None = None
-    """Weights of an earlier stage; the share of codes and scales that differ from theirs is given."""
+    """Weights of an earlier stage. The result contains the share of codes and scales that differ from theirs."""
     kl_tasks: int = 64
-    """Trajectories on which the KL divergence between masters and export is measured."""
+    """Largest number of trajectories on which the KL divergence between masters and export is measured."""
     num_traces: int = 8
-    """Whole trajectories that are kept for reading."""
+    """Number of complete trajectories per mode that are stored for inspection."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

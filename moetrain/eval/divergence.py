@@ -1,4 +1,4 @@
-"""How far two sets of weights are apart: KL divergence on the same tokens, and codes that differ.
+"""Compares two sets of weights: KL divergence on the same tokens, and the share of codes that differ.
 
 B rows, T tokens, N sampled tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ _ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL(reference || other) in nats a sampled token, how often the likeliest token differs."""
+    """KL(reference || other) in nats per sampled token. top1_changed: share of positions whose top token differs."""
 
     mean_kl: float
     max_kl: float
@@ -33,7 +33,7 @@ class Divergence:
 def divergence(
     reference: InferenceWeights, other: InferenceWeights, *, trajectories: Sequence[Trajectory]
 ) -> Divergence:
-    """Return how `other` departs from `reference` on the sampled tokens of `trajectories`."""
+    """Return the divergence of `other` from `reference` on the sampled tokens of `trajectories`."""
     kls: list[torch.Tensor] = []
     changed: list[torch.Tensor] = []
     segments = [segment for trajectory in trajectories for segment in trajectory.segments if segment.num_sampled]
@@ -55,7 +55,7 @@ def code_changes(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, quant: QuantConfig
 ) -> dict[str, float]:
     """Return the share of codes and of scales of the routed experts that differ between two sets of weights."""
-    names = [name for name, tensor in after.items() if tensor.ndim == 3]  # experts are the only stacks of matrices
+    names = [name for name, tensor in after.items() if tensor.ndim == 3]  # only experts have three axes
     num_codes = num_scales = codes_changed = scales_changed = 0
     for name in names:
         first, second = (

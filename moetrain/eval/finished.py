@@ -1,6 +1,6 @@
-"""The modes that an evaluation has finished, kept in a file so that a stop in a later mode does not lose them.
+"""Stores the results of finished modes in a file, so that an evaluation that stops in a later mode keeps them.
 
-An entry stands under a digest of all that its numbers depend on: mode, tasks, rollout, seed and weights.
+The key of an entry is a digest of all inputs that its numbers depend on: mode, tasks, rollout, seed and weights.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ class FinishedModes:
     """Results by digest in a JSON file. Only the main rank reads and writes it."""
 
     def __init__(self, path: Path) -> None:
-        """Read what an evaluation that was stopped left in `path`."""
+        """Read the results that a stopped evaluation stored in `path`."""
         self._path = path
         self._found = read_json_or_empty(path)
 
     def get(self, depends_on: Any) -> dict[str, Any] | None:
-        """Return the result that was kept for these inputs, None if there is none."""
+        """Return the stored result for these inputs, None if there is none."""
         return self._found.get(_digest(depends_on))
 
     def add(self, depends_on: Any, result: dict[str, Any]) -> None:
-        """Keep a result for these inputs."""
+        """Store a result for these inputs."""
         self._found[_digest(depends_on)] = result
         write_json(self._path, self._found)
 
     def remove(self) -> None:
-        """Remove the file: the evaluation is complete and its results stand elsewhere."""
+        """Remove the file, when the evaluation is complete and its results are in another file."""
         self._path.unlink(missing_ok=True)
 
 

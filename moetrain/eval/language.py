@@ -1,4 +1,4 @@
-"""How much language exported weights hold: nats a character on the validation rows of each source."""
+"""Language modelling loss of exported weights: nats per character on the validation rows of each source."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ _ROWS = 8
 def nats_per_character(
     tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, validation: Mapping[str, ValidationRows]
 ) -> dict[str, float]:
-    """Return nats a character by source for weights given under the training names, with bf16 products."""
+    """Return nats per character by source. tensors: weights by their names in training. Products are in bf16."""
     model = Transformer(config, compute_dtype=torch.bfloat16)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     device = default_device()

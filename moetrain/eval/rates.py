@@ -1,6 +1,7 @@
 """Rates with their uncertainty: Wilson's interval of a rate, Tango's of a paired difference, McNemar's exact test.
 
-All three hold on few tasks, where an interval of normal theory is too narrow and is empty when nothing changed.
+All three are valid on few tasks. An interval by normal approximation is too narrow there, and has width zero when
+nothing changed.
 """
 
 import math
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_BISECTIONS = 50  # to the last digits of a float
+_BISECTIONS = 50  # enough for the precision of a float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two rates on the same tasks, its 95 % interval and the p-value of no difference."""
+    """A difference of two rates on the same tasks, its 95 % interval, and the p-value under no difference."""
 
     value: float
     low: float
@@ -73,7 +74,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Differen
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the exact two-sided p-value that tasks are as likely gained as lost (McNemar, Psychometrika 12, 1947)."""
+    """Return the exact two-sided p-value, if gain and loss are equally likely (McNemar, Psychometrika 12, 1947)."""
     changed = gained + lost
     tail = sum(math.comb(changed, number) for number in range(min(gained, lost) + 1))
     return min(1.0, float(Fraction(2 * tail, 1 << changed)))  # exact also where a float overflows
@@ -93,7 +94,7 @@ def _upper_bound(gained: int, lost: int, *, count: int) -> float:
 
 def _score(gained: int, lost: int, *, count: int, difference: float) -> float:
     """Return Tango's statistic, standard normal when the true difference is `difference`."""
-    # The share of lost tasks that is likeliest under this difference solves a x^2 + b x + c = 0.
+    # The maximum likelihood share of lost tasks under this difference solves a x^2 + b x + c = 0.
     a = 2 * count
     b = (2 * count - gained + lost) * difference - gained - lost
     c = -lost * difference * (1 - difference)

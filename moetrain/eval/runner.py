@@ -1,7 +1,7 @@
 """Runs held-out tasks on one set of weights, mode by mode: each temperature, longer chains, tools that never fail.
 
-Tasks and tool failures are functions of the seed and the task alone, so two evaluations meet the same ones and can be
-paired. Knows no files of weights: they are handed in.
+Tasks and tool failures depend on the seed and the task only, so that two evaluations run the same ones and can be
+paired. The caller reads the weights.
 """
 
 import logging
@@ -34,12 +34,12 @@ class Mode:
     name: str
     temperature: float
     tasks: list[tuple[int, int | None]]
-    """Number of each task, and its length where that is fixed."""
+    """(number of the task, its number of calls or None for the family's choice)."""
     tools_fail: bool = True
 
 
 def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
-    """Yield the modes of an evaluation. Longer tasks are part of it where the family makes tasks of a given length."""
+    """Yield the modes of an evaluation; longer tasks only if the family makes tasks of a given length."""
     tasks: list[tuple[int, int | None]] = [
         (index, None) for index in range(config.first_task, config.first_task + config.num_tasks)
     ]
@@ -51,7 +51,10 @@ def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
         (index, calls) for calls in config.longer_calls for index in range(config.longer_tasks)
     ]
     if longer and not isinstance(family, MakesLengths):
-        _log.info("eval.longer_calls is %s: the task family makes no tasks of a given length", config.longer_calls)
+        _log.info(
+            "eval.longer_calls is %s: skipped, because the task family makes no tasks of a given length",
+            config.longer_calls,
+        )
     elif longer:
         yield Mode(name="greedy_longer", temperature=0.0, tasks=longer)
 
@@ -72,7 +75,7 @@ def run_mode(
     seed: int,
     topology: Topology,
 ) -> list[Trajectory]:
-    """Return one trajectory a task of the mode, in the order of its tasks. A collective: the ranks share the tasks."""
+    """Return one trajectory per task of the mode, in the order of its tasks. A collective: ranks share the tasks."""
     config = task_config if mode.tools_fail else replace(task_config, tool_failure=0.0)
     family = family_of(config)
     requests = [
@@ -108,9 +111,9 @@ def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
 
 
 def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str, Any]:
-    """Return the success of a policy that answers nothing, and of the demonstrator that makes no mistakes, if any.
+    """Return the success rate of an empty answer, and of the demonstrator without mistakes if the family has one.
 
-    Tasks whose environment fails are left out of the first, and counted as failures of the second.
+    Tasks whose environment fails are left out of the rate of the empty answer.
     """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")

@@ -1,6 +1,6 @@
 """A whole evaluation: modes on the export, the same modes on the masters, their divergence, and paired differences.
 
-Weights, tokenizer and the earlier evaluation are handed in; what comes back is plain numbers.
+The caller provides weights, tokenizer and the earlier evaluation. The result is plain numbers.
 """
 
 import logging
@@ -24,13 +24,13 @@ from moetrain.tasks.protocol import MakesLengths, TaskFamily
 _log = logging.getLogger(__name__)
 
 EVAL = "eval.json"
-"""What an evaluation stage writes."""
+"""File with the numbers of an evaluation stage."""
 _GRADER_TASKS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """Weights that are evaluated, and the digest of the files that they were read from."""
+    """Weights to evaluate, and the digest of the files that they were read from."""
 
     weights: InferenceWeights
     digest: str
@@ -38,10 +38,10 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all modes of an evaluation share.
+    """Inputs that all modes of an evaluation share.
 
-    finished: keeps the result of each mode as it ends. on_finished: called on the main rank with the name and the
-    trajectories of each mode of the export that ran.
+    finished: stores the result of each mode when it ends. on_finished: called on the main rank with the name and the
+    trajectories of each mode that was run on the export.
     """
 
     config: EvalConfig
@@ -60,7 +60,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Run every mode that is not finished; the main rank returns the numbers for `eval.json`.
 
-    masters: bf16 masters beside the export. before: an earlier `eval.json`. A collective: the ranks share the tasks.
+    masters: bf16 masters to compare with the export. before: an earlier `eval.json`. A collective: the ranks share the
+    tasks.
     """
     config, task = setting.config, setting.task
     family = setting.family_of(task)
@@ -95,9 +96,10 @@ def evaluate(
 
 
 def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters: Contestant | None) -> dict[str, Any]:
-    """Run a mode on the export, or on the masters without one, unless it is finished; return its summary.
+    """Return the result of a mode: the stored one if it is finished, else that of running it.
 
-    With both, the divergence between them on the trajectories of the export is there too.
+    The mode runs on the export if it is given, else on the masters. With both, the result includes the divergence
+    between them on the trajectories of the export.
     """
     config, task, topology = setting.config, setting.task, setting.topology
     contestant = export or masters

@@ -1,4 +1,4 @@
-"""Tables of an evaluation: trajectories of one mode to rates by number of calls, after tool errors, and by ending."""
+"""Summarises trajectories of an evaluation: success rates by calls and after tool errors, and counts of endings."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ def rate_row(rate: Rate) -> dict[str, float | int]:
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Return rates of one mode: overall, by calls needed, with and without a tool failure, and endings as counts.
+    """Return success rates of one mode (overall, by calls needed, with and without a tool failure) and ending counts.
 
-    Unscored trajectories are left out of the rates; `unscored` counts them. `outcomes` lists success by task number and
-    length, for pairing with another evaluation of the same tasks.
+    Unscored trajectories are excluded from the rates; `unscored` counts them. `outcomes` contains success by task
+    number and calls needed, for pairing with another evaluation of the same tasks.
     """
     endings = dict(sorted(Counter(t.ending.value for t in trajectories).items()))
     num_all, trajectories = len(trajectories), [t for t in trajectories if t.is_scored]
@@ -40,7 +40,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def paired(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference | None:
-    """Return the paired difference over the tasks that both have; None where there is none."""
+    """Return the paired difference over the tasks that both evaluations contain; None when there are none."""
     tasks = [task for task in before if task in after]
     if not tasks:
         return None
