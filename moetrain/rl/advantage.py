@@ -1,4 +1,4 @@
-"""Advantages per token. G trajectories of a group."""
+"""Computes advantages per token. G trajectories of a group."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def centred(group_G: Sequence[Trajectory]) -> list[list[list[float]]]:
 
 
 def penalise_malformed(trajectory: Trajectory, advantages: list[list[float]], *, penalty: float) -> list[list[float]]:
-    """Return the advantages of a trajectory, lowered by `penalty` on the turn that ended it because it is malformed.
+    """Return the advantages of a trajectory, minus `penalty` on its last turn if that turn is malformed.
 
-    Malformed is a turn that cannot be parsed or is too long. A penalty on the reward would fall on the whole
-    trajectory, whose other turns are well formed.
+    A turn is malformed when it cannot be parsed or is too long, which ends the trajectory. A penalty on the reward
+    would also apply to the other turns, which are well formed.
     """
     if not penalty or trajectory.ending not in _MALFORMED:
         return advantages

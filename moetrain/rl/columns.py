@@ -1,6 +1,6 @@
-"""From graded trajectories to the micro-batches of one rank: per-token columns of rows.
+"""Turns graded trajectories into the micro-batches of one rank: rows with per-token columns.
 
-One segment per row; segments of similar length share a micro-batch. A segment never spans micro-batches.
+A row contains one segment. Segments of similar length share a micro-batch.
 
 B rows, T tokens per row.
 """
@@ -13,14 +13,14 @@ import torch
 from moetrain.data.batch import TokenBatch
 from moetrain.rollout.types import Segment, Trajectory
 
-_LENGTH_MULTIPLE = 128  # row lengths are rounded up, so that kernels meet few shapes
+_LENGTH_MULTIPLE = 128  # row lengths are rounded up to it, so that kernels get few different shapes
 LOGPROB, TEMPERATURE = "logprob", "temperature"
 """Columns that every RL batch has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A segment of a trajectory, with an advantage per token. trajectory_id numbers the trajectories of a step."""
+    """A segment of a trajectory, with an advantage per token. trajectory_id: number of the trajectory in its step."""
 
     trajectory: Trajectory
     segment: Segment
@@ -29,13 +29,13 @@ class Row:
 
     @property
     def width(self) -> int:
-        """Tokens that the row takes in memory: the segment's length, rounded up."""
+        """Tokens of the row including padding: the segment's length, rounded up."""
         return -(-len(self.segment.tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """How a column is read off a row: one value per token of the segment."""
+    """How a column is computed. values: returns one value per token of a row's segment. padding: value elsewhere."""
 
     dtype: torch.dtype
     padding: float
@@ -48,29 +48,30 @@ def _every(value: Callable[[Row], float]) -> Callable[[Row], Sequence[float]]:
 
 COLUMNS: Mapping[str, Column] = {
     "advantage": Column(dtype=torch.float32, padding=0.0, values=lambda row: row.advantages),
-    # As sampled, at the segment's temperature.
+    # Logprob with which the token was sampled, at the segment's temperature.
     LOGPROB: Column(dtype=torch.float32, padding=0.0, values=lambda row: row.segment.logprobs),
-    # A greedy token has the logprob of temperature 1.
+    # 1 for greedy segments, whose logprobs are those of temperature 1.
     TEMPERATURE: Column(dtype=torch.float32, padding=1.0, values=_every(lambda row: row.segment.temperature or 1.0)),
-    # Of the weights that sampled the token.
+    # Version of the weights that sampled the token.
     "version": Column(dtype=torch.int64, padding=0, values=lambda row: row.segment.versions),
-    # Number of the trajectory in the step; -1 is padding. Its segments can lie in several micro-batches.
+    # Number of the trajectory in the step; -1 is padding. Several micro-batches can contain its segments.
     "trajectory": Column(dtype=torch.int64, padding=-1, values=_every(lambda row: row.trajectory_id)),
     # Sampled tokens of all segments of the token's trajectory: divide by it for a mean per trajectory.
     "trajectory_tokens": Column(
         dtype=torch.float32, padding=1.0, values=_every(lambda row: row.trajectory.num_sampled)
     ),
 }
-"""The columns that an algorithm can ask for by name."""
+"""The columns that an algorithm can request, by name."""
 
 
 def micro_batches(
     rows: Sequence[Row], *, columns: Sequence[str], max_tokens: int, pad_id: int, rank: int, world_size: int
 ) -> list[TokenBatch]:
-    """Return the micro-batches of one rank, as many on every rank: at most `max_tokens` padded tokens each.
+    """Return the micro-batches of one rank, with at most `max_tokens` tokens each, padding included.
 
-    A row longer than `max_tokens` is a micro-batch of its own. Rows are shared out so that the micro-batches that the
-    ranks compute at the same time are of similar size. A rank without a row in a round gets one row of padding.
+    Every rank gets the same number of them. A row longer than `max_tokens` is a micro-batch of its own. Rows are
+    distributed so that the micro-batches that the ranks compute at the same time have similar sizes. A micro-batch
+    without rows has one row of padding.
     """
     shares = share_out(rows, max_tokens=max_tokens, world_size=world_size)
     names = [*dict.fromkeys([*columns, LOGPROB, TEMPERATURE])]
@@ -80,8 +81,8 @@ def micro_batches(
 def share_out(rows: Sequence[Row], *, max_tokens: int, world_size: int) -> list[list[Row]]:
     """Return the rows in groups whose number is a multiple of `world_size`; group i is for rank i % world_size.
 
-    The number of groups is the smallest that `max_tokens` allows. Rows are grouped in the order of their lengths, such
-    that the largest group is as small as that number allows; no group is empty while another has two rows.
+    The number of groups is the smallest that `max_tokens` allows. Rows are grouped in order of length, such that the
+    largest group is as small as possible with this number. No group is empty while another has two rows.
     """
     ordered = sorted(rows, key=lambda row: row.width)
     fewest = len(_groups(ordered, max_tokens=max_tokens))

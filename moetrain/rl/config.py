@@ -1,4 +1,4 @@
-"""How trajectories become a policy update. No torch here."""
+"""Config of the policy update. Does not import torch."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +8,7 @@ from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 
 class BalanceLosses(StrEnum):
-    """none: the objective is the policy's alone. model: the losses that `model.balance` gives a weight are added."""
+    """Balance losses in the objective. none: the policy loss only. model: also those weighted in `model.balance`."""
 
     none = "none"
     model = "model"
@@ -19,7 +19,7 @@ class RlConfig:
     """One RL step: a number of tasks, a group of trajectories for each, one update."""
 
     algorithm: str = "k2_5"
-    """What the update is: k2_5, the token-level objective of Kimi K2.5; rejection, fine-tuning on the solved
+    """Algorithm of the update: k2_5, the token-level objective of Kimi K2.5; rejection, fine-tuning on the solved
     trajectories of the same batch; or an algorithm that a plugin registers."""
     options: dict[str, float] = field(default_factory=dict)
     """Options of the algorithm by name: rl.options.ratio_low, ratio_high and tau for k2_5; rejection has none."""
@@ -28,12 +28,12 @@ class RlConfig:
     group_size: int = 8
     """Trajectories per task (G); the baseline is their mean reward."""
     malformed_penalty: float = 0.0
-    """What the advantage of the tokens of a turn is lowered by that ends its trajectory because it cannot be parsed or
-    is too long. The other turns of the trajectory keep theirs."""
+    """Subtracted from the advantage of each token of a turn that ends its trajectory because it cannot be parsed or is
+    too long. The advantages of other turns are not changed."""
     balance_losses: BalanceLosses = BalanceLosses.none
-    """Which balance losses are part of the objective; the balance bias moves in either case."""
+    """Which balance losses are part of the objective. The balance bias is updated in both cases."""
     tokens_per_micro_batch: int = 16384
-    """Tokens, padding included, of a micro-batch of one rank."""
+    """Largest number of tokens of a micro-batch of one rank, including padding."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -41,5 +41,5 @@ class RlConfig:
         check_ranges(self, prefix="rl.", ranges={COUNT: counts, NOT_NEGATIVE: ("malformed_penalty",)})
         if self.group_size < 2:
             raise ConfigError(
-                f"rl.group_size is {self.group_size}: a group baseline needs at least 2 trajectories a task"
+                f"rl.group_size is {self.group_size}: give at least 2 trajectories per task, for a group baseline"
             )

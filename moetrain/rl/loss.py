@@ -16,7 +16,7 @@ from moetrain.rl.protocol import Algorithm
 from moetrain.train.loss import GlobalCounts, balance_terms, router_entropies, token_logprobs
 
 SUM_PREFIX = "sum/"
-"""Metrics that are sums over tokens; they are reported per trained token."""
+"""Prefix of metrics that are sums over tokens; they are reported per trained token."""
 
 
 def rl_objective(
@@ -30,8 +30,8 @@ def rl_objective(
 ) -> Objective:
     """Return the objective of an RL step; the sum of the token losses of all ranks is divided by `divisor`.
 
-    With `BalanceLosses.model` the losses of `balance` are added: means over all tokens of the step's trajectories,
-    prompts and observations included, since those are routed too.
+    With `BalanceLosses.model` the losses of `balance` are added. They are means over all tokens of the step's
+    trajectories, including prompts and observations, because these are routed too.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:

@@ -1,4 +1,4 @@
-"""A step's trajectories as named numbers."""
+"""Metrics of a step's trajectories."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from moetrain.rollout.types import Ending, Trajectory
 def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """Return rewards, lengths, errors and endings of a step's trajectories.
 
-    `reward`, its parts and `success/*` are means over the scored trajectories, and are left out where there are none;
-    `unscored` is the share of the others. `success/calls_n` are the trajectories whose task needs n calls.
-    `replaced` are failed attempts per trajectory, `cut_outputs` tool results that were cut.
+    `reward`, its parts and `success/*` are means over the scored trajectories, and are absent when there are none.
+    `unscored` is the share of the other trajectories. `success/calls_n` is the success rate of tasks that require n
+    calls. Per trajectory, `replaced` is the number of replaced attempts and `cut_outputs` that of tool results cut.
     """
     trajectories = [trajectory for group in groups for trajectory in group]
     count = max(len(trajectories), 1)

@@ -1,4 +1,4 @@
-"""What an RL algorithm provides. The trainer knows no algorithm.
+"""Protocol of an RL algorithm. The trainer depends on the protocol, and on no particular algorithm.
 
 N predicted tokens, G trajectories of a group.
 """
@@ -14,14 +14,14 @@ from moetrain.rollout.types import Trajectory
 
 
 class Normalizer(StrEnum):
-    """What the sum of token losses of a step is divided by; counted over all ranks."""
+    """Divisor of a step's sum of token losses, counted over all ranks."""
 
     sampled_tokens = "sampled_tokens"
-    """Sampled tokens of all scored trajectories, those without an advantage included."""
+    """Sampled tokens of all scored trajectories, including those whose advantages are 0."""
     trained_tokens = "trained_tokens"
-    """Sampled tokens of the trajectories that have an advantage."""
+    """Sampled tokens of the trajectories with an advantage other than 0."""
     trajectories = "trajectories"
-    """Scored trajectories."""
+    """Number of scored trajectories."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class TokenLoss:
 
 
 class Algorithm(Protocol):
-    """How graded trajectories become a loss. An implementation is a dataclass whose fields are its `rl.options`."""
+    """Computes a loss from graded trajectories. An implementation is a dataclass whose fields are its `rl.options`."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -41,18 +41,18 @@ class Algorithm(Protocol):
 
     @property
     def normalizer(self) -> Normalizer:
-        """What the sum of token losses is divided by."""
+        """Divisor of the sum of token losses."""
 
     def advantages(self, group_G: Sequence[Trajectory]) -> list[list[list[float]]]:
         """Return an advantage for each token of each segment of each trajectory of one task.
 
-        `moetrain.rl.advantage.constant` gives every token of a trajectory the same one. The group has at least two
-        members, all of them scored.
+        `moetrain.rl.advantage.constant` gives every token of a trajectory the same advantage. The group has at least
+        two trajectories, all of them scored.
         """
 
     def token_loss(self, logprobs_N: torch.Tensor, *, columns: Mapping[str, torch.Tensor]) -> TokenLoss:
         """Return the loss of each predicted token.
 
-        logprobs_N: float32, of the present policy at the temperature that the token was sampled at, with a graph.
-        columns: each [N].
+        logprobs_N: float32 with a graph, logprob of each token under the present policy, at the temperature at which it
+        was sampled. columns: each [N].
         """

@@ -1,4 +1,4 @@
-"""RL algorithms by name. A plugin calls `register`; `build` is how a stage gets its own."""
+"""RL algorithms by name. A plugin calls `register`, and a stage calls `build`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -14,7 +14,7 @@ _ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"k2_5": K25, "rejection": Re
 
 
 def register(name: str, algorithm: Callable[..., Algorithm]) -> None:
-    """Offer the dataclass `algorithm` as `rl.algorithm=name`; its fields are set by `rl.options.<field>=<number>`."""
+    """Register the dataclass `algorithm` as `rl.algorithm=name`. `rl.options.<field>=<number>` sets its fields."""
     _ALGORITHMS[name] = algorithm
 
 
@@ -38,6 +38,6 @@ def build(config: RlConfig) -> Algorithm:
     for column in built.columns:
         if column not in COLUMNS:
             raise ConfigError(
-                f"rl.algorithm={config.algorithm} asks for the column {column!r}: there are {', '.join(COLUMNS)}"
+                f"rl.algorithm={config.algorithm} requests the column {column!r}: known are {', '.join(COLUMNS)}"
             )
     return built

@@ -1,4 +1,4 @@
-"""From the groups of a step to the rows that are trained on, and what their losses are divided by."""
+"""Selects the rows that a step trains on, and computes the divisor of their losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from moetrain.rl.protocol import Algorithm, Normalizer
 from moetrain.rollout.types import Trajectory
 
 _SMALLEST_GROUP = 2
-"""Scored trajectories that a baseline takes."""
+"""Smallest number of scored trajectories for a baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a step trains on. divisor: of the sum of token losses. num_small_groups: groups without a baseline."""
+    """Rows that a step trains on. divisor: of the sum of token losses. num_small_groups: groups without a baseline."""
 
     rows: list[Row]
     divisor: float
@@ -22,11 +22,11 @@ class Scored:
 
 
 def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malformed_penalty: float = 0.0) -> Scored:
-    """Return the segments that have an advantage.
+    """Return the segments that have an advantage other than 0.
 
-    Unscored trajectories are left out. So is a group of which fewer than two remain: it has no baseline. A segment
-    whose advantages are all 0 has no policy gradient; its tokens are counted all the same where the algorithm divides
-    by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`.
+    Unscored trajectories are excluded, and so are groups with fewer than two scored ones, which have no baseline. A
+    segment whose advantages are all 0 has no policy gradient. Its tokens still count in the divisor when the algorithm
+    divides by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`.
     """
     scored = [[trajectory for trajectory in group if trajectory.is_scored] for group in groups]
     kept = [group for group in scored if len(group) >= _SMALLEST_GROUP]

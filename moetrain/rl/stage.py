@@ -1,7 +1,7 @@
-"""What a step of RL is: collect trajectories with the present weights, turn them into columns, update the weights.
+"""A step of RL: collect trajectories with the present weights, turn them into columns, and update the weights.
 
-A step is a function of (weights, seed, step): tasks, sampling and tool failures come from named streams. The steps are
-taken by `train.loop`.
+A step is a function of (weights, seed, step): tasks, sampling and tool failures come from named streams. `train.loop`
+runs the steps.
 """
 
 import logging
@@ -40,11 +40,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RlStage:
-    """What the steps of RL are made of.
+    """Inputs of the steps of an RL stage.
 
-    first_task: number of the first task, beyond those of SFT. learning_rate: the rate of a step. identity, beginning:
-    see `train.loop.Training`. on_trajectories: is handed each step's trajectories. qk_clip: threshold of QK-Clip, None
-    is off.
+    first_task: number of the first task, after those of SFT. learning_rate: learning rate by step. identity, beginning:
+    see `train.loop.Training`. on_trajectories: called with each step's number and trajectories. qk_clip: threshold of
+    QK-Clip; None is off.
     """
 
     engine: Engine
@@ -66,7 +66,7 @@ class RlStage:
     beginning: Beginning = field(default_factory=Beginning)
 
     def tasks_before(self, step: int) -> int:
-        """Return how many tasks the steps of the run before step `step` use."""
+        """Return the number of tasks that the steps of the run before step `step` use."""
         used: int = self.beginning.data[TASKS_USED] if self.beginning.is_part else 0
         return used + (step - self.beginning.first_step) * self.rl.tasks_per_step
 
@@ -99,11 +99,11 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        _log.warning("step %d: no group has rewards that differ; the weights stay as they are", step + 1)
+        _log.warning("step %d: no group has rewards that differ; the weights are not updated", step + 1)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology
     if stage.rl.balance_losses is BalanceLosses.none:
-        balance = replace(balance, global_loss=0.0)  # nothing asks for its counts
+        balance = replace(balance, global_loss=0.0)  # its counts are not used
     updated = train_step(
         stage.engine,
         lambda counts: rl_objective(
@@ -139,7 +139,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
 
 
 def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> list[list[Trajectory]]:
-    """Return the step's trajectories by task, the same on every rank; each rank generates those of some tasks."""
+    """Return the step's trajectories by task, the same on every rank. Each rank generates those of some tasks."""
     topology, rl = stage.engine.topology, stage.rl
     first = stage.first_task + stage.tasks_before(step)
     requests = []

@@ -16,8 +16,9 @@ from moetrain.rollout.types import Trajectory
 class K25:
     """Loss of a token: -(clip(ratio) * advantage - tau * log(ratio)^2), over all sampled tokens of the step.
 
-    ratio is the policy's probability over the one the token was sampled with. Outside [ratio_low, ratio_high] the
-    clipped ratio is constant, so that the token has no policy gradient, whatever the sign of its advantage.
+    ratio is the token's probability under the present policy, divided by the probability with which it was sampled.
+    Outside [ratio_low, ratio_high] the clipped ratio is constant, so that the token has no policy gradient, for either
+    sign of its advantage.
     """
 
     ratio_low: float = 0.5
@@ -44,7 +45,7 @@ class K25:
         return centred(group_G)
 
     def token_loss(self, logprobs_N: torch.Tensor, *, columns: Mapping[str, torch.Tensor]) -> TokenLoss:
-        """Return the loss of each token, and how many tokens lie outside the window."""
+        """Return the loss of each token, and the number of tokens whose ratio is outside the window."""
         log_ratio_N = logprobs_N - columns["logprob"]
         ratio_N = log_ratio_N.exp()
         clipped_N = ratio_N.clamp(self.ratio_low, self.ratio_high)

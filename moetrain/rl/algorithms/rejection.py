@@ -1,4 +1,4 @@
-"""Rejection-sampled fine-tuning: the likelihood of the solved trajectories, the control that an RL gain must beat."""
+"""Rejection-sampled fine-tuning: maximises the likelihood of solved trajectories. A baseline for RL algorithms."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
