@@ -1,5 +1,4 @@
-"""Which charts a run has: learning, RL, expert load, success by number of calls. Each is empty when its numbers are not
-there."""
+"""The charts of a run: learning, RL, expert load, success by number of calls. A chart without data is empty."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from moetrain.report.plots import NUM_COLORS, Line, Rates, grid_chart, line_char
 from moetrain.report.stages import Run, Stage
 
 _WINDOW = 8
-"""Steps that the smooth line of a noisy metric averages."""
+"""Number of steps in the moving average of a noisy metric."""
 _VALIDATION = "validation/"
 _MAXVIO = "maxvio/"
 _CALLS = "success/calls_"
@@ -31,14 +30,14 @@ def learning_charts(stage: Stage) -> str:
         for number, name in enumerate(stage.metric_names(_VALIDATION))
     ]
     return line_chart(
-        f"{stage.name}: training loss", _smooth(stage, loss, color=0), x_name="step", y_name="nats a token"
+        f"{stage.name}: training loss", _smooth(stage, loss, color=0), x_name="step", y_name="nats per token"
     ) + line_chart(
-        f"{stage.name}: validation, by source", lines, x_name="step", y_name="nats a character; dashed: bigram"
+        f"{stage.name}: validation, by source", lines, x_name="step", y_name="nats per character; dashed: bigram"
     )
 
 
 def optimizer_charts(stage: Stage) -> str:
-    """Return gradient norm, learning rate, and the largest attention logit where it was measured."""
+    """Return the charts of gradient norm, learning rate, and the largest attention logit if it was measured."""
     norm = line_chart(
         f"{stage.name}: gradient norm", _smooth(stage, "grad_norm", color=3), x_name="step", y_name="before clipping"
     )
@@ -54,7 +53,7 @@ def optimizer_charts(stage: Stage) -> str:
 
 
 def rl_charts(stage: Stage) -> str:
-    """Return the charts of an RL stage: reward, success by calls and after tool errors, endings, what may go wrong."""
+    """Return the charts of an RL stage: reward, success, endings, groups with a signal, entropy and logprob gap."""
     names = [name for name in stage.metric_names(_CALLS) if name.removeprefix(_CALLS).isdecimal()]
     by_calls = sorted(names, key=lambda name: int(name.removeprefix(_CALLS)))
     after_error = _smooth(stage, "success/after_tool_error", color=1)
@@ -97,7 +96,7 @@ def rl_charts(stage: Stage) -> str:
                 f"{stage.name}: entropy of the policy",
                 _smooth(stage, "entropy", color=3),
                 x_name="step",
-                y_name="nats a token",
+                y_name="nats per token",
             ),
             line_chart(
                 f"{stage.name}: rollout against training",
@@ -110,7 +109,7 @@ def rl_charts(stage: Stage) -> str:
 
 
 def load_charts(stage: Stage) -> str:
-    """Return how evenly the experts are loaded, how far the bias had to go, how many idle, and the router's entropy."""
+    """Return the charts of expert load, range of the balance bias, idle experts and router entropy."""
     names = stage.metric_names(_MAXVIO)
     rows = [(_layer(name), stage.values(name)) for name in names]
     highest = max((value for _, points in rows for _, value in points), default=1.0)
@@ -156,7 +155,7 @@ def load_charts(stage: Stage) -> str:
 
 
 def success_charts(run: Run) -> str:
-    """Return a chart a mode: success by number of calls, each evaluation beside the others."""
+    """Return one chart per mode: success by number of calls, for all evaluations."""
     modes = list(dict.fromkeys(mode for stage in run.evaluations for mode in [*main_modes(stage), LONGER]))
     charts = []
     for mode in modes:
@@ -177,7 +176,7 @@ def _rates(summary: dict[str, Any] | None) -> dict[str, tuple[float, float, floa
 
 
 def _smooth(stage: Stage, name: str, *, color: int) -> Sequence[Line]:
-    """Return a metric as it is, faint, and its moving average."""
+    """Return two lines: the metric of each step, drawn faint, and its moving average."""
     points = stage.values(name)
     smooth = Line(name=name.replace("_", " "), points=_averaged(stage, name), color=color)
     return [Line(name=f"{name}, each step", points=points, color=color, is_faint=True), smooth]
@@ -188,6 +187,6 @@ def _averaged(stage: Stage, name: str) -> list[tuple[float, float]]:
 
 
 def _layer(name: str) -> str:
-    """Return a layer's number out of the name of its module."""
+    """Return the label of a layer, from the name of its module."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if numbers else name.removeprefix(_MAXVIO)

@@ -1,4 +1,4 @@
-"""What a report shows. No torch here."""
+"""Config of a report. Does not import torch."""
 
 from dataclasses import dataclass, field
 
@@ -7,12 +7,13 @@ from moetrain.ranges import NOT_NEGATIVE, check_ranges
 
 @dataclass(kw_only=True)
 class ReportConfig:
-    """A page, tables and a JSON file of one run."""
+    """Report of one run: a page, tables and JSON files."""
 
     stages: list[str] = field(default_factory=list)
-    """Folders of the stages, in the order to show them; none takes all of the run, each after those it takes."""
+    """Folders of the stages, in the order in which they are shown. Empty shows all stages of the run, each after the
+    stages that it depends on."""
     num_trajectories: int = 2
-    """Whole trajectories that are shown of each mode of an evaluation: this many right ones and as many wrong ones."""
+    """Complete trajectories to show per mode of an evaluation: up to this many right ones, and as many wrong ones."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -1,6 +1,6 @@
-"""The numbers of a run, out of its stages' files: what `results.json` holds and the tables are made of.
+"""Collects the numbers of a run from its stages' files, for `results.json` and the tables.
 
-Only what repeats to the last digit when a run is repeated: no times, no paths.
+`results` contains only numbers that a repetition of the run reproduces exactly: no times and no paths.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any
 from moetrain.report.stages import Kind, Run, Stage
 
 ERROR_FREE, LONGER = "greedy_error_free", "greedy_longer"
-"""Modes of an evaluation that are shown as rows of the others: tools that never fail, chains beyond those trained."""
+"""Modes that are rows in the columns of other modes: tools that never fail, and more calls than in training."""
 
 
 def results(run: Run) -> dict[str, Any]:
-    """Return the numbers of a run as plain JSON; a number that is not finite is null."""
+    """Return the numbers of a run as plain JSON, with null for numbers that are not finite."""
     content = {
         "run": run.name,
         "stages": {
@@ -42,10 +42,10 @@ def times(run: Run) -> dict[str, float]:
 
 
 def validation(run: Run) -> dict[str, dict[str, Any]]:
-    """Return by source nats a character after each stage, of the exported weights, and of the bigram model.
+    """Return nats per character by source: after each stage, of the exported weights, and of the bigram model.
 
-    The bigram and the held-out rows are those of the first stage that reads the source; a later stage that holds other
-    rows out, longer ones say, is left to its own chart. Sources of the first stage come first.
+    The bigram model and the held-out rows are those of the first stage that reads the source. A later stage with other
+    held-out rows, for example longer ones, is shown only in its own chart. Sources of the first stage come first.
     """
     sources: dict[str, dict[str, Any]] = {}
     held_out: dict[str, tuple[int, int]] = {}
@@ -65,12 +65,12 @@ def validation(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _rows(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Return what tells held-out rows apart: their characters and their predicted tokens."""
+    """Return what identifies a set of held-out rows: its numbers of characters and of predicted tokens."""
     return row["characters"], row["targets"]
 
 
 def sizes(run: Run) -> dict[str, dict[str, Any]]:
-    """Return by weights their bytes as exported, and of the same weights with bf16 experts."""
+    """Return the size of each set of weights in bytes: as exported, and with experts in bf16."""
     found: dict[str, dict[str, Any]] = {}
     for stage in run.of_kind(Kind.export):
         report = {**stage.export.get("report", {}), **stage.summary}
@@ -87,7 +87,7 @@ def sizes(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def digests(run: Run) -> dict[str, dict[str, str]]:
-    """Return by stage the digests of what it read or wrote: sources, tokenizer, exported files."""
+    """Return the digests of what each stage read or wrote: sources, tokenizer, exported files."""
     found: dict[str, dict[str, str]] = {}
     for stage in run.stages:
         read = {**stage.summary.get("digests", {}), **stage.evaluation.get("digests", {})}
@@ -100,12 +100,12 @@ def digests(run: Run) -> dict[str, dict[str, str]]:
 
 
 def main_modes(stage: Stage) -> list[str]:
-    """Return the modes of an evaluation that are columns of their own."""
+    """Return the modes of an evaluation that have their own columns."""
     return [mode for mode in stage.evaluation.get("modes", {}) if mode not in (ERROR_FREE, LONGER)]
 
 
 def mode_title(mode: str) -> str:
-    """Return a mode's name as a reader meets it."""
+    """Return a mode's name as shown in the report."""
     if mode.startswith("sampled_t"):
         return f"sampled T={mode.removeprefix('sampled_t')}"
     titles = {ERROR_FREE: "greedy, tools never fail", LONGER: "greedy, longer chains"}

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, coloured by the page's style sheet so that they follow dark mode. No scripts, no files.
+"""Charts as inline SVG without scripts or files, coloured by the page's style sheet so that they follow dark mode.
 
-Three kinds: lines over steps, rates with intervals over a category, and a grid of cells for what has a row a layer or
-a number of calls. Every string that comes in is escaped.
+There are three kinds: lines over steps, rates with intervals by category, and grids with one row per series (a layer,
+or a number of calls). All strings are escaped.
 """
 
 import math
@@ -12,15 +12,15 @@ from html import escape
 WIDTH, HEIGHT = 440, 256
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 42
 MAX_POINTS = 240
-"""Points a line has at most; neighbours are averaged beyond that."""
+"""Largest number of points of a line; neighbours are averaged to reach it."""
 NUM_COLORS = 6
-"""Colours of the style sheet, `--c0` on."""
+"""Number of line colours in the style sheet, `--c0` and up."""
 _MIN_TICKS = 4
 
 
 @dataclass(kw_only=True)
 class Line:
-    """One line: its points in order of x, the number of its colour, a level to compare it with, drawn dashed."""
+    """One line. points: (x, y) in order of x. color: number of its colour. level: y of a dashed reference line."""
 
     name: str
     points: list[tuple[float, float]]
@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(kw_only=True)
 class Rates:
-    """Rates by category: (value, low, high), shares of 1."""
+    """Rates by category, as (value, low, high) between 0 and 1."""
 
     name: str
     rates: dict[str, tuple[float, float, float]]
@@ -46,12 +46,12 @@ class _Scale:
     end: float
 
     def at(self, value: float) -> float:
-        """Return the place of a value on the canvas."""
+        """Return the coordinate of a value on the canvas."""
         return self.start + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.start)
 
 
 def line_chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, from_zero: bool = False) -> str:
-    """Return lines over steps; empty when there is no finite point. A value that is not finite is left out."""
+    """Return lines over steps, without values that are not finite; empty when there is no finite point."""
     shown = [(line, _thinned([point for point in line.points if math.isfinite(point[1])])) for line in lines]
     shown = [(line, points) for line, points in shown if points]
     if not shown:
@@ -77,7 +77,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, f
 
 
 def rate_chart(title: str, series: Sequence[Rates], *, x_name: str) -> str:
-    """Return rates in percent with their intervals, side by side in each category; empty without any."""
+    """Return rates in percent with their intervals, side by side in each category; empty when there are none."""
     categories = list(dict.fromkeys(name for one in series for name in one.rates))
     if not categories:
         return ""
@@ -103,7 +103,10 @@ def rate_chart(title: str, series: Sequence[Rates], *, x_name: str) -> str:
 def grid_chart(
     title: str, rows: Sequence[tuple[str, list[tuple[float, float]]]], *, low: float, high: float, unit: str
 ) -> str:
-    """Return a grid: a row a series, a column some steps, the cell's depth their mean from `low` to `high`."""
+    """Return a grid with a row per series and a column per range of steps.
+
+    The opacity of a cell shows the mean of its values, from `low` (faint) to `high` (full). Empty when there are none.
+    """
     shown = [(name, [point for point in points if math.isfinite(point[1])]) for name, points in rows]
     shown = [(name, points) for name, points in shown if points]
     if not shown:
@@ -143,7 +146,7 @@ def grid_chart(
 
 
 def moving_average(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Return each point's mean with up to `window - 1` before it: a line never knows what comes later."""
+    """Return the mean of each point and up to `window - 1` points before it."""
     return [
         (step, sum(value for _, value in points[max(0, end - window + 1) : end + 1]) / min(window, end + 1))
         for end, (step, _) in enumerate(points)
@@ -162,7 +165,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most `MAX_POINTS` points, each the mean of as many neighbours as that takes."""
+    """Return at most `MAX_POINTS` points, each the mean of the same number of neighbours."""
     size = -(-len(points) // MAX_POINTS)
     if size <= 1:
         return points
@@ -217,7 +220,7 @@ def _text(x: float, y: float, said: str, *, anchor: str) -> str:
 
 
 def _said(value: float) -> str:
-    """Return a number of an axis: `2k` for 2000."""
+    """Return the label of a number on an axis, such as `20k` for 20000."""
     if abs(value) >= 10_000 and value % 1000 == 0:
         return f"{value / 1000:g}k"
     return f"{value:.6g}"

@@ -1,6 +1,6 @@
-"""The page of a run, `report.html`: one file that one can send to a colleague. Nothing is fetched, nothing is scripted.
+"""The page of a run, `report.html`: a single file without scripts or external resources.
 
-A section whose stage has not run is left out, and the page says so.
+A section whose stage has not run is left out, and the page names it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ from moetrain.report.table import (
 from moetrain.report.trace_page import chosen, pairs, read_traces, trajectory_html
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser lets the page do: nothing but style itself, whatever a model wrote into a trajectory."""
-_FEW_COLUMNS = 3  # fit a telephone's screen
-_SETTLED = ("compute_dtype", "kernels")
-_TELLING = [
+"""Content security policy: the browser applies inline styles and nothing else, whatever a trajectory contains."""
+_FEW_COLUMNS = 3  # number of columns that fits a phone screen
+_RESOLVED = ("compute_dtype", "kernels")
+_SHOWN_SETTINGS = [
     (
         "model",
         ("hidden_size", "num_layers", "num_experts", "num_experts_per_token", "num_shared_experts", "vocab_size"),
@@ -48,11 +48,11 @@ _TELLING = [
     ("export", ("format",)),
     ("parallel", ("engine", "expert", "zero")),
 ]
-"""Fields of each section that the summary of a stage names, where it has them; the whole config folds open below."""
+"""Fields of each section of the config that the page shows per stage; the whole config is in a collapsed element."""
 
 
 def run_page(run: Run, *, num_trajectories: int) -> str:
-    """Return the page. `num_trajectories`: right ones and wrong ones a mode that can be read."""
+    """Return the page. num_trajectories: number of right trajectories, and of wrong ones, to show per mode."""
     sections = [
         ("task", "The task", _task(run), "no evaluation has recorded its task"),
         ("success", "What it can do", _success(run), "no evaluation has finished"),
@@ -106,7 +106,7 @@ def table_html(table: Table, *, is_titled: bool = True) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """Return the headline: what stands first in a message to a colleague."""
+    """Return the headline numbers."""
     tiles: list[tuple[str, str]] = []
     if run.evaluations:
         last = run.evaluations[-1]
@@ -130,7 +130,7 @@ def _tiles(run: Run) -> str:
 
 
 def _task(run: Run) -> str:
-    """Return which task family was evaluated, and the tools that it offers."""
+    """Return the task family that was evaluated, and its tools."""
     found = next((stage.evaluation["task"] for stage in reversed(run.evaluations) if "task" in stage.evaluation), None)
     if found is None:
         return ""
@@ -150,7 +150,7 @@ def _success(run: Run) -> str:
 
 
 def _endings(run: Run) -> str:
-    """Return why trajectories ended, and what was wrong with the answers, as counts."""
+    """Return the table with counts of endings, and of the reasons of grades."""
     columns = [(stage, mode) for stage in run.evaluations for mode in stage.evaluation["modes"]]
     rows = []
     for group, prefix in (("endings", ""), ("grades", "answered: ")):
@@ -183,7 +183,7 @@ def _int4(run: Run) -> str:
 
 
 def _verified(run: Run) -> Table | None:
-    """Return what `moetrain verify` measured."""
+    """Return the table of the measurements of `moetrain verify`."""
     rows = [
         [row["name"], f"{row['value']:.6g}", f"{row['bound']:.6g}", "ok" if row["is_kept"] else "MISSED", row["note"]]
         for stage in run.stages
@@ -214,7 +214,7 @@ def _trajectories(run: Run, count: int) -> str:
 
 
 def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]], count: int) -> list[str]:
-    """Return tasks that the last evaluation got right and the one it is compared with got wrong, in one mode."""
+    """Return tasks of one mode that the last evaluation solved and the evaluation that it is compared with did not."""
     if len(run.evaluations) < 2:
         return []
     last = run.evaluations[-1]
@@ -248,7 +248,7 @@ def _making(run: Run) -> str:
     notes = []
     if parameters:
         notes.append(
-            f"{parameters['total']:,} parameters, {parameters['active_with_head']:,} active a token, "
+            f"{parameters['total']:,} parameters, {parameters['active_with_head']:,} active per token, "
             f"{parameters['routed']:,} in routed experts"
         )
     notes += [line for stage in run.stages[-1:] for line in _machine(stage)]
@@ -278,7 +278,7 @@ def _making(run: Run) -> str:
 
 
 def _costs(run: Run) -> Table:
-    """Return when each stage ran and by which version, the tokens that it saw, its speed and its memory."""
+    """Return the table with each stage's start, version, tokens, speed and memory."""
     rows = []
     for stage in run.stages:
         made, summary = stage.made_by, stage.summary
@@ -300,7 +300,7 @@ def _costs(run: Run) -> Table:
 
 
 def _machine(stage: Stage) -> Iterator[str]:
-    """Yield the machine that a stage ran on, where it was recorded."""
+    """Yield the machine that a stage ran on, if it was recorded."""
     made = stage.made_by
     if made.get("processor"):
         device = f", {made['device']}" if made.get("device") else ""
@@ -308,14 +308,14 @@ def _machine(stage: Stage) -> Iterator[str]:
 
 
 def _settings(stage: Stage) -> Iterator[str]:
-    """Yield the settings of a stage that say most, as it settled them."""
-    for section, names in _TELLING:
+    """Yield the main settings of a stage by section."""
+    for section, names in _SHOWN_SETTINGS:
         values: Any = stage.config
         for part in section.split("."):
             values = values.get(part) if isinstance(values, dict) else None
         if isinstance(values, dict) and values.get("enabled") is not False:
-            if section == "train":  # what it came to, where the config leaves it to the machine
-                values = values | {name: stage.summary[name] for name in _SETTLED if name in stage.summary}
+            if section == "train":  # the values in use, where the config leaves the choice to the machine
+                values = values | {name: stage.summary[name] for name in _RESOLVED if name in stage.summary}
             said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if said:
                 yield f"{section}: {said}"
@@ -326,5 +326,5 @@ def _time(seconds: float | None) -> str:
 
 
 def _charts(parts: Sequence[str]) -> str:
-    """Return charts side by side where there is room; empty without any."""
+    """Return charts side by side if the screen is wide enough; empty when there are none."""
     return f'<div class="charts">{"".join(parts)}</div>\n' if any(parts) else ""

@@ -1,6 +1,6 @@
-"""What the files of a stage hold that a report reads, as JSON Schema: a file that was damaged is found at its door.
+"""JSON Schemas of the stage files that a report reads, so that a damaged file is refused when it is read.
 
-Only what is read is described; other fields may be there.
+They describe only the fields that are read; other fields are allowed.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ import jsonschema
 from moetrain.errors import DataError
 
 Schema = Mapping[str, Any]
-_LONGEST = 200  # characters of what is said to be wrong
+_LONGEST = 200  # characters of an error message
 
 
 def _object(required: Mapping[str, Any] | None = None, **optional: Any) -> dict[str, Any]:
-    """Return the schema of an object with these fields; others may be there."""
+    """Return the schema of an object with these fields; other fields are allowed."""
     needed = dict(required or {})
     return {"type": "object", "required": list(needed), "properties": {**needed, **optional}}
 
 
 def _each(value: Mapping[str, Any], *, names: str = "") -> dict[str, Any]:
-    """Return the schema of an object whose values are alike; `names` is a pattern of theirs."""
+    """Return the schema of an object whose values all have the schema `value`. names: pattern of its keys."""
     return {"type": "object", "additionalProperties": value, "propertyNames": {"pattern": names}}
 
 
@@ -51,7 +51,7 @@ CONFIG_SHAPE: Schema = _object(
     continue_from=_TEXT_OR_NULL,
     eval=_object(before=_TEXT_OR_NULL, codes_before=_TEXT_OR_NULL),
 )
-"""`config.yaml`. What a section is that only the page shows is open: `model` is a name in that of `verify faults`."""
+"""`config.yaml`, without sections that the page only prints: `model` is a string in the config of `verify faults`."""
 SUMMARY_SHAPE: Schema = {
     **_object(
         validation=_each(
@@ -120,7 +120,7 @@ TRACE_SHAPE: Schema = _object(
 
 
 def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]:
-    """Return what was read from `place`; `DataError` names the first field that is not of the shape."""
+    """Return `content`, read from `place`. Raises DataError that names the first field that does not fit the schema."""
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(content))
     if error is None:
         found: dict[str, Any] = content
@@ -131,12 +131,12 @@ def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]
 
 
 def checked_metrics(rows: list[dict[str, Any]], *, place: Path) -> list[dict[str, Any]]:
-    """Return the rows of `metrics.jsonl` without values that are null, which stands for NaN and infinity.
+    """Return the rows of `metrics.jsonl` without null values, which stand for NaN and infinity.
 
-    `DataError` names a value that is not a number.
+    Raises DataError that names a value that is not a number.
     """
     for row in rows:
         for name, value in row.items():
             if not isinstance(value, int | float | None):
-                raise DataError(f"{place}: step {row['step']}: {name} is no number; the file is damaged: repair it")
+                raise DataError(f"{place}: step {row['step']}: {name} is not a number; the file is damaged: repair it")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]

@@ -1,7 +1,7 @@
-"""The folder of a run, read: what each stage wrote, and which stage trained the weights that another one takes.
+"""Reads the folder of a run: the files of each stage, and which stage trained the weights that another stage uses.
 
-A stage is known by the sections of its `config.yaml`, not by its name, so that any recipe can be reported. What a stage
-has not written yet is empty here; what it wrote and cannot be read is an error that names the file.
+The kind of a stage follows from the sections of its `config.yaml` and not from its name, so that any recipe can be
+reported. A file that a stage has not written yet is empty here. A file that cannot be read is an error that names it.
 """
 
 import json
@@ -43,15 +43,15 @@ class Kind(StrEnum):
 
 
 _SECTIONS = {"rl": Kind.rl, "eval": Kind.evaluation, "export": Kind.export, "optim": Kind.training}
-"""A section of the config that only this kind has, the first that is found."""
+"""Kind of a stage by the section of its config that determines it; the first match counts."""
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """One stage as its folder tells.
+    """One stage, read from its folder.
 
-    trained_by: the stage whose weights it is about, itself when it trains. weights: a name for those weights that no
-    other stage of this kind has.
+    trained_by: name of the stage that trained its weights; its own name when it trains. weights: name of those weights,
+    unique among the stages of this kind.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Stage:
     verification: dict[str, Any]
     """`verify.json`."""
     done: dict[str, Any]
-    """`done.json`, which `moetrain run` writes: its seconds."""
+    """`done.json`, which `moetrain run` writes."""
     made_by: dict[str, Any]
     """`made_by.json`: version, date, machine."""
     trained_by: str
@@ -76,16 +76,16 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the stage wrote what it writes last."""
+        """Whether the stage wrote its last file."""
         last = {Kind.evaluation: self.evaluation, Kind.other: self.verification or self.done}
         return bool(last.get(self.kind, self.summary))
 
     def values(self, name: str) -> list[tuple[float, float]]:
-        """Return (step, value) of a metric, in the order it was written."""
+        """Return (step, value) of a metric, in the order in which they were written."""
         return [(row["step"], row[name]) for row in self.metrics if name in row]
 
     def metric_names(self, prefix: str) -> list[str]:
-        """Return the metrics whose name begins with `prefix`, in the order they first appear."""
+        """Return the names of metrics that begin with `prefix`, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.metrics for name in row if name.startswith(prefix)))
 
 
@@ -113,9 +113,9 @@ class Run:
 
 
 def read_run(folder: Path, stages: Sequence[str]) -> Run:
-    """Return the run in `folder`; `stages` are folders in their order, none takes all that have a config.
+    """Return the run in `folder`. stages: folders in the order to show; empty takes all that have a config.
 
-    Raises `ConfigError` when there is nothing to report, `DataError` when a file cannot be read.
+    Raises ConfigError when there is nothing to report, and DataError when a file cannot be read.
     """
     beside = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
     wanted = [Path(stage).expanduser() for stage in stages] or _ordered(beside)
@@ -155,7 +155,7 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
 
 
 def _ordered(beside: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
-    """Return the stages' folders of a run, each after those that its config names; by name where that is open."""
+    """Return the stages' folders of a run, each after those that its config names; otherwise sorted by name."""
     configs = {path: config for path, config in beside.items() if not path.name.endswith(".previous")}
 
     def depth(path: Path, trail: tuple[Path, ...] = ()) -> int:
@@ -166,13 +166,13 @@ def _ordered(beside: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
 
 
 def _origin(config: Mapping[str, Any], configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
-    """Return the folder of the stage of this run that a config takes its weights from."""
+    """Return the folder of the stage of this run from which a config takes its weights; None if there is none."""
     named = config.get("init_from") or config.get("continue_from")
     return _stage_at(named, configs) if isinstance(named, str) else None
 
 
 def _stage_at(text: str, configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:
-    """Return the stage whose folder, as its own config or this machine has it, holds the path `text`."""
+    """Return the stage whose folder contains the path `text`: its present folder, or the one in its config."""
     if "/" not in text:
         return None
     path = Path(text).expanduser().resolve()
@@ -185,7 +185,7 @@ def _stage_at(text: str, configs: Mapping[Path, Mapping[str, Any]]) -> Path | No
 
 
 def _root(path: Path, configs: Mapping[Path, Mapping[str, Any]]) -> Path:
-    """Return the training stage that a stage is about: itself, or the nearest one up the chain of weights."""
+    """Return the stage that trained a stage's weights: itself if it trains, else the nearest one before it."""
     seen: set[Path] = set()
     while "optim" not in configs[path] and path not in seen:
         seen.add(path)
@@ -205,7 +205,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _json(path: Path, shape: Schema) -> dict[str, Any]:
-    """Return the object in a JSON file, empty when there is no file."""
+    """Return the object in a JSON file; empty when the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -216,11 +216,11 @@ def _json(path: Path, shape: Schema) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    """Return a stage's config, empty when there is no file."""
+    """Return a stage's config; empty when the file does not exist."""
     if not path.is_file():
         return {}
     try:
         content = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not text, or an invalid date
         raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]}): run its stage again") from None
     return checked(content, CONFIG_SHAPE, place=path)

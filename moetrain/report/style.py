@@ -1,4 +1,4 @@
-"""The style sheet of the page: light and dark, phone and desk, with nothing fetched from anywhere."""
+"""The style sheet of the page, for light and dark mode and all screen widths, without external resources."""
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fcfcfb;--card:#fff;--ink:#1b1d20;--dim:#63686f;--rule:#e4e4e0;--good:#17794a;

@@ -1,6 +1,6 @@
-"""The tables of a run as text: made once, shown on the terminal, in Markdown and in the page.
+"""The tables of a run as text, for the terminal, for Markdown and for the page.
 
-They hold only numbers that repeat when a run is repeated with its seed.
+They contain only numbers that a repetition of the run with the same seed reproduces.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,32 +18,32 @@ from moetrain.report.numbers import ERROR_FREE, LONGER, main_modes, mode_title, 
 from moetrain.report.stages import Run, Stage
 
 NONE = "-"
-"""What stands where there is no number."""
+"""Shown in place of a missing number."""
 _MAIN = ["all", "after tool error"]
-_PADDING = 3  # what rich puts around a cell of this style
+_PADDING = 3  # characters that rich adds to a cell of this style
 _BYTES_PER_MB = 1_000_000
 
 
 @dataclass(kw_only=True)
 class Table:
-    """Rows of text under a header; the first cell names the row. `notes` stand below."""
+    """Rows of text under a header. The first cell is the name of the row. notes: lines below the table."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     main_rows: list[str] = field(default_factory=list)
-    """First cells of the rows that stand out."""
+    """First cells of the rows that are highlighted."""
 
 
 def tables(run: Run) -> list[Table]:
-    """Return the tables of what a run has numbers for."""
+    """Return the tables for which the run has numbers."""
     made = [validation_table(run), success_table(run), difference_table(run), int4_table(run), size_table(run)]
     return [table for table in made if table is not None]
 
 
 def validation_table(run: Run) -> Table | None:
-    """Return nats a character by source: the bigram model, after each stage, and of the exported weights."""
+    """Return nats per character by source: of the bigram model, after each stage, and of the exported weights."""
     found = validation(run)
     if not found:
         return None
@@ -61,11 +61,11 @@ def validation_table(run: Run) -> Table | None:
     header = ["source", "bigram", *(f"after {name}" for name in stages), *(f"{name}, exported" for name in exports)]
     firsts = sorted({row["bigram_of"] for row in found.values() if row["bigram_of"]})
     notes = [f"bigram: Witten-Bell, fitted on the training split of {' and '.join(firsts)}"] if firsts else []
-    return Table(title="Validation loss, nats a character (lower is better)", header=header, rows=rows, notes=notes)
+    return Table(title="Validation loss, nats per character (lower is better)", header=header, rows=rows, notes=notes)
 
 
 def success_table(run: Run) -> Table | None:
-    """Return held-out success in percent with 95 % intervals, by number of calls; a column an evaluation and mode."""
+    """Return held-out success in percent with 95 % intervals, by number of calls. Columns: evaluation and mode."""
     columns = [(stage, mode) for stage in run.evaluations for mode in main_modes(stage)]
     if not columns:
         return None
@@ -95,7 +95,7 @@ def success_table(run: Run) -> Table | None:
 
 
 def difference_table(run: Run) -> Table | None:
-    """Return how success differs from an earlier evaluation of the same tasks."""
+    """Return the paired differences of success to an earlier evaluation of the same tasks."""
     rows = [
         [
             f"{stage.weights} {mode_title(mode)}",
@@ -159,7 +159,7 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
 
 
 def show(made: Sequence[Table], console: Console) -> None:
-    """Print tables; one that is too wide is cut into several that fit, each with its first column."""
+    """Print tables. A table that is too wide is divided into several, each with the first column."""
     for table in chain.from_iterable(_fitting(whole, console.width) for whole in made):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for number, name in enumerate(table.header):
@@ -173,7 +173,7 @@ def show(made: Sequence[Table], console: Console) -> None:
 
 
 def _fitting(table: Table, width: int) -> Iterator[Table]:
-    """Yield a table in parts of at most `width` characters; the notes stay with the last."""
+    """Yield a table in parts of at most `width` characters. The last part has the notes."""
     widths = [
         _PADDING + max(len(line) for cell in column for line in _in_two_lines(cell).split("\n"))
         for column in ([name, *(row[number] for row in table.rows)] for number, name in enumerate(table.header))
@@ -185,7 +185,7 @@ def _fitting(table: Table, width: int) -> Iterator[Table]:
             end += 1
         yield replace(
             table,
-            title=table.title if start == 1 else f"{table.title}, going on",
+            title=table.title if start == 1 else f"{table.title}, continued",
             header=[table.header[0], *table.header[start:end]],
             rows=[[row[0], *row[start:end]] for row in table.rows],
             notes=table.notes if end == len(widths) else [],
@@ -227,27 +227,27 @@ def _calls(summaries: Iterator[Mapping[str, Any]]) -> list[str]:
 
 
 def _graded(evaluation: dict[str, Any]) -> list[str]:
-    """Return what the graders give to two policies whose results are known."""
+    """Return the success rates of two policies with known results, as a check of the graders."""
     graders = evaluation.get("graders")
     if not graders:
         return []
     said = f"graders, on {graders['num_tasks']} tasks: a null policy {100 * graders['null_policy']:g} %"
-    perfect = graders.get("perfect_demonstrator", graders.get("perfect_expert"))  # the name in older evaluations
+    perfect = graders.get("perfect_demonstrator", graders.get("perfect_expert"))  # the key in older evaluations
     return [said if perfect is None else f"{said}, the perfect demonstrator {100 * perfect:g} %"]
 
 
 def _divergence(stage: Stage) -> str:
-    """Return how far the export is from its masters, and how many of its codes training has changed."""
+    """Return the divergence of an export from its masters, and the share of its codes that training has changed."""
     row, changes, said = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
     if row and row["mean_kl"] is None:
         said.append("KL(bf16 || INT4) is not finite")
     elif row:
-        said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats a token on average, at most {row['max_kl']:.3g}")
-        said.append(f"likeliest token changed at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
+        said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats per token on average, at most {row['max_kl']:.3g}")
+        said.append(f"most likely token differs at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
     if changes:
         earlier = PurePath(stage.config["eval"].get("codes_before") or "earlier weights").name
         codes, scales = 100 * changes["code_flip_rate"], 100 * changes["scale_change_rate"]
-        said.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales are not those of {earlier}")
+        said.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales differ from those of {earlier}")
     return "; ".join(said)
 
 

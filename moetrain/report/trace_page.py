@@ -1,7 +1,7 @@
-"""Whole trajectories as HTML that one reads turn by turn: question, thinking, call, result, answer, verdict.
+"""Complete trajectories as HTML, turn by turn: question, thinking, call, result, answer, verdict.
 
-What a model wrote may be anything, HTML too: every piece of it is escaped. The text is cut at the template's special
-tokens and shown as it stands; a turn whose markers do not nest is shown with those markers.
+A model can write any text, including HTML, so all of it is escaped. The text is split at the template's special tokens
+and shown unchanged. A turn whose markers do not nest is shown with these markers.
 """
 
 import json
@@ -35,15 +35,15 @@ _SAID_BY = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
 _QUIET = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
 _DECLARATION = "tool_declare"
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-"""Pictures of control characters, which an untrained model writes too."""
+"""Visible symbols for control characters, which an untrained model can write."""
 
 
 @dataclass(kw_only=True)
 class Block:
-    """A part of a turn: its kind, a label, a text.
+    """A part of a turn.
 
-    Kinds: system, declaration (of tools), question, thinking, call, result, answer, marker (one that is out of
-    place, or what follows it).
+    kind: system, declaration (of tools), question, thinking, call, result, answer, or marker (a marker that is out of
+    place, or the text after it). label: for example the id of a call.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Block:
 
 
 def read_traces(path: Path) -> list[dict[str, Any]]:
-    """Return the trajectories in a JSONL file, empty when there is none; `DataError` names the line that is broken."""
+    """Return the trajectories in a JSONL file; empty when it does not exist. Raises DataError that names a bad line."""
     if not path.is_file():
         return []
     traces = []
@@ -66,7 +66,7 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
 
 
 def blocks(text: str) -> list[Block]:
-    """Return the parts of a conversation's text, special tokens spelt out, in their order."""
+    """Return the parts of a conversation, in order. text: the conversation with the names of special tokens."""
     found: list[Block] = []
     speaker = kind = label = ""
     pieces = _MARKERS.split(text)
@@ -107,9 +107,9 @@ def _block(kind: str, label: str, text: str) -> Block:
 
 
 def chosen(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, Any]]:
-    """Return up to `count` right and as many wrong trajectories.
+    """Return up to `count` right trajectories, then up to `count` wrong ones.
 
-    Those that met a tool failure come first, then those of more calls: they show most.
+    Those with a tool failure come first, then those that require more calls.
     """
     order = sorted(
         traces, key=lambda trace: (-min(trace["num_transient_errors"], 1), -(trace["num_calls_needed"] or 0))
@@ -120,7 +120,7 @@ def chosen(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, An
 
 
 def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
-    """Return one trajectory, to fold open."""
+    """Return one trajectory as a collapsible element."""
     grade = trace["grade"]
     verdict = "right" if grade["success"] else "wrong"
     errors = trace["num_transient_errors"]
@@ -153,7 +153,7 @@ def _block_html(block: Block) -> str:
 
 
 def _indented(text: str) -> str:
-    """Return JSON with its structure in lines, other text as it is."""
+    """Return JSON with indentation, and other text unchanged."""
     try:
         return json.dumps(json.loads(text), indent=1)
     except ValueError:
@@ -163,7 +163,7 @@ def _indented(text: str) -> str:
 def pairs(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the same tasks in two evaluations, wrong before and right after."""
+    """Yield the trajectories of the same task in two evaluations, for tasks that were wrong before and right after."""
     earlier = {(trace["task"], trace["num_calls_needed"]): trace for trace in before}
     for trace in chosen(after, count=len(after)):
         other = earlier.get((trace["task"], trace["num_calls_needed"]))

@@ -1,6 +1,6 @@
-"""Writes a run's report: the page, and its numbers as JSON and Markdown. Each file appears whole or not at all.
+"""Writes a run's report: the page, and its numbers as JSON and Markdown. Each file is written atomically.
 
-`results.json` and `results.md` repeat to the last digit when a run does; `times.json` has what a clock gave.
+A repetition of the run reproduces `results.json` and `results.md` exactly. `times.json` contains measured times.
 """
 
 from pathlib import Path

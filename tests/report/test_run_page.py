@@ -56,7 +56,7 @@ def test_the_page_shows_every_part_of_a_run(finished: Path) -> None:
         "codes that differ",
         "The same task, before and after",
         "config of rl_eval",
-        "5,000 parameters, 1,200 active a token",
+        "5,000 parameters, 1,200 active per token",
         "0123456789abcdef",
         "1:20 in all stages",
         "Task family database",
