@@ -271,7 +271,7 @@ def _distinct(documents: Iterable[TokenizedDocument]) -> list[TokenizedDocument]
 def _split(
     tokenized: Mapping[str, list[TokenizedDocument]], keys: Mapping[str, list[str]], *, fraction: float
 ) -> tuple[dict[str, list[TokenizedDocument]], dict[str, list[TokenizedDocument]]]:
-    """Return training and validation documents. A document held out of one source is trained on in no source."""
+    """Return training and validation documents. Documents held out in one source are excluded from training in all."""
     held_out: dict[str, list[TokenizedDocument]] = {}
     training: dict[str, list[TokenizedDocument]] = {}
     for name, documents in tokenized.items():

@@ -98,7 +98,7 @@ class TokenizerConfig:
     """Tokens of a trained tokenizer, including special tokens; at most model.vocab_size. Null uses model.vocab_size, or
     fewer when the texts do not contain enough different pairs."""
     max_characters: int = 4_000_000
-    """Characters of the mixture that the tokenizer is trained on."""
+    """Largest number of characters of the mixture that the tokenizer is trained on."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -24,7 +24,7 @@ class Ending(StrEnum):
 UNSCORED = frozenset({Ending.max_seconds, Ending.environment_failed, Ending.prompt_too_long})
 """Endings that the model did not cause: such trajectories are excluded from rewards, baselines and updates."""
 REPLACED = frozenset({Ending.max_seconds, Ending.environment_failed})
-"""Endings after which a new attempt at the same task may end otherwise."""
+"""Endings after which a new attempt at the same task may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
