@@ -113,7 +113,7 @@ def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
 def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str, Any]:
     """Return the success rate of an empty answer, and of the demonstrator without mistakes if the family has one.
 
-    Tasks whose environment fails are left out of the rate of the empty answer.
+    Tasks whose environment or demonstrator fails are left out of the rate in question.
     """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
@@ -122,12 +122,20 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
     null = [grade.success for task, stream in zip(tasks, streams, strict=True) if (grade := _null(task, stream))]
     found = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}
     if isinstance(family, Demonstrates):
-        graded = [
-            family.demonstrate(task, stream, perfect=True)[1].success
-            for task, stream in zip(tasks, streams, strict=True)
-        ]
-        found["perfect_demonstrator"] = sum(graded) / num_tasks
+        shown = [_shown(family, task, stream=stream) for task, stream in zip(tasks, streams, strict=True)]
+        graded = [grade.success for grade in shown if grade is not None]
+        if graded:
+            found["perfect_demonstrator"] = sum(graded) / len(graded)
     return found
+
+
+def _shown(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
+    """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
+    try:
+        return family.demonstrate(task, stream, perfect=True)[1]
+    except Exception as error:  # the boundary to environments that are not ours
+        _log.warning("graders: the demonstrator failed: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _null(task: Task, stream: int) -> Grade | None:

@@ -45,10 +45,12 @@ class World:
         call, limit = self._environment.call, self._config.call_deadline_s
         try:
             observation = await self._act(lambda: call(name, arguments), f"a call of {name[:40]}", limit_s=limit)
-        except ToolError as error:
-            return Observation(text=f"error: {error}", is_error=True)
         except _Late:
             return Observation(text=f"error: timeout after {limit:g} s", is_error=True, is_transient=True)
+        except EnvironmentFailure as error:
+            if isinstance(error.__cause__, ToolError):
+                return Observation(text=f"error: {error.__cause__}", is_error=True)
+            raise
         if not isinstance(observation, Observation):
             raise EnvironmentFailure(f"a call of {name[:40]} returned {type(observation).__name__}, not Observation")
         if not isinstance(observation.text, str):
@@ -83,7 +85,7 @@ class World:
             except TransientError as error:
                 if attempt == self._config.max_retries:
                     raise EnvironmentFailure(f"{what}: {error} ({attempt + 1} attempts)") from error
-            except (ToolError, EnvironmentFailure):
+            except EnvironmentFailure:
                 raise
             except (Exception, SystemExit) as error:  # a plugin's code may raise anything
                 raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error

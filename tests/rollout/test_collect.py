@@ -72,6 +72,13 @@ class Ungraded(World):
         raise TimeoutError("judge")
 
 
+class Misgraded(World):
+    """Raises in its grader what is meant for mistakes of the model."""
+
+    def grade(self, answer: str) -> Grade:
+        raise ToolError("no such file")
+
+
 class Unclosed(World):
     """Fails when it is closed."""
 
@@ -107,6 +114,7 @@ class Counting(World):
         (Unmade, "making it: ConnectionError: sandbox: no free container"),
         (Uncalled, "a call of look: KeyError"),
         (Ungraded, "grading: TimeoutError: judge"),
+        (Misgraded, "grading: ToolError: no such file"),
         (Unclosed, "closing it: ConnectionError"),
         (Exiting, "a call of look: "),
         (Mistyped, "a call of look returned str, not Observation"),

@@ -1,0 +1,32 @@
+"""What a task family's own grader says of a policy that does nothing and of the demonstrator."""
+
+import pytest
+
+from moetrain.chat.messages import Message
+from moetrain.eval.runner import check_graders
+from moetrain.tasks.protocol import Grade
+from tests.even_task import EvenFamily
+
+
+class Unreliable(EvenFamily):
+    """A family whose demonstrator fails for every second task, or for all."""
+
+    def __init__(self, *, works_at: int) -> None:
+        self.works_at = works_at
+        self.num_made = 0
+
+    def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+        self.num_made += 1
+        if self.num_made % self.works_at:
+            raise ConnectionError("no free container")
+        return [], Grade(reward=1.0, reason="right")
+
+
+def test_a_demonstrator_that_fails_is_left_out_of_its_rate(caplog: pytest.LogCaptureFixture) -> None:
+    found = check_graders(Unreliable(works_at=2), num_tasks=6, seed=0)
+    assert found["perfect_demonstrator"] == 1.0
+    assert "graders: the demonstrator failed: ConnectionError: no free container" in caplog.text
+
+
+def test_a_demonstrator_that_always_fails_has_no_rate() -> None:
+    assert "perfect_demonstrator" not in check_graders(Unreliable(works_at=100), num_tasks=3, seed=0)
