@@ -243,21 +243,33 @@ def _output(hidden_BTD: torch.Tensor, blocks: list[BlockStatistics], *, num_expe
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Set each tensor to values drawn from (seed, name, global expert id), so that every layout starts with equal
-    weights.
-
-    Norm gains are 1, balance biases 0, matrices Gaussian with the config's standard deviation.
-    """
-    std = model.config.initializer_range
-    first_expert = model.expert_slice.indices(model.config.num_experts)[0]
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-        elif parameter.ndim == 2:
-            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=torch_stream(seed, name)))
-        else:
-            for local, weight in enumerate(parameter):
-                stream = torch_stream(seed, name, first_expert + local)
-                weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=stream))
+    """Set each parameter as `initialize_parameter` does, and each buffer (a balance bias) to zero."""
+    for name, _ in model.named_parameters():
+        initialize_parameter(model, name, seed=seed)
     for _, buffer in model.named_buffers():
         buffer.zero_()
+
+
+@torch.no_grad()
+def initialize_parameter(model: Transformer, name: str, *, seed: int) -> None:
+    """Set the parameter `name` of `model` to values drawn from (seed, name, global expert id), equal in every layout.
+
+    Norm gains are 1, matrices Gaussian with the config's standard deviation. Values are drawn on the CPU, so that every
+    device starts with the same.
+    """
+    parameter = model.get_parameter(name)
+    if parameter.ndim == 1:
+        parameter.fill_(1.0)
+    elif parameter.ndim == 2:
+        _draw(parameter, torch_stream(seed, name), std=model.config.initializer_range)
+    else:
+        first_expert = model.expert_slice.indices(model.config.num_experts)[0]
+        for local, weight in enumerate(parameter):
+            _draw(weight, torch_stream(seed, name, first_expert + local), std=model.config.initializer_range)
+
+
+def _draw(weight: torch.Tensor, generator: torch.Generator, *, std: float) -> None:
+    if weight.device.type == "cpu":
+        weight.normal_(std=std, generator=generator)
+    else:
+        weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=generator))

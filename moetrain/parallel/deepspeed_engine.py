@@ -43,7 +43,16 @@ from moetrain.parallel.state import (
     read_into,
 )
 from moetrain.parallel.topology import Topology
-from moetrain.parallel.zero import ParameterShards, Shards, VectorShards, mark_units, stage_3_settings
+from moetrain.parallel.zero import (
+    ParameterInitializer,
+    ParameterShards,
+    Shards,
+    VectorShards,
+    hold_no_values,
+    mark_units,
+    partition_one_by_one,
+    stage_3_settings,
+)
 
 T = TypeVar("T")
 
@@ -78,7 +87,11 @@ class DeepSpeedEngine:
         optim_config: OptimConfig,
         zero_stage: int,
         compute_dtype: torch.dtype,
+        initialize_parameter: ParameterInitializer,
     ) -> None:
+        """Wrap a model. Under ZeRO 3 it is on the meta device, and `initialize_parameter` sets each parameter."""
+        if zero_stage == PARTITIONING_STAGE:
+            hold_no_values(model, device=topology.device)
         self.model = model
         self.topology = topology
         self.config = optim_config
@@ -93,10 +106,14 @@ class DeepSpeedEngine:
         self.optimizer = PartitionedOptimizer(
             self._groups(), config=optim_config, dtype=compute_dtype, library=model.library
         )
+        module = _ObjectiveModule(model, adapter=self._adapter())
+        config = self._deepspeed_config(zero_stage)
+        if zero_stage == PARTITIONING_STAGE:
+            partition_one_by_one(model, initialize_parameter, device=topology.device, config=config)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=_ObjectiveModule(model, adapter=self._adapter()),
+            model=module,
             optimizer=self.optimizer,
-            config=self._deepspeed_config(zero_stage),
+            config=config,
             dist_init_required=False,
         )
         kind: type[ParameterShards] | type[VectorShards]

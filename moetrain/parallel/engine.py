@@ -1,5 +1,7 @@
 """The door that builds a training engine, and the names that its users need."""
 
+from functools import partial
+
 import torch
 
 from moetrain.errors import ConfigError
@@ -7,7 +9,7 @@ from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 from moetrain.model.moe import Dispatcher, LocalDispatcher
 from moetrain.model.recompute import set_recompute
-from moetrain.model.transformer import Transformer, initialize
+from moetrain.model.transformer import Transformer, initialize, initialize_parameter
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import PARTITIONING_STAGE, EngineName, ParallelConfig
 from moetrain.parallel.dispatch import AllToAllDispatcher
@@ -47,15 +49,22 @@ def build_engine(
         parallel_config=parallel_config,
         quant_config=quant_config,
         compute_dtype=compute_dtype,
-        seed=seed,
         library=library,
     )
+    if parallel_config.zero != PARTITIONING_STAGE or parallel_config.engine == EngineName.torch:
+        model.to_empty(device=topology.device)
+        initialize(model, seed)
     if parallel_config.engine == EngineName.torch:
         return TorchEngine(model, topology, optim_config=optim_config, compute_dtype=compute_dtype)
     from moetrain.parallel.deepspeed_engine import DeepSpeedEngine  # imports deepspeed, which takes seconds
 
     return DeepSpeedEngine(
-        model, topology, optim_config=optim_config, zero_stage=parallel_config.zero, compute_dtype=compute_dtype
+        model,
+        topology,
+        optim_config=optim_config,
+        zero_stage=parallel_config.zero,
+        compute_dtype=compute_dtype,
+        initialize_parameter=partial(initialize_parameter, model, seed=seed),
     )
 
 
@@ -66,27 +75,26 @@ def _build_model(
     parallel_config: ParallelConfig,
     quant_config: QuantConfig,
     compute_dtype: torch.dtype,
-    seed: int,
     library: Library | None = None,
 ) -> Transformer:
-    """Return this rank's part of the model, on its device: all of it but the experts, and its share of those."""
+    """Return this rank's part of the model on the meta device: all of it but the experts, and its share of those."""
     num_local = config.num_experts // topology.expert_size
     first = topology.expert_rank * num_local
     limit = parallel_config.expert_rows
     dispatcher: Dispatcher = LocalDispatcher(expert_rows=limit)
     if topology.expert_size > 1:
         dispatcher = AllToAllDispatcher(topology, num_experts=config.num_experts, expert_rows=limit)
-    model = Transformer(
-        config,
-        compute_dtype=compute_dtype,
-        library=library,
-        dispatcher=dispatcher,
-        expert_slice=slice(first, first + num_local),
-    )
-    initialize(model, seed)
+    with torch.device("meta"):
+        model = Transformer(
+            config,
+            compute_dtype=compute_dtype,
+            library=library,
+            dispatcher=dispatcher,
+            expert_slice=slice(first, first + num_local),
+        )
     if quant_config.enabled:
         # ZeRO 3 holds no weight whole between calls; quantised copies that stay would undo that.
         keep = Keep.call if parallel_config.zero == PARTITIONING_STAGE else Keep.step
         apply([layer.experts for _, layer in model.moe_layers()], quant_config, keep=keep)
     set_recompute(model, parallel_config.recompute)
-    return model.to(topology.device)
+    return model

@@ -56,6 +56,7 @@ class ExpertAdapter(AutoEPMoELayer):  # type: ignore[misc]
         self.ep_group = None
         self.folding_group_handles = None
         self.tp_group = None
+        _, process_group = expert_groups(expert_size)
         for module in experts:
             for param in module.parameters():
                 param.allreduce = False  # type: ignore[attr-defined]
@@ -63,3 +64,4 @@ class ExpertAdapter(AutoEPMoELayer):  # type: ignore[misc]
                 # What ZeRO 3 asks for instead: it cuts these over the ranks that hold the same experts.
                 param.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
                 param.ds_zero_partition_group_name = self.ep_group_name  # type: ignore[attr-defined]
+                param.ds_zero_partition_process_group = process_group  # type: ignore[attr-defined]

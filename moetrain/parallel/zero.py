@@ -5,12 +5,14 @@ that it steps are a part of them; stage 3 keeps parts alone and brings weights t
 owns them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module
+from torch import nn
 
 from moetrain.model.attention import Attention
 from moetrain.model.layers import FeedForward
@@ -24,6 +26,53 @@ from moetrain.parallel.state import read_into
 
 _UNITS = (Attention, FeedForward, Experts)
 """Modules whose weights ZeRO 3 brings together at once; none of them mixes experts with what all ranks share."""
+
+
+ParameterInitializer = Callable[[str], None]
+"""Sets the model's parameter of this name in place."""
+
+
+def hold_no_values(model: Transformer, *, device: torch.device) -> None:
+    """Move a model from the meta device to `device`: a parameter keeps its shape but stores one element only.
+
+    Buffers are set to zero.
+    """
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(1, device=device).expand(param.shape)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
+class _SetOneByOne(nn.Module):
+    """What `zero.Init` iterates over: it partitions a parameter before it asks for the next one."""
+
+    def __init__(self, model: Transformer, initialize_parameter: ParameterInitializer, *, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.initialize_parameter = initialize_parameter
+        self.device = device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield each parameter with its initial values."""
+        for name, param in self.model.named_parameters(recurse=recurse):
+            param.data = torch.empty(param.shape, device=self.device)
+            self.initialize_parameter(name)
+            yield param
+
+
+def partition_one_by_one(
+    model: Transformer, initialize_parameter: ParameterInitializer, *, device: torch.device, config: Mapping[str, Any]
+) -> None:
+    """Set and partition one parameter after another: a rank holds its shards and one whole parameter, never the model.
+
+    model: made by `hold_no_values`, its experts marked by `ExpertAdapter`. config: DeepSpeed's. Collective.
+    """
+    deepspeed.zero.Init(
+        module=_SetOneByOne(model, initialize_parameter, device=device),
+        config_dict_or_path=dict(config),
+        dtype=torch.float32,
+    )
 
 
 def mark_units(model: Transformer) -> None:

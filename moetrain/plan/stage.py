@@ -103,18 +103,28 @@ def _bytes_of_weights(model: ModelConfig, parallel: ParallelConfig, *, local: in
 def _bytes_of_start(model: ModelConfig, parallel: ParallelConfig, *, local: int, owned: float, states: float) -> int:
     """Return the peak per rank while the engine is built.
 
-    A rank first fills its whole part of the model in float32, under ZeRO 3 too. ZeRO 1 and 2 then copy this part into
-    flat vectors, parameter group by parameter group, and allocate a second copy of the owned masters, which is freed
-    after the optimizer state exists. ZeRO 3 replaces one parameter after another by the shard that the rank owns,
-    copies the shards twice, and allocates the gradients.
+    Under ZeRO 1 and 2 a rank fills its whole part of the model in float32, copies it into flat vectors, parameter group
+    by parameter group, and allocates a second copy of the owned masters, which is freed after the optimizer state
+    exists. Under ZeRO 3 a rank fills one parameter after another and keeps the shard that it owns. It then copies the
+    shards, allocates the gradients, and gathers each parameter once; the optimizer state follows after one copy is
+    freed. Memory that the ranks of a node share to gather weights is not counted.
     """
     if parallel.engine is EngineName.torch:
         elements = local * (1 + states)
     elif parallel.zero != PARTITIONING_STAGE:
         elements = max(2 * local, local + owned * (1 + states))
     else:
-        elements = max(local + _largest_unit(model, parallel), owned * (2 + max(states, 1)))
+        elements = max(3 * owned + _largest_parameter(model, parallel), owned * (2 + states))
     return round(elements * _FLOAT32)
+
+
+def _largest_parameter(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return the size of the largest parameter: an embedding, or gate and up of all local experts of a layer."""
+    embedding = model.vocab_size * model.hidden_size
+    if not model.num_moe_layers:
+        return max(embedding, model.intermediate_size * model.hidden_size)
+    local_experts = model.num_experts // parallel.expert
+    return max(embedding, local_experts * 2 * model.moe_intermediate_size * model.hidden_size)
 
 
 def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:

@@ -82,15 +82,15 @@ def _rows(plan: StagePlan) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{counts.total:,}"),
         ("of routed experts", f"{counts.routed:,}"),
-        ("active a token, with the head", f"{counts.active_with_head:,}"),
+        ("active per token, with the head", f"{counts.active_with_head:,}"),
         ("tokens, at most", f"{plan.tokens:,}"),
         ("operations", f"{plan.flops:.3g} FLOPs"),
-        ("parameters in memory, a rank", _bytes(plan.bytes_parameters)),
+        ("parameters in memory, per rank", _bytes(plan.bytes_parameters)),
         ("gradients", _bytes(plan.bytes_gradients)),
         ("optimizer", _bytes(plan.bytes_optimizer)),
-        ("activations, about", _bytes(plan.bytes_activations)),
-        ("memory, a rank", _bytes(plan.bytes_total)),
-        ("memory at the start, a rank", _bytes(plan.bytes_start)),
+        ("activations, approximately", _bytes(plan.bytes_activations)),
+        ("memory per rank", _bytes(plan.bytes_total)),
+        ("peak per rank while the engine is built", _bytes(plan.bytes_start)),
     ]
 
 

@@ -50,7 +50,7 @@ def _commands(folder: Path) -> Path:
 
 def test_the_guide_to_models_can_be_followed(tmp_path: Path) -> None:
     printed = follow("add-a-model.md", tmp_path)
-    assert "parameters" in printed and "memory, a rank" in printed
+    assert "parameters" in printed and "memory per rank" in printed
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(ModelConfig(num_experts=16))))
     run = compose("sft", [f"init_from={tmp_path}", "model.yarn.factor=4", "model.max_position_embeddings=8192"])
     assert (run.model.num_experts, run.model.yarn.factor, run.model.max_position_embeddings) == (16, 4, 8192)

@@ -275,7 +275,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 def test_a_dry_run_writes_nothing(finished: Path, tmp_path: Path) -> None:
     done = moetrain("run", f"recipe={finished / 'mine'}", "dry_run=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout and "memory, a rank" in done.stdout
+    assert "parameters" in done.stdout and "memory per rank" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert json.loads((finished / "runs" / "mine" / "pretrain" / "summary.json").read_text())["steps"] == 3
 
