@@ -7,6 +7,7 @@ paired. The caller reads the weights.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
-from moetrain.rollout.world import EnvironmentFailure, run_alone
+from moetrain.rollout.world import EnvironmentFailure, make_task, run_alone
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.protocol import Demonstrates, Grade, MakesLengths, Split, Task, TaskFamily
@@ -81,7 +82,7 @@ def run_mode(
     requests = [
         RolloutRequest(
             task_index=index,
-            task=_task(family, index, calls),
+            task=make_task(partial(_task, family, index, calls)),
             sample=0,
             stream=seed_of(seed, "eval", index, calls or 0),
         )
@@ -117,7 +118,7 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
     """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
-    tasks = [family.task(Split.held_out, index) for index in range(num_tasks)]
+    tasks = [make_task(partial(family.task, Split.held_out, index)) for index in range(num_tasks)]
     streams = [seed_of(seed, "graders", index) for index in range(num_tasks)]
     null = [grade.success for task, stream in zip(tasks, streams, strict=True) if (grade := _null(task, stream))]
     found = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}

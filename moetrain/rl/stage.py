@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
+from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.train.config import TrainConfig
@@ -99,7 +101,8 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        _log.warning("step %d: no group has rewards that differ; the weights are not updated", step + 1)
+        why = "every environment failed" if values["unscored"] == 1.0 else "no group has rewards that differ"
+        _log.warning("step %d: %s; the weights are not updated", step + 1, why)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology
     if stage.rl.balance_losses is BalanceLosses.none:
@@ -146,7 +149,7 @@ def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> l
     for index in range(first, first + rl.tasks_per_step):
         if index % topology.world_size != topology.rank:
             continue
-        task = stage.family.task(Split.train, index)
+        task = make_task(partial(stage.family.task, Split.train, index))
         for sample in range(rl.group_size):
             stream = seed_of(stage.seed, "rollout", step, index, sample)
             requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))

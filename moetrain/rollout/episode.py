@@ -106,6 +106,8 @@ class Episode:
     def _prompt(self, family: TaskFamily, *, declare_tools: bool) -> list[int]:
         try:
             return prompt_tokens(self._task, family, tokenizer=self._tokenizer, declare_tools=declare_tools)
+        except EnvironmentFailure:
+            raise
         except Exception as error:  # a plugin's code may raise anything
             raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
 

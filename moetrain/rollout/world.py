@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
-from moetrain.errors import RolloutError, ToolError, TransientError
+from moetrain.chat.messages import Message
+from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.protocol import Environment, Grade, InlineTask, Observation, Task
 
@@ -21,6 +22,32 @@ T = TypeVar("T")
 
 class EnvironmentFailure(RolloutError):  # noqa: N818  names what failed
     """An environment could not be made, called, graded or closed, through no fault of the model."""
+
+
+class FailedTask:
+    """Stands for a task that could not be made: its trajectories end because their environment failed."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Raise `EnvironmentFailure`."""
+        raise EnvironmentFailure(self._reason)
+
+    def environment(self, stream: int) -> Environment:
+        """Raise `EnvironmentFailure`."""
+        raise EnvironmentFailure(self._reason)
+
+
+def make_task(make: Callable[[], Task]) -> Task:
+    """Return the task that `make` returns, or a `FailedTask` when it raises anything but `ConfigError`."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except Exception as error:  # a plugin's code may raise anything
+        return FailedTask(f"making the task: {type(error).__name__}: {error}")
 
 
 class World:

@@ -4,8 +4,8 @@ import pytest
 
 from moetrain.chat.messages import Message
 from moetrain.eval.runner import check_graders
-from moetrain.tasks.protocol import Grade
-from tests.even_task import EvenFamily
+from moetrain.tasks.protocol import Grade, Split
+from tests.even_task import EvenFamily, EvenTask
 
 
 class Unreliable(EvenFamily):
@@ -30,3 +30,17 @@ def test_a_demonstrator_that_fails_is_left_out_of_its_rate(caplog: pytest.LogCap
 
 def test_a_demonstrator_that_always_fails_has_no_rate() -> None:
     assert "perfect_demonstrator" not in check_graders(Unreliable(works_at=100), num_tasks=3, seed=0)
+
+
+class Patchy(EvenFamily):
+    """A family that cannot make every second task."""
+
+    def task(self, split: Split, index: int) -> EvenTask:
+        if index % 2:
+            raise FileNotFoundError(f"question {index}")
+        return super().task(split, index)
+
+
+def test_a_task_that_cannot_be_made_is_left_out_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+    assert check_graders(Patchy(), num_tasks=6, seed=0)["num_tasks"] == 3
+    assert "making the task: FileNotFoundError: question 5" in caplog.text

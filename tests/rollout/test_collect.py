@@ -13,6 +13,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ToolError, TransientError
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.types import Ending
+from moetrain.rollout.world import make_task
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
 from tests.rollout.scripted import (
     ANSWER,
@@ -105,6 +106,18 @@ class Counting(World):
 
     def call(self, name: str, arguments: str) -> Observation:
         return Observation(text=5)  # type: ignore[arg-type]
+
+
+def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> WorldTask:
+        raise FileNotFoundError("question 1")
+
+    good, broken = play([WorldTask(make=World), make_task(fail)], tokenizer, max_replacements=1)
+    assert good.is_scored and good.reward == 1.0
+    assert broken.ending is Ending.environment_failed and not broken.is_scored
+    assert "making the task: FileNotFoundError: question 1" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [WorldTask, InlineWorldTask])
