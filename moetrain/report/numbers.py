@@ -56,12 +56,17 @@ def validation(run: Run) -> dict[str, dict[str, Any]]:
                 {"bigram": row.get("bigram_nats_per_character"), "bigram_of": stage.name, "stages": {}, "exports": {}},
             )
             if _rows(row) == held_out.setdefault(source, _rows(row)):
-                entry["stages"][stage.name] = row["nats_per_character"]
+                entry["stages"][stage.name] = _or_nan(row["nats_per_character"])
     for stage in run.evaluations:
         for source, value in stage.evaluation.get("language", {}).items():
             entry = sources.setdefault(source, {"bigram": None, "bigram_of": None, "stages": {}, "exports": {}})
-            entry["exports"][stage.weights] = value
+            entry["exports"][stage.weights] = _or_nan(value)
     return sources
+
+
+def _or_nan(value: float | None) -> float:
+    """Return a number as read from JSON, where null stands for NaN."""
+    return math.nan if value is None else value
 
 
 def _rows(row: Mapping[str, Any]) -> tuple[int, int]:

@@ -56,7 +56,7 @@ SUMMARY_SHAPE: Schema = {
     **_object(
         validation=_each(
             _object(
-                {"nats_per_character": _NUMBER, "characters": _WHOLE, "targets": _WHOLE},
+                {"nats_per_character": _NUMBER_OR_NULL, "characters": _WHOLE, "targets": _WHOLE},
                 bigram_nats_per_character={"type": ["number", "null"]},
             )
         ),
@@ -79,7 +79,7 @@ EVALUATION_SHAPE: Schema = _object(
     ),
     trained_calls={"type": "array", "items": _WHOLE},
     task=_object({"name": _TEXT, "tools": _each(_TEXT)}),
-    language=_each(_NUMBER),
+    language=_each(_NUMBER_OR_NULL),
     divergence=_object({**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _WHOLE}),
     digests=_object(),
     code_changes=_object({"code_flip_rate": _NUMBER, "scale_change_rate": _NUMBER}),

@@ -84,3 +84,13 @@ def _write(path: Path, content: Any) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     else:
         path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content), encoding="utf-8")
+
+
+def test_a_validation_that_is_not_finite_is_shown(own: Path) -> None:
+    path = own / "sft" / "summary.json"
+    summary = json.loads(path.read_text())
+    for row in summary["validation"].values():
+        row["nats_per_character"] = None  # how NaN is written
+    path.write_text(json.dumps(summary))
+    write_report(read_run(own, []), ReportConfig(), folder=own / "report")
+    assert "nan" in (own / "report" / "report.html").read_text()
