@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv beside the repository's files and installs moetrain into it, at the tested versions.
-# The second call is fast: it does nothing when neither pyproject.toml nor the constraints changed.
+# Creates .venv in the repository and installs moetrain into it with the tested versions of its dependencies.
+# Does nothing if pyproject.toml and the constraints have not changed since the last call.
 # PYTHON=python3.12 chooses the interpreter, VENV=/path the folder.
 set -euo pipefail
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
@@ -22,7 +22,7 @@ if [[ ! -x "$venv/bin/python" ]]; then
         if fits "$candidate"; then python="$candidate"; break; fi
     done
     if [[ -z "$python" ]]; then
-        echo "install: no Python 3.11 or newer found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); name one with PYTHON=" >&2
+        echo "install: Python 3.11 or newer not found (tried ${PYTHON:-python3 python3.11 python3.12 python3.13}); give one with PYTHON=" >&2
         exit 2
     fi
     "$python" -m venv "$venv"
@@ -35,30 +35,30 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
     exit 0
 fi
 
-# No compiling of all that comes: what moetrain imports is compiled at the end.
+# Packages are installed without bytecode; the modules that moetrain imports are compiled at the end.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
-# torch comes first and alone: a machine that offers a CPU build of this version then keeps it.
+# torch is installed first, so that a machine whose index offers a CPU build of this version keeps that build.
 pip install --no-compile "$(grep '^torch==' launch/constraints.txt)"
 took "torch"
 pip install --no-compile -c launch/constraints.txt -e '.[dev]'
 took "moetrain and its dependencies"
 
-# Every stage is a process of its own, which would compile what it imports again where PYTHONDONTWRITEBYTECODE is set.
+# Each stage is a process; with PYTHONDONTWRITEBYTECODE set, each would compile its imports again.
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" launch/import_all.py 2>"$venv/import.log" || { cat "$venv/import.log" >&2; exit 1; }
-took "bytecode of what is imported"
+took "bytecode of the imported modules"
 
-# Compiled when first needed; done here, it is done once.
+# The kernels would be compiled at first use; here they are compiled during installation.
 if command -v g++ >/dev/null; then
     log="$venv/kernels.log"
     if "$venv/bin/python" -c 'from moetrain.kernels.build import load; load()' >"$log" 2>&1; then
         took "native kernels"
     else
         tail -n 1 "$log" >&2
-        echo "install: the native kernels were not built (log: $log); training on a CPU takes torch's, which are slower" >&2
+        echo "install: the native kernels were not built (log: $log); training on a CPU uses torch's kernels, which are slower" >&2
     fi
 else
-    echo "install: no g++ here: training on a CPU uses torch's kernels, which are slower than the native ones" >&2
+    echo "install: g++ not found: training on a CPU uses torch's kernels, which are slower than the native ones" >&2
 fi
 
 echo "$wanted" >"$stamp"

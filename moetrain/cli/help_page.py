@@ -1,18 +1,24 @@
-"""`--help`: every field of a command with its type, its default and the docstring below the field."""
+"""`--help`: every field of a command with its type, its default and the docstring below the field.
+
+Fields of plugins are listed too: of those that installed packages register, and of those given as `plugins=`.
+"""
 
 import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, data_folder
+from moetrain.run.plugins import load_plugins
+from moetrain.tasks import registry as tasks
 
 _WIDTH = 110
+_OVERVIEW_WIDTH = 120
 
 
 def overview() -> str:
@@ -21,14 +27,21 @@ def overview() -> str:
     summaries = {name: _summary(schema) for name, schema in SCHEMAS.items()}
     summaries["check"] = "Check every config and recipe, or the command line that follows, without running it."
     width = max(map(len, summaries)) + 2
-    lines += [f"  {name:<{width}}{summary}" for name, summary in summaries.items()]
+    for name, summary in summaries.items():
+        lines += textwrap.wrap(
+            summary,
+            width=_OVERVIEW_WIDTH,
+            initial_indent=f"  {name:<{width}}",
+            subsequent_indent=" " * (width + 2),
+            break_on_hyphens=False,
+        )
     recipes = sorted(path.parent.name for path in data_folder("recipes").glob("*/recipe.yaml"))
     lines += ["", f"recipes: {', '.join(recipes)}"]
     return "\n".join(lines)
 
 
-def command_page(command: str) -> str:
-    """Return the text of `moetrain COMMAND --help`."""
+def command_page(command: str, *, words: Sequence[str] = ()) -> str:
+    """Return the text of `moetrain COMMAND --help`. words: the other words of the command line."""
     if command == "check":
         return (
             "moetrain check                      compose and check every config and recipe\n"
@@ -42,7 +55,8 @@ def command_page(command: str) -> str:
             choices = sorted(path.stem for path in groups[name].glob("*.yaml"))
             lines.append(f"  {name}={{{','.join(choices)}}}")
     lines.append("")
-    for key, kind, default, doc in _fields(schema, compose_defaults(command), ""):
+    load_plugins(compose(command, [word for word in words if word.startswith("plugins=")]).plugins)
+    for key, kind, default, doc in [*_fields(schema, compose_defaults(command), ""), *_plugin_fields(schema)]:
         lines.append(f"  {key} ({kind}) = {default}")
         lines += textwrap.wrap(doc, width=_WIDTH, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -51,6 +65,31 @@ def command_page(command: str) -> str:
 def compose_defaults(command: str) -> Any:
     """Return the config of a command without overrides, whose values the help shows as defaults."""
     return compose(command, [])
+
+
+def _plugin_fields(schema: type) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the fields of task families and RL algorithms that are not part of the command's config."""
+    sections = get_type_hints(schema)
+    if "task" in sections:
+        for name, options in tasks.option_schemas().items():
+            yield from _fields(options, _defaults(options), f"task.{name}.")
+    if "rl" in sections:
+        from moetrain.rl.registry import registered  # loads torch
+
+        for name, algorithm in registered().items():
+            for key, kind, default, doc in _fields(algorithm, _defaults(algorithm), "rl.options."):
+                yield f"{key}, of rl.algorithm={name}", kind, default, doc
+
+
+def _defaults(schema: Any) -> types.SimpleNamespace:
+    """Return the default of each field of a dataclass, and `required` for a field without one."""
+    return types.SimpleNamespace(**{field.name: _default(field) for field in fields(schema)})
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return "required" if field.default is MISSING else field.default
 
 
 def _summary(schema: type) -> str:

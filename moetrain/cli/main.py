@@ -73,7 +73,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     command, rest = split_command(words)
     if any(word in ("-h", "--help") for word in rest):
-        print(help_page.command_page(command))
+        print(help_page.command_page(command, words=rest))
         return 0
     if command == "check":
         return check.main(rest)

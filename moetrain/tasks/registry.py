@@ -31,6 +31,11 @@ def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, opt
     _FAMILIES[name] = _Row(factory=factory, options=options)
 
 
+def option_schemas() -> dict[str, type]:
+    """Return the dataclasses of the families' own settings, by family; without those of this package."""
+    return {name: row.options for name, row in _FAMILIES.items() if row.options is not None}
+
+
 def build(config: TaskConfig, seed: int) -> TaskFamily:
     """Return the task family that `config` names. Raises ConfigError that names the key."""
     if config.name not in _FAMILIES:

@@ -45,6 +45,7 @@ def test_the_overview_separates_each_command_from_its_summary(capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     for command in [*SCHEMAS, "check"]:
         assert any(line.startswith(f"  {command}  ") for line in lines), command
+    assert all(len(line) <= 120 for line in lines)
 
 
 @pytest.mark.parametrize(("sent", "message"), [(b"\xff", "not UTF-8 at byte 0"), (b"\n", "standard input is empty")])
@@ -62,6 +63,38 @@ def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFi
     assert "  optim.name (muon|adamw) = muon\n      Optimizer of the hidden matrices.\n" in page
     assert "  model.q_lora_rank (int or null) = 96\n" in page
     assert "  model={deepseek_v3,k2_bench,k2_nano," in page
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from moetrain.rl.algorithms.rejection import Rejection
+from moetrain.rl.registry import register as register_algorithm
+from moetrain.tasks.registry import register
+
+@dataclass(kw_only=True)
+class Sums:
+    largest: int = 99
+    """Largest summand."""
+
+@dataclass(kw_only=True)
+class Odd(Rejection):
+    width: float
+    """Width of the bound."""
+
+register("sums", lambda config, seed: None, options=Sums)
+register_algorithm("odd", Odd)
+'''
+
+
+def test_help_shows_the_settings_of_plugins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "sums_and_odd.py"
+    path.write_text(PLUGIN)
+    code = f"from moetrain.cli.main import main; main(['rl', 'plugins=[{path}]', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "  task.sums.largest (int) = 99\n      Largest summand.\n" in done.stdout
+    assert "  rl.options.width, of rl.algorithm=odd (float) = required\n      Width of the bound.\n" in done.stdout
+    assert "  rl.options.tau, of rl.algorithm=k2_5 (float) = 0.001\n" in done.stdout
 
 
 @pytest.mark.parametrize("threads", [1, 2])
