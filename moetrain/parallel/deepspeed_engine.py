@@ -1,7 +1,8 @@
-"""The engine of every real run: DeepSpeed's ZeRO 1, 2 or 3 over any number of processes, one included.
+"""The default engine: DeepSpeed's ZeRO 1, 2 or 3 over any number of processes, including one.
 
-DeepSpeed runs in float32: parameters are the masters, and the model casts them in its products. Its JSON is made here
-from checked values. Gradient accumulation is ours, so that the number of micro-batches may differ from step to step.
+DeepSpeed runs in float32: the parameters are the masters, and the model casts them for its matrix products. Its JSON
+config is built here from checked values. Gradient accumulation is done here, not by DeepSpeed, so that the number of
+micro-batches may differ from step to step.
 """
 
 import math
@@ -17,7 +18,12 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.optim.muon import parameter_rule
 from moetrain.parallel.config import PARTITIONING_STAGE
-from moetrain.parallel.deepspeed_internals import check_contract, quieten, share_memory, spare_the_compiler
+from moetrain.parallel.deepspeed_internals import (
+    check_contract,
+    filter_log_messages,
+    skip_compiler_import,
+    use_host_memory,
+)
 from moetrain.parallel.expert import ExpertAdapter, group_name
 from moetrain.parallel.optimizer import PartitionedOptimizer
 from moetrain.parallel.partition import Slot, slots_of
@@ -27,9 +33,9 @@ from moetrain.parallel.protocol import (
     Piece,
     StateReader,
     StepReport,
-    forget_rounded,
+    invalidate_quantized,
     on_device,
-    report_of,
+    step_report,
 )
 from moetrain.parallel.state import (
     STATE_NAMES,
@@ -48,21 +54,21 @@ from moetrain.parallel.zero import (
     ParameterShards,
     Shards,
     VectorShards,
-    hold_no_values,
-    mark_units,
-    partition_one_by_one,
-    stage_3_settings,
+    allocate_placeholders,
+    initialize_and_partition,
+    mark_gather_units,
+    stage_3_config,
 )
 
 T = TypeVar("T")
 
 _LARGEST_BUCKET = 1 << 20
-"""Elements of small gradients that ZeRO 1 and 2 gather and sum at once; a larger gradient is summed where it lies."""
+"""Bucket size of ZeRO 1 and 2 in elements: small gradients are summed together, larger ones in place."""
 _LARGEST_BUCKET_OF_STAGE_3 = 1 << 26  # 256 MB in float32
 
 
 class _ObjectiveModule(nn.Module):
-    """What DeepSpeed wraps: its forward is what one does with the model, so that DeepSpeed's hooks see all of it."""
+    """The module that DeepSpeed wraps. All uses of the model go through its forward, so that DeepSpeed's hooks run."""
 
     def __init__(self, model: Transformer, *, adapter: ExpertAdapter | None) -> None:
         super().__init__()
@@ -72,7 +78,7 @@ class _ObjectiveModule(nn.Module):
     def forward(
         self, function: Callable[[Transformer, TokenBatch], tuple[Any, ...]], batch: TokenBatch
     ) -> tuple[Any, ...]:
-        """Return what `function` makes of the model and `batch`."""
+        """Return `function(model, batch)`."""
         return function(self.model, batch)
 
 
@@ -89,27 +95,27 @@ class DeepSpeedEngine:
         compute_dtype: torch.dtype,
         initialize_parameter: ParameterInitializer,
     ) -> None:
-        """Wrap a model. Under ZeRO 3 it is on the meta device, and `initialize_parameter` sets each parameter."""
+        """Wrap a model. Under ZeRO 3 it must be on the meta device; `initialize_parameter` sets its parameters."""
         if zero_stage == PARTITIONING_STAGE:
-            hold_no_values(model, device=topology.device)
+            allocate_placeholders(model, device=topology.device)
         self.model = model
         self.topology = topology
         self.config = optim_config
         self.experts = expert_parameter_names(model) if topology.expert_size > 1 else set()
         self.parameters = {name: tuple(param.shape) for name, param in model.named_parameters()}
         check_contract()
-        quieten()
-        spare_the_compiler()
-        share_memory(deepspeed.comm.comm.cdb)
+        filter_log_messages()
+        skip_compiler_import()
+        use_host_memory(deepspeed.comm.comm.cdb)
         if zero_stage == PARTITIONING_STAGE:
-            mark_units(model)
+            mark_gather_units(model)
         self.optimizer = PartitionedOptimizer(
             self._groups(), config=optim_config, dtype=compute_dtype, library=model.library
         )
         module = _ObjectiveModule(model, adapter=self._adapter())
         config = self._deepspeed_config(zero_stage)
         if zero_stage == PARTITIONING_STAGE:
-            partition_one_by_one(model, initialize_parameter, device=topology.device, config=config)
+            initialize_and_partition(model, initialize_parameter, device=topology.device, config=config)
         self.engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
@@ -133,7 +139,7 @@ class DeepSpeedEngine:
         )
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return one parameter group for each rule and kind (split over ranks by experts, or not) that occurs."""
+        """Return the parameter groups: one per combination of update rule and kind (expert-parallel or not)."""
         members: dict[tuple[bool, OptimizerName], list[tuple[str, nn.Parameter]]] = {}
         for name, param in self.model.named_parameters():
             rule = parameter_rule(name, param.shape, hidden_rule=self.config.name)
@@ -150,7 +156,7 @@ class DeepSpeedEngine:
         num_elements = sum(param.numel() for param in self.model.parameters())
         bucket = _LARGEST_BUCKET_OF_STAGE_3 if zero_stage == PARTITIONING_STAGE else _LARGEST_BUCKET
         return {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed uses it for its counters only
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.config.clip_norm,
             "zero_allow_untested_optimizer": True,
@@ -161,17 +167,17 @@ class DeepSpeedEngine:
                 "reduce_scatter": True,
                 "round_robin_gradients": False,
                 "reduce_bucket_size": min(num_elements, bucket),
-                **(stage_3_settings(self.model) if zero_stage == PARTITIONING_STAGE else {}),
+                **(stage_3_config(self.model) if zero_stage == PARTITIONING_STAGE else {}),
             },
             "steps_per_print": None,
         }
 
     def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
-        """Add the gradient of one micro-batch, and return its numbers, detached."""
+        """Add the gradient of one micro-batch; return its detached result."""
         self.engine.set_gradient_accumulation_boundary(is_last)
 
         def differentiated(model: Transformer, batch: TokenBatch) -> tuple[torch.Tensor, ObjectiveResult]:
-            """Return the loss whose gradient DeepSpeed makes the sum of the ranks' shares, and the result."""
+            """Return the loss, scaled so that DeepSpeed sums the gradients of the ranks, and the result."""
             result = objective(model, batch)
             return result.loss * self.loss_factor, result.detached()
 
@@ -182,40 +188,42 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def inspect(self, function: Callable[[Transformer, TokenBatch], T], batch: TokenBatch) -> T:
-        """Return what `function` makes of the model and a batch, without gradient."""
-        (made,) = self.engine.module(lambda *given: (function(*given),), on_device(batch, self.topology.device))
-        result: T = made
+        """Return `function(model, batch)`, computed without gradients."""
+        (output,) = self.engine.module(
+            lambda *arguments: (function(*arguments),), on_device(batch, self.topology.device)
+        )
+        result: T = output
         return result
 
     def step(self, learning_rate: float) -> StepReport:
-        """Clip the accumulated gradient, update the parameters, clear the gradient."""
+        """Clip the accumulated gradient, update the parameters and clear the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        forget_rounded(self.model)
+        invalidate_quantized(self.model)
         grad_norm = float(self.engine.get_global_grad_norm())
-        return report_of(grad_norm, clip_norm=self.config.clip_norm)
+        return step_report(grad_norm, clip_norm=self.config.clip_norm)
 
     @torch.no_grad()
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
         """Multiply rows of parameters; see `Engine.multiply_rows`."""
         self.shards.multiply_rows(factors)
-        forget_rounded(self.model)
+        invalidate_quantized(self.model)
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Drop the accumulated gradient; parameters and optimizer state stay.
+        """Drop the accumulated gradient; parameters and optimizer state do not change.
 
-        Goes the way of DeepSpeed's own overflow check, which clears all that ZeRO keeps of a gradient.
+        Sets the gradient to infinity, so that DeepSpeed's overflow check skips the step and clears its buffers.
         """
         for pieces in self.engine.optimizer.averaged_gradients.values():
             for gradient in pieces:
                 gradient.fill_(math.inf)
         self.engine.step()
-        self.shards.discarded()
+        self.shards.clear_discarded()
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
-        """Yield this rank's slice of each parameter and its state; buffers are the main rank's. See `Engine.pieces`."""
+        """Yield this rank's part of each parameter and its state; the main rank yields buffers. See `Engine.pieces`."""
         if self.topology.is_main:
             yield from self._replicated_pieces(with_optimizer=with_optimizer)
         for group, slot in self._slots():
@@ -248,16 +256,16 @@ class DeepSpeedEngine:
         return (slot.shape[0] * self.topology.expert_size, *slot.shape[1:])
 
     def _first_element(self, slot: Slot) -> int:
-        """Return where this rank's part of a parameter begins in the global tensor laid flat."""
+        """Return the index in the flattened global tensor at which this rank's (expert) parameter starts."""
         return self.topology.expert_rank * slot.shape.numel() if slot.name in self.experts else 0
 
     def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return the whole state on the main rank, on its CPU; None elsewhere."""
+        """Return the whole state on the CPU of the main rank; None on other ranks."""
         return gather_pieces(self.pieces(with_optimizer=with_optimizer), self.topology)
 
     @torch.no_grad()
     def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
-        """Take over a state: this rank reads its experts, all else of the weights, and its slice of the optimizer's."""
+        """Load a state: this rank reads its experts, all other weights, and its part of the optimizer state."""
         shapes = global_shapes(
             self.model,
             self.parameters,
@@ -270,7 +278,7 @@ class DeepSpeedEngine:
             read_into(buffer, reader, name=name)
         for group, slot in self._slots():
             self.shards.read(slot, reader, group=group, first=self._first_element(slot))
-        self.shards.written()
+        self.shards.after_load()
         if with_optimizer:
             for group, slot in self._slots():
                 first, _ = group["partition"].piece(slot.whole, group["partition"].index)
@@ -280,4 +288,4 @@ class DeepSpeedEngine:
                     read_into(piece, reader, name=key, first=self._first_element(slot) + first)
             for group in self.optimizer.param_groups:
                 group["step"] = int(reader.read(STEP, first=0, last=1))
-        forget_rounded(self.model)
+        invalidate_quantized(self.model)

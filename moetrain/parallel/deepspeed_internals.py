@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from moetrain.errors import ConfigError
-from moetrain.parallel.host_memory import is_large, memory_of
+from moetrain.parallel.host_memory import is_large, shared_memory_of
 
 WRITTEN_AGAINST = "0.19.8"
 """The version of DeepSpeed that the signatures are taken from."""
@@ -42,9 +42,9 @@ SIGNATURES: dict[tuple[Any, str], str] = {
 }
 """Expected signature of each internal that is replaced or called, by owner and name."""
 
-_NO_NEWS = (
+_IRRELEVANT_MESSAGES = (
     "untested optimizer",
-    "unknown inputs or outputs type",  # of modules without weights of their own: nothing waits for their hooks
+    "unknown inputs or outputs type",  # concerns modules without weights, which need no hooks
 )
 
 
@@ -67,27 +67,28 @@ def replace_methods(zero: Any, methods: Mapping[str, Callable[..., Any]]) -> Non
 
 
 def skip_operator_builds() -> None:
-    """Leave out DeepSpeed's compiled operators, which serve inference only; building them takes minutes."""
+    """Disable DeepSpeed's compiled operators, which are for inference only; building them takes minutes."""
     deepspeed.ops.__compatible_ops__ = {}  # set before DeepSpeed fills it by running the compiler
 
 
-def quieten() -> None:
-    """Let DeepSpeed say what is wrong, but not that our modules are new to it or that torch renames what it calls."""
+def filter_log_messages() -> None:
+    """Log DeepSpeed's warnings and errors, except those about unknown modules and torch's deprecated names."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
+    logger.addFilter(_is_relevant)
     for renamed in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=f".*{renamed}.* is deprecated", category=FutureWarning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(phrase in record.getMessage() for phrase in _NO_NEWS)
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not any(phrase in record.getMessage() for phrase in _IRRELEVANT_MESSAGES)
 
 
-def spare_the_compiler() -> None:
-    """Import DeepSpeed's own Muon, which its engine looks at and we never call, without its `torch.compile` decorators.
+def skip_compiler_import() -> None:
+    """Import DeepSpeed's Muon without its `torch.compile` decorators.
 
-    They bring in torch's compiler: seconds of every start.
+    DeepSpeed's engine imports that module, but moetrain never calls it. The decorators would import torch's compiler,
+    which takes seconds at each start.
     """
     decorators = compiler.compile
     compiler.compile = lambda: lambda function: function
@@ -97,24 +98,29 @@ def spare_the_compiler() -> None:
         compiler.compile = decorators
 
 
-def share_memory(backend: TorchBackend) -> None:
-    """Have DeepSpeed gather weights through memory where the ranks of a group share it.
+def use_host_memory(backend: TorchBackend) -> None:
+    """Make DeepSpeed gather weights through shared memory if the ranks of a group have it.
 
-    What it waits for later (`async_op`), small tensors and all else go the way they went. May be called again.
+    Asynchronous calls (`async_op`) and small tensors are not changed. Calling this twice has no further effect.
     """
-    if _SHARES in vars(backend):
+    if _USES_HOST_MEMORY in vars(backend):
         return
     all_gather = backend.all_gather_into_tensor
 
-    def _gathered(
+    def _all_gather(
         output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        takes = not async_op and input_tensor.is_contiguous() and output_tensor.is_contiguous()
-        if takes and is_large(input_tensor) and (memory := memory_of(group, device=input_tensor.device)):
+        is_contiguous = input_tensor.is_contiguous() and output_tensor.is_contiguous()
+        can_use_memory = is_contiguous and not async_op and is_large(input_tensor)
+        if (
+            can_use_memory
+            and is_large(input_tensor)
+            and (memory := shared_memory_of(group, device=input_tensor.device))
+        ):
             return memory.gather(input_tensor, out=output_tensor)
         return all_gather(output_tensor, input_tensor, group, async_op)
 
-    vars(backend).update({"all_gather_into_tensor": _gathered, _SHARES: True})
+    vars(backend).update({"all_gather_into_tensor": _all_gather, _USES_HOST_MEMORY: True})
 
 
-_SHARES = "shares_memory"
+_USES_HOST_MEMORY = "shares_memory"

@@ -1,6 +1,6 @@
-"""Tokens to the ranks that hold their experts and back: dropless, with uneven splits, over the expert-parallel group.
+"""Dispatch of tokens to the ranks of their experts by all-to-all with uneven splits; no token is dropped.
 
-N tokens of this rank, K experts a token, D hidden size, E experts of a layer, L experts on this rank, G ranks in the
+N tokens of this rank, K experts per token, D hidden size, E experts of a layer, L experts on this rank, G ranks in the
 group (H where it is the sending side), S = N * K rows sent, R rows received, P rows sent in a round.
 """
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from moetrain.model.moe import Experts
 from moetrain.ops.combine import combine, inverse, permute, spread
 from moetrain.ops.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
-from moetrain.parallel.host_memory import memory_of
+from moetrain.parallel.host_memory import shared_memory_of
 from moetrain.parallel.topology import Topology
 
 
@@ -26,14 +26,14 @@ class Splits:
     group: dist.ProcessGroup
 
     def reversed(self) -> "Splits":
-        """Return the way back."""
+        """Return the splits of the opposite direction."""
         return Splits(send=self.receive, receive=self.send, group=self.group)
 
 
 def exchange(rows: torch.Tensor, *, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the rows that the ranks of `group` sent to this one, in their order. Empty splits take part too."""
+    """Return the rows that the ranks of `group` sent to this rank, in rank order. Collective; splits may be 0."""
     received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
-    if memory := memory_of(group, device=rows.device):
+    if memory := shared_memory_of(group, device=rows.device):
         memory.exchange(rows, send=send, receive=receive, out=received)
     else:
         dist.all_to_all_single(received, rows, receive, send, group=group)
@@ -45,7 +45,7 @@ def _exchange(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """`exchange`, whose gradient is the exchange the other way."""
+    """`exchange` with a gradient: the exchange in the opposite direction."""
 
     @staticmethod
     def forward(ctx: Any, rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
@@ -65,15 +65,16 @@ def _all_to_all(rows_SD: torch.Tensor, splits: Splits) -> torch.Tensor:
 
 
 def _by_expert(counts_GL: torch.Tensor) -> torch.Tensor:
-    """Return the order that sorts received rows by expert; `counts_GL` came from each rank, each rank's by expert."""
+    """Return the permutation that sorts received rows by expert. They arrive by rank, then expert: `counts_GL` rows."""
     local_ids_GL = torch.arange(counts_GL.shape[1], device=counts_GL.device).expand_as(counts_GL)
     return local_ids_GL.flatten().repeat_interleave(counts_GL.flatten()).argsort(stable=True)
 
 
 class AllToAllDispatcher:
-    """Dispatch over the ranks of the expert-parallel group; each holds E / G consecutive experts.
+    """Dispatch over the ranks of the expert-parallel group; each stores E / G consecutive experts.
 
-    With `expert_rows` no rank receives more rows at once; what is more goes in rounds, which all ranks take part in.
+    With `expert_rows`, a rank receives at most that many rows at once. More rows are processed in rounds, in which all
+    ranks take part.
     """
 
     def __init__(self, topology: Topology, *, num_experts: int, expert_rows: int | None = None) -> None:
@@ -87,7 +88,7 @@ class AllToAllDispatcher:
     def __call__(
         self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, experts: Experts
     ) -> torch.Tensor:
-        """Return y_ND, the weighted sum of what each token's experts give, summed in float32. Collective."""
+        """Return y_ND, the weighted sum of the outputs of each token's experts, summed in float32. Collective."""
         ids_S = expert_ids_NK.flatten()
         order_S = ids_S.argsort(stable=True)
         num_chosen = expert_ids_NK.shape[1]
@@ -116,7 +117,7 @@ class AllToAllDispatcher:
     def _at_once(
         self, rows_SD: torch.Tensor, counts_GL: torch.Tensor, *, received_GL: torch.Tensor, experts: Experts
     ) -> torch.Tensor:
-        """Return y_SD of rows sorted by expert."""
+        """Return the outputs y_SD of rows sorted by expert, in one round."""
         send, receive = torch.stack([counts_GL.sum(dim=1), received_GL.sum(dim=1)]).tolist()
         splits = Splits(send=send, receive=receive, group=self.group)
         rows_RD = _all_to_all(rows_SD, splits)
@@ -128,12 +129,12 @@ class AllToAllDispatcher:
         return _all_to_all(y_RD, splits.reversed())
 
     def _rounds(self, counts_HGL: torch.Tensor, *, limit: int, device: torch.device) -> list[Round]:
-        """Return the rounds, equally many on every rank: `counts_HGL` are what each rank H sends, known to all.
+        """Return the rounds, the same number on every rank. counts_HGL: rows that rank H sends to expert L of rank G.
 
-        A receiving rank cuts its rows in the order expert, sender. Each sender's rows go in order of the expert, so
-        those of a round are consecutive among the ones for that rank.
+        A receiving rank orders its rows by expert, then sender, and splits this order into rounds. Each sender's rows
+        are sorted by expert, so the rows that it sends to one rank in one round are consecutive.
         """
-        counts_GX = counts_HGL.permute(1, 2, 0).flatten(1)  # X = L * H, the order in which they are cut
+        counts_GX = counts_HGL.permute(1, 2, 0).flatten(1)  # X = L * H, the order that is split into rounds
         ends_G = [round_ends(counts, limit=limit) for counts in counts_HGL.sum(dim=0).tolist()]
         num_rounds = max(len(ends) for ends in ends_G)
         ends_TG = torch.tensor([ends + ends[-1:] * (num_rounds - len(ends)) for ends in ends_G]).T
@@ -156,7 +157,7 @@ class AllToAllDispatcher:
         counts_L = received_GL.sum(dim=0)
         experts = experts_of_round(counts_L.tolist())
 
-        # The order is made anew each time: kept until the backward pass, it would grow with what a rank receives.
+        # The permutation is recomputed for the backward pass: stored, its size would grow with the received rows.
         def to_experts(rows_PD: torch.Tensor) -> torch.Tensor:
             return _exchange(rows_PD, splits).index_select(0, _by_expert(received_GL))
 

@@ -1,4 +1,4 @@
-"""The door that builds a training engine, and the names that its users need."""
+"""`build_engine`, and the names that users of an engine import."""
 
 from functools import partial
 
@@ -33,10 +33,10 @@ def build_engine(
     seed: int,
     library: Library | None = None,
 ) -> Engine:
-    """Return an engine around a model that is initialised from `seed`, the same for every layout.
+    """Return an engine with a new model. The initial weights depend on `seed`, not on the layout.
 
-    library: the native kernels that it multiplies with, None for torch's. Raises ConfigError when the layout does not
-    fit the processes or the experts.
+    library: native kernels; None selects torch's. Raises ConfigError if the layout does not fit the number of processes
+    or of experts.
     """
     topology = setup(parallel_config)
     if model_config.num_experts % parallel_config.expert:
@@ -77,7 +77,7 @@ def _build_model(
     compute_dtype: torch.dtype,
     library: Library | None = None,
 ) -> Transformer:
-    """Return this rank's part of the model on the meta device: all of it but the experts, and its share of those."""
+    """Return the model on the meta device, with this rank's share of the experts only."""
     num_local = config.num_experts // topology.expert_size
     first = topology.expert_rank * num_local
     limit = parallel_config.expert_rows
@@ -93,7 +93,7 @@ def _build_model(
             expert_slice=slice(first, first + num_local),
         )
     if quant_config.enabled:
-        # ZeRO 3 holds no weight whole between calls; quantised copies that stay would undo that.
+        # ZeRO 3 keeps no whole weight between calls; cached quantised copies would undo that.
         keep = Keep.call if parallel_config.zero == PARTITIONING_STAGE else Keep.step
         apply([layer.experts for _, layer in model.moe_layers()], quant_config, keep=keep)
     set_recompute(model, parallel_config.recompute)

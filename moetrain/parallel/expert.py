@@ -1,8 +1,8 @@
-"""The one place that knows how DeepSpeed 0.19 recognises experts: groups, tags, and the adapter that switches them on.
+"""Expert parallelism in DeepSpeed 0.19: process groups, tags on parameters, and an adapter module.
 
-DeepSpeed handles experts apart only when some module is an instance of its own `AutoEPMoELayer` (arXiv 2201.05596 for
-the groups). Router, dispatch, experts and checkpoints are ours, so the adapter is such a module without any forward:
-the exception to the rule that nothing concrete is subclassed.
+DeepSpeed treats expert parameters separately only if some module is an instance of its `AutoEPMoELayer`; its groups are
+those of arXiv 2201.05596. Router, dispatch, experts and checkpoints are moetrain's own, so the adapter is an instance
+without a forward pass. It is the only subclass of a concrete class in this package.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,15 @@ from moetrain.parallel.deepspeed_internals import skip_operator_builds
 
 
 def group_name(expert_size: int) -> str:
-    """Return the name that DeepSpeed gives, and parses, for groups of `expert_size` ranks."""
+    """Return DeepSpeed's name for expert groups of `expert_size` ranks; DeepSpeed also parses it."""
     return f"ep_size_{expert_size}"
 
 
 def expert_groups(expert_size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Return the expert-parallel and the expert-data-parallel group of this rank, made once; None, None for size 1.
+    """Return this rank's expert-parallel and expert-data-parallel groups; (None, None) for size 1.
 
-    Expert-parallel groups are consecutive ranks. torch.distributed must be initialised. Collective.
+    The groups are created once; an expert-parallel group consists of consecutive ranks. Collective.
+    torch.distributed must be initialised.
     """
     join_deepspeed()
     if expert_size == 1:
@@ -36,7 +37,7 @@ def expert_groups(expert_size: int) -> tuple[dist.ProcessGroup | None, dist.Proc
 
 
 def join_deepspeed() -> None:
-    """Let DeepSpeed use the process group that exists."""
+    """Initialise DeepSpeed with the existing process group."""
     if deepspeed.comm.is_initialized():
         return
     skip_operator_builds()
@@ -44,7 +45,7 @@ def join_deepspeed() -> None:
 
 
 class ExpertAdapter(AutoEPMoELayer):  # type: ignore[misc]
-    """A module without parameters or forward that makes DeepSpeed see the experts it is given as split over ranks."""
+    """A module without parameters or forward pass that tags `experts` as expert-parallel for DeepSpeed."""
 
     def __init__(self, experts: Iterable[nn.Module], *, num_experts: int, expert_size: int, expert_rank: int) -> None:
         nn.Module.__init__(self)
@@ -61,7 +62,7 @@ class ExpertAdapter(AutoEPMoELayer):  # type: ignore[misc]
             for param in module.parameters():
                 param.allreduce = False  # type: ignore[attr-defined]
                 param.group_name = self.ep_group_name  # type: ignore[attr-defined]
-                # What ZeRO 3 asks for instead: it cuts these over the ranks that hold the same experts.
+                # ZeRO 3 reads these instead, and shards the experts over the ranks that store the same ones.
                 param.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
                 param.ds_zero_partition_group_name = self.ep_group_name  # type: ignore[attr-defined]
                 param.ds_zero_partition_process_group = process_group  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Sums and exchanges among ranks on one host, through a piece of memory that all of them map.
+"""Collectives of ranks on one host through shared memory: sum, gather, all-to-all.
 
-Gloo sends through the loopback device, which copies each byte twice; here a rank writes where the others read. On
-several hosts, on GPUs, on CPUs that are not x86 and for small tensors gloo or NCCL do all.
+Gloo sends through the loopback device, which copies each byte twice. In shared memory a rank writes to the place where
+the others read. Gloo or NCCL are used across hosts, on GPUs, on CPUs other than x86, and for small tensors.
 
-G ranks of a group. A slot is the part of the memory that a rank writes to; there is one more, for what they sum.
+The memory has one slot per rank, to which only that rank writes, and one slot for sums. G ranks of a group, P elements,
+N bytes of a rank's tensor.
 """
 
 import logging
@@ -22,16 +23,16 @@ import torch.distributed as dist
 
 _log = logging.getLogger(__name__)
 
-_SLOT = 1 << 22  # bytes: what is written is still in cache when it is read
-_LINE = 64  # bytes that a CPU reads at once: each rank's number has a line of its own
-SMALL = 1 << 16
-"""Bytes of a tensor up to which gloo is as fast."""
-_SPINS = 2000  # looks at a number without a pause, about a tenth of a millisecond
-_YIELD_S, _PAUSE_S, _LONGEST_PAUSE_S, _LIVENESS_S = 2e-3, 2e-4, 0.1, 1.0
+_SLOT_BYTES = 1 << 22  # bytes; small enough that a slot is still in cache when it is read
+_CACHE_LINE_BYTES = 64  # each rank's counter has its own cache line
+SMALL_BYTES = 1 << 16
+"""Tensors of at most this many bytes are sent by gloo, which is as fast for them."""
+_NUM_SPINS = 2000  # polls of a counter before the first pause; they take about 0.1 ms
+_YIELD_S, _PAUSE_S, _LONGEST_PAUSE_S, _LIVENESS_INTERVAL_S = 2e-3, 2e-4, 0.1, 1.0
 
 
 class HostMemory:
-    """The memory of one group. Every call is a collective of the group."""
+    """The shared memory of one process group. Every method is a collective of the group."""
 
     def __init__(self, memory: mmap.mmap, group: dist.ProcessGroup, *, slot: int) -> None:
         self._group = group
@@ -40,122 +41,126 @@ class HostMemory:
         self._slots, self._sums = whole.view(-1, slot)[:-1], whole.view(-1, slot)[-1]
         self._slot = slot
         lines = memoryview(memory)[slot * (self._num_ranks + 1) :].cast("q")
-        self._turns = lines[:: _LINE // 8]
-        self._turn = 0
+        self._counters = lines[:: _CACHE_LINE_BYTES // 8]
+        self._count = 0
         pids: list[Any] = [None] * self._num_ranks
         dist.all_gather_object(pids, os.getpid(), group=group)
         self._pids: list[int] = pids
 
     @classmethod
-    def open(cls, group: dist.ProcessGroup, *, slot: int = _SLOT) -> "HostMemory | None":
-        """Return memory for a group, None where its ranks cannot share any. A collective."""
+    def open(cls, group: dist.ProcessGroup, *, slot: int = _SLOT_BYTES) -> "HostMemory | None":
+        """Return new shared memory for a group, or None if its ranks cannot share memory. Collective."""
         num_ranks = dist.get_world_size(group)
-        size = slot * (num_ranks + 1) + _LINE * num_ranks
+        size = slot * (num_ranks + 1) + _CACHE_LINE_BYTES * num_ranks
         is_first = dist.get_rank(group) == 0
-        file = _made(size) if is_first else None
-        holder: list[Any] = [_address(file) if file is not None else None]
-        dist.broadcast_object_list(holder, group_src=0, group=group)
-        memory = _mapped(holder[0], size=size)
-        found = torch.tensor([float(memory is not None)])
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+        file = _create_memory(size) if is_first else None
+        path_and_name: list[Any] = [_descriptor_path(file) if file is not None else None]
+        dist.broadcast_object_list(path_and_name, group_src=0, group=group)
+        memory = _map_memory(path_and_name[0], size=size)
+        is_shared = torch.tensor([float(memory is not None)])
+        dist.all_reduce(is_shared, op=dist.ReduceOp.MIN, group=group)
         if file is not None:
             os.close(file)
-        if memory is None or not found.item():
+        if memory is None or not is_shared.item():
             if is_first:
-                _log.info("the ranks of a group share no memory: gloo sends all that they exchange")
+                _log.info("the ranks of a group cannot share memory; gloo is used instead")
             return None
         return cls(memory, group, slot=slot)
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Make `tensor`, contiguous, the sum over the ranks, added in their order on all of them."""
+        """Replace a contiguous `tensor` by its sum over the ranks, added in rank order."""
         flat_P = tensor.view(-1)
         slots_GP, sums_P = self._slots.view(flat_P.dtype), self._sums.view(flat_P.dtype)
         for piece in torch.split(flat_P, len(sums_P)):
             slots_GP[self._rank, : len(piece)] = piece
-            self._wait()
-            mine = slice(*(len(piece) * at // self._num_ranks for at in (self._rank, self._rank + 1)))
-            torch.add(slots_GP[0, mine], slots_GP[1, mine], out=sums_P[mine])
+            self._barrier()
+            own = slice(*(len(piece) * at // self._num_ranks for at in (self._rank, self._rank + 1)))
+            torch.add(slots_GP[0, own], slots_GP[1, own], out=sums_P[own])
             for rank in range(2, self._num_ranks):
-                sums_P[mine] += slots_GP[rank, mine]
-            self._wait()
+                sums_P[own] += slots_GP[rank, own]
+            self._barrier()
             piece.copy_(sums_P[: len(piece)])
 
     def gather(self, tensor: torch.Tensor, *, out: torch.Tensor) -> None:
-        """Write the ranks' tensors, all of one size, one after the other to `out`; both are contiguous."""
-        mine, out_GN = _bytes(tensor), _bytes(out).view(self._num_ranks, -1)
-        for start in range(0, len(mine), self._slot):
-            piece = mine[start : start + self._slot]
+        """Write the tensors of all ranks, in rank order, to `out`. All tensors have one size and are contiguous."""
+        own, out_GN = _as_bytes(tensor), _as_bytes(out).view(self._num_ranks, -1)
+        for start in range(0, len(own), self._slot):
+            piece = own[start : start + self._slot]
             self._slots[self._rank, : len(piece)] = piece
-            self._wait()
+            self._barrier()
             out_GN[:, start : start + len(piece)] = self._slots[:, : len(piece)]
-            self._wait()
+            self._barrier()
 
     def exchange(self, rows: torch.Tensor, *, send: Sequence[int], receive: Sequence[int], out: torch.Tensor) -> None:
-        """Write to `out` the rows that the ranks have for this one, in their order.
+        """All-to-all with uneven splits: write the rows sent to this rank to `out`, in rank order of their senders.
 
-        `send` and `receive` count rows, which are contiguous in both tensors; none is allowed.
+        `send[i]` and `receive[i]` are the numbers of rows to and from rank i, and may be 0. Both tensors are
+        contiguous.
         """
         width = out.element_size() * out.shape[1:].numel()
         sent, received = ([0, *accumulate(count * width for count in counts)] for counts in (send, receive))
-        source, target = _bytes(rows), _bytes(out)
-        share = self._slot // self._num_ranks  # of a slot for each rank that reads it
+        source, target = _as_bytes(rows), _as_bytes(out)
+        share = self._slot // self._num_ranks  # bytes of a slot per receiving rank
         blocks_GGP = self._slots[:, : share * self._num_ranks].view(self._num_ranks, self._num_ranks, share)
-        for start in range(0, self._largest(max([*send, *receive]) * width), share):
+        for start in range(0, self._max_over_ranks(max([*send, *receive]) * width), share):
             for other in range(self._num_ranks):
                 piece = source[sent[other] + start : min(sent[other] + start + share, sent[other + 1])]
                 blocks_GGP[self._rank, other, : len(piece)] = piece
-            self._wait()
+            self._barrier()
             for other in range(self._num_ranks):
                 piece = target[received[other] + start : min(received[other] + start + share, received[other + 1])]
                 piece.copy_(blocks_GGP[other, self._rank, : len(piece)])
-            self._wait()
+            self._barrier()
 
-    def _largest(self, number: int) -> int:
-        """Return the largest of the ranks' numbers."""
+    def _max_over_ranks(self, number: int) -> int:
+        """Return the maximum of `number` over the ranks."""
         numbers_G = self._slots[:, :8].view(torch.int64)
         numbers_G[self._rank] = number
-        self._wait()
+        self._barrier()
         largest = int(numbers_G.max())
-        self._wait()
+        self._barrier()
         return largest
 
-    def _wait(self) -> None:
-        """Wait until all ranks are here. x86 shows others what a rank wrote in the order of its writes.
+    def _barrier(self) -> None:
+        """Wait until all ranks have called this.
 
-        A rank that died is an error; one that hangs is the watchdog's.
+        Correct on x86, where other CPUs see the writes of a rank in the order in which they were made. Raises
+        RuntimeError if a rank has ended. A rank that hangs is reported by the watchdog.
         """
-        self._turn += 1
-        self._turns[self._rank] = self._turn
+        self._count += 1
+        self._counters[self._rank] = self._count
         for other in range(self._num_ranks):
-            for _ in range(_SPINS):
-                if self._turns[other] >= self._turn:
+            for _ in range(_NUM_SPINS):
+                if self._counters[other] >= self._count:
                     break
             else:
-                self._wait_long(other)
+                self._poll(other)
 
-    def _wait_long(self, other: int) -> None:
-        began = looked = time.monotonic()
-        while self._turns[other] < self._turn:
+    def _poll(self, other: int) -> None:
+        start = last_check = time.monotonic()
+        while self._counters[other] < self._count:
             now = time.monotonic()
-            waited = now - began
-            # Ever longer pauses: a thread that takes processor time does not wait in the watchdog's eyes.
+            waited = now - start
+            # The pauses grow, because the watchdog regards a thread that uses processor time as not waiting.
             time.sleep(0 if waited < _YIELD_S else min(max(_PAUSE_S, waited / 50), _LONGEST_PAUSE_S))
-            if now - looked > _LIVENESS_S:
-                looked = now
-                if not _lives(self._pids[other]) and self._turns[other] < self._turn:
-                    raise RuntimeError(f"process {self._pids[other]}, rank {other} of a group, ended in a collective")
+            if now - last_check > _LIVENESS_INTERVAL_S:
+                last_check = now
+                if not _is_alive(self._pids[other]) and self._counters[other] < self._count:
+                    raise RuntimeError(
+                        f"process {self._pids[other]}, rank {other} of a group, ended during a collective"
+                    )
 
 
-def _lives(pid: int) -> bool:
-    """Return whether a process runs; one that ended and that its parent has not heard of yet does not."""
+def _is_alive(pid: int) -> bool:
+    """Return whether a process is running; a zombie is not."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
 
 
-def _made(size: int) -> int | None:
-    """Return the descriptor of new memory, which is gone with the last process that maps it; None without any."""
+def _create_memory(size: int) -> int | None:
+    """Return the descriptor of new memory, or None if unavailable. It is freed when no process maps it any more."""
     try:
         file = os.memfd_create(f"moetrain-{secrets.token_hex(8)}")
     except (AttributeError, OSError):  # not Linux
@@ -168,8 +173,8 @@ def _made(size: int) -> int | None:
     return file
 
 
-def _address(file: int) -> tuple[str, str] | None:
-    """Return where another process of this host finds a descriptor, and what it sees there; None without /proc."""
+def _descriptor_path(file: int) -> tuple[str, str] | None:
+    """Return the /proc path of a descriptor and the target of that link, or None without /proc."""
     path = f"/proc/{os.getpid()}/fd/{file}"
     try:
         return path, os.readlink(path)
@@ -177,8 +182,8 @@ def _address(file: int) -> tuple[str, str] | None:
         return None
 
 
-def _mapped(address: tuple[str, str] | None, *, size: int) -> mmap.mmap | None:
-    """Return the memory at an address, None where there is none, or another: on other hosts."""
+def _map_memory(address: tuple[str, str] | None, *, size: int) -> mmap.mmap | None:
+    """Map the memory at (path, link target). Return None if the link differs, as it does on other hosts."""
     if address is None:
         return None
     path, name = address
@@ -192,34 +197,37 @@ def _mapped(address: tuple[str, str] | None, *, size: int) -> mmap.mmap | None:
 
 
 def is_large(tensor: torch.Tensor) -> bool:
-    """Return whether memory is faster for a tensor than gloo."""
-    return tensor.numel() * tensor.element_size() > SMALL
+    """Return whether shared memory is faster than gloo for a tensor of this size."""
+    return tensor.numel() * tensor.element_size() > SMALL_BYTES
 
 
-def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Make `tensor`, contiguous float32, the sum over a group's ranks, in memory where they share it. A collective."""
+def all_reduce_in_place(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Replace a contiguous float32 `tensor` by its sum over a group, through shared memory if possible. Collective."""
     if dist.get_world_size(group) == 1:
         return
-    if is_large(tensor) and (memory := memory_of(group, device=tensor.device)):
+    if is_large(tensor) and (memory := shared_memory_of(group, device=tensor.device)):
         memory.sum_(tensor)
     else:
         dist.all_reduce(tensor, group=group)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-_opened: dict[dist.ProcessGroup, HostMemory | None] = {}
+_memory_by_group: dict[dist.ProcessGroup, HostMemory | None] = {}
 
 
-def memory_of(group: dist.ProcessGroup | None, *, device: torch.device) -> HostMemory | None:
-    """Return the memory of a group (None: all ranks) for tensors on `device`. The first call opens it: a collective."""
-    found = dist.group.WORLD if group is None else group
-    if device.type != "cpu" or found is None or dist.get_world_size(found) == 1 or dist.get_backend(found) != "gloo":
+def shared_memory_of(group: dist.ProcessGroup | None, *, device: torch.device) -> HostMemory | None:
+    """Return the shared memory of a group (None: all ranks), or None if tensors on `device` cannot use it.
+
+    The first call for a group creates the memory and is collective.
+    """
+    ranks = dist.group.WORLD if group is None else group
+    if device.type != "cpu" or ranks is None or dist.get_world_size(ranks) == 1 or dist.get_backend(ranks) != "gloo":
         return None
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
-    if found not in _opened:
-        _opened[found] = HostMemory.open(found)
-    return _opened[found]
+    if ranks not in _memory_by_group:
+        _memory_by_group[ranks] = HostMemory.open(ranks)
+    return _memory_by_group[ranks]

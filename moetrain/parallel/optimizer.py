@@ -1,8 +1,9 @@
-"""Muon and AdamW on the flat float32 vectors that ZeRO leaves to each rank.
+"""Muon and AdamW on the flat float32 vectors of each rank under ZeRO.
 
-AdamW and momentum go element by element. A matrix that a cut runs through is orthogonalised by each rank that holds a
-piece of it, after those ranks have sent one another their pieces (Moonlight's Algorithm 1, arXiv 2502.16982, without
-gathering what nobody needs); each keeps its own slice of the result. Which elements are whose: `parallel.partition`.
+AdamW and momentum are elementwise. If a matrix is split over ranks, those ranks exchange their pieces, each
+orthogonalises the whole matrix and keeps its own slice of the result. This is Algorithm 1 of Moonlight (arXiv
+2502.16982), but a rank receives only the matrices of which it holds a piece. `parallel.partition` defines which
+elements belong to which rank.
 
 B matrices of one shape, M rows, N columns; P elements of a rank's vector.
 """
@@ -20,14 +21,14 @@ from moetrain.optim.muon import apply_update, dtype_of_products, nesterov, ortho
 from moetrain.parallel.partition import Matrix, Partition, Slot, matrices_of, own_piece, whole_matrices
 from moetrain.parallel.state import STATE_NAMES
 
-_BATCH_ELEMENTS = 1 << 26  # matrices orthogonalised at once: 256 MB in float32, and a few times that in intermediates
+_BATCH_ELEMENTS = 1 << 26  # orthogonalised at once: 256 MB in float32, and a few times as much for intermediates
 
 
 class PartitionedOptimizer(torch.optim.Optimizer):
-    """Muon and AdamW for DeepSpeed: one flat vector a parameter group, after `bind`.
+    """Muon and AdamW for DeepSpeed: after `bind`, each parameter group is one flat vector.
 
-    A group holds `rule`, `slots`, and DeepSpeed's own `moe` and `name`. DeepSpeed steps one group at a time, with the
-    clipped gradient in the vector's `.grad`; ZeRO 3 leaves the other groups in their list, without parameters.
+    A group contains `rule`, `slots`, and DeepSpeed's own `moe` and `name`. DeepSpeed steps one group at a time, with
+    the clipped gradient in the vector's `.grad`. Under ZeRO 3 it empties the `params` of the other groups meanwhile.
     """
 
     def __init__(
@@ -39,11 +40,11 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         self.library = library
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, without its decorator: that imports torch's compiler, seconds of every start."""
+        """Add a group as torch does, without its decorator, which imports torch's compiler and takes seconds."""
         torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
 
     def bind(self, vectors: Iterable[torch.Tensor], partitions: Iterable[Partition]) -> None:
-        """Tell each group its vector and how it is cut, and make its state: zeros."""
+        """Set the vector and the partition of each group, and create its optimizer state as zeros."""
         for group, flat_P, partition in zip(self.param_groups, vectors, partitions, strict=True):
             group["vector"] = flat_P
             group["partition"] = partition
@@ -53,13 +54,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the vector of every group that is in `param_groups` now and has its parameters."""
-        del closure  # part of torch's signature
+        """Update the vector of every group in `param_groups` whose `params` is not empty."""
+        del closure  # required by torch's signature
         for group in self.param_groups:
             if not group["params"]:
                 continue
             (flat_P,) = group["params"]
-            assert flat_P is group["vector"], "DeepSpeed steps another tensor than it made"
+            assert flat_P is group["vector"], "DeepSpeed steps another tensor than the one passed to bind"
             group["step"] += 1
             if group["rule"] == OptimizerName.muon:
                 self._step_muon(flat_P, group)
@@ -97,7 +98,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def multiply_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """Multiply, in this rank's pieces of the masters, row i of the parameter `name` by `factors[name][i]`."""
+        """Multiply row i of the parameter `name` by `factors[name][i]`, in this rank's pieces of the masters."""
         for group in self.param_groups:
             partition = group["partition"]
             for slot in group["slots"]:

@@ -1,8 +1,8 @@
-"""Which elements of which parameter a rank owns under ZeRO, and how a matrix that is cut becomes whole.
+"""Which elements of a parameter each rank owns under ZeRO, and how ranks assemble a matrix that is split over them.
 
-DeepSpeed gives each rank one flat float32 vector a parameter group. ZeRO 1 and 2 lay the parameters of the group end to
-end and cut the whole vector into one equal partition a rank; ZeRO 3 cuts each parameter on its own into equal
-parts, the last padded, and lays the parts of a rank end to end.
+Each rank has one flat float32 vector per parameter group. ZeRO 1 and 2 concatenate the parameters of the group and cut
+the result into equal partitions, one per rank. ZeRO 3 cuts each parameter into equal parts, pads the last one, and
+concatenates the parts of a rank.
 
 P elements of a rank's vector.
 """
@@ -20,7 +20,7 @@ from moetrain.parallel.dispatch import exchange
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A parameter of a group: `offset` is its first element when the group's parameters are laid end to end."""
+    """A parameter of a group. offset: index of its first element in the concatenated parameters of the group."""
 
     name: str
     shape: torch.Size
@@ -28,18 +28,18 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """First element after it."""
+        """Index of the first element after this parameter."""
         return self.offset + self.shape.numel()
 
     @property
     def whole(self) -> "Span":
-        """All of it."""
+        """The span of the whole parameter."""
         return Span(slot=self, start=0, length=self.shape.numel())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """`length` consecutive elements of a parameter, from its element `start` on."""
+    """`length` consecutive elements of a parameter, starting at its element `start`."""
 
     slot: Slot
     start: int
@@ -48,62 +48,65 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix(Span):
-    """A matrix that Muon treats as one."""
+    """A matrix that Muon orthogonalises: a parameter, or a slice of one (an expert)."""
 
     rows: int
     columns: int
 
 
 class Partition(Protocol):
-    """How the parameters of a group are cut. `index`: this rank's among those that share the group."""
+    """How the parameters of a group are split over ranks."""
 
     @property
     def index(self) -> int:
-        """This rank's place among the ranks that share the group."""
+        """Index of this rank among the ranks that share the group."""
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the group; None where nothing is cut."""
+        """The ranks that share the group; None if nothing is split."""
 
     def owners(self, span: Span) -> range:
-        """Return the indices of the ranks that hold a piece of `span`."""
+        """Return the indices of the ranks that have a piece of `span`."""
 
     def piece(self, span: Span, index: int) -> tuple[int, int]:
-        """Return the elements [first, last) of `span`, counted from its own start, that rank `index` holds."""
+        """Return [first, last), the elements of `span` on rank `index`, counted from the start of the span."""
 
     def place(self, span: Span) -> int:
-        """Return where this rank's piece of `span` begins in this rank's vector."""
+        """Return where this rank's piece of `span` starts in its vector."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorPartition:
-    """ZeRO 1 and 2: equal cuts of the group's vector, `size` elements a rank."""
+    """ZeRO 1 and 2: equal partitions of the group's vector, `size` elements per rank."""
 
     size: int
     index: int = 0
     process_group: dist.ProcessGroup | None = None
 
     def owners(self, span: Span) -> range:
-        """Return the indices of the ranks that hold a piece of `span`."""
+        """Return the indices of the ranks that have a piece of `span`."""
         first = span.slot.offset + span.start
         return range(first // self.size, (first + span.length - 1) // self.size + 1)
 
     def piece(self, span: Span, index: int) -> tuple[int, int]:
-        """Return the elements [first, last) of `span` that rank `index` holds."""
+        """Return [first, last), the elements of `span` on rank `index`."""
         return _overlap(span, index * self.size - span.slot.offset, size=self.size)
 
     def place(self, span: Span) -> int:
-        """Return where this rank's piece of `span` begins in this rank's vector."""
+        """Return where this rank's piece of `span` starts in its vector."""
         return max(0, span.slot.offset + span.start - self.index * self.size)
 
     def used(self, slots: Sequence[Slot]) -> int:
-        """Return how many elements of this rank's vector `slots`, all of the group's, fill; the rest is padding."""
+        """Return the number of elements in this rank's vector that are not padding. slots: all slots of the group."""
         return min(max(slots[-1].end - self.index * self.size, 0), self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterPartition:
-    """ZeRO 3: each parameter cut into `num_ranks` equal parts, the last padded; `places` by the parameter's name."""
+    """ZeRO 3: each parameter is cut into `num_ranks` equal parts, the last one padded.
+
+    places: by parameter name, where its part starts in a rank's vector.
+    """
 
     num_ranks: int
     places: dict[str, int]
@@ -114,7 +117,7 @@ class ParameterPartition:
     def of(
         cls, slots: Iterable[Slot], *, num_ranks: int, index: int = 0, process_group: dist.ProcessGroup | None = None
     ) -> "ParameterPartition":
-        """Return the partition of parameters whose parts lie end to end in this order."""
+        """Return the partition of parameters whose parts are concatenated in this order."""
         places, place = {}, 0
         for slot in slots:
             places[slot.name] = place
@@ -122,17 +125,17 @@ class ParameterPartition:
         return cls(num_ranks=num_ranks, places=places, index=index, process_group=process_group)
 
     def owners(self, span: Span) -> range:
-        """Return the indices of the ranks that hold a piece of `span`."""
+        """Return the indices of the ranks that have a piece of `span`."""
         size = _part(span.slot, self.num_ranks)
         return range(span.start // size, (span.start + span.length - 1) // size + 1)
 
     def piece(self, span: Span, index: int) -> tuple[int, int]:
-        """Return the elements [first, last) of `span` that rank `index` holds."""
+        """Return [first, last), the elements of `span` on rank `index`."""
         size = _part(span.slot, self.num_ranks)
         return _overlap(span, index * size, size=size)
 
     def place(self, span: Span) -> int:
-        """Return where this rank's piece of `span` begins in this rank's vector."""
+        """Return where this rank's piece of `span` starts in its vector."""
         return self.places[span.slot.name] + max(0, span.start - self.index * _part(span.slot, self.num_ranks))
 
 
@@ -141,14 +144,14 @@ def _part(slot: Slot, num_ranks: int) -> int:
 
 
 def _overlap(span: Span, start: int, *, size: int) -> tuple[int, int]:
-    """Return the elements of `span` that lie in the parameter's elements [start, start + size)."""
+    """Return the elements of `span` that are among the parameter's elements [start, start + size)."""
     first = min(max(start - span.start, 0), span.length)
     last = min(max(start + size - span.start, 0), span.length)
     return first, last
 
 
 def slots_of(named: Iterable[tuple[str, torch.Tensor]]) -> list[Slot]:
-    """Return the slots of tensors laid end to end."""
+    """Return the slots of tensors that are concatenated in this order."""
     slots, offset = [], 0
     for name, tensor in named:
         slots.append(Slot(name=name, shape=tensor.shape, offset=offset))
@@ -168,7 +171,7 @@ def matrices_of(slots: Iterable[Slot]) -> list[Matrix]:
 
 
 def own_piece(flat_P: torch.Tensor, span: Span, *, partition: Partition) -> torch.Tensor:
-    """Return this rank's piece of `span` as a view of its vector; empty where it holds none."""
+    """Return this rank's piece of `span` as a view of its vector; empty if it has none."""
     first, last = partition.piece(span, partition.index)
     place = partition.place(span) if last > first else 0
     return flat_P[place : place + last - first]
@@ -177,9 +180,9 @@ def own_piece(flat_P: torch.Tensor, span: Span, *, partition: Partition) -> torc
 def whole_matrices(
     flat_P: torch.Tensor, matrices: Iterable[Matrix], *, partition: Partition
 ) -> dict[Matrix, torch.Tensor]:
-    """Return, as flat vectors, the matrices that this rank holds a piece of, completed with the pieces of the others.
+    """Return each matrix of which this rank has a piece as a whole flat vector, with the pieces of the other ranks.
 
-    Collective over the partition's process group when some matrix is cut.
+    Collective over the partition's process group.
     """
     me = partition.index
     held = [matrix for matrix in matrices if me in partition.owners(matrix)]

@@ -1,4 +1,4 @@
-"""Names, shapes and checks of a state that no layout shows in, and its way from pieces to whole tensors and back.
+"""The layout-independent training state: tensor names and shapes, checks, gathering of pieces, loading.
 
 P elements of a piece.
 """
@@ -18,17 +18,17 @@ from moetrain.parallel.topology import Topology
 
 STEP = "optimizer/step"
 CHUNK_ELEMENTS = 1 << 22
-"""Elements that are read at once: loading takes 16 MB of float32 beside the model, however large its tensors are."""
+"""Elements that are read at once, so that loading needs 16 MB beside the model, whatever the size of its tensors."""
 STATE_NAMES = {OptimizerName.muon: ("momentum",), OptimizerName.adamw: ("exp_avg", "exp_avg_sq")}
 
 
 def optimizer_key(name: str, state: str) -> str:
-    """Return the name under which the state tensor `state` of the parameter `name` is kept."""
+    """Return the name in the state of the optimizer tensor `state` of the parameter `name`."""
     return f"optimizer/{name}/{state}"
 
 
 def expert_parameter_names(model: Transformer) -> set[str]:
-    """Return the names of the parameters whose first axis is experts."""
+    """Return the names of the parameters whose first axis is the expert."""
     return {
         f"{layer_name}.experts.{name}"
         for layer_name, layer in model.moe_layers()
@@ -37,7 +37,7 @@ def expert_parameter_names(model: Transformer) -> set[str]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that belong to the state, by name; writing to them writes to the model."""
+    """Return the persistent buffers of the model by name, without copying."""
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
@@ -50,9 +50,9 @@ def global_shapes(
     hidden_rule: OptimizerName,
     with_optimizer: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the whole state.
+    """Return the global shape of every tensor of the state, by name.
 
-    `parameters`: shapes as the model was built with them, where experts are shared by `num_ranks` ranks.
+    parameters: the local shapes, with the experts split over `num_ranks` ranks.
     """
     experts = expert_parameter_names(model)
     shapes: dict[str, tuple[int, ...]] = {name: (*buffer.shape,) for name, buffer in persistent_buffers(model).items()}
@@ -68,7 +68,7 @@ def global_shapes(
 
 
 class TensorReader:
-    """Implements `StateReader` over tensors in memory, or over any mapping that makes them when asked."""
+    """Implements `StateReader` over a mapping of tensors, which may compute or read them on access."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -78,26 +78,26 @@ class TensorReader:
         return {name: tuple(self._tensors[name].shape) for name in self._tensors}
 
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
-        """Return the elements [first, last) of the tensor `name` laid flat."""
+        """Return the elements [first, last) of the flattened tensor `name`."""
         return self._tensors[name].reshape(-1)[first:last]
 
 
 def gather_pieces(pieces: Iterable[Piece], topology: Topology) -> dict[str, torch.Tensor] | None:
-    """Return all ranks' pieces put together, on the CPU of the main rank; None elsewhere. Collective.
+    """Return the whole tensors assembled from the pieces of all ranks, on the CPU of the main rank; None on others.
 
-    One piece travels at a time. A tensor whose pieces do not make it whole cannot come from a right engine.
+    Collective. Pieces are sent one at a time. The pieces of a tensor must cover it completely.
     """
     own = list(pieces)
-    heads = [(piece.name, piece.shape, piece.start, piece.values_P.numel(), piece.values_P.dtype) for piece in own]
-    all_heads = topology.gather_objects(heads)
-    if all_heads is None:
+    headers = [(piece.name, piece.shape, piece.start, piece.values_P.numel(), piece.values_P.dtype) for piece in own]
+    all_headers = topology.gather_objects(headers)
+    if all_headers is None:
         for piece in own:
             dist.send(piece.values_P.contiguous(), dst=0)
         return None
     tensors: dict[str, torch.Tensor] = {}
     num_filled: dict[str, int] = {}
-    for rank, rank_heads in enumerate(all_heads):
-        for index, (name, shape, start, count, dtype) in enumerate(rank_heads):
+    for rank, rank_headers in enumerate(all_headers):
+        for index, (name, shape, start, count, dtype) in enumerate(rank_headers):
             if rank == topology.rank:
                 values_P = own[index].values_P
             else:
@@ -113,27 +113,27 @@ def gather_pieces(pieces: Iterable[Piece], topology: Topology) -> dict[str, torc
 
 
 def check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `found` has the names of `shapes` with their shapes, and no others.
+    """Raise CheckpointError unless `found` has the same names and shapes as `shapes`.
 
-    Optimizer state that nobody asked for may be there.
+    Optimizer state in `found` is ignored if `shapes` contains none.
     """
     missing = sorted(name for name in shapes if name not in found)
     if missing:
         raise CheckpointError(
-            f"{missing[0]}{_and_others(missing)} is missing: the state is of another model or optimizer"
+            f"{missing[0]}{_and_others(missing)} is missing: the checkpoint belongs to another model or optimizer"
         )
     extra = sorted(name for name in found if name not in shapes and not _is_unwanted_optimizer_state(name, shapes))
     if extra:
         raise CheckpointError(
-            f"{extra[0]}{_and_others(extra)} is not in this model or optimizer: the state is of another"
+            f"{extra[0]}{_and_others(extra)} is not in this model or optimizer: the checkpoint belongs to another one"
         )
     for name, shape in shapes.items():
         if tuple(found[name]) != shape:
-            raise CheckpointError(f"{name} has shape {tuple(found[name])}, this model has {shape}")
+            raise CheckpointError(f"{name} has shape {tuple(found[name])}, but this model requires {shape}")
 
 
 def read_into(target: torch.Tensor, reader: StateReader, *, name: str, first: int = 0) -> None:
-    """Fill the contiguous `target` with the elements of the tensor `name` from `first` on, a chunk at a time."""
+    """Fill the contiguous `target` with elements of the tensor `name`, starting at `first`, chunk by chunk."""
     flat_P = target.view(-1)
     for start in range(0, flat_P.numel(), CHUNK_ELEMENTS):
         chunk_P = flat_P[start : start + CHUNK_ELEMENTS]

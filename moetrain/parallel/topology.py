@@ -1,6 +1,7 @@
-"""Which process this is, among how many, and the few collectives that training asks for directly.
+"""This process's rank, process groups and device, and the collectives that training calls directly.
 
-One process needs no launcher: without torchrun's variables a group of one is made in memory, without a port or a file.
+A single process requires no launcher: without torchrun's environment variables, a process group of one rank is created
+in memory, without a port or a file.
 """
 
 import logging
@@ -22,15 +23,16 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_GRACE_S = 60  # the watchdog, which says who is missing, comes before gloo, which does not
+_GRACE_S = 60  # gloo times out later than the watchdog, because only the watchdog names the missing ranks
 
 
 @dataclass(kw_only=True)
 class Topology:
-    """The place of this process on the grid of ranks.
+    """The rank, process groups and device of this process.
 
-    Data-parallel: all ranks. Consecutive ranks share the experts of a layer (`expert_group`, parallel.expert of them);
-    ranks that hold the same experts form `expert_data_group`. Groups are None where nothing is split.
+    All ranks are data-parallel. The experts of a layer are split over `parallel.expert` consecutive ranks, which form
+    `expert_group`. The ranks that store the same experts form `expert_data_group`. Both are None without expert
+    parallelism.
     """
 
     rank: int = 0
@@ -42,7 +44,7 @@ class Topology:
     watchdog: Watchdog | None = None
 
     def enter_step(self, step: int) -> None:
-        """Say which step begins: an error about a rank that hangs names it."""
+        """Record the step that begins, for error messages about ranks that hang."""
         if self.watchdog is not None:
             self.watchdog.step = step
 
@@ -53,15 +55,15 @@ class Topology:
 
     @property
     def expert_rank(self) -> int:
-        """Place among the ranks that share a layer's experts."""
+        """Index of this rank in its expert group."""
         return self.rank % self.expert_size
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `tensor` over all ranks, on the device of `tensor`, which stays as it is."""
+        """Return the sum of `tensor` over all ranks, on its device; `tensor` does not change."""
         return self._all_reduce(tensor, op=dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the element-wise maximum of `tensor` over all ranks; `tensor` stays as it is."""
+        """Return the elementwise maximum of `tensor` over all ranks; `tensor` does not change."""
         return self._all_reduce(tensor, op=dist.ReduceOp.MAX)
 
     def _all_reduce(self, tensor: torch.Tensor, *, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
@@ -72,7 +74,7 @@ class Topology:
         return on_device.to(tensor.device)
 
     def gather_objects(self, value: T) -> list[T] | None:
-        """Return every rank's picklable `value` in rank order on the main rank, None elsewhere."""
+        """Return the picklable `value` of every rank, in rank order, on the main rank; None on other ranks."""
         if self.world_size == 1:
             return [value]
         gathered: list[T] | None = [value] * self.world_size if self.is_main else None
@@ -88,24 +90,24 @@ class Topology:
         return holder[0]
 
     def wait_for_main(self) -> None:
-        """Wait until the main rank calls this too, without a timeout as long as that rank is alive.
+        """Wait until the main rank calls this too; there is no timeout while that rank is alive.
 
-        For work that the main rank does alone and that may take longer than `parallel.timeout_s`.
+        For work of the main rank that may take longer than `parallel.timeout_s`.
         """
         if self.watchdog is not None:
             self.watchdog.wait_for_main()
-            self.barrier()  # every rank has seen it before the main rank may end, and the store with it
+            self.barrier()  # the main rank, and the store with it, must not end before all ranks have read the store
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank calls this."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def setup(parallel: ParallelConfig) -> Topology:
-    """Return this process's place; joins the other ranks when torchrun started several. May be called again.
+    """Initialise torch.distributed if necessary, and return this process's topology. May be called again.
 
-    Raises ConfigError when the number of processes does not fit the layout.
+    Raises ConfigError if the number of processes does not fit the layout.
     """
     world_size = num_ranks()
     parallel.check_world_size(world_size)
@@ -115,7 +117,7 @@ def setup(parallel: ParallelConfig) -> Topology:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
     device = _local_device()
     if not dist.is_initialized():
-        _join(parallel, device=device)
+        _init_process_group(parallel, device=device)
     from moetrain.parallel.expert import expert_groups  # deepspeed reads DS_ACCELERATOR when it is imported
 
     expert_group, expert_data_group = expert_groups(parallel.expert)
@@ -136,7 +138,7 @@ def _watchdog_of(rank: int, world_size: int, timeout_s: int) -> Watchdog:
 
 
 def _watchdog(parallel: ParallelConfig) -> Watchdog:
-    """Return this process's watchdog, the same one each time."""
+    """Return this process's watchdog; every call returns the same one."""
     return _watchdog_of(dist.get_rank(), dist.get_world_size(), parallel.timeout_s)
 
 
@@ -148,11 +150,11 @@ def _local_device() -> torch.device:
     return device
 
 
-def _own_keys(timeout: timedelta) -> dict[str, Any]:
-    """Return where the ranks of an elastic restart meet: not at what those before them left in torchrun's store.
+def _restart_store(timeout: timedelta) -> dict[str, Any]:
+    """Return the arguments of `init_process_group` that give each elastic restart its own keys in torchrun's store.
 
-    On one machine torchrun shares one store between all restarts. Gloo finds the addresses of dead ranks there and
-    waits for them.
+    On one machine torchrun uses one store for all restarts. Without separate keys, gloo finds the addresses of dead
+    ranks there and waits for them.
     """
     restart = restart_of_shared_store()
     if restart == "0":
@@ -165,18 +167,18 @@ def _own_keys(timeout: timedelta) -> dict[str, Any]:
     return {"store": prefixed, "rank": rank, "world_size": world_size}
 
 
-def _join(parallel: ParallelConfig, *, device: torch.device) -> None:
+def _init_process_group(parallel: ParallelConfig, *, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=parallel.timeout_s + _GRACE_S)
     if "RANK" in os.environ:
-        size, place = num_ranks(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # the variables may be left over from something else
-            _log.info("rank %s of %d meets the others at %s", os.environ["RANK"], size, place)
+        size, address = num_ranks(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # RANK may be left over from another program
+            _log.info("rank %s of %d joins the others at %s", os.environ["RANK"], size, address)
         try:
-            dist.init_process_group(backend, timeout=timeout, **_own_keys(timeout))
+            dist.init_process_group(backend, timeout=timeout, **_restart_store(timeout))
         except dist.DistError as error:
             raise ConfigError(
-                f"the {size} ranks did not meet at {place} within {timeout.seconds} s: "
+                f"the {size} ranks did not meet at {address} within {timeout.seconds} s: "
                 "start all of them with launch/torchrun.sh, or unset WORLD_SIZE and RANK"
             ) from error
     else:

@@ -1,4 +1,4 @@
-"""The plain engine: one process, whole parameters, torch's own clipping. The reference of every other layout."""
+"""The plain engine: one process, whole parameters, torch's clipping. It is the reference for all layouts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +24,9 @@ from moetrain.parallel.protocol import (
     Piece,
     StateReader,
     StepReport,
-    forget_rounded,
+    invalidate_quantized,
     on_device,
-    report_of,
+    step_report,
 )
 from moetrain.parallel.state import (
     STATE_NAMES,
@@ -65,7 +65,7 @@ class TorchEngine:
         }
 
     def accumulate(self, objective: Objective, batch: TokenBatch, *, is_last: bool) -> ObjectiveResult:
-        """Add the gradient of one micro-batch, and return its numbers, detached."""
+        """Add the gradient of one micro-batch; return its detached result."""
         del is_last  # one process has nothing to reduce
         result = objective(self.model, on_device(batch, self.topology.device))
         result.loss.backward()  # type: ignore[no-untyped-call]
@@ -73,12 +73,12 @@ class TorchEngine:
 
     @torch.no_grad()
     def inspect(self, function: Callable[[Transformer, TokenBatch], T], batch: TokenBatch) -> T:
-        """Return what `function` makes of the model and a batch, without gradient."""
+        """Return `function(model, batch)`, computed without gradients."""
         return function(self.model, on_device(batch, self.topology.device))
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
-        """Clip the accumulated gradient, update the parameters, clear the gradient."""
+        """Clip the accumulated gradient, update the parameters and clear the gradient."""
         params = list(self.model.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(params, self.config.clip_norm).item()
         if math.isfinite(grad_norm):
@@ -89,11 +89,11 @@ class TorchEngine:
                 self._update(name, param, learning_rate=learning_rate)
         for param in params:
             param.grad = None
-        forget_rounded(self.model)
-        return report_of(grad_norm, clip_norm=self.config.clip_norm)
+        invalidate_quantized(self.model)
+        return step_report(grad_norm, clip_norm=self.config.clip_norm)
 
     def discard(self) -> None:
-        """Drop the accumulated gradient; parameters and optimizer state stay."""
+        """Drop the accumulated gradient; parameters and optimizer state do not change."""
         for param in self.model.parameters():
             param.grad = None
 
@@ -125,7 +125,7 @@ class TorchEngine:
         for name, factor_M in factors.items():
             param = self.model.get_parameter(name)
             param.mul_(factor_M.to(param.device)[:, None])
-        forget_rounded(self.model)
+        invalidate_quantized(self.model)
 
     def pieces(self, *, with_optimizer: bool) -> Iterator[Piece]:
         """Yield every tensor whole; see `Engine.pieces`."""
@@ -141,12 +141,12 @@ class TorchEngine:
         return tensors
 
     def gather_state(self, *, with_optimizer: bool) -> dict[str, torch.Tensor] | None:
-        """Return copies of the whole state, on the CPU."""
+        """Return copies of the whole state on the CPU."""
         return gather_pieces(self.pieces(with_optimizer=with_optimizer), self.topology)
 
     @torch.no_grad()
     def load_state(self, reader: StateReader, *, with_optimizer: bool) -> None:
-        """Take over a whole state; see `Engine.load_state`."""
+        """Load a whole state; see `Engine.load_state`."""
         shapes = global_shapes(
             self.model,
             {name: tuple(param.shape) for name, param in self.model.named_parameters()},
@@ -160,4 +160,4 @@ class TorchEngine:
             read_into(target, reader, name=name)
         if with_optimizer:
             self.num_steps = int(targets[STEP])
-        forget_rounded(self.model)
+        invalidate_quantized(self.model)

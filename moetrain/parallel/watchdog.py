@@ -1,16 +1,16 @@
-"""Names the step and the ranks when a collective hangs; gloo's own error says neither.
+"""The watchdog: when a collective hangs, it names the step and the ranks that did not arrive. gloo's error does not.
 
-Each rank has a thread that looks at the main thread now and then: in which step it is, at which line, whether it waits
-in a collective. It tells so at the store where the ranks met. A rank whose main thread has waited in a collective for
-the whole `timeout_s` reads what the others told, writes one line that names those that did not arrive, and ends the
-process with exit code 1, so that a launcher ends the other ranks too, and starts them again if it was told to. A rank
-that tells nothing any more is stopped, or gone with its machine.
+Each rank has a watchdog thread that inspects the main thread at intervals: its step, its line, and whether it waits in
+a collective. The thread publishes this status in the rendezvous store (torch's TCPStore). When the main thread has
+waited in one collective for `timeout_s`, the watchdog reads the statuses of the other ranks, writes one line that names
+the ranks that did not arrive, and ends the process with exit code 1. A launcher then ends the other ranks too, and
+restarts all of them if configured to. A rank that no longer publishes is stopped, or its machine is gone.
 
-The thread ends before the interpreter does: a thread that comes back from torch's C++ into an interpreter that ends
-takes the process down with SIGABRT.
+The watchdog calls no collective. It regards the main thread as waiting if its innermost Python frame is inside a
+collective of torch or DeepSpeed and it uses no processor time.
 
-It takes part in no collective. Waiting is seen from outside: the innermost Python frame lies in torch's or DeepSpeed's
-collectives and the thread uses no processor time.
+The thread must end before the interpreter does: a thread that returns from torch's C++ code while the interpreter
+shuts down aborts the process with SIGABRT.
 """
 
 import atexit
@@ -29,36 +29,40 @@ from typing import NoReturn
 import torch.distributed as dist
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
-_BUSY_S = 0.02  # processor time between two looks from which on a thread computes, and does not wait
-_LONGEST_INTERVAL_S = 5.0
-_SHORTEST_PAUSE_S = 0.01  # between the first looks for what the main rank prepares, which often is there already
+_MIN_BUSY_S = 0.02  # a thread that used more processor time between two observations is computing, not waiting
+_MAX_INTERVAL_S = 5.0
+_MIN_PAUSE_S = 0.01  # first pause of `wait_for_main`, short because the main rank is often done already
 _STORE_TIMEOUT = timedelta(seconds=10)
-_LAST_BEAT = -1  # of a rank that has waited for the whole time and ends: it arrived
+_FINAL_HEARTBEAT = -1  # heartbeat of a rank that arrived, waited until the timeout and is ending its process
 EXIT_CODE = 1
-"""Exit code of a rank that has waited too long."""
+"""Exit code of a rank that ends because of a hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a rank is. step: None before the first one. line: file and line of the caller of a collective, or of what
-    runs. waits: in a collective. beat: counts the looks, so that a rank that stopped is told from one that waits."""
+class RankStatus:
+    """What the main thread of a rank is doing.
+
+    step: None before the first step. line: file and line of the code that runs, or of the caller of a collective.
+    is_waiting: whether the main thread is in a collective. heartbeat: number of observations so far; it distinguishes
+    a rank that is stopped from one that waits.
+    """
 
     step: int | None
     line: str
-    waits: bool
-    beat: int
+    is_waiting: bool
+    heartbeat: int
 
 
 class Watchdog:
-    """The thread of one rank; `step` is set by the training loop."""
+    """The watchdog of one rank. The training loop sets `step`."""
 
     def __init__(self, *, rank: int, world_size: int, timeout_s: float) -> None:
-        """Watch the thread that calls this one, with a connection of its own to the store where the ranks met."""
+        """Start to watch the calling thread, with a separate connection to the rendezvous store."""
         self.step: int | None = None
-        self._beat = 0
+        self._heartbeat = 0
         self._num_waits = 0
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
-        self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 10)
+        self._interval_s = min(_MAX_INTERVAL_S, timeout_s / 10)
         self._watched = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._watched)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -66,161 +70,164 @@ class Watchdog:
             address, port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
         )
         self._prefix = f"moetrain/{restart_of_shared_store()}"
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         atexit.register(self._close)
 
     def wait_for_main(self) -> None:
-        """Return when the main rank has called this as many times as this rank, however long that takes.
+        """Wait until the main rank has called this as many times as this rank, without a timeout.
 
-        It is no collective, so no timeout of one holds. The process ends with a line when the main rank gives no sign
-        of life for `timeout_s`, or when the store is gone with it.
+        Uses the store, not a collective, so the timeout of collectives does not apply. Ends the process with one line
+        when the main rank publishes nothing for `timeout_s`, or when the store does not answer.
         """
         self._num_waits += 1
         key = f"{self._prefix}/main/{self._num_waits}"
         if self._rank == 0:
             self._store.set(key, "done")
             return
-        told: Place | None = None
-        told_at = time.monotonic()
-        pause_s = _SHORTEST_PAUSE_S
+        last_seen: RankStatus | None = None
+        changed_at = time.monotonic()
+        pause_s = _MIN_PAUSE_S
         while True:
-            timer = self._end_in_a_while(self._without_main(time.monotonic() - told_at))
+            timer = self._exit_after_delay(self._main_silent_message(time.monotonic() - changed_at))
             try:
-                is_done, place = self._store.check([key]), self._place_of(0)
+                is_done, status = self._store.check([key]), self._status_of(0)
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
-                self._end(f"{self._without_main(time.monotonic() - told_at)}: {error}")
+                self._exit(f"{self._main_silent_message(time.monotonic() - changed_at)}: {error}")
             timer.cancel()
             if is_done:
                 return
-            if place != told:
-                told, told_at = place, time.monotonic()
-            elif time.monotonic() - told_at > self._timeout_s:
-                self._end(self._without_main(self._timeout_s))
+            if status != last_seen:
+                last_seen, changed_at = status, time.monotonic()
+            elif time.monotonic() - changed_at > self._timeout_s:
+                self._exit(self._main_silent_message(self._timeout_s))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, self._interval_s)
 
-    def _without_main(self, silent_s: float) -> str:
+    def _main_silent_message(self, silent_s: float) -> str:
         return (
             f"rank {self._rank} waits for what rank 0 prepares, and rank 0 has given no sign of life for "
             f"{silent_s:.0f} s (stopped, or the process or the machine is gone)"
         )
 
     def _close(self) -> None:
-        """End the thread before the interpreter ends; a store that does not answer is not waited for without end."""
-        self._over.set()
+        """Stop the thread, and wait for its end for a limited time, because the store may not answer."""
+        self._stopped.set()
         self._thread.join(2 * _STORE_TIMEOUT.total_seconds())
 
     def _watch(self) -> None:
         waiting_since = time.monotonic()
         used_s = 0.0
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             now_used_s = time.clock_gettime(self._clock)
-            place = self._look()
-            if not place.waits or now_used_s - used_s > _BUSY_S:
+            status = self._observe()
+            if not status.is_waiting or now_used_s - used_s > _MIN_BUSY_S:
                 waiting_since = time.monotonic()
             used_s = now_used_s
             try:
-                self._tell(place)
+                self._publish(status)
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    timer = self._end_in_a_while(self._silent_store(place))
-                    others = self._others()
-                    if self._look().waits and time.clock_gettime(self._clock) - used_s <= _BUSY_S:
-                        self._tell(replace(place, beat=_LAST_BEAT))
-                        self._end(hang_message(place, others, rank=self._rank, timeout_s=self._timeout_s))
-                    timer.cancel()  # the one that was late came after all
+                    timer = self._exit_after_delay(self._store_silent_message(status))
+                    others = self._other_statuses()
+                    if self._observe().is_waiting and time.clock_gettime(self._clock) - used_s <= _MIN_BUSY_S:
+                        self._publish(replace(status, heartbeat=_FINAL_HEARTBEAT))
+                        self._exit(hang_message(status, others, rank=self._rank, timeout_s=self._timeout_s))
+                    timer.cancel()  # the late rank arrived after all
             except (RuntimeError, OSError) as error:  # torch's errors of a store that does not answer
                 if time.monotonic() - waiting_since > self._timeout_s:
-                    self._end(self._without_store(place, why=str(error)))
-            self._over.wait(self._interval_s)
+                    self._exit(self._store_lost_message(status, why=str(error)))
+            self._stopped.wait(self._interval_s)
 
     @property
-    def _longest_answer_s(self) -> float:
+    def _max_answer_s(self) -> float:
         return 2 * (3 * self._interval_s + 1.0) + _STORE_TIMEOUT.total_seconds()
 
-    def _end_in_a_while(self, message: str) -> threading.Timer:
-        """End this process unless cancelled: a call to a store whose process is stopped does not return."""
-        timer = threading.Timer(self._longest_answer_s, self._end, args=[message])
+    def _exit_after_delay(self, message: str) -> threading.Timer:
+        """End this process after a delay unless cancelled: calls to a store whose process is stopped do not return."""
+        timer = threading.Timer(self._max_answer_s, self._exit, args=[message])
         timer.daemon = True
         timer.start()
         return timer
 
-    def _silent_store(self, place: Place) -> str:
+    def _store_silent_message(self, status: RankStatus) -> str:
         if launcher_keeps_store():
-            return self._without_store(place, why=f"nothing came for {self._longest_answer_s:g} s")
-        return hang_message(place, {0: None}, rank=self._rank, timeout_s=self._timeout_s)  # rank 0 keeps it
+            return self._store_lost_message(status, why=f"no answer within {self._max_answer_s:g} s")
+        return hang_message(status, {0: None}, rank=self._rank, timeout_s=self._timeout_s)  # rank 0 hosts the store
 
-    def _without_store(self, place: Place, *, why: str) -> str:
+    def _store_lost_message(self, status: RankStatus, *, why: str) -> str:
         return (
-            f"step {place.step}: rank {self._rank} has waited at {place.line} for {self._timeout_s:g} s, "
+            f"step {status.step}: rank {self._rank} has waited at {status.line} for {self._timeout_s:g} s, "
             f"and the store at {os.environ['MASTER_ADDR']}, where the ranks met, does not answer: {why}"
         )
 
-    def _tell(self, place: Place) -> None:
-        self._store.set(self._key(self._rank), json.dumps(asdict(place)))
+    def _publish(self, status: RankStatus) -> None:
+        self._store.set(self._key(self._rank), json.dumps(asdict(status)))
 
-    def _look(self) -> Place:
+    def _observe(self) -> RankStatus:
         frame = sys._current_frames().get(self._watched)
-        inner = frame
-        while inner is not None and _is_collective(inner):
-            inner = inner.f_back
-        line = "its end" if inner is None else f"{_short(inner.f_code.co_filename)}:{inner.f_lineno}"
-        waits = frame is not None and inner is not frame
-        self._beat += 1
-        return Place(step=self.step, line=line, waits=waits, beat=self._beat)
+        caller = frame
+        while caller is not None and _is_collective(caller):
+            caller = caller.f_back
+        line = "its end" if caller is None else f"{_short(caller.f_code.co_filename)}:{caller.f_lineno}"
+        is_waiting = frame is not None and caller is not frame
+        self._heartbeat += 1
+        return RankStatus(step=self.step, line=line, is_waiting=is_waiting, heartbeat=self._heartbeat)
 
-    def _others(self) -> dict[int, Place | None]:
-        """Return where the other ranks are; None for one that told nothing during three looks.
+    def _other_statuses(self) -> dict[int, RankStatus | None]:
+        """Return the statuses of the other ranks; None for a rank that published nothing during three intervals.
 
-        This rank continues to tell meanwhile: others may be looking at it.
+        This rank continues to publish meanwhile, because other ranks may read its status.
         """
-        first = self._read()
+        first = self._read_others()
         end = time.monotonic() + 3 * self._interval_s + 1.0
-        while time.monotonic() < end and not self._over.wait(self._interval_s):
-            self._tell(self._look())
-        second = self._read()
-        lives = {rank: place != first[rank] or (place and place.beat == _LAST_BEAT) for rank, place in second.items()}
-        return {rank: place if lives[rank] else None for rank, place in second.items()}
+        while time.monotonic() < end and not self._stopped.wait(self._interval_s):
+            self._publish(self._observe())
+        second = self._read_others()
+        is_alive = {
+            rank: status != first[rank] or (status and status.heartbeat == _FINAL_HEARTBEAT)
+            for rank, status in second.items()
+        }
+        return {rank: status if is_alive[rank] else None for rank, status in second.items()}
 
-    def _read(self) -> dict[int, Place | None]:
-        return {rank: self._place_of(rank) for rank in range(self._world_size) if rank != self._rank}
+    def _read_others(self) -> dict[int, RankStatus | None]:
+        return {rank: self._status_of(rank) for rank in range(self._world_size) if rank != self._rank}
 
-    def _place_of(self, rank: int) -> Place | None:
-        """Return what a rank told last; None when it has told nothing yet."""
+    def _status_of(self, rank: int) -> RankStatus | None:
+        """Return the last status that a rank published, or None."""
         key = self._key(rank)
-        return Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return RankStatus(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
 
-    def _end(self, message: str) -> NoReturn:
+    def _exit(self, message: str) -> NoReturn:
         os.write(2, f"moetrain: {message}\n".encode())  # the main thread may hold the lock of sys.stderr
-        os._exit(EXIT_CODE)  # it cannot be woken up
+        os._exit(EXIT_CODE)  # the main thread cannot be interrupted in a collective
 
 
 def launcher_keeps_store() -> bool:
-    """Return whether ranks meet at a store of the launcher, which outlives them; otherwise rank 0 keeps it."""
+    """Return whether the launcher hosts the rendezvous store, which then outlives the ranks; otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def restart_of_shared_store() -> str:
-    """Return which start of the ranks this is at a store that several starts share; "0" where each has a store.
+    """Return the number of this restart if all restarts share one store; "0" if each start has a new store.
 
-    The launcher counts for itself alone. So starts share a store on one machine only: see launch/torchrun.sh.
+    Each launcher counts its own restarts only, so restarts share a store on one machine only: see launch/torchrun.sh.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher_keeps_store() else "0"
 
 
-def hang_message(own: Place, others: Mapping[int, Place | None], *, rank: int, timeout_s: float) -> str:
-    """Return the line that a rank says that waits at `own`, from what the others told last (None: no sign of life)."""
-    silent = [other for other, place in others.items() if place is None]
-    elsewhere = {other: place for other, place in others.items() if place is not None and not place.waits}
+def hang_message(own: RankStatus, others: Mapping[int, RankStatus | None], *, rank: int, timeout_s: float) -> str:
+    """Return the error line of a rank with status `own`. others: statuses of the other ranks; None: no sign of life."""
+    silent = [other for other, status in others.items() if status is None]
+    elsewhere = {other: status for other, status in others.items() if status is not None and not status.is_waiting}
     reasons = [f"{_ranks(silent)} no sign of life (stopped, or the machine is gone)"] if silent else []
-    reasons += [f"rank {other} is at {place.line} in step {place.step}" for other, place in elsewhere.items()]
+    reasons += [f"rank {other} is at {status.line} in step {status.step}" for other, status in elsewhere.items()]
     if not reasons:
-        places = {other: place for other, place in others.items() if place is not None}
-        reasons = [f"rank {other} waits at {place.line} in step {place.step}" for other, place in places.items()]
+        statuses = {other: status for other, status in others.items() if status is not None}
+        reasons = [f"rank {other} waits at {status.line} in step {status.step}" for other, status in statuses.items()]
         return f"step {own.step}: rank {rank} has waited at {own.line} for {timeout_s:g} s; " + "; ".join(reasons)
     missing = sorted([*silent, *elsewhere])
     return (
@@ -238,6 +245,6 @@ def _is_collective(frame: FrameType) -> bool:
 
 
 def _short(path: str) -> str:
-    """Return a path from its package on."""
+    """Return the last three parts of a path."""
     parts = Path(path).parts
     return "/".join(parts[-3:])

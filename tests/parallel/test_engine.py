@@ -146,7 +146,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine: Engine
         loaded.load_state(TensorReader(missing), with_optimizer=True)
     with pytest.raises(CheckpointError, match=r"model.mtp.weight is not in this model"):
         loaded.load_state(TensorReader({**other, "model.mtp.weight": torch.zeros(1)}), with_optimizer=True)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \(3,\), this model has \(32,\)"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \(3,\), but this model requires \(32,\)"):
         loaded.load_state(TensorReader({**other, "model.norm.weight": torch.zeros(3)}), with_optimizer=True)
     adamw = _state(build(EngineName.torch, optimizer=OptimizerName.adamw))
     with pytest.raises(CheckpointError, match=r"momentum .*is missing"):
@@ -267,7 +267,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         build(EngineName.torch, expert=2)
     for zero in (2, 3):
         with pytest.raises(
-            ConfigError, match=rf"parallel.zero is {zero}: parallel.engine=torch runs in one .* use 1 or"
+            ConfigError, match=rf"parallel.zero is {zero}: parallel.engine=torch runs in one .* give 1, or"
         ):
             build(EngineName.torch, zero=zero)
     with pytest.raises(ConfigError, match=r"parallel.expert is 2: it must divide the number of processes, 1"):

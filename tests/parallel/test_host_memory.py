@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from moetrain.parallel import host_memory
 from moetrain.parallel.config import ParallelConfig
-from moetrain.parallel.host_memory import HostMemory, memory_of
+from moetrain.parallel.host_memory import HostMemory, shared_memory_of
 from moetrain.parallel.topology import setup
 from tests.distributed import run_ranks
 
@@ -44,7 +44,7 @@ def compare() -> dict[str, bool]:
         same[f"gather of {size}"] = torch.equal(gathered, torch.cat(expected))
     for width, dtype in ((5, torch.float32), (1, torch.bfloat16), (40, torch.int64)):
         same[f"rows of {width} {dtype}"] = torch.equal(*_exchanged(memory, rank, width, dtype))
-    same["memory of a group is opened once"] = memory_of(None, device=torch.device("cpu")) is memory_of(
+    same["memory of a group is opened once"] = shared_memory_of(None, device=torch.device("cpu")) is shared_memory_of(
         group, device=torch.device("cpu")
     )
     return same
@@ -63,14 +63,14 @@ def wait_for_the_dead() -> str:
 
 
 def apart() -> tuple[bool, bool]:
-    """Return whether there is memory for ranks that cannot see each other's, and for one that has none."""
+    """Return whether memory is opened if ranks cannot map the memory of rank 0, and if it cannot be created."""
     setup(ParallelConfig())
-    seen = host_memory._address
+    original = host_memory._descriptor_path
     if dist.get_rank() == 0:
-        host_memory._address = lambda file: (seen(file)[0], "/memfd:of another host (deleted)")
+        host_memory._descriptor_path = lambda file: (original(file)[0], "/memfd:of another host (deleted)")
     unseen = HostMemory.open(dist.group.WORLD) is not None
-    host_memory._address = seen
-    host_memory._made = lambda size: None
+    host_memory._descriptor_path = original
+    host_memory._create_memory = lambda size: None
     return unseen, HostMemory.open(dist.group.WORLD) is not None
 
 
@@ -85,10 +85,10 @@ def test_ranks_that_share_no_memory_are_left_to_gloo() -> None:
 
 def test_one_rank_and_an_accelerator_need_no_memory() -> None:
     setup(ParallelConfig())
-    assert memory_of(None, device=torch.device("cpu")) is None
-    assert memory_of(None, device=torch.device("cuda")) is None
+    assert shared_memory_of(None, device=torch.device("cpu")) is None
+    assert shared_memory_of(None, device=torch.device("cuda")) is None
 
 
 def test_a_rank_that_ended_is_an_error_of_those_that_wait_for_it() -> None:
     message, _ = run_ranks(wait_for_the_dead, 2)
-    assert message.endswith("rank 1 of a group, ended in a collective")
+    assert message.endswith("rank 1 of a group, ended during a collective")

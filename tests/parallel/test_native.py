@@ -63,7 +63,7 @@ def _counted(name: str, met: Counter[str]) -> Callable[..., None]:
 
 
 def _two_ranks() -> list[Trained]:
-    host_memory.SMALL = 0  # the model is
+    host_memory.SMALL_BYTES = 0  # the model is
     deepspeed_engine._LARGEST_BUCKET = 700  # some of its parameters are larger
     return [_trained(EngineName.deepspeed, **layout) for layout in LAYOUTS]
 

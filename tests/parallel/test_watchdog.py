@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moetrain.parallel.watchdog import Place, hang_message
+from moetrain.parallel.watchdog import RankStatus, hang_message
 from moetrain.runtime import free_port
 
 PROGRAM = """
@@ -76,10 +76,10 @@ IN_MEMORY = """
 import os, signal, torch
 import torch.distributed as dist
 from moetrain.parallel.config import ParallelConfig
-from moetrain.parallel.host_memory import memory_of
+from moetrain.parallel.host_memory import shared_memory_of
 from moetrain.parallel.topology import setup
 topology = setup(ParallelConfig(timeout_s=20))
-memory = memory_of(None, device=topology.device)
+memory = shared_memory_of(None, device=topology.device)
 topology.enter_step(7)
 memory.sum_(torch.ones(3))
 if topology.rank == 1:
@@ -128,7 +128,7 @@ import os
 import time
 import torch.distributed as dist
 from moetrain.parallel import watchdog
-watchdog._LONGEST_INTERVAL_S = 0.0  # it looks without a pause, and so is at the store when the process ends
+watchdog._MAX_INTERVAL_S = 0.0  # no pause, so that it calls the store while the process ends
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
 watchdog.Watchdog(rank=0, world_size=2, timeout_s=60)
@@ -177,8 +177,8 @@ def test_what_the_main_rank_prepares_may_take_longer_than_the_timeout_unless_it_
 
 
 def test_a_rank_that_is_somewhere_else_is_named_with_its_line() -> None:
-    own = Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=9)
-    others = {0: Place(step=7, line="moetrain/train/step.py:60", waits=True, beat=3)}
-    others |= {2: Place(step=6, line="moetrain/data/loader.py:88", waits=False, beat=4)}
+    own = RankStatus(step=7, line="moetrain/train/step.py:60", is_waiting=True, heartbeat=9)
+    others = {0: RankStatus(step=7, line="moetrain/train/step.py:60", is_waiting=True, heartbeat=3)}
+    others |= {2: RankStatus(step=6, line="moetrain/data/loader.py:88", is_waiting=False, heartbeat=4)}
     said = hang_message(own, others, rank=1, timeout_s=30)
     assert said.endswith("did not arrive: rank 2: rank 2 is at moetrain/data/loader.py:88 in step 6")
