@@ -25,7 +25,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moetrain.checkpoint.shape import FREE_FIELDS, stored_shape, unfit_fields
+from moetrain.checkpoint.shape import FREE_FIELDS, mismatched_fields, stored_shape
 from moetrain.commands import SCHEMAS
 from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
@@ -121,7 +121,7 @@ def _take_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Overrid
 
 def _check_shape(run: TrainingRun, shape: ModelConfig) -> None:
     """Raise ConfigError when a config asks for another shape than that of the weights it starts from."""
-    if unfit := unfit_fields(shape, run.model):
+    if unfit := mismatched_fields(shape, run.model):
         field = "init_from" if run.continue_from is None else "continue_from"
         free = ", ".join(f"model.{name}{'*' if name.endswith('.') else ''}" for name in FREE_FIELDS)
         raise ConfigError(

@@ -45,14 +45,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
     return lines
 
 
-def as_kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def as_stored(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping without paths and micro-batch sizes, at every depth, and with non-finite floats as strings."""
-    return {name: _kept(value) for name, value in mapping.items() if name not in _LEFT_OUT}
+    return {name: _stored_value(value) for name, value in mapping.items() if name not in _LEFT_OUT}
 
 
-def _kept(value: Any) -> Any:
+def _stored_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return as_kept(value)
+        return as_stored(value)
     if isinstance(value, list | tuple):
-        return [_kept(inner) for inner in value]
+        return [_stored_value(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

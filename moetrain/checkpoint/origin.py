@@ -12,7 +12,7 @@ import torch
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.identity import model_of, quant_of
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
-from moetrain.checkpoint.shape import shape_changes, unfit_fields
+from moetrain.checkpoint.shape import mismatched_fields, shape_changes
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
@@ -104,7 +104,7 @@ def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
 
     Raises `CheckpointError` if a field differs on which the meaning of the weights depends.
     """
-    if unfit := unfit_fields(origin.model, model):
+    if unfit := mismatched_fields(origin.model, model):
         raise CheckpointError(
             f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
         )

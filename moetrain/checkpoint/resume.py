@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint import read as checkpoint
-from moetrain.checkpoint.identity import as_kept, differences, upgraded
+from moetrain.checkpoint.identity import as_stored, differences, upgraded
 from moetrain.errors import CheckpointError
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology
@@ -82,7 +82,9 @@ def _damage_on_any_rank(path: Path, topology: Topology) -> str | None:
 def check_identity(loaded: checkpoint.Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` that lists the fields in which a checkpoint's identity differs from `identity`."""
     as_written = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    changed = differences(as_kept(upgraded(loaded.state["identity"])), as_written)  # older versions stored more fields
+    changed = differences(
+        as_stored(upgraded(loaded.state["identity"])), as_written
+    )  # older versions stored more fields
     if changed:
         raise CheckpointError(
             f"{loaded.path}: was written by a run with another configuration ({'; '.join(changed)}); "

@@ -44,7 +44,7 @@ class Saver:
         self._retention = retention
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        self.held_s = 0.0
+        self.waited_s = 0.0
 
     def __enter__(self) -> "Saver":
         """Return this saver."""
@@ -74,7 +74,7 @@ class Saver:
         pieces = [_copy(piece) for piece in engine.pieces(with_optimizer=True)]
         future = self._threads.submit(write_part, partial, pieces, rank=self._topology.rank)
         self._pending = _Pending(step=step, partial=partial, state=state, future=future)
-        self.held_s += time.perf_counter() - start
+        self.waited_s += time.perf_counter() - start
 
     def poll(self) -> None:
         """Finish the save in progress if all ranks have written their parts; call this at every step boundary.
@@ -88,7 +88,7 @@ class Saver:
         is_writing = torch.tensor(0.0 if self._pending.future.done() else 1.0)
         if float(self._topology.all_reduce_max(is_writing)) == 0.0:
             self._complete(self._pending)
-        self.held_s += time.perf_counter() - start
+        self.waited_s += time.perf_counter() - start
 
     def finish(self) -> None:
         """Wait until the save in progress, if any, is complete. Collective; raises the same errors as `begin`."""
@@ -96,12 +96,12 @@ class Saver:
             return
         start = time.perf_counter()
         self._complete(self._pending)
-        self.held_s += time.perf_counter() - start
+        self.waited_s += time.perf_counter() - start
 
-    def take_held_s(self) -> float:
+    def take_waited_s(self) -> float:
         """Return the seconds that training waited since the last call."""
-        held_s, self.held_s = self.held_s, 0.0
-        return held_s
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
 
     def _complete(self, pending: _Pending) -> None:
         self._pending = None
@@ -109,7 +109,7 @@ class Saver:
         failures = self._topology.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         failed = next((rank for rank, failure in enumerate(failures or ()) if failure is not None), None)
 
-        def give_name() -> Path:
+        def commit_parts() -> Path:
             if failures is not None and failed is not None:
                 raise CheckpointError(f"rank {failed} could not write its part: {failures[failed]}")
             num_parts = self._topology.world_size
@@ -117,7 +117,7 @@ class Saver:
                 pending.partial, pending.step, num_parts=num_parts, state=pending.state, retention=self._retention
             )
 
-        self._on_main(give_name, step=pending.step, partial=pending.partial)
+        self._on_main(commit_parts, step=pending.step, partial=pending.partial)
 
     def _on_main(self, work: Callable[[], Path], *, step: int, partial: Path | None = None) -> Path:
         """Return on every rank the result of `work` on the main rank; if it fails, remove `partial` and raise on every
@@ -129,8 +129,8 @@ class Saver:
             try:
                 path = work()
             except Exception as error:  # any error, because the other ranks wait for the broadcast
-                is_told = isinstance(error, OSError | CheckpointError)
-                failure = f"{error}" if is_told else f"{type(error).__name__}: {error}"
+                is_user_error = isinstance(error, OSError | CheckpointError)
+                failure = f"{error}" if is_user_error else f"{type(error).__name__}: {error}"
                 if partial is not None:
                     shutil.rmtree(partial, ignore_errors=True)  # the next start removes what remains
         path, failure = self._topology.broadcast_object((path, failure))

@@ -47,7 +47,7 @@ def shape_changes(before: ModelConfig, now: ModelConfig) -> list[str]:
     return differences(_fields(before), _fields(now))
 
 
-def unfit_fields(before: ModelConfig, now: ModelConfig) -> list[str]:
+def mismatched_fields(before: ModelConfig, now: ModelConfig) -> list[str]:
     """Return the fields that differ and must not: the meaning of the weights depends on them."""
     return [line for line in shape_changes(before, now) if not line.startswith(FREE_FIELDS)]
 

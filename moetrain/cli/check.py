@@ -13,7 +13,7 @@ from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.run import recipe, runner
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
-from moetrain.run.resume_check import check_going_on
+from moetrain.run.resume_check import check_resume
 from moetrain.run.stage import check_folder
 
 
@@ -58,7 +58,7 @@ def _check_line(words: list[str]) -> None:
     if config.init_from is not None:
         print(f"ok  weights: {config.init_from} can be read and fits")
     if isinstance(config, TrainingRun):
-        check_going_on(config)
+        check_resume(config)
         print("ok  resume: nothing in the folder contradicts the config")
 
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from moetrain.kernels.build import Library
 from moetrain.kernels.choice import taking_kind
 from moetrain.model.config import ModelConfig
+from moetrain.model.kernel_module import KernelModule
 from moetrain.model.layers import Linear, RMSNorm
-from moetrain.model.multiplying import Multiplying
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.rope import Rotation, rotate
 from moetrain.ops import native
-from moetrain.ops.flash_attention import Runs, attend_flash, plan_runs, takes_flash
+from moetrain.ops.flash_attention import Runs, attend_flash, plan_runs, supports_flash
 from moetrain.ops.max_logits import largest_by_head, max_logits
 from moetrain.ops.tiled_attention import Tile, attend_tiled, first_seen, plan_tiles
 
@@ -71,7 +71,7 @@ def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int,
     num_tokens = segments_BT.shape[1]
     if taking_kind(library, segments_BT.device, dtype=dtype):
         return FirstSeen(first_seen_BT=first_seen(segments_BT).int())
-    if takes_flash(segments_BT.device, dtype, width=width):
+    if supports_flash(segments_BT.device, dtype, width=width):
         return plan_runs(segments_BT)
     if segments_BT.device.type == "cpu" and num_tokens <= TILED_MAX_TOKENS:
         return plan_tiles(segments_BT, dtype)
@@ -94,7 +94,7 @@ def attend_fused(
     return out[..., :value_width]
 
 
-class Attention(Recomputable, Multiplying):
+class Attention(Recomputable, KernelModule):
     """Latent attention: one compressed latent gives the keys and values of all heads; heads share one rotary key."""
 
     def __init__(self, config: ModelConfig) -> None:

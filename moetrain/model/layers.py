@@ -6,12 +6,12 @@ x has any leading axes.
 import torch
 from torch import nn
 
-from moetrain.model.multiplying import Multiplying
+from moetrain.model.kernel_module import KernelModule
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.ops.dense import linear, rms_norm, swiglu
 
 
-class Linear(Multiplying):
+class Linear(KernelModule):
     """A linear layer without bias; the fp32 weight [out, in] is cast to the dtype of the input."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
@@ -23,7 +23,7 @@ class Linear(Multiplying):
         return linear(x, self.weight, library=self.library)
 
 
-class RMSNorm(Multiplying):
+class RMSNorm(KernelModule):
     """Root-mean-square norm over the last axis. It runs in float32 because squares lose too much precision in bf16."""
 
     def __init__(self, width: int, *, eps: float) -> None:
@@ -36,7 +36,7 @@ class RMSNorm(Multiplying):
         return rms_norm(x, self.weight, eps=self.eps, library=self.library)
 
 
-class FeedForward(Recomputable, Multiplying):
+class FeedForward(Recomputable, KernelModule):
     """SwiGLU feed-forward layer (arXiv 2002.05202): a dense layer, or all shared experts as one layer."""
 
     def __init__(self, hidden_size: int, width: int) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from moetrain.kernels.choice import taking_kind
 from moetrain.model.balance import required_biases, z_loss_sum
 from moetrain.model.config import BiasRule, ModelConfig
+from moetrain.model.kernel_module import KernelModule
 from moetrain.model.layers import FeedForward
-from moetrain.model.multiplying import Multiplying
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
 from moetrain.ops.combine import combine, spread
@@ -62,7 +62,7 @@ class Documents:
         return sums[:num_documents]
 
 
-class Experts(Recomputable, Multiplying):
+class Experts(Recomputable, KernelModule):
     """The routed experts of a layer on this rank: SwiGLU, with gate rows before up rows as in transformers."""
 
     def __init__(self, config: ModelConfig, *, num_local: int, compute_dtype: torch.dtype) -> None:

@@ -16,9 +16,9 @@ from moetrain.kernels.build import Library
 from moetrain.model.attention import Attention, Mask, MaxLogits, plan_attention
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
+from moetrain.model.kernel_module import KernelModule, set_kernels
 from moetrain.model.layers import FeedForward, Linear, RMSNorm
 from moetrain.model.moe import Dispatcher, Documents, LocalDispatcher, MoE, RouterStatistics
-from moetrain.model.multiplying import Multiplying, set_kernels
 from moetrain.model.rope import RopeTable, Rotation, build_rope
 from moetrain.runtime import torch_stream
 
@@ -132,12 +132,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class Transformer(Multiplying):
+class Transformer(KernelModule):
     """A model of the DeepSeek-V3 / Kimi K2 shape. Its fp32 master parameters are not initialised here: see
     `initialize`.
 
-    Products run in `compute_dtype`, with the native kernels of `library` where they support it. `expert_slice`: the
-    routed experts on this rank, by default all; if not all, `dispatcher` must reach the others.
+    Matrix products run in `compute_dtype`, with the native kernels of `library` where they support it.
+    `expert_slice`: the routed experts on this rank, by default all; if not all, `dispatcher` must reach the others.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The feed-forward computation of a layer's routed experts: four implementations, chosen by device and dtype.
 
 - `expert_loop`: plain torch operations; the reference for the others.
-- `expert_written_out`: for CPUs; the same bits, with an explicit backward pass that copies and stores less.
+- `expert_manual_backward`: for CPUs; the same bits, with an explicit backward pass that copies and stores less.
 - the native kernels: for bfloat16 on CPUs, if available.
 - `expert_grouped`: for bfloat16 on GPUs; one grouped product for all experts.
 
@@ -43,7 +43,7 @@ def expert_rows(
     if found := taking(library, x_SD):
         return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=found)
     if x_SD.device.type == "cpu":
-        return expert_written_out(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
+        return expert_manual_backward(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
     if x_SD.dtype == torch.bfloat16:
         return expert_grouped(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
     return expert_loop(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
@@ -72,12 +72,12 @@ def expert_grouped(
     return F.grouped_mm(F.silu(gate_SF) * up_SF, down_LDF.transpose(1, 2), offs=ends_L)
 
 
-def expert_written_out(
+def expert_manual_backward(
     x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
 ) -> torch.Tensor:
     """Return the same bits and gradients as `expert_loop`."""
     counts = counts_L.tolist()
-    y_SD: torch.Tensor = _WrittenOut.apply(x_SD, gate_up_LGD, down_LDF, counts)  # type: ignore[no-untyped-call]
+    y_SD: torch.Tensor = _ManualBackward.apply(x_SD, gate_up_LGD, down_LDF, counts)  # type: ignore[no-untyped-call]
     return y_SD
 
 
@@ -130,7 +130,7 @@ def _padded(rows_RD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-class _WrittenOut(torch.autograd.Function):
+class _ManualBackward(torch.autograd.Function):
     """Computes one expert after the other, so that an expert's data stays in the cache.
 
     Outputs are written in place: the next expert's rows overwrite an expert's padding.

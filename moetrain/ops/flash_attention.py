@@ -27,7 +27,7 @@ class Runs:
     longest: int
 
 
-def takes_flash(device: torch.device, dtype: torch.dtype, *, width: int) -> bool:
+def supports_flash(device: torch.device, dtype: torch.dtype, *, width: int) -> bool:
     """Return whether the flash kernel supports this device, dtype and head width.
 
     `width`: the largest of the query, key and value widths per head.

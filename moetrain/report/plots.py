@@ -70,7 +70,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, f
         path = "L".join(f"{x.at(step):.1f} {y.at(value):.1f}" for step, value in points)
         look = f"s{line.color}" + (" faint" if line.is_faint else "")
         if len(points) == 1:
-            parts.append(_dot(x.at(points[0][0]), y.at(points[0][1]), color=line.color, said=line.name))
+            parts.append(_dot(x.at(points[0][0]), y.at(points[0][1]), color=line.color, tooltip=line.name))
         parts.append(f'<path class="{look}" d="M{path}"><title>{escape(line.name)}</title></path>')
     keys = [(line.color, line.name) for line, _ in shown if not line.is_faint]
     return _figure(title, parts, keys=keys, x_name=x_name, y_name=y_name)
@@ -93,9 +93,9 @@ def rate_chart(title: str, series: Sequence[Rates], *, x_name: str) -> str:
                 continue
             value, low, high = (100 * share for share in one.rates[category])
             at = centre + (number - (len(series) - 1) / 2) * apart
-            said = f"{one.name}, {category}: {value:.1f} % [{low:.1f}, {high:.1f}]"
+            tooltip = f"{one.name}, {category}: {value:.1f} % [{low:.1f}, {high:.1f}]"
             parts.append(f'<path class="s{one.color} bar" d="M{at:.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>')
-            parts.append(_dot(at, y.at(value), color=one.color, said=said))
+            parts.append(_dot(at, y.at(value), color=one.color, tooltip=tooltip))
     keys = [(one.color, one.name) for one in series if one.rates]
     return _figure(title, parts, keys=keys, x_name=x_name, y_name="% right")
 
@@ -129,19 +129,19 @@ def grid_chart(
         for column, values in sorted(bins.items()):
             mean = sum(values) / len(values)
             depth = min(1.0, max(0.0, (mean - low) / ((high - low) or 1.0)))
-            said = f"{name}, about step {first + (column + 0.5) * (last - first) / columns:.0f}: {mean:.3g}{unit}"
+            tooltip = f"{name}, about step {first + (column + 0.5) * (last - first) / columns:.0f}: {mean:.3g}{unit}"
             parts.append(
                 f'<rect class="cell" x="{left + column * width:.1f}" y="{top:.1f}" width="{max(width - 1, 1):.1f}" '
                 f'height="{cell - 1:.1f}" fill-opacity="{0.06 + 0.94 * depth:.2f}">'
-                f"<title>{escape(said)}</title></rect>"
+                f"<title>{escape(tooltip)}</title></rect>"
             )
     bottom = _TOP + len(shown) * cell
     parts += [
-        _text(x.at(tick), bottom + 14, _said(tick), anchor="middle")
+        _text(x.at(tick), bottom + 14, _number_text(tick), anchor="middle")
         for tick in ticks(first, last)
         if first <= tick <= last
     ]
-    note = f"faint {_said(low)}{unit}, full {_said(high)}{unit}"
+    note = f"faint {_number_text(low)}{unit}, full {_number_text(high)}{unit}"
     return _figure(title, parts, keys=[], x_name="step", y_name=note, height=bottom + 38)
 
 
@@ -202,24 +202,24 @@ def _y_axis(scale: _Scale, marks: Sequence[float]) -> list[str]:
     parts = []
     for mark in marks:
         parts.append(f'<path class="rule" d="M{_LEFT} {scale.at(mark):.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, scale.at(mark) + 4, _said(mark), anchor="end"))
+        parts.append(_text(_LEFT - 6, scale.at(mark) + 4, _number_text(mark), anchor="end"))
     return parts
 
 
 def _x_axis(scale: _Scale, marks: Sequence[float]) -> Iterator[str]:
     for mark in marks:
-        yield _text(scale.at(mark), HEIGHT - _BOTTOM + 16, _said(mark), anchor="middle")
+        yield _text(scale.at(mark), HEIGHT - _BOTTOM + 16, _number_text(mark), anchor="middle")
 
 
-def _dot(x: float, y: float, *, color: int, said: str) -> str:
-    return f'<circle class="d{color}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(said)}</title></circle>'
+def _dot(x: float, y: float, *, color: int, tooltip: str) -> str:
+    return f'<circle class="d{color}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(tooltip)}</title></circle>'
 
 
-def _text(x: float, y: float, said: str, *, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+def _text(x: float, y: float, text: str, *, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _said(value: float) -> str:
+def _number_text(value: float) -> str:
     """Return the label of a number on an axis, such as `20k` for 20000."""
     if abs(value) >= 10_000 and value % 1000 == 0:
         return f"{value / 1000:g}k"

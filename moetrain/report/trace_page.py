@@ -133,11 +133,11 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
     parts = [_block_html(block) for block in blocks(trace["text"])]
     sampled = sum(sum(map(bool, segment["is_sampled"])) for segment in trace["segments"])
     num_tokens = sum(len(segment["tokens"]) for segment in trace["segments"])
-    said = (
+    summary_line = (
         f"graded {escape(str(grade['reason']))}; ended: {escape(str(trace['ending']).replace('_', ' '))}; "
         f"{trace['num_turns']} turns, {sampled} tokens sampled of {num_tokens}"
     )
-    verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{said}</p></div>'
+    verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{summary_line}</p></div>'
     opened = " open" if is_open else ""
     return f'<details class="trajectory"{opened}><summary>{summary}</summary>{"".join(parts)}{verdict_html}</details>\n'
 

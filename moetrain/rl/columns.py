@@ -73,12 +73,12 @@ def micro_batches(
     distributed so that the micro-batches that the ranks compute at the same time have similar sizes. A micro-batch
     without rows has one row of padding.
     """
-    shares = share_out(rows, max_tokens=max_tokens, world_size=world_size)
+    shares = balanced_groups(rows, max_tokens=max_tokens, world_size=world_size)
     names = [*dict.fromkeys([*columns, LOGPROB, TEMPERATURE])]
     return [_batch(share, columns=names, pad_id=pad_id) for share in shares[rank::world_size]]
 
 
-def share_out(rows: Sequence[Row], *, max_tokens: int, world_size: int) -> list[list[Row]]:
+def balanced_groups(rows: Sequence[Row], *, max_tokens: int, world_size: int) -> list[list[Row]]:
     """Return the rows in groups whose number is a multiple of `world_size`; group i is for rank i % world_size.
 
     The number of groups is the smallest that `max_tokens` allows. Rows are grouped in order of length, such that the

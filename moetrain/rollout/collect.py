@@ -49,15 +49,15 @@ def collect(
     """
     finished: dict[int, Trajectory] = {}
     with Reactor() as reactor:
-        play = _Play(generation=generation, reactor=reactor)
+        running = _RunningEpisodes(generation=generation, reactor=reactor)
         waiting = deque(_Attempt(position=position, request=request) for position, request in enumerate(requests))
         try:
-            while waiting or play.live:
-                while waiting and len(play.live) < config.num_slots:
+            while waiting or running.episodes:
+                while waiting and len(running.episodes) < config.num_slots:
                     attempt = waiting.popleft()
                     episode = attempt.episode(config=config, tokenizer=tokenizer)
-                    play.begin(attempt, episode, family=family, declare_tools=declare_tools)
-                for attempt, episode in play.advance():
+                    running.begin(attempt, episode, family=family, declare_tools=declare_tools)
+                for attempt, episode in running.advance():
                     if episode.ending in REPLACED and attempt.number < config.max_replacements:
                         waiting.appendleft(attempt.next())
                         continue
@@ -65,7 +65,7 @@ def collect(
                     if on_finished is not None:
                         on_finished(trajectory)
         finally:
-            play.close()
+            running.close()
     return [finished[position] for position in range(len(requests))]
 
 
@@ -91,55 +91,55 @@ class _Attempt:
         return episode.trajectory(task=request.task_index, sample=request.sample, num_replaced=self.number)
 
 
-class _Play:
+class _RunningEpisodes:
     """The unfinished episodes. Each is waiting either for decoding or for its environment."""
 
     def __init__(self, *, generation: Generation, reactor: Reactor) -> None:
-        self.live: dict[int, tuple[_Attempt, Episode]] = {}
+        self.episodes: dict[int, tuple[_Attempt, Episode]] = {}
         self._generation = generation
         self._reactor = reactor
         self._ready: deque[Episode] = deque()
 
     def begin(self, attempt: _Attempt, episode: Episode, *, family: TaskFamily, declare_tools: bool) -> None:
         """Start an episode by making its environment and its prompt."""
-        self.live[id(episode.sequence)] = (attempt, episode)
-        self._act(episode, episode.begin(family, declare_tools=declare_tools))
+        self.episodes[id(episode.sequence)] = (attempt, episode)
+        self._run(episode, episode.begin(family, declare_tools=declare_tools))
 
     def advance(self) -> list[tuple[_Attempt, Episode]]:
         """Take at most one decoding step and process the results of environments; return the episodes that ended.
 
         Waits for an environment only when there is nothing to decode.
         """
-        ended = self._take_up()
+        ended = self._process_ready()
         if self._generation.is_busy:
             for sequence in self._generation.step():
-                episode = self.live[id(sequence)][1]
-                self._act(episode, episode.respond())
-            ended += self._take_up()
+                episode = self.episodes[id(sequence)][1]
+                self._run(episode, episode.respond())
+            ended += self._process_ready()
         return ended
 
     def close(self) -> None:
         """Close the environments of the unfinished episodes."""
-        for _, episode in self.live.values():
-            self._act(episode, episode.close())
+        for _, episode in self.episodes.values():
+            self._run(episode, episode.close())
 
-    def _act(self, episode: Episode, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _run(self, episode: Episode, coroutine: Coroutine[Any, Any, None]) -> None:
         if episode.is_inline:
             run_inline(coroutine)
             self._ready.append(episode)
         else:
             self._reactor.start(coroutine, about=episode)
 
-    def _take_up(self) -> list[tuple[_Attempt, Episode]]:
+    def _process_ready(self) -> list[tuple[_Attempt, Episode]]:
         """Pass sequences whose environment has answered to the generation; return the episodes that ended."""
         wait = not self._generation.is_busy and not self._ready
-        done = [*self._ready, *self._reactor.finished(wait=wait)]
+        ready = [*self._ready, *self._reactor.finished(wait=wait)]
         self._ready.clear()
         ended = []
-        for episode in done:
+        for episode in ready:
             sequence = episode.sequence
             if episode.is_finished:
-                ended.append(self.live.pop(id(sequence)))
+                ended.append(self.episodes.pop(id(sequence)))
                 if episode.has_begun:
                     self._generation.cancel(sequence)
             elif episode.has_begun:

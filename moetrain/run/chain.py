@@ -6,7 +6,7 @@ Only what earlier stages of the recipe write is checked here. What is on disk is
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moetrain.checkpoint.shape import shape_changes, stored_shape, unfit_fields
+from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
     EvalRun,
@@ -79,7 +79,7 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
         check_length(model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     for field, value in _same_model(run):
         other = shape_of(value, earlier)
-        if other is not None and (unfit := unfit_fields(model, other)):
+        if other is not None and (unfit := mismatched_fields(model, other)):
             raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(unfit)})")
     _check_tokenizer(run, weights, earlier)
 

@@ -114,10 +114,10 @@ def _measured_peak(run: TrainingRun) -> tuple[str, float]:
     # These imports load torch, which only the dry run of a training stage needs.
     from moetrain.runtime import default_device
     from moetrain.train.peak import measure_peak
-    from moetrain.train.precision import DTYPES, settled
+    from moetrain.train.precision import DTYPES, expected_precision
 
     device = default_device()
-    dtype, library = settled(run.train, device=device, folder=run.run.path)
+    dtype, library = expected_precision(run.train, device=device, folder=run.run.path)
     return device.type, measure_peak(dtype=DTYPES[dtype], device=device, library=library)
 
 

@@ -44,7 +44,7 @@ _NEED_WEIGHTS: dict[type[StageRun], str] = {
 """Configs that require `init_from`, with the advice that the error message gives."""
 
 
-def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | None = None) -> None:
+def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int | None = None) -> None:
     """Raise `ConfigError` or `CheckpointError` for a missing folder, file or plugin, or a wrong number of ranks.
 
     made: folders that earlier stages will write. world_size: number of ranks that will start; None takes the
@@ -54,10 +54,10 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
         if not value:
             raise ConfigError(f"{field} is empty: give a folder, or null")
         folder = user_path(value)
-        if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in made):
+        if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in planned):
             wrong = "this is a file, give a folder" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{field} is {value}: {wrong}")
-    if isinstance(run, TrainingRun) and run.continue_from and _lies_in(run.continue_from, run.run.path):
+    if isinstance(run, TrainingRun) and run.continue_from and _is_inside(run.continue_from, run.run.path):
         raise ConfigError(
             f"continue_from is {run.continue_from}, the folder of this stage: a stage that continues another one needs "
             "its own folder; give another run.stage"
@@ -76,7 +76,7 @@ def check_inputs(run: StageRun, *, made: Sequence[Path] = (), world_size: int | 
             local_files(source)
 
 
-def _lies_in(value: str, folder: Path) -> bool:
+def _is_inside(value: str, folder: Path) -> bool:
     return user_path(value).resolve().is_relative_to(folder.expanduser().resolve())
 
 
@@ -110,7 +110,7 @@ def check_records(run: StageRun) -> None:
             read_documents(source, name=name)
 
 
-def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
+def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
     """Read the weights and the tokenizer that a stage uses; raise an error if they are damaged or do not fit.
 
     made: folders that earlier stages will write, which are skipped.
@@ -118,7 +118,7 @@ def check_weights(run: StageRun, *, made: Sequence[Path] = ()) -> None:
     named = {
         field: value
         for field, value in _folders(run)
-        if not any(user_path(value).is_relative_to(folder) for folder in made)
+        if not any(user_path(value).is_relative_to(folder) for folder in planned)
     }
     if isinstance(run, ReadingRun) and "data.tokenizer.path" in named:
         from moetrain.data.build import prepare_tokenizer  # loads torch
@@ -178,11 +178,11 @@ def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
     if isinstance(run, VerifyExportsRun):
         named["masters"] = run.masters
     if isinstance(run, EvalRun):
-        of_eval = run.eval
+        evaluation = run.eval
         named |= {
-            "eval.masters": of_eval.masters,
-            "eval.before": of_eval.before,
-            "eval.codes_before": of_eval.codes_before,
+            "eval.masters": evaluation.masters,
+            "eval.before": evaluation.before,
+            "eval.codes_before": evaluation.codes_before,
         }
     named["data.tokenizer.path"] = _data(run).tokenizer.path
     for field, value in named.items():

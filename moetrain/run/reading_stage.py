@@ -16,7 +16,7 @@ from moetrain.tasks import registry
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
 from moetrain.train.interrupt import Status
-from moetrain.train.precision import settle_products
+from moetrain.train.precision import resolve_precision
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, train_stage
 
@@ -53,8 +53,8 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
     """Return (sections, data, topology) of a run, for training outside of a stage. Writes the tokenizer to `folder`."""
     topology = setup(run.parallel)
     sections = sections_of(run)
-    products = settle_products(sections.train, folder=folder, topology=topology)
-    sections.train, sections.library = products.train, products.library
+    precision = resolve_precision(sections.train, folder=folder, topology=topology)
+    sections.train, sections.library = precision.train, precision.library
     tokenizer = main_rank_first(
         topology,
         lambda: stage_tokenizer(

@@ -20,11 +20,11 @@ STARTED, DONE = "started.json", "done.json"
 """Files written when a stage starts, and when it is done."""
 CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
-_CHANGES_NOTHING = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
+_IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
-_RUN = "<run>"
+_RUN_PLACEHOLDER = "<run>"
 _LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
-_SHOWN = 60  # characters of a value in a message
+_MAX_SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
     for key, value in flat.items():
         paths = [path for text in _strings(value) if (path := _outside(text, key=key, run_folder=run_folder))]
         if paths:
-            files[key] = _combined([digests.of(path) for path in paths])
+            files[key] = _combine([digests.of(path) for path in paths])
     digests.save()
     return Record(config=flat, files=files, inputs=inputs)
 
 
-def kept_record(folder: Path) -> Record | None:
+def stored_record(folder: Path) -> Record | None:
     """Return the record with which a stage started, or None if no stage has started in `folder`.
 
     Folders of older versions have no record; their config is read from config.yaml, and the file digests are unknown.
@@ -81,20 +81,20 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
     """
     if not before.config:  # the earlier config is unknown
         return []
-    known = before.config if now.config.keys() <= before.config.keys() else {**defaults(), **before.config}
-    found = []
+    known_config = before.config if now.config.keys() <= before.config.keys() else {**defaults(), **before.config}
+    differences = []
     for key, value in now.config.items():
         if key in now.files:
             if before.files.get(key, now.files[key]) != now.files[key]:
-                found.append(f"{key}: the content of {value} changed")
-        elif key not in known:
+                differences.append(f"{key}: the content of {value} changed")
+        elif key not in known_config:
             if not _has_section(before.config, key):
-                found.append(f"{key}: nothing -> {_shown(value)}")
-        elif known[key] != value:
-            found.append(f"{key}: {_shown(known[key])} -> {_shown(value)}")
-    gone = dict.fromkeys(key.rpartition(".")[0] for key in before.config if not _has_section(now.config, key))
-    found += [f"{section}: removed" for section in gone]
-    return found + [
+                differences.append(f"{key}: nothing -> {_shortened(value)}")
+        elif known_config[key] != value:
+            differences.append(f"{key}: {_shortened(known_config[key])} -> {_shortened(value)}")
+    removed = dict.fromkeys(key.rpartition(".")[0] for key in before.config if not _has_section(now.config, key))
+    differences += [f"{section}: removed" for section in removed]
+    return differences + [
         f"its input stage {name} was run again"
         for name, identity in now.inputs.items()
         if before.inputs.get(name, identity) != identity
@@ -120,14 +120,16 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _without_folder(config: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
     flat = flattened(config)
-    return {key: _placed(value, str(run_folder)) for key, value in flat.items() if key not in _CHANGES_NOTHING}
+    return {
+        key: _with_run_placeholder(value, str(run_folder)) for key, value in flat.items() if key not in _IGNORED_KEYS
+    }
 
 
-def _placed(value: Any, folder: str) -> Any:
+def _with_run_placeholder(value: Any, folder: str) -> Any:
     if isinstance(value, str):
         inside = value == folder or value.startswith(f"{folder}/")
-        return _RUN + value.removeprefix(folder) if inside else value
-    return [_placed(item, folder) for item in value] if isinstance(value, list) else value
+        return _RUN_PLACEHOLDER + value.removeprefix(folder) if inside else value
+    return [_with_run_placeholder(item, folder) for item in value] if isinstance(value, list) else value
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -161,7 +163,7 @@ class _Digests:
         if not path.is_dir():
             return self._of_file(path)
         files = sorted(item for item in path.rglob("*") if item.is_file())
-        return _combined([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
+        return _combine([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
 
     def _of_file(self, path: Path) -> str:
         status = path.stat()
@@ -170,7 +172,7 @@ class _Digests:
         if self._known.get(name, [None])[:-1] != mark:
             if status.st_size >= _LARGE:
                 _log.info("hashing %s (%.1f GB)", path, status.st_size / 1e9)
-            self._known[name] = [*mark, _hashed(path)]
+            self._known[name] = [*mark, _sha256_of(path)]
             self._is_new = True
         return str(self._known[name][-1])
 
@@ -180,15 +182,15 @@ class _Digests:
             write_json(self._path, self._known)
 
 
-def _hashed(path: Path) -> str:
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _combined(digests: Sequence[str]) -> str:
+def _combine(digests: Sequence[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

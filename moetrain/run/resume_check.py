@@ -9,7 +9,7 @@ from moetrain.log import read_metrics
 from moetrain.runtime import default_device
 
 
-def check_going_on(run: TrainingRun) -> None:
+def check_resume(run: TrainingRun) -> None:
     """Raise `CheckpointError` if the metrics are invalid or the last checkpoint is of another configuration."""
     metrics = run.run.path / "metrics.jsonl"
     if metrics.is_file():
@@ -21,17 +21,17 @@ def check_going_on(run: TrainingRun) -> None:
     from moetrain.checkpoint import read as checkpoint
     from moetrain.checkpoint.resume import check_identity
     from moetrain.train.identity import identity_of
-    from moetrain.train.precision import settled
+    from moetrain.train.precision import expected_precision
 
     try:
         loaded = checkpoint.open_checkpoint(checkpoint.folder_of(folder, max(checkpoint.steps(folder))))
     except (CheckpointError, ValueError):
         return  # no checkpoint, or a damaged one; the stage then falls back to an earlier one
-    kept: dict[str, Any] = loaded.state["identity"]
+    stored: dict[str, Any] = loaded.state["identity"]
     train = run.train
-    compute_dtype, _ = settled(train, device=default_device(), folder=run.run.path)
+    compute_dtype, _ = expected_precision(train, device=default_device(), folder=run.run.path)
     train = replace(train, compute_dtype=compute_dtype)
-    said = identity_of(
+    current = identity_of(
         model=run.model,
         quant=run.quant,
         optim=run.optim,
@@ -41,8 +41,8 @@ def check_going_on(run: TrainingRun) -> None:
         others=own_sections(run),
     )
     # Only the stage can compute the digests of its data, so they are taken from the checkpoint.
-    digests = {name: value for name, value in kept.items() if name not in said or name == "origin"}
-    check_identity(loaded, said | digests)
+    digests = {name: value for name, value in stored.items() if name not in current or name == "origin"}
+    check_identity(loaded, current | digests)
 
 
 def own_sections(run: TrainingRun) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from moetrain.train.continuation import TASKS_USED, Beginning, beginning_of
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import run_training
-from moetrain.train.precision import DTYPES, settle_products
+from moetrain.train.precision import DTYPES, resolve_precision
 from moetrain.train.stages import SUMMARY
 
 
@@ -36,8 +36,8 @@ def learn(run: RlRun, *, weights: str) -> int:
         beginning = rl_beginning(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
-        products = settle_products(run.train, folder=folder, topology=setup(run.parallel))
-        train = products.train
+        precision = resolve_precision(run.train, folder=folder, topology=setup(run.parallel))
+        train = precision.train
         engine = build_engine(
             run.model,
             run.parallel,
@@ -45,7 +45,7 @@ def learn(run: RlRun, *, weights: str) -> int:
             quant_config=run.quant,
             compute_dtype=DTYPES[train.compute_dtype],
             seed=run.run.seed,
-            library=products.library,
+            library=precision.library,
         )
         start = start_from if run.continue_from is None else continue_state
         start(engine, origin, model=run.model)
@@ -59,8 +59,8 @@ def learn(run: RlRun, *, weights: str) -> int:
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
-            settled = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
-            summary = {"stage": folder.name, "steps": outcome.step, **settled}
+            kernels_and_dtype = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
+            summary = {"stage": folder.name, "steps": outcome.step, **kernels_and_dtype}
             write_json(folder / SUMMARY, summary | outcome.counters.totals | beginning.record())
     return 0
 

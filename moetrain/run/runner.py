@@ -29,7 +29,7 @@ from moetrain.files import read_json_or_empty, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
-from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, kept_record, record_of
+from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, record_of, stored_record
 from moetrain.run.stage import check_writable, has_results, lock
 from moetrain.run.version import made_by
 from moetrain.runtime import die_with_parent
@@ -38,11 +38,11 @@ _log = logging.getLogger(__name__)
 
 _CONTINUABLE = ("train.steps:", "optim.", "data.mix")
 """Changes with which a stage that trained can be continued in another stage."""
-_CONTINUES = (
+_CONTINUE_ADVICE = (
     "; to train on with the new values and the optimizer state kept, leave this stage as it was and add one with "
     "continue_from=${{stage:{name}}} and train.continue_as=part or whole"
 )
-_MOST_ASIDE = 10_000  # earlier results of one stage
+_MAX_PREVIOUS = 10_000  # earlier results of one stage
 
 
 @dataclass(kw_only=True)
@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(kw_only=True)
-class Ran:
+class RunResult:
     """Result of a run: one row per stage that it reached, the number of unchanged stages, and the exit code."""
 
     rows: list[Row]
@@ -72,7 +72,7 @@ class Ran:
     code: int
 
 
-def run_stages(prepared: Prepared) -> Ran:
+def run_stages(prepared: Prepared) -> RunResult:
     """Run the stages that are not done, in order, until one fails.
 
     Raises `ConfigError`, before it runs or moves anything, if a stage was started with another config or other inputs.
@@ -81,58 +81,60 @@ def run_stages(prepared: Prepared) -> Ran:
     code = 0
     start = time.monotonic()
     with lock(prepared.folder):
-        begin, moved = _settle(prepared)
+        begin, moved = _move_outdated(prepared)
         for number, stage in enumerate(prepared.stages):
             done = read_json_or_empty(prepared.folder / stage.name / DONE)
             if number < begin and "seconds" in done:
                 rows.append(Row(stage=stage.name, status="unchanged", seconds=done["seconds"]))
                 continue
             place = f"stage {number + 1} of {len(prepared.stages)}, {stage.name}"
-            _log.info("%s: starts in %s; time left: %s", place, prepared.folder / stage.name, _left(prepared, number))
+            _log.info(
+                "%s: starts in %s; time left: %s", place, prepared.folder / stage.name, _time_left(prepared, number)
+            )
             code, seconds = _run_stage(prepared, stage)
             rows.append(Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds))
             how = "is done" if code == 0 else f"ended with exit code {code}"
-            left = _left(prepared, number + 1 if code == 0 else number)
+            left = _time_left(prepared, number + 1 if code == 0 else number)
             _log.info("%s: %s after %s in all; time left: %s", place, how, duration(time.monotonic() - start), left)
             if code:
-                _put_back(prepared, moved, refused=stage)
+                _restore_moved(prepared, moved, refused=stage)
                 break
     num_unchanged = sum(row.status == "unchanged" for row in rows)
-    return Ran(rows=rows, num_unchanged=num_unchanged, code=code)
+    return RunResult(rows=rows, num_unchanged=num_unchanged, code=code)
 
 
 def prepare(words: Sequence[str]) -> Prepared:
     """Compose and check a run and all of its stages."""
-    own, of_stages = recipe.split_overrides(words)
-    for word in own:
+    run_overrides, stage_overrides = recipe.split_overrides(words)
+    for word in run_overrides:
         key = word.split("=")[0].lstrip("+~")
         if word.startswith("-"):
             raise ConfigError(f"{word}: unknown option; write key=value")
         if key in get_type_hints(TrainingRun) and key not in get_type_hints(RecipeRun):
             raise ConfigError(f"{word}: this is a key of a stage; give <stage>.{word}, such as pretrain.{word}")
-    run: RecipeRun = compose("run", own)
+    run: RecipeRun = compose("run", run_overrides)
     loaded = recipe.load(run.recipe)
-    stages = recipe.compose_stages(loaded, run, overrides=of_stages)
+    stages = recipe.compose_stages(loaded, run, overrides=stage_overrides)
     names = [stage.name for stage in stages]
     if run.again_from is not None and run.again_from not in names:
         raise ConfigError(f"again_from is {run.again_from!r}: {suggestion(run.again_from, names)}")
     folder = Path(run.folder) / (run.name or loaded.name)
     check_writable(folder)
-    made = [Path(folder / stage.name).expanduser() for stage in stages]
+    planned = [Path(folder / stage.name).expanduser() for stage in stages]
     for number, stage in enumerate(stages):
-        check_inputs(stage.config, made=made[:number], world_size=stage.processes)
+        check_inputs(stage.config, planned=planned[:number], world_size=stage.processes)
     for number, stage in enumerate(stages):
         check_names(stage.config)
         check_records(stage.config)
-        check_weights(stage.config, made=made[:number])
+        check_weights(stage.config, planned=planned[:number])
     return Prepared(run=run, folder=folder, stages=stages)
 
 
-def _left(prepared: Prepared, first: int) -> str:
+def _time_left(prepared: Prepared, first: int) -> str:
     """Return the time that the stages from `first` on took the last time, or `unknown` where one has never finished."""
     seconds = [earlier_seconds(prepared.folder / stage.name) for stage in prepared.stages[first:]]
-    known = [each for each in seconds if each is not None]
-    return f"about {duration(sum(known))}" if len(known) == len(seconds) else "unknown"
+    measured = [each for each in seconds if each is not None]
+    return f"about {duration(sum(measured))}" if len(measured) == len(seconds) else "unknown"
 
 
 def earlier_seconds(folder: Path) -> float | None:
@@ -143,34 +145,34 @@ def earlier_seconds(folder: Path) -> float | None:
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
-def _settle(prepared: Prepared) -> tuple[int, dict[str, Path]]:
+def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
     """Return (index of the first stage to run again, new paths of the folders that were moved aside, by stage)."""
     begin = len(prepared.stages)
     for number, stage in enumerate(prepared.stages):
         if stage.name == prepared.run.again_from:
             begin = number
             break
-        found = _changes(prepared, stage) if has_results(prepared.folder / stage.name) else []
-        _tell_version(prepared.folder / stage.name, stage.name)
-        if not found or prepared.run.on_change is OnChange.keep:
+        differences = _changes(prepared, stage) if has_results(prepared.folder / stage.name) else []
+        _log_other_version(prepared.folder / stage.name, stage.name)
+        if not differences or prepared.run.on_change is OnChange.keep:
             continue
         if prepared.run.on_change is OnChange.refuse:
-            raise _refusal(prepared.folder / stage.name, stage.name, found)
-        _log.info("stage %s runs again (%s)", stage.name, "; ".join(found))
+            raise _refusal(prepared.folder / stage.name, stage.name, differences)
+        _log.info("stage %s runs again (%s)", stage.name, "; ".join(differences))
         begin = number
         break
     moved = {}
     for stage in prepared.stages[begin:]:
         if (folder := prepared.folder / stage.name).exists():
-            aside = set_aside(folder)
-            if aside is not None:
-                moved[stage.name] = aside
+            new_path = move_aside(folder)
+            if new_path is not None:
+                moved[stage.name] = new_path
     return begin, moved
 
 
 def _changes(prepared: Prepared, stage: recipe.Stage) -> list[str]:
     """Return the differences to the record with which a stage started; empty if it has not started."""
-    before = kept_record(prepared.folder / stage.name)
+    before = stored_record(prepared.folder / stage.name)
     if before is None:
         return []
     return changes(before, _record(prepared, stage), defaults=lambda: flattened(to_mapping(compose(stage.command, []))))
@@ -190,18 +192,18 @@ def _identity(folder: Path) -> str:
     return str(read_json_or_empty(folder / STARTED).get("id", ""))
 
 
-def _refusal(folder: Path, name: str, found: Sequence[str]) -> ConfigError:
+def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError:
     state = "is done" if (folder / DONE).is_file() else "has begun"
     return ConfigError(
-        f"stage {name} {state} with another configuration: {'; '.join(found)}. Its results stay as they are. "
+        f"stage {name} {state} with another configuration: {'; '.join(differences)}. Its results stay as they are. "
         f"again_from={name} runs it and the stages after it again and keeps what is there as {name}.previous; "
         "on_change=rerun does so wherever something changed; on_change=keep takes the results as they are; "
         "name=NEW is a run of its own"
-        f"{_CONTINUES.format(name=name) if any(line.startswith(_CONTINUABLE) for line in found) else ''}"
+        f"{_CONTINUE_ADVICE.format(name=name) if any(line.startswith(_CONTINUABLE) for line in differences) else ''}"
     )
 
 
-def _tell_version(folder: Path, name: str) -> None:
+def _log_other_version(folder: Path, name: str) -> None:
     """Log which version made a stage if it is not this one. This does not cause the stage to run again."""
     started = read_json_or_empty(folder / STARTED)
     maker = started.get("made_by", "an older version") if started else made_by()
@@ -216,7 +218,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     folder = prepared.folder / stage.name
     check_inputs(stage.config, world_size=stage.processes)
     if not has_results(folder) and _changes(prepared, stage):
-        set_aside(folder)  # it contains only files of another config, and no results
+        move_aside(folder)  # it contains only files of another config, and no results
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / CONFIG
     save_config(stage.config, config)
@@ -242,7 +244,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     return code, seconds
 
 
-def _put_back(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> None:
+def _restore_moved(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> None:
     """Move folders back if the stage that should replace them refused its input and left no results.
 
     Also moves back the folders of the stages after it.
@@ -262,11 +264,11 @@ def _wait(command: Sequence[str]) -> int:
     """Run a process, forward signals to it, and return its exit code. It is killed if this process dies."""
     process = subprocess.Popen(command, preexec_fn=die_with_parent)
 
-    def send_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, send_on) for number in numbers}
+    previous = {number: signal.signal(number, forward_signal) for number in numbers}
     try:
         code = process.wait()
     finally:
@@ -275,7 +277,7 @@ def _wait(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def set_aside(folder: Path) -> Path | None:
+def move_aside(folder: Path) -> Path | None:
     """Rename a stage folder to `<stage>.previous`, `<stage>.previous.2` and so on; return the new path.
 
     Existing `.previous` folders are not changed. A folder without results is deleted, and None is returned.
@@ -283,8 +285,8 @@ def set_aside(folder: Path) -> Path | None:
     if not has_results(folder):
         shutil.rmtree(folder)
         return None
-    names = [f"{folder.name}.previous", *(f"{folder.name}.previous.{number}" for number in range(2, _MOST_ASIDE))]
-    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
-    folder.rename(aside)
-    _log.info("%s was moved to %s; the stage starts from the beginning", folder, aside)
-    return aside
+    names = [f"{folder.name}.previous", *(f"{folder.name}.previous.{number}" for number in range(2, _MAX_PREVIOUS))]
+    new_path = next(path for name in names if not (path := folder.with_name(name)).exists())
+    folder.rename(new_path)
+    _log.info("%s was moved to %s; the stage starts from the beginning", folder, new_path)
+    return new_path

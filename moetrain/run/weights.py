@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moetrain.checkpoint.origin import Origin, read_origin
 from moetrain.checkpoint.shape import EXPORT as EXPORT
-from moetrain.checkpoint.shape import unfit_fields
+from moetrain.checkpoint.shape import mismatched_fields
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.read import is_export, read_export
@@ -29,7 +29,7 @@ def read_weights(init_from: str) -> Origin:
 def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
     """Return the weights in `value`. `CheckpointError`, which names `field`, if the model differs from `origin`."""
     other = read_weights(value)
-    if unfit := unfit_fields(other.model, origin.model):
+    if unfit := mismatched_fields(other.model, origin.model):
         raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(unfit)})")
     return other
 

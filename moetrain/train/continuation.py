@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.identity import as_kept, differences
+from moetrain.checkpoint.identity import as_stored, differences
 from moetrain.checkpoint.origin import Origin
 from moetrain.errors import CheckpointError
 from moetrain.optim.config import OptimConfig
@@ -71,8 +71,8 @@ class Beginning:
         """Return the entry of `summary.json` about the steps taken before this stage; empty for a new run."""
         if self.path is None:
             return {}
-        as_kept = Continuation.part if self.is_part else Continuation.whole
-        told = {"from": str(self.path), "as": as_kept, "steps": self.step, **self.loop["totals"]}
+        as_stored = Continuation.part if self.is_part else Continuation.whole
+        told = {"from": str(self.path), "as": as_stored, "steps": self.step, **self.loop["totals"]}
         return {"continued": told}
 
 
@@ -133,7 +133,7 @@ def check_same_sources(origin: Origin, data: Mapping[str, Any]) -> None:
     assert origin.checkpoint is not None
     identity = origin.checkpoint.state["identity"]
     before = _without_mix(identity["data"])
-    changed = differences(before, _known(_without_mix(as_kept(data)), before))
+    changed = differences(before, _known(_without_mix(as_stored(data)), before))
     if changed:
         raise CheckpointError(
             f"{origin.path}: it read other rows than this config ({'; '.join(f'data.{line}' for line in changed)}). "

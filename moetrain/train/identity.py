@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from moetrain.checkpoint.identity import as_kept
+from moetrain.checkpoint.identity import as_stored
 from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.quant.config import QuantConfig
@@ -42,4 +42,4 @@ def identity_of(
         "origin": origin,
         **others,
     }
-    return as_kept(sections)
+    return as_stored(sections)

@@ -129,7 +129,7 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
             values = _one_step(training, config, step=step, counters=counters)
             step += 1
             saver.poll()
-            values[TIME_PREFIX + "checkpoint_s"] = saver.take_held_s()
+            values[TIME_PREFIX + "checkpoint_s"] = saver.take_waited_s()
             if step % config.log_every == 0 or step == last:
                 record(step, values)
             advance(note.of(values))
@@ -145,7 +145,7 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
                 return _outcome(Status.interrupted, step=step, counters=counters, checkpoints=checkpoints)
     validation = training.validate()
     if validation:
-        record(step, {**validation, TIME_PREFIX + "checkpoint_s": saver.take_held_s()})
+        record(step, {**validation, TIME_PREFIX + "checkpoint_s": saver.take_waited_s()})
     return _outcome(Status.finished, step=step, counters=counters, checkpoints=checkpoints, validation=validation)
 
 

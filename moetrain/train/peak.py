@@ -25,21 +25,21 @@ def total_peak(path: Path, *, dtype: torch.dtype, topology: Topology, library: L
     """
     kernels = ", native kernels" if library else ""
     key = f"{topology.world_size} x {topology.device.type}, {torch.get_num_threads()} threads, {dtype}{kernels}"
-    peak = topology.broadcast_object(kept(path, key) if topology.is_main else None)
+    peak = topology.broadcast_object(read_measurement(path, key) if topology.is_main else None)
     if peak is None:
-        own = torch.tensor(measure_peak(dtype=dtype, device=topology.device, library=library), dtype=torch.float64)
-        peak = float(topology.all_reduce_sum(own))
+        own_peak = torch.tensor(measure_peak(dtype=dtype, device=topology.device, library=library), dtype=torch.float64)
+        peak = float(topology.all_reduce_sum(own_peak))
         if topology.is_main:
-            keep(path, key, measured=peak)
+            store_measurement(path, key, measured=peak)
     return peak
 
 
-def kept(path: Path, key: str) -> float | None:
-    """Return the value that `keep` stored under `key`, or None."""
+def read_measurement(path: Path, key: str) -> float | None:
+    """Return the value that `store_measurement` stored under `key`, or None."""
     return read_json_or_empty(path).get(key)
 
 
-def keep(path: Path, key: str, *, measured: float) -> None:
+def store_measurement(path: Path, key: str, *, measured: float) -> None:
     """Store a measured value under `key` in the JSON file `path`, which is replaced atomically."""
     write_json(path, read_json_or_empty(path) | {key: measured})
 
@@ -51,8 +51,8 @@ def measure_peak(
     a_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     b_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [partial(torch.mm, a_MM, b_MM)]
-    if found := taking(library, a_MM):
-        products.append(partial(linear, a_MM, b_MM.float(), library=found))
+    if native := taking(library, a_MM):
+        products.append(partial(linear, a_MM, b_MM.float(), library=native))
     fastest = float("inf")
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or fastest == float("inf"):

@@ -16,7 +16,7 @@ from moetrain.kernels.choice import CURE, find
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
 from moetrain.train.config import ComputeDtype, TrainConfig
-from moetrain.train.peak import keep, kept
+from moetrain.train.peak import read_measurement, store_measurement
 
 _log = logging.getLogger(__name__)
 _Config = TypeVar("_Config", bound=TrainConfig)
@@ -24,10 +24,10 @@ _Config = TypeVar("_Config", bound=TrainConfig)
 DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
 MACHINE = "machine.json"
 """File in a stage's folder with measurements of the machine."""
-_GAIN = "speed of float32 products over bfloat16 ones"
-_NATIVE = "native kernels"
+_GAIN_KEY = "speed of float32 products over bfloat16 ones"
+_NATIVE_KEY = "native kernels"
 """1 if the stage computes with native kernels, else 0."""
-_GO_ON = "This stage started with native kernels; set train.kernels=torch to continue without them"
+_RESUME_CURE = "This stage started with native kernels; set train.kernels=torch to continue without them"
 _MARGIN = 1.25
 """Speedup above which float32 is selected; a lower one is not worth operands of twice the size."""
 _SIZE = 512
@@ -35,7 +35,7 @@ _SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Products(Generic[_Config]):
+class ResolvedPrecision(Generic[_Config]):
     """The dtype and kernels of a run. train: the config, with `fastest` and `auto` replaced by the values that were
     chosen.
 
@@ -46,7 +46,7 @@ class Products(Generic[_Config]):
     library: Library | None
 
 
-def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Products[_Config]:
+def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> ResolvedPrecision[_Config]:
     """Return the dtype and the kernels that a run uses.
 
     Collective: native kernels are used only if all ranks have them. The choice is stored in the stage's folder, so that
@@ -54,46 +54,46 @@ def settle_products(train: _Config, *, folder: Path, topology: Topology) -> Prod
     accelerators always use bfloat16. Raises ConfigError if native kernels are required but unavailable.
     """
 
-    def kept_gain() -> float:
-        gain: float = topology.broadcast_object(found_gain(folder) if topology.is_main else 0.0)
+    def shared_gain() -> float:
+        gain: float = topology.broadcast_object(stored_or_measured_gain(folder) if topology.is_main else 0.0)
         if topology.is_main:
-            keep(folder / MACHINE, _GAIN, measured=gain)
-            _log.info("products in %s: %s %.3g times", faster(gain), _GAIN, gain)
+            store_measurement(folder / MACHINE, _GAIN_KEY, measured=gain)
+            _log.info("products in %s: %s %.3g times", faster_dtype(gain), _GAIN_KEY, gain)
         return gain
 
-    if train.kernels is Kernels.torch and kept(folder / MACHINE, _NATIVE) and topology.is_main:
+    if train.kernels is Kernels.torch and read_measurement(folder / MACHINE, _NATIVE_KEY) and topology.is_main:
         _log.warning("this stage started with native kernels and continues with torch's: results differ by rounding")
     cure = _cure(train)
-    train = replace(train, kernels=topology.broadcast_object(begun_with(train, folder=folder)))
-    library, why, refusal = None, "", ""
+    train = replace(train, kernels=topology.broadcast_object(starting_kernels(train, folder=folder)))
+    library, reason, refusal = None, "", ""
     try:
-        library, why = kernels_of(train, device=topology.device, cure=cure)
+        library, reason = resolve_kernels(train, device=topology.device, cure=cure)
     except ConfigError as error:  # raised below, after all ranks have met in the collective
         refusal = str(error)
-    everywhere = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
-    if not everywhere and train.kernels is Kernels.native and topology.device.type == "cpu":
+    all_ranks_native = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
+    if not all_ranks_native and train.kernels is Kernels.native and topology.device.type == "cpu":
         raise ConfigError(refusal or "kernels=native is unavailable on another rank. Give kernels=auto or torch")
-    kernels = Kernels.native if everywhere else Kernels.torch
+    kernels = Kernels.native if all_ranks_native else Kernels.torch
     if topology.is_main:
-        _log.info("kernels: %s (%s)", kernels, why if everywhere or library is None else "not on all ranks")
+        _log.info("kernels: %s (%s)", kernels, reason if all_ranks_native or library is None else "not on all ranks")
         if topology.device.type == "cpu":
-            keep(folder / MACHINE, _NATIVE, measured=float(everywhere))
-    dtype = dtype_of(replace(train, kernels=kernels), device=topology.device, gain=kept_gain)
-    settled_train = replace(train, compute_dtype=dtype, kernels=kernels)
-    return Products(train=settled_train, library=library if everywhere else None)
+            store_measurement(folder / MACHINE, _NATIVE_KEY, measured=float(all_ranks_native))
+    dtype = resolve_dtype(replace(train, kernels=kernels), device=topology.device, gain=shared_gain)
+    resolved_train = replace(train, compute_dtype=dtype, kernels=kernels)
+    return ResolvedPrecision(train=resolved_train, library=library if all_ranks_native else None)
 
 
-def begun_with(train: TrainConfig, *, folder: Path) -> Kernels:
+def starting_kernels(train: TrainConfig, *, folder: Path) -> Kernels:
     """Return the kernels in `train`, with `auto` replaced by the kernels that the run in `folder` started with."""
-    native = kept(folder / MACHINE, _NATIVE)
+    native = read_measurement(folder / MACHINE, _NATIVE_KEY)
     if train.kernels is not Kernels.auto or train.compute_dtype is ComputeDtype.float32:
         return train.kernels
     if native is None:  # a folder with a dtype measurement only was written before native kernels existed
-        return Kernels.auto if kept(folder / MACHINE, _GAIN) is None else Kernels.torch
+        return Kernels.auto if read_measurement(folder / MACHINE, _GAIN_KEY) is None else Kernels.torch
     return Kernels.native if native else Kernels.torch
 
 
-def kernels_of(train: TrainConfig, *, device: torch.device, cure: str = CURE) -> tuple[Library | None, str]:
+def resolve_kernels(train: TrainConfig, *, device: torch.device, cure: str = CURE) -> tuple[Library | None, str]:
     """Return the native kernels to use on `device`, or None for torch's, and the reason.
 
     Raises ConfigError if native kernels are required but unavailable; `cure`: see `find`.
@@ -105,7 +105,7 @@ def kernels_of(train: TrainConfig, *, device: torch.device, cure: str = CURE) ->
     return find(train.kernels, cure=cure)
 
 
-def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
+def resolve_dtype(train: TrainConfig, *, device: torch.device, gain: Callable[[], float] | None = None) -> ComputeDtype:
     """Return the dtype to use on `device`; the kernels in `train` must not be `auto`.
 
     `gain`: returns the speed of float32 relative to bfloat16 on a CPU; the default measures it.
@@ -114,36 +114,40 @@ def dtype_of(train: TrainConfig, *, device: torch.device, gain: Callable[[], flo
         return train.compute_dtype
     if device.type != "cpu" or train.kernels is Kernels.native:
         return ComputeDtype.bfloat16
-    return faster((gain or float32_gain)())
+    return faster_dtype((gain or float32_speedup)())
 
 
-def settled(train: TrainConfig, *, device: torch.device, folder: Path) -> tuple[ComputeDtype, Library | None]:
-    """Return the dtype and kernels that `settle_products` would choose in one process, without storing the choice."""
-    begun = replace(train, kernels=begun_with(train, folder=folder))
-    library, _ = kernels_of(begun, device=device, cure=_cure(train))
+def expected_precision(
+    train: TrainConfig, *, device: torch.device, folder: Path
+) -> tuple[ComputeDtype, Library | None]:
+    """Return the dtype and kernels that `resolve_precision` would choose in one process, without storing the choice."""
+    starting = replace(train, kernels=starting_kernels(train, folder=folder))
+    library, _ = resolve_kernels(starting, device=device, cure=_cure(train))
     kernels = Kernels.native if library else Kernels.torch
-    return dtype_of(replace(train, kernels=kernels), device=device, gain=partial(found_gain, folder)), library
+    return resolve_dtype(
+        replace(train, kernels=kernels), device=device, gain=partial(stored_or_measured_gain, folder)
+    ), library
 
 
 def _cure(train: TrainConfig) -> str:
     """Return the remedy if native kernels are unavailable; with `auto` they are required because the stage started with
     them.
     """
-    return _GO_ON if train.kernels is Kernels.auto else CURE
+    return _RESUME_CURE if train.kernels is Kernels.auto else CURE
 
 
-def faster(gain: float) -> ComputeDtype:
+def faster_dtype(gain: float) -> ComputeDtype:
     """Return the dtype for a CPU on which float32 products are `gain` times as fast as bfloat16 products."""
     return ComputeDtype.float32 if gain > _MARGIN else ComputeDtype.bfloat16
 
 
-def found_gain(folder: Path) -> float:
+def stored_or_measured_gain(folder: Path) -> float:
     """Return the gain stored in a stage's folder, or measure it without storing it."""
-    gain = kept(folder / MACHINE, _GAIN)
-    return float32_gain() if gain is None else gain
+    gain = read_measurement(folder / MACHINE, _GAIN_KEY)
+    return float32_speedup() if gain is None else gain
 
 
-def float32_gain() -> float:
+def float32_speedup() -> float:
     """Return how many times faster this CPU multiplies square matrices in float32 than in bfloat16.
 
     Both alternate on one thread and the best time of each counts, so a busy neighbouring core has little effect.

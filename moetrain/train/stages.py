@@ -37,7 +37,7 @@ from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.peak import total_peak
-from moetrain.train.precision import DTYPES, MACHINE, settle_products
+from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
 from moetrain.train.reading import Reading, reading_training
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.validate import validate
@@ -107,8 +107,8 @@ def train_stage(
         mixes=mixes_of(sections.data, sections.train, beginning=beginning),
         taken=_taken(beginning),
     )
-    products = settle_products(sections.train, folder=folder, topology=topology)
-    sections = replace(sections, train=products.train, library=products.library)
+    precision = resolve_precision(sections.train, folder=folder, topology=topology)
+    sections = replace(sections, train=precision.train, library=precision.library)
     engine = engine_of(sections)
     if origin is not None:
         start = start_from if sections.train.continue_as is None else continue_state
@@ -162,7 +162,7 @@ def mixes_of(data: DataConfig, train: ReadingConfig, *, beginning: Beginning | N
 def engine_of(sections: Sections) -> Engine:
     """Return the engine of a run, initialised from its seed. Collective; raises ConfigError if no layout fits.
 
-    The dtype and kernels must have been chosen (`train.precision.settle_products`).
+    The dtype and kernels must have been chosen (`train.precision.resolve_precision`).
     """
     return build_engine(
         sections.model,

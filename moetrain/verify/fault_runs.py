@@ -21,9 +21,9 @@ from moetrain.verify.injection import VARIABLE, Plan
 
 ROWS_PER_STEP = 4
 CHECKPOINT_EVERY = 2
-LIFE_S = 300.0
+LIFE_LIMIT_S = 300.0
 """Time limit of a life in seconds; a life that takes longer counts as hung and is killed."""
-_LOOK_S = 0.002
+_POLL_S = 0.002
 _SHUTDOWN_S = 5
 
 
@@ -61,32 +61,32 @@ class FaultSetup:
 
 @dataclass(kw_only=True)
 class Life:
-    """A started life. `told` is the folder to which its ranks report."""
+    """A started life. `report_folder` is the folder to which its ranks report."""
 
     process: subprocess.Popen[bytes]
-    told: Path
+    report_folder: Path
     log: Path
     started: float
 
     def is_over(self) -> bool:
         """Return whether the process has ended. Kills a life that is over its time limit."""
-        if time.monotonic() - self.started > LIFE_S:
+        if time.monotonic() - self.started > LIFE_LIMIT_S:
             self.kill_all()
         return self.process.poll() is not None
 
     def gate(self, rank: int) -> str:
         """Return what `rank` wrote when it stopped at its chosen moment, or an empty string before that."""
-        path = self.told / f"gate_{rank}"
+        path = self.report_folder / f"gate_{rank}"
         return path.read_text(encoding="utf-8").strip() if path.exists() and _state(self.pid(rank)) == "T" else ""
 
     def place(self, rank: int) -> str:
         """Return "in <collective>" or "out <collective>": the collective that `rank` last entered or left."""
-        path = self.told / f"place_{rank}"
+        path = self.report_folder / f"place_{rank}"
         return " ".join(path.read_text(encoding="utf-8").split()) if path.exists() else ""
 
     def pid(self, rank: int) -> int:
         """Return the process id of `rank`, or 0 if it has not reported yet."""
-        path = self.told / f"pid_{rank}"
+        path = self.report_folder / f"pid_{rank}"
         return int(path.read_text(encoding="utf-8") or 0) if path.exists() else 0
 
     def kill(self, rank: int, *, ranks: int) -> None:
@@ -98,7 +98,7 @@ class Life:
 
     def kill_all(self) -> None:
         """Send SIGKILL to the launcher and all ranks, as when a machine fails."""
-        ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.told.glob("pid_*")]
+        ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.report_folder.glob("pid_*")]
         for pid in [self.process.pid, *ranks]:
             if _state(pid) not in ("", "Z"):
                 os.kill(pid, signal.SIGKILL)
@@ -106,15 +106,15 @@ class Life:
     def wait(self) -> int:
         """Wait until the process and all its ranks have ended; return the exit code."""
         while not self.is_over():
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         deadline = time.monotonic() + 60
-        while any(_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.told.glob("pid_*")):
+        while any(_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.report_folder.glob("pid_*")):
             if time.monotonic() > deadline:
                 self.kill_all()
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         return self.process.wait()
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return the output of the process and its ranks."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
@@ -122,15 +122,15 @@ class Life:
 def begin(setup: FaultSetup, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
     """Start a life of the run `name`. plan: fields of `Plan` except its folder."""
     number = len(list(setup.folder.glob(f"{name}.life_*")))
-    told = setup.folder / f"{name}.life_{number:03d}"
-    told.mkdir(parents=True)
+    report_folder = setup.folder / f"{name}.life_{number:03d}"
+    report_folder.mkdir(parents=True)
     command = setup.command(name, more=more, restarts=restarts)
-    environment = environment_of(Plan(folder=str(told), **plan))
-    with (told / "log").open("wb") as log:
+    environment = environment_of(Plan(folder=str(report_folder), **plan))
+    with (report_folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent
         )
-    return Life(process=process, told=told, log=told / "log", started=time.monotonic())
+    return Life(process=process, report_folder=report_folder, log=report_folder / "log", started=time.monotonic())
 
 
 def environment_of(plan: Plan) -> dict[str, str]:

@@ -142,7 +142,7 @@ def _chain(setup: FaultSetup, order: Sequence[Stratum], *, request: Request, adv
     tally = Tally()
     whole = _finish(setup, "whole", planted="none", tally=tally)
     if tally.refused:
-        raise ConfigError(f"the undisturbed run failed: {whole.said().splitlines()[-1]} (log: {whole.log})")
+        raise ConfigError(f"the undisturbed run failed: {whole.output().splitlines()[-1]} (log: {whole.log})")
     advance("undisturbed run")
     stream = python_stream(request.seed, "verify.faults.kills", setup.ranks)
     damages = [damage for damage in Damage if damage is not Damage.none] if setup.ranks == 1 else []
@@ -258,7 +258,7 @@ def _damage(checkpoint: Path, damage: Damage, *, stream: random.Random) -> None:
 
 
 def _note_damage(life: Life, damage: Damage, *, tally: Tally) -> None:
-    if damage is not Damage.none and "falling back" in life.said():
+    if damage is not Damage.none and "falling back" in life.output():
         tally.passed_over[damage] += 1
 
 

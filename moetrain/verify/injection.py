@@ -36,7 +36,7 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "reduce",
 )
-IN_MEMORY = ("sum_", "gather", "exchange")
+SHARED_MEMORY_COLLECTIVES = ("sum_", "gather", "exchange")
 """Collectives of `HostMemory`, which ranks on one host perform in shared memory."""
 _FINAL = re.compile(r"^step_\d{8}$")
 
@@ -65,14 +65,14 @@ class _Gate:
     def __init__(self, plan: Plan, rank: int) -> None:
         self._plan, self._rank, self._seen = plan, rank, 0
 
-    def pass_by(self, moment: str, what: str) -> None:
+    def count(self, moment: str, detail: str) -> None:
         """Count `moment` if it is the plan's, and stop this process at the planned occurrence."""
         if moment != self._plan.moment or self._rank != self._plan.rank:
             return
         self._seen += 1
         if self._seen == self._plan.number:
             Path(self._plan.folder, f"gate_{self._rank}").write_text(
-                f"{moment} {self._seen}: {what}\n", encoding="utf-8"
+                f"{moment} {self._seen}: {detail}\n", encoding="utf-8"
             )
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -83,16 +83,16 @@ def _watch_files(gate: _Gate) -> None:
     def watched_fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if "/.step_" in path:
-            gate.pass_by("fsync", path)
+            gate.count("fsync", path)
         fsync(descriptor)
 
     def watched_rename(source: Any, target: Any, **options: Any) -> None:
         is_final = _FINAL.match(Path(target).name) is not None
         if is_final:
-            gate.pass_by("before_rename", str(target))
+            gate.count("before_rename", str(target))
         rename(source, target, **options)
         if is_final:
-            gate.pass_by("after_rename", str(target))
+            gate.count("after_rename", str(target))
 
     os.fsync = watched_fsync  # type: ignore[assignment]
     os.rename = watched_rename  # type: ignore[assignment]
@@ -104,7 +104,7 @@ def _watch_collectives(gate: _Gate, place: Path) -> None:
     def watched(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
         def call(*values: Any, **options: Any) -> Any:
-            gate.pass_by("collective", name)
+            gate.count("collective", name)
             os.pwrite(descriptor, f"in  {name:30}\n".encode(), 0)
             try:
                 return collective(*values, **options)
@@ -113,18 +113,18 @@ def _watch_collectives(gate: _Gate, place: Path) -> None:
 
         return call
 
-    for name in IN_MEMORY:
+    for name in SHARED_MEMORY_COLLECTIVES:
         setattr(HostMemory, name, watched(name, getattr(HostMemory, name)))
     for name in COLLECTIVES:
         setattr(dist, name, watched(name, dist.__dict__[name]))
 
 
-def _spoil_batch(first_row: int) -> None:
+def _inject_nan(first_row: int) -> None:
     from moetrain.data.loader import Loader
 
     rows_between = Loader.rows_between
 
-    def spoilt(self: Loader, start: int, stop: int) -> Any:
+    def with_nan(self: Loader, start: int, stop: int) -> Any:
         batch = rows_between(self, start, stop)
         if start != first_row:
             return batch
@@ -132,17 +132,17 @@ def _spoil_batch(first_row: int) -> None:
         weights_BT[-1] = float("nan")  # a single row, so that only one rank gets it
         return batch.with_columns({WEIGHT: weights_BT})
 
-    Loader.rows_between = spoilt  # type: ignore[method-assign]
+    Loader.rows_between = with_nan  # type: ignore[method-assign]
 
 
-def _plant(planted: str) -> None:
+def _inject_on_resume(planted: str) -> None:
     import torch
 
     from moetrain.train import loop
 
     resume = loop.__dict__["resume"]
 
-    def wrong(engine: Any, *values: Any, **options: Any) -> Any:
+    def faulty_resume(engine: Any, *values: Any, **options: Any) -> Any:
         resumed = resume(engine, *values, **options)
         if resumed.step == 0:
             return resumed
@@ -153,7 +153,7 @@ def _plant(planted: str) -> None:
         engine.multiply_rows({"lm_head.weight": factor_M})
         return resumed
 
-    vars(loop)["resume"] = wrong
+    vars(loop)["resume"] = faulty_resume
 
 
 def install() -> None:
@@ -168,9 +168,9 @@ def install() -> None:
     _watch_files(gate)
     _watch_collectives(gate, Path(plan.folder, f"place_{rank}"))
     if plan.nan_row >= 0:
-        _spoil_batch(plan.nan_row)
+        _inject_nan(plan.nan_row)
     if plan.planted != "none":
-        _plant(plan.planted)
+        _inject_on_resume(plan.planted)
 
 
 install()

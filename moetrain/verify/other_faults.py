@@ -88,7 +88,7 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
     spoilt = {"nan_row": _NAN_STEP * ROWS_PER_STEP}
     stopped = begin(setup, "nan_stop", plan=spoilt)
     code = stopped.wait()
-    is_clear = code != 0 and f"step {_NAN_STEP}: the loss is nan" in stopped.said()
+    is_clear = code != 0 and f"step {_NAN_STEP}: the loss is nan" in stopped.output()
     again = begin(setup, "nan_stop", plan={}).wait()
     skipping = begin(setup, "nan_skip", plan=spoilt, more=["train.on_nonfinite=skip"]).wait()
     rows = [row for row in read_metrics(setup.stage("nan_skip") / "metrics.jsonl") if "skipped_steps" in row]
@@ -115,7 +115,7 @@ def hang_rows(setup: FaultSetup) -> list[Row]:
     plan = {"moment": "collective", "number": 40, "rank": setup.ranks - 1}
     life = begin(setup, "hung", plan=plan, more=[f"parallel.timeout_s={_HANG_TIMEOUT_S}"])
     code = life.wait()
-    lines = [line for line in life.said().splitlines() if f"did not arrive: rank {setup.ranks - 1}" in line]
+    lines = [line for line in life.output().splitlines() if f"did not arrive: rank {setup.ranks - 1}" in line]
     is_named = code != 0 and bool(lines) and "step " in lines[0]
     again = begin(setup, "hung", plan={}).wait()
     return [

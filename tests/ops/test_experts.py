@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moetrain.ops.combine import combine, combine_plain
-from moetrain.ops.experts import expert_grouped, expert_loop, expert_rows, expert_written_out
+from moetrain.ops.experts import expert_grouped, expert_loop, expert_manual_backward, expert_rows
 from tests.threads import num_threads
 
 Products = Callable[..., torch.Tensor]
@@ -29,7 +29,7 @@ def gradients(products: Products, counts: list[int], dtype: torch.dtype) -> list
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_written_out_experts_equal_the_loop_bit_for_bit(counts: list[int], dtype: torch.dtype) -> None:
-    loop, written_out = gradients(expert_loop, counts, dtype), gradients(expert_written_out, counts, dtype)
+    loop, written_out = gradients(expert_loop, counts, dtype), gradients(expert_manual_backward, counts, dtype)
     for expected, found in zip(loop, written_out, strict=True):
         assert torch.equal(found, expected)
 
@@ -39,9 +39,9 @@ def test_the_written_out_experts_equal_the_loop_bit_for_bit(counts: list[int], d
 def test_threads_that_share_the_experts_give_the_bits_of_one(counts: list[int], threads: int) -> None:
     """Also where the padding of an expert reaches over the rows of another thread."""
     with num_threads(1):
-        alone = gradients(expert_written_out, counts, torch.bfloat16)
+        alone = gradients(expert_manual_backward, counts, torch.bfloat16)
     with num_threads(threads):
-        shared = gradients(expert_written_out, counts, torch.bfloat16)
+        shared = gradients(expert_manual_backward, counts, torch.bfloat16)
     assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
 
 

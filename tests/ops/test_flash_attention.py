@@ -10,7 +10,7 @@ from torch.nn.attention.varlen import varlen_attn
 from moetrain.model import attention
 from moetrain.model.attention import Attention, plan_attention
 from moetrain.model.rope import build_rope
-from moetrain.ops.flash_attention import Runs, attend_flash, plan_runs, takes_flash
+from moetrain.ops.flash_attention import Runs, attend_flash, plan_runs, supports_flash
 from moetrain.runtime import torch_stream
 from tests.model.test_attention import SCALE, packed_segments, random_heads, slow_attention
 from tests.ops.test_max_logits import small_model
@@ -58,7 +58,7 @@ def test_a_layer_on_the_flash_path_gives_what_it_gives_on_tiles(monkeypatch: pyt
     x_BTD = torch.randn(4, 40, 32, generator=torch_stream(0, "x"))
     rotation = build_rope(small_model(), 40).at(torch.arange(40).expand(4, 40))
     masks = [plan_attention(segments_BT, torch.float32, width=12, library=None)]
-    monkeypatch.setattr(attention, "takes_flash", lambda *where, width: True)
+    monkeypatch.setattr(attention, "supports_flash", lambda *where, width: True)
     monkeypatch.setattr(attention, "attend_flash", partial(attend_flash, kernel=by_run))
     masks.append(plan_attention(segments_BT, torch.float32, width=12, library=None))
     assert isinstance(masks[1], Runs)
@@ -89,7 +89,7 @@ def test_the_kernel_is_chosen_by_device_dtype_and_width(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert takes_flash(torch.device(device), dtype, width=width) is taken
+    assert supports_flash(torch.device(device), dtype, width=width) is taken
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetrain.data.batch import TokenBatch
-from moetrain.rl.columns import COLUMNS, Row, micro_batches, share_out
+from moetrain.rl.columns import COLUMNS, Row, balanced_groups, micro_batches
 from tests.rl.trajectories import draw_trajectory, segment_of
 
 
@@ -51,7 +51,7 @@ def test_a_limit_of_one_rank_holds_for_every_rank_and_none_computes_padding_whil
 
 
 def test_micro_batches_that_are_computed_at_the_same_time_are_of_similar_size() -> None:
-    groups = share_out([_row(100 + 11 * index) for index in range(100)], max_tokens=8192, world_size=4)
+    groups = balanced_groups([_row(100 + 11 * index) for index in range(100)], max_tokens=8192, world_size=4)
     for start in range(0, len(groups), 4):
         sizes = [len(group) * max(row.width for row in group) for group in groups[start : start + 4]]
         assert max(sizes) < 1.5 * min(sizes)

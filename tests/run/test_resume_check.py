@@ -42,12 +42,14 @@ def test_another_configuration_is_named(
 def test_the_fastest_dtype_is_not_the_one_that_it_began_with(
     begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "found_gain", lambda folder: 0.5 if settled(begun) == "float32" else 2.0)
+    monkeypatch.setattr(
+        precision, "stored_or_measured_gain", lambda folder: 0.5 if stored_dtype(begun) == "float32" else 2.0
+    )
     assert main(["check", *TINY, f"run.folder={begun}"]) == 2
     assert "train.compute_dtype: " in capsys.readouterr().err
 
 
-def settled(folder: Path) -> str:
+def stored_dtype(folder: Path) -> str:
     summary = json.loads((folder / "default" / "pretrain" / "summary.json").read_text())
     return str(summary["compute_dtype"])
 

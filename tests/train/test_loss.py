@@ -8,7 +8,7 @@ import torch
 from moetrain.data.batch import TokenBatch
 from moetrain.kernels.build import load
 from moetrain.model.config import BalanceConfig
-from moetrain.model.multiplying import set_kernels
+from moetrain.model.kernel_module import set_kernels
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.ops import logprobs
 from moetrain.parallel.protocol import ObjectiveResult

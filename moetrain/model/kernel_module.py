@@ -5,14 +5,14 @@ from torch import nn
 from moetrain.kernels.build import Library
 
 
-class Multiplying(nn.Module):
+class KernelModule(nn.Module):
     """A module that computes with native kernels or with torch. `library`: the native kernels; None selects torch's."""
 
     library: Library | None = None
 
 
 def set_kernels(model: nn.Module, library: Library | None) -> None:
-    """Set the kernel library of all `Multiplying` modules in `model`; None selects torch's kernels."""
+    """Set the kernel library of all `KernelModule` modules in `model`; None selects torch's kernels."""
     for module in model.modules():
-        if isinstance(module, Multiplying):
+        if isinstance(module, KernelModule):
             module.library = library
