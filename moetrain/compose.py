@@ -38,7 +38,7 @@ _STAGE = re.compile(r"(\$\{stage:[^{}]*\})|(?:(?!\$\{stage:[^{}]*\}).)+", re.DOT
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"', re.DOTALL)
 _Resolver = Callable[[str], str]
 ShapeReader = Callable[[str], ModelConfig | None]
-"""From the folder of weights to their shape; None where it is not known."""
+"""A function from the folder of weights to their shape; None if the shape is not known."""
 
 
 def data_folder(name: str) -> Path:
@@ -80,7 +80,7 @@ def compose(
             _set_entry(tree, schema, entry)
         shape = _shape_of_weights(tree, schema, shape_of)
         if shape is not None and not any(override.key_or_group == "model" for override in parsed):
-            _take_shape(tree, shape, given=[each for each in parsed if each.key_or_group.startswith("model.")])
+            _set_shape(tree, shape, given=[item for item in parsed if item.key_or_group.startswith("model.")])
         run: Any = OmegaConf.to_object(tree)
         if shape is not None:
             _check_shape(run, shape)
@@ -100,8 +100,8 @@ def _with_family_options(schema: type, words: Sequence[str]) -> list[str]:
     names = [word.partition("=")[2] for word in words if word.startswith("task.name=")]
     if not names or "task" not in get_type_hints(schema) or names[-1] in get_type_hints(get_type_hints(schema)["task"]):
         return list(words)
-    own = re.compile(rf"(\+\+|\+)?task\.{re.escape(names[-1])}\.(?=[^=]+=)")
-    return [own.sub("task.options.", word) if own.match(word) else word for word in words]
+    option_prefix = re.compile(rf"(\+\+|\+)?task\.{re.escape(names[-1])}\.(?=[^=]+=)")
+    return [option_prefix.sub("task.options.", word) if option_prefix.match(word) else word for word in words]
 
 
 def _shape_of_weights(tree: DictConfig, schema: type, shape_of: ShapeReader) -> ModelConfig | None:
@@ -112,21 +112,22 @@ def _shape_of_weights(tree: DictConfig, schema: type, shape_of: ShapeReader) -> 
     return shape_of(weights) if weights else None
 
 
-def _take_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Override]) -> None:
-    """Put the shape of the weights in the place of the default one, with the fields that were given on top."""
+def _set_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Override]) -> None:
+    """Replace the default model shape by that of the weights, then apply the overrides `given`."""
     tree.model = OmegaConf.structured(shape)
     for override in given:
         OmegaConf.update(tree, override.key_or_group, override.value())
 
 
 def _check_shape(run: TrainingRun, shape: ModelConfig) -> None:
-    """Raise ConfigError when a config asks for another shape than that of the weights it starts from."""
-    if unfit := mismatched_fields(shape, run.model):
+    """Raise ConfigError if the config has another shape than its initial weights."""
+    if mismatches := mismatched_fields(shape, run.model):
         field = "init_from" if run.continue_from is None else "continue_from"
         free = ", ".join(f"model.{name}{'*' if name.endswith('.') else ''}" for name in FREE_FIELDS)
         raise ConfigError(
-            f"model does not fit the weights of {field}={run.continue_from or run.init_from} ({'; '.join(unfit)}): "
-            f"leave model= and these fields out, the weights give the shape; only {free} may differ"
+            f"model does not fit the weights of {field}={run.continue_from or run.init_from} "
+            f"({'; '.join(mismatches)}): leave model= and these fields out, because the shape comes from the weights; "
+            f"only {free} may differ"
         )
 
 
@@ -145,7 +146,7 @@ def load_config(command: str, path: Path) -> Any:
         tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(content)))
         assert isinstance(tree, DictConfig)
         if "model" not in content and (shape := _shape_of_weights(tree, schema, stored_shape)) is not None:
-            _take_shape(tree, shape, given=[])
+            _set_shape(tree, shape, given=[])
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
@@ -176,8 +177,8 @@ def to_mapping(run: Any) -> dict[str, Any]:
 
 def suggestion(word: str, options: Sequence[str]) -> str:
     """Return `did you mean X?` if an option is similar to `word`, else the list of options."""
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(options)) or 'none'}"
+    similar = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(sorted(options)) or 'none'}"
 
 
 def quoted(text: str) -> str:
@@ -213,10 +214,10 @@ def _unquoted(value: str) -> str:
     if not _QUOTED.fullmatch(value):
         return value
 
-    def half(match: re.Match[str]) -> str:
+    def halve_backslashes(match: re.Match[str]) -> str:
         return match[1][: len(match[1]) // 2] + match[2]
 
-    return re.sub(rf"(\\+)({value[0]}|\Z)", half, value[1:-1])
+    return re.sub(rf"(\\+)({value[0]}|\Z)", halve_backslashes, value[1:-1])
 
 
 def _escape(text: str) -> str:
@@ -265,21 +266,21 @@ def _check_key(schema: type, key: str) -> list[Any]:
     """Return the types along a dotted key. Raises `ConfigError` with a suggestion if the key is not in the schema."""
     kinds: list[Any] = [schema]
     for depth, part in enumerate(key.split(".")):
-        above = ".".join(key.split(".")[:depth])
+        parent = ".".join(key.split(".")[:depth])
         if is_dataclass(kinds[-1]):
             hints = get_type_hints(kinds[-1])
             if part not in hints:
                 leaves = [leaf for leaf, _ in leaf_keys(schema)]
-                elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
-                is_slip = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
-                said = f"did you mean {elsewhere[0]}?" if elsewhere and not is_slip else suggestion(part, list(hints))
-                place = f"in {above}" if above else "here"
-                raise ConfigError(f"{key}: there is no {part!r} {place}; {said}")
+                same_name = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
+                is_typo = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
+                advice = f"did you mean {same_name[0]}?" if same_name and not is_typo else suggestion(part, list(hints))
+                place = f"in {parent}" if parent else "here"
+                raise ConfigError(f"{key}: there is no {part!r} {place}; {advice}")
             kinds.append(_without_none(hints[part]))
         elif get_origin(kinds[-1]) is dict:
             kinds.append(get_args(kinds[-1])[1])
         else:
-            raise ConfigError(f"{key}: {above} is one value and has no {part!r}")
+            raise ConfigError(f"{key}: {parent} is one value and has no {part!r}")
     return kinds
 
 
@@ -341,27 +342,27 @@ def _in_one_line(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group} is {choice!r}: {suggestion(choice, error.options or [])}"
-    found = next((each for each in _chain(error) if isinstance(each, OmegaConfBaseException)), None)
-    if found is None:
+    config_error = next((item for item in _chain(error) if isinstance(item, OmegaConfBaseException)), None)
+    if config_error is None:
         return " ".join(str(error).split())
-    what, key = str(found.msg or found).split("\n")[0], found.full_key
-    cause = next((each for each in _chain(found) if isinstance(each, ConfigError)), None)
+    message, key = str(config_error.msg or config_error).split("\n")[0], config_error.full_key
+    cause = next((item for item in _chain(config_error) if isinstance(item, ConfigError)), None)
     if cause is not None:  # raised by our `stage` resolver or by a check of the config
         return f"{key}: {cause}" if key else str(cause)
     if not key:
-        return what
+        return message
     try:
         kind = _check_key(schema, key)[-1]
     except ConfigError as unknown:
         return str(unknown)
-    if isinstance(kind, type) and issubclass(kind, Enum) and found.value not in kind.__members__:
-        return f"{key} is {str(found.value)!r}: {suggestion(str(found.value), list(kind.__members__))}"
-    return f"{key}: {what}"
+    if isinstance(kind, type) and issubclass(kind, Enum) and config_error.value not in kind.__members__:
+        return f"{key} is {str(config_error.value)!r}: {suggestion(str(config_error.value), list(kind.__members__))}"
+    return f"{key}: {message}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and its chain of causes (`__cause__`, `__context__`)."""
-    following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__ or following.__context__
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__

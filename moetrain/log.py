@@ -139,12 +139,12 @@ def wandb_mode(mode: WandbMode) -> WandbMode:
     """
     if mode is not WandbMode.auto:
         return mode
-    said = os.environ.get("WANDB_MODE", "").strip().lower()
-    if said:
-        known = {"dryrun": WandbMode.offline, "run": WandbMode.online} | {each.value: each for each in WandbMode}
-        if known.get(said, WandbMode.auto) is WandbMode.auto:
-            raise ConfigError(f"WANDB_MODE is {said!r}: set offline, online or disabled, or give run.wandb.mode")
-        return known[said]
+    value = os.environ.get("WANDB_MODE", "").strip().lower()
+    if value:
+        modes = {"dryrun": WandbMode.offline, "run": WandbMode.online} | {each.value: each for each in WandbMode}
+        if modes.get(value, WandbMode.auto) is WandbMode.auto:
+            raise ConfigError(f"WANDB_MODE is {value!r}: set offline, online or disabled, or give run.wandb.mode")
+        return modes[value]
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes"):
         return WandbMode.disabled
     return WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.offline
@@ -266,8 +266,8 @@ class _PlainProgress:
             return
         self._last_line = now
         left = (now - self._start) / (self._completed - self._first) * (self._total - self._completed)
-        said = f" {note}" if note else ""
-        _log.info("%s %d/%d%s, %s left", self._description, self._completed, self._total, said, duration(left))
+        note_text = f" {note}" if note else ""
+        _log.info("%s %d/%d%s, %s left", self._description, self._completed, self._total, note_text, duration(left))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.console import Console
 from moetrain import log
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.log import Fanout, JsonlMetrics, WandbMetrics, WandbMode, progress, read_metrics, wandb_mode
-from moetrain.report.shapes import checked_metrics
+from moetrain.report.shapes import validated_metrics
 
 
 def test_a_run_that_goes_on_writes_each_number_once(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_metric_that_is_not_finite_is_null_in_the_file_and_absent_in_the_repor
     metrics.write(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.5})
     metrics.close()
     assert path.read_text() == '{"step": 1, "train/loss": null, "train/grad_norm": null, "train/lr": 0.5}\n'
-    assert checked_metrics(read_metrics(path), place=path) == [{"step": 1, "train/lr": 0.5}]
+    assert validated_metrics(read_metrics(path), place=path) == [{"step": 1, "train/lr": 0.5}]
 
 
 def test_a_torn_last_line_is_dropped_and_a_broken_one_before_it_is_an_error(tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 
 CONFIG_FILE, RECORD_FILE = "config.json", "moetrain.json"
-"""Files of an export: the shape in the form of transformers, and what moetrain says of it."""
+"""Files of an export: its shape as transformers reads it, and moetrain's record of the export."""
 EXPORT = "model"
-"""Folder of the export in the folder of an export stage."""
+"""Name of the folder of the export within the folder of an export stage."""
 FREE_FIELDS = ("balance.", "yarn.", "max_position_embeddings")
-"""Fields of the model that a stage may change without changing what the weights mean."""
+"""Fields of the model config that a stage may change although it starts from existing weights."""
 
 
 def stored_shape(weights: str) -> ModelConfig | None:
     """Return the shape of the weights in a stage's folder, a checkpoint, an export or a Hugging Face folder.
 
-    None where there are no weights: whoever loads them says what is missing. Raises `CheckpointError` when the file
-    that holds the shape is damaged.
+    Returns None if there are no weights; loading them later raises the error. Raises `CheckpointError` if the file with
+    the shape is damaged.
     """
     path = user_path(weights)
     try:
@@ -33,8 +33,8 @@ def stored_shape(weights: str) -> ModelConfig | None:
             path = path / EXPORT
         if is_checkpoint(path):
             return _of_checkpoint(path) if path.is_dir() else None
-        if found := steps(path / CHECKPOINTS):
-            return _of_newest(path / CHECKPOINTS, found)
+        if all_steps := steps(path / CHECKPOINTS):
+            return _of_newest(path / CHECKPOINTS, all_steps)
         return from_hf_config(read_json(path / CONFIG_FILE)) if (path / CONFIG_FILE).is_file() else None
     except CheckpointError as error:
         if str(error).startswith(f"{CONFIG_FILE}: "):
@@ -48,17 +48,17 @@ def shape_changes(before: ModelConfig, now: ModelConfig) -> list[str]:
 
 
 def mismatched_fields(before: ModelConfig, now: ModelConfig) -> list[str]:
-    """Return the fields that differ and must not: the meaning of the weights depends on them."""
+    """Return the differing fields that must be equal, because the meaning of the weights depends on them."""
     return [line for line in shape_changes(before, now) if not line.startswith(FREE_FIELDS)]
 
 
-def _of_newest(folder: Path, found: list[int]) -> ModelConfig:
-    """Return the shape that the newest readable checkpoint states; all checkpoints of a stage have the same."""
-    for step in reversed(found):
+def _of_newest(folder: Path, all_steps: list[int]) -> ModelConfig:
+    """Return the shape in the newest readable checkpoint; all checkpoints of a stage have the same shape."""
+    for step in reversed(all_steps):
         try:
             return _of_checkpoint(folder_of(folder, step))
         except CheckpointError:
-            if step == found[0]:
+            if step == all_steps[0]:
                 raise
     raise AssertionError("there is a checkpoint")
 
@@ -69,12 +69,12 @@ def _of_checkpoint(path: Path) -> ModelConfig:
         return model_of(state["identity"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path / STATE_FILE}: holds no shape of a model that this version reads ({error}); "
+            f"{path / STATE_FILE}: contains no model shape that this version can read ({error}); "
             "name another checkpoint, or give the shape as model="
         ) from error
 
 
 def _fields(model: ModelConfig) -> dict[str, object]:
-    """Return the fields of a shape as a nested mapping; a factor that is left open as the one derived."""
+    """Return the fields of a shape as a nested mapping, with `routed_scaling_factor` derived if it is null."""
     sections = {"yarn": vars(model.yarn), "balance": vars(model.balance)}
     return {**vars(model), **sections, "routed_scaling_factor": routed_scaling_factor(model)}

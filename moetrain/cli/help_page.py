@@ -121,10 +121,14 @@ def field_docs(schema: type) -> dict[str, str]:
     for base in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
-        for statement, below in zip(body.body, [*body.body[1:], None], strict=True):
+        for statement, next_statement in zip(body.body, [*body.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                said = below.value if isinstance(below, ast.Expr) else None
-                text = said.value if isinstance(said, ast.Constant) and isinstance(said.value, str) else ""
+                statement_value = next_statement.value if isinstance(next_statement, ast.Expr) else None
+                text = (
+                    statement_value.value
+                    if isinstance(statement_value, ast.Constant) and isinstance(statement_value.value, str)
+                    else ""
+                )
                 docs[statement.target.id] = " ".join(text.split())
     return docs
 

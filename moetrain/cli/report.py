@@ -22,7 +22,7 @@ def main(run: ReportRun) -> int:
     return 0
 
 
-def print_again(run: ReportRun) -> None:
+def print_stored_report(run: ReportRun) -> None:
     """Print the tables of a report that already exists, without writing it again."""
     print_tables(read_run(run.run.path.parent, run.report.stages), run.run.path)
 

@@ -29,7 +29,7 @@ def main(words: Sequence[str]) -> int:
     ran = run_stages(prepared)
     for stage in prepared.stages[: ran.num_unchanged]:
         if isinstance(stage.config, ReportRun):
-            report.print_again(stage.config)
+            report.print_stored_report(stage.config)
     _print_table(ran.rows, prepared.folder)
     if ran.code:
         print(

@@ -45,8 +45,8 @@ def register_format(name: str, function: Format) -> None:
 def format_named(name: str) -> Format:
     """Return a registered format. Raises ConfigError that lists the registered ones."""
     if name not in _FORMATS:
-        known = ", ".join(sorted(_FORMATS))
-        raise ConfigError(f"data.sources.*.format is {name}: known are {known}; a plugin can register more")
+        names = ", ".join(sorted(_FORMATS))
+        raise ConfigError(f"data.sources.*.format is {name}: known are {names}; a plugin can register more")
     return _FORMATS[name]
 
 
@@ -68,8 +68,8 @@ def document_of(record: Record, *, column: str, format: Format, where: str, igno
         ValueError,
         AttributeError,
     ) as error:  # raised by a plugin's format
-        said = " ".join(str(error).split())
-        raise DataError(f"{where} does not fit its format: {type(error).__name__}: {said}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where} does not fit its format: {type(error).__name__}: {reason}") from error
     if isinstance(result, str):
         return _encodable(text_document(result), where=where)
     return _encodable(Document(key=pieces_to_text(result), pieces=tuple(result)), where=where)
@@ -79,13 +79,13 @@ def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
     """Return the record without the ignored keys, both in the record and in the messages in its column."""
     if not ignore:
         return record
-    kept = {key: value for key, value in record.items() if key not in ignore}
-    if isinstance(kept.get(column), list):
-        kept[column] = [
+    filtered = {key: value for key, value in record.items() if key not in ignore}
+    if isinstance(filtered.get(column), list):
+        filtered[column] = [
             {key: value for key, value in item.items() if key not in ignore} if isinstance(item, Mapping) else item
-            for item in kept[column]
+            for item in filtered[column]
         ]
-    return kept
+    return filtered
 
 
 def _encodable(document: Document, *, where: str) -> Document:

@@ -85,17 +85,17 @@ class PackedRows:
         tokens_BT = np.full(shape, pad_id, dtype=np.int64)
         segments_BT, positions_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         loss_mask_BT = np.zeros(shape, dtype=bool)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             first = int(self.row_ends[row - 1]) if row else 0
             column = 0
             for segment, document in enumerate(range(first, int(self.row_ends[row])), start=1):
                 begin = int(self.document_ends[document - 1]) if document else 0
                 end = int(self.document_ends[document])
                 span = slice(column, column + end - begin)
-                tokens_BT[place, span] = self.tokens[begin:end]
-                loss_mask_BT[place, span] = self.loss_mask[begin:end]
-                segments_BT[place, span] = segment
-                positions_BT[place, span] = np.arange(end - begin)
+                tokens_BT[index, span] = self.tokens[begin:end]
+                loss_mask_BT[index, span] = self.loss_mask[begin:end]
+                segments_BT[index, span] = segment
+                positions_BT[index, span] = np.arange(end - begin)
                 column += end - begin
         return TokenBatch(
             tokens_BT=torch.from_numpy(tokens_BT),
@@ -123,14 +123,14 @@ def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Over
     The second and later parts of a split document begin with `bos_id`, because continued text has no role marker.
     """
     counts = PackingCounts()
-    pieces = [piece for document in documents for piece in _fitted(document, seq_len, overlong, bos_id, counts)]
+    pieces = [piece for document in documents for piece in _fit_document(document, seq_len, overlong, bos_id, counts)]
     rows = best_fit([len(tokens) for tokens, _ in pieces], seq_len=seq_len)
     order = [index for row in rows for index in row]
     lengths = [len(pieces[index][0]) for index in order]
     packed = PackedRows(
         seq_len=seq_len,
-        tokens=_joined([pieces[index][0] for index in order], np.int32),
-        loss_mask=_joined([pieces[index][1] for index in order], np.bool_),
+        tokens=_concatenate([pieces[index][0] for index in order], np.int32),
+        loss_mask=_concatenate([pieces[index][1] for index in order], np.bool_),
         document_ends=np.cumsum(lengths, dtype=np.int64),
         row_ends=np.cumsum([len(row) for row in rows], dtype=np.int64),
         counts=counts,
@@ -148,9 +148,9 @@ def best_fit(lengths: Sequence[int], *, seq_len: int) -> list[list[int]]:
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     for index, length in enumerate(lengths):
-        place = bisect.bisect_left(open_rows, (length, -1))
-        if place < len(open_rows):
-            room, row = open_rows.pop(place)
+        position = bisect.bisect_left(open_rows, (length, -1))
+        if position < len(open_rows):
+            room, row = open_rows.pop(position)
         else:
             room, row = seq_len, len(rows)
             rows.append([])
@@ -163,7 +163,7 @@ def best_fit(lengths: Sequence[int], *, seq_len: int) -> list[list[int]]:
 _Piece = tuple[np.ndarray, np.ndarray]
 
 
-def _fitted(
+def _fit_document(
     document: TokenizedDocument, seq_len: int, overlong: Overlong, bos_id: int, counts: PackingCounts
 ) -> Iterator[_Piece]:
     """Yield the document, or its parts if it is longer than a row; parts without a predicted token are dropped."""
@@ -182,7 +182,7 @@ def _fitted(
         parts = [(tokens[:seq_len], loss_mask[:seq_len])]
     elif len(tokens) > seq_len:
         counts.num_split += 1
-        parts = _cut(tokens, loss_mask, seq_len, bos_id)
+        parts = _split_document(tokens, loss_mask, seq_len, bos_id)
     for part in parts:
         if part[1].any():
             yield part
@@ -190,7 +190,7 @@ def _fitted(
             counts.num_dropped_untrainable += 1
 
 
-def _cut(tokens: np.ndarray, loss_mask: np.ndarray, seq_len: int, bos_id: int) -> list[_Piece]:
+def _split_document(tokens: np.ndarray, loss_mask: np.ndarray, seq_len: int, bos_id: int) -> list[_Piece]:
     parts = [(tokens[:seq_len], loss_mask[:seq_len])]
     for begin in range(seq_len, len(tokens), seq_len - 1):
         span = slice(begin, begin + seq_len - 1)
@@ -198,5 +198,5 @@ def _cut(tokens: np.ndarray, loss_mask: np.ndarray, seq_len: int, bos_id: int) -
     return parts
 
 
-def _joined(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+def _concatenate(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype=dtype)

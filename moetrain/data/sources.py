@@ -209,7 +209,7 @@ def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> I
 def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
     """Return the documents that contain text, each text once; log the number of dropped documents."""
     seen: set[bytes] = set()
-    kept = []
+    unique = []
     num_empty = num_identical = 0
     for document in documents:
         if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
@@ -220,11 +220,11 @@ def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
             num_identical += 1
             continue
         seen.add(identity)
-        kept.append(document)
+        unique.append(document)
     for number, what in [(num_empty, "empty"), (num_identical, "identical")]:
         if number:
             _log.info("data.sources.%s: %d %s documents dropped", name, number, what)
-    return kept
+    return unique
 
 
 def _up_to(documents: list[Document], max_characters: int) -> list[Document]:

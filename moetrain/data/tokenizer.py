@@ -59,8 +59,8 @@ class Tokenizer:
         is no end-of-document token, or when text can encode to a control token.
         """
         own_names = {name: name for name in SPECIAL_TOKENS} | dict(names or {})
-        found = {name: inner.token_to_id(own_name) for name, own_name in own_names.items()}
-        self.special_ids = SpecialIds({name: id_ for name, id_ in found.items() if id_ is not None})
+        ids_by_name = {name: inner.token_to_id(own_name) for name, own_name in own_names.items()}
+        self.special_ids = SpecialIds({name: id_ for name, id_ in ids_by_name.items() if id_ is not None})
         if EOS not in self.special_ids:
             raise DataError(
                 f"the tokenizer lacks {EOS}, the end of a document: add it, or name the token with this role as "
@@ -100,10 +100,10 @@ class Tokenizer:
         names = [self._own_names[id_] for id_ in sorted(control)]
         samples = [*names, *(f"a{name}b" for name in names), *(f" {name} " for name in names), "".join(names)]
         for sample, ids in zip(samples, self.encode_batch(samples), strict=True):
-            if made := control.intersection(ids):
+            if control_ids := control.intersection(ids):
                 raise DataError(
                     f"the tokenizer encodes the text {sample[:40]!r} as the control token "
-                    f"{self._own_names[min(made)]}, so that a document could imitate markers; use a tokenizer that "
+                    f"{self._own_names[min(control_ids)]}, so a document could imitate markers; use a tokenizer that "
                     "encodes such text with ordinary tokens"
                 )
 
@@ -155,8 +155,8 @@ class Tokenizer:
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         except Exception as error:  # the library raises nothing narrower for a file that is no tokenizer
-            said = " ".join(str(error).split())
-            raise DataError(f"{path} holds no tokenizer ({said}): copy the tokenizer there again") from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path} holds no tokenizer ({reason}): copy the tokenizer there again") from error
         if switched_off:
             _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))
         return tokenizer
@@ -183,8 +183,8 @@ def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
     there = {token.get("content") for token in added if isinstance(token, dict)} if isinstance(added, list) else set()
     names = {}
     for name, key in _CONFIG_KEYS.items():
-        said = config.get(key)
-        own_name = said.get("content") if isinstance(said, dict) else said
+        entry = config.get(key)
+        own_name = entry.get("content") if isinstance(entry, dict) else entry
         if name not in there and isinstance(own_name, str):
             names[name] = own_name
     return names

@@ -90,7 +90,7 @@ def run_mode(
     ]
     num_slots = min(rollout.num_slots, len(requests))
     with progress(len(requests), mode.name) as advance:
-        mine = collect(
+        own_trajectories = collect(
             requests,
             generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=rollout.max_tokens),
             family=family,
@@ -99,9 +99,11 @@ def run_mode(
             declare_tools=task_config.declare_tools,
             on_finished=lambda trajectory: advance(""),
         )
-    shares = topology.broadcast_object(topology.gather_objects(mine))
-    assert shares is not None
-    return [shares[place % topology.world_size][place // topology.world_size] for place in range(len(mode.tasks))]
+    by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))
+    assert by_rank is not None
+    return [
+        by_rank[position % topology.world_size][position // topology.world_size] for position in range(len(mode.tasks))
+    ]
 
 
 def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
@@ -120,17 +122,23 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
     tasks = [make_task(partial(family.task, Split.held_out, index)) for index in range(num_tasks)]
     streams = [seed_of(seed, "graders", index) for index in range(num_tasks)]
-    null = [grade.success for task, stream in zip(tasks, streams, strict=True) if (grade := _null(task, stream))]
-    found = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}
+    null = [
+        grade.success
+        for task, stream in zip(tasks, streams, strict=True)
+        if (grade := _null_policy_grade(task, stream))
+    ]
+    rates = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}
     if isinstance(family, Demonstrates):
-        shown = [_shown(family, task, stream=stream) for task, stream in zip(tasks, streams, strict=True)]
-        graded = [grade.success for grade in shown if grade is not None]
+        demonstrated = [
+            _demonstration_grade(family, task, stream=stream) for task, stream in zip(tasks, streams, strict=True)
+        ]
+        graded = [grade.success for grade in demonstrated if grade is not None]
         if graded:
-            found["perfect_demonstrator"] = sum(graded) / len(graded)
-    return found
+            rates["perfect_demonstrator"] = sum(graded) / len(graded)
+    return rates
 
 
-def _shown(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
+def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
     """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
     try:
         return family.demonstrate(task, stream, perfect=True)[1]
@@ -139,7 +147,7 @@ def _shown(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
         return None
 
 
-def _null(task: Task, stream: int) -> Grade | None:
+def _null_policy_grade(task: Task, stream: int) -> Grade | None:
     """Return the grade of an empty answer in a fresh environment; None when the environment fails."""
     try:
         return run_alone(task, stream, answer="")

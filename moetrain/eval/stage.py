@@ -107,10 +107,10 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
     depends_on = [asdict(mode), asdict(task), asdict(setting.rollout), setting.seed, contestant.digest]
     if export is not None and masters is not None:
         depends_on += [masters.digest, config.kl_tasks]
-    found = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)
-    if found is not None:
+    saved = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)
+    if saved is not None:
         _log.info("%s was finished before the evaluation stopped and is not run again", mode.name)
-        return found
+        return saved
     trajectories = run_mode(
         mode,
         weights=contestant.weights,

@@ -10,7 +10,7 @@ from moetrain.rollout.types import Trajectory
 
 
 def rate_row(rate: Rate) -> dict[str, float | int]:
-    """Return a rate as plain numbers."""
+    """Return a rate and its interval as a JSON object."""
     return {**asdict(rate), "value": rate.value}
 
 

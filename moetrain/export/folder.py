@@ -88,7 +88,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `moetrain.json` with `record` and the digest of every file in `folder`. Call it when all are written."""
+    """Write `moetrain.json` with `record` and the digest of every file in `folder`. Call it after all other files."""
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **record, "files": files}
     write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)}, indent=2)

@@ -85,7 +85,9 @@ def hf_disk_tensors(
 
 
 def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors by name in memory from tensors by name on disk: the inverse of `hf_disk_tensors`.
+    """Fuse the expert matrices of tensors named as on disk; return tensors named as in memory.
+
+    The inverse of `hf_disk_tensors`.
 
     Raises CheckpointError when an expert lacks one of its matrices.
     """

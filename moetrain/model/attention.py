@@ -35,7 +35,7 @@ class MaxLogits(StrEnum):
 
     @classmethod
     def needed(cls, threshold: float | None) -> "MaxLogits":
-        """Return `measured` if QK-Clip is on; `threshold` is its threshold, None when it is off."""
+        """Return `measured` if `threshold`, that of QK-Clip, is not None."""
         return cls.unmeasured if threshold is None else cls.measured
 
 

@@ -38,9 +38,9 @@ class _Recomputed(torch.autograd.Function):
             inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
             output = ctx.part(*inputs)
         sources = [tensor for tensor in (*inputs, *ctx.parameters) if tensor.requires_grad]
-        found = iter(torch.autograd.grad(output, sources, grads[0], allow_unused=True))
-        each = [next(found) if tensor.requires_grad else None for tensor in (*inputs, *ctx.parameters)]
-        return (None, None, None, *each)
+        gradients = iter(torch.autograd.grad(output, sources, grads[0], allow_unused=True))
+        all_gradients = [next(gradients) if tensor.requires_grad else None for tensor in (*inputs, *ctx.parameters)]
+        return (None, None, None, *all_gradients)
 
 
 def run_part(
@@ -53,8 +53,8 @@ def run_part(
     """
     if recompute is Recompute.none or not torch.is_grad_enabled():
         return part(*inputs)
-    known = list(parameters)
-    output: torch.Tensor = _Recomputed.apply(part, known, len(inputs), *inputs, *known)  # type: ignore[no-untyped-call]
+    parameter_list = list(parameters)
+    output: torch.Tensor = _Recomputed.apply(part, parameter_list, len(inputs), *inputs, *parameter_list)  # type: ignore[no-untyped-call]
     return output
 
 

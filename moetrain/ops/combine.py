@@ -18,9 +18,9 @@ _SLICE_ELEMENTS = 1 << 18  # size of a slice: 1 MB in float32, which fits in the
 
 
 def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None) -> torch.Tensor:
-    """Return rows [S, D], `num_chosen` per token: row i is the token of the (token, k) pair `order_S[i]`."""
-    if found := taking(library, x_ND):
-        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=found)
+    """Return rows [S, D], `num_chosen` per token: row i is a copy of the token of pair `order_S[i]`."""
+    if native_library := taking(library, x_ND):
+        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=native_library)
     return x_ND.index_select(0, order_S // num_chosen)
 
 
@@ -28,8 +28,8 @@ def permute(
     rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor, library: Library | None
 ) -> torch.Tensor:
     """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the inverse permutation."""
-    if found := taking(library, rows_SD):
-        return native.spread(rows_SD, inverse_S[:, None], library=found)
+    if native_library := taking(library, rows_SD):
+        return native.spread(rows_SD, inverse_S[:, None], library=native_library)
     return rows_SD.index_select(0, order_S)
 
 
@@ -41,8 +41,8 @@ def combine(
     Row i of `y_SD` belongs to number `order_S[i]` of the N * K (token, k) pairs.
     """
     inverse_S = inverse(order_S)
-    if found := taking(library, y_SD):
-        return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=found)
+    if native_library := taking(library, y_SD):
+        return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=native_library)
     if y_SD.device.type == "cpu":
         return combine_in_slices(y_SD, order_S, inverse_S=inverse_S, weights_NK=weights_NK)
     return combine_plain(y_SD, inverse_S, weights_NK=weights_NK)

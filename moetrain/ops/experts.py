@@ -40,8 +40,8 @@ def expert_rows(
 
     An expert without rows still gets a gradient: zero.
     """
-    if found := taking(library, x_SD):
-        return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=found)
+    if native_library := taking(library, x_SD):
+        return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=native_library)
     if x_SD.device.type == "cpu":
         return expert_manual_backward(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)
     if x_SD.dtype == torch.bfloat16:
@@ -75,7 +75,7 @@ def expert_grouped(
 def expert_manual_backward(
     x_SD: torch.Tensor, counts_L: torch.Tensor, *, gate_up_LGD: torch.Tensor, down_LDF: torch.Tensor
 ) -> torch.Tensor:
-    """Return the same bits and gradients as `expert_loop`."""
+    """Return the outputs. The backward pass is explicit; outputs and gradients equal `expert_loop` bit for bit."""
     counts = counts_L.tolist()
     y_SD: torch.Tensor = _ManualBackward.apply(x_SD, gate_up_LGD, down_LDF, counts)  # type: ignore[no-untyped-call]
     return y_SD

@@ -150,8 +150,8 @@ class _NativeHead:
 
 
 def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, library: Library | None) -> _Head:
-    found = taking(library, hidden_ND)
-    return _NativeHead(weight_VD, found) if found else _TorchHead(hidden_ND, weight_VD)
+    native_library = taking(library, hidden_ND)
+    return _NativeHead(weight_VD, native_library) if native_library else _TorchHead(hidden_ND, weight_VD)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -170,15 +170,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logits_shape = (len(targets_N), len(weight_VD))
         keeps = ctx.needs_input_grad[0] and len(targets_N) * len(weight_VD) <= _KEPT_ELEMENTS
         whole = Read(*(hidden_ND.new_empty(len(targets_N), dtype=torch.float32) for _ in range(3)))
-        kept = []
+        stored_logits = []
         for chunk in _chunks(*logits_shape, elements=head.chunk_elements):
             logits_CV = head.logits(hidden_ND[chunk])
             if keeps:
-                kept.append(logits_CV)
+                stored_logits.append(logits_CV)
             read = head.read(logits_CV, targets_N[chunk], temperatures_C=_part(temperatures_N, chunk))
             for column_N, column_C in zip(whole, read, strict=True):
                 column_N[chunk] = column_C
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, temperatures_N, *kept)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, whole.normalizers_C, temperatures_N, *stored_logits)
         ctx.library = library
         ctx.mark_non_differentiable(whole.entropies_C)
         return whole.logprobs_C, whole.entropies_C
@@ -186,13 +186,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        hidden_ND, weight_VD, targets_N, normalizers_N, temperatures_N, *kept = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, normalizers_N, temperatures_N, *stored_logits = ctx.saved_tensors
         head = _head(hidden_ND, weight_VD, library=ctx.library)
         grad_hidden_ND, grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
         chunks = _chunks(len(targets_N), len(weight_VD), elements=head.chunk_elements)
         for index, rows in enumerate(chunks):
             hidden_CD = hidden_ND[rows]
-            logits_CV = kept[index] if kept else head.logits(hidden_CD)
+            logits_CV = stored_logits[index] if stored_logits else head.logits(hidden_CD)
             temperatures_C = _part(temperatures_N, rows)
             chunk = _Chunk(hidden_CD, logits_CV, targets_N[rows], normalizers_N[rows], temperatures_C)
             grad_hidden_ND[rows] = head.backward(grads[0][rows], chunk, grad_VD=grad_VD)

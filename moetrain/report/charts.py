@@ -64,14 +64,14 @@ def rl_charts(stage: Stage) -> str:
     ]
     for number, line in enumerate(endings):
         line.color = number % NUM_COLORS
-    said = f"bold: mean of the last {_WINDOW} steps"
+    averaging_note = f"bold: mean of the last {_WINDOW} steps"
     return "".join(
         [
             line_chart(
                 f"{stage.name}: reward",
                 _smooth(stage, "reward", color=1),
                 x_name="step",
-                y_name=f"share right, sampled on training tasks; {said}",
+                y_name=f"share right, sampled on training tasks; {averaging_note}",
                 from_zero=True,
             ),
             grid_chart(
@@ -82,7 +82,11 @@ def rl_charts(stage: Stage) -> str:
                 unit="",
             ),
             line_chart(
-                f"{stage.name}: success after a tool error", after_error, x_name="step", y_name=said, from_zero=True
+                f"{stage.name}: success after a tool error",
+                after_error,
+                x_name="step",
+                y_name=averaging_note,
+                from_zero=True,
             ),
             line_chart(f"{stage.name}: how trajectories end", endings, x_name="step", y_name="share", from_zero=True),
             line_chart(

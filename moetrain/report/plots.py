@@ -20,7 +20,7 @@ _MIN_TICKS = 4
 
 @dataclass(kw_only=True)
 class Line:
-    """One line. points: (x, y) in order of x. color: number of its colour. level: y of a dashed reference line."""
+    """A line of a chart. points: (x, y), ascending in x. color: index into the palette. level: y of a dashed line."""
 
     name: str
     points: list[tuple[float, float]]

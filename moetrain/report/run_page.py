@@ -25,7 +25,7 @@ from moetrain.report.table import (
     success_table,
     validation_table,
 )
-from moetrain.report.trace_page import chosen, pairs, read_traces, trajectory_html
+from moetrain.report.trace_page import pairs, read_traces, select_traces, trajectory_html
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content security policy: the browser applies inline styles and nothing else, whatever a trajectory contains."""
@@ -66,7 +66,7 @@ def run_page(run: Run, *, num_trajectories: int) -> str:
         ("experts", "Expert load", _loads(run), "no stage has trained experts"),
         ("int4", "INT4", _int4(run), "nothing was exported or evaluated"),
         ("trajectories", "Trajectories", _trajectories(run, num_trajectories), "no trajectory was kept"),
-        ("making", "How it was made", _making(run), "no stage has begun"),
+        ("making", "How it was made", _setup_and_cost(run), "no stage has begun"),
     ]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, content, _ in sections if content)
     left_out = [f"{title} ({why})" for _, title, content, why in sections if not content]
@@ -131,13 +131,13 @@ def _tiles(run: Run) -> str:
 
 def _task(run: Run) -> str:
     """Return the task family that was evaluated, and its tools."""
-    found = next((stage.evaluation["task"] for stage in reversed(run.evaluations) if "task" in stage.evaluation), None)
-    if found is None:
+    record = next((stage.evaluation["task"] for stage in reversed(run.evaluations) if "task" in stage.evaluation), None)
+    if record is None:
         return ""
-    rows = [[name, description] for name, description in found["tools"].items()]
-    listed = "".join(f"<li><code>{escape(name)}</code> {escape(description)}</li>" for name, description in rows)
-    said = "it calls these tools" if rows else "it has no tools"
-    return f"<p>Task family <code>{escape(found['name'])}</code>; {said}:</p>\n<ul>{listed}</ul>\n"
+    rows = [[name, description] for name, description in record["tools"].items()]
+    list_html = "".join(f"<li><code>{escape(name)}</code> {escape(description)}</li>" for name, description in rows)
+    note = "it calls these tools" if rows else "it has no tools"
+    return f"<p>Task family <code>{escape(record['name'])}</code>; {note}:</p>\n<ul>{list_html}</ul>\n"
 
 
 def _success(run: Run) -> str:
@@ -178,8 +178,8 @@ def _loads(run: Run) -> str:
 
 
 def _int4(run: Run) -> str:
-    made = [table for table in (int4_table(run), size_table(run), _verified(run)) if table is not None]
-    return "".join(table_html(table) for table in made)
+    tables = [table for table in (int4_table(run), size_table(run), _verified(run)) if table is not None]
+    return "".join(table_html(table) for table in tables)
 
 
 def _verified(run: Run) -> Table | None:
@@ -194,26 +194,28 @@ def _verified(run: Run) -> Table | None:
 
 def _trajectories(run: Run, count: int) -> str:
     parts: list[str] = []
-    kept = {
+    traces_by_stage = {
         stage.name: {path.stem: read_traces(path) for path in _traces_of(stage)}
         for stage in [*run.of_kind(Kind.rl), *run.evaluations]
     }
-    parts += _before_and_after(run, kept, count)
+    parts += _before_and_after(run, traces_by_stage, count)
     is_open = not parts
     for stage in reversed(run.evaluations):
         for mode in stage.evaluation["modes"]:
             title = f"after {stage.weights}, {mode_title(mode)}"
-            for trace in chosen(kept[stage.name].get(mode, []), count=count):
+            for trace in select_traces(traces_by_stage[stage.name].get(mode, []), count=count):
                 parts.append(trajectory_html(trace, title=title, is_open=is_open))
                 is_open = False
     for stage in run.of_kind(Kind.rl):
-        for name, traces in kept[stage.name].items():
+        for name, traces in traces_by_stage[stage.name].items():
             title = f"{stage.name}, step {int(name.removeprefix('step_'))}"
-            parts += [trajectory_html(trace, title=title, is_open=False) for trace in chosen(traces, count=count)]
+            parts += [
+                trajectory_html(trace, title=title, is_open=False) for trace in select_traces(traces, count=count)
+            ]
     return "".join(parts)
 
 
-def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]], count: int) -> list[str]:
+def _before_and_after(run: Run, traces_by_stage: dict[str, dict[str, list[dict[str, Any]]]], count: int) -> list[str]:
     """Return tasks of one mode that the last evaluation solved and the evaluation that it is compared with did not."""
     if len(run.evaluations) < 2:
         return []
@@ -221,11 +223,13 @@ def _before_and_after(run: Run, kept: dict[str, dict[str, list[dict[str, Any]]]]
     named = PurePath(last.config["eval"].get("before") or "").name
     first = next((stage for stage in run.evaluations if stage.name == named), run.evaluations[0])
     for mode in last.evaluation["modes"]:
-        found = list(pairs(kept[first.name].get(mode, []), kept[last.name].get(mode, [])))[:count]
-        if found:
+        solved = list(pairs(traces_by_stage[first.name].get(mode, []), traces_by_stage[last.name].get(mode, [])))[
+            :count
+        ]
+        if solved:
             parts = ["<h3>The same task, before and after</h3>"]
-            for number, couple in enumerate(found):
-                for stage, trace in zip((first, last), couple, strict=True):
+            for number, trace_pair in enumerate(solved):
+                for stage, trace in zip((first, last), trace_pair, strict=True):
                     title = f"after {stage.weights}, {mode_title(mode)}"
                     parts.append(trajectory_html(trace, title=title, is_open=number == 0))
             return [*parts, "<h3>More</h3>"]
@@ -241,7 +245,7 @@ def _traces_of(stage: Stage) -> Sequence[Path]:
     return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
 
 
-def _making(run: Run) -> str:
+def _setup_and_cost(run: Run) -> str:
     seconds = times(run)
     rows = [[stage.name, "; ".join(_settings(stage)), _time(seconds.get(stage.name))] for stage in run.stages]
     parameters = next((stage.summary["parameters"] for stage in run.trained if "parameters" in stage.summary), None)
@@ -254,16 +258,16 @@ def _making(run: Run) -> str:
     notes += [line for stage in run.stages[-1:] for line in _machine(stage)]
     if seconds:
         notes.append(f"{duration(sum(seconds.values()))} in all stages")
-    listed = "".join(
+    list_html = "".join(
         f"<tr><td>{escape(name)}</td><td class='wide'>{escape(text)}</td><td>{escape(time)}</td></tr>\n"
         for name, text, time in rows
     )
-    digest_rows = [[name, what, value] for name, found in digests(run).items() for what, value in found.items()]
-    digest_rows += [[stage.name, "moetrain", maker] for stage in run.stages if (maker := stage.done.get("made_by"))]
+    digest_rows = [[name, what, value] for name, of_stage in digests(run).items() for what, value in of_stage.items()]
+    digest_rows += [[stage.name, "moetrain", version] for stage in run.stages if (version := stage.done.get("made_by"))]
     digest_table = Table(title="", header=["stage", "of", "sha256"], rows=digest_rows)
     return (
         "<div class='scroll'><table><thead><tr><th>stage</th><th class='wide'>settings</th><th>time</th></tr></thead>"
-        f"<tbody>\n{listed}</tbody></table></div>\n"
+        f"<tbody>\n{list_html}</tbody></table></div>\n"
         f"<ul class='notes'>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
         + table_html(_costs(run))
         + "<details><summary>Digests</summary>"
@@ -281,14 +285,14 @@ def _costs(run: Run) -> Table:
     """Return the table with each stage's start, version, tokens, speed and memory."""
     rows = []
     for stage in run.stages:
-        made, summary = stage.made_by, stage.summary
+        made_by, summary = stage.made_by, stage.summary
         tokens = summary.get("tokens", summary.get("sampled_tokens"))
-        speed, memory = summary.get("time", {}).get("tokens_per_s"), made.get("peak_memory_gib")
-        release = " ".join(str(part) for part in (made.get("moetrain"), made.get("commit")) if part)
+        speed, memory = summary.get("time", {}).get("tokens_per_s"), made_by.get("peak_memory_gib")
+        release = " ".join(str(part) for part in (made_by.get("moetrain"), made_by.get("commit")) if part)
         rows.append(
             [
                 stage.name,
-                made.get("started") or NONE,
+                made_by.get("started") or NONE,
                 release or NONE,
                 NONE if tokens is None else f"{tokens:,.0f}",
                 NONE if speed is None else f"{speed:,.0f}",
@@ -301,10 +305,11 @@ def _costs(run: Run) -> Table:
 
 def _machine(stage: Stage) -> Iterator[str]:
     """Yield the machine that a stage ran on, if it was recorded."""
-    made = stage.made_by
-    if made.get("processor"):
-        device = f", {made['device']}" if made.get("device") else ""
-        yield f"machine: {made['processor']}, {made['cores']} cores, {made['memory_gib']} GiB of memory{device}"
+    machine = stage.made_by
+    if machine.get("processor"):
+        device = f", {machine['device']}" if machine.get("device") else ""
+        memory = f"{machine['memory_gib']} GiB of memory"
+        yield f"machine: {machine['processor']}, {machine['cores']} cores, {memory}{device}"
 
 
 def _settings(stage: Stage) -> Iterator[str]:
@@ -316,9 +321,9 @@ def _settings(stage: Stage) -> Iterator[str]:
         if isinstance(values, dict) and values.get("enabled") is not False:
             if section == "train":  # the values in use, where the config leaves the choice to the machine
                 values = values | {name: stage.summary[name] for name in _RESOLVED if name in stage.summary}
-            said = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
-            if said:
-                yield f"{section}: {said}"
+            text = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
+            if text:
+                yield f"{section}: {text}"
 
 
 def _time(seconds: float | None) -> str:

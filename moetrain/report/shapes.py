@@ -13,7 +13,7 @@ import jsonschema
 from moetrain.errors import DataError
 
 Schema = Mapping[str, Any]
-_LONGEST = 200  # characters of an error message
+_MAX_MESSAGE = 200  # characters of an error message
 
 
 def _object(required: Mapping[str, Any] | None = None, **optional: Any) -> dict[str, Any]:
@@ -27,23 +27,26 @@ def _each(value: Mapping[str, Any], *, names: str = "") -> dict[str, Any]:
     return {"type": "object", "additionalProperties": value, "propertyNames": {"pattern": names}}
 
 
-_TEXT, _NUMBER, _WHOLE, _LIST = ({"type": kind} for kind in ("string", "number", "integer", "array"))
+_TEXT, _NUMBER, _INTEGER, _LIST = ({"type": kind} for kind in ("string", "number", "integer", "array"))
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _BYTES = {"type": "integer", "exclusiveMinimum": 0}
 _NUMBER_OR_NULL = {"type": ["number", "null"]}  # null stands for NaN: no tasks, or weights that are not finite
-_RATE = _object({"value": _NUMBER_OR_NULL, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE})
+_RATE = _object({"value": _NUMBER_OR_NULL, "low": _NUMBER, "high": _NUMBER, "count": _INTEGER})
 _DIFFERENCE = _object(
-    {"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "count": _WHOLE}, gained=_WHOLE, lost=_WHOLE, p_value=_NUMBER
+    {"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "count": _INTEGER},
+    gained=_INTEGER,
+    lost=_INTEGER,
+    p_value=_NUMBER,
 )
 _MODE = _object(
     {"all": _RATE, "by_calls": _each(_RATE, names="^[0-9]+$"), "after_tool_error": _RATE},
     without_tool_error=_RATE,
-    endings=_each(_WHOLE),
-    grades=_each(_WHOLE),
+    endings=_each(_INTEGER),
+    grades=_each(_INTEGER),
     outcomes=_each({"type": "boolean"}),
 )
-_PARAMETERS = _object({"total": _WHOLE, "active_with_head": _WHOLE, "routed": _WHOLE})
-_REPORT_OF_EXPORT = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}
+_PARAMETERS = _object({"total": _INTEGER, "active_with_head": _INTEGER, "routed": _INTEGER})
+_EXPORT_SIZES = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}
 
 CONFIG_SHAPE: Schema = _object(
     run=_object(folder=_TEXT, name=_TEXT, stage=_TEXT),
@@ -56,7 +59,7 @@ SUMMARY_SHAPE: Schema = {
     **_object(
         validation=_each(
             _object(
-                {"nats_per_character": _NUMBER_OR_NULL, "characters": _WHOLE, "targets": _WHOLE},
+                {"nats_per_character": _NUMBER_OR_NULL, "characters": _INTEGER, "targets": _INTEGER},
                 bigram_nats_per_character={"type": ["number", "null"]},
             )
         ),
@@ -65,7 +68,7 @@ SUMMARY_SHAPE: Schema = {
         tokens=_NUMBER,
         sampled_tokens=_NUMBER,
         time=_object(tokens_per_s=_NUMBER_OR_NULL),
-        **_REPORT_OF_EXPORT,
+        **_EXPORT_SIZES,
     ),
     "dependentRequired": {"num_bytes": ["num_bytes_bf16"]},
 }
@@ -75,12 +78,14 @@ EVALUATION_SHAPE: Schema = _object(
     masters=_each(_object({"all": _RATE}, after_tool_error=_RATE)),
     paired=_each(_DIFFERENCE),
     graders=_object(
-        {"null_policy": _NUMBER, "num_tasks": _WHOLE}, perfect_demonstrator=_NUMBER, perfect_expert=_NUMBER
+        {"null_policy": _NUMBER, "num_tasks": _INTEGER}, perfect_demonstrator=_NUMBER, perfect_expert=_NUMBER
     ),
-    trained_calls={"type": "array", "items": _WHOLE},
+    trained_calls={"type": "array", "items": _INTEGER},
     task=_object({"name": _TEXT, "tools": _each(_TEXT)}),
     language=_each(_NUMBER_OR_NULL),
-    divergence=_object({**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _WHOLE}),
+    divergence=_object(
+        {**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _INTEGER}
+    ),
     digests=_object(),
     code_changes=_object({"code_flip_rate": _NUMBER, "scale_change_rate": _NUMBER}),
     export=_object({"bytes": _BYTES, "bf16_bytes": _BYTES}),
@@ -113,24 +118,24 @@ TRACE_SHAPE: Schema = _object(
         "ending": _TEXT,
         "segments": {"type": "array", "items": _object({"tokens": _LIST, "is_sampled": _LIST})},
         "num_calls_needed": {"type": ["integer", "null"]},
-        **dict.fromkeys(("task", "num_calls", "num_turns", "num_transient_errors"), _WHOLE),
+        **dict.fromkeys(("task", "num_calls", "num_turns", "num_transient_errors"), _INTEGER),
     }
 )
 """A line of `traces/*.jsonl`."""
 
 
-def checked(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]:
+def validated(content: Any, shape: Schema, *, place: Path | str) -> dict[str, Any]:
     """Return `content`, read from `place`. Raises DataError that names the first field that does not fit the schema."""
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(shape).iter_errors(content))
     if error is None:
-        found: dict[str, Any] = content
-        return found
+        result: dict[str, Any] = content
+        return result
     field = ".".join(str(part) for part in error.absolute_path)
-    said = shorten(error.message, _LONGEST, placeholder=" ...")
-    raise DataError(f"{place}: {field + ': ' if field else ''}{said}; the file is damaged: run its stage again")
+    reason = shorten(error.message, _MAX_MESSAGE, placeholder=" ...")
+    raise DataError(f"{place}: {field + ': ' if field else ''}{reason}; the file is damaged: run its stage again")
 
 
-def checked_metrics(rows: list[dict[str, Any]], *, place: Path) -> list[dict[str, Any]]:
+def validated_metrics(rows: list[dict[str, Any]], *, place: Path) -> list[dict[str, Any]]:
     """Return the rows of `metrics.jsonl` without null values, which stand for NaN and infinity.
 
     Raises DataError that names a value that is not a number.

@@ -25,8 +25,8 @@ from moetrain.report.shapes import (
     SUMMARY_SHAPE,
     VERIFICATION_SHAPE,
     Schema,
-    checked,
-    checked_metrics,
+    validated,
+    validated_metrics,
 )
 
 CONFIG = "config.yaml"
@@ -117,22 +117,23 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
 
     Raises ConfigError when there is nothing to report, and DataError when a file cannot be read.
     """
-    beside = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
-    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(beside)
-    configs = {path: config for path in wanted if (config := beside.get(path) or _yaml(path / CONFIG))}
+    configs_in_run = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
+    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(configs_in_run)
+    configs = {path: config for path in wanted if (config := configs_in_run.get(path) or _yaml(path / CONFIG))}
     if not configs:
         raise ConfigError(
             f"{folder} has no stage with a {CONFIG}: give the name of a run, run.name=..., that has begun"
         )
-    read = [
-        _read_stage(path, config, trained_by=_root(path, {**beside, **configs})) for path, config in configs.items()
+    all_stages = [
+        _read_stage(path, config, trained_by=_trained_by(path, {**configs_in_run, **configs}))
+        for path, config in configs.items()
     ]
-    shown = [stage for stage in read if "report" not in stage.config]
-    alike = Counter((stage.kind, stage.trained_by) for stage in shown)
-    for stage in shown:
-        if alike[stage.kind, stage.trained_by] > 1:
+    run_stages = [stage for stage in all_stages if "report" not in stage.config]
+    num_same = Counter((stage.kind, stage.trained_by) for stage in run_stages)
+    for stage in run_stages:
+        if num_same[stage.kind, stage.trained_by] > 1:
             stage.weights = f"{stage.trained_by} ({stage.name})"
-    return Run(name=folder.name, stages=shown, missing=[path.name for path in wanted if path not in configs])
+    return Run(name=folder.name, stages=run_stages, missing=[path.name for path in wanted if path not in configs])
 
 
 def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> Stage:
@@ -142,7 +143,7 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
         folder=folder,
         kind=next((kind for section, kind in _SECTIONS.items() if section in config), Kind.other),
         config=config,
-        metrics=checked_metrics(read_metrics(metrics), place=metrics) if metrics.is_file() else [],
+        metrics=validated_metrics(read_metrics(metrics), place=metrics) if metrics.is_file() else [],
         summary=_json(folder / "summary.json", SUMMARY_SHAPE),
         evaluation=_json(folder / "eval.json", EVALUATION_SHAPE),
         export=_json(folder / "model" / "moetrain.json", EXPORT_SHAPE),
@@ -154,13 +155,13 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
     )
 
 
-def _ordered(beside: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
+def _ordered(configs_in_run: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
     """Return the stages' folders of a run, each after those that its config names; otherwise sorted by name."""
-    configs = {path: config for path, config in beside.items() if not path.name.endswith(".previous")}
+    configs = {path: config for path, config in configs_in_run.items() if not path.name.endswith(".previous")}
 
     def depth(path: Path, trail: tuple[Path, ...] = ()) -> int:
         named = {_stage_at(text, configs) for text in _strings(configs[path])} - {None, path, *trail}
-        return 1 + max((depth(taken, (*trail, path)) for taken in named if taken), default=0)
+        return 1 + max((depth(source, (*trail, path)) for source in named if source), default=0)
 
     return sorted(configs, key=lambda path: (depth(path), path.name))
 
@@ -184,7 +185,7 @@ def _stage_at(text: str, configs: Mapping[Path, Mapping[str, Any]]) -> Path | No
     return None
 
 
-def _root(path: Path, configs: Mapping[Path, Mapping[str, Any]]) -> Path:
+def _trained_by(path: Path, configs: Mapping[Path, Mapping[str, Any]]) -> Path:
     """Return the stage that trained a stage's weights: itself if it trains, else the nearest one before it."""
     seen: set[Path] = set()
     while "optim" not in configs[path] and path not in seen:
@@ -212,7 +213,7 @@ def _json(path: Path, shape: Schema) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): run its stage again") from None
-    return checked(content, shape, place=path)
+    return validated(content, shape, place=path)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -223,4 +224,4 @@ def _yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not text, or an invalid date
         raise DataError(f"{path} is not YAML ({str(error).splitlines()[0]}): run its stage again") from None
-    return checked(content, CONFIG_SHAPE, place=path)
+    return validated(content, CONFIG_SHAPE, place=path)

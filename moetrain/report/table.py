@@ -38,8 +38,8 @@ class Table:
 
 def tables(run: Run) -> list[Table]:
     """Return the tables for which the run has numbers."""
-    made = [validation_table(run), success_table(run), difference_table(run), int4_table(run), size_table(run)]
-    return [table for table in made if table is not None]
+    candidates = [validation_table(run), success_table(run), difference_table(run), int4_table(run), size_table(run)]
+    return [table for table in candidates if table is not None]
 
 
 def validation_table(run: Run) -> Table | None:
@@ -59,8 +59,8 @@ def validation_table(run: Run) -> Table | None:
         for source, row in found.items()
     ]
     header = ["source", "bigram", *(f"after {name}" for name in stages), *(f"{name}, exported" for name in exports)]
-    firsts = sorted({row["bigram_of"] for row in found.values() if row["bigram_of"]})
-    notes = [f"bigram: Witten-Bell, fitted on the training split of {' and '.join(firsts)}"] if firsts else []
+    fitted_on = sorted({row["bigram_of"] for row in found.values() if row["bigram_of"]})
+    notes = [f"bigram: Witten-Bell, fitted on the training split of {' and '.join(fitted_on)}"] if fitted_on else []
     return Table(title="Validation loss, nats per character (lower is better)", header=header, rows=rows, notes=notes)
 
 
@@ -82,15 +82,15 @@ def success_table(run: Run) -> Table | None:
     add("all", [stage.evaluation["modes"][mode]["all"] for stage, mode in columns])
     for key in ("after_tool_error", "without_tool_error"):
         add(key.replace("_", " "), [stage.evaluation["modes"][mode].get(key) for stage, mode in columns])
-    extras = [_beside(stage, mode, ERROR_FREE) for stage, mode in columns]
+    extras = [_extra_summary(stage, mode, ERROR_FREE) for stage, mode in columns]
     add("tools never fail", [summary["all"] if summary else None for summary in extras])
-    longer = [_beside(stage, mode, LONGER) for stage, mode in columns]
+    longer = [_extra_summary(stage, mode, LONGER) for stage, mode in columns]
     for calls in _calls(summary for summary in longer if summary):
         add(f"{calls}, longer", [summary["by_calls"].get(calls) if summary else None for summary in longer])
     notes = ["% of tasks right, with 95 % intervals (Wilson), on held-out tasks"]
     if len(trained) == 2:
         notes.append(f"trained on tasks of {trained[0]} to {trained[1]} calls")
-    notes += _graded(run.evaluations[-1].evaluation)
+    notes += _grader_notes(run.evaluations[-1].evaluation)
     return Table(title="Held-out success, INT4 weights", header=header, rows=rows, notes=notes, main_rows=_MAIN)
 
 
@@ -128,9 +128,9 @@ def int4_table(run: Run) -> Table | None:
         return None
     notes = []
     for stage in run.evaluations:
-        said = _divergence(stage)
-        if said:
-            notes.append(f"{stage.weights}: {said}")
+        note = _divergence(stage)
+        if note:
+            notes.append(f"{stage.weights}: {note}")
     header = ["% right", "INT4", "bf16", "INT4 after error", "bf16 after error"]
     return Table(title="INT4 beside the bf16 masters", header=header, rows=rows, notes=notes)
 
@@ -158,24 +158,24 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     return f"{100 * rate['value']:.1f} [{100 * rate['low']:.0f}-{100 * rate['high']:.0f}]"
 
 
-def show(made: Sequence[Table], console: Console) -> None:
+def show(tables_to_print: Sequence[Table], console: Console) -> None:
     """Print tables. A table that is too wide is divided into several, each with the first column."""
-    for table in chain.from_iterable(_fitting(whole, console.width) for whole in made):
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for table in chain.from_iterable(_split_to_width(wide_table, console.width) for wide_table in tables_to_print):
+        rich_table = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for number, name in enumerate(table.header):
-            shown.add_column(Text(_in_two_lines(name)), justify="right" if number else "left", no_wrap=number > 0)
+            rich_table.add_column(Text(_wrap_in_two(name)), justify="right" if number else "left", no_wrap=number > 0)
         for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row), style="bold" if row[0] in table.main_rows else None)
+            rich_table.add_row(*(Text(cell) for cell in row), style="bold" if row[0] in table.main_rows else None)
         console.print()
-        console.print(shown)
+        console.print(rich_table)
         for note in table.notes:
             console.print(Text(f"  {note}", style="dim"))
 
 
-def _fitting(table: Table, width: int) -> Iterator[Table]:
+def _split_to_width(table: Table, width: int) -> Iterator[Table]:
     """Yield a table in parts of at most `width` characters. The last part has the notes."""
     widths = [
-        _PADDING + max(len(line) for cell in column for line in _in_two_lines(cell).split("\n"))
+        _PADDING + max(len(line) for cell in column for line in _wrap_in_two(cell).split("\n"))
         for column in ([name, *(row[number] for row in table.rows)] for number, name in enumerate(table.header))
     ]
     start = 1
@@ -207,7 +207,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _in_two_lines(name: str) -> str:
+def _wrap_in_two(name: str) -> str:
     """Return a column's name broken at its middle space, so that six columns fit a terminal."""
     spaces = [place for place, letter in enumerate(name) if letter == " "]
     if not spaces or len(name) <= 12:
@@ -216,7 +216,7 @@ def _in_two_lines(name: str) -> str:
     return f"{name[:place]}\n{name[place + 1 :]}"
 
 
-def _beside(stage: Stage, mode: str, other: str) -> Mapping[str, Any] | None:
+def _extra_summary(stage: Stage, mode: str, other: str) -> Mapping[str, Any] | None:
     """Return the summary of a mode that is shown in the column of `greedy`."""
     summary: Mapping[str, Any] | None = stage.evaluation["modes"].get(other) if mode == "greedy" else None
     return summary
@@ -226,29 +226,29 @@ def _calls(summaries: Iterator[Mapping[str, Any]]) -> list[str]:
     return sorted({calls for summary in summaries for calls in summary["by_calls"]}, key=int)
 
 
-def _graded(evaluation: dict[str, Any]) -> list[str]:
+def _grader_notes(evaluation: dict[str, Any]) -> list[str]:
     """Return the success rates of two policies with known results, as a check of the graders."""
     graders = evaluation.get("graders")
     if not graders:
         return []
-    said = f"graders, on {graders['num_tasks']} tasks: a null policy {100 * graders['null_policy']:g} %"
+    note = f"graders, on {graders['num_tasks']} tasks: a null policy {100 * graders['null_policy']:g} %"
     perfect = graders.get("perfect_demonstrator", graders.get("perfect_expert"))  # the key in older evaluations
-    return [said if perfect is None else f"{said}, the perfect demonstrator {100 * perfect:g} %"]
+    return [note if perfect is None else f"{note}, the perfect demonstrator {100 * perfect:g} %"]
 
 
 def _divergence(stage: Stage) -> str:
     """Return the divergence of an export from its masters, and the share of its codes that training has changed."""
-    row, changes, said = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
+    row, changes, parts = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
     if row and row["mean_kl"] is None:
-        said.append("KL(bf16 || INT4) is not finite")
+        parts.append("KL(bf16 || INT4) is not finite")
     elif row:
-        said.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats per token on average, at most {row['max_kl']:.3g}")
-        said.append(f"most likely token differs at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
+        parts.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats per token on average, at most {row['max_kl']:.3g}")
+        parts.append(f"most likely token differs at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
     if changes:
         earlier = PurePath(stage.config["eval"].get("codes_before") or "earlier weights").name
         codes, scales = 100 * changes["code_flip_rate"], 100 * changes["scale_change_rate"]
-        said.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales differ from those of {earlier}")
-    return "; ".join(said)
+        parts.append(f"{codes:.3g} % of the codes and {scales:.3g} % of the scales differ from those of {earlier}")
+    return "; ".join(parts)
 
 
 def _number(value: float | None) -> str:

@@ -28,11 +28,11 @@ from moetrain.chat.template import (
     THINK_END,
 )
 from moetrain.errors import DataError
-from moetrain.report.shapes import TRACE_SHAPE, checked
+from moetrain.report.shapes import TRACE_SHAPE, validated
 
 _MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
-_SAID_BY = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
-_QUIET = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
+_SPEAKERS = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
+_HIDDEN_MARKERS = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
 _DECLARATION = "tool_declare"
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 """Visible symbols for control characters, which an untrained model can write."""
@@ -61,18 +61,18 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
             trace = json.loads(line)
         except ValueError:
             raise DataError(f"{path}:{number} is not JSON: run its stage again") from None
-        traces.append(checked(trace, TRACE_SHAPE, place=f"{path}:{number}"))
+        traces.append(validated(trace, TRACE_SHAPE, place=f"{path}:{number}"))
     return traces
 
 
 def blocks(text: str) -> list[Block]:
     """Return the parts of a conversation, in order. text: the conversation with the names of special tokens."""
-    found: list[Block] = []
+    parsed: list[Block] = []
     speaker = kind = label = ""
     pieces = _MARKERS.split(text)
-    for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
-        if piece in _SAID_BY:
-            speaker, kind, label = _SAID_BY[piece], "role", ""
+    for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=True):
+        if piece in _SPEAKERS:
+            speaker, kind, label = _SPEAKERS[piece], "role", ""
         elif piece == IM_MIDDLE:
             kind = "answer" if speaker == "assistant" else speaker
         elif piece == THINK_BEGIN:
@@ -81,15 +81,15 @@ def blocks(text: str) -> list[Block]:
             kind = "header"
         elif piece == CALL_ARGUMENT:
             kind = "call"
-        elif piece in _QUIET:
+        elif piece in _HIDDEN_MARKERS:
             kind = "answer" if speaker == "assistant" else kind
         elif piece in SPECIAL_TOKENS:
-            found.append(Block(kind="marker", label="", text=piece))
-        elif (kind, following) in (("role", IM_MIDDLE), ("header", CALL_ARGUMENT)):
+            parsed.append(Block(kind="marker", label="", text=piece))
+        elif (kind, next_piece) in (("role", IM_MIDDLE), ("header", CALL_ARGUMENT)):
             label = piece.strip()
         elif piece.strip() or kind == "call":
-            found.append(_block(kind or "answer", label, piece))
-    return found
+            parsed.append(_block(kind or "answer", label, piece))
+    return parsed
 
 
 def _block(kind: str, label: str, text: str) -> Block:
@@ -106,7 +106,7 @@ def _block(kind: str, label: str, text: str) -> Block:
     return Block(kind=kind, label=label, text=text.strip())
 
 
-def chosen(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, Any]]:
+def select_traces(traces: Sequence[dict[str, Any]], *, count: int) -> list[dict[str, Any]]:
     """Return up to `count` right trajectories, then up to `count` wrong ones.
 
     Those with a tool failure come first, then those that require more calls.
@@ -124,22 +124,24 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
     grade = trace["grade"]
     verdict = "right" if grade["success"] else "wrong"
     errors = trace["num_transient_errors"]
-    met = f", {errors} tool failure{'s' if errors > 1 else ''} met" if errors else ""
-    needed = "" if trace["num_calls_needed"] is None else f"{trace['num_calls_needed']} calls needed, "
+    failures_text = f", {errors} tool failure{'s' if errors > 1 else ''} met" if errors else ""
+    needed_text = "" if trace["num_calls_needed"] is None else f"{trace['num_calls_needed']} calls needed, "
     summary = (
         f'<span class="verdict {verdict}">{verdict}</span> {escape(title)}: task {trace["task"]}, '
-        f"{needed}{trace['num_calls']} calls made{met}"
+        f"{needed_text}{trace['num_calls']} calls made{failures_text}"
     )
     parts = [_block_html(block) for block in blocks(trace["text"])]
     sampled = sum(sum(map(bool, segment["is_sampled"])) for segment in trace["segments"])
     num_tokens = sum(len(segment["tokens"]) for segment in trace["segments"])
-    summary_line = (
+    grade_text = (
         f"graded {escape(str(grade['reason']))}; ended: {escape(str(trace['ending']).replace('_', ' '))}; "
         f"{trace['num_turns']} turns, {sampled} tokens sampled of {num_tokens}"
     )
-    verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{summary_line}</p></div>'
-    opened = " open" if is_open else ""
-    return f'<details class="trajectory"{opened}><summary>{summary}</summary>{"".join(parts)}{verdict_html}</details>\n'
+    verdict_html = f'<div class="block grade {verdict}"><b>{verdict}</b><p>{grade_text}</p></div>'
+    open_text = " open" if is_open else ""
+    return (
+        f'<details class="trajectory"{open_text}><summary>{summary}</summary>{"".join(parts)}{verdict_html}</details>\n'
+    )
 
 
 def _block_html(block: Block) -> str:
@@ -165,7 +167,7 @@ def pairs(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield the trajectories of the same task in two evaluations, for tasks that were wrong before and right after."""
     earlier = {(trace["task"], trace["num_calls_needed"]): trace for trace in before}
-    for trace in chosen(after, count=len(after)):
+    for trace in select_traces(after, count=len(after)):
         other = earlier.get((trace["task"], trace["num_calls_needed"]))
         if other is not None and trace["grade"]["success"] and not other["grade"]["success"]:
             yield other, trace

@@ -14,7 +14,10 @@ _SMALLEST_GROUP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Rows that a step trains on. divisor: of the sum of token losses. num_small_groups: groups without a baseline."""
+    """Rows that a step trains on.
+
+    divisor: the sum of token losses is divided by it. num_small_groups: groups without a baseline.
+    """
 
     rows: list[Row]
     divisor: float
@@ -29,10 +32,10 @@ def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malfo
     divides by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`.
     """
     scored = [[trajectory for trajectory in group if trajectory.is_scored] for group in groups]
-    kept = [group for group in scored if len(group) >= _SMALLEST_GROUP]
+    scored_groups = [group for group in scored if len(group) >= _SMALLEST_GROUP]
     rows: list[Row] = []
-    trajectories = [trajectory for group in kept for trajectory in group]
-    advantages = [per_segment for group in kept for per_segment in algorithm.advantages(group)]
+    trajectories = [trajectory for group in scored_groups for trajectory in group]
+    advantages = [per_segment for group in scored_groups for per_segment in algorithm.advantages(group)]
     for number, (trajectory, of_algorithm) in enumerate(zip(trajectories, advantages, strict=True)):
         per_segment = penalise_malformed(trajectory, of_algorithm, penalty=malformed_penalty)
         for segment, per_token in zip(trajectory.segments, per_segment, strict=True):
@@ -44,4 +47,4 @@ def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malfo
         Normalizer.trained_tokens: sum(trajectory.num_sampled for trajectory in trained.values()),
         Normalizer.trajectories: len(trajectories),
     }[algorithm.normalizer]
-    return Scored(rows=rows, divisor=float(max(divisor, 1)), num_small_groups=len(scored) - len(kept))
+    return Scored(rows=rows, divisor=float(max(divisor, 1)), num_small_groups=len(scored) - len(scored_groups))

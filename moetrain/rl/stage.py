@@ -101,8 +101,8 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        why = "every environment failed" if values["unscored"] == 1.0 else "no group has rewards that differ"
-        _log.warning("step %d: %s; the weights are not updated", step + 1, why)
+        reason = "every environment failed" if values["unscored"] == 1.0 else "no group has rewards that differ"
+        _log.warning("step %d: %s; the weights are not updated", step + 1, reason)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology
     if stage.rl.balance_losses is BalanceLosses.none:
@@ -154,7 +154,7 @@ def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> l
             stream = seed_of(stage.seed, "rollout", step, index, sample)
             requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
     num_slots = min(stage.rollout.num_slots, len(requests))
-    mine = collect(
+    own_trajectories = collect(
         requests,
         generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=stage.rollout.max_tokens, version=step),
         family=stage.family,
@@ -162,7 +162,7 @@ def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> l
         config=stage.rollout,
         declare_tools=stage.declare_tools,
     )
-    everyone = topology.broadcast_object(topology.gather_objects(mine))
-    assert everyone is not None
-    ordered = sorted((t for part in everyone for t in part), key=lambda t: (t.task, t.sample))
+    by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))
+    assert by_rank is not None
+    ordered = sorted((t for part in by_rank for t in part), key=lambda t: (t.task, t.sample))
     return [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]

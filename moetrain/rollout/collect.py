@@ -92,7 +92,7 @@ class _Attempt:
 
 
 class _RunningEpisodes:
-    """The unfinished episodes. Each is waiting either for decoding or for its environment."""
+    """The unfinished episodes. Each waits either for decoding or for its environment."""
 
     def __init__(self, *, generation: Generation, reactor: Reactor) -> None:
         self.episodes: dict[int, tuple[_Attempt, Episode]] = {}
@@ -128,10 +128,10 @@ class _RunningEpisodes:
             run_inline(coroutine)
             self._ready.append(episode)
         else:
-            self._reactor.start(coroutine, about=episode)
+            self._reactor.start(coroutine, tag=episode)
 
     def _process_ready(self) -> list[tuple[_Attempt, Episode]]:
-        """Pass sequences whose environment has answered to the generation; return the episodes that ended."""
+        """Continue the episodes whose environment has finished its work; return the episodes that ended."""
         wait = not self._generation.is_busy and not self._ready
         ready = [*self._ready, *self._reactor.finished(wait=wait)]
         self._ready.clear()

@@ -40,7 +40,7 @@ def sync_weights(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Head:
+class _PieceLocation:
     """Where a piece of a tensor is: piece number `index` of rank `owner`, `count` elements of the flat tensor."""
 
     owner: int
@@ -61,14 +61,16 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
         self._quant = quant
         self._dtype = dtype
         self._own = list(engine.pieces(with_optimizer=False))
-        self._heads: dict[str, list[_Head]] = {}
+        self._locations: dict[str, list[_PieceLocation]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._num_requests = 0
         self._digest = hashlib.sha256()
-        for owner, pieces in enumerate(_everyones(self._own, self._topology)):
+        for owner, pieces in enumerate(_pieces_of_all_ranks(self._own, self._topology)):
             for index, (name, shape, start, count) in enumerate(pieces):
                 self._shapes[name] = shape
-                self._heads.setdefault(name, []).append(_Head(owner=owner, index=index, start=start, count=count))
+                self._locations.setdefault(name, []).append(
+                    _PieceLocation(owner=owner, index=index, start=start, count=count)
+                )
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
@@ -97,12 +99,12 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
     def _whole(self, name: str, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
         """Return a whole tensor; each owner broadcasts its pieces."""
         whole_P = torch.empty(_numel(shape), dtype=dtype, device=self._topology.device)
-        for head in self._heads[name]:
-            values_P = whole_P[head.start : head.start + head.count]
-            if head.owner == self._topology.rank:
-                values_P.copy_(self._own[head.index].values_P)
+        for location in self._locations[name]:
+            values_P = whole_P[location.start : location.start + location.count]
+            if location.owner == self._topology.rank:
+                values_P.copy_(self._own[location.index].values_P)
             if self._topology.world_size > 1:
-                dist.broadcast(values_P, src=head.owner)
+                dist.broadcast(values_P, src=location.owner)
         self._note(whole_P)
         return whole_P.view(*shape)
 
@@ -128,27 +130,27 @@ class StreamedTensors(Mapping[str, "torch.Tensor | Quantized"]):
         """
         rank, device = self._topology.rank, self._topology.device
         whole_P = torch.empty(_numel(shape), dtype=torch.bfloat16, device=device) if rank == assembler else None
-        for head in self._heads[name]:
-            if rank == head.owner:
-                own_P = self._own[head.index].values_P.to(torch.bfloat16)
+        for location in self._locations[name]:
+            if rank == location.owner:
+                own_P = self._own[location.index].values_P.to(torch.bfloat16)
                 if whole_P is None:
                     dist.send(own_P.contiguous(), dst=assembler)
                 else:
-                    whole_P[head.start : head.start + head.count] = own_P
+                    whole_P[location.start : location.start + location.count] = own_P
             elif whole_P is not None:
-                dist.recv(whole_P[head.start : head.start + head.count], src=head.owner)
+                dist.recv(whole_P[location.start : location.start + location.count], src=location.owner)
         return whole_P
 
     def _note(self, tensor: torch.Tensor) -> None:
         self._digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
 
 
-def _everyones(own: Sequence[Piece], topology: Topology) -> list[list[tuple[str, tuple[int, ...], int, int]]]:
+def _pieces_of_all_ranks(own: Sequence[Piece], topology: Topology) -> list[list[tuple[str, tuple[int, ...], int, int]]]:
     """Return name, shape, start and count of every rank's pieces, in rank order. A collective."""
     mine = [(piece.name, tuple(piece.shape), piece.start, piece.values_P.numel()) for piece in own]
-    everyones = topology.broadcast_object(topology.gather_objects(mine))
-    assert everyones is not None
-    return everyones
+    by_rank = topology.broadcast_object(topology.gather_objects(mine))
+    assert by_rank is not None
+    return by_rank
 
 
 def _broadcast(tensors: Mapping[str, torch.Tensor], *, src: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ class World:
         call, limit = self._environment.call, self._config.call_deadline_s
         try:
             observation = await self._act(lambda: call(name, arguments), f"a call of {name[:40]}", limit_s=limit)
-        except _Late:
+        except _DeadlineMissed:
             return Observation(text=f"error: timeout after {limit:g} s", is_error=True, is_transient=True)
         except EnvironmentFailure as error:
             if isinstance(error.__cause__, ToolError):
@@ -131,10 +131,10 @@ class World:
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            raise _Late(f"{what}: no result after {limit_s:g} s") from error
+            raise _DeadlineMissed(f"{what}: no result after {limit_s:g} s") from error
 
 
-class _Late(EnvironmentFailure):
+class _DeadlineMissed(EnvironmentFailure):
     """A deadline was missed."""
 
 
@@ -197,27 +197,27 @@ class Reactor:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def start(self, coroutine: Coroutine[Any, Any, None], *, about: object) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
         """Start a coroutine on the event loop. about: object that `finished` returns when it has completed."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True, name="environments").start()
         self._num_pending += 1
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        future.add_done_callback(lambda done: self._done.put((about, done)))
+        future.add_done_callback(lambda done: self._done.put((tag, done)))
 
     def finished(self, *, wait: bool) -> list[Any]:
         """Return the objects of completed coroutines, and raise what a coroutine raised.
 
         wait: if none has completed and some are pending, wait for the first.
         """
-        found: list[Any] = []
-        while self._num_pending and (not self._done.empty() or (wait and not found)):
-            about, future = self._done.get()
+        completed: list[Any] = []
+        while self._num_pending and (not self._done.empty() or (wait and not completed)):
+            tag, future = self._done.get()
             self._num_pending -= 1
             future.result()
-            found.append(about)
-        return found
+            completed.append(tag)
+        return completed
 
 
 def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:

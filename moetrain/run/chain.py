@@ -1,6 +1,7 @@
-"""The stages of a recipe against each other: what each hands on is known from its config before it has run.
+"""Checks, before a recipe starts, that each stage can use the output of the stages before it.
 
-Only what earlier stages of the recipe write is checked here. What is on disk is checked when it is read (`run.inputs`).
+The shape, grid and tokenizer that a stage will write follow from its config. Files that are already on disk are checked
+when they are read (`run.inputs`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from moetrain.upcycle.config import NEW_FIELDS
 
 
 def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
-    """Return the shape of weights that an earlier stage writes or that are on disk; None where there are none."""
+    """Return the shape of the weights in a folder that an earlier stage writes or that exists, or None."""
     writer = _writer_of(weights, earlier)
     if writer is None:
         return stored_shape(weights)
@@ -41,7 +42,7 @@ def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
 
 
 def check_chain(stages: Sequence[tuple[str, StageRun]]) -> None:
-    """Raise ConfigError that names the first stage which cannot take what the stages before it hand on."""
+    """Raise ConfigError, which names the first stage that cannot use the output of the stages before it."""
     for number, (name, run) in enumerate(stages):
         try:
             _check_stage(run, [before for _, before in stages[:number]])
@@ -58,7 +59,7 @@ def needs_chat(run: StageRun) -> bool:
 
 
 def keeps_tokenizer(run: StageRun) -> bool:
-    """Return whether a stage takes the tokenizer of the weights that it starts from."""
+    """Return whether a stage uses the tokenizer of its initial weights."""
     return not isinstance(run, ReadingRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
 
 
@@ -79,8 +80,8 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
         check_length(model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     for field, value in _same_model(run):
         other = shape_of(value, earlier)
-        if other is not None and (unfit := mismatched_fields(model, other)):
-            raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(unfit)})")
+        if other is not None and (mismatches := mismatched_fields(model, other)):
+            raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(mismatches)})")
     _check_tokenizer(run, weights, earlier)
 
 
@@ -90,9 +91,9 @@ def _check_dense(dense: ModelConfig, run: UpcycleRun, weights: str) -> None:
             f"init_from is {weights}: {dense.num_moe_layers} of its {dense.num_layers} layers have experts already; "
             "give dense weights (model.num_dense_layers = model.num_layers)"
         )
-    if unfit := [line for line in shape_changes(dense, run.model) if not line.startswith(NEW_FIELDS)]:
+    if mismatches := [line for line in shape_changes(dense, run.model) if not line.startswith(NEW_FIELDS)]:
         raise ConfigError(
-            f"model does not fit the dense weights of {weights} ({'; '.join(unfit)}): change these fields"
+            f"model does not fit the dense weights of {weights} ({'; '.join(mismatches)}): change these fields"
         )
 
 
@@ -109,35 +110,35 @@ def _same_model(run: StageRun) -> Iterator[tuple[str, str]]:
 
 
 def _quant_of(weights: str, earlier: Sequence[StageRun]) -> QuantConfig | None:
-    """Return the grid that weights were trained on by an earlier stage; None where they were not."""
+    """Return the quantisation with which an earlier stage trains the weights; None if it trains without."""
     writer = _writer_of(weights, earlier)
     return writer.quant if isinstance(writer, TrainingRun) and writer.quant.enabled else None
 
 
 def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -> None:
-    """Raise ConfigError when a stage asks for another tokenizer than its weights have, or for one that cannot chat."""
-    theirs = _tokenizer_of(weights, earlier)
-    if isinstance(run, ReadingRun) and not run.data.tokenizer.retrain and theirs is not None:
+    """Raise ConfigError if a stage names another tokenizer than that of its weights, or needs chat tokens it lacks."""
+    weights_tokenizer = _tokenizer_of(weights, earlier)
+    if isinstance(run, ReadingRun) and not run.data.tokenizer.retrain and weights_tokenizer is not None:
         own = run.data.tokenizer
         named = None if own.path is None else _named_tokenizer(own.path, earlier)
-        if named is not None and not _is_same(named, theirs):
+        if named is not None and not _is_same(named, weights_tokenizer):
             raise ConfigError(
                 f"data.tokenizer.path is {own.path}: that is another tokenizer than that of {weights}; leave it out, "
-                "or give data.tokenizer.retrain=true to train on with a tokenizer that the weights do not know"
+                "or give data.tokenizer.retrain=true to train these weights with another tokenizer"
             )
-        if isinstance(theirs, ReadingRun) and own.vocab_size is not None:
-            size = theirs.data.tokenizer.vocab_size
+        if isinstance(weights_tokenizer, ReadingRun) and own.vocab_size is not None:
+            size = weights_tokenizer.data.tokenizer.vocab_size
             if size is not None and own.vocab_size != size:
                 raise ConfigError(
                     f"data.tokenizer.vocab_size is {own.vocab_size}: the tokenizer of {weights} has {size} tokens; "
                     "leave data.tokenizer.vocab_size out"
                 )
-    if isinstance(theirs, Path) and needs_chat(run) and keeps_tokenizer(run):
-        Tokenizer.load(theirs).check_chat()
+    if isinstance(weights_tokenizer, Path) and needs_chat(run) and keeps_tokenizer(run):
+        Tokenizer.load(weights_tokenizer).check_chat()
 
 
 def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
-    """Return the tokenizer of weights: the stage that trains it, or its folder; None where it is not known yet."""
+    """Return the stage that trains the tokenizer of the weights, or the tokenizer's folder; None if not known yet."""
     writer = _writer_of(weights, earlier)
     if writer is None:
         return None
@@ -151,7 +152,7 @@ def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> ReadingRun | Pat
 
 
 def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
-    """Return the tokenizer in a folder that a config names; None where there is none, which is found on reading."""
+    """Return the tokenizer in the folder `path`; None if there is none, which is an error when the folder is read."""
     if _writer_of(path, earlier) is not None:
         return _tokenizer_of(path, earlier)
     folder = user_path(path)
@@ -169,6 +170,6 @@ def _weights(run: StageRun) -> str | None:
 
 
 def _writer_of(weights: str, earlier: Sequence[StageRun]) -> StageRun | None:
-    """Return the earlier stage in whose folder weights lie; None where none does."""
+    """Return the earlier stage whose folder contains the path `weights`, or None."""
     path = user_path(weights)
     return next((run for run in earlier if path.is_relative_to(user_path(str(run.run.path)))), None)

@@ -7,7 +7,7 @@ from typing import Any
 from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun
 from moetrain.errors import CheckpointError
-from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, checked
+from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, validated
 from moetrain.run.stage import CONFIG
 
 _OF_TASKS = (
@@ -31,10 +31,10 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
     path = folder / EVAL
     if not path.is_file():
         raise CheckpointError(f"eval.before: there is no {path}; give the folder of a finished evaluation")
-    numbers = checked(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")
+    numbers = validated(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")
     if not numbers["modes"] or not all("outcomes" in mode for mode in numbers["modes"].values()):
         raise CheckpointError(f"eval.before: {path} contains no outcomes; run that evaluation again")
-    config = checked(read_yaml(folder / CONFIG), CONFIG_SHAPE, place=f"eval.before: {folder / CONFIG}")
+    config = validated(read_yaml(folder / CONFIG), CONFIG_SHAPE, place=f"eval.before: {folder / CONFIG}")
     changed = differences(_tasks_of(config), _tasks_of(to_mapping(run)))
     if changed:
         raise CheckpointError(f"eval.before: {folder} evaluated other tasks ({'; '.join(changed)}); give the same ones")

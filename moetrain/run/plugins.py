@@ -25,7 +25,7 @@ def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
     Each is imported once per process. Raises a one-line `ConfigError` if a plugin is missing or its import fails.
     """
     entries = sorted(entry_points(group=PLUGINS), key=lambda entry: entry.name)
-    modules = [_guarded(f"entry point {entry.name}", entry.load) for entry in entries]
+    modules = [_run_plugin_code(f"entry point {entry.name}", entry.load) for entry in entries]
     return [*modules, *(_load(plugin) for plugin in plugins)]
 
 
@@ -46,7 +46,7 @@ def _load(plugin: str) -> ModuleType:
     assert spec.loader is not None
     loader = spec.loader
     try:
-        _guarded(plugin, lambda: loader.exec_module(module))
+        _run_plugin_code(plugin, lambda: loader.exec_module(module))
     except ConfigError:
         del sys.modules[spec.name]
         raise
@@ -79,13 +79,13 @@ def _of_module(plugin: str) -> importlib.machinery.ModuleSpec | None:
                 return None
             raise
 
-    return _guarded(plugin, find)
+    return _run_plugin_code(plugin, find)
 
 
-def _guarded(plugin: str, act: Callable[[], T]) -> T:
-    """Return the result of `act`, which runs a plugin's code; turn any exception into a one-line `ConfigError`."""
+def _run_plugin_code(plugin: str, function: Callable[[], T]) -> T:
+    """Return the result of `function`, which runs a plugin's code; turn any exception into a one-line `ConfigError`."""
     try:
-        return act()
+        return function()
     except (Exception, SystemExit) as error:  # a plugin's own code
-        said = " ".join(str(error).split())
-        raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {said}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {reason}") from error

@@ -79,15 +79,15 @@ class TaskConfig:
 
     @property
     def min_calls(self) -> int:
-        """Value of `database.min_calls`, for families without their own settings."""
+        """`database.min_calls`; task families of plugins that have no such setting of their own use it too."""
         return self.database.min_calls
 
     @property
     def max_calls(self) -> int:
-        """Value of `database.max_calls`, for families without their own settings."""
+        """`database.max_calls`; task families of plugins that have no such setting of their own use it too."""
         return self.database.max_calls
 
     @property
     def demonstrator(self) -> DemonstratorConfig:
-        """Value of `database.demonstrator`, for families without their own settings."""
+        """`database.demonstrator`; task families of plugins that have no such setting of their own use it too."""
         return self.database.demonstrator

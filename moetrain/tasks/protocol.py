@@ -59,10 +59,15 @@ class Grade:
         """
         if (reward is None) == (success is None):
             raise ValueError(f"reward is {reward} and success is {success}: give one of the two")
-        found = float(bool(success)) if reward is None else reward
-        if not all(math.isfinite(value) for value in (found, *(parts or {}).values())):
-            raise ValueError(f"reward is {found} and parts are {dict(parts or {})}: give finite numbers")
-        for name, value in (("reward", found), ("reason", reason), ("parts", parts or {}), ("threshold", threshold)):
+        reward_value = float(bool(success)) if reward is None else reward
+        if not all(math.isfinite(value) for value in (reward_value, *(parts or {}).values())):
+            raise ValueError(f"reward is {reward_value} and parts are {dict(parts or {})}: give finite numbers")
+        for name, value in (
+            ("reward", reward_value),
+            ("reason", reason),
+            ("parts", parts or {}),
+            ("threshold", threshold),
+        ):
             object.__setattr__(self, name, value)
 
     @property

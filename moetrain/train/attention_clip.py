@@ -51,8 +51,8 @@ def row_factors(model: Transformer, max_logits_AH: torch.Tensor, *, threshold: f
 def clip_attention(engine: Engine, max_logits_AH: torch.Tensor, *, threshold: float) -> None:
     """Scale down the queries and keys of heads above the threshold, in the master weights. Collective, after a step.
 
-    The logits were measured with the weights before the step, as in the paper: one step changes a head little, and the
-    next batch measures again.
+    The logits were measured with the weights before the step, as in the paper. One step changes a head only slightly,
+    and the next batch is measured again.
     """
     factors = row_factors(engine.model, max_logits_AH, threshold=threshold)
     if factors:

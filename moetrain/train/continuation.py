@@ -59,7 +59,7 @@ class Beginning:
         """Raise `CheckpointError` if the steps taken so far read other data than `position` gives for them; see
         `Training`.
         """
-        changed = differences(self.data, _known(position(self.step), self.data))
+        changed = differences(self.data, _common_keys(position(self.step), self.data))
         if changed:
             cure = "" if self.is_part else ", or give train.continue_as=part"
             raise CheckpointError(
@@ -72,8 +72,8 @@ class Beginning:
         if self.path is None:
             return {}
         as_stored = Continuation.part if self.is_part else Continuation.whole
-        told = {"from": str(self.path), "as": as_stored, "steps": self.step, **self.loop["totals"]}
-        return {"continued": told}
+        values = {"from": str(self.path), "as": as_stored, "steps": self.step, **self.loop["totals"]}
+        return {"continued": values}
 
 
 def beginning_of(
@@ -133,7 +133,7 @@ def check_same_sources(origin: Origin, data: Mapping[str, Any]) -> None:
     assert origin.checkpoint is not None
     identity = origin.checkpoint.state["identity"]
     before = _without_mix(identity["data"])
-    changed = differences(before, _known(_without_mix(as_stored(data)), before))
+    changed = differences(before, _common_keys(_without_mix(as_stored(data)), before))
     if changed:
         raise CheckpointError(
             f"{origin.path}: it read other rows than this config ({'; '.join(f'data.{line}' for line in changed)}). "
@@ -151,10 +151,12 @@ def _without_mix(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in data.items() if key != "mix"}, "sources": sources}
 
 
-def _known(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _common_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Return `now` without the keys that `before` does not have, at every depth."""
     return {
-        name: _known(value, before[name]) if isinstance(value, Mapping) and isinstance(before[name], Mapping) else value
+        name: _common_keys(value, before[name])
+        if isinstance(value, Mapping) and isinstance(before[name], Mapping)
+        else value
         for name, value in now.items()
         if name in before
     }

@@ -20,7 +20,7 @@ SKIPPED = "skipped"
 
 @dataclass(kw_only=True)
 class Skips:
-    """Counts of skipped steps: `total`, and `in_row`, those since the last step taken."""
+    """Counts of skipped steps. total: of the run. in_row: since the last step that was not skipped."""
 
     total: int = 0
     in_row: int = 0
@@ -51,5 +51,5 @@ class Skips:
                 "single batch. Start again from an earlier checkpoint, or with a lower optim.lr"
             )
         # JSON cannot express NaN or infinity.
-        kept = {name: value for name, value in values.items() if name != SKIPPED and math.isfinite(value)}
-        return {**kept, "skipped_steps": float(self.total)}
+        finite = {name: value for name, value in values.items() if name != SKIPPED and math.isfinite(value)}
+        return {**finite, "skipped_steps": float(self.total)}

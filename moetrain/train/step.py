@@ -85,9 +85,9 @@ def train_step(
 
 
 def _divergence(step: int, *, loss: float, grad_norm: float) -> DivergenceError:
-    found = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    problem = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
     return DivergenceError(
-        f"step {step}: {found}; the weights are those before this step. "
+        f"step {step}: {problem}; the weights are those before this step. "
         "Start again with a lower optim.lr, or with train.on_nonfinite=skip to skip such steps"
     )
 

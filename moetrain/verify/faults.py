@@ -176,7 +176,7 @@ def _finish(setup: FaultSetup, name: str, *, planted: str, tally: Tally) -> Life
 
 
 def _killed_life(setup: FaultSetup, stratum: Stratum, *, planted: str, stream: random.Random, tally: Tally) -> Life:
-    """Start a life, kill it at the moment that `stratum` asks for, and count the kill by its traces."""
+    """Start a life, kill it in the phase `stratum`, and count the kill by the traces that it leaves."""
     stage = setup.stage("killed")
     rank = stream.randrange(setup.ranks)
     victim = stream.randrange(

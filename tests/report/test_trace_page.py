@@ -6,7 +6,7 @@ import pytest
 
 from moetrain.chat.template import CALL_BEGIN, EOS, IM_END, THINK_BEGIN
 from moetrain.errors import DataError
-from moetrain.report.trace_page import blocks, chosen, pairs, read_traces, trajectory_html
+from moetrain.report.trace_page import blocks, pairs, read_traces, select_traces, trajectory_html
 from moetrain.rollout.traces import trace as trace_of
 from tests.report.nano_run import HOSTILE, conversation, trajectory
 
@@ -60,8 +60,8 @@ def test_right_and_wrong_ones_are_chosen_those_after_a_tool_failure_first() -> N
         trace(3, success=False),
         trace(4, success=False, calls=3),
     ]
-    assert [item["task"] for item in chosen(traces, count=2)] == [2, 1, 4, 3]
-    assert chosen(traces, count=0) == []
+    assert [item["task"] for item in select_traces(traces, count=2)] == [2, 1, 4, 3]
+    assert select_traces(traces, count=0) == []
 
 
 def test_the_same_task_is_paired_wrong_before_and_right_after() -> None:

@@ -174,5 +174,5 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_folder_of_them_is_named(tmp_p
         stored_shape(str(tmp_path))
     state = tmp_path / "checkpoints" / "step_00000001" / "state.json"
     state.write_text('{"identity": {"model": {}}}')
-    with pytest.raises(CheckpointError, match=r"state\.json: holds no shape of a model that this version reads"):
+    with pytest.raises(CheckpointError, match=r"state\.json: contains no model shape that this version can read"):
         stored_shape(str(tmp_path))

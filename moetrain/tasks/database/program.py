@@ -33,19 +33,19 @@ def draw_program(stream: random.Random, tables: dict[str, Table], *, num_calls: 
     start = row = stream.choice(tables[table].ids)
     steps: list[Step] = []
     for _ in range(num_hops):
-        step, table, row = _hop(stream, tables, table=table, row=row)
+        step, table, row = _draw_hop(stream, tables, table=table, row=row)
         steps.append(step)
     if ends_in_number:
-        steps.append(_to_number(stream, tables, table=table, row=row))
+        steps.append(_draw_number_step(stream, tables, table=table, row=row))
     for _ in range(num_calculations):
         operand = stream.randint(2, _LARGEST_OPERAND)
         steps.append(Step(kind=StepKind.calculate, op=stream.choice("+-*"), number=operand))
     if num_updates:
-        steps.append(_update(stream, tables, sets_number=ends_in_number))
+        steps.append(_draw_update(stream, tables, sets_number=ends_in_number))
     return Program(start=start, steps=steps)
 
 
-def _pointing(tables: dict[str, Table], row: str) -> list[tuple[str, str]]:
+def _columns_with_link_to(tables: dict[str, Table], row: str) -> list[tuple[str, str]]:
     return [
         (name, column)
         for name, table in sorted(tables.items())
@@ -54,23 +54,23 @@ def _pointing(tables: dict[str, Table], row: str) -> list[tuple[str, str]]:
     ]
 
 
-def _hop(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> tuple[Step, str, str]:
-    pointing = _pointing(tables, row)
-    if pointing and stream.random() < _FIND_SHARE:
-        name, column = stream.choice(pointing)
+def _draw_hop(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> tuple[Step, str, str]:
+    link_columns = _columns_with_link_to(tables, row)
+    if link_columns and stream.random() < _FIND_SHARE:
+        name, column = stream.choice(link_columns)
         position = tables[name].columns.index(column)
-        found = next(str(values[0]) for values in tables[name].rows if values[position] == row)
-        return Step(kind=StepKind.find_row, table=name, column=column), name, found
+        next_row = next(str(values[0]) for values in tables[name].rows if values[position] == row)
+        return Step(kind=StepKind.find_row, table=name, column=column), name, next_row
     column = stream.choice(list(tables[table].links))
     values = next(values for values in tables[table].rows if values[0] == row)
     target = str(values[tables[table].columns.index(column)])
     return Step(kind=StepKind.get, table=table, column=column), tables[table].links[column], target
 
 
-def _to_number(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> Step:
-    pointing = _pointing(tables, row)
-    if pointing and stream.random() < _AGGREGATE_SHARE:
-        name, where = stream.choice(pointing)
+def _draw_number_step(stream: random.Random, tables: dict[str, Table], *, table: str, row: str) -> Step:
+    link_columns = _columns_with_link_to(tables, row)
+    if link_columns and stream.random() < _AGGREGATE_SHARE:
+        name, where = stream.choice(link_columns)
         return Step(
             kind=StepKind.aggregate,
             op=stream.choice(_AGGREGATES),
@@ -81,7 +81,7 @@ def _to_number(stream: random.Random, tables: dict[str, Table], *, table: str, r
     return Step(kind=StepKind.get, table=table, column=stream.choice(tables[table].numbers))
 
 
-def _update(stream: random.Random, tables: dict[str, Table], *, sets_number: bool) -> Step:
+def _draw_update(stream: random.Random, tables: dict[str, Table], *, sets_number: bool) -> Step:
     table = tables[stream.choice(sorted(tables))]
     column = stream.choice(table.numbers if sets_number else list(table.links))
     return Step(kind=StepKind.update, table=table.name, column=column, row=stream.choice(table.ids))
