@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moetrain.config import RecipeRun, ReportRun
 from moetrain.run.recipe import Stage
-from moetrain.run.runner import Prepared, _left, _refusal, earlier_seconds
+from moetrain.run.runner import Prepared, _refusal, _time_left, earlier_seconds
 
 
 def finish(folder: Path, seconds: float, *, time: int) -> None:
@@ -21,12 +21,16 @@ def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -
     ]
     prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
     assert earlier_seconds(tmp_path / "sft") is None
-    assert _left(prepared, 0) == "unknown"
+    assert _time_left(prepared, 0) == "unknown"
     finish(tmp_path / "sft.previous", 10, time=1)
     finish(tmp_path / "sft.previous.2", 70, time=2)
-    assert _left(prepared, 0) == "unknown"  # export has never finished
+    assert _time_left(prepared, 0) == "unknown"  # export has never finished
     finish(tmp_path / "export", 5, time=3)
-    assert (_left(prepared, 0), _left(prepared, 1), _left(prepared, 2)) == ("about 1:15", "about 0:05", "about 0:00")
+    assert (_time_left(prepared, 0), _time_left(prepared, 1), _time_left(prepared, 2)) == (
+        "about 1:15",
+        "about 0:05",
+        "about 0:00",
+    )
 
 
 def test_a_refusal_says_how_to_continue_where_that_is_possible(tmp_path: Path) -> None:
