@@ -139,7 +139,7 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     check_keys(item, _MESSAGE_KEYS, place="the message")
     given = item.get("role")
     if not isinstance(given, str) or given not in _ROLES:
-        raise DataError(f"the role is {given!r}: known are {', '.join(_ROLES)}")
+        raise DataError(f"the role is {given!r}: give one of {', '.join(_ROLES)}")
     role = _ROLES[given]
     for key in _UNSUPPORTED_KEYS:
         if item.get(key):
@@ -171,7 +171,7 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     role = item["from"]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise DataError(
-            f"from is {role!r}: known are {', '.join(_SHAREGPT_ROLES)}; write calls and results of tools in the "
+            f"from is {role!r}: give one of {', '.join(_SHAREGPT_ROLES)}; write calls and results of tools in the "
             "chat-completions form (role, content, tool_calls)"
         )
     check_keys(item, ("from", "value", "weight", "train"), place="the message")

@@ -46,7 +46,7 @@ def format_named(name: str) -> Format:
     """Return a registered format. Raises ConfigError that lists the registered ones."""
     if name not in _FORMATS:
         names = ", ".join(sorted(_FORMATS))
-        raise ConfigError(f"data.sources.*.format is {name}: known are {names}; a plugin can register more")
+        raise ConfigError(f"data.sources.*.format is {name}: give one of {names}, or register it in a plugin")
     return _FORMATS[name]
 
 

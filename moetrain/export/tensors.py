@@ -51,7 +51,7 @@ class FolderTensors:
             raise CheckpointError(f"{name} is not a tensor of this model: the weights do not fit it")
         for name, shape in self.shapes.items():
             if tuple(found[name]) != tuple(shape):
-                raise CheckpointError(f"{name} has shape {list(found[name])}, this model's has {list(shape)}")
+                raise CheckpointError(f"{name} has shape {list(found[name])}, but this model requires {list(shape)}")
             for first in range(0, shape.numel(), CHUNK_ELEMENTS):
                 chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
                 if not bool(torch.isfinite(chunk_P).all()):

@@ -45,7 +45,7 @@ class ParallelConfig:
         if self.zero not in (1, 2, 3):
             raise ConfigError(
                 f"parallel.zero is {self.zero}: give 1, 2 or 3 (stage 0 leaves experts out of the gradient norm, or "
-                "averages it over ranks that hold different experts)"
+                "averages it over ranks with different experts)"
             )
         if self.engine is EngineName.torch and self.zero > 1:
             raise ConfigError(

@@ -38,6 +38,6 @@ def build(config: RlConfig) -> Algorithm:
     for column in built.columns:
         if column not in COLUMNS:
             raise ConfigError(
-                f"rl.algorithm={config.algorithm} requests the column {column!r}: known are {', '.join(COLUMNS)}"
+                f"rl.algorithm={config.algorithm} requests the column {column!r}: give one of {', '.join(COLUMNS)}"
             )
     return built

@@ -40,7 +40,7 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
     """Return the task family that `config` names. Raises ConfigError that names the key."""
     if config.name not in _FAMILIES:
         raise ConfigError(
-            f"task.name is {config.name}: known are {', '.join(sorted(_FAMILIES))}; a plugin can register more"
+            f"task.name is {config.name}: give one of {', '.join(sorted(_FAMILIES))}, or register it in a plugin"
         )
     row = _FAMILIES[config.name]
     checked = replace(config, options=_options(config, row.options))

@@ -1,4 +1,4 @@
-"""The dtype and the kernels of a run's matrix products: as configured, or as measured and available on the machine."""
+"""Resolves the dtype and the kernels of a run's matrix products from the config and the machine."""
 
 import logging
 import time
@@ -36,10 +36,10 @@ _SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedPrecision(Generic[_Config]):
-    """The dtype and kernels of a run. train: the config, with `fastest` and `auto` replaced by the values that were
-    chosen.
+    """The dtype and kernels of a run.
 
-    library: the native kernels; None for torch's.
+    train: the config, with `fastest` and `auto` replaced by the chosen values. library: the native kernels; None for
+    torch's.
     """
 
     train: _Config
@@ -47,18 +47,18 @@ class ResolvedPrecision(Generic[_Config]):
 
 
 def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> ResolvedPrecision[_Config]:
-    """Return the dtype and the kernels that a run uses.
+    """Return the dtype and the kernels that a run uses, and store the choice in the stage's folder.
 
-    Collective: native kernels are used only if all ranks have them. The choice is stored in the stage's folder, so that
-    a resumed run uses the kernels and the dtype it started with. The main rank measures the dtypes on a CPU;
-    accelerators always use bfloat16. Raises ConfigError if native kernels are required but unavailable.
+    Collective: native kernels are used only if all ranks have them. A resumed run uses the dtype and the kernels with
+    which it started. On a CPU the main rank measures the dtypes; accelerators always use bfloat16. Raises ConfigError
+    if native kernels are required but unavailable.
     """
 
     def shared_gain() -> float:
         gain: float = topology.broadcast_object(stored_or_measured_gain(folder) if topology.is_main else 0.0)
         if topology.is_main:
             store_measurement(folder / MACHINE, _GAIN_KEY, measured=gain)
-            _log.info("products in %s: %s %.3g times", faster_dtype(gain), _GAIN_KEY, gain)
+            _log.info("matrix products in %s: float32 is %.3g times as fast as bfloat16", faster_dtype(gain), gain)
         return gain
 
     if train.kernels is Kernels.torch and read_measurement(folder / MACHINE, _NATIVE_KEY) and topology.is_main:
@@ -72,7 +72,9 @@ def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> Re
         refusal = str(error)
     all_ranks_native = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
     if not all_ranks_native and train.kernels is Kernels.native and topology.device.type == "cpu":
-        raise ConfigError(refusal or "kernels=native is unavailable on another rank. Give kernels=auto or torch")
+        raise ConfigError(
+            refusal or "train.kernels=native: unavailable on another rank. Give train.kernels=auto or torch"
+        )
     kernels = Kernels.native if all_ranks_native else Kernels.torch
     if topology.is_main:
         _log.info("kernels: %s (%s)", kernels, reason if all_ranks_native or library is None else "not on all ranks")
@@ -88,7 +90,7 @@ def starting_kernels(train: TrainConfig, *, folder: Path) -> Kernels:
     native = read_measurement(folder / MACHINE, _NATIVE_KEY)
     if train.kernels is not Kernels.auto or train.compute_dtype is ComputeDtype.float32:
         return train.kernels
-    if native is None:  # a folder with a dtype measurement only was written before native kernels existed
+    if native is None:  # a folder with only a dtype measurement is from a version without native kernels
         return Kernels.auto if read_measurement(folder / MACHINE, _GAIN_KEY) is None else Kernels.torch
     return Kernels.native if native else Kernels.torch
 
@@ -130,8 +132,9 @@ def expected_precision(
 
 
 def _cure(train: TrainConfig) -> str:
-    """Return the remedy if native kernels are unavailable; with `auto` they are required because the stage started with
-    them.
+    """Return the advice for an error about unavailable native kernels.
+
+    With `auto` such an error occurs only if the stage started with native kernels.
     """
     return _RESUME_CURE if train.kernels is Kernels.auto else CURE
 

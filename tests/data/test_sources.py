@@ -221,7 +221,7 @@ def test_a_plugin_registers_a_format_once(write_jsonl) -> None:
     assert document.text == "whyso"
     with pytest.raises(ConfigError, match="is registered already"):
         register_format("test_question_and_answer", question_and_answer)
-    with pytest.raises(ConfigError, match=r"format is nope: known are messages, .*text"):
+    with pytest.raises(ConfigError, match=r"format is nope: give one of messages, .*text"):
         format_named("nope")
 
 
@@ -265,7 +265,7 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
         ({"role": "user", "content": 5}, r"content holds int '5': give text, or a list of parts of type text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, r"content holds list .*: give text, or a list of parts"),
         ({"role": "user", "name": 3, "content": "x"}, r"name holds int '3': give text"),
-        ({"role": ["user"], "content": "x"}, r"the role is \['user'\]: known are"),
+        ({"role": ["user"], "content": "x"}, r"the role is \['user'\]: give one of"),
         ({**ASSISTANT, "tool_calls": 5}, r"tool_calls holds int '5': give a list of calls"),
         (
             {**ASSISTANT, "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {}}}]},

@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(
     lacking = {key: tensor for key, tensor in masters.items() if key != name}
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         export(tmp_path / "a", tensors=lacking)
-    with pytest.raises(CheckpointError, match=r"has shape \[2, 64, 32\], this model's has \[4, 64, 32\]"):
+    with pytest.raises(CheckpointError, match=r"has shape \[2, 64, 32\], but this model requires \[4, 64, 32\]"):
         export(tmp_path / "a", tensors=masters | {name: masters[name][:2]})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds numbers that are not finite"):
         export(tmp_path / "a", tensors=masters | {"model.norm.weight": torch.full((64,), torch.nan)})

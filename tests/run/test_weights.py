@@ -38,7 +38,7 @@ def write(folder: Path, **changes: torch.Tensor | None) -> Path:
         (NORM, None, r"model\.norm\.weight is missing: the weights do not fit this model"),
         ("lm_head.weight", None, r"lm_head\.weight is missing"),
         ("extra.weight", torch.zeros(3), r"extra\.weight is not a tensor of this model"),
-        (NORM, torch.zeros(3), r"model\.norm\.weight has shape \[3\], this model's has"),
+        (NORM, torch.zeros(3), r"model\.norm\.weight has shape \[3\], but this model requires"),
         (NORM, torch.full((TINY.hidden_size,), torch.nan), r"model\.norm\.weight holds numbers that are not finite"),
     ],
 )

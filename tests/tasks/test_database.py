@@ -160,7 +160,7 @@ def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"task.name is nope: known are database"):
+    with pytest.raises(ConfigError, match=r"task.name is nope: give one of database"):
         registry.build(replace(_SURE, name="nope"), 0)
 
 
