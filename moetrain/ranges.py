@@ -40,9 +40,9 @@ def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[s
         for field in fields:
             value = getattr(section, field)
             numbers = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(_is_held(number) and allowed.fits(number) for number in numbers):
+            if not all(_is_representable(number) and allowed.fits(number) for number in numbers):
                 raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}")
 
 
-def _is_held(number: float) -> bool:
+def _is_representable(number: float) -> bool:
     return math.isfinite(number) and not (isinstance(number, int) and abs(number) >= _LIMIT)

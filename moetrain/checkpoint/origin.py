@@ -104,9 +104,9 @@ def check_fit(origin: Origin, model: ModelConfig) -> list[str]:
 
     Raises `CheckpointError` if a field differs on which the meaning of the weights depends.
     """
-    if unfit := mismatched_fields(origin.model, model):
+    if mismatches := mismatched_fields(origin.model, model):
         raise CheckpointError(
-            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
+            f"{origin.path}: its model does not fit ({'; '.join(mismatches)}); change these model fields to match"
         )
     return shape_changes(origin.model, model)
 

@@ -35,9 +35,9 @@ def read_bytes(path: Path) -> bytes:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
         raise DataError(f"{path} cannot be read: {error}") from error
-    for first, wrong in _NOT_READ.items():
+    for first, problem in _NOT_READ.items():
         if data.startswith(first):
-            raise DataError(f"{path} {wrong}")
+            raise DataError(f"{path} {problem}")
     return data.removeprefix(_UTF8_MARK)
 
 

@@ -55,8 +55,8 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
             raise ConfigError(f"{field} is empty: give a folder, or null")
         folder = user_path(value)
         if not folder.is_dir() and not any(folder.is_relative_to(parent) for parent in planned):
-            wrong = "this is a file, give a folder" if folder.exists() else "there is no such folder"
-            raise CheckpointError(f"{field} is {value}: {wrong}")
+            problem = "this is a file, give a folder" if folder.exists() else "there is no such folder"
+            raise CheckpointError(f"{field} is {value}: {problem}")
     if isinstance(run, TrainingRun) and run.continue_from and _is_inside(run.continue_from, run.run.path):
         raise ConfigError(
             f"continue_from is {run.continue_from}, the folder of this stage: a stage that continues another one needs "

@@ -54,16 +54,18 @@ def check_writable(folder: Path) -> None:
     """Raise `ConfigError` if `folder` cannot be created or is not writable. Creates nothing."""
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
-        wrong = "" if there.is_dir() else f"{there} is a file"
-        wrong = wrong or ("" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable")
+        problem = "" if there.is_dir() else f"{there} is a file"
+        problem = problem or ("" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable")
     except OSError as error:
-        wrong = error.strerror or str(error)
-    if wrong:
-        raise _unusable(folder, wrong)
+        problem = error.strerror or str(error)
+    if problem:
+        raise _unusable(folder, problem)
 
 
-def _unusable(folder: Path, wrong: str) -> ConfigError:
-    return ConfigError(f"the run's folder {str(folder)[:200]} cannot be written: {wrong}; give another folder or name")
+def _unusable(folder: Path, problem: str) -> ConfigError:
+    return ConfigError(
+        f"the run's folder {str(folder)[:200]} cannot be written: {problem}; give another folder or name"
+    )
 
 
 @contextmanager

@@ -29,8 +29,8 @@ def read_weights(init_from: str) -> Origin:
 def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
     """Return the weights in `value`. `CheckpointError`, which names `field`, if the model differs from `origin`."""
     other = read_weights(value)
-    if unfit := mismatched_fields(other.model, origin.model):
-        raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(unfit)})")
+    if mismatches := mismatched_fields(other.model, origin.model):
+        raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(mismatches)})")
     return other
 
 

@@ -105,7 +105,7 @@ def train_stage(
         tokenizer_folder=folder / TOKENIZER,
         dialogues=made,
         mixes=mixes_of(sections.data, sections.train, beginning=beginning),
-        taken=_taken(beginning),
+        taken=_rows_taken(beginning),
     )
     precision = resolve_precision(sections.train, folder=folder, topology=topology)
     sections = replace(sections, train=precision.train, library=precision.library)
@@ -137,7 +137,7 @@ def reading_beginning(sections: Sections, origin: Origin | None) -> Beginning:
     return beginning
 
 
-def _taken(beginning: Beginning) -> dict[str, int]:
+def _rows_taken(beginning: Beginning) -> dict[str, int]:
     """Return the rows read per source before the added steps; empty unless the config describes only added steps."""
     sources = beginning.data["sources"] if beginning.is_part else {}
     return {name: counts["rows_taken"] for name, counts in sources.items()}

@@ -68,10 +68,10 @@ def check_dense(origin: Origin, *, model: ModelConfig) -> None:
             f"{origin.path}: {origin.model.num_moe_layers} of its {origin.model.num_layers} layers already have "
             "experts; give dense weights (model.num_dense_layers = model.num_layers)"
         )
-    unfit = [line for line in shape_changes(origin.model, model) if not line.startswith(NEW_FIELDS)]
-    if unfit:
+    mismatches = [line for line in shape_changes(origin.model, model) if not line.startswith(NEW_FIELDS)]
+    if mismatches:
         raise CheckpointError(
-            f"{origin.path}: its model does not fit ({'; '.join(unfit)}); change these model fields to match"
+            f"{origin.path}: its model does not fit ({'; '.join(mismatches)}); change these model fields to match"
         )
     _check_tensors(origin)
 

@@ -62,7 +62,7 @@ def verify_exports(
     Logits are computed on `num_rows` rows of `num_tokens` random tokens. Raises `CheckpointError` for a damaged folder,
     and `ConfigError` for an export that is not quantised.
     """
-    with _planted(folder, fault=fault) as read_folder:
+    with _with_fault(folder, fault=fault) as read_folder:
         export = read_export(read_folder)
         if export.format is not ExportFormat.quantized:
             wanted = f"export.format={ExportFormat.quantized}"
@@ -180,7 +180,7 @@ def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Ten
 
 
 @contextmanager
-def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
+def _with_fault(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
     """Yield the folder, or a temporary copy whose first packed matrix contains the fault."""
     if fault not in (ExportFault.code, ExportFault.scale):
         yield folder
@@ -192,7 +192,7 @@ def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
         shutil.copytree(folder, copy)
         files = open_weights(copy)
         module = min(module_of(name, format=format) for name in files if name.endswith(format.suffixes))
-        changed = format.named(module, _changed(format.read(module, files), fault=fault))
+        changed = format.named(module, _with_changed_value(format.read(module, files), fault=fault))
         for path in copy.glob("*.safetensors"):
             tensors = load_file(path)
             if here := {name: tensor for name, tensor in changed.items() if name in tensors}:
@@ -202,7 +202,7 @@ def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
         yield copy
 
 
-def _changed(quantized: Quantized, *, fault: ExportFault) -> Quantized:
+def _with_changed_value(quantized: Quantized, *, fault: ExportFault) -> Quantized:
     codes_OI, scales_OG = quantized.codes_XOI.clone(), quantized.scales_XOG.clone()
     if fault is ExportFault.code:
         codes_OI[0, 0] = 0 if codes_OI[0, 0] else 1

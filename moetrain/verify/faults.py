@@ -64,16 +64,16 @@ class Request:
 class Tally:
     """Counts of a chain.
 
-    landed: kills by stratum in which they happened. evidence: a short note per kill. done: damages by kind.
-    passed_over: damages for which the next life fell back to an earlier checkpoint, by kind. refused: lives that ended
-    in an unexpected way.
+    num_killed: kills by the stratum in which they happened. evidence: a short note per kill. num_damaged: damages by
+    kind. num_fallen_back: damages after which the next life fell back to an earlier checkpoint, by kind. unexpected:
+    lives that ended in an unexpected way.
     """
 
-    landed: Counter[Stratum] = field(default_factory=Counter)
+    num_killed: Counter[Stratum] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
-    done: Counter[Damage] = field(default_factory=Counter)
-    passed_over: Counter[Damage] = field(default_factory=Counter)
-    refused: list[str] = field(default_factory=list)
+    num_damaged: Counter[Damage] = field(default_factory=Counter)
+    num_fallen_back: Counter[Damage] = field(default_factory=Counter)
+    unexpected: list[str] = field(default_factory=list)
 
 
 def shares(kills: int, *, ranks: int) -> dict[Stratum, int]:
@@ -92,7 +92,7 @@ def shares(kills: int, *, ranks: int) -> dict[Stratum, int]:
 def verify_faults(folder: Path, request: Request) -> list[Row]:
     """Run all experiments and return the result rows. The runs stay in `folder`/runs."""
     want = shares(request.kills, ranks=request.ranks)
-    alone, together = _orders(want, request)
+    alone, together = _draw_strata(want, request)
     runs = folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
     setups = [_setup(runs / "one", request, ranks=1, lives=len(alone))]
@@ -120,7 +120,7 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
     return found
 
 
-def _orders(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], list[Stratum]]:
+def _draw_strata(want: dict[Stratum, int], request: Request) -> tuple[list[Stratum], list[Stratum]]:
     """Return (strata of the kills in the single-process chain, in the multi-rank chain), in a seeded order."""
     stream = python_stream(request.seed, "verify.faults.order")
     together = [Stratum.collective] * want[Stratum.collective]
@@ -141,7 +141,7 @@ def _chain(setup: FaultSetup, order: Sequence[Stratum], *, request: Request, adv
     """Run the undisturbed run and then the chain of kills; return the counts."""
     tally = Tally()
     whole = _finish(setup, "whole", planted="none", tally=tally)
-    if tally.refused:
+    if tally.unexpected:
         raise ConfigError(f"the undisturbed run failed: {whole.output().splitlines()[-1]} (log: {whole.log})")
     advance("undisturbed run")
     stream = python_stream(request.seed, "verify.faults.kills", setup.ranks)
@@ -151,18 +151,18 @@ def _chain(setup: FaultSetup, order: Sequence[Stratum], *, request: Request, adv
     while waiting:
         stratum = waiting.pop(0)
         life = _killed_life(setup, stratum, planted=request.planted, stream=stream, tally=tally)
-        _note_damage(life, damage, tally=tally)
+        _count_damage(life, damage, tally=tally)
         if not waiting and len(tally.evidence) < len(order) + len(order) // 3:
             # A kill meant for a step may happen during a save and counts there, so it is repeated.
-            waiting += [Stratum.step] * (order.count(Stratum.step) > tally.landed[Stratum.step])
+            waiting += [Stratum.step] * (order.count(Stratum.step) > tally.num_killed[Stratum.step])
         damage = Damage.none
         if damages and len(fault_runs.checkpoints(setup.stage("killed"))) > 1:
             damage = damages.pop()
-            _damage(fault_runs.checkpoints(setup.stage("killed"))[-1], damage, stream=stream)
-            tally.done[damage] += 1
+            _apply_damage(fault_runs.checkpoints(setup.stage("killed"))[-1], damage, stream=stream)
+            tally.num_damaged[damage] += 1
         advance(f"killed in {stratum}")
     life = _finish(setup, "killed", planted=request.planted, tally=tally)
-    _note_damage(life, damage, tally=tally)
+    _count_damage(life, damage, tally=tally)
     advance("last life")
     return tally
 
@@ -171,7 +171,7 @@ def _finish(setup: FaultSetup, name: str, *, planted: str, tally: Tally) -> Life
     life = begin(setup, name, plan={"planted": planted})
     code = life.wait()
     if code != 0:
-        tally.refused.append(f"{life.log}: exit code {code}")
+        tally.unexpected.append(f"{life.log}: exit code {code}")
     return life
 
 
@@ -205,16 +205,16 @@ def _killed_life(setup: FaultSetup, stratum: Stratum, *, planted: str, stream: r
         _await_others(life, rank, ranks=setup.ranks)
     gate, places = life.gate(rank), [life.place(other) for other in range(setup.ranks)]
     if life.is_over():
-        tally.refused.append(f"{life.log}: ended with {life.process.returncode} before it was killed in {stratum}")
+        tally.unexpected.append(f"{life.log}: ended with {life.process.returncode} before it was killed in {stratum}")
         return life
     if victim == setup.ranks:
         life.kill_all()
     else:
         life.kill(victim, ranks=setup.ranks)
     life.wait()
-    landed = _landed(stage, gate=gate, places=places)
-    tally.landed[landed] += 1
-    tally.evidence.append(f"{stratum} -> {landed}: {gate or 'by the clock'}; {fault_runs.partial_files(stage)[-1:]}")
+    actual = _stratum_of_kill(stage, gate=gate, places=places)
+    tally.num_killed[actual] += 1
+    tally.evidence.append(f"{stratum} -> {actual}: {gate or 'by the clock'}; {fault_runs.partial_files(stage)[-1:]}")
     return life
 
 
@@ -227,7 +227,7 @@ def _await_others(life: Life, rank: int, *, ranks: int) -> None:
         time.sleep(0.01)
 
 
-def _landed(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
+def _stratum_of_kill(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
     """Return the stratum of a kill from its traces.
 
     gate: moment at which the rank stopped. places: the last collective of each rank. Partially written files show a
@@ -242,7 +242,7 @@ def _landed(stage: Path, *, gate: str, places: Sequence[str]) -> Stratum:
     return Stratum.step
 
 
-def _damage(checkpoint: Path, damage: Damage, *, stream: random.Random) -> None:
+def _apply_damage(checkpoint: Path, damage: Damage, *, stream: random.Random) -> None:
     """Damage a file of a checkpoint."""
     files = sorted(checkpoint.glob("*.safetensors"))
     path = files[stream.randrange(len(files))]
@@ -257,13 +257,13 @@ def _damage(checkpoint: Path, damage: Damage, *, stream: random.Random) -> None:
     path.write_bytes(content)
 
 
-def _note_damage(life: Life, damage: Damage, *, tally: Tally) -> None:
+def _count_damage(life: Life, damage: Damage, *, tally: Tally) -> None:
     if damage is not Damage.none and "falling back" in life.output():
-        tally.passed_over[damage] += 1
+        tally.num_fallen_back[damage] += 1
 
 
 def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
-    landed = sum((tally.landed for tally in tallies), Counter[Stratum]())
+    num_killed = sum((tally.num_killed for tally in tallies), Counter[Stratum]())
     evidence = {
         Stratum.step: "killed after a delay, no partially written checkpoint present",
         Stratum.collective: "a rank waited in a collective for a rank that had not entered it",
@@ -273,34 +273,36 @@ def _kill_rows(want: dict[Stratum, int], tallies: Sequence[Tally]) -> list[Row]:
     rows = [
         Row(
             name=f"kills in a {stratum} that did not land",
-            value=max(0, want[stratum] - landed[stratum]),
+            value=max(0, want[stratum] - num_killed[stratum]),
             bound=0,
-            note=f"{landed[stratum]} landed, {want[stratum]} wanted: {evidence[stratum]}",
+            note=f"{num_killed[stratum]} landed, {want[stratum]} wanted: {evidence[stratum]}",
         )
         for stratum in Stratum
         if want[stratum]
     ]
-    total = sum(landed.values())
+    total = sum(num_killed.values())
     rows.append(Row(name="kills missing", value=sum(want.values()) - total, bound=0, note=f"{total} landed in all"))
     for damage in Damage:
-        done = sum(tally.done[damage] for tally in tallies)
-        if done:
-            passed = sum(tally.passed_over[damage] for tally in tallies)
-            note = f"in {passed} of {done} cases the next start fell back to an earlier checkpoint and logged it"
-            rows.append(Row(name=f"{damage.replace('_', ' ')}: not detected", value=done - passed, bound=0, note=note))
+        num_damaged = sum(tally.num_damaged[damage] for tally in tallies)
+        if num_damaged:
+            passed = sum(tally.num_fallen_back[damage] for tally in tallies)
+            note = f"in {passed} of {num_damaged} cases the next start fell back to an earlier checkpoint and logged it"
+            rows.append(
+                Row(name=f"{damage.replace('_', ' ')}: not detected", value=num_damaged - passed, bound=0, note=note)
+            )
     return rows
 
 
 def _equal_rows(setup: FaultSetup, tally: Tally) -> list[Row]:
     whole, killed = setup.stage("whole"), setup.stage("killed")
     ranks = "1 process" if setup.ranks == 1 else f"{setup.ranks} ranks"
-    refused = Row(
+    unexpected = Row(
         name=f"{ranks}: lives that ended unexpectedly",
-        value=len(tally.refused),
+        value=len(tally.unexpected),
         bound=0,
-        note="; ".join(tally.refused[:3]),
+        note="; ".join(tally.unexpected[:3]),
     )
-    return [refused, *comparison_rows(ranks, whole=whole, other=killed)]
+    return [unexpected, *comparison_rows(ranks, whole=whole, other=killed)]
 
 
 def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:

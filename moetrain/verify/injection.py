@@ -101,7 +101,7 @@ def _watch_files(gate: _Gate) -> None:
 def _watch_collectives(gate: _Gate, place: Path) -> None:
     descriptor = os.open(place, os.O_WRONLY | os.O_CREAT)
 
-    def watched(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def with_reports(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
         def call(*values: Any, **options: Any) -> Any:
             gate.count("collective", name)
@@ -114,9 +114,9 @@ def _watch_collectives(gate: _Gate, place: Path) -> None:
         return call
 
     for name in SHARED_MEMORY_COLLECTIVES:
-        setattr(HostMemory, name, watched(name, getattr(HostMemory, name)))
+        setattr(HostMemory, name, with_reports(name, getattr(HostMemory, name)))
     for name in COLLECTIVES:
-        setattr(dist, name, watched(name, dist.__dict__[name]))
+        setattr(dist, name, with_reports(name, dist.__dict__[name]))
 
 
 def _inject_nan(first_row: int) -> None:

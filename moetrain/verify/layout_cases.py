@@ -156,8 +156,8 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: 
     """
     trace = Trace(loss=[], grad_norm=[], clip_factor=[], bias=[], loads=[])
     topology = engine.topology
-    seen: list[torch.Tensor] = []
-    _plant(engine, fault, clip_norm=run.optim.clip_norm)
+    observed: list[torch.Tensor] = []
+    _inject(engine, fault, clip_norm=run.optim.clip_norm)
     doubles = fault is LayoutFault.doubled_count and topology.rank == topology.world_size - 1
     for step in range(run.steps):
         mine = rank_rows(make_batch(run, step, draw=layout.draw), rank=topology.rank, world_size=topology.world_size)
@@ -165,7 +165,7 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: 
         parts = split_rows(mine, rows=size)
         values = train_step(
             engine,
-            lambda counts: _objective(run, counts, seen=seen, doubles=doubles),
+            lambda counts: _objective(run, counts, observed=observed, doubles=doubles),
             micro_batches=parts[::-1] if order is Order.reversed_rows else parts,
             learning_rate=run.optim.lr,
             balance=run.model.balance,
@@ -177,12 +177,14 @@ def take_steps(run: VerifyLayoutsRun, engine: Engine, *, layout: Layout, order: 
         trace.clip_factor.append(values["clip_factor"])
         biases = [layer.gate.e_score_correction_bias for _, layer in engine.model.moe_layers()]
         trace.bias.append(torch.cat(biases).tolist() if biases else [])
-        trace.loads.append(topology.all_reduce_sum(torch.stack(seen).sum(dim=0)).flatten().double().tolist())
-        seen.clear()
+        trace.loads.append(topology.all_reduce_sum(torch.stack(observed).sum(dim=0)).flatten().double().tolist())
+        observed.clear()
     return trace
 
 
-def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.Tensor], doubles: bool) -> Objective:
+def _objective(
+    run: VerifyLayoutsRun, counts: GlobalCounts, *, observed: list[torch.Tensor], doubles: bool
+) -> Objective:
     max_logits = MaxLogits.needed(run.optim.qk_clip)
     inner = language_model_objective(counts, balance=run.model.balance, max_logits=max_logits)
 
@@ -190,13 +192,13 @@ def _objective(run: VerifyLayoutsRun, counts: GlobalCounts, *, seen: list[torch.
         result = inner(model, batch)
         if doubles:
             result.counts_LE = 2 * result.counts_LE
-        seen.append(result.counts_LE)
+        observed.append(result.counts_LE)
         return result
 
     return objective
 
 
-def _plant(engine: Engine, fault: LayoutFault, *, clip_norm: float) -> None:
+def _inject(engine: Engine, fault: LayoutFault, *, clip_norm: float) -> None:
     """Inject a fault: leave the experts out of the reported gradient norm, or drop a token's experts on this rank."""
     if fault is LayoutFault.norm_without_experts:
         vars(engine)["step"] = _NormWithoutExperts(engine, clip_norm=clip_norm).step

@@ -108,8 +108,8 @@ def verify_layouts(run: VerifyLayoutsRun, *, folder: Path) -> Outcome:
     with progress(len(compared), "verify layouts") as advance:
         for world_size in sorted({layout.world_size for layout in compared}):
             of_size = [layout for layout in compared if layout.world_size == world_size]
-            answers = _answers(of_size, world_size=world_size, folder=folder)
-            for layout, answer in zip(of_size, answers, strict=True):
+            results = _results_of(of_size, world_size=world_size, folder=folder)
+            for layout, answer in zip(of_size, results, strict=True):
                 gap = answer.pop("weights")
                 gaps[layout] = {**differences(Trace(**answer), references[layout.reference].trace), "weights": gap}
                 advance(f"{layout.name}: {max(gaps[layout].values()):.1e}")
@@ -144,11 +144,11 @@ def _reference(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
 def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Reference:
     """Train the plain loop twice, the second time row by row in reverse; write the weights of the first run to disk."""
     layout = replace(layout, world_size=1, accumulation=1)
-    traces, states, watched, moved = [], [], [], []
+    traces, states, margins, moved = [], [], [], []
     for order in Order:
         engine = make_engine(run, layout, engine=EngineName.torch)
         first = {name: param.detach().clone() for name, param in engine.model.named_parameters()}
-        watched.append(Margins(engine))
+        margins.append(Margins(engine))
         traces.append(take_steps(run, engine, layout=layout, order=order, fault=LayoutFault.none))
         state = engine.gather_state(with_optimizer=False)
         assert state is not None
@@ -156,23 +156,23 @@ def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
         moved.append(min(weight_gap({name: state[name]}, {name: value}) for name, value in first.items()))
     save_file(states[0], folder / f"{layout.reference}.safetensors")
     num_layers = run.model.num_moe_layers
-    gap = largest_score_gap(watched[0].scores, watched[1].scores, num_layers=num_layers) if num_layers else 0.0
+    gap = largest_score_gap(margins[0].scores, margins[1].scores, num_layers=num_layers) if num_layers else 0.0
     return Reference(
         trace=traces[0],
         noise={**differences(traces[1], traces[0]), "weights": weight_gap(states[1], states[0])},
         moved=moved[0],
-        margin=watched[0].smallest,
+        margin=margins[0].smallest,
         coin_flip=_COIN_FLIP * gap,
         draw=layout.draw,
     )
 
 
-def _answers(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Iterator[dict[str, Any]]:
+def _results_of(layouts: Sequence[Layout], *, world_size: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield rank 0's results for each layout. The processes are started once for all layouts."""
-    listed = folder / f"layouts_{world_size}.json"
-    write_text(listed, to_json([asdict(layout) for layout in layouts]))
+    layouts_file = folder / f"layouts_{world_size}.json"
+    write_text(layouts_file, to_json([asdict(layout) for layout in layouts]))
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / CONFIG), str(listed)]
+    command = [sys.executable, "-m", "moetrain.verify.layout_worker", str(folder / CONFIG), str(layouts_file)]
     with ExitStack() as stack:
         log = stack.enter_context((folder / f"ranks_{world_size}.log").open("w"))
         ranks = []

@@ -31,7 +31,7 @@ cp -r "$DISK"/. "$COPY"
 """
 
 
-def same(setup: FaultSetup, name: str) -> int:
+def num_differences(setup: FaultSetup, name: str) -> int:
     """Return the number of metrics lines and last-checkpoint files that differ from the run `whole`; 0 if identical."""
     found = fault_runs.difference(setup.stage(name), whole=setup.stage("whole"))
     return found.num_lines + len(found.files)
@@ -65,7 +65,7 @@ def full_disk_row(setup: FaultSetup) -> Row:
     one_line = [line for line in done.stderr.splitlines() if "No space left" in line and line.startswith("moetrain: ")]
     is_clear = codes[:1] == ["exit code 2"] and len(one_line) == 1 and counts[:1] not in ([], ["0"])
     wrong = (not is_clear) + (codes[1:] != ["exit code 0"])
-    wrong += same(setup, name) if codes[1:] == ["exit code 0"] else 0
+    wrong += num_differences(setup, name) if codes[1:] == ["exit code 0"] else 0
     note = f"tmpfs of {kilobytes} KB: {', then '.join(codes)}; {one_line[0][:90] if one_line else 'no clear line'}"
     return Row(name="full disk: what went wrong", value=wrong, bound=0, note=note)
 
@@ -76,7 +76,7 @@ def _limited_files(setup: FaultSetup, name: str, *, size: int) -> Row:
     first = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False, timeout=600)
     again = subprocess.run(setup.command(name), env=environment, capture_output=True, check=False, timeout=600)
     is_clear = first.returncode == 2 and "was not written" in first.stderr and "Traceback" not in first.stderr
-    wrong = (not is_clear) + (again.returncode != 0) + (same(setup, name) if again.returncode == 0 else 0)
+    wrong = (not is_clear) + (again.returncode != 0) + (num_differences(setup, name) if again.returncode == 0 else 0)
     note = f"RLIMIT_FSIZE (no mount namespace here): exit code {first.returncode}, then {again.returncode}"
     return Row(name="full disk: what went wrong", value=wrong, bound=0, note=note)
 
@@ -97,7 +97,7 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
     return [
         Row(
             name="NaN in one rank's batch, stop: what went wrong",
-            value=(not is_clear) + (again != 0) + same(setup, "nan_stop"),
+            value=(not is_clear) + (again != 0) + num_differences(setup, "nan_stop"),
             bound=0,
             note=f"exit code {code} at step {_NAN_STEP}; resumed without the NaN, exit code {again}",
         ),
@@ -121,7 +121,7 @@ def hang_rows(setup: FaultSetup) -> list[Row]:
     return [
         Row(
             name="a rank that hangs: what went wrong",
-            value=(not is_named) + (again != 0) + same(setup, "hung"),
+            value=(not is_named) + (again != 0) + num_differences(setup, "hung"),
             bound=0,
             note=f"exit code {code}: {lines[0][:110] if lines else 'no rank was named'}",
         )
@@ -136,7 +136,7 @@ def elastic_rows(setup: FaultSetup) -> list[Row]:
     return [
         Row(
             name="elastic restart: what went wrong",
-            value=(code != 0) + same(setup, "elastic"),
+            value=(code != 0) + num_differences(setup, "elastic"),
             bound=0,
             note=f"rank 0 killed once under --max-restarts 2; the launcher ended with {code}",
         )

@@ -146,8 +146,8 @@ def test_slips_are_as_frequent_as_the_config_says(name: str) -> None:
 
 
 def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
-    slips = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=1.0, retry=1)
-    family = DatabaseFamily(replace(_SURE, database=DatabaseConfig(demonstrator=slips)), 0)
+    mistakes = DemonstratorConfig(stop_early=0, skip_step=0, wrong_name=0, unknown_name=1.0, retry=1)
+    family = DatabaseFamily(replace(_SURE, database=DatabaseConfig(demonstrator=mistakes)), 0)
     task = family.task(Split.train, 0, num_calls=1)
     messages, grade = family.demonstrate(task, 0)
     assert grade.success

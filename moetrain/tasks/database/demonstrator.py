@@ -26,20 +26,27 @@ def demonstrate(
     *,
     phrases: list[str],
     tables: dict[str, Table],
-    slips: DemonstratorConfig,
+    mistakes: DemonstratorConfig,
     stream: random.Random,
 ) -> list[Message]:
     """Return the demonstrator's turns and the tools' results, up to its final answer."""
     messages: list[Message] = []
     value: str | int = program.start
     for number, (step, phrase) in enumerate(zip(program.steps, phrases, strict=True), 1):
-        if stream.random() < slips.stop_early:
+        if stream.random() < mistakes.stop_early:
             break
-        if stream.random() < slips.skip_step:
+        if stream.random() < mistakes.skip_step:
             continue
         thought = f"step {number}: {phrase}"
         result = _attempts(
-            environment, step, value, thought=thought, tables=tables, slips=slips, stream=stream, messages=messages
+            environment,
+            step,
+            value,
+            thought=thought,
+            tables=tables,
+            mistakes=mistakes,
+            stream=stream,
+            messages=messages,
         )
         if result is None:
             break
@@ -54,12 +61,12 @@ def _attempts(
     *,
     thought: str,
     tables: dict[str, Table],
-    slips: DemonstratorConfig,
+    mistakes: DemonstratorConfig,
     stream: random.Random,
     messages: list[Message],
 ) -> str | int | None:
-    tried = _slipped(step, tables=tables, slips=slips, stream=stream)
-    for attempt in range(_MAX_ATTEMPTS if slips.retry < 1 else 10**6):
+    tried = _with_mistake(step, tables=tables, mistakes=mistakes, stream=stream)
+    for attempt in range(_MAX_ATTEMPTS if mistakes.retry < 1 else 10**6):
         name = tried.kind.value
         identity = call_id(name, sum(len(message.tool_calls) for message in messages))
         call = ToolCall(name=name, arguments=tried.arguments(value), id=identity)
@@ -70,19 +77,19 @@ def _attempts(
         if not observation.is_error:
             result: str | int = json.loads(observation.text)
             return result
-        if stream.random() >= slips.retry:
+        if stream.random() >= mistakes.retry:
             return None
         tried = step
     return None
 
 
-def _slipped(step: Step, *, tables: dict[str, Table], slips: DemonstratorConfig, stream: random.Random) -> Step:
+def _with_mistake(step: Step, *, tables: dict[str, Table], mistakes: DemonstratorConfig, stream: random.Random) -> Step:
     """Return the step that the first call carries out, which may contain a mistake."""
     draw = stream.random()
-    if step.kind is StepKind.calculate or draw >= slips.wrong_name + slips.unknown_name:
+    if step.kind is StepKind.calculate or draw >= mistakes.wrong_name + mistakes.unknown_name:
         return step
     columns = tables[step.table].columns
-    if draw < slips.wrong_name:
+    if draw < mistakes.wrong_name:
         return replace(step, column=stream.choice([name for name in columns[1:] if name != step.column]))
     misspelt = [step.column[:cut] + step.column[cut + 1 :] for cut in range(len(step.column))]
     return replace(step, column=stream.choice([name for name in misspelt if name not in columns]))

@@ -86,7 +86,7 @@ class DatabaseFamily:
             task.program,
             phrases=task.phrases,
             tables=task.tables,
-            slips=PERFECT if perfect else self._config.database.demonstrator,
+            mistakes=PERFECT if perfect else self._config.database.demonstrator,
             stream=python_stream(stream, "database/demonstrator"),
         )
         grade = environment.grade(messages[-1].content)

@@ -26,7 +26,7 @@ def is_held_out(word: str) -> bool:
     return sum(map(ord, word)) % _HELD_OUT_EVERY == 0
 
 
-def _made_up(stream: random.Random, split: Split) -> str:
+def _draw_word(stream: random.Random, split: Split) -> str:
     while True:
         ending = stream.choice(_ENDINGS) if stream.random() < _LONG_SHARE else ""
         word = stream.choice(_ONSETS) + stream.choice(_NUCLEI) + stream.choice(_CODAS) + ending
@@ -38,7 +38,7 @@ def draw_names(stream: random.Random, *, split: Split, count: int) -> list[str]:
     """Return `count` different words of `split`."""
     names: list[str] = []
     while len(names) < count:
-        word = _made_up(stream, split)
+        word = _draw_word(stream, split)
         if word not in names:
             names.append(word)
     return names
