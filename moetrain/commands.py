@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moetrain.config import (
+    DocumentRun,
     EvalRun,
     ExportRun,
     GenerateRun,
     PretrainRun,
-    ReadingRun,
     RecipeRun,
     ReportRun,
     RlRun,
@@ -158,7 +158,7 @@ class VerifyHfRun(StageRun):
 
 
 @dataclass(kw_only=True)
-class BenchBalanceRun(ReadingRun):
+class BenchBalanceRun(DocumentRun):
     """Train one model with several load-balancing methods on the same tokens, and compare expert loads and losses."""
 
     methods: dict[str, BalanceConfig] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class BenchBalanceRun(ReadingRun):
 
 
 @dataclass(kw_only=True)
-class BenchOptimizersRun(ReadingRun):
+class BenchOptimizersRun(DocumentRun):
     """Compare Muon with AdamW on equal tokens, each at its best rate, and attention logits with and without QK-Clip.
 
     The runs set optim.name, optim.lr and optim.qk_clip; the rest of `optim` is the same for all.
@@ -205,7 +205,7 @@ class BenchOptimizersRun(ReadingRun):
 
 
 @dataclass(kw_only=True)
-class DataRun(ReadingRun):
+class DataRun(DocumentRun):
     """Show the training data of a stage: the size of each source, and rendered records with their learned parts marked.
 
     Accepts the overrides of `pretrain` and `sft` and ignores those that do not concern data. Learned parts are green,

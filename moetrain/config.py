@@ -22,7 +22,7 @@ from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
-from moetrain.train.config import Continuation, ReadingConfig, TrainConfig
+from moetrain.train.config import Continuation, DocumentTrainConfig, TrainConfig
 from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
 
 
@@ -144,10 +144,10 @@ class TrainingRun(StageRun):
 
 
 @dataclass(kw_only=True)
-class ReadingRun(TrainingRun):
+class DocumentRun(TrainingRun):
     """Fields of every stage that trains on documents."""
 
-    train: ReadingConfig = field(default_factory=ReadingConfig)
+    train: DocumentTrainConfig = field(default_factory=DocumentTrainConfig)
     """Steps, batch and checkpoints."""
     data: DataConfig = field(default_factory=DataConfig)
     """Documents to train on, and the tokenizer."""
@@ -191,12 +191,12 @@ class ReadingRun(TrainingRun):
 
 
 @dataclass(kw_only=True)
-class PretrainRun(ReadingRun):
+class PretrainRun(DocumentRun):
     """Pretraining from random weights, or further pretraining from `init_from`, such as with a longer context."""
 
 
 @dataclass(kw_only=True)
-class SftRun(ReadingRun):
+class SftRun(DocumentRun):
     """Supervised fine-tuning on dialogues, with INT4 quantisation-aware training."""
 
 

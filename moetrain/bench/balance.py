@@ -18,10 +18,10 @@ from moetrain.files import write_json
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
+from moetrain.train.document_stage import take_document_step
 from moetrain.train.expert_load import count_loads, violations
-from moetrain.train.reading import take_reading_step
 from moetrain.train.rows import rank_rows, split_rows
-from moetrain.train.stages import Sections, engine_of, reading_of
+from moetrain.train.stages import Sections, document_stage_of, engine_of
 from moetrain.train.validate import validate
 
 LOADS = ("maxvio", "maxvio_micro", "load_variation", "dead_experts", "router_entropy", "bias_range")
@@ -68,14 +68,15 @@ def bench_balance(
         name: replace(sections, model=replace(sections.model, balance=balance)) for name, balance in methods.items()
     }
     engines = {name: engine_of(run) for name, run in runs.items()}
-    readings = {
-        name: reading_of(runs[name], engine=engine, data=data, peak_flops=math.inf) for name, engine in engines.items()
+    stages_by_name = {
+        name: document_stage_of(runs[name], engine=engine, data=data, peak_flops=math.inf)
+        for name, engine in engines.items()
     }
     results = {name: MethodResult(name=name, balance=balance) for name, balance in methods.items()}
     history: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for step in range(train.steps):
-        for name, reading in readings.items():
-            values = take_reading_step(reading, train, step=step)
+        for name, stage in stages_by_name.items():
+            values = take_document_step(stage, train, step=step)
             history[name].append(values)
             results[name].maxvio.append(values["maxvio"])
             results[name].seconds.append(values[TIME_PREFIX + "seconds"])

@@ -19,8 +19,8 @@ from moetrain.files import write_json
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.report.plots import Line, line_chart, moving_average
 from moetrain.report.style import STYLE
-from moetrain.train.reading import take_reading_step
-from moetrain.train.stages import Sections, engine_of, reading_of
+from moetrain.train.document_stage import take_document_step
+from moetrain.train.stages import Sections, document_stage_of, engine_of
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -111,10 +111,10 @@ def _train(sections: Sections, *, data: Data, on_step: Callable[[str], None]) ->
     clip = f", clip {optim.qk_clip:g}" if optim.qk_clip is not None and math.isfinite(optim.qk_clip) else ""
     result = OptimizerResult(name=f"{optim.name} {optim.lr:g}{clip}", optim=optim)
     engine = engine_of(sections)
-    reading = reading_of(sections, engine=engine, data=data, peak_flops=math.inf)
+    stage = document_stage_of(sections, engine=engine, data=data, peak_flops=math.inf)
     for step in range(train.steps):
         try:
-            values = take_reading_step(reading, train, step=step)
+            values = take_document_step(stage, train, step=step)
         except DivergenceError as error:  # divergence at a high rate is a result of the sweep
             _log.warning("%s: %s", result.name, error)
             result.validation = dict.fromkeys(data.validation, math.nan)

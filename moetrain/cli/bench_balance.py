@@ -11,10 +11,10 @@ def main(run: BenchBalanceRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.bench.balance import bench_balance, render, write_results
     from moetrain.log import progress
-    from moetrain.run.reading_stage import reading_data
+    from moetrain.run.document_stage import document_data
 
     with stage_folder(run) as folder:
-        sections, data, topology = reading_data(run, folder)
+        sections, data, topology = document_data(run, folder)
         with progress(run.train.steps, folder.name, completed=0) as advance:
             results = bench_balance(sections, run.methods, data=data, tail_share=run.tail_share, on_step=advance)
         if topology.is_main:

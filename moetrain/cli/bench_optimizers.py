@@ -12,12 +12,12 @@ def main(run: BenchOptimizersRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.bench.optimizers import bench_optimizers, picture, render, sentence, write_results
     from moetrain.log import progress
-    from moetrain.run.reading_stage import reading_data
+    from moetrain.run.document_stage import document_data
 
     rates = {OptimizerName.muon: run.muon_rates, OptimizerName.adamw: run.adamw_rates}
     num_runs = len(run.muon_rates) + len(run.adamw_rates) + 2
     with stage_folder(run) as folder:
-        sections, data, topology = reading_data(run, folder)
+        sections, data, topology = document_data(run, folder)
         with progress(num_runs * run.train.steps, folder.name, completed=0) as advance:
             comparison = bench_optimizers(
                 sections,

@@ -112,7 +112,7 @@ def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:
         return {"language": {}}
     from moetrain.data.build import build_data
     from moetrain.eval.language import nats_per_character
-    from moetrain.run.reading_stage import dialogues_of
+    from moetrain.run.document_stage import dialogues_of
     from moetrain.run.weights import tokenizer_of
 
     assert origin.tokenizer is not None  # tokenizer_of checked it

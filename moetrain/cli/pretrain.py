@@ -5,6 +5,6 @@ from moetrain.config import PretrainRun
 
 def main(run: PretrainRun) -> int:
     """Run the stage; return its exit code."""
-    from moetrain.run.reading_stage import train  # loads torch
+    from moetrain.run.document_stage import train  # loads torch
 
     return train(run)

@@ -33,7 +33,7 @@ from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 from moetrain.train.config import TrainConfig
-from moetrain.train.continuation import TASKS_USED, Beginning
+from moetrain.train.continuation import TASKS_USED, StartPoint
 from moetrain.train.loop import Training
 from moetrain.train.step import train_step
 
@@ -44,9 +44,9 @@ _log = logging.getLogger(__name__)
 class RlStage:
     """Inputs of the steps of an RL stage.
 
-    first_task: number of the first task, after those of SFT. learning_rate: learning rate by step. identity, beginning:
-    see `train.loop.Training`. on_trajectories: called with each step's number and trajectories. qk_clip: threshold of
-    QK-Clip; None is off.
+    first_task: number of the first task, after those of SFT. learning_rate: learning rate by step. identity and
+    start_point: see `train.loop.Training`. on_trajectories: called with each step's number and trajectories. qk_clip:
+    threshold of QK-Clip; None is off.
     """
 
     engine: Engine
@@ -65,12 +65,12 @@ class RlStage:
     first_task: int
     on_trajectories: Callable[[int, Sequence[Trajectory]], None]
     qk_clip: float | None = None
-    beginning: Beginning = field(default_factory=Beginning)
+    start_point: StartPoint = field(default_factory=StartPoint)
 
     def tasks_before(self, step: int) -> int:
         """Return the number of tasks that the steps of the run before step `step` use."""
-        used: int = self.beginning.data[TASKS_USED] if self.beginning.is_part else 0
-        return used + (step - self.beginning.first_step) * self.rl.tasks_per_step
+        used: int = self.start_point.data[TASKS_USED] if self.start_point.is_part else 0
+        return used + (step - self.start_point.first_step) * self.rl.tasks_per_step
 
 
 def rl_training(stage: RlStage, config: TrainConfig) -> Training:
@@ -85,7 +85,7 @@ def rl_training(stage: RlStage, config: TrainConfig) -> Training:
         headline="reward",
         totals=("tokens", "sampled_tokens"),
         position=lambda step: {TASKS_USED: stage.tasks_before(step)},
-        beginning=stage.beginning,
+        start_point=stage.start_point,
         identity=stage.identity,
     )
 
@@ -93,7 +93,7 @@ def rl_training(stage: RlStage, config: TrainConfig) -> Training:
 def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str, float]:
     """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
     started = time.perf_counter()
-    balance = stage.balance.at(step - stage.beginning.first_step, steps=config.steps)
+    balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     weights = sync_weights(stage.engine, config=stage.model, quant=stage.quant)
     groups = collect_groups(stage, weights=weights, step=step)
     collected = time.perf_counter()

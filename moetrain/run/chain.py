@@ -10,9 +10,9 @@ from pathlib import Path
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
+    DocumentRun,
     EvalRun,
     ExportRun,
-    ReadingRun,
     RlRun,
     StageRun,
     TrainingRun,
@@ -52,7 +52,7 @@ def check_chain(stages: Sequence[tuple[str, StageRun]]) -> None:
 
 def needs_chat(run: StageRun) -> bool:
     """Return whether a stage renders dialogues, for which its tokenizer needs the tokens of the chat template."""
-    if isinstance(run, ReadingRun):
+    if isinstance(run, DocumentRun):
         sources = run.data.sources.values()
         return any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources)
     return isinstance(run, RlRun | EvalRun)
@@ -60,7 +60,7 @@ def needs_chat(run: StageRun) -> bool:
 
 def keeps_tokenizer(run: StageRun) -> bool:
     """Return whether a stage uses the tokenizer of its initial weights."""
-    return not isinstance(run, ReadingRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
+    return not isinstance(run, DocumentRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
 
 
 def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
@@ -118,7 +118,7 @@ def _quant_of(weights: str, earlier: Sequence[StageRun]) -> QuantConfig | None:
 def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -> None:
     """Raise ConfigError if a stage names another tokenizer than that of its weights, or needs chat tokens it lacks."""
     weights_tokenizer = _tokenizer_of(weights, earlier)
-    if isinstance(run, ReadingRun) and not run.data.tokenizer.retrain and weights_tokenizer is not None:
+    if isinstance(run, DocumentRun) and not run.data.tokenizer.retrain and weights_tokenizer is not None:
         own = run.data.tokenizer
         named = None if own.path is None else _named_tokenizer(own.path, earlier)
         if named is not None and not _is_same(named, weights_tokenizer):
@@ -126,7 +126,7 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
                 f"data.tokenizer.path is {own.path}: that is another tokenizer than that of {weights}; leave it out, "
                 "or give data.tokenizer.retrain=true to train these weights with another tokenizer"
             )
-        if isinstance(weights_tokenizer, ReadingRun) and own.vocab_size is not None:
+        if isinstance(weights_tokenizer, DocumentRun) and own.vocab_size is not None:
             size = weights_tokenizer.data.tokenizer.vocab_size
             if size is not None and own.vocab_size != size:
                 raise ConfigError(
@@ -137,13 +137,13 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
         Tokenizer.load(weights_tokenizer).check_chat()
 
 
-def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
+def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:
     """Return the stage that trains the tokenizer of the weights, or the tokenizer's folder; None if not known yet."""
     writer = _writer_of(weights, earlier)
     if writer is None:
         return None
     before = _weights(writer)
-    if isinstance(writer, ReadingRun):
+    if isinstance(writer, DocumentRun):
         if writer.data.tokenizer.path is not None:
             return _named_tokenizer(writer.data.tokenizer.path, earlier)
         if before is None or writer.data.tokenizer.retrain:
@@ -151,7 +151,7 @@ def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> ReadingRun | Pat
     return None if before is None else _tokenizer_of(before, earlier)
 
 
-def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> ReadingRun | Path | None:
+def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:
     """Return the tokenizer in the folder `path`; None if there is none, which is an error when the folder is read."""
     if _writer_of(path, earlier) is not None:
         return _tokenizer_of(path, earlier)
@@ -159,7 +159,7 @@ def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> ReadingRun | Pat
     return folder if (folder / TOKENIZER_FILE).is_file() else None
 
 
-def _is_same(one: ReadingRun | Path, other: ReadingRun | Path) -> bool:
+def _is_same(one: DocumentRun | Path, other: DocumentRun | Path) -> bool:
     if isinstance(one, Path) and isinstance(other, Path):
         return one == other or Tokenizer.load(one).digest == Tokenizer.load(other).digest
     return one is other

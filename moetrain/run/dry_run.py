@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.config import ReadingRun, RlRun, TrainingRun
+from moetrain.config import DocumentRun, RlRun, TrainingRun
 from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 
@@ -40,7 +40,7 @@ def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
         tokens = (run.train.steps - _steps_taken(run)) * trajectories * seq_len
         in_memory = run.rl.tokens_per_micro_batch
     else:
-        assert isinstance(run, ReadingRun)
+        assert isinstance(run, DocumentRun)
         seq_len = run.data.seq_len
         tokens = (run.train.rows_before(run.train.steps) - run.train.rows_before(_steps_taken(run))) * seq_len
         in_memory = min(run.train.rows_per_micro_batch, run.train.most_rows) * seq_len
@@ -63,18 +63,18 @@ def _steps_taken(run: TrainingRun) -> int:
     if run.continue_from is None or not Path(run.continue_from).expanduser().exists():
         return 0
     # These bring torch in; most dry runs continue nothing.
-    from moetrain.run.reading_stage import sections_of
-    from moetrain.run.rl_stage import rl_beginning
+    from moetrain.run.document_stage import sections_of
+    from moetrain.run.rl_stage import rl_start_point
     from moetrain.run.weights import read_weights
-    from moetrain.train.stages import reading_beginning
+    from moetrain.train.stages import document_start_point
 
     origin = read_weights(run.continue_from)
     if isinstance(run, RlRun):
-        beginning = rl_beginning(run, origin)
+        start_point = rl_start_point(run, origin)
     else:
-        assert isinstance(run, ReadingRun)
-        beginning = reading_beginning(sections_of(run), origin)
-    return beginning.step - beginning.first_step
+        assert isinstance(run, DocumentRun)
+        start_point = document_start_point(sections_of(run), origin)
+    return start_point.step - start_point.first_step
 
 
 def _rows(plan: StagePlan) -> list[tuple[str, str]]:

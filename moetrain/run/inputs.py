@@ -10,10 +10,10 @@ from pathlib import Path
 
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
+    DocumentRun,
     EvalRun,
     ExportRun,
     GenerateRun,
-    ReadingRun,
     RlRun,
     StageRun,
     TrainingRun,
@@ -86,10 +86,10 @@ def check_names(run: StageRun) -> None:
     for schema, needed in _NEED_WEIGHTS.items():
         if isinstance(run, schema) and run.init_from is None and not _continues(run):
             raise ConfigError(f"init_from is null: {needed}")
-    if isinstance(run, ReadingRun | RlRun | EvalRun):
+    if isinstance(run, DocumentRun | RlRun | EvalRun):
         family = registry.build(run.task, run.run.seed)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
-        if isinstance(run, ReadingRun) and has_dialogues:
+        if isinstance(run, DocumentRun) and has_dialogues:
             registry.demonstrator_of(family)
     if isinstance(run, RlRun):
         from moetrain.rl.registry import build  # loads torch
@@ -120,7 +120,7 @@ def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
         for field, value in _folders(run)
         if not any(user_path(value).is_relative_to(folder) for folder in planned)
     }
-    if isinstance(run, ReadingRun) and "data.tokenizer.path" in named:
+    if isinstance(run, DocumentRun) and "data.tokenizer.path" in named:
         from moetrain.data.build import prepare_tokenizer  # loads torch
 
         # With data.tokenizer.path this only reads the tokenizer and checks its size.
@@ -137,24 +137,24 @@ def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
 def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These imports load torch, which a command line without weights does not need.
     from moetrain.checkpoint.origin import check_fit
-    from moetrain.run.reading_stage import sections_of
-    from moetrain.run.rl_stage import rl_beginning
+    from moetrain.run.document_stage import sections_of
+    from moetrain.run.rl_stage import rl_start_point
     from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
     from moetrain.train.stage_tokenizer import check_tokenizer
-    from moetrain.train.stages import reading_beginning
+    from moetrain.train.stages import document_start_point
     from moetrain.upcycle.stage import check_dense
 
     origin = read_weights(named.get("continue_from") or named["init_from"])
     if isinstance(run, TrainingRun):
         check_fit(origin, run.model)
-    if isinstance(run, ReadingRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
+    if isinstance(run, DocumentRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
         check_shape(origin.model, run.export.consumers)
-    if isinstance(run, ReadingRun):
-        reading_beginning(sections_of(run), origin)
+    if isinstance(run, DocumentRun):
+        document_start_point(sections_of(run), origin)
     if isinstance(run, RlRun):
-        rl_beginning(run, origin)
+        rl_start_point(run, origin)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)
     if isinstance(run, EvalRun):
@@ -191,4 +191,4 @@ def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
 
 
 def _data(run: StageRun) -> DataConfig:
-    return run.data if isinstance(run, ReadingRun | EvalRun) else DataConfig()
+    return run.data if isinstance(run, DocumentRun | EvalRun) else DataConfig()

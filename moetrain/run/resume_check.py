@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from moetrain.config import ReadingRun, RlRun, TrainingRun
+from moetrain.config import DocumentRun, RlRun, TrainingRun
 from moetrain.errors import CheckpointError
 from moetrain.log import read_metrics
 from moetrain.runtime import default_device
@@ -49,4 +49,4 @@ def own_sections(run: TrainingRun) -> dict[str, Any]:
     """Return the config sections that belong to the identity of this kind of stage only, by name."""
     if isinstance(run, RlRun):
         return {"task": asdict(run.task), "rollout": asdict(run.rollout), "rl": asdict(run.rl)}
-    return {"data": asdict(run.data)} if isinstance(run, ReadingRun) else {}
+    return {"data": asdict(run.data)} if isinstance(run, DocumentRun) else {}

@@ -21,7 +21,7 @@ from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.weights import read_weights, tokenizer_of
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
-from moetrain.train.continuation import TASKS_USED, Beginning, beginning_of
+from moetrain.train.continuation import TASKS_USED, StartPoint, start_point_of
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import run_training
@@ -33,7 +33,7 @@ def learn(run: RlRun, *, weights: str) -> int:
     """Run an RL stage from the folder `weights`; return its exit code."""
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         origin = read_weights(weights)
-        beginning = rl_beginning(run, origin)
+        start_point = rl_start_point(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
         precision = resolve_precision(run.train, folder=folder, topology=setup(run.parallel))
@@ -54,24 +54,24 @@ def learn(run: RlRun, *, weights: str) -> int:
         if engine.topology.is_main and not is_begun:
             tokenizer.save(folder / TOKENIZER)
         run = replace(run, train=train)
-        stage = _stage(run, engine, origin=origin, beginning=beginning, tokenizer=tokenizer, folder=folder)
+        stage = _stage(run, engine, origin=origin, start_point=start_point, tokenizer=tokenizer, folder=folder)
         outcome = run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
             kernels_and_dtype = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
             summary = {"stage": folder.name, "steps": outcome.step, **kernels_and_dtype}
-            write_json(folder / SUMMARY, summary | outcome.counters.totals | beginning.record())
+            write_json(folder / SUMMARY, summary | outcome.counters.totals | start_point.record())
     return 0
 
 
-def rl_beginning(run: RlRun, origin: Origin) -> Beginning:
+def rl_start_point(run: RlRun, origin: Origin) -> StartPoint:
     """Return the starting point of an RL stage. Raises `CheckpointError` if it cannot continue `origin`."""
-    return beginning_of(origin, counted=TASKS_USED, optim=run.optim, train=run.train, seed=run.run.seed)
+    return start_point_of(origin, counted=TASKS_USED, optim=run.optim, train=run.train, seed=run.run.seed)
 
 
 def _stage(
-    run: RlRun, engine: Engine, *, origin: Origin, beginning: Beginning, tokenizer: Tokenizer, folder: Path
+    run: RlRun, engine: Engine, *, origin: Origin, start_point: StartPoint, tokenizer: Tokenizer, folder: Path
 ) -> RlStage:
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
         """Write the first group of trajectories of each step to a trace file."""
@@ -90,7 +90,7 @@ def _stage(
         algorithm=build(run.rl),
         rollout=run.rollout,
         declare_tools=run.task.declare_tools,
-        learning_rate=lambda step: beginning.rate(step, optim=run.optim, steps=run.train.steps),
+        learning_rate=lambda step: start_point.rate(step, optim=run.optim, steps=run.train.steps),
         identity=identity_of(
             model=run.model,
             quant=run.quant,
@@ -102,7 +102,7 @@ def _stage(
         ),
         seed=run.run.seed,
         first_task=RL_FIRST_TASK,
-        beginning=beginning,
+        start_point=start_point,
         on_trajectories=keep,
         qk_clip=run.optim.qk_clip,
     )

@@ -92,7 +92,7 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class ReadingConfig(TrainConfig):
+class DocumentTrainConfig(TrainConfig):
     """Additional settings of the stages that read documents: pretraining and SFT."""
 
     rows_per_step: int = 16

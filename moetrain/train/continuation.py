@@ -27,7 +27,7 @@ ROWS_READ, TASKS_USED = "rows_read", "tasks_used"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
+class StartPoint:
     """Where the steps of a stage begin; the default is a new run.
 
     step: number of steps of the run taken before this stage. first_step: the step of the run that is step 0 of the
@@ -76,16 +76,16 @@ class Beginning:
         return {"continued": values}
 
 
-def beginning_of(
+def start_point_of(
     origin: Origin | None, *, counted: str, optim: OptimConfig, train: TrainConfig, seed: int
-) -> Beginning:
+) -> StartPoint:
     """Return where a stage with these config sections begins; `counted` is the key of its data position.
 
     Raises `CheckpointError` if `train.continue_as` is set and `origin` cannot be continued: it is weights without the
     state of a run, or a run with another data position, optimizer, seed or length.
     """
     if train.continue_as is None or origin is None:
-        return Beginning()
+        return StartPoint()
     loaded = origin.checkpoint
     if loaded is None:
         raise CheckpointError(
@@ -115,7 +115,7 @@ def beginning_of(
             f"train.steps is {train.steps}, but {loaded.path} has taken {loaded.step} steps already: give more "
             "(train.continue_as=whole counts steps from the beginning of the run)"
         )
-    return Beginning(
+    return StartPoint(
         step=loaded.step,
         first_step=loaded.step if is_part else 0,
         last_rate=loop["learning_rate"],

@@ -20,7 +20,7 @@ from moetrain.checkpoint.write import Retention
 from moetrain.log import TIME_PREFIX, Metrics, progress
 from moetrain.parallel.protocol import Engine
 from moetrain.train.config import TrainConfig
-from moetrain.train.continuation import Beginning
+from moetrain.train.continuation import StartPoint
 from moetrain.train.interrupt import Status, StopSignals
 from moetrain.train.nonfinite import Skips
 from moetrain.train.progress_note import ProgressNote
@@ -46,10 +46,10 @@ class Training:
     - totals: names of metrics that are summed over the run.
     - position: the data position that a checkpoint stores after n steps.
     - identity: must be equal for a stopped run to resume (see `checkpoint.resume`).
-    - beginning: where the steps begin; the engine must hold the state of that step.
+    - start_point: where the steps begin; the engine must hold the state of that step.
     - validate: metrics of held-out data, the same on every rank. Collective; called every validate_every steps (0: only
       at the end).
-    - opening: metrics that are logged once when a run begins.
+    - initial_metrics: metrics that are logged once when a run begins.
     """
 
     engine: Engine
@@ -59,10 +59,10 @@ class Training:
     totals: Sequence[str]
     position: Callable[[int], Mapping[str, Any]]
     identity: Mapping[str, Any]
-    beginning: Beginning = field(default_factory=Beginning)
+    start_point: StartPoint = field(default_factory=StartPoint)
     validate: Callable[[], Mapping[str, float]] = no_validation
     validate_every: int = 0
-    opening: Mapping[str, float] = field(default_factory=dict)
+    initial_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -100,25 +100,25 @@ class Outcome:
 def run_training(training: Training, config: TrainConfig, *, folder: Path, metrics: Metrics) -> Outcome:
     """Train from the last good checkpoint in `folder`, if there is one, to the last step. Collective.
 
-    The last step is `training.beginning.first_step + config.steps`. SIGTERM, SIGUSR1 and Ctrl-C save at the end of the
-    current step and return `Status.interrupted`; when started again, the run resumes and computes the same numbers as
-    without the stop. A loss that is not finite raises `DivergenceError`, or the step is skipped
+    The last step is `training.start_point.first_step + config.steps`. SIGTERM, SIGUSR1 and Ctrl-C save at the end of
+    the current step and return `Status.interrupted`; when started again, the run resumes and computes the same numbers
+    as without the stop. A loss that is not finite raises `DivergenceError`, or the step is skipped
     (`config.on_nonfinite`).
     """
     engine = training.engine
     checkpoints = folder / CHECKPOINTS
     resumed = resume(engine, checkpoints, identity=training.identity)
-    begins, beginning = resumed.step == 0, training.beginning
-    step = beginning.step if begins else resumed.step
-    counters = Counters.restored(beginning.loop if begins else resumed.state, names=training.totals)
+    begins, start_point = resumed.step == 0, training.start_point
+    step = start_point.step if begins else resumed.step
+    counters = Counters.restored(start_point.loop if begins else resumed.state, names=training.totals)
     is_main = engine.topology.is_main
     record = metrics.write if is_main else _ignore
     if resumed.num_damaged:
         record(resumed.step, {"checkpoint/damaged": float(resumed.num_damaged)})
-    beginning.check_place(training.position)
-    if begins and training.opening:
-        record(step, training.opening)
-    last = beginning.first_step + config.steps
+    start_point.check_place(training.position)
+    if begins and training.initial_metrics:
+        record(step, training.initial_metrics)
+    last = start_point.first_step + config.steps
     shown = progress(last, folder.name, completed=step) if is_main else nullcontext(_ignore)
     retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
     saver = Saver(engine.topology, checkpoints, retention=retention)

@@ -30,15 +30,15 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ReadingConfig
-from moetrain.train.continuation import ROWS_READ, Beginning, beginning_of, check_same_sources
+from moetrain.train.config import DocumentTrainConfig
+from moetrain.train.continuation import ROWS_READ, StartPoint, check_same_sources, start_point_of
+from moetrain.train.document_stage import DocumentStage, document_training
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
-from moetrain.train.reading import Reading, reading_training
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.validate import validate
 
@@ -60,7 +60,7 @@ class Sections:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
-    train: ReadingConfig
+    train: DocumentTrainConfig
     parallel: ParallelConfig
     quant: QuantConfig
     seed: int
@@ -86,7 +86,7 @@ def train_stage(
     """
     if origin is not None:
         check_fit(origin, sections.model)  # before preparing the data, which takes longest
-    beginning = reading_beginning(sections, origin)
+    start_point = document_start_point(sections, origin)
     topology = setup(sections.parallel)
     tokenizer = main_rank_first(
         topology,
@@ -104,8 +104,8 @@ def train_stage(
         sections.seed,
         tokenizer_folder=folder / TOKENIZER,
         dialogues=made,
-        mixes=mixes_of(sections.data, sections.train, beginning=beginning),
-        taken=_rows_taken(beginning),
+        mixes=mixes_of(sections.data, sections.train, start_point=start_point),
+        taken=_rows_taken(start_point),
     )
     precision = resolve_precision(sections.train, folder=folder, topology=topology)
     sections = replace(sections, train=precision.train, library=precision.library)
@@ -113,48 +113,50 @@ def train_stage(
     if origin is not None:
         start = start_from if sections.train.continue_as is None else continue_state
         start(engine, origin, model=sections.model)
-    reading = reading_of(
+    stage = document_stage_of(
         sections,
         engine=engine,
         data=data,
         peak_flops=_peak_flops(sections, folder=folder, topology=topology),
         origin=origin,
-        beginning=beginning,
+        start_point=start_point,
         evaluate=evaluate,
     )
-    outcome = run_training(reading_training(reading, sections.train), sections.train, folder=folder, metrics=metrics)
+    outcome = run_training(document_training(stage, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
-        write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, reading=reading, folder=folder))
+        write_json(folder / SUMMARY, _summary(sections, data=data, outcome=outcome, stage=stage, folder=folder))
     topology.barrier()
     return outcome.status
 
 
-def reading_beginning(sections: Sections, origin: Origin | None) -> Beginning:
+def document_start_point(sections: Sections, origin: Origin | None) -> StartPoint:
     """Return where a stage with these sections begins; raises `CheckpointError` if it cannot continue `origin`."""
-    beginning = beginning_of(origin, counted=ROWS_READ, optim=sections.optim, train=sections.train, seed=sections.seed)
-    if beginning.path is not None and origin is not None:
+    start_point = start_point_of(
+        origin, counted=ROWS_READ, optim=sections.optim, train=sections.train, seed=sections.seed
+    )
+    if start_point.path is not None and origin is not None:
         check_same_sources(origin, asdict(sections.data))
-    return beginning
+    return start_point
 
 
-def _rows_taken(beginning: Beginning) -> dict[str, int]:
+def _rows_taken(start_point: StartPoint) -> dict[str, int]:
     """Return the rows read per source before the added steps; empty unless the config describes only added steps."""
-    sources = beginning.data["sources"] if beginning.is_part else {}
+    sources = start_point.data["sources"] if start_point.is_part else {}
     return {name: counts["rows_taken"] for name, counts in sources.items()}
 
 
-def rows_before(step: int, train: ReadingConfig, *, beginning: Beginning) -> int:
+def rows_before(step: int, train: DocumentTrainConfig, *, start_point: StartPoint) -> int:
     """Return the rows of all steps of the run before step `step`."""
-    read: int = beginning.data[ROWS_READ] if beginning.is_part else 0
-    return read + train.rows_before(step - beginning.first_step)
+    read: int = start_point.data[ROWS_READ] if start_point.is_part else 0
+    return read + train.rows_before(step - start_point.first_step)
 
 
-def mixes_of(data: DataConfig, train: ReadingConfig, *, beginning: Beginning | None = None) -> list[Mix]:
+def mixes_of(data: DataConfig, train: DocumentTrainConfig, *, start_point: StartPoint | None = None) -> list[Mix]:
     """Return the data mixes of a config, each with the index of its first row in the run."""
-    beginning = beginning or Beginning()
+    start_point = start_point or StartPoint()
     first_steps = [0, *(change.first_step(train.steps) for change in data.mix)]
     return [
-        Mix(first_row=rows_before(beginning.first_step + step, train, beginning=beginning), weights=weights)
+        Mix(first_row=rows_before(start_point.first_step + step, train, start_point=start_point), weights=weights)
         for step, weights in zip(first_steps, data.mix_weights(), strict=True)
     ]
 
@@ -199,21 +201,21 @@ def _peak_flops(sections: Sections, *, folder: Path, topology: Topology) -> floa
     return total_peak(folder / MACHINE, dtype=dtype, topology=topology, library=sections.library)
 
 
-def reading_of(
+def document_stage_of(
     sections: Sections,
     *,
     engine: Engine,
     data: Data,
     peak_flops: float,
     origin: Origin | None = None,
-    beginning: Beginning | None = None,
+    start_point: StartPoint | None = None,
     evaluate: Evaluate | None = None,
-) -> Reading:
-    """Return what the steps of a stage with these sections need, for `take_reading_step`. Collective.
+) -> DocumentStage:
+    """Return what the steps of a stage with these sections need, for `take_document_step`. Collective.
 
-    peak_flops: see `Reading`; inf leaves out the utilisation. beginning: None is a new run.
+    peak_flops: see `DocumentStage`; inf leaves out the utilisation. start_point: None is a new run.
     """
-    beginning = beginning or Beginning()
+    start_point = start_point or StartPoint()
     train, optim, balance = sections.train, sections.optim, sections.model.balance
     max_logits = MaxLogits.needed(optim.qk_clip)
 
@@ -222,19 +224,19 @@ def reading_of(
         return {**figures, **(evaluate(engine, data.tokenizer) if evaluate else {})}
 
     def first_row(step: int) -> int:
-        return rows_before(step, train, beginning=beginning)
+        return rows_before(step, train, start_point=start_point)
 
-    return Reading(
+    return DocumentStage(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
         batch_at=lambda step: data.loader.rows_between(first_row(step), first_row(step + 1)),
-        learning_rate=lambda step: beginning.rate(step, optim=optim, steps=train.steps),
+        learning_rate=lambda step: start_point.rate(step, optim=optim, steps=train.steps),
         mix_at=lambda step: data.loader.mix_at(first_row(step)),
         position=lambda step: _position(data, rows_read=first_row(step)),
-        beginning=beginning,
+        start_point=start_point,
         balance=balance,
         validate=measure,
-        opening=data.metrics(),
+        initial_metrics=data.metrics(),
         identity=identity_of(
             model=sections.model,
             quant=sections.quant,
@@ -259,7 +261,7 @@ def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
     return {ROWS_READ: rows_read, "sources": sources, "tokenizer": data.tokenizer.digest}
 
 
-def _summary(sections: Sections, *, data: Data, outcome: Outcome, reading: Reading, folder: Path) -> dict[str, Any]:
+def _summary(sections: Sections, *, data: Data, outcome: Outcome, stage: DocumentStage, folder: Path) -> dict[str, Any]:
     """Return the content of `summary.json`: reproducible figures, and times under their own key."""
     bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
     sources = {
@@ -271,7 +273,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, reading: Readi
         }
         for name, rows in data.validation.items()
     }
-    rows_read = reading.position(outcome.step)[ROWS_READ]
+    rows_read = stage.position(outcome.step)[ROWS_READ]
     seconds = outcome.counters.seconds
     return {
         "stage": folder.name,
@@ -279,7 +281,7 @@ def _summary(sections: Sections, *, data: Data, outcome: Outcome, reading: Readi
         "compute_dtype": sections.train.compute_dtype,
         "kernels": sections.train.kernels,
         **outcome.counters.totals,
-        **reading.beginning.record(),
+        **stage.start_point.record(),
         "rows": rows_read,
         "epochs": data.loader.epochs(rows_read),
         "mixes": data.loader.mix_rows(rows_read),

@@ -9,7 +9,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, ReadingConfig
+from moetrain.train.config import ComputeDtype, DocumentTrainConfig
 from moetrain.train.stages import Sections
 
 TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
@@ -29,7 +29,7 @@ def text_sections(tokenizer: Path, *, model: ModelConfig, optim: OptimConfig, st
         model=model,
         data=data,
         optim=optim,
-        train=ReadingConfig(
+        train=DocumentTrainConfig(
             steps=steps, rows_per_step=rows, rows_per_micro_batch=4, compute_dtype=ComputeDtype.float32
         ),
         parallel=ParallelConfig(engine=EngineName.torch),

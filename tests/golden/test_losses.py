@@ -19,7 +19,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig, ScheduleConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, ReadingConfig
+from moetrain.train.config import ComputeDtype, DocumentTrainConfig
 from moetrain.train.stages import Sections, train_stage
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def golden_losses(dtype: ComputeDtype) -> list[float]:
             validation_fraction=0.1,
         ),
         optim=OptimConfig(lr=1e-2, schedule=ScheduleConfig(warmup_steps=4)),
-        train=ReadingConfig(
+        train=DocumentTrainConfig(
             steps=20, rows_per_step=4, rows_per_micro_batch=2, compute_dtype=dtype, kernels=Kernels.torch
         ),
         parallel=ParallelConfig(engine=EngineName.torch),

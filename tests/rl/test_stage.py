@@ -22,7 +22,7 @@ from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
 from moetrain.train.config import Continuation, TrainConfig
-from moetrain.train.continuation import TASKS_USED, beginning_of
+from moetrain.train.continuation import TASKS_USED, start_point_of
 from moetrain.train.identity import identity_of
 from moetrain.train.loop import run_training
 from tests.distributed import run_ranks
@@ -96,10 +96,10 @@ def test_two_steps_continued_by_two_equal_four_and_no_task_is_repeated(
         seen: list[Trajectory] = []
         engine = _engine(EngineName.torch)
         train = replace(_TRAIN, steps=steps, continue_as=None if origin is None else continue_as)
-        beginning = beginning_of(origin, counted=TASKS_USED, optim=optim, train=train, seed=3)
+        start_point = start_point_of(origin, counted=TASKS_USED, optim=optim, train=train, seed=3)
         if origin is not None:
             continue_state(engine, origin, model=MODEL)
-        stage = replace(_stage(engine, seen), identity=identity, beginning=beginning)
+        stage = replace(_stage(engine, seen), identity=identity, start_point=start_point)
         metrics = JsonlMetrics(folder / "metrics.jsonl")
         run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
         metrics.close()

@@ -16,14 +16,14 @@ from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, ReadingConfig
+from moetrain.train.config import ComputeDtype, DocumentTrainConfig
+from moetrain.train.document_stage import document_training
 from moetrain.train.loop import run_training
 from moetrain.train.loss import language_model_objective
-from moetrain.train.reading import reading_training
 from moetrain.train.rows import padded, rank_rows, split_rows
 from moetrain.train.step import train_step
 from tests.distributed import run_ranks
-from tests.train.toy import one_document_per_row, toy_batch, toy_engine, toy_model, toy_reading
+from tests.train.toy import one_document_per_row, toy_batch, toy_engine, toy_model, toy_stage
 
 ALL = BalanceConfig(bias_rule=BiasRule.quantile, sequence_loss=0.1, global_loss=0.2, z_loss=0.05)
 """Weights that make each loss felt in the sum."""
@@ -101,12 +101,12 @@ def test_metrics_of_losses_that_are_off_are_left_out() -> None:
 def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     def trained(folder: str, *, steps: int) -> Engine:
         engine = toy_engine(balance=ALL, compute_dtype=torch.bfloat16)
-        reading = replace(
-            toy_reading(engine, steps=4),
+        stage = replace(
+            toy_stage(engine, steps=4),
             balance=ALL,
             objective_for=lambda counts: language_model_objective(counts, balance=ALL),
         )
-        config = ReadingConfig(
+        config = DocumentTrainConfig(
             steps=steps,
             rows_per_step=4,
             rows_per_micro_batch=2,
@@ -114,7 +114,7 @@ def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoi
             compute_dtype=ComputeDtype.bfloat16,
         )
         metrics = JsonlMetrics(tmp_path / f"{folder}.jsonl")
-        run_training(reading_training(reading, config), config, folder=tmp_path / folder, metrics=metrics)
+        run_training(document_training(stage, config), config, folder=tmp_path / folder, metrics=metrics)
         metrics.close()
         return engine
 

@@ -5,19 +5,19 @@ import pytest
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.model.config import BalanceConfig, BiasRule
-from moetrain.train.config import RampConfig, ReadingConfig
+from moetrain.train.config import DocumentTrainConfig, RampConfig
 
 RAMP = [RampConfig(steps=3, rows=2), RampConfig(steps=2, rows=4)]
 
 
 def test_the_rows_of_a_ramp_are_a_function_of_the_step() -> None:
-    train = ReadingConfig(steps=8, rows_per_step=8, rows_per_micro_batch=2, batch_ramp=RAMP)
+    train = DocumentTrainConfig(steps=8, rows_per_step=8, rows_per_micro_batch=2, batch_ramp=RAMP)
     assert [train.rows_before(step) for step in range(9)] == [0, 2, 4, 6, 10, 14, 22, 30, 38]
     assert train.most_rows == 8
 
 
 def test_without_a_ramp_every_step_has_the_same_rows() -> None:
-    train = ReadingConfig(steps=8, rows_per_step=6, rows_per_micro_batch=3)
+    train = DocumentTrainConfig(steps=8, rows_per_step=6, rows_per_micro_batch=3)
     assert [train.rows_before(step) for step in (0, 1, 8)] == [0, 6, 48]
 
 

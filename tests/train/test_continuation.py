@@ -19,7 +19,7 @@ from moetrain.log import read_metrics
 from moetrain.optim.config import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from moetrain.parallel.config import EngineName
 from moetrain.train.config import Continuation
-from moetrain.train.continuation import Beginning
+from moetrain.train.continuation import StartPoint
 from moetrain.train.interrupt import Status
 from moetrain.train.stages import SUMMARY, Sections
 from tests.data.test_loader import rows_of
@@ -104,14 +104,14 @@ def test_whole_stretches_the_schedule_and_another_engine_resumes_the_continuatio
 
 def test_the_schedule_of_a_part_starts_at_the_last_rate_and_runs_over_the_added_steps() -> None:
     optim = OptimConfig(lr=1e-2, schedule=ScheduleConfig(warmup_steps=4, decay_fraction=0.5, final_ratio=0.1))
-    part = Beginning(step=100, first_step=100, last_rate=2e-3)
+    part = StartPoint(step=100, first_step=100, last_rate=2e-3)
     rates = [part.rate(step, optim=optim, steps=10) for step in range(100, 110)]
     assert rates[:5] == pytest.approx([4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
     assert rates[-1] == pytest.approx(1e-3)
     lower = replace(optim, lr=1e-3)
     assert part.rate(100, optim=lower, steps=10) == 1e-3  # needs no warmup
-    whole = Beginning(step=100, last_rate=2e-3)
-    assert whole.rate(100, optim=optim, steps=200) == Beginning().rate(100, optim=optim, steps=200)
+    whole = StartPoint(step=100, last_rate=2e-3)
+    assert whole.rate(100, optim=optim, steps=200) == StartPoint().rate(100, optim=optim, steps=200)
 
 
 def test_no_row_is_read_twice_before_its_epoch_under_another_mix() -> None:

@@ -21,20 +21,20 @@ from moetrain.log import JsonlMetrics
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.protocol import Objective, ObjectiveResult
-from moetrain.train.config import NonfinitePolicy, ReadingConfig
+from moetrain.train.config import DocumentTrainConfig, NonfinitePolicy
+from moetrain.train.document_stage import document_training
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import GlobalCounts
 from moetrain.train.nonfinite import SKIPPED
-from moetrain.train.reading import reading_training
 from moetrain.train.step import train_step
-from tests.train.toy import losses, toy_batch, toy_engine, toy_reading
+from tests.train.toy import losses, toy_batch, toy_engine, toy_stage
 
 STEPS = 6
 
 
-def _config(*, on_nonfinite: NonfinitePolicy, max_skipped_in_row: int, steps: int = STEPS) -> ReadingConfig:
-    return ReadingConfig(
+def _config(*, on_nonfinite: NonfinitePolicy, max_skipped_in_row: int, steps: int = STEPS) -> DocumentTrainConfig:
+    return DocumentTrainConfig(
         steps=steps,
         rows_per_step=4,
         rows_per_micro_batch=2,
@@ -58,7 +58,7 @@ def _run(
     max_skipped_in_row: int = 10,
 ) -> Outcome:
     metrics = JsonlMetrics(folder / "metrics.jsonl")
-    reading = toy_reading(
+    stage = toy_stage(
         toy_engine(engine=engine, compute_dtype=compute_dtype, quantised=quantised),
         steps=STEPS,
         batch_at=batch_at,
@@ -66,7 +66,7 @@ def _run(
     )
     try:
         config = _config(steps=steps, on_nonfinite=on_nonfinite, max_skipped_in_row=max_skipped_in_row)
-        return run_training(reading_training(reading, config), config, folder=folder, metrics=metrics)
+        return run_training(document_training(stage, config), config, folder=folder, metrics=metrics)
     finally:
         metrics.close()
 

@@ -22,7 +22,7 @@ from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.train.config import ComputeDtype, RampConfig, ReadingConfig
+from moetrain.train.config import ComputeDtype, DocumentTrainConfig, RampConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.stages import SUMMARY, Sections, train_stage
@@ -53,7 +53,7 @@ def sections(texts: Path, *, engine: EngineName = EngineName.torch, expert: int 
             validation_rows=3,
         ),
         optim=OptimConfig(lr=1e-2),
-        train=ReadingConfig(
+        train=DocumentTrainConfig(
             steps=3, rows_per_step=4, rows_per_micro_batch=2, checkpoint_every=2, compute_dtype=ComputeDtype.float32
         ),
         parallel=ParallelConfig(engine=engine, expert=expert),

@@ -15,8 +15,8 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import torch_stream
+from moetrain.train.document_stage import DocumentStage
 from moetrain.train.loss import language_model_objective
-from moetrain.train.reading import Reading
 
 ROWS, SEQ_LEN = 4, 24
 
@@ -95,11 +95,11 @@ def toy_engine(
     )
 
 
-def toy_reading(
+def toy_stage(
     engine: Engine, *, steps: int, batch_at: Callable[[int], TokenBatch] = toy_batch, identity: str = "toy"
-) -> Reading:
+) -> DocumentStage:
     schedule = ScheduleConfig(warmup_steps=2)
-    return Reading(
+    return DocumentStage(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=BalanceConfig(sequence_loss=1e-2)),
         batch_at=batch_at,

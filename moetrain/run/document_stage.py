@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moetrain.checkpoint.origin import TOKENIZER
-from moetrain.config import ReadingRun
+from moetrain.config import DocumentRun
 from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.packing import TokenizedDocument
@@ -21,7 +21,7 @@ from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, train_stage
 
 
-def train(run: ReadingRun) -> int:
+def train(run: DocumentRun) -> int:
     """Run a stage that trains on documents; return its exit code."""
     weights = run.continue_from or run.init_from
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
@@ -36,7 +36,7 @@ def train(run: ReadingRun) -> int:
     return INTERRUPTED if status is Status.interrupted else 0
 
 
-def sections_of(run: ReadingRun) -> Sections:
+def sections_of(run: DocumentRun) -> Sections:
     """Return the config sections that a training stage uses."""
     return Sections(
         model=run.model,
@@ -49,7 +49,7 @@ def sections_of(run: ReadingRun) -> Sections:
     )
 
 
-def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topology]:
+def document_data(run: DocumentRun, folder: Path) -> tuple[Sections, Data, Topology]:
     """Return (sections, data, topology) of a run, for training outside of a stage. Writes the tokenizer to `folder`."""
     topology = setup(run.parallel)
     sections = sections_of(run)
@@ -71,7 +71,7 @@ def reading_data(run: ReadingRun, folder: Path) -> tuple[Sections, Data, Topolog
     return sections, data, topology
 
 
-def _texts(run: ReadingRun) -> Iterable[str]:
+def _texts(run: DocumentRun) -> Iterable[str]:
     """Return the rendered dialogues on which a new tokenizer of this run is trained, besides the documents."""
     most = max(dialogue_counts(run.data).values(), default=0)
     return dialogue_texts(registry.build(run.task, run.run.seed), count=most, seed=run.run.seed)

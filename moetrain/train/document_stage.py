@@ -10,8 +10,8 @@ from moetrain.data.batch import TokenBatch
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
-from moetrain.train.config import ReadingConfig
-from moetrain.train.continuation import Beginning
+from moetrain.train.config import DocumentTrainConfig
+from moetrain.train.continuation import StartPoint
 from moetrain.train.loop import Training
 from moetrain.train.loss import ObjectiveFor
 from moetrain.train.rows import rank_rows, split_rows
@@ -19,14 +19,14 @@ from moetrain.train.step import train_step
 
 
 @dataclass(kw_only=True)
-class Reading:
+class DocumentStage:
     """The functions and settings of the steps of pretraining or SFT.
 
     batch_at: the global batch of a step of the run (from 0). learning_rate: the rate of a step. mix_at: the index of
-    the data mix that a step uses. position, beginning, identity: see `Training`. validate: metrics of held-out data,
-    collective. opening: metrics that are logged once when a run begins. flops_per_token: of forward and backward.
-    peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip, None is off; if set, the
-    objective must measure the logits.
+    the data mix that a step uses. position, start_point, identity: see `Training`. validate: metrics of held-out data,
+    collective. initial_metrics: metrics that are logged once when a run begins. flops_per_token: of forward and
+    backward. peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip; None is off; if
+    set, the objective must measure the logits.
     """
 
     engine: Engine
@@ -40,48 +40,48 @@ class Reading:
     flops_per_token: float
     peak_flops: float
     position: Callable[[int], Mapping[str, Any]]
-    beginning: Beginning = field(default_factory=Beginning)
-    opening: Mapping[str, float] = field(default_factory=dict)
+    start_point: StartPoint = field(default_factory=StartPoint)
+    initial_metrics: Mapping[str, float] = field(default_factory=dict)
     qk_clip: float | None = None
 
 
-def reading_training(reading: Reading, config: ReadingConfig) -> Training:
+def document_training(stage: DocumentStage, config: DocumentTrainConfig) -> Training:
     """Return the training of a stage that reads documents, for `train.loop.run_training`."""
     return Training(
-        engine=reading.engine,
-        take_step=lambda step: take_reading_step(reading, config, step=step),
-        learning_rate=reading.learning_rate,
+        engine=stage.engine,
+        take_step=lambda step: take_document_step(stage, config, step=step),
+        learning_rate=stage.learning_rate,
         headline="loss",
         totals=("tokens", "targets"),
-        position=reading.position,
-        beginning=reading.beginning,
-        identity=reading.identity,
-        validate=reading.validate,
+        position=stage.position,
+        start_point=stage.start_point,
+        identity=stage.identity,
+        validate=stage.validate,
         validate_every=config.validate_every,
-        opening=reading.opening,
+        initial_metrics=stage.initial_metrics,
     )
 
 
-def take_reading_step(reading: Reading, config: ReadingConfig, *, step: int) -> dict[str, float]:
+def take_document_step(stage: DocumentStage, config: DocumentTrainConfig, *, step: int) -> dict[str, float]:
     """Take step `step` (from 0) and return its metrics, the same on every rank. Collective."""
     start = time.perf_counter()
-    topology = reading.engine.topology
-    batch = reading.batch_at(step)
+    topology = stage.engine.topology
+    batch = stage.batch_at(step)
     rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
-    balance = reading.balance.at(step - reading.beginning.first_step, steps=config.steps)
+    balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     values = train_step(
-        reading.engine,
-        reading.objective_for,
+        stage.engine,
+        stage.objective_for,
         micro_batches=split_rows(rows, rows=config.rows_per_micro_batch),
-        learning_rate=reading.learning_rate(step),
+        learning_rate=stage.learning_rate(step),
         balance=balance,
         step=step,
-        qk_clip=reading.qk_clip,
+        qk_clip=stage.qk_clip,
         on_nonfinite=config.on_nonfinite,
     )
     tokens_per_s = values["tokens"] / (time.perf_counter() - start)
-    values |= {"rows": len(batch.tokens_BT), "mix": reading.mix_at(step), "bias_rate": balance.bias_rate}
+    values |= {"rows": len(batch.tokens_BT), "mix": stage.mix_at(step), "bias_rate": balance.bias_rate}
     values[TIME_PREFIX + "tokens_per_s"] = tokens_per_s
-    if math.isfinite(reading.peak_flops):
-        values[TIME_PREFIX + "mfu"] = reading.flops_per_token * tokens_per_s / reading.peak_flops
+    if math.isfinite(stage.peak_flops):
+        values[TIME_PREFIX + "mfu"] = stage.flops_per_token * tokens_per_s / stage.peak_flops
     return values
