@@ -142,7 +142,7 @@ def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Gr
     """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
     try:
         return family.demonstrate(task, stream, perfect=True)[1]
-    except Exception as error:  # the boundary to environments that are not ours
+    except Exception as error:  # a plugin's code may raise anything
         _log.warning("graders: the demonstrator failed: %s: %s", type(error).__name__, error)
         return None
 

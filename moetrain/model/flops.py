@@ -6,7 +6,7 @@ from moetrain.model.config import ModelConfig
 
 _MATRICES_OF_SWIGLU = 3
 _FORWARD_AND_BACKWARD = 3  # the backward pass computes two products per forward product
-_FLOPS_OF_A_MULTIPLY_ADD = 2
+_FLOPS_PER_MULTIPLY_ADD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,12 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     6 FLOPs per active parameter (head included, input embedding excluded), plus causal attention over half the document
     on average. Norms, softmax and rotations are excluded, as is usual for MFU.
     """
-    products = _FLOPS_OF_A_MULTIPLY_ADD * num_parameters(config).active_with_head
+    products = _FLOPS_PER_MULTIPLY_ADD * num_parameters(config).active_with_head
     attention = (
         config.num_layers
         * config.num_heads
         * (config.qk_head_dim + config.v_head_dim)
-        * _FLOPS_OF_A_MULTIPLY_ADD
+        * _FLOPS_PER_MULTIPLY_ADD
         * (seq_len / 2)
     )
     return _FORWARD_AND_BACKWARD * (products + attention)

@@ -13,7 +13,7 @@ from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.gate_scale import routed_scaling_factor
 
 _NORM_EPS = 1e-20  # as in DeepSeek-V3's code
-_SCORES_OF_A_GROUP = 2  # a group's score is the sum of its two best (arXiv 2412.19437, section 2.1.2)
+_SCORES_PER_GROUP = 2  # a group's score is the sum of its two best (arXiv 2412.19437, section 2.1.2)
 
 
 class Routing(NamedTuple):
@@ -45,7 +45,7 @@ def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig
     biased_NE = scores_NE + bias_E
     if config.num_groups > 1:
         grouped_NGE = biased_NE.view(-1, config.num_groups, config.num_experts // config.num_groups)
-        num_best = min(_SCORES_OF_A_GROUP, grouped_NGE.shape[-1])
+        num_best = min(_SCORES_PER_GROUP, grouped_NGE.shape[-1])
         best_NG = grouped_NGE.topk(num_best, dim=-1).values.sum(-1).topk(config.num_groups_per_token, dim=-1).indices
         closed_NG = torch.ones(grouped_NGE.shape[:2], dtype=torch.bool, device=biased_NE.device)
         closed_NG.scatter_(1, best_NG, False)

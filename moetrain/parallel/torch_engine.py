@@ -85,7 +85,7 @@ class TorchEngine:
             self.num_steps += 1
             for name, param in self.model.named_parameters():
                 if param.grad is None:
-                    param.grad = torch.zeros_like(param)  # decays and keeps its momentum going, as in a flat partition
+                    param.grad = torch.zeros_like(param)  # weight decay and momentum still apply, as under ZeRO
                 self._update(name, param, learning_rate=learning_rate)
         for param in params:
             param.grad = None

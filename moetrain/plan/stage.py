@@ -22,9 +22,9 @@ _FLOAT32 = 4
 _BFLOAT16 = 2
 _ADAMW_STATES = 2  # first and second moment
 _MUON_STATES = 1  # momentum
-_ACTIVATIONS_A_LAYER = 20
+_ACTIVATIONS_PER_LAYER = 20
 """Values that a block stores per token and unit of hidden size, experts included: a rule of thumb."""
-_INPUTS_A_LAYER = 4
+_INPUTS_PER_LAYER = 4
 """Values among these that remain with parallel.recompute=blocks: inputs of the norms, attention and feed-forward."""
 UTILISATION = 0.15
 """Assumed MFU: the share of the matmul peak that training reaches."""
@@ -81,7 +81,7 @@ def plan_stage(
         bytes_parameters=_bytes_of_weights(model, parallel, local=local, owned=owned),
         bytes_gradients=round((owned if parallel.zero > 1 else local) * _FLOAT32),
         bytes_optimizer=round(owned * states * _FLOAT32),
-        bytes_activations=tokens_in_memory * _activations_a_token(model, parallel) * _BFLOAT16,
+        bytes_activations=tokens_in_memory * _activations_per_token(model, parallel) * _BFLOAT16,
         bytes_start=_bytes_of_start(model, parallel, local=local, owned=owned, states=states),
     )
 
@@ -138,9 +138,9 @@ def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
     return max(units)
 
 
-def _activations_a_token(model: ModelConfig, parallel: ParallelConfig) -> int:
+def _activations_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Return the number of stored values per token; with recomputation, only one block at a time stores all of them."""
     if parallel.recompute is Recompute.none:
-        return model.hidden_size * model.num_layers * _ACTIVATIONS_A_LAYER
-    again = _ACTIVATIONS_A_LAYER - _INPUTS_A_LAYER
-    return model.hidden_size * (model.num_layers * _INPUTS_A_LAYER + again)
+        return model.hidden_size * model.num_layers * _ACTIVATIONS_PER_LAYER
+    again = _ACTIVATIONS_PER_LAYER - _INPUTS_PER_LAYER
+    return model.hidden_size * (model.num_layers * _INPUTS_PER_LAYER + again)

@@ -12,7 +12,7 @@ from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 
 _DAY_S = 24 * 3600
-_DAYS_A_YEAR = 365.25
+_DAYS_PER_YEAR = 365.25
 
 
 def show(name: str, run: Any, *, world_size: int, device_tflops: float | None = None) -> None:
@@ -62,7 +62,7 @@ def _steps_taken(run: TrainingRun) -> int:
     """
     if run.continue_from is None or not Path(run.continue_from).expanduser().exists():
         return 0
-    # These bring torch in; most dry runs continue nothing.
+    # These imports load torch, which only the dry run of a continued run needs.
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
     from moetrain.run.weights import read_weights
@@ -126,7 +126,7 @@ def time_in_words(seconds: float) -> str:
     days = seconds / _DAY_S
     if days < 2:
         return duration(seconds)
-    return f"{days:,.1f} days" if days < 2 * _DAYS_A_YEAR else f"{days / _DAYS_A_YEAR:,.1f} years"
+    return f"{days:,.1f} days" if days < 2 * _DAYS_PER_YEAR else f"{days / _DAYS_PER_YEAR:,.1f} years"
 
 
 def _bytes(count: int) -> str:

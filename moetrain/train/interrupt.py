@@ -12,7 +12,7 @@ import torch
 from moetrain.parallel.topology import Topology
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_STDERR = 2  # the descriptor
+_STDERR = 2  # file descriptor of standard error
 _SAME_PRESS_S = 1.0
 """A terminal sends Ctrl-C to its whole process group, and launchers forward it; within this time it counts as one
 press."""

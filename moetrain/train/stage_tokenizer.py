@@ -26,26 +26,26 @@ def stage_tokenizer(
     It is saved in `folder/tokenizer`, so that later stages need only this stage's folder. num_rows: rows of the model's
     embedding. Raises ConfigError if it differs from the tokenizer of the weights (`check_tokenizer`).
     """
-    own = folder / TOKENIZER
-    keeps_theirs = origin is not None and not config.tokenizer.retrain
+    own_folder = folder / TOKENIZER
+    keeps_tokenizer = origin is not None and not config.tokenizer.retrain
     if origin is not None:
         check_tokenizer(config.tokenizer, origin)
-    if keeps_theirs and config.tokenizer.path is None and not (own / TOKENIZER_FILE).is_file():
-        assert origin is not None and origin.tokenizer is not None  # check_tokenizer
-        Tokenizer.load(origin.tokenizer).save(own)
-    tokenizer = prepare_tokenizer(config, folder=own, num_rows=num_rows, dialogue_texts=dialogue_texts)
-    if keeps_theirs:
+    if keeps_tokenizer and config.tokenizer.path is None and not (own_folder / TOKENIZER_FILE).is_file():
+        assert origin is not None and origin.tokenizer is not None  # ensured by check_tokenizer
+        Tokenizer.load(origin.tokenizer).save(own_folder)
+    tokenizer = prepare_tokenizer(config, folder=own_folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
+    if keeps_tokenizer:
         assert origin is not None
-        theirs = _digest_of_theirs(origin)
-        if theirs is None:
+        expected_digest = _tokenizer_digest(origin)
+        if expected_digest is None:
             _log.info("assuming that %s is the tokenizer of the weights %s", config.tokenizer.path, origin.path)
-        elif tokenizer.digest != theirs:
+        elif tokenizer.digest != expected_digest:
             raise ConfigError(
-                f"{own} contains another tokenizer than that of the weights {origin.path}: give another run.stage or "
-                f"run.name, or {_RETRAIN} to train the weights with it"
+                f"{own_folder} contains another tokenizer than that of the weights {origin.path}: "
+                f"give another run.stage or run.name, or {_RETRAIN} to train the weights with it"
             )
-    if not (own / TOKENIZER_FILE).is_file():
-        tokenizer.save(own)
+    if not (own_folder / TOKENIZER_FILE).is_file():
+        tokenizer.save(own_folder)
     return tokenizer
 
 
@@ -60,14 +60,14 @@ def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:
                 f"data.tokenizer.path, or give {_RETRAIN} to train the weights with a new tokenizer, unknown to them"
             )
         return
-    theirs = _digest_of_theirs(origin)
-    if theirs is not None and Tokenizer.load(Path(config.path).expanduser()).digest != theirs:
+    expected_digest = _tokenizer_digest(origin)
+    if expected_digest is not None and Tokenizer.load(Path(config.path).expanduser()).digest != expected_digest:
         raise ConfigError(
             f"data.tokenizer.path is {config.path}, which is not the tokenizer of the weights {origin.path}: "
             f"leave data.tokenizer.path out, or give {_RETRAIN} to train the weights with a tokenizer unknown to them"
         )
 
 
-def _digest_of_theirs(origin: Origin) -> str | None:
+def _tokenizer_digest(origin: Origin) -> str | None:
     """Return the digest of the tokenizer that the weights were trained with, or None if unknown."""
     return Tokenizer.load(origin.tokenizer).digest if origin.tokenizer is not None else origin.tokenizer_digest

@@ -85,8 +85,8 @@ def verify_exports(
             name = f"{str(dtype).removeprefix('torch.')}: {title} file against dequantised weights"
             note = f"of {theirs_BTV.numel()} logits of transformers"
             rows.append(Row(name=name, value=differing, bound=0, note=note))
-        ours_BTV = _our_logits(export, tokens_BT=tokens_BT, fault=fault)  # the last dtype was float32
-        rows.append(_agreement_row(ours_BTV, theirs_BTV))
+        ours_BTV = _our_logits(export, tokens_BT=tokens_BT, fault=fault)
+        rows.append(_agreement_row(ours_BTV, theirs_BTV))  # float32, the last dtype of the loop
         rows.append(_size_row(export, title=title))
     return rows
 

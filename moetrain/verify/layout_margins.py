@@ -13,7 +13,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.router import Routing
 from moetrain.parallel.protocol import Engine
 
-_SCORES_OF_A_GROUP = 2  # the score of a group is the sum of its two best experts; see model.router
+_SCORES_PER_GROUP = 2  # the score of a group is the sum of its two best experts; see model.router
 
 
 class Margins:
@@ -43,7 +43,7 @@ def smallest_lead(biased_NE: torch.Tensor, expert_ids_NK: torch.Tensor, *, confi
     closed group must also exceed the last chosen expert to change the choice.
     """
     grouped_NGS = biased_NE.view(len(biased_NE), config.num_groups, -1)
-    num_best = min(_SCORES_OF_A_GROUP, grouped_NGS.shape[-1])
+    num_best = min(_SCORES_PER_GROUP, grouped_NGS.shape[-1])
     sums_NG = grouped_NGS.topk(num_best, dim=-1).values.sum(dim=-1)
     best_ids = sums_NG.topk(config.num_groups_per_token, dim=-1).indices
     is_open_NG = torch.zeros_like(sums_NG, dtype=torch.bool).scatter(1, best_ids, True)

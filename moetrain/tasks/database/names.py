@@ -15,7 +15,7 @@ _ONSETS = (
 _NUCLEI = "a e i o u ai ea ee ie oa oo ou".split(" ")
 _CODAS = "   b ck d ft g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh ss st t th w x y".split(
     " "
-)  # three of them are empty
+)  # the first three are empty
 _ENDINGS = "a al e el en er ey ic in le o on or us y".split(" ")
 _HELD_OUT_EVERY = 5  # one word in five is held out, chosen by its letters
 _LONG_SHARE = 0.5  # share of words with an ending
