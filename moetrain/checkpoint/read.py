@@ -233,14 +233,16 @@ def check_files(checkpoint: Checkpoint, *, part: int = 0, num_parts: int = 1) ->
         _check_file(checkpoint.path / name, checkpoint.files[name])
 
 
-def dump(value: Mapping[str, Any]) -> str:
+def canonical_json(value: Mapping[str, Any]) -> str:
     """Return canonical JSON text, as hashed for digests."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
     """Return the sha256 of an index, excluding its own "sha256" entry."""
-    return hashlib.sha256(dump({key: value for key, value in index.items() if key != "sha256"}).encode()).hexdigest()
+    return hashlib.sha256(
+        canonical_json({key: value for key, value in index.items() if key != "sha256"}).encode()
+    ).hexdigest()
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from moetrain.checkpoint.read import (
     OPTIMIZER_PREFIX,
     STATE_FILE,
     Stored,
-    dump,
+    canonical_json,
     fingerprint,
     folder_of,
     index_digest,
@@ -111,7 +111,7 @@ def write_part(partial: Path, pieces: Sequence[Piece], *, rank: int, shard_bytes
                 stored = Stored(file=file_name, key=_key(piece), start=piece.start, count=piece.values_P.numel())
                 entry = tensors.setdefault(piece.name, {"shape": list(piece.shape), "pieces": []})
                 entry["pieces"].append(asdict(stored))
-    write_text(_part_file(partial, rank), dump({"files": files, "tensors": tensors}))
+    write_text(_part_file(partial, rank), canonical_json({"files": files, "tensors": tensors}))
 
 
 def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any], retention: Retention) -> Path:
@@ -136,10 +136,10 @@ def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any]
     for name, entry in tensors.items():
         entry["pieces"].sort(key=lambda piece: int(piece["start"]))
         _check_whole(name, entry)
-    write_text(partial / STATE_FILE, dump({**state, "step": step}))
+    write_text(partial / STATE_FILE, canonical_json({**state, "step": step}))
     files[STATE_FILE] = fingerprint(partial / STATE_FILE)
     index: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
-    write_text(partial / INDEX_FILE, dump({**index, "sha256": index_digest(index)}))
+    write_text(partial / INDEX_FILE, canonical_json({**index, "sha256": index_digest(index)}))
     for rank in range(num_parts):
         _part_file(partial, rank).unlink()
     sync(partial)

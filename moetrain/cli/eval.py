@@ -56,7 +56,7 @@ def _numbers(
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
-    from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
     # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
@@ -70,7 +70,7 @@ def _numbers(
     if run.eval.masters is not None:
         masters = read_masters(run.eval.masters, field="eval.masters", origin=origin)
     if run.eval.codes_before is not None:
-        earlier = read_beside(run.eval.codes_before, field="eval.codes_before", origin=origin)
+        earlier = read_same_model(run.eval.codes_before, field="eval.codes_before", origin=origin)
 
     def keep_traces(mode: str, trajectories: "Sequence[Trajectory]") -> None:
         path = folder / "traces" / f"{mode}.jsonl"

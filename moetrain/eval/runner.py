@@ -20,7 +20,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
-from moetrain.rollout.world import EnvironmentFailure, make_task, run_alone
+from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment, make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.protocol import Demonstrates, Grade, MakesLengths, Split, Task, TaskFamily
@@ -150,7 +150,7 @@ def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Gr
 def _null_policy_grade(task: Task, stream: int) -> Grade | None:
     """Return the grade of an empty answer in a fresh environment; None when the environment fails."""
     try:
-        return run_alone(task, stream, answer="")
+        return grade_in_new_environment(task, stream, answer="")
     except EnvironmentFailure as error:
         _log.warning("graders: the environment failed: %s", error)
         return None

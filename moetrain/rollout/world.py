@@ -231,7 +231,7 @@ def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RolloutError("the environment of an InlineTask awaits something: do not derive its task from InlineTask")
 
 
-def run_alone(task: Task, stream: int, *, answer: str) -> Grade:
+def grade_in_new_environment(task: Task, stream: int, *, answer: str) -> Grade:
     """Return the grade of `answer` in a new environment without any call."""
 
     async def act() -> Grade:

@@ -139,7 +139,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     from moetrain.checkpoint.origin import check_fit
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
-    from moetrain.run.weights import read_beside, read_masters, read_weights, tokenizer_of
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
     from moetrain.train.stage_tokenizer import check_tokenizer
     from moetrain.train.stages import document_start_point
     from moetrain.upcycle.stage import check_dense
@@ -167,7 +167,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         if field in named:
             read_masters(named[field], field=field, origin=origin)
     if "eval.codes_before" in named:
-        read_beside(named["eval.codes_before"], field="eval.codes_before", origin=origin)
+        read_same_model(named["eval.codes_before"], field="eval.codes_before", origin=origin)
 
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:

@@ -26,8 +26,11 @@ def read_weights(init_from: str) -> Origin:
         raise
 
 
-def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
-    """Return the weights in `value`. `CheckpointError`, which names `field`, if the model differs from `origin`."""
+def read_same_model(value: str, *, field: str, origin: Origin) -> Origin:
+    """Return the weights in the folder `value`. Raises `CheckpointError` if their model differs from that of `origin`.
+
+    field: config field that contains `value`, for the message.
+    """
     other = read_weights(value)
     if mismatches := mismatched_fields(other.model, origin.model):
         raise CheckpointError(f"{field} is {value}: its model differs from {origin.path} ({'; '.join(mismatches)})")
@@ -35,8 +38,8 @@ def read_beside(value: str, *, field: str, origin: Origin) -> Origin:
 
 
 def read_masters(value: str, *, field: str, origin: Origin) -> Origin:
-    """Return the float32 masters from which `origin` was exported. Raises as `read_beside`, and for an export."""
-    masters = read_beside(value, field=field, origin=origin)
+    """Return the float32 masters from which `origin` was exported. Raises as `read_same_model`, and for an export."""
+    masters = read_same_model(value, field=field, origin=origin)
     if is_export(masters.path):
         raise CheckpointError(f"{field} is {value}: this is an export; give the stage or checkpoint it was made from")
     return masters

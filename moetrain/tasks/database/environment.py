@@ -11,7 +11,7 @@ from moetrain.errors import ToolError
 from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.program import Program
-from moetrain.tasks.database.schema import Table, dump, open_database
+from moetrain.tasks.database.schema import Table, all_rows, open_database
 from moetrain.tasks.database.steps import StepKind
 from moetrain.tasks.protocol import Grade, Observation
 from moetrain.tools.sql import SqlTools
@@ -44,7 +44,7 @@ class DatabaseEnvironment:
     def grade(self, answer: str) -> Grade:
         """Compare the final database and the answer with those of the right solution."""
         expected_rows, expected_value = solve(self._tables, self._program, config=self._config)
-        rows = dump(self._connection)
+        rows = all_rows(self._connection)
         if rows != expected_rows:
             untouched = rows == {name: table.rows for name, table in sorted(self._tables.items())}
             return Grade(reward=0.0, reason="unchanged" if untouched else "wrong_rows")
@@ -79,6 +79,6 @@ def solve(
     for step in program.steps:
         result = json.loads(tools.call(step.kind.value, step.arguments(value)))
         value = value if step.kind is StepKind.update else result
-    rows = dump(connection)
+    rows = all_rows(connection)
     connection.close()
     return rows, value

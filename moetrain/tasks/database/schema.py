@@ -70,7 +70,7 @@ def open_database(tables: dict[str, Table]) -> sqlite3.Connection:
     return connection
 
 
-def dump(connection: sqlite3.Connection) -> dict[str, list[tuple[str | int, ...]]]:
+def all_rows(connection: sqlite3.Connection) -> dict[str, list[tuple[str | int, ...]]]:
     """Return all rows of all tables, in order, for comparison by the grader."""
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     return {name: connection.execute(f'SELECT * FROM "{name}" ORDER BY rowid').fetchall() for name in names}
