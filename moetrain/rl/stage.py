@@ -101,7 +101,11 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        why = "every environment failed" if values["unscored"] == 1.0 else "no group has rewards that differ"
+        why = "no group has rewards that differ"
+        if scored.num_small_groups == len(groups):
+            why = "no group has two scored trajectories"
+        if values["ending/environment_failed"] == 1.0:
+            why = "every environment failed"
         _log.warning("step %d: %s; the weights are not updated", step + 1, why)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology
