@@ -273,7 +273,7 @@ def _check_key(schema: type, key: str) -> list[Any]:
                 elsewhere = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
                 is_slip = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
                 said = f"did you mean {elsewhere[0]}?" if elsewhere and not is_slip else suggestion(part, list(hints))
-                place = f"in {above}" if above else "here"
+                place = f"in {above}" if above else "in this command"
                 raise ConfigError(f"{key}: there is no {part!r} {place}; {said}")
             kinds.append(_without_none(hints[part]))
         elif get_origin(kinds[-1]) is dict:
