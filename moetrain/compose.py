@@ -274,7 +274,7 @@ def _check_key(schema: type, key: str) -> list[Any]:
                 same_name = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
                 is_typo = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
                 advice = f"did you mean {same_name[0]}?" if same_name and not is_typo else suggestion(part, list(hints))
-                place = f"in {parent}" if parent else "here"
+                place = f"in {parent}" if parent else "in this command"
                 raise ConfigError(f"{key}: there is no {part!r} {place}; {advice}")
             kinds.append(_without_none(hints[part]))
         elif get_origin(kinds[-1]) is dict:

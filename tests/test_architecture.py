@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moetrain"
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "ranges", "runtime"],
+    ["files", "options", "ranges", "runtime"],
     ["log"],
     ["kernels", "chat", "quant"],
     ["ops"],
@@ -50,6 +50,7 @@ TORCH_FREE = [
     "errors.py",
     "files.py",
     "log.py",
+    "options.py",
     "ranges.py",
     "config.py",
     "commands.py",

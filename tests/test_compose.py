@@ -43,8 +43,8 @@ def test_a_source_can_be_removed() -> None:
     ("overrides", "message"),
     [
         (["train.stesp=3"], "train.stesp: there is no 'stesp' in train; did you mean steps?"),
-        (["steps=3"], "steps: there is no 'steps' here; did you mean train.steps?"),
-        (["modle=k2_nano"], "modle: there is no 'modle' here; did you mean model?"),
+        (["steps=3"], "steps: there is no 'steps' in this command; did you mean train.steps?"),
+        (["modle=k2_nano"], "modle: there is no 'modle' in this command; did you mean model?"),
         (["model=k2_nan"], "model is 'k2_nan': did you mean k2_nano?"),
         (["data.overlong=splitt"], "data.overlong is 'splitt': did you mean split?"),
         (

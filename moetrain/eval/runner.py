@@ -23,6 +23,7 @@ from moetrain.rollout.types import Trajectory
 from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment, make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.dialogues import demonstration
 from moetrain.tasks.protocol import Demonstrates, Grade, MakesLengths, Split, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
 def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
     """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
     try:
-        return family.demonstrate(task, stream, perfect=True)[1]
+        return demonstration(family, task, stream=stream, perfect=True)[1]
     except Exception as error:  # a plugin's code may raise anything
         _log.warning("graders: the demonstrator failed: %s: %s", type(error).__name__, error)
         return None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from moetrain.errors import ConfigError
 from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
@@ -21,7 +22,7 @@ class RlConfig:
     algorithm: str = "k2_5"
     """Algorithm of the update: k2_5, the token-level objective of Kimi K2.5; rejection, fine-tuning on the solved
     trajectories of the same batch; or an algorithm that a plugin registers."""
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Options of the algorithm by name: rl.options.ratio_low, ratio_high and tau for k2_5; rejection has none."""
     tasks_per_step: int = 16
     """Tasks per optimizer step (P)."""

@@ -6,13 +6,14 @@ N predicted tokens of a micro-batch.
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.errors import ConfigError
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.engine import Objective, ObjectiveResult
 from moetrain.rl.columns import LOGPROB, TEMPERATURE
 from moetrain.rl.config import BalanceLosses
-from moetrain.rl.protocol import Algorithm
+from moetrain.rl.protocol import Algorithm, TokenLoss
 from moetrain.train.loss import GlobalCounts, balance_terms, router_entropies, token_logprobs
 
 SUM_PREFIX = "sum/"
@@ -31,7 +32,8 @@ def rl_objective(
     """Return the objective of an RL step; the sum of the token losses of all ranks is divided by `divisor`.
 
     With `BalanceLosses.model` the losses of `balance` are added. They are means over all tokens of the step's
-    trajectories, including prompts and observations, because these are routed too.
+    trajectories, including prompts and observations, because these are routed too. The objective raises ConfigError for
+    token losses that have another shape than the logprobs, or no graph.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
@@ -42,6 +44,7 @@ def rl_objective(
         predicted = token_logprobs(model, output.hidden_BTD, batch=batch, temperatures_N=temperatures_N)
         columns = {name: batch.at_targets(name) for name in batch.columns}
         loss = algorithm.token_loss(predicted.logprobs_N, columns=columns)
+        _check(loss, predicted.logprobs_N, algorithm=algorithm)
         gap_N = (predicted.logprobs_N.detach() - columns[LOGPROB]).abs()
         metrics = {
             **{SUM_PREFIX + name: value.detach() for name, value in loss.sums.items()},
@@ -68,3 +71,15 @@ def rl_objective(
         )
 
     return objective
+
+
+def _check(loss: TokenLoss, logprobs_N: torch.Tensor, *, algorithm: Algorithm) -> None:
+    """Raise ConfigError for a loss that is not one number per token with a gradient."""
+    owner = f"{type(algorithm).__name__}.token_loss"
+    if loss.loss_N.shape != logprobs_N.shape:  # a mean or a sum would be broadcast, and counted once per token
+        raise ConfigError(
+            f"{owner} returns loss_N of shape {list(loss.loss_N.shape)} for logprobs_N of shape "
+            f"{list(logprobs_N.shape)}: return the loss of each token; the trainer sums and divides"
+        )
+    if logprobs_N.requires_grad and not loss.loss_N.requires_grad:
+        raise ConfigError(f"{owner} returns loss_N without a gradient: compute it from logprobs_N, without detach()")

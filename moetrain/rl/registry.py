@@ -1,24 +1,31 @@
 """RL algorithms by name. A plugin calls `register`, and a stage calls `build`."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.options import checked_options
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.columns import COLUMNS
 from moetrain.rl.config import RlConfig
-from moetrain.rl.protocol import Algorithm
+from moetrain.rl.protocol import Algorithm, Normalizer
 
-_ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"k2_5": K25, "rejection": Rejection}
+_ALGORITHMS: dict[str, type[Algorithm]] = {"k2_5": K25, "rejection": Rejection}
+_MEMBERS = ("columns", "normalizer", "advantages", "token_loss")
 
 
-def register(name: str, algorithm: Callable[..., Algorithm]) -> None:
-    """Register the dataclass `algorithm` as `rl.algorithm=name`. `rl.options.<field>=<number>` sets its fields."""
+def register(name: str, algorithm: type[Algorithm]) -> None:
+    """Register the dataclass `algorithm` as `rl.algorithm=name`. `rl.options.<field>=<value>` sets its fields.
+
+    Raises ConfigError if it is not a dataclass.
+    """
+    if not is_dataclass(algorithm):
+        raise ConfigError(f"the RL algorithm {name} is {algorithm!r}: give a class with @dataclass(kw_only=True)")
     _ALGORITHMS[name] = algorithm
 
 
-def registered() -> Mapping[str, Callable[..., Algorithm]]:
+def registered() -> Mapping[str, type[Algorithm]]:
     """Return the algorithms by name."""
     return dict(_ALGORITHMS)
 
@@ -28,16 +35,14 @@ def build(config: RlConfig) -> Algorithm:
     if config.algorithm not in _ALGORITHMS:
         known = ", ".join(sorted(_ALGORITHMS))
         raise ConfigError(f"rl.algorithm is {config.algorithm}: give one of {known}, or a plugin that registers it")
-    algorithm = _ALGORITHMS[config.algorithm]
-    known_options = [option.name for option in fields(algorithm)]  # type: ignore[arg-type]
-    for option in config.options:
-        if option not in known_options:
-            has = f"has the options {', '.join(known_options)}" if known_options else "has no options"
-            raise ConfigError(f"rl.options.{option}: rl.algorithm={config.algorithm} {has}")
-    built = algorithm(**config.options)
+    owner = f"rl.algorithm={config.algorithm}"
+    built: Algorithm = checked_options(_ALGORITHMS[config.algorithm], config.options, prefix="rl.options.", owner=owner)
+    for member in _MEMBERS:
+        if member not in dir(built):
+            raise ConfigError(f"{owner} has no {member}: an algorithm has {', '.join(_MEMBERS)}")
+    if built.normalizer not in list(Normalizer):
+        raise ConfigError(f"{owner} has the normalizer {built.normalizer!r}: give one of {', '.join(Normalizer)}")
     for column in built.columns:
         if column not in COLUMNS:
-            raise ConfigError(
-                f"rl.algorithm={config.algorithm} requests the column {column!r}: give one of {', '.join(COLUMNS)}"
-            )
+            raise ConfigError(f"{owner} requests the column {column!r}: give one of {', '.join(COLUMNS)}")
     return built

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moetrain.errors import ConfigError
 from moetrain.rl.advantage import penalise_malformed
 from moetrain.rl.columns import Row
 from moetrain.rl.protocol import Algorithm, Normalizer
@@ -29,13 +30,14 @@ def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malfo
 
     Unscored trajectories are excluded, and so are groups with fewer than two scored ones, which have no baseline. A
     segment whose advantages are all 0 has no policy gradient. Its tokens still count in the divisor when the algorithm
-    divides by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`.
+    divides by all sampled tokens. malformed_penalty: see `rl.malformed_penalty`. Raises ConfigError for advantages that
+    do not have one number per token.
     """
     scored = [[trajectory for trajectory in group if trajectory.is_scored] for group in groups]
     scored_groups = [group for group in scored if len(group) >= _SMALLEST_GROUP]
     rows: list[Row] = []
     trajectories = [trajectory for group in scored_groups for trajectory in group]
-    advantages = [per_segment for group in scored_groups for per_segment in algorithm.advantages(group)]
+    advantages = [per_segment for group in scored_groups for per_segment in _advantages(algorithm, group)]
     for number, (trajectory, of_algorithm) in enumerate(zip(trajectories, advantages, strict=True)):
         per_segment = penalise_malformed(trajectory, of_algorithm, penalty=malformed_penalty)
         for segment, per_token in zip(trajectory.segments, per_segment, strict=True):
@@ -48,3 +50,19 @@ def score(groups: Sequence[Sequence[Trajectory]], algorithm: Algorithm, *, malfo
         Normalizer.trajectories: len(trajectories),
     }[algorithm.normalizer]
     return Scored(rows=rows, divisor=float(max(divisor, 1)), num_small_groups=len(scored) - len(scored_groups))
+
+
+def _advantages(algorithm: Algorithm, group: Sequence[Trajectory]) -> list[list[list[float]]]:
+    """Return the advantages of a group, after a check of their lengths."""
+    advantages = algorithm.advantages(group)
+    try:
+        lengths = [[len(per_token) for per_token in per_segment] for per_segment in advantages]
+    except TypeError:  # a number where a list belongs
+        lengths = []
+    if lengths != [[len(segment.tokens) for segment in trajectory.segments] for trajectory in group]:
+        raise ConfigError(
+            f"{type(algorithm).__name__}.advantages does not return one number per token: return a list per "
+            "trajectory, of a list per segment, of a number per token; moetrain.rl.advantage.constant returns those "
+            "of one trajectory"
+        )
+    return advantages

@@ -101,7 +101,11 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        reason = "every environment failed" if values["unscored"] == 1.0 else "no group has rewards that differ"
+        reason = "no group has rewards that differ"
+        if scored.num_small_groups == len(groups):
+            reason = "no group has two scored trajectories"
+        if values["ending/environment_failed"] == 1.0:
+            reason = "every environment failed"
         _log.warning("step %d: %s; the weights are not updated", step + 1, reason)
         return {**values, TIME_PREFIX + "rollout_s": collected - started}
     topology = stage.engine.topology

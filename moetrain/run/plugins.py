@@ -33,7 +33,10 @@ def plugin_spec(plugin: str) -> importlib.machinery.ModuleSpec:
     """Return the module spec of a plugin: a .py file, or a module on `sys.path` or in the current folder."""
     spec = _of_file(Path(plugin).expanduser()) if plugin.endswith(".py") else _of_module(plugin)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"plugins: there is no {plugin}; give a module that Python finds, or the path of a .py file")
+        where = f" in {os.getcwd()}" if plugin.endswith(".py") and not os.path.isabs(plugin) else ""
+        raise ConfigError(
+            f"plugins: there is no {plugin}{where}; give a module that Python finds, or the path of a .py file"
+        )
     return spec
 
 

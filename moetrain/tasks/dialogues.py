@@ -1,20 +1,36 @@
 """Turns the demonstrations of a task family into training documents."""
 
+import asyncio
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from typing import Any
 
+from moetrain.chat.messages import Message
 from moetrain.chat.template import Piece, conversation_pieces, pieces_to_text, pieces_to_tokens
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.runtime import seed_of
-from moetrain.tasks.protocol import Split, TaskFamily
+from moetrain.tasks.protocol import Demonstrates, Grade, Split, TaskFamily
 from moetrain.tasks.registry import demonstrator_of
 
 _log = logging.getLogger(__name__)
 
 RL_FIRST_TASK = 1_000_000
 """Number of RL's first training task; demonstrations use tasks with smaller numbers."""
+
+
+def demonstration(
+    family: Demonstrates, task: Any, *, stream: int, perfect: bool = False
+) -> tuple[list[Message], Grade]:
+    """Return the demonstrator's conversation and its grade; a coroutine is run to its end."""
+
+    async def awaited(made: Awaitable[tuple[list[Message], Grade]]) -> tuple[list[Message], Grade]:
+        return await made
+
+    made = family.demonstrate(task, stream, perfect=perfect)
+    return asyncio.run(awaited(made)) if inspect.isawaitable(made) else made
 
 
 def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
@@ -31,7 +47,7 @@ def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: b
     for index in range(wanted):
         stream = seed_of(seed, "demonstration", index)
         try:
-            messages, _ = demonstrator.demonstrate(family.task(Split.train, index), stream)
+            messages, _ = demonstration(demonstrator, family.task(Split.train, index), stream=stream)
         except Exception as error:  # a plugin's code may raise anything
             num_failed, reason = num_failed + 1, f"{type(error).__name__}: {error}"
             continue

@@ -144,9 +144,14 @@ class TaskFamily(Protocol):
 
 @runtime_checkable
 class Demonstrates(Protocol):
-    """A task family with a scripted demonstrator, whose conversations are SFT data."""
+    """A task family with a scripted demonstrator, whose conversations are SFT data.
 
-    def demonstrate(self, task: Any, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+    The method may be a coroutine function or a plain function.
+    """
+
+    def demonstrate(
+        self, task: Any, stream: int, *, perfect: bool = False
+    ) -> tuple[list[Message], Grade] | Awaitable[tuple[list[Message], Grade]]:
         """Return the demonstrator's conversation in a new environment, and its grade. perfect: without mistakes."""
         ...
 

@@ -1,16 +1,18 @@
 """Task families by name. A plugin calls `register`, and a stage calls `build`."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 from moetrain.errors import ConfigError, MoetrainError
+from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.protocol import Demonstrates, TaskFamily
 
-_KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-"""Accepted types of values, by the type of an option."""
+
+@dataclass(frozen=True)
+class _NoOptions:
+    """Settings of a family that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,10 @@ def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, opt
     """Register `factory(config, seed)` as `task.name=name`.
 
     options: a dataclass of the family's own settings. `task.options.<field>` sets a field, and `config.options`
-    contains the checked values of all fields.
+    contains the checked values of all fields. Raises ConfigError if it is not a dataclass.
     """
+    if options is not None and not is_dataclass(options):
+        raise ConfigError(f"the task family {name} is registered with options={options!r}: give a dataclass")
     _FAMILIES[name] = _Row(factory=factory, options=options)
 
 
@@ -43,7 +47,9 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
             f"task.name is {config.name}: give one of {', '.join(sorted(_FAMILIES))}, or register it in a plugin"
         )
     row = _FAMILIES[config.name]
-    checked = replace(config, options=_options(config, row.options))
+    schema = row.options or _NoOptions
+    own = checked_options(schema, config.options, prefix="task.options.", owner=f"task.name={config.name}")
+    checked = replace(config, options={field.name: vars(own)[field.name] for field in fields(own)})
     try:
         return row.factory(checked, seed)
     except MoetrainError:
@@ -61,22 +67,3 @@ def demonstrator_of(family: TaskFamily) -> Demonstrates:
             "remove the source, or add that method"
         )
     return family
-
-
-def _options(config: TaskConfig, schema: type | None) -> dict[str, Any]:
-    """Return the checked values of all options of a family."""
-    hints: Mapping[str, Any] = get_type_hints(schema) if schema is not None else {}
-    for name, value in config.options.items():
-        if name not in hints:
-            has = f"has the options {', '.join(hints)}" if hints else "has no options"
-            raise ConfigError(f"task.options.{name}: task.name={config.name} {has}")
-        kinds = _KINDS.get(hints[name])
-        if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise ConfigError(f"task.options.{name} is {value!r}: give a value of type {hints[name].__name__}")
-    if schema is None:
-        return {}
-    try:
-        own = schema(**config.options)
-    except TypeError as error:
-        raise ConfigError(f"task.options: task.name={config.name}: {error}") from error
-    return {field.name: vars(own)[field.name] for field in fields(own)}

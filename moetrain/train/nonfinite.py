@@ -26,7 +26,7 @@ class Skips:
     in_row: int = 0
 
     def note(self, values: Mapping[str, float], config: TrainConfig, *, step: int) -> dict[str, float]:
-        """Count step `step` if it was skipped, and return its finite metrics and `skipped_steps`.
+        """Count step `step` (from 0) if it was skipped, and return its finite metrics and `skipped_steps`.
 
         Under `NonfinitePolicy.stop` nothing is counted and `values` is returned unchanged. Raises `DivergenceError`
         after more than `config.max_skipped_in_row` consecutive skipped steps.
@@ -39,14 +39,14 @@ class Skips:
         if was_skipped:
             _log.warning(
                 "step %d is skipped (%d so far): the loss is %s, gradient norm %s; weights and optimizer are unchanged",
-                step,
+                step + 1,
                 self.total,
                 values["loss"],
                 values["grad_norm"],
             )
         if self.in_row > config.max_skipped_in_row:
             raise DivergenceError(
-                f"step {step}: {self.in_row} steps in a row had a loss or gradient that is not finite, and "
+                f"step {step + 1}: {self.in_row} steps in a row had a loss or gradient that is not finite, and "
                 f"train.max_skipped_in_row is {config.max_skipped_in_row}. The cause is the weights or the data, not a "
                 "single batch. Start again from an earlier checkpoint, or with a lower optim.lr"
             )

@@ -38,7 +38,8 @@ def train_step(
 ) -> dict[str, float]:
     """Take one optimizer step on this rank's micro-batches and return its metrics, the same on every rank.
 
-    Collective: every rank must pass the same number of micro-batches. step: the step number for errors. qk_clip:
+    Collective: every rank must pass the same number of micro-batches. step: the step number, from 0; errors count from
+    1, as the metrics do. qk_clip:
     threshold of QK-Clip, None is off; if set, the objective must measure the logits. If the loss or gradient norm is
     not finite, weights, optimizer state and balance bias stay unchanged on every rank, and the function raises
     `DivergenceError` or, with `on_nonfinite=skip`, returns metrics that include `SKIPPED`.
@@ -87,7 +88,7 @@ def train_step(
 def _divergence(step: int, *, loss: float, grad_norm: float) -> DivergenceError:
     problem = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
     return DivergenceError(
-        f"step {step}: {problem}; the weights are those before this step. "
+        f"step {step + 1}: {problem}; the weights are those before this step. "
         "Start again with a lower optim.lr, or with train.on_nonfinite=skip to skip such steps"
     )
 

@@ -16,7 +16,7 @@ from moetrain.verify.fault_runs import ROWS_PER_STEP, FaultSetup, Life, begin
 from moetrain.verify.injection import Plan
 from moetrain.verify.table import Row
 
-_NAN_STEP = 3
+_NAN_STEP = 3  # from 0; messages count from 1
 _HANG_TIMEOUT_S = 30  # on a busy machine one rank may start this much later than the other
 _FULL_DISK = """
 set -u
@@ -88,7 +88,7 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
     spoilt = {"nan_row": _NAN_STEP * ROWS_PER_STEP}
     stopped = begin(setup, "nan_stop", plan=spoilt)
     code = stopped.wait()
-    is_clear = code != 0 and f"step {_NAN_STEP}: the loss is nan" in stopped.output()
+    is_clear = code != 0 and f"step {_NAN_STEP + 1}: the loss is nan" in stopped.output()
     again = begin(setup, "nan_stop", plan={}).wait()
     skipping = begin(setup, "nan_skip", plan=spoilt, more=["train.on_nonfinite=skip"]).wait()
     rows = [row for row in read_metrics(setup.stage("nan_skip") / "metrics.jsonl") if "skipped_steps" in row]
@@ -99,7 +99,7 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
             name="NaN in one rank's batch, stop: what went wrong",
             value=(not is_clear) + (again != 0) + num_differences(setup, "nan_stop"),
             bound=0,
-            note=f"exit code {code} at step {_NAN_STEP}; resumed without the NaN, exit code {again}",
+            note=f"exit code {code} at step {_NAN_STEP + 1}; resumed without the NaN, exit code {again}",
         ),
         Row(
             name="NaN in one rank's batch, skip: what went wrong",

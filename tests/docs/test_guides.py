@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moetrain.compose import compose
 from moetrain.hf.shape import to_hf_config
+from moetrain.log import read_metrics
 from moetrain.model.config import ModelConfig
 from tests.cli.command import ENVIRONMENT, ROOT
 
@@ -67,6 +68,8 @@ def test_the_guide_to_rl_losses_can_be_followed(tmp_path: Path) -> None:
     assert "capped 1 of 2" in printed
     summary = json.loads((tmp_path / "runs" / "toy" / "rl" / "summary.json").read_text())
     assert summary["steps"] == 1
+    (step,) = read_metrics(tmp_path / "runs" / "toy" / "rl" / "metrics.jsonl")
+    assert step["grad_norm"] > 0 and step["capped"] == 0.0
 
 
 def test_the_guide_to_environments_can_be_followed(tmp_path: Path) -> None:

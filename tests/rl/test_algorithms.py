@@ -1,6 +1,8 @@
 """RL algorithms against their formulas."""
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from moetrain.errors import ConfigError
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.config import RlConfig
-from moetrain.rl.protocol import Normalizer
-from moetrain.rl.registry import build
+from moetrain.rl.protocol import Algorithm, Normalizer
+from moetrain.rl.registry import build, register
 from tests.rl.trajectories import draw_trajectory, segment_of
 
 
@@ -85,3 +87,59 @@ def test_an_algorithm_is_built_with_its_options() -> None:
 def test_what_is_no_algorithm_or_option_is_refused(config: RlConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@dataclass(kw_only=True)
+class _Own(Rejection):
+    width: int
+    is_soft: bool = False
+    columns: Any = field(default=("advantage",), init=False)
+    normalizer: Any = field(default=Normalizer.trajectories, init=False)
+
+    def __post_init__(self) -> None:
+        if self.width > 9:
+            raise KeyError("width")
+        if self.width == 9:
+            self.normalizer = "sequences"
+        if self.width == 8:
+            self.columns = ("advantage", "length")
+
+
+def test_the_options_of_a_plugins_algorithm_have_the_types_of_its_fields() -> None:
+    register("own", _Own)
+
+    def made(**options: object) -> Algorithm:
+        return build(RlConfig(algorithm="own", options=options))
+
+    own = made(width=2, is_soft=True)
+    assert isinstance(own, _Own) and own.width == 2 and own.is_soft is True
+    options: dict[str, object]
+    for options, message in [
+        ({}, r"rl\.options\.width is missing: rl\.algorithm=own requires it"),
+        ({"width": 1.5}, r"rl\.options\.width is 1\.5: give a value of type int"),
+        ({"width": 1, "is_soft": 0}, r"rl\.options\.is_soft is 0: give a value of type bool"),
+        ({"width": 10}, r"rl\.options: rl\.algorithm=own cannot be made: KeyError: 'width'"),
+        ({"width": 1, "columns": 3}, r"rl\.options\.columns: rl\.algorithm=own has the options width, is_soft$"),
+        ({"width": 9}, r"normalizer 'sequences': give one of sampled_tokens, trained_tokens, trajectories"),
+        ({"width": 8}, r"column 'length': give one of advantage"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            made(**options)
+
+
+@dataclass(kw_only=True)
+class _Half:
+    columns = ()
+
+    def advantages(self) -> None:
+        """Return nothing."""
+
+
+def test_a_class_that_is_no_algorithm_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"RL algorithm plain is <class .*>: give a class with @dataclass"):
+        register("plain", object)  # type: ignore[arg-type]
+    register("half", _Half)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"rl\.algorithm=half has no normalizer: an algorithm has columns, normalizer"
+    ):
+        build(RlConfig(algorithm="half"))

@@ -1,5 +1,7 @@
 """The objective of an RL step: invariances, balance losses, temperature."""
 
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.columns import Row, micro_batches
 from moetrain.rl.config import BalanceLosses, RlConfig
 from moetrain.rl.loss import rl_objective
+from moetrain.rl.protocol import TokenLoss
 from moetrain.rollout.types import Segment
 from moetrain.train.loss import GlobalCounts, balance_terms, token_logprobs
 from tests.rl.trajectories import draw_trajectory, segment_of
@@ -154,3 +157,25 @@ def test_the_temperature_of_each_token_reaches_the_loss() -> None:
 def test_a_field_out_of_range_is_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"rl\.{field}"):
         RlConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda loss_N: loss_N.mean(),
+            r"Changed\.token_loss returns loss_N of shape \[\] for .* shape \[6\]",
+        ),
+        (lambda loss_N: loss_N[:1], r"of shape \[1\]"),
+        (lambda loss_N: loss_N.detach(), "without a gradient"),
+    ],
+)
+def test_a_loss_that_is_not_one_per_token_with_a_gradient_is_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    class Changed(K25):
+        def token_loss(self, logprobs_N: torch.Tensor, *, columns: Mapping[str, torch.Tensor]) -> TokenLoss:
+            return TokenLoss(loss_N=change(super().token_loss(logprobs_N, columns=columns).loss_N))
+
+    with pytest.raises(ConfigError, match=message):
+        _result(_model(), _two(), algorithm=Changed())

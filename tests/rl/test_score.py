@@ -1,9 +1,11 @@
 """Which trajectories of a step are trained on, and what the metrics say of the others."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from moetrain.errors import ConfigError
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.metrics import rollout_metrics
@@ -97,3 +99,13 @@ def test_a_malformed_turn_alone_is_penalised(ending: Ending) -> None:
 def test_another_ending_is_not_penalised() -> None:
     group = [_turns(Ending.stalled), _turns(Ending.max_turns)]
     assert score([group], K25(), malformed_penalty=0.5).rows == []
+
+
+@pytest.mark.parametrize("advantages", [[0.5, -0.5], [[0.5], [-0.5]], [[[0.5]], [[-0.5]]], []])
+def test_advantages_that_are_not_one_number_per_token_are_refused(advantages: Any) -> None:
+    class Wrong(K25):
+        def advantages(self, group_G: object) -> Any:
+            return advantages
+
+    with pytest.raises(ConfigError, match=r"Wrong\.advantages does not return one number per token"):
+        score([[_trajectory(1.0), _trajectory(0.0)]], Wrong())

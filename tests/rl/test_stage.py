@@ -17,16 +17,17 @@ from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.config import BalanceLosses, RlConfig
-from moetrain.rl.stage import RlStage, collect_groups, rl_training
+from moetrain.rl.stage import RlStage, collect_groups, rl_training, take_rl_step
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
+from moetrain.tasks.protocol import Split
 from moetrain.train.config import Continuation, TrainConfig
 from moetrain.train.continuation import TASKS_USED, start_point_of
 from moetrain.train.identity import identity_of
 from moetrain.train.loop import run_training
 from tests.distributed import run_ranks
-from tests.even_task import MODEL, EvenFamily, even_tokenizer
+from tests.even_task import MODEL, EvenFamily, EvenTask, even_tokenizer
 
 _QUANT = QuantConfig(enabled=True)
 _TRAIN = TrainConfig(steps=4, checkpoint_every=2)
@@ -140,6 +141,22 @@ def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path:
     assert before is not None and after is not None
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert {version for t in seen for segment in t.segments for version in segment.versions} == {0, 1}
+
+
+def test_a_step_without_an_update_names_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class NoWorld(EvenFamily):
+        def task(self, split: Split, index: int) -> EvenTask:
+            raise ConnectionError("no free container")
+
+    engine = _engine(EngineName.torch)
+    stage = replace(_stage(engine, []), rl=RlConfig(tasks_per_step=1, group_size=2))
+    too_long = replace(stage, rollout=replace(stage.rollout, max_tokens=4, max_turn_tokens=2))
+    for changed, reason in [
+        (too_long, "no group has two scored trajectories"),
+        (replace(stage, family=NoWorld()), "every environment failed"),
+    ]:
+        assert "loss" not in take_rl_step(changed, _TRAIN, step=0)
+        assert f"step 1: {reason}; the weights are not updated" in caplog.text
 
 
 def _balanced_step(folder: Path, *, losses: BalanceLosses, tokens: int) -> tuple[dict[str, float], torch.Tensor]:

@@ -27,6 +27,7 @@ def test_a_plugin_with_the_name_of_a_module_is_run_too_and_once(tmp_path: Path) 
         ({"pk2/__init__.py": "import no_such", "pk2/sub.py": ""}, "pk2.sub", r"ModuleNotFoundError: .*no_such"),
         ({"pk3/__init__.py": ""}, "pk3.sub", r"plugins: there is no pk3\.sub; give a module"),
         ({}, ".foo", r"plugins: there is no \.foo; give a module that Python finds"),
+        ({}, "d.py", r"plugins: there is no d\.py in /.*; give a module that Python finds, or the path"),
     ],
 )
 def test_what_a_plugin_raises_is_one_line(

@@ -230,3 +230,8 @@ def test_keys_that_moved_are_refused_with_the_new_ones() -> None:
             compose("rl", [f"task.{key}=3"])
     run = compose("rl", ["task.name=own", "task.options.size=4", "task.database.max_calls=5"])
     assert (run.task.options, run.task.database.max_calls) == ({"size": 4}, 5)
+
+
+def test_options_that_are_no_dataclass_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task family plain is registered with options=<class 'dict'>: give a data"):
+        registry.register("plain", _OwnFamily, options=dict)

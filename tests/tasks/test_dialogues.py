@@ -1,10 +1,13 @@
 """Demonstrations of environments that fail now and then."""
 
+import asyncio
+
 import pytest
 
 from moetrain.chat.messages import Message, Role
 from moetrain.errors import DataError
-from moetrain.tasks.dialogues import dialogue_texts
+from moetrain.eval.runner import check_graders
+from moetrain.tasks.dialogues import demonstration, dialogue_texts
 from moetrain.tasks.protocol import Grade
 from tests.even_task import EvenFamily
 
@@ -31,3 +34,17 @@ def test_demonstrations_that_fail_are_left_out_and_counted(caplog: pytest.LogCap
 def test_a_family_none_of_whose_demonstrations_can_be_made_is_refused() -> None:
     with pytest.raises(DataError, match="none of the 4 demonstrations of Unreliable could be made: ConnectionError"):
         list(dialogue_texts(Unreliable(every=100), count=4, seed=0))
+
+
+class Slow(EvenFamily):
+    """A family whose demonstrator awaits its tools."""
+
+    async def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
+        await asyncio.sleep(0)
+        return [Message(role=Role.user, content="hello")], Grade(reward=float(perfect), reason="right")
+
+
+def test_a_demonstrator_may_be_a_coroutine() -> None:
+    assert len(list(dialogue_texts(Slow(), count=3, seed=0))) == 3
+    assert demonstration(Slow(), None, stream=0, perfect=True)[1].success
+    assert check_graders(Slow(), num_tasks=2, seed=0)["perfect_demonstrator"] == 1.0

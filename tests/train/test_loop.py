@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         batch = toy_batch(step)
         return batch.with_columns({WEIGHT: batch.columns[WEIGHT] * math.nan}) if step == 3 else batch
 
-    with pytest.raises(DivergenceError, match=r"step 3: the loss is nan"):
+    with pytest.raises(DivergenceError, match=r"step 4: the loss is nan"):
         _run(tmp_path, batch_at=batch_at)
     assert checkpoint.steps(tmp_path / CHECKPOINTS) == [2]
 
@@ -242,7 +242,7 @@ def test_a_step_whose_loss_is_not_finite_is_left_out_and_counted(
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "tokens" in row]
     assert [row["skipped_steps"] for row in rows] == [0.0, 1.0]
     assert ["loss" in row for row in rows] == [True, False]
-    assert "step 1 is skipped" in caplog.text
+    assert "step 2 is skipped" in caplog.text
     after = _tensors(tmp_path)
     alone = tmp_path / "alone"
     _run(alone, engine=engine, steps=1)
@@ -263,7 +263,7 @@ def test_a_run_with_steps_left_out_that_was_stopped_goes_on_to_the_same_bits(tmp
 
 
 def test_more_steps_left_out_in_a_row_than_allowed_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match=r"step 5: 3 steps in a row .* train.max_skipped_in_row is 2"):
+    with pytest.raises(DivergenceError, match=r"step 6: 3 steps in a row .* train.max_skipped_in_row is 2"):
         _run(tmp_path, batch_at=_infected(0, 1, 3, 4, 5), on_nonfinite=NonfinitePolicy.skip, max_skipped_in_row=2)
 
 

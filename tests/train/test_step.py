@@ -75,7 +75,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_weights_as_they_were() -> 
 
         return objective
 
-    with pytest.raises(DivergenceError, match="step 7: the gradient norm is"):
+    with pytest.raises(DivergenceError, match="step 8: the gradient norm is"):
         train_step(engine, explode, micro_batches=[toy_batch(0)], learning_rate=1.0, balance=BalanceConfig(), step=7)
     after = engine.gather_state(with_optimizer=False)
     assert after is not None
