@@ -16,6 +16,7 @@ def main(run: GenerateRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
+    from moetrain.inference.sampling import Sampling
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
@@ -33,7 +34,7 @@ def main(run: GenerateRun) -> int:
     sequence = Sequence(
         tokens=list(prompt),
         stream=stream,
-        temperature=run.temperature,
+        sampling=Sampling(temperature=run.temperature),
         limit=len(prompt) + run.max_new_tokens,
         stop_ids=frozenset(tokenizer.end_ids),
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moetrain.errors import RolloutError
 from moetrain.inference.forward import forward
 from moetrain.inference.protocol import Sequence
-from moetrain.inference.sampling import sample, uniforms
+from moetrain.inference.sampling import draw, uniforms
 from moetrain.inference.weights import InferenceWeights
 from moetrain.model.rope import RopeTable, build_rope
 
@@ -165,13 +165,14 @@ class GenerationEngine:
             np.array([sequence.stream for sequence in sequences], dtype=np.uint64),
             np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64),
         )
-        tokens_B, logprobs_B = sample(
+        draws = draw(
             logits_BV,
-            temperatures_B=self._tensor([sequence.temperature for sequence in sequences]),
+            samplings=[sequence.sampling for sequence in sequences],
+            constraints=[sequence.constraint for sequence in sequences],
             uniforms_B=self._tensor(uniforms_B),
         )
-        for sequence, token, logprob in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
-            sequence.take(token, logprob=logprob, version=self._version)
+        for sequence, drawn in zip(sequences, draws, strict=True):
+            sequence.take_draw(drawn, version=self._version)
         return [sequence for sequence in sequences if sequence.is_idle]
 
     def _tensor(self, values: list[list[int]] | list[int] | list[float] | NDArray[np.float64]) -> torch.Tensor:

@@ -8,6 +8,7 @@ implement it too. Implementations handle tokens only, and no text, tools or task
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from moetrain.inference.sampling import Constraint, Draw, Sampling
 from moetrain.inference.weights import InferenceWeights
 
 
@@ -15,21 +16,28 @@ from moetrain.inference.weights import InferenceWeights
 class Sequence:
     """A sequence of tokens that only grows. A turn ends at a token in `stop_ids`, or when there are `limit` tokens.
 
-    stream: seeds its sampling, which depends on (stream, position) only. temperature: 0 is greedy. logprobs, is_sampled
-    and versions have one entry per token; given tokens have logprob 0.0. versions: version of the weights that sampled
-    the token, or that were loaded when it was given. num_fed: number of tokens in the implementation's cache. is_idle:
-    the turn has ended, and the sequence waits for `extend` or `cancel`.
+    stream: seeds its sampling, which depends on (stream, position) only. constraint: limits the tokens that may follow;
+    None in RL. logprobs, is_sampled and versions have one entry per token; given tokens have logprob 0.0. versions:
+    version of the weights that sampled the token, or that were loaded when it was given. free_logprobs, by position:
+    logprob without the constraint of the tokens that were drawn under one. alternatives, by position: the most likely
+    tokens and their logprobs, where `sampling` asks for them. num_fed: number of tokens in the implementation's cache.
+    num_cached: number of tokens of the prompt that the implementation found in its cache. is_idle: the turn has ended,
+    and the sequence waits for `extend` or `cancel`.
     """
 
     tokens: list[int]
     stream: int
     limit: int
     stop_ids: frozenset[int] = frozenset()
-    temperature: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    constraint: Constraint | None = None
     logprobs: list[float] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    free_logprobs: dict[int, float] = field(default_factory=dict)
+    alternatives: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     num_fed: int = 0
+    num_cached: int = 0
     is_idle: bool = False
 
     def give(self, tokens: list[int], *, version: int) -> None:
@@ -47,6 +55,16 @@ class Sequence:
         self.is_sampled.append(True)
         self.versions.append(version)
         self.is_idle = token in self.stop_ids or len(self.tokens) >= self.limit
+
+    def take_draw(self, draw: Draw, *, version: int) -> None:
+        """Append a token that was drawn as `sampling` and `constraint` ask for."""
+        if draw.free_logprob is not None:
+            self.free_logprobs[len(self.tokens)] = draw.free_logprob
+        if draw.alternatives:
+            self.alternatives[len(self.tokens)] = draw.alternatives
+        self.take(draw.token, logprob=draw.logprob, version=version)
+        if self.constraint is not None:
+            self.constraint.advance(draw.token)
 
 
 class Generation(Protocol):

@@ -17,6 +17,7 @@ from moetrain.chat.template import (
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError
 from moetrain.inference.protocol import Sequence
+from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Segment, Trajectory
 from moetrain.rollout.world import EnvironmentFailure, World
@@ -58,8 +59,8 @@ class Episode:
         self._tokenizer = tokenizer
         self._world = World(task, seed_of(stream, "environment"), config=config)
         stop_ids = frozenset({tokenizer.special_ids[IM_END]})
-        temperature = config.temperature
-        self.sequence = Sequence(tokens=[], stream=stream, limit=0, stop_ids=stop_ids, temperature=temperature)
+        sampling = Sampling(temperature=config.temperature)
+        self.sequence = Sequence(tokens=[], stream=stream, limit=0, stop_ids=stop_ids, sampling=sampling)
         self._turn_start = 0
         self._started = time.monotonic()
         self._num_turns = self._num_calls = self._num_errors = self._num_transient = self._num_repeats = (
@@ -213,7 +214,7 @@ class Episode:
             is_sampled=sequence.is_sampled,
             logprobs=sequence.logprobs,
             versions=sequence.versions,
-            temperature=sequence.temperature,
+            temperature=sequence.sampling.temperature,
         )
         return Trajectory(
             task=task,
