@@ -45,6 +45,10 @@ DOORS = {
     "compressed_tensors": ["export/", "verify/", "bench/"],
     "vllm": ["inference/server_client.py", "bench/"],
     "datasets": ["data/"],
+    "llguidance": ["inference/guided.py"],
+    "starlette": ["serve/"],
+    "uvicorn": ["serve/"],
+    "prometheus_client": ["serve/"],
 }
 TORCH_FREE = [
     "errors.py",

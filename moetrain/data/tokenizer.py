@@ -8,6 +8,7 @@ A tokenizer that is read requires an end-of-document token. It requires the toke
 are used. Text is never encoded as a control token, whatever the file states about its tokens.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -36,6 +37,16 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
 """Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the byte of each character of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 
 
 class SpecialIds(dict[str, int]):
@@ -119,6 +130,29 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`. Special tokens give their names, invalid UTF-8 gives the replacement character."""
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
+
+    def to_json(self) -> str:
+        """Return the content of `tokenizer.json`, with all control tokens marked as special."""
+        return str(self._encoder.to_str())
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of one token. Those of a text's tokens, joined, are the UTF-8 of the text.
+
+        This holds for byte-level tokenizers, as all trained here; of others it returns the text of the token alone.
+        """
+        name = self._byte_names.get(token)
+        return self.decode([token]).encode() if name is None else bytes(_BYTES[character] for character in name)
+
+    @functools.cached_property
+    def _byte_names(self) -> dict[int, str]:
+        """Names in the byte-level alphabet, by id; empty when the tokenizer is of another kind."""
+        decoder = json.loads(self._inner.to_str())["decoder"] or {}
+        parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+        if not any(part.get("type") == "ByteLevel" for part in parts):
+            return {}
+        added = self._inner.get_added_tokens_decoder()
+        vocabulary = self._inner.get_vocab(with_added_tokens=False).items()
+        return {id_: name for name, id_ in vocabulary if id_ not in added and set(name) <= _BYTES.keys()}
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads. Each file is written atomically."""

@@ -28,6 +28,13 @@ def test_any_text_comes_back_unchanged(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(samples) == [tokenizer.encode(text) for text in samples]
 
 
+def test_the_bytes_of_the_tokens_of_a_text_are_its_utf8(tokenizer: Tokenizer) -> None:
+    stream = random.Random(6)
+    for text in ("naïve 北京 🙂 e\u0301 \n", "\x00\x7f\x80ÿ", *(random_text(stream) for _ in range(20))):
+        assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.bytes_of(tokenizer.special_ids[EOS]) == EOS.encode()
+
+
 def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
     text = "".join(SPECIAL_TOKENS) + " <|im_end|> [EOS]"
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_names)

@@ -1,0 +1,83 @@
+"""Constraints of generation from grammars, by the optional library llguidance.
+
+A constraint allows the tokens after which the text can still match the grammar, and the end token where it does.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
+
+_NUM_KEPT = 64  # compiled grammars
+_LONGEST_REASON = 300  # characters
+
+
+class Guide:
+    """Makes constraints for one tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, *, end_id: int) -> None:
+        """Prepare the tokenizer. end_id: the token that ends a sequence. Raises ConfigError without llguidance."""
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ConfigError(
+                "llguidance is not installed, and calls that match their schemas need it: "
+                "install it with pip install 'moetrain[serve]'"
+            ) from error
+        self._library = llguidance
+        self._end_id = end_id
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=end_id)
+        self._compiled = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
+
+    def constraint(self, grammar: str) -> "GuidedConstraint":
+        """Return a constraint at its beginning. Raises ConfigError with the reason when the grammar cannot be used."""
+        return GuidedConstraint(self._compiled(grammar).deep_copy(), vocab_size=self._vocab_size, end_id=self._end_id)
+
+    def _compile(self, grammar: str) -> Any:
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(_reason(matcher.get_error()))
+        return matcher
+
+
+class GuidedConstraint:
+    """Implements `inference.sampling.Constraint`.
+
+    problem: why the matcher gave up, after which only the end token may follow; "" while it has not.
+    """
+
+    def __init__(self, matcher: Any, *, vocab_size: int, end_id: int) -> None:
+        """Take over `matcher`."""
+        self.problem = ""
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._end_id = end_id
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return for each token id whether it may follow; only the end token once the matcher has given up."""
+        if not self._matcher.is_error():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            allowed_V: NDArray[np.bool_] = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(
+                np.bool_
+            )
+            if not self._matcher.is_error() and allowed_V.any():
+                return allowed_V
+        self.problem = _reason(self._matcher.get_error() or "no token may follow")
+        only_end_V: NDArray[np.bool_] = np.arange(self._vocab_size) == self._end_id
+        return only_end_V
+
+    def advance(self, token: int) -> None:
+        """Take note of the token that was drawn."""
+        if not self._matcher.is_error():
+            self._matcher.consume_token(token)
+
+
+def _reason(text: str) -> str:
+    """Return the first line of an error of llguidance, without the place in the grammar."""
+    line = text.strip().split("\n")[0]
+    return line.split("failed to compile JSON schema: ")[-1][:_LONGEST_REASON]
