@@ -12,6 +12,7 @@ from moetrain.config import (
     RecipeRun,
     ReportRun,
     RlRun,
+    ServeRun,
     SftRun,
     StageRun,
     UpcycleRun,
@@ -327,5 +328,6 @@ SCHEMAS: dict[str, type] = {
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
     "generate": GenerateRun,
+    "serve": ServeRun,
 }
 """Root schema of each command. `configs/<command>.yaml` is its primary config."""

@@ -21,6 +21,7 @@ from moetrain.ranges import COUNT, POSITIVE, SEED, TEMPERATURE, check_ranges
 from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig
 from moetrain.rollout.config import RolloutConfig
+from moetrain.serve.config import ServeConfig
 from moetrain.tasks.config import TaskConfig
 from moetrain.train.config import Continuation, DocumentTrainConfig, TrainConfig
 from moetrain.upcycle.config import UpcycleConfig, plan_upcycling
@@ -300,6 +301,14 @@ class GenerateRun(StageRun):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="", ranges={COUNT: ("max_new_tokens",), TEMPERATURE: ("temperature",)})
+
+
+@dataclass(kw_only=True)
+class ServeRun(StageRun):
+    """Server of a checkpoint or an export, for clients of OpenAI's API (chat completions with tools, completions)."""
+
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Address, key and limits."""
 
 
 class OnChange(StrEnum):

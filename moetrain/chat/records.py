@@ -31,10 +31,31 @@ _MESSAGE_KEYS = (
 )
 
 
+class UnknownKeyError(DataError):
+    """A record or message has a key that is not known."""
+
+
 def read_messages(value: object) -> list[Message]:
+    """Return the messages of a conversation to learn from, as `read_conversation` reads them.
+
+    Raises DataError when a message cannot be read, when an assistant message is empty, or when there is none.
+    """
+    messages = read_conversation(value)
+    for number, message in enumerate(messages):
+        if message.role is Role.assistant and not (message.content or message.reasoning or message.tool_calls):
+            raise DataError(
+                f"message {number}: an assistant message is empty: give content, reasoning_content or tool_calls, "
+                "or remove it"
+            )
+    if not any(message.role is Role.assistant for message in messages):
+        raise DataError("the conversation has nothing to learn: give at least one message with the role assistant")
+    return messages
+
+
+def read_conversation(value: object) -> list[Message]:
     """Return the messages of a conversation, with calls renumbered to `functions.NAME:N`, N from 0.
 
-    Raises DataError when a message cannot be read, or when there is no assistant message.
+    Raises DataError when a message cannot be read.
     """
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"{_shown(value)} is not a conversation: give a list of messages")
@@ -44,10 +65,8 @@ def read_messages(value: object) -> list[Message]:
         try:
             messages.append(_message(item, numbering=numbering))
         except DataError as error:
-            raise DataError(f"message {number}: {error}") from None
+            raise type(error)(f"message {number}: {error}") from None
     numbering.check()
-    if not any(message.role is Role.assistant for message in messages):
-        raise DataError("the conversation has nothing to learn: give at least one message with the role assistant")
     return messages
 
 
@@ -79,15 +98,12 @@ def read_declaration(value: object) -> str:
 
 
 def check_keys(item: Mapping[str, Any], known: Collection[str], *, place: str) -> None:
-    """Raise DataError when `item` has a key that is not known."""
+    """Raise UnknownKeyError when `item` has a key that is not known."""
     for key in item:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             meant = f"did you mean {close[0]}? Known" if close else "known"
-            raise DataError(
-                f"{place} has the unknown key {key!r}; {meant} are {', '.join(known)} "
-                "(data.sources.NAME.ignore=[KEY] removes a key from records and messages)"
-            )
+            raise UnknownKeyError(f"{place} has the unknown key {key!r}; {meant} are {', '.join(known)}")
 
 
 class _Numbering:
@@ -154,7 +170,7 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     )
     calls = _calls(item)
     if role is Role.assistant:
-        _check_turn(message, has_calls=bool(calls))
+        _check_content(message)
     elif calls or message.reasoning:
         raise DataError(f"a message of the role {given} has calls or reasoning: only assistant messages may have them")
     if identity and role is not Role.tool:
@@ -179,11 +195,9 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
 
 
-def _check_turn(message: Message, *, has_calls: bool) -> None:
+def _check_content(message: Message) -> None:
     if message.content.lstrip().startswith(THINK_BEGIN):
         raise DataError(f"content begins with {THINK_BEGIN}: give the reasoning as reasoning_content, without markers")
-    if not (message.content or message.reasoning or has_calls):
-        raise DataError("an assistant message is empty: give content, reasoning_content or tool_calls, or remove it")
 
 
 def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:

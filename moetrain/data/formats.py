@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moetrain.chat.records import check_keys, read_declaration, read_messages
+from moetrain.chat.records import UnknownKeyError, check_keys, read_declaration, read_messages
 from moetrain.chat.template import EOS, Piece, conversation_pieces, declare_pieces, pieces_to_text
 from moetrain.errors import ConfigError, DataError
 
@@ -109,10 +109,14 @@ def _text(record: Record, column: str) -> str:
 
 def _messages(record: Record, column: str) -> list[Piece]:
     """Return a conversation in the chat-completions form, after the declaration of the tools in the column `tools`."""
-    check_keys(record, (column, "tools", "parallel_tool_calls"), place="the record")
-    declared = read_declaration(record.get("tools"))
-    pieces = declare_pieces(declared) if declared else []
-    return [*pieces, *conversation_pieces(read_messages(record[column]))]
+    try:
+        check_keys(record, (column, "tools", "parallel_tool_calls"), place="the record")
+        declared = read_declaration(record.get("tools"))
+        messages = read_messages(record[column])
+    except UnknownKeyError as error:
+        cure = "data.sources.NAME.ignore=[KEY] removes a key from records and messages"
+        raise DataError(f"{error} ({cure})") from None
+    return [*(declare_pieces(declared) if declared else []), *conversation_pieces(messages)]
 
 
 _FORMATS: dict[str, Format] = {"text": _text, "messages": _messages}

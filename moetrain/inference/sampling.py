@@ -69,7 +69,12 @@ class Sampling:
 
 
 class Constraint(Protocol):
-    """Decides which tokens may follow, from the tokens so far."""
+    """Decides which tokens may follow, from the tokens so far.
+
+    problem: why it could no longer decide, after which it allowed only the end token; "" otherwise.
+    """
+
+    problem: str
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return for each token id whether it may follow; ids beyond the end may not. At least one may."""

@@ -15,6 +15,7 @@ from moetrain.config import (
     ExportRun,
     GenerateRun,
     RlRun,
+    ServeRun,
     StageRun,
     TrainingRun,
     UpcycleRun,
@@ -39,6 +40,7 @@ _NEED_WEIGHTS: dict[type[StageRun], str] = {
     ExportRun: "give the stage or checkpoint to export",
     EvalRun: "give the export to evaluate",
     GenerateRun: "give the folder of the weights",
+    ServeRun: "give the folder of the weights to serve",
     VerifyExportsRun: "give the export to verify",
 }
 """Configs that require `init_from`, with the advice that the error message gives."""

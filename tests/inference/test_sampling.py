@@ -20,6 +20,8 @@ _LOGITS[2] = 1.0  # all equally likely
 class Only:
     """Allows some tokens; records those that were drawn."""
 
+    problem = ""
+
     def __init__(self, *tokens: int, size: int = _V) -> None:
         self._allowed = np.isin(np.arange(size), tokens)
 

@@ -1,0 +1,47 @@
+"""`moetrain serve`."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from moetrain.config import ServeRun, check_length
+from moetrain.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
+
+
+def main(run: ServeRun) -> int:
+    """Serve the weights until a signal; return the exit code."""
+    if run.init_from is None:
+        raise ConfigError("init_from is null: give the folder of the weights to serve")
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)} is not installed: install it with pip install 'moetrain[serve]'")
+    run.serve.check_exposure()
+    # These imports load torch, so they wait until the input has been checked.
+    from moetrain.inference.engine import GenerationEngine
+    from moetrain.inference.weights import build_weights
+    from moetrain.quant.config import QuantConfig
+    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.serve.server import Server, run_until_signal
+    from moetrain.serve.service import Served
+
+    origin = read_weights(run.init_from)
+    tokenizer = tokenizer_of(origin)
+    max_tokens = run.serve.max_tokens or origin.model.max_position_embeddings
+    check_length(origin.model, name="serve.max_tokens", length=max_tokens)
+    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
+    served = Served(
+        name=run.serve.model_name or Path(run.init_from).resolve().name,
+        tokenizer=tokenizer,
+        vocab_size=origin.model.vocab_size,
+        max_tokens=max_tokens,
+        digest=origin.digest,
+    )
+    server = Server(
+        served,
+        config=run.serve,
+        make_generation=lambda: GenerationEngine(weights, num_slots=run.serve.num_slots, max_tokens=max_tokens),
+    )
+    _log.info("%s: %s tokens, key %s", served.name, max_tokens, "required" if run.serve.key else "not required")
+    return run_until_signal(server)

@@ -1,0 +1,81 @@
+"""Config of the server: address, key and limits. Does not import torch."""
+
+import ipaddress
+import os
+from dataclasses import dataclass
+
+from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
+
+KEY_VARIABLE = "MOETRAIN_API_KEY"
+"""Environment variable with the key, for when `serve.api_key` is null."""
+_MAX_PORT = 65535
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """Address, key and limits of the server. A request beyond a limit is refused or ended; others go on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Another one than this machine's own requires a key."""
+    port: int = 8000
+    """TCP port; 0 takes a free one."""
+    api_key: str | None = None
+    """Key that requests must have as `Authorization: Bearer KEY`. null takes the environment variable MOETRAIN_API_KEY,
+    which keeps the key out of files; without both, no key is required."""
+    model_name: str | None = None
+    """Name of the model in requests; null takes the name of the folder of the weights."""
+    num_slots: int = 32
+    """Largest number of sequences that are decoded together."""
+    max_waiting: int = 128
+    """Largest number of further sequences that wait for a slot; a request beyond them gets status 503."""
+    max_tokens: int | None = None
+    """Largest number of tokens of a sequence, prompt and answer; null takes model.max_position_embeddings."""
+    max_choices: int = 16
+    """Largest number of sequences of one request: prompts times n."""
+    max_body_bytes: int = 4_194_304
+    """Largest size of a request's body."""
+    max_body_s: float = 30.0
+    """Seconds in which the body of a request must arrive."""
+    max_request_s: float = 600.0
+    """Seconds after which a request is ended with an error, its time in the queue included."""
+    max_drain_s: float = 60.0
+    """Seconds that running requests have to finish after SIGTERM or Ctrl-C. A second signal stops at once."""
+    declare_tools: bool = True
+    """Write the tools of a request into its prompt. false is for models that learned their tools from demonstrations
+    without declarations (task.declare_tools=false); calls are still limited to the tools and schemas of the request."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        ranges = {
+            COUNT: ("num_slots", "max_tokens", "max_choices", "max_body_bytes"),
+            NOT_NEGATIVE: ("max_waiting", "port"),
+            POSITIVE: ("max_body_s", "max_request_s", "max_drain_s"),
+        }
+        check_ranges(self, prefix="serve.", ranges=ranges)
+        if self.port > _MAX_PORT:
+            raise ConfigError(f"serve.port is {self.port}: give a port from 0 to {_MAX_PORT}")
+        if self.max_choices > self.num_slots + self.max_waiting:
+            raise ConfigError(
+                f"serve.max_choices is {self.max_choices}: give at most num_slots + max_waiting, "
+                f"{self.num_slots + self.max_waiting}"
+            )
+        if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
+            raise ConfigError(f"serve.api_key, or {KEY_VARIABLE}, is no key: give visible ASCII characters")
+
+    @property
+    def key(self) -> str | None:
+        """The key that requests must have; None when no key is required."""
+        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
+
+    def check_exposure(self) -> None:
+        """Raise ConfigError when other machines could use the server without a key."""
+        try:
+            is_own = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            is_own = self.host == "localhost"
+        if not is_own and self.key is None:
+            raise ConfigError(
+                f"serve.host is {self.host}, which other machines can reach, and no key is set: set {KEY_VARIABLE}, or "
+                "give serve.host=127.0.0.1"
+            )

@@ -1,0 +1,290 @@
+"""What the server does with a checked request, apart from HTTP: admits it, runs its sequences, and builds responses."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError, DataError
+from moetrain.inference.guided import Guide
+from moetrain.inference.protocol import Sequence as TokenSequence
+from moetrain.runtime import seed_of
+from moetrain.serve.answers import Answer, ChatAnswer, TextAnswer
+from moetrain.serve.config import ServeConfig
+from moetrain.serve.engine_thread import EngineThread
+from moetrain.serve.errors import ApiError
+from moetrain.serve.job import Job, Update
+from moetrain.serve.metrics import ServeMetrics
+from moetrain.serve.prompt import Prompt, chat_prompt, text_prompts
+from moetrain.serve.requests import ChatRequest, Choices, TextRequest
+
+_Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served. max_tokens: of a sequence. digest: identifies the weights."""
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_tokens: int
+    digest: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A request whose sequences are running. unfinished: those that have not ended yet."""
+
+    id: str
+    choices: Choices
+    is_chat: bool
+    created: int
+    jobs: Sequence[Job]
+    answers: Sequence[Answer]
+    updates: "asyncio.Queue[tuple[Job, Update]]"
+    unfinished: set[Job]
+
+
+class Service:
+    """Runs requests on one engine thread. Its methods are called on one event loop."""
+
+    def __init__(self, served: Served, *, config: ServeConfig, engine: EngineThread, metrics: ServeMetrics) -> None:
+        self.served = served
+        self.metrics = metrics
+        self.is_draining = False
+        self._config = config
+        self._engine = engine
+        self._num_jobs = 0
+        self._guide = Guide(served.tokenizer, end_id=served.tokenizer.end_ids[0])
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether new requests are answered."""
+        return self._engine.is_alive and not self.is_draining
+
+    async def prepare(self, request: ChatRequest | TextRequest) -> list[Prompt]:
+        """Return the prompts of a request. Raises ApiError for a wrong model, a prompt too long, a schema too hard."""
+        name = request.choices.model
+        if name is not None and name != self.served.name:
+            message = f"the model {name[:80]!r} does not exist: this server has {self.served.name!r}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+        prompts = await asyncio.to_thread(self._prompts, request)
+        number = len(prompts) * request.choices.number
+        if number > self._config.max_choices:
+            message = f"the request asks for {number} answers: at most {self._config.max_choices} are allowed"
+            raise ApiError(message, param="n", code="invalid_value")
+        for token, _ in request.choices.sampling.logit_bias:
+            if token >= self.served.vocab_size:
+                message = f"logit_bias has the token id {token}: the largest is {self.served.vocab_size - 1}"
+                raise ApiError(message, param="logit_bias", code="invalid_value")
+        for prompt in prompts:
+            self._check_length(len(prompt.tokens), request.choices.max_tokens)
+        return prompts
+
+    def _prompts(self, request: ChatRequest | TextRequest) -> list[Prompt]:
+        tokenizer = self.served.tokenizer
+        if isinstance(request, TextRequest):
+            return text_prompts(request, tokenizer=tokenizer, vocab_size=self.served.vocab_size)
+        try:
+            prompt = chat_prompt(request, tokenizer=tokenizer, declare_tools=self._config.declare_tools)
+        except DataError as error:
+            raise ApiError(str(error), param="messages", code="invalid_value") from None
+        if prompt.grammar:
+            try:
+                self._guide.constraint(prompt.grammar)
+            except ConfigError as error:
+                param = "tools" if request.schema is None else "response_format"
+                message = f"a JSON schema cannot be used: {error}"
+                raise ApiError(message, param=param, code="invalid_schema") from None
+        return [prompt]
+
+    def _check_length(self, length: int, max_tokens: int | None) -> None:
+        longest = self.served.max_tokens
+        if length + (max_tokens or 1) > longest:
+            asked = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
+            message = f"the prompt has {length} tokens{asked}: together at most {longest} are allowed"
+            raise ApiError(message, param="messages", code="context_length_exceeded")
+        if length == 0:
+            raise ApiError("the prompt is empty", param="prompt", code="invalid_value")
+
+    @contextmanager
+    def run(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Iterator[Run]:
+        """Run the sequences of a request; at the end, cancel those that have not ended."""
+        number = len(prompts) * request.choices.number
+        if self.is_draining:
+            raise ApiError("the server is stopping", status=503, code="stopping", may_retry=True)
+        if self._num_jobs + number > self._config.num_slots + self._config.max_waiting:
+            raise ApiError("the server is busy: try again later", status=503, code="busy", may_retry=True)
+        self._num_jobs += number
+        run = self._start(request, prompts)
+        try:
+            for job in run.jobs:
+                self._engine.submit(job)
+            yield run
+        finally:
+            self._num_jobs -= number
+            for job in run.unfinished:
+                self._engine.cancel(job)
+                self.metrics.count_end("abort")
+            self.metrics.count_stray(sum(answer.num_stray for answer in run.answers))
+
+    def _start(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Run:
+        choices = request.choices
+        end_ids = frozenset(self.served.tokenizer.end_ids)
+        seed = secrets.randbits(62) if choices.seed is None else choices.seed
+        updates: asyncio.Queue[tuple[Job, Update]] = asyncio.Queue()
+        jobs: list[Job] = []
+        answers: list[Answer] = []
+        for prompt in prompts:
+            limit = self.served.max_tokens
+            if choices.max_tokens is not None:
+                limit = len(prompt.tokens) + choices.max_tokens
+            for _ in range(choices.number):
+                sequence = TokenSequence(
+                    tokens=list(prompt.tokens),
+                    stream=seed_of(seed, "serve", len(jobs)),
+                    limit=limit,
+                    stop_ids=end_ids,
+                    sampling=choices.sampling,
+                    constraint=self._guide.constraint(prompt.grammar) if prompt.grammar else None,
+                )
+                jobs.append(Job(sequence=sequence, number=len(jobs), updates=updates))
+                answers.append(self._answer(request, prompt, end_ids=end_ids))
+        is_chat = isinstance(request, ChatRequest)
+        return Run(
+            id=f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            choices=choices,
+            is_chat=is_chat,
+            created=int(time.time()),
+            jobs=jobs,
+            answers=answers,
+            updates=updates,
+            unfinished=set(jobs),
+        )
+
+    def _answer(self, request: ChatRequest | TextRequest, prompt: Prompt, *, end_ids: frozenset[int]) -> Answer:
+        tokenizer, stops = self.served.tokenizer, request.choices.stops
+        if isinstance(request, TextRequest):
+            return TextAnswer(tokenizer, end_ids=end_ids, stops=stops)
+        return ChatAnswer(tokenizer, end_ids=end_ids, stops=stops, first_call=prompt.first_call)
+
+    async def parts(self, run: Run) -> AsyncGenerator[tuple[Job, list[_Json], bool], None]:
+        """Yield (job, what it adds to its choice, whether it has ended) until all have ended. Raises ApiError."""
+        deadline = asyncio.get_running_loop().time() + self._config.max_request_s
+        while run.unfinished:
+            try:
+                async with asyncio.timeout_at(deadline):  # Python 3.11's wait_for can swallow a cancellation
+                    job, update = await run.updates.get()
+            except TimeoutError:
+                message = f"the request took longer than {self._config.max_request_s:g} s"
+                raise ApiError(message, status=504, code="timeout") from None
+            if job not in run.unfinished:
+                continue
+            answer = run.answers[job.number]
+            parts = answer.push(update.tokens)
+            if not (update.is_ended or answer.is_done):
+                yield job, parts, False
+                continue
+            run.unfinished.remove(job)
+            if problem := update.problem or (update.is_ended and _problem(job)):
+                raise ApiError(f"the answer could not be generated: {problem}", status=500, code="engine_error")
+            if not update.is_ended:
+                self._engine.cancel(job)
+            parts += answer.finish()
+            self.metrics.count_end(answer.finish_reason)
+            yield job, parts, True
+
+    async def response(self, run: Run) -> _Json:
+        """Return the whole response, when all sequences have ended."""
+        async for _ in self.parts(run):
+            pass
+        choices = []
+        for number, answer in enumerate(run.answers):
+            choices.append(
+                {
+                    "index": number,
+                    **answer.whole(),
+                    "logprobs": answer.logprobs(answer.tokens) if run.choices.top_logprobs is not None else None,
+                    "finish_reason": answer.finish_reason,
+                    **({"token_ids": [token.id for token in answer.tokens]} if run.choices.returns_token_ids else {}),
+                }
+            )
+        body = {**self._head(run, is_chunk=False), "choices": choices, "usage": usage(run)}
+        return body | _prompt_ids(run)
+
+    async def chunks(self, run: Run) -> AsyncGenerator[_Json, None]:
+        """Yield the chunks of a stream."""
+        num_sent = [0] * len(run.jobs)
+        has_begun: set[int] = set()
+        async for job, parts, is_ended in self.parts(run):
+            answer, number = run.answers[job.number], job.number
+            if run.is_chat and number not in has_begun:
+                yield self._chunk(run, number, {"delta": {"role": "assistant", "content": ""}}) | (
+                    _prompt_ids(run) if not has_begun else {}
+                )
+                has_begun.add(number)
+            nothing: _Json = {"delta": {}} if run.is_chat else {"text": ""}
+            if is_ended:
+                parts = [*parts, nothing | {"finish_reason": answer.finish_reason}]
+            for part in parts:
+                new = answer.tokens[num_sent[number] :]
+                num_sent[number] = len(answer.tokens)
+                if run.choices.top_logprobs is not None and new:
+                    part["logprobs"] = answer.logprobs(new)
+                if run.choices.returns_token_ids:
+                    part["token_ids"] = [token.id for token in new]
+                chunk = self._chunk(run, number, part)
+                if not run.is_chat and not has_begun:
+                    chunk |= _prompt_ids(run)
+                    has_begun.add(number)
+                yield chunk
+        if run.choices.includes_usage:
+            yield self._head(run, is_chunk=True) | {"choices": [], "usage": usage(run)}
+
+    def _chunk(self, run: Run, number: int, part: _Json) -> _Json:
+        choice = {"index": number, "logprobs": None, "finish_reason": None} | part
+        chunk = self._head(run, is_chunk=True) | {"choices": [choice]}
+        return chunk | ({"usage": None} if run.choices.includes_usage else {})
+
+    def _head(self, run: Run, *, is_chunk: bool) -> _Json:
+        kind = "text_completion" if not run.is_chat else "chat.completion.chunk" if is_chunk else "chat.completion"
+        fingerprint = f"moetrain-{self.served.digest[:12]}"
+        return {
+            "id": run.id,
+            "object": kind,
+            "created": run.created,
+            "model": self.served.name,
+            "system_fingerprint": fingerprint,
+        }
+
+
+def usage(run: Run) -> _Json:
+    """Return the numbers of tokens of a request. The prompt counts once, however many answers it has."""
+    firsts = run.jobs[:: run.choices.number]
+    num_prompt = sum(job.num_prompt for job in firsts)
+    num_answer = sum(len(answer.tokens) for answer in run.answers)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_answer,
+        "total_tokens": num_prompt + num_answer,
+        "prompt_tokens_details": {"cached_tokens": sum(job.sequence.num_cached for job in firsts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.num_reasoning for answer in run.answers)},
+    }
+
+
+def _problem(job: Job) -> str:
+    """Return why the constraint of an ended job gave up, or ""."""
+    constraint = job.sequence.constraint
+    return "" if constraint is None else constraint.problem
+
+
+def _prompt_ids(run: Run) -> _Json:
+    if not run.choices.returns_token_ids:
+        return {}
+    return {"prompt_token_ids": run.jobs[0].sequence.tokens[: run.jobs[0].num_prompt]}

@@ -1,0 +1,275 @@
+"""What the official client sees: a whole loop of tool calls, streams, choices, logprobs, schemas and seeds."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from moetrain.chat.messages import Message, Role, ToolCall
+from moetrain.chat.template import CALL_ARGUMENT, CALL_END, IM_END, SECTION_BEGIN, SECTION_END, THINK_END
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.weights import build_weights
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.quant.config import QuantConfig
+from moetrain.serve.server import Server
+from tests.even_task import MODEL, even_tokenizer
+from tests.serve.servers import Script, client, declared, get, joined, post, serving
+
+TOOLS = [declared("look", at={"type": "integer"}), declared("stop")]
+USER = {"role": "user", "content": "what is there?"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return even_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
+    """A server of a model with random weights."""
+    model = Transformer(MODEL, compute_dtype=torch.float32)
+    initialize(model, 1)
+    weights = build_weights(model.state_dict(), config=MODEL, quant=QuantConfig(), dtype=torch.float32)
+    with serving(
+        tokenizer, lambda: GenerationEngine(weights, num_slots=4, max_tokens=128), max_tokens=128, declare_tools=False
+    ) as server:
+        yield server
+
+
+def _calls(*arguments: str) -> Message:
+    calls = [ToolCall(name="look", arguments=text, id=f"functions.look:{9 + n}") for n, text in enumerate(arguments)]
+    return Message(role=Role.assistant, reasoning="I look.", tool_calls=calls)
+
+
+def _loop(prompt: str) -> Message:
+    """Look twice at once, then once more, then answer."""
+    results = prompt.count("## Return of")
+    if results == 0:
+        return _calls('{"at": 1}', '{"at": 2}')
+    return _calls('{"at": 3}') if results == 2 else Message(role=Role.assistant, reasoning="Done.", content="Café: 3 ✓")
+
+
+def _whole(api: openai.OpenAI, messages: list[Any]) -> tuple[dict[str, Any], str]:
+    choice = api.chat.completions.create(model="tiny", messages=messages, tools=TOOLS).choices[0]  # type: ignore[call-overload]
+    return choice.message.model_dump(exclude_none=True), choice.finish_reason
+
+
+def _streamed(api: openai.OpenAI, messages: list[Any]) -> tuple[dict[str, Any], str]:
+    deltas, reasons = [], []
+    for chunk in api.chat.completions.create(model="tiny", messages=messages, tools=TOOLS, stream=True):  # type: ignore[call-overload]
+        (choice,) = chunk.choices
+        deltas.append(choice.delta.model_dump(exclude_none=True))
+        reasons.append(choice.finish_reason)
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert set(reasons[:-1]) == {None}
+    return joined(deltas), reasons[-1]
+
+
+@pytest.mark.parametrize("ask", [_whole, _streamed])
+def test_a_loop_of_parallel_calls_and_results_ends_with_an_answer(tokenizer: Tokenizer, ask: Any) -> None:
+    script = Script(_loop, tokenizer)
+    messages: list[Any] = [USER]
+    with serving(tokenizer, lambda: script) as server:
+        api = client(server)
+        reasons = []
+        while not reasons or reasons[-1] == "tool_calls":
+            message, reason = ask(api, messages)
+            reasons.append(reason)
+            messages.append(message)
+            for number, call in enumerate(message.get("tool_calls", [])):
+                call["id"] = f"call_{number}x{len(messages)}"  # some clients write ids of their own
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": f"stone {number}"})
+    assert reasons == ["tool_calls", "tool_calls", "stop"]
+    assert messages[-1]["content"] == "Café: 3 ✓" and messages[-1]["reasoning_content"] == "Done."
+    assert messages[-1]["reasoning"] == "Done."
+    first, last = script.prompts[0], script.prompts[-1]
+    assert first.startswith('<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"look"')
+    assert first.endswith("<|im_user|>user<|im_middle|>what is there?<|im_end|><|im_assistant|>assistant<|im_middle|>")
+    turn = (
+        "<think>I look.</think><|tool_calls_section_begin|>"
+        '<|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>{"at": 1}<|tool_call_end|>'
+        '<|tool_call_begin|>functions.look:1<|tool_call_argument_begin|>{"at": 2}<|tool_call_end|>'
+        "<|tool_calls_section_end|><|im_end|>"
+        "<|im_system|>look<|im_middle|>## Return of functions.look:0\nstone 0<|im_end|>"
+        "<|im_system|>look<|im_middle|>## Return of functions.look:1\nstone 1<|im_end|>"
+    )
+    assert turn in last and '<|tool_call_begin|>functions.look:2<|tool_call_argument_begin|>{"at": 3}' in last
+
+
+def test_ids_of_calls_count_over_the_conversation_whatever_the_model_writes(tokenizer: Tokenizer) -> None:
+    with serving(tokenizer, lambda: Script(_loop, tokenizer)) as server:
+        message, _ = _whole(client(server), [USER])
+        assert [call["id"] for call in message["tool_calls"]] == ["functions.look:0", "functions.look:1"]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "s"} for call in message["tool_calls"]]
+        message, _ = _whole(client(server), [USER, message, *results])
+        assert [call["id"] for call in message["tool_calls"]] == ["functions.look:2"]
+
+
+def test_a_turn_that_is_cut_off_is_no_complete_call(tokenizer: Tokenizer) -> None:
+    with serving(tokenizer, lambda: Script(_loop, tokenizer)) as server:
+        for limit in (1, 15, 40, 60):
+            choice = client(server).chat.completions.create(model="tiny", messages=[USER], max_tokens=limit).choices[0]  # type: ignore[list-item]
+            assert choice.finish_reason == "length"
+            for call in choice.message.tool_calls or []:
+                json.loads(call.function.arguments)  # type: ignore[union-attr]
+
+
+def test_text_is_split_neither_inside_a_character_nor_inside_a_stop_string(tokenizer: Tokenizer) -> None:
+    content = "naïve 北京 🙂 one. END of it"
+    script = lambda _: Message(role=Role.assistant, content=content)  # noqa: E731
+    with serving(tokenizer, lambda: Script(script, tokenizer)) as server:
+        for stop, expected in (
+            (None, content),
+            ([" END", "zzz"], content[: content.index(" END")]),
+            ("🙂", "naïve 北京 "),
+        ):
+            body = {"messages": [USER], "stop": stop}
+            chunks = client(server).chat.completions.create(model="tiny", stream=True, **body)  # type: ignore[call-overload]
+            texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+            assert "".join(texts) == expected and "\ufffd" not in "".join(texts)
+            assert len([text for text in texts if text]) > 3
+            whole = client(server).chat.completions.create(model="tiny", **body).choices[0]  # type: ignore[call-overload]
+            assert whole.message.content == expected and whole.finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer_and_a_stream_says_the_same(tiny: Server) -> None:
+    body: dict[str, Any] = {
+        "messages": [USER], "seed": 5, "n": 3, "max_tokens": 20, "logprobs": True, "top_logprobs": 2,
+        "return_token_ids": True, "temperature": 0.9, "top_p": 0.95,
+    }  # fmt: skip
+    _, _, whole = post(tiny, "/v1/chat/completions", body)
+    again = post(tiny, "/v1/chat/completions", body)[2]
+    assert again["choices"] == _near(whole["choices"])
+    assert len({tuple(choice["token_ids"]) for choice in whole["choices"]}) == 3
+    alone = post(tiny, "/v1/chat/completions", body | {"n": 1})[2]
+    assert alone["choices"][0] == _near(whole["choices"][0])
+    deltas: dict[int, list[Any]] = defaultdict(list)
+    ids: dict[int, list[int]] = defaultdict(list)
+    logprobs: dict[int, list[Any]] = defaultdict(list)
+    usages = []
+    for event in _events(tiny, body | {"stream": True, "stream_options": {"include_usage": True}}):
+        usages.append(event["usage"])
+        for choice in event["choices"]:
+            deltas[choice["index"]].append(choice["delta"])
+            ids[choice["index"]] += choice.get("token_ids", [])
+            logprobs[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+    assert not event["choices"] and usages[:-1] == [None] * (len(usages) - 1)
+    assert usages[-1] == whole["usage"]
+    assert whole["usage"]["prompt_tokens"] == len(whole["prompt_token_ids"])
+    assert whole["usage"]["completion_tokens"] == sum(map(len, ids.values()))
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    for choice in whole["choices"]:
+        index = choice["index"]
+        streamed = joined(deltas[index])
+        for call in streamed.pop("tool_calls", []):
+            assert choice["finish_reason"] == "length" or call in choice["message"]["tool_calls"]
+        assert {k: v for k, v in choice["message"].items() if k != "tool_calls" and v} == {
+            k: v for k, v in streamed.items() if v
+        }
+        assert ids[index] == choice["token_ids"]
+        assert logprobs[index] == _near(choice["logprobs"]["content"])
+        for entry in choice["logprobs"]["content"]:
+            assert len(entry["top_logprobs"]) == 2 and entry["logprob"] <= 0
+            assert entry["top_logprobs"][0]["logprob"] >= entry["top_logprobs"][1]["logprob"]
+            assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
+
+
+def _near(value: Any) -> Any:
+    """Return what equals a response up to its logprobs: the batches of two requests may differ, and so their sums."""
+    if isinstance(value, dict):
+        return {key: _near(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_near(each) for each in value]
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
+
+
+def _events(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    text = post(server, "/v1/chat/completions", body)[2]
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    for line in lines[:-1]:
+        yield json.loads(line)
+
+
+def _biased(tokenizer: Tokenizer) -> dict[str, float]:
+    markers = (THINK_END, SECTION_BEGIN, SECTION_END, CALL_ARGUMENT, CALL_END, IM_END)
+    ids = [tokenizer.special_ids[name] for name in markers] + [tokenizer.encode(text)[0] for text in ('"', "}", "{")]
+    return {str(id_): 5.0 for id_ in ids}
+
+
+@pytest.mark.parametrize(
+    ("choice", "allowed"),
+    [
+        ("required", {"look", "stop"}),
+        ({"type": "function", "function": {"name": "stop"}}, {"stop"}),
+        ("auto", {"look", "stop", ""}),
+        ("none", {""}),
+    ],
+)
+def test_calls_match_their_schemas_and_the_choice_of_tools(
+    tiny: Server, tokenizer: Tokenizer, choice: Any, allowed: set[str]
+) -> None:
+    body = {
+        "messages": [USER], "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "n": 8,
+        "logit_bias": _biased(tokenizer), "thinking": {"type": "disabled"}, "seed": 3, "logprobs": True,
+    }  # fmt: skip
+    status, _, found = post(tiny, "/v1/chat/completions", body)
+    assert status == 200
+    ended = [c for c in found["choices"] if c["finish_reason"] != "length"]
+    assert ended
+    for each in ended:
+        names = {call["function"]["name"] for call in each["message"].get("tool_calls", [])} or {""}
+        assert names <= allowed and len(each["message"].get("tool_calls", [])) <= 1
+        assert (each["finish_reason"] == "tool_calls") == (names != {""})
+        for call in each["message"].get("tool_calls", []):
+            arguments = json.loads(call["function"]["arguments"])
+            assert arguments == {} if names == {"stop"} else isinstance(arguments["at"], int)
+        assert all(entry["free_logprob"] is not None for entry in each["logprobs"]["content"])
+
+
+def test_an_answer_matches_the_json_schema_of_the_request(tiny: Server, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"ok": {"enum": [True, False]}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+    body = {"messages": [USER], "response_format": form, "n": 8, "logit_bias": _biased(tokenizer), "seed": 1}
+    found = post(tiny, "/v1/chat/completions", body)[2]
+    answers = [json.loads(c["message"]["content"]) for c in found["choices"] if c["finish_reason"] == "stop"]
+    assert answers and all(answer in ({"ok": True}, {"ok": False}) for answer in answers)
+
+
+def test_completions_continue_texts_and_tokens(tiny: Server, tokenizer: Tokenizer) -> None:
+    api = client(tiny)
+    found = api.completions.create(model="tiny", prompt=["some words", "to"], n=2, max_tokens=6, seed=4, logprobs=2)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert found.usage is not None and found.usage.completion_tokens <= 24
+    for choice in found.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.tokens and logprobs.token_logprobs and logprobs.text_offset
+        assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
+        assert logprobs.text_offset[0] == 0
+    tokens = [tokenizer.bos_id, *tokenizer.encode("some words")]
+    same = api.completions.create(model="tiny", prompt=tokens, n=2, max_tokens=6, seed=4, logprobs=2)
+    assert [c.text for c in same.choices] == [c.text for c in found.choices[:2]]
+    streamed = ["", ""]
+    for chunk in api.completions.create(model="tiny", prompt=tokens, n=2, max_tokens=6, seed=4, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [c.text for c in same.choices]
+
+
+def test_models_health_and_metrics_are_shown(tiny: Server) -> None:
+    assert [model.id for model in client(tiny).models.list()] == ["tiny"]
+    assert client(tiny).models.retrieve("tiny").id == "tiny"
+    assert get(tiny, "/health")[::2] == (200, {"status": "ok"})
+    _, _, text = get(tiny, "/metrics")
+    for name in (
+        "num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total",
+        'request_success_total{finished_reason="length"', "time_to_first_token_seconds_count",
+        "inter_token_latency_seconds_sum", "e2e_request_latency_seconds_bucket", "request_queue_time_seconds_count",
+    ):  # fmt: skip
+        assert f"vllm:{name}" in text
+    assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in text

@@ -1,0 +1,347 @@
+"""What a server does with bad requests, clients that go away, load, faults of the engine, and its own end."""
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from moetrain.chat.messages import Message, Role
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
+from moetrain.serve.config import KEY_VARIABLE, ServeConfig
+from moetrain.serve.server import Server, run_until_signal
+from moetrain.serve.service import Served
+from tests.even_task import even_tokenizer
+from tests.serve.servers import Script, client, declared, get, post, serving, until
+
+USER = {"role": "user", "content": "hello"}
+BODY = {"messages": [USER]}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return even_tokenizer()
+
+
+def _long(_: str) -> Message:
+    return Message(role=Role.assistant, content="word " * 100)
+
+
+def _very_long(_: str) -> Message:
+    return Message(role=Role.assistant, content="word " * 900)
+
+
+def _echo(prompt: str) -> Message:
+    """Answer with the user's own words."""
+    return Message(role=Role.assistant, content=prompt.split("<|im_middle|>")[1].split("<|im_end|>")[0] * 3)
+
+
+@pytest.fixture(scope="module")
+def echo(tokenizer: Tokenizer) -> Iterator[Server]:
+    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_body_bytes=20_000, max_choices=4) as server:
+        yield server
+
+
+def _tool(**fields: Any) -> list[Any]:
+    found = declared("f")
+    found["function"] |= fields
+    return [found]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        (CHAT, b"", 400, "not JSON"),
+        (CHAT, b"{", 400, "not JSON"),
+        (CHAT, b"[1]", 400, "not a JSON object"),
+        (CHAT, b'{"messages": "\xff"}', 400, "not UTF-8 at byte 14"),
+        (CHAT, b'{"temperature": NaN}', 400, "NaN is not a number"),
+        (CHAT, b"[" * 15_000, 400, "nested too deeply"),
+        (CHAT, b'{"seed": ' + b"9" * 9_000 + b"}", 400, "not JSON"),
+        (CHAT, {}, 400, "give a list of messages"),
+        (CHAT, {"messages": []}, 400, "messages is empty"),
+        (CHAT, {"messages": ["x"]}, 400, "give a list of messages"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "message 0: the role is 'robot'"),
+        (CHAT, {"messages": [{"role": "user", "contnet": "x"}]}, 400, "did you mean content"),
+        (CHAT, {"messages": [{"role": "tool", "tool_call_id": "x", "content": ""}]}, 400, "no call of the turn before"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "list of parts of type text"),
+        (CHAT, BODY | {"model": "gpt-9"}, 404, "the model 'gpt-9' does not exist"),
+        (CHAT, BODY | {"tempreature": 1}, 400, "did you mean temperature?"),
+        (CHAT, BODY | {"temperature": "1"}, 400, "temperature is '1': give a number from 0 to 2"),
+        (CHAT, BODY | {"temperature": 1e-9}, 400, "give 0 (greedy)"),
+        (CHAT, BODY | {"top_p": 0}, 400, "top_p is 0"),
+        (CHAT, BODY | {"n": 0}, 400, "n is 0: give a whole number from 1"),
+        (CHAT, BODY | {"n": True}, 400, "n is True"),
+        (CHAT, BODY | {"n": 5}, 400, "at most 4 are allowed"),
+        (CHAT, BODY | {"max_tokens": 0}, 400, "max_tokens is 0"),
+        (CHAT, BODY | {"max_tokens": 1999}, 400, "together at most 2000 are allowed"),
+        (CHAT, BODY | {"max_tokens": 5, "max_completion_tokens": 6}, 400, "give one of the two"),
+        (CHAT, {"messages": [{"role": "user", "content": "x1" * 5000}]}, 400, "together at most 2000"),
+        (CHAT, BODY | {"top_logprobs": 2}, 400, "it requires logprobs=true"),
+        (CHAT, BODY | {"stop": ["", "x"]}, 400, "stop is list"),
+        (CHAT, BODY | {"logit_bias": {"x": 1}}, 400, "logit_bias has the key 'x'"),
+        (CHAT, BODY | {"logit_bias": {"99999": 1}}, 400, "logit_bias has the token id 99999"),
+        (CHAT, BODY | {"logit_bias": {"3": "a"}}, 400, "logit_bias.3 is 'a'"),
+        (CHAT, BODY | {"frequency_penalty": 0.5}, 400, "this field is not supported"),
+        (CHAT, BODY | {"stream_options": {"include_usage": True}}, 400, "requires stream=true"),
+        (CHAT, BODY | {"tools": "[]"}, 400, "tools is '[]'"),
+        (CHAT, BODY | {"tools": [{"name": "f"}]}, 400, "a declaration in tools is dict"),
+        (CHAT, BODY | {"tools": _tool(name="a b")}, 400, "a tool has the name 'a b'"),
+        (CHAT, BODY | {"tools": _tool() * 2}, 400, "two tools have the same name"),
+        (CHAT, BODY | {"tools": _tool(parameters={"type": "string"})}, 400, "not a JSON schema of type object"),
+        (CHAT, BODY | {"tools": _tool(parameters={"not": {}})}, 400, 'cannot be used: Unimplemented keys: ["not"]'),
+        (CHAT, BODY | {"tools": _tool(parameters={"properties": 3})}, 400, "a JSON schema cannot be used"),
+        (CHAT, BODY | {"tool_choice": "required"}, 400, "it requires tools"),
+        (CHAT, BODY | {"tools": _tool(), "tool_choice": {"type": "function"}}, 400, "tools: f"),
+        (CHAT, BODY | {"response_format": {"type": "xml"}}, 400, "response_format.type is 'xml'"),
+        (CHAT, BODY | {"response_format": {"type": "json_schema"}}, 400, "has no schema"),
+        (CHAT, BODY | {"chat_template_kwargs": {"thinks": True}}, 400, "unknown field chat_template_kwargs.thinks"),
+        ("/v1/completions", {}, 400, "prompt is None"),
+        ("/v1/completions", {"prompt": [1, "x"]}, 400, "give a text, a list of token ids"),
+        ("/v1/completions", {"prompt": [[1], [99_999]]}, 400, "prompt has the token id 99999"),
+        ("/v1/completions", {"prompt": "x", "echo": True}, 400, "echo is True"),
+        ("/v1/embeddings", {}, 404, "/v1/embeddings: Not Found"),
+    ],
+)
+def test_a_bad_request_gets_an_error_in_the_form_of_the_api(
+    echo: Server, path: str, body: bytes | dict[str, Any], status: int, said: str
+) -> None:
+    found, headers, content = post(echo, path, body)
+    assert found == status and said in content["error"]["message"]
+    assert content["error"].keys() == {"message", "type", "param", "code"}
+    assert "Traceback" not in json.dumps(content) and headers["x-should-retry"] == "false"
+
+
+def test_a_wrong_method_is_refused_in_the_form_of_the_api(echo: Server) -> None:
+    status, _, content = get(echo, CHAT)
+    assert status == 405 and "Method Not Allowed" in content["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(echo: Server) -> None:
+    assert post(echo, CHAT, b"x" * 20_001)[0] == 413
+    connection = http.client.HTTPConnection(echo.url.removeprefix("http://"), timeout=20)
+    parts = (b"x" * 1000 for _ in range(50))  # without a content-length
+    connection.request("POST", CHAT, body=parts, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    response = connection.getresponse()
+    assert response.status == 413 and json.loads(response.read())["error"]["code"] == "body_too_large"
+    connection.close()
+    assert post(echo, CHAT, BODY)[0] == 200
+
+
+def test_fields_without_effect_are_named_in_the_response(echo: Server) -> None:
+    status, headers, _ = post(echo, CHAT, BODY | {"user": "me", "store": False, "metadata": None})
+    assert status == 200 and headers["x-ignored-fields"] == "user, store"
+
+
+def test_a_key_is_required_where_one_is_set(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "s3cret")
+    with serving(tokenizer, lambda: Script(_echo, tokenizer)) as server:
+        with pytest.raises(openai.AuthenticationError):
+            client(server, key="wrong").chat.completions.create(model="tiny", messages=[USER])  # type: ignore[list-item]
+        assert post(server, CHAT, BODY)[0] == 401 and get(server, "/v1/models")[0] == 401
+        assert get(server, "/health")[0] == 200
+        answer = client(server, key="s3cret").chat.completions.create(model="tiny", messages=[USER])  # type: ignore[list-item]
+        assert answer.choices[0].message.content == "hello" * 3
+
+
+def test_an_open_address_requires_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        ServeConfig(host=host).check_exposure()
+    for host in ("0.0.0.0", "::", "example.org"):
+        ServeConfig(host=host, api_key="k").check_exposure()
+        with pytest.raises(ConfigError, match=f"serve.host is {host}.*set {KEY_VARIABLE}"):
+            ServeConfig(host=host).check_exposure()
+
+
+def test_an_address_in_use_is_one_line(echo: Server, tokenizer: Tokenizer) -> None:
+    port = int(echo.url.rsplit(":", 1)[1])
+    with (
+        pytest.raises(ConfigError, match=rf"serve.port {port}: Address already in use"),
+        serving(tokenizer, lambda: Script(_echo, tokenizer), port=port),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slot(tokenizer: Tokenizer, stream: bool) -> None:
+    script = Script(_very_long, tokenizer)
+    script.step_s = 0.005
+    with serving(tokenizer, lambda: script) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+        connection.request("POST", CHAT, body=json.dumps(BODY | {"stream": stream, "n": 2}))
+        if stream:
+            connection.getresponse().read(200)
+        until(lambda: script.num_steps > 5)
+        connection.sock.close()
+        connection.close()
+        until(lambda: script.num_cancelled == 2)
+        assert not script.is_busy
+        assert 'request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in get(server, "/metrics")[2]
+
+
+def test_a_slow_reader_delays_nobody(tokenizer: Tokenizer) -> None:
+    script = Script(_long, tokenizer)
+    with serving(tokenizer, lambda: script) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            body = json.dumps(BODY | {"stream": True, "n": 8}).encode()
+            slow.sendall(
+                b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body)) + body
+            )
+            until(lambda: script.num_steps > 20)
+            assert post(server, CHAT, BODY)[0] == 200
+            until(lambda: not script.is_busy)  # its own sequences end as well, unread
+            assert slow.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_a_busy_server_says_when_to_come_back(tokenizer: Tokenizer) -> None:
+    script = Script(_long, tokenizer)
+    script.step_s = 0.01
+    with serving(tokenizer, lambda: script, num_slots=2, max_waiting=1, max_choices=3) as server:
+        threading.Thread(target=lambda: post(server, CHAT, BODY | {"n": 3}), daemon=True).start()
+        until(lambda: script.num_steps > 1)
+        status, headers, content = post(server, CHAT, BODY)
+        assert (status, content["error"]["code"], headers["retry-after"]) == (503, "busy", "1")
+        assert "x-should-retry" not in headers and get(server, "/health")[0] == 200
+
+
+def test_a_request_beyond_its_time_ends_with_an_error(tokenizer: Tokenizer) -> None:
+    script = Script(_long, tokenizer)
+    script.step_s = 0.01
+    with serving(tokenizer, lambda: script, max_request_s=0.1) as server:
+        status, headers, content = post(server, CHAT, BODY)
+        assert (status, content["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
+        with pytest.raises(openai.APIError, match="took longer than"):
+            for _ in client(server).chat.completions.create(model="tiny", messages=[USER], stream=True):  # type: ignore[list-item]
+                pass
+        until(lambda: script.num_cancelled == 2)
+
+
+def test_a_step_that_fails_ends_the_running_requests_and_no_later_one(tokenizer: Tokenizer) -> None:
+    made: list[Script] = []
+
+    def make() -> Script:
+        made.append(Script(_echo, tokenizer))
+        made[-1].is_broken = len(made) == 1
+        return made[-1]
+
+    with serving(tokenizer, make) as server:
+        status, _, content = post(server, CHAT, BODY)
+        assert (status, content["error"]["code"]) == (500, "engine_error")
+        assert post(server, CHAT, BODY)[0] == 200 and len(made) == 2
+
+
+def test_a_stopping_server_finishes_what_runs_and_refuses_what_comes(tokenizer: Tokenizer) -> None:
+    script = Script(_long, tokenizer)
+    script.step_s = 0.002
+    found: list[Any] = []
+    with serving(tokenizer, lambda: script) as server:
+        threads = [threading.Thread(target=lambda: found.append(post(server, CHAT, BODY))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(script.prompts) == 3)
+        server.drain()
+        server.wait(20)
+        assert not server.is_running
+        for thread in threads:
+            thread.join(5)
+        assert [status for status, _, _ in found] == [200] * 3
+        assert {content["choices"][0]["finish_reason"] for _, _, content in found} == {"stop"}
+        with pytest.raises(OSError, match="refused"):
+            post(server, CHAT, BODY)
+
+
+def test_sixty_four_clients_at_once_each_get_their_own_answer(tokenizer: Tokenizer) -> None:
+    script = Script(_echo, tokenizer)
+    script.step_s = 0.001
+    errors: list[str] = []
+    answered: list[str] = []
+
+    def use(server: Server, number: int) -> None:
+        try:
+            ask(server, number)
+        except Exception as error:
+            errors.append(f"client {number}: {error!r}")
+
+    def ask(server: Server, number: int) -> None:
+        for kind in random.Random(number).sample(["plain", "stream", "leave", "bad"], k=4):
+            text = f"client {number} says {len(answered)}"
+            body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": text}]}
+            if kind == "bad":
+                if post(server, CHAT, body | {"n": -1})[0] != 400:
+                    errors.append(f"{text}: accepted")
+                continue
+            if kind == "plain":
+                answer = api.chat.completions.create(**body).choices[0].message.content
+            else:
+                parts = []
+                with api.chat.completions.create(stream=True, **body) as chunks:
+                    for chunk in chunks:
+                        parts.append(chunk.choices[0].delta.content or "")
+                        if kind == "leave" and len(parts) > 4:
+                            break
+                if kind == "leave":
+                    continue
+                answer = "".join(parts)
+            if answer != text * 3:
+                errors.append(f"{text}: {answer!r}")
+            answered.append(text)
+
+    with serving(tokenizer, lambda: script, num_slots=16, max_waiting=200) as server:
+        api = client(server)
+        threads = [threading.Thread(target=use, args=(server, number)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not errors
+        assert len(answered) == 64 * 2
+        until(lambda: not script.is_busy)
+        until(lambda: 'num_requests_running{model_name="tiny"} 0.0' in get(server, "/metrics")[2])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_first_signal_drains_and_the_second_stops_at_once(tokenizer: Tokenizer, number: int) -> None:
+    script = Script(_very_long, tokenizer)
+    script.step_s = 0.002
+    served = Served(
+        name="tiny", tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, max_tokens=2000, digest="0123456789ab"
+    )
+    server = Server(served, config=ServeConfig(port=0), make_generation=lambda: script)
+    found: list[object] = []
+
+    def ask() -> None:
+        until(lambda: server.is_running)
+        try:
+            found.append(post(server, CHAT, BODY | {"max_tokens": 200})[0])
+        except OSError as error:
+            found.append(type(error))
+
+    def kill() -> None:
+        until(lambda: script.num_steps > 3)
+        for _ in range(number):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    threads = [threading.Thread(target=act) for act in (ask, kill)]
+    for thread in threads:
+        thread.start()
+    code = run_until_signal(server)
+    for thread in threads:
+        thread.join(10)
+    assert (code, found == [200]) == ((0, True) if number == 1 else (128 + signal.SIGTERM, False))
+    server.wait(10)
+    assert not server.is_running and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
