@@ -12,3 +12,8 @@ bash launch/install.sh
 echo "installed after ${SECONDS} s"
 "${VENV:-.venv}/bin/moetrain" run recipe=k2_nano "$@"
 printf 'quickstart: %d min %d s in all\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
+folder=runs name=k2_nano
+for word in "$@"; do
+    case "$word" in name=*) name="${word#name=}" ;; folder=*) folder="${word#folder=}" ;; esac
+done
+echo "watch the agent solve a task: ${VENV:-.venv}/bin/moetrain chat init_from=$folder/$name/rl_export task_index=0"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moetrain.config import (
+    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,
@@ -328,6 +329,7 @@ SCHEMAS: dict[str, type] = {
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
     "generate": GenerateRun,
+    "chat": ChatRun,
     "serve": ServeRun,
 }
 """Root schema of each command. `configs/<command>.yaml` is its primary config."""

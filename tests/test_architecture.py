@@ -26,7 +26,7 @@ LAYERS = [
     ["parallel", "inference"],
     ["checkpoint", "rollout", "plan", "serve"],
     ["train", "export"],
-    ["upcycle", "rl", "eval"],
+    ["upcycle", "rl", "eval", "terminal"],
     ["config"],
     ["commands"],
     ["compose"],

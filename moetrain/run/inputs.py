@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
+    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,
@@ -40,6 +41,7 @@ _NEED_WEIGHTS: dict[type[StageRun], str] = {
     ExportRun: "give the stage or checkpoint to export",
     EvalRun: "give the export to evaluate",
     GenerateRun: "give the folder of the weights",
+    ChatRun: "give the folder of the weights to chat with",
     ServeRun: "give the folder of the weights to serve",
     VerifyExportsRun: "give the export to verify",
 }
@@ -88,7 +90,7 @@ def check_names(run: StageRun) -> None:
     for schema, needed in _NEED_WEIGHTS.items():
         if isinstance(run, schema) and run.init_from is None and not _continues(run):
             raise ConfigError(f"init_from is null: {needed}")
-    if isinstance(run, DocumentRun | RlRun | EvalRun):
+    if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun):
         family = registry.build(run.task, run.run.seed)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
         if isinstance(run, DocumentRun) and has_dialogues:

@@ -176,7 +176,7 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str
     _check_keys(item, ["name", "command", "overrides", *_COUNTS], where)
     command = item.get("command")
     name = item.get("name", command)
-    commands = [command for command in SCHEMAS if command not in ("run", "data", "generate", "serve")]
+    commands = [command for command in SCHEMAS if command not in ("run", "data", "generate", "chat", "serve")]
     if command not in commands:
         raise ConfigError(f"{where}: command is {command!r}; {suggestion(str(command), commands)}")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN or name in earlier:

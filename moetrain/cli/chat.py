@@ -1,0 +1,95 @@
+"""`moetrain chat`."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from moetrain.config import ChatRun, check_length
+from moetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moetrain.data.tokenizer import Tokenizer
+    from moetrain.inference.protocol import Generation
+    from moetrain.terminal.screen import Screen
+
+_MAX_TURNS = 32  # of an agent
+
+
+def main(run: ChatRun) -> int:
+    """Chat on standard input and output, or let the model act in a task; return the exit code."""
+    if run.init_from is None:
+        raise ConfigError("init_from is null: give the folder of the weights to chat with")
+    # These imports load torch, so they wait until the input has been checked.
+    from moetrain.inference.engine import GenerationEngine
+    from moetrain.inference.weights import build_weights
+    from moetrain.quant.config import QuantConfig
+    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.terminal.screen import Screen
+
+    origin = read_weights(run.init_from)
+    tokenizer = tokenizer_of(origin)
+    tokenizer.check_chat()
+    max_tokens = origin.model.max_position_embeddings
+    check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens + 1)
+    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
+    engine = GenerationEngine(weights, num_slots=1, max_tokens=max_tokens)
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    play = _chat if run.task_index is None else _act
+    play(run, engine, tokenizer=tokenizer, screen=Screen(), max_tokens=max_tokens)
+    return 0
+
+
+def _chat(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", screen: "Screen", max_tokens: int) -> None:
+    from moetrain.terminal.conversation import Conversation, converse
+
+    conversation = Conversation(
+        generation,
+        tokenizer=tokenizer,
+        screen=screen,
+        temperature=run.temperature,
+        max_tokens=max_tokens,
+        max_turn_tokens=run.max_turn_tokens,
+        seed=run.run.seed,
+        system=run.system,
+    )
+    converse(conversation, _read, screen=screen)
+
+
+def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", screen: "Screen", max_tokens: int) -> None:
+    from moetrain.rollout.config import RolloutConfig
+    from moetrain.runtime import seed_of
+    from moetrain.tasks import registry
+    from moetrain.tasks.protocol import Split
+    from moetrain.terminal.agent import act
+
+    assert run.task_index is not None
+    family = registry.build(run.task, run.run.seed)
+    act(
+        family.task(Split.held_out, run.task_index),
+        family,
+        generation=generation,
+        tokenizer=tokenizer,
+        config=RolloutConfig(
+            num_slots=1,
+            max_tokens=max_tokens,
+            max_turns=_MAX_TURNS,
+            max_turn_tokens=run.max_turn_tokens,
+            temperature=run.temperature,
+        ),
+        stream=seed_of(run.run.seed, "chat", run.task_index),
+        declare_tools=run.task.declare_tools,
+        screen=screen,
+    )
+
+
+def _read() -> str | None:
+    """Return the next line of standard input, or None at its end. On a terminal it shows a prompt and can be edited."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  makes `input` editable
+
+        try:
+            return input("you> ")
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None

@@ -1,0 +1,76 @@
+"""The model as an agent in an environment, at a terminal: the task, its turns, the results of its calls, its grade."""
+
+import asyncio
+from collections.abc import Sequence
+
+from moetrain.chat.template import IM_END, IM_MIDDLE
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.inference.protocol import Generation
+from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.episode import Episode
+from moetrain.rollout.types import Ending, Trajectory
+from moetrain.tasks.protocol import Task, TaskFamily
+from moetrain.terminal.player import Interrupts, TurnEnd, play_turn
+from moetrain.terminal.screen import Screen
+
+
+def act(
+    task: Task,
+    family: TaskFamily,
+    *,
+    generation: Generation,
+    tokenizer: Tokenizer,
+    config: RolloutConfig,
+    stream: int,
+    declare_tools: bool,
+    screen: Screen,
+) -> Trajectory | None:
+    """Return the trajectory of the model in a new environment, which is shown as it happens; None after Ctrl-C."""
+    for message in task.prompt:
+        screen.say("user", message.content)
+    episode = Episode(task, name="the task", stream=stream, config=config, tokenizer=tokenizer)
+    sequence, interrupts = episode.sequence, Interrupts()
+    with asyncio.Runner() as runner:
+        runner.run(episode.begin(family, declare_tools=declare_tools))
+        while not episode.is_finished:
+            if episode.has_begun:
+                for text in _texts(episode.observation, tokenizer):
+                    screen.say("result", text)
+                generation.extend(sequence, episode.observation, limit=episode.limit)
+            else:
+                episode.has_begun = True
+                generation.add(sequence)
+            end = play_turn(generation, sequence, tokenizer=tokenizer, screen=screen, interrupts=interrupts)
+            if end is TurnEnd.interrupted:
+                runner.run(episode.close())
+                screen.say("note", "interrupted: the task is not graded")
+                return None
+            runner.run(episode.respond())
+    trajectory = episode.trajectory(task=0, sample=0, num_replaced=0)
+    screen.say("note", _verdict(trajectory))
+    return trajectory
+
+
+def _verdict(trajectory: Trajectory) -> str:
+    """Return the grade in one line."""
+    counts = f"{trajectory.num_calls} calls, {trajectory.num_errors} of them errors, {trajectory.num_sampled} tokens"
+    if trajectory.ending is not Ending.answered:
+        return f"no answer: {trajectory.ending.value} ({trajectory.grade.reason}); {counts}"
+    verdict = "solved" if trajectory.grade.success else "not solved"
+    return f"{verdict}: reward {trajectory.reward:g} ({trajectory.grade.reason}); {counts}"
+
+
+def _texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of the messages in an observation."""
+    texts: list[str] = []
+    run: list[int] | None = None
+    for token in tokens:
+        marker = tokenizer.special_names.get(token)
+        if marker == IM_MIDDLE:
+            run = []
+        elif marker == IM_END and run is not None:
+            texts.append(tokenizer.decode(run))
+            run = None
+        elif run is not None:
+            run.append(token)
+    return texts

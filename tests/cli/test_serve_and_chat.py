@@ -1,0 +1,105 @@
+"""`moetrain serve` and `moetrain chat` of an export: what they read, say and refuse."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from moetrain.cli import chat, serve
+from moetrain.compose import compose
+from moetrain.errors import ConfigError
+from moetrain.export.config import ExportConfig
+from moetrain.export.write import export_model
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import TensorReader
+from moetrain.quant.config import QuantConfig
+from moetrain.runtime import free_port
+from tests.even_task import MODEL, even_tokenizer
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = Transformer(MODEL)
+    initialize(model, 0)
+    tensors: dict[str, torch.Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    export_model(
+        TensorReader(tensors),
+        folder=folder,
+        model=MODEL,
+        quant=QuantConfig(),
+        export=ExportConfig(),
+        tokenizer=even_tokenizer(),
+        step=1,
+        sources={"weights": "0"},
+    )
+    return folder
+
+
+def test_an_export_is_served_until_a_signal(export: Path) -> None:
+    port = free_port()
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=8) as api:
+                answer = api.chat.completions.create(
+                    model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=8, temperature=0
+                )
+                found.append(answer.choices[0].finish_reason)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    words = [f"init_from={export}", f"serve.port={port}", "serve.num_slots=2", "serve.api_key=k"]
+    assert serve.main(compose("serve", words)) == 0
+    thread.join(10)
+    assert found and found[0] in ("length", "stop", "tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve.host=0.0.0.0"], "serve.host is 0.0.0.0, which other machines can reach"),
+        (["serve.max_tokens=4096"], "serve.max_tokens is 4096: give at most model.max_position_embeddings=128"),
+    ],
+)
+def test_a_server_that_cannot_start_is_refused_in_one_line(export: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve.main(compose("serve", [f"init_from={export}", *words]))
+
+
+def test_missing_packages_are_named_with_the_cure(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_PACKAGES", ("starlette", "no_such_package"))
+    with pytest.raises(ConfigError, match=r"no_such_package is not installed: install it with pip install 'moetrain\["):
+        serve.main(compose("serve", [f"init_from={export}"]))
+
+
+def test_a_chat_reads_lines_of_a_pipe(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("hello\n\nné\n".encode())))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="utf-8"))
+    assert chat.main(compose("chat", [f"init_from={export}", "max_turn_tokens=12"])) == 0
+    sys.stdout.flush()
+    shown = raw.getvalue().decode()
+    assert shown.count("[user] ") == 2 and "[user] hello\n" in shown and "[user] né\n" in shown
+
+
+def test_a_task_is_played_to_its_verdict(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="utf-8"))
+    words = [f"init_from={export}", "max_turn_tokens=12", "task_index=0", "task.database.max_calls=2"]
+    assert chat.main(compose("chat", words)) == 0
+    sys.stdout.flush()
+    shown = raw.getvalue().decode()
+    assert shown.startswith("[user] ") and "\n[note] " in shown
