@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from moetrain.client_commands import BenchServeRun, VerifyEndpointRun
 from moetrain.config import (
     ChatRun,
     DocumentRun,
@@ -323,11 +324,13 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "verify hf": VerifyHfRun,
+    "verify endpoint": VerifyEndpointRun,
     "verify faults": VerifyFaultsRun,
     "verify layouts": VerifyLayoutsRun,
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
+    "bench serve": BenchServeRun,
     "generate": GenerateRun,
     "chat": ChatRun,
     "serve": ServeRun,

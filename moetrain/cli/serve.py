@@ -3,9 +3,13 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrain.config import ServeRun, check_length
 from moetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moetrain.serve.server import Server
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
@@ -13,17 +17,25 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
 def main(run: ServeRun) -> int:
     """Serve the weights until a signal; return the exit code."""
+    run.serve.check_exposure()
+    server = server_of(run)
+    from moetrain.serve.server import run_until_signal  # loads torch
+
+    return run_until_signal(server)
+
+
+def server_of(run: ServeRun) -> "Server":
+    """Return a server of the weights, which has not started yet. Raises ConfigError when a package is missing."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the folder of the weights to serve")
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{', '.join(missing)} is not installed: install it with pip install 'moetrain[serve]'")
-    run.serve.check_exposure()
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.weights import build_weights
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
-    from moetrain.serve.server import Server, run_until_signal
+    from moetrain.serve.server import Server
     from moetrain.serve.service import Served
 
     origin = read_weights(run.init_from)
@@ -44,4 +56,4 @@ def main(run: ServeRun) -> int:
         make_generation=lambda: GenerationEngine(weights, num_slots=run.serve.num_slots, max_tokens=max_tokens),
     )
     _log.info("%s: %s tokens, key %s", served.name, max_tokens, "required" if run.serve.key else "not required")
-    return run_until_signal(server)
+    return server

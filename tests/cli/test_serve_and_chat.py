@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -42,6 +43,15 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def harmless_signal() -> Iterator[None]:
+    """Keep a signal that finds no server from ending the tests."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("harmless_signal")
 def test_an_export_is_served_until_a_signal(export: Path) -> None:
     port = free_port()
     found: list[str | None] = []
