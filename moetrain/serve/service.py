@@ -69,7 +69,8 @@ class Service:
         return self._engine.is_alive and not self.is_draining
 
     async def prepare(self, request: ChatRequest | TextRequest) -> list[Prompt]:
-        """Return the prompts of a request. Raises ApiError for a wrong model, a prompt too long, a schema too hard."""
+        """Return the prompts of a request. Raises ApiError when it is refused."""
+        self._check_room(request.choices.number)
         name = request.choices.model
         if name is not None and name != self.served.name:
             message = f"the model {name[:80]!r} does not exist: this server has {self.served.name!r}"
@@ -117,10 +118,7 @@ class Service:
     def run(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Iterator[Run]:
         """Run the sequences of a request; at the end, cancel those that have not ended."""
         number = len(prompts) * request.choices.number
-        if self.is_draining:
-            raise ApiError("the server is stopping", status=503, code="stopping", may_retry=True)
-        if self._num_jobs + number > self._config.num_slots + self._config.max_waiting:
-            raise ApiError("the server is busy: try again later", status=503, code="busy", may_retry=True)
+        self._check_room(number)  # again, because others may have come while the prompt was made
         self._num_jobs += number
         run = self._start(request, prompts)
         try:
@@ -133,6 +131,12 @@ class Service:
                 self._engine.cancel(job)
                 self.metrics.count_end("abort")
             self.metrics.count_stray(sum(answer.num_stray for answer in run.answers))
+
+    def _check_room(self, number: int) -> None:
+        if self.is_draining:
+            raise ApiError("the server is stopping", status=503, code="stopping", may_retry=True)
+        if self._num_jobs + min(number, self._config.max_choices) > self._config.num_slots + self._config.max_waiting:
+            raise ApiError("the server is busy: try again later", status=503, code="busy", may_retry=True)
 
     def _start(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Run:
         choices = request.choices
