@@ -27,7 +27,11 @@ POSITIVE = Range(fits=lambda value: value > 0, cure="give a number above 0")
 SHARE = Range(fits=lambda value: 0 <= value <= 1, cure="give a share from 0 to 1")
 BELOW_ONE = Range(fits=lambda value: 0 <= value < 1, cure="give a number from 0 to below 1")
 SEED = Range(fits=lambda value: value >= 0, cure="give a whole number from 0 to 2^63 - 1")
-TEMPERATURE = Range(fits=lambda value: value >= 0, cure="give 0 (greedy) or more")
+MIN_TEMPERATURE = 1e-6
+"""Smallest temperature besides 0: logits divided by less can exceed float32."""
+TEMPERATURE = Range(
+    fits=lambda value: value == 0 or value >= MIN_TEMPERATURE, cure=f"give 0 (greedy), or at least {MIN_TEMPERATURE:g}"
+)
 
 
 def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[str]]) -> None:

@@ -34,7 +34,7 @@ OUT_OF_RANGE = {
         "rollout.max_seconds=-1",
     ],
     "eval": ["eval.first_task=-1", "eval.kl_tasks=0", "eval.num_traces=-1", "eval.longer_tasks=-1"],
-    "generate": ["temperature=nan", "temperature=-1", "max_new_tokens=0"],
+    "generate": ["temperature=nan", "temperature=-1", "temperature=1e-09", "max_new_tokens=0"],
     "verify exports": ["num_rows=0", "num_tokens=0"],
     "verify layouts": ["expert_rows=0", "steps=0"],
     "run": ["seed=-1", "num_processes=0", "threads=0"],
@@ -57,7 +57,7 @@ def test_a_number_out_of_range_is_named_with_its_field(command: str, override: s
     ("command", "override", "message"),
     [
         ("eval", "eval.longer_calls=[0]", "eval.longer_calls is [0]: give at least 1"),
-        ("eval", "eval.temperatures=[1.0,nan]", "eval.temperatures is [1.0, nan]: give 0 (greedy) or more"),
+        ("eval", "eval.temperatures=[1.0,nan]", "eval.temperatures is [1.0, nan]: give 0 (greedy), or at least 1e-06"),
         ("pretrain", "optim.betas=[0.9,1]", "optim.betas is [0.9, 1.0]: give a number from 0 to below 1"),
         ("pretrain", "run.folder=", "run.folder is '': give the path of a folder"),
         ("pretrain", 'run.name="a\nb"', r"run.name is 'a\nb': give the name of a folder"),

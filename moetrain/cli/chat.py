@@ -89,7 +89,10 @@ def _read() -> str | None:
 
         try:
             return input("you> ")
-        except EOFError:
-            return None
+        except (EOFError, KeyboardInterrupt) as end:
+            print()
+            if isinstance(end, EOFError):
+                return None
+            raise
     line = sys.stdin.readline()
     return line.rstrip("\n") if line else None

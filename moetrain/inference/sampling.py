@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from moetrain.errors import ConfigError
 from moetrain.ops.logprobs import exponentials
+from moetrain.ranges import TEMPERATURE
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _UNIT = 2.0**-53
-MIN_TEMPERATURE = 1e-6
-"""Smallest temperature besides 0: logits divided by less can exceed float32."""
 
 _LOWEST = torch.finfo(torch.float32).min
 _NUM_SORTED = 256
@@ -50,14 +49,14 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name, fits, cure in (
-            ("temperature", self.temperature == 0 or self.temperature >= MIN_TEMPERATURE, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "a share above 0, up to 1"),
-            ("top_k", self.top_k >= 0, "a whole number, where 0 keeps all tokens"),
-            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1"),
-            ("top_logprobs", self.top_logprobs >= 0, "a whole number from 0"),
+            ("temperature", TEMPERATURE.fits(self.temperature), TEMPERATURE.cure),
+            ("top_p", 0 < self.top_p <= 1, "give a share above 0, up to 1"),
+            ("top_k", self.top_k >= 0, "give a whole number, where 0 keeps all tokens"),
+            ("min_p", 0 <= self.min_p <= 1, "give a share from 0 to 1"),
+            ("top_logprobs", self.top_logprobs >= 0, "give a whole number from 0"),
         ):
             if not (fits and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"{name} is {getattr(self, name)}: give {cure}")
+                raise ConfigError(f"{name} is {getattr(self, name)}: {cure}")
         for token, bias in self.logit_bias:
             if math.isnan(bias) or bias == math.inf:
                 raise ConfigError(f"logit_bias of token {token} is {bias}: give a finite number")

@@ -10,7 +10,7 @@ from moetrain.chat.messages import Message, Role, valid_text
 from moetrain.chat.records import read_conversation, read_declaration
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ConfigError, DataError
-from moetrain.inference.sampling import MIN_TEMPERATURE, Sampling
+from moetrain.inference.sampling import Sampling
 from moetrain.serve.errors import ApiError
 from moetrain.serve.fields import Fields
 
@@ -148,8 +148,6 @@ def _choices(fields: Fields, *, top_logprobs: int | None, max_tokens: int | None
 
 def _sampling(fields: Fields, *, top_logprobs: int) -> Sampling:
     temperature = fields.number("temperature", low=0, high=2, default=1.0)
-    if 0 < temperature < MIN_TEMPERATURE:
-        raise fields.refusal("temperature", temperature, cure=f"give 0 (greedy), or at least {MIN_TEMPERATURE:g}")
     bias = fields.take("logit_bias")
     if bias is not None and (not isinstance(bias, dict) or len(bias) > _MAX_BIASES):
         raise fields.refusal("logit_bias", bias, cure=f"give an object with at most {_MAX_BIASES} token ids")
