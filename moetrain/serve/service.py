@@ -97,6 +97,8 @@ class Service:
         except DataError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         if prompt.grammar:
+            if '"x-guidance"' in prompt.grammar:  # llguidance would read it, and could ignore parts of the schema
+                raise ApiError("a JSON schema has the key x-guidance: leave it out", code="invalid_schema")
             try:
                 self._guide.constraint(prompt.grammar)
             except ConfigError as error:

@@ -164,7 +164,7 @@ class TurnReader:
 
 
 class StopStrings:
-    """Finds the first of some strings in a text that arrives in parts. It holds back what could begin one of them."""
+    """Finds the first of some strings to end in a text that arrives in parts. It holds back what could begin one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -176,11 +176,12 @@ class StopStrings:
         if self.is_found or not self._stops:
             return "" if self.is_found else text
         text = self._held + text
-        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if places:
+        # The string that is complete first ends the text, so that the result does not depend on how the text is split.
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        if ends:
             self.is_found = True
             self._held = ""
-            return text[: min(places)]
+            return text[: min(ends)[1]]
         longest = max(map(len, self._stops)) - 1
         kept = next(
             (size for size in range(min(longest, len(text)), 0, -1) if self._begins_one(text[-size:])),

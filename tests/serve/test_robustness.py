@@ -100,6 +100,7 @@ def _tool(**fields: Any) -> list[Any]:
         (CHAT, BODY | {"tools": _tool() * 2}, 400, "two tools have the same name"),
         (CHAT, BODY | {"tools": _tool(parameters={"type": "string"})}, 400, "not a JSON schema of type object"),
         (CHAT, BODY | {"tools": _tool(parameters={"not": {}})}, 400, 'cannot be used: Unimplemented keys: ["not"]'),
+        (CHAT, BODY | {"tools": _tool(parameters={"x-guidance": {"lenient": True}})}, 400, "has the key x-guidance"),
         (CHAT, BODY | {"tools": _tool(parameters={"properties": 3})}, 400, "a JSON schema cannot be used"),
         (CHAT, BODY | {"tool_choice": "required"}, 400, "it requires tools"),
         (CHAT, BODY | {"tools": _tool(), "tool_choice": {"type": "function"}}, 400, "tools: f"),
@@ -136,6 +137,15 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(echo: Server) -> 
     assert response.status == 413 and json.loads(response.read())["error"]["code"] == "body_too_large"
     connection.close()
     assert post(echo, CHAT, BODY)[0] == 200
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(tokenizer: Tokenizer) -> None:
+    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_body_s=0.1) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n".encode() + b"{")
+            slow.settimeout(10)
+            assert slow.recv(12) == b"HTTP/1.1 408"
 
 
 def test_fields_without_effect_are_named_in_the_response(echo: Server) -> None:
