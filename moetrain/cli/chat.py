@@ -29,7 +29,7 @@ def main(run: ChatRun) -> int:
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     max_tokens = origin.model.max_position_embeddings
-    check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens + 1)
+    check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
     engine = GenerationEngine(weights, num_slots=1, max_tokens=max_tokens)
     for stream in (sys.stdin, sys.stdout):

@@ -10,6 +10,7 @@ from pathlib import Path
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
+    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,
@@ -55,7 +56,7 @@ def needs_chat(run: StageRun) -> bool:
     if isinstance(run, DocumentRun):
         sources = run.data.sources.values()
         return any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources)
-    return isinstance(run, RlRun | EvalRun)
+    return isinstance(run, RlRun | EvalRun | ChatRun)
 
 
 def keeps_tokenizer(run: StageRun) -> bool:

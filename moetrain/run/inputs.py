@@ -161,6 +161,10 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         rl_start_point(run, origin)
     if isinstance(run, UpcycleRun):
         check_dense(origin, model=run.model)
+    if isinstance(run, ChatRun):
+        check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
+    if isinstance(run, ServeRun) and run.serve.max_tokens is not None:
+        check_length(origin.model, name="serve.max_tokens", length=run.serve.max_tokens)
     if isinstance(run, EvalRun):
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     if origin.tokenizer is not None:
