@@ -30,6 +30,8 @@ class ServeMetrics:
         self._waiting = gauge("num_requests_waiting", "Sequences that wait for a slot.")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._cached = counter("prompt_tokens_cached", "Tokens of prompts that were found in the cache.")
+        self._queries = counter("prefix_cache_queries", "Tokens of prompts that were looked up in the cache.")
+        self._hits = counter("prefix_cache_hits", "Tokens of prompts that were found in the cache.")
         self._generated = counter("generation_tokens", "Tokens that were generated.")
         self._ends = Counter(
             "vllm:request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=self._registry
@@ -70,7 +72,9 @@ class ServeMetrics:
         self._queued.observe(job.begun - job.submitted)
         self._prompt.inc(job.num_prompt)
         self._prompts.observe(job.num_prompt)
+        self._queries.inc(job.num_prompt)
         self._cached.inc(num_cached)
+        self._hits.inc(num_cached)
 
     def observe_tokens(self, job: Job, *, number: int, now: float) -> None:
         """Record the new tokens of a job."""
