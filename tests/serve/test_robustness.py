@@ -279,6 +279,25 @@ def test_a_stopping_server_finishes_what_runs_and_refuses_what_comes(tokenizer: 
             post(server, CHAT, BODY)
 
 
+def test_a_drain_ends_in_its_time(tokenizer: Tokenizer) -> None:
+    script = Script(_very_long, tokenizer)
+    script.step_s = 0.02
+    with serving(tokenizer, lambda: script, max_drain_s=0.1) as server:
+
+        def ask() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                post(server, CHAT, BODY | {"stream": True})
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        until(lambda: script.num_steps > 3)
+        server.drain()
+        server.wait(10)
+        assert not server.is_running and script.num_steps < 500
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_sixty_four_clients_at_once_each_get_their_own_answer(tokenizer: Tokenizer) -> None:
     script = Script(_echo, tokenizer)
     script.step_s = 0.001
