@@ -1,12 +1,10 @@
 """Controller of a contestant of `bench train`, which runs as one process per rank (`bench.worker`).
 
-Controller and workers exchange JSON lines. `prepare` builds the model and warms up, `turn` takes the steps of one turn,
-`profile` measures the time per part of the model. Between commands a worker waits for its next line and uses no core.
+The commands: `prepare` builds the model and warms up, `turn` takes the steps of one turn, `profile` measures the time
+per part of the model.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moetrain.bench.process import Process
 from moetrain.runtime import free_port
 
 
@@ -68,21 +67,14 @@ class Remote:
         port = free_port()
         self._processes = [self._start(rank, config=config, port=port) for rank in range(contestant.ranks)]
 
-    def _start(self, rank: int, *, config: Path, port: int) -> "subprocess.Popen[str]":
+    def _start(self, rank: int, *, config: Path, port: int) -> Process:
         contestant = self.contestant
-        layout = {"OMP_NUM_THREADS": str(contestant.threads), "TOKENIZERS_PARALLELISM": "false"}
+        layout = {"OMP_NUM_THREADS": str(contestant.threads)}
         if contestant.ranks > 1:
             layout |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contestant.ranks)}
             layout |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with self.log.open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "moetrain.bench.worker", str(config), json.dumps(contestant.as_dict())],
-                env={**os.environ, **layout},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        words = [sys.executable, "-m", "moetrain.bench.worker", str(config), json.dumps(contestant.as_dict())]
+        return Process(words, env=layout, log=self.log)
 
     def ask(self, command: str) -> dict[str, float] | None:
         """Run a command on all ranks and store their measurements; return the profile for `profile`, else None.
@@ -93,13 +85,10 @@ class Remote:
             return None
         try:
             for process in self._processes:
-                assert process.stdin is not None
-                process.stdin.write(command + "\n")
-                process.stdin.flush()
-            answers = [_answer(process) for process in self._processes]
+                process.send(command)
+            answers = [process.receive() for process in self._processes]
         except (BrokenPipeError, EOFError):
-            lines = self.log.read_text().strip().splitlines()
-            self.failure = lines[-1] if lines else "it ended without output"
+            self.failure = self._processes[0].last_words()
             return None
         first = answers[0]
         self.setting = first["setting"]
@@ -114,19 +103,7 @@ class Remote:
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
-            assert process.stdin is not None and process.stdout is not None
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-
-def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise EOFError
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+            process.close()
 
 
 def _columns(answers: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[float, ...]]:

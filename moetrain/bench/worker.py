@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from moetrain.bench.contestant import Contestant, Kind
+from moetrain.bench.process import commands
 from moetrain.commands import BenchTrainRun
 from moetrain.compose import load_config
 from moetrain.data.batch import TokenBatch
@@ -115,17 +116,15 @@ class Worker:
 
 def main() -> None:
     """Answer the commands on standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print to stdout; this sends it to the log
     run: BenchTrainRun = load_config("bench train", Path(sys.argv[1]))
     contestant = Contestant(**json.loads(sys.argv[2]) | {"kind": Kind(json.loads(sys.argv[2])["kind"])})
     if contestant.kind in (Kind.moetrain, Kind.moetrain_torch):
         keep_freed_memory()  # every moetrain command does this; peers run with their own defaults
     torch.set_num_threads(contestant.threads)
     worker: Worker | None = None
-    for line in sys.stdin:
+    for command, answers in commands():
         worker = worker or Worker(run, contestant)
-        print(json.dumps(worker.answer(line.strip())), file=answers, flush=True)
+        print(json.dumps(worker.answer(command)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
