@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ _SIGNATURES = {
     "swiglu_backward": "pppppl",
     "expert_rows": "iippppppl" + "ll",
     "expert_rows_backward": "iipppppppppl" + "ll",
+    "pack_int4": "ppplll",
+    "pack_dense": "pplll",
+    "packed_linear": "ippplll",
+    "packed_expert_rows": "ipppppl" + "ll",
+    "decode_rows": "i" + "pppp" + "ppppp" + "ppp" + "lll",
     "latent_attention": "ippppppppp" + "lllllllf",
     "latent_attention_backward": "ipppppppp" + "ppp" + "lllllllf",
     "rms_norm_rows": "ppppllf",
@@ -61,6 +66,11 @@ class Library:
         self.path = path
         library = ctypes.CDLL(str(path))
         library.gain_of_pairs.restype = ctypes.c_double
+        library.packed_bytes.argtypes, library.packed_bytes.restype = (
+            [ctypes.c_int, ctypes.c_int64, ctypes.c_int64],
+            ctypes.c_int64,
+        )
+        self.packed_bytes: Callable[[int, int, int], int] = library.packed_bytes
         self._functions = {}
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)

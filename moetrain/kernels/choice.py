@@ -23,6 +23,21 @@ def taking_kind(library: Library | None, device: torch.device, *, dtype: torch.d
     return library if dtype == torch.bfloat16 and device.type == "cpu" else None
 
 
+def find_for_generation(wanted: Kernels) -> Library | None:
+    """Resolve `wanted` for generation, whose products have few rows: native kernels wherever they can be compiled.
+
+    Raises ConfigError if native kernels were requested but are unavailable.
+    """
+    if wanted is Kernels.torch:
+        return None
+    try:
+        return load()
+    except UnavailableError as error:
+        if wanted is Kernels.native:
+            raise ConfigError(f"kernels=native is unavailable here: {error}. {CURE}") from None
+        return None
+
+
 def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
     """Resolve `wanted`: return the library, None for torch's kernels, and the reason.
 

@@ -30,7 +30,11 @@ if torch.backends.cpu.get_cpu_capability() == "AVX512":
 
 @pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
 def library(request: pytest.FixtureRequest) -> Library:
-    flags, paired = request.param
+    return library_for(*request.param)
+
+
+def library_for(flags: str, paired: int) -> Library:
+    """Return the library for these instruction sets, with this kind of units."""
     found = Library(load((flags,)).path)
     found.paired = paired
     return found

@@ -3,7 +3,9 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "decode.h"
 #include "feed_forward.h"
+#include "packed.h"
 #include "rows.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -125,6 +127,68 @@ EXPORT void expert_rows_backward(int paired, int half, const bf16* grad_y, const
     else
       experts_backward<P>(grad_y, x, kept, ends, num, hidden, width, static_cast<const float*>(gate_up),
                           static_cast<const float*>(down), grad_x, grad_gate_up, grad_down);
+  });
+}
+
+// Bytes of a packed matrix [columns][k], of INT4 or bfloat16; k is a multiple of 32.
+EXPORT int64_t packed_bytes(int int4, int64_t columns, int64_t k) {
+  return int4 ? PackedExperts<Int4Panel>::bytes(columns, k) : PackedExperts<DensePanel>::bytes(columns, k);
+}
+
+// codes [num][columns][k] from -8 to 7 and scales [num][columns][k / 32] to panels.
+EXPORT void pack_int4(const int8_t* codes, const bf16* scales, uint8_t* out, int64_t num, int64_t columns, int64_t k) {
+  const int64_t panels = up_to(columns, PANEL) / PANEL, groups = k / GROUP;
+#pragma omp parallel for schedule(static)
+  for (int64_t task = 0; task < num * panels; task++) {
+    const int64_t first = task / panels * columns + task % panels * PANEL;
+    const int64_t rest = columns - task % panels * PANEL;
+    Int4Panel::pack(codes + first * k, scales + first * groups, rest, k, out + task * groups * Int4Panel::BYTES);
+  }
+}
+
+// w [num][columns][k] to panels
+EXPORT void pack_dense(const bf16* w, uint8_t* out, int64_t num, int64_t columns, int64_t k) {
+  const int64_t panels = up_to(columns, PANEL) / PANEL;
+#pragma omp parallel for schedule(static)
+  for (int64_t task = 0; task < num * panels; task++)
+    DensePanel::pack(w + (task / panels * columns + task % panels * PANEL) * k, columns - task % panels * PANEL, k,
+                     out + task * (k / GROUP) * DensePanel::BYTES);
+}
+
+// y [rows][columns] = x [rows][k] times a matrix from `pack_dense`
+EXPORT void packed_linear(int paired, const bf16* x, const uint8_t* matrix, bf16* y, int64_t rows, int64_t columns, int64_t k) {
+  with_units(paired, [&](auto p) {
+#pragma omp parallel
+    team_product<decltype(p), DensePanel>(x, k, rows, k, matrix, columns, y, columns);
+  });
+}
+
+// Rows of x are sorted by expert; the rows of expert e end at ends[e]. gate_up and down: from `pack_int4`, gate and up as
+// two matrices.
+EXPORT void packed_expert_rows(int paired, const bf16* x, const int64_t* ends, const uint8_t* gate_up, const uint8_t* down,
+                               bf16* y, int64_t num, int64_t hidden, int64_t width) {
+  with_units(paired, [&](auto p) { packed_experts<decltype(p), Int4Panel>(x, ends, {gate_up, down, num, hidden, hidden, width}, y); });
+}
+
+// Sends x [rows][D], the embeddings of new tokens, through all layers; x holds the residual stream after it, and `out`
+// [rows][D] its last norm. shape, factors and layers: the fields of DecodeShape and DecodeLayer in their order.
+EXPORT void decode_rows(int paired, const int64_t* shape, const float* factors, const DecodeLayer* layers,
+                        const float* last_norm, const int32_t* sequences, const int32_t* positions, const int32_t* tables,
+                        const float* cosine, const float* sine, bf16* pages, bf16* x, bf16* out, int64_t rows,
+                        int64_t table_width, int64_t num_pages) {
+  DecodeShape s;
+  std::memcpy(&s, shape, 14 * sizeof(int64_t));
+  std::memcpy(&s.eps, factors, 4 * sizeof(float));
+  const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
+  with_units(paired, [&](auto p) {
+    Decode<decltype(p)> decode(s, in, x);
+#pragma omp parallel
+    {
+      for (int64_t i = 0; i < s.layers; i++) decode.block(layers[i], i);
+      decode.norm_rows(last_norm);
+    }
+    for (int64_t r = 0; r < rows; r++)
+      std::memcpy(out + r * s.hidden, decode.rows() + r * decode.row_width(), s.hidden * sizeof(bf16));
   });
 }
 

@@ -6,21 +6,23 @@
 
 #include "vectors.h"
 
-// y = x / sqrt(mean(x^2) + eps) * weight, [rows][width]; inverse [rows] is kept for the backward pass.
+// y = x / sqrt(mean(x^2) + eps) * weight; returns 1 / sqrt(mean(x^2) + eps).
+inline float rms_norm_row(const bf16* row, const float* weight, int64_t width, float eps, bf16* y) {
+  floats squares = every(0.0f);
+  float square = 0;
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) squares += load(row + i) * load(row + i);
+  for (; i < width; i++) square += widen(row[i]) * widen(row[i]);
+  const float over = 1.0f / std::sqrt((square + sum(squares)) / width + eps);
+  for (i = 0; i + LANES <= width; i += LANES) store(y + i, load(row + i) * over * load(weight + i));
+  for (; i < width; i++) y[i] = narrow(widen(row[i]) * over * weight[i]);
+  return over;
+}
+
+// The same for rows [rows][width]; inverse [rows] is kept for the backward pass.
 inline void rms_norm(const bf16* x, const float* weight, int64_t rows, int64_t width, float eps, bf16* y, float* inverse) {
 #pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const bf16* row = x + r * width;
-    floats squares = every(0.0f);
-    float square = 0;
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) squares += load(row + i) * load(row + i);
-    for (; i < width; i++) square += widen(row[i]) * widen(row[i]);
-    const float over = 1.0f / std::sqrt((square + sum(squares)) / width + eps);
-    inverse[r] = over;
-    for (i = 0; i + LANES <= width; i += LANES) store(y + r * width + i, load(row + i) * over * load(weight + i));
-    for (; i < width; i++) y[r * width + i] = narrow(widen(row[i]) * over * weight[i]);
-  }
+  for (int64_t r = 0; r < rows; r++) inverse[r] = rms_norm_row(x + r * width, weight, width, eps, y + r * width);
 }
 
 // With n = x / rms: grad_x = (g w - n mean(g w n)) / rms and grad_weight = sum over rows of g n.

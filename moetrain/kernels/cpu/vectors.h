@@ -142,9 +142,11 @@ class Scratch {
     if (data_ == nullptr) std::abort();
   }
   ~Scratch() { std::free(data_); }
+  Scratch(Scratch&& other) : data_(other.data_) { other.data_ = nullptr; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
   T* data_;

@@ -1,0 +1,286 @@
+// One call of generation: new tokens of any sequences through all layers, with a paged cache. All threads work on one
+// layer at a time and share its panels, rows or heads; no result depends on how. A row is a token; rows of one sequence
+// follow each other in the order of their positions.
+//
+// Widths that products sum over are padded to GROUP with zeros, in the packed matrices and in the rows here.
+#pragma once
+
+#include "decode_attention.h"
+#include "packed.h"
+#include "router.h"
+#include "rows.h"
+
+struct DecodeShape {
+  int64_t layers, hidden, heads, plain, rotary, value, latent, query_rank;  // query_rank 0: queries are not compressed
+  int64_t experts, chosen, groups, best_groups, function, normalize;
+  float eps, latent_eps, scale, factor;
+};
+
+// Pointers of one block. Matrices are packed by `pack_dense`; up_k and up_v hold one matrix per head. A block without
+// experts has no router. int4: whether expert_gate_up and expert_down are from `pack_int4`.
+struct DecodeLayer {
+  const float *input_norm, *post_norm, *query_norm, *latent_norm, *router, *bias;
+  const uint8_t *q_a, *q_b, *kv_a, *up_k, *up_v, *out, *gate, *up, *down, *expert_gate_up, *expert_down;
+  int64_t width, expert_width, int4;
+};
+
+struct DecodeRows {
+  int64_t rows;
+  const int32_t *sequences, *positions;  // [rows]
+  const int32_t* tables;                 // [sequences][table_width]: the pages of each
+  int64_t table_width;
+  const float *cosine, *sine;  // [positions][R / 2]
+  bf16* pages;                 // [layers][num_pages][PAGE][C + R]
+  int64_t num_pages;
+};
+
+constexpr int64_t ROWS_TOGETHER = 8;  // rows of a sequence that share the reading of a page
+
+template <class P>
+class Decode {
+ public:
+  Decode(const DecodeShape& shape, const DecodeRows& in, bf16* x)
+      : s(shape),
+        in(in),
+        x(x),
+        wide(up_to(s.hidden, GROUP)),
+        rank(up_to(s.query_rank, GROUP)),
+        head(s.plain + s.rotary),
+        latent_width(s.latent + s.rotary),
+        plain(up_to(s.plain, GROUP)),
+        mixed_width(up_to(s.latent, GROUP)),
+        out_width(up_to(s.heads * s.value, GROUP)),
+        normed(zeros(in.rows * wide)),
+        compressed(zeros(in.rows * rank)),
+        latents(in.rows * latent_width),
+        queries(in.rows * s.heads * head),
+        plain_queries(zeros(in.rows * s.heads * plain)),
+        absorbed(in.rows * s.heads * latent_width),
+        mixed(zeros(in.rows * s.heads * mixed_width)),
+        values(zeros(in.rows * out_width)),
+        added(in.rows * s.hidden),
+        ids(in.rows * std::max<int64_t>(s.chosen, 1)),
+        places(in.rows * std::max<int64_t>(s.chosen, 1)),
+        weights(in.rows * std::max<int64_t>(s.chosen, 1)),
+        ends(std::max<int64_t>(s.experts, 1)),
+        groups(in.rows + 1) {
+    num_groups = 0;
+    for (int64_t r = 0; r < in.rows; r++) {
+      const bool joins = r > 0 && in.sequences[r] == in.sequences[r - 1] && r - groups[num_groups - 1] < together();
+      if (!joins) groups[num_groups++] = r;
+    }
+    groups[num_groups] = in.rows;
+  }
+
+  // Adds a block to the residual stream x [rows][D]. Called by all threads of a team.
+  void block(const DecodeLayer& layer, int64_t index) {
+    norm_rows(layer.input_norm);
+    attention(layer, in.pages + index * in.num_pages * PAGE * latent_width);
+    add_rows(added.get());
+    norm_rows(layer.post_norm);
+    feed_forward(layer);
+  }
+
+  void norm_rows(const float* weight) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++)
+      rms_norm_row(x + r * s.hidden, weight, s.hidden, s.eps, normed.get() + r * wide);
+  }
+
+ private:
+  const DecodeShape& s;
+  const DecodeRows& in;
+  bf16* x;
+  const int64_t wide, rank, head, latent_width, plain, mixed_width, out_width;
+  Scratch<bf16> normed, compressed, latents, queries, plain_queries, absorbed, mixed, values, added;
+  Scratch<int64_t> ids, places;
+  Scratch<float> weights;
+  Scratch<int64_t> ends, groups;
+  int64_t num_groups;
+  bf16 *inner = nullptr, *sorted = nullptr, *routed = nullptr, *shared_inner = nullptr;
+
+  static Scratch<bf16> zeros(int64_t size) {
+    Scratch<bf16> memory(size);
+    std::memset(memory.get(), 0, size * sizeof(bf16));
+    return memory;
+  }
+
+  int64_t together() const { return std::max<int64_t>(1, std::min(ROWS_TOGETHER, CHUNK / s.heads)); }
+
+  void add_rows(const bf16* y) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++) add_row(x + r * s.hidden, y + r * s.hidden, x + r * s.hidden);
+  }
+
+  void add_row(const bf16* a, const bf16* b, bf16* to) const {
+    int64_t i = 0;
+    for (; i + LANES <= s.hidden; i += LANES) store(to + i, load(a + i) + load(b + i));
+    for (; i < s.hidden; i++) to[i] = narrow(widen(a[i]) + widen(b[i]));
+  }
+
+  void attention(const DecodeLayer& layer, bf16* pages) {
+    if (s.query_rank > 0) {
+      team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.q_a, s.query_rank, compressed.get(), rank);
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < in.rows; r++) {
+        bf16* row = compressed.get() + r * rank;
+        rms_norm_row(row, layer.query_norm, s.query_rank, s.latent_eps, row);
+      }
+      team_product<P, DensePanel>(compressed.get(), rank, in.rows, rank, layer.q_b, s.heads * head, queries.get(),
+                                  s.heads * head);
+    } else {
+      team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.q_b, s.heads * head, queries.get(),
+                                  s.heads * head);
+    }
+    team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.kv_a, latent_width, latents.get(), latent_width);
+    rotate_rows(layer, pages);
+    const int64_t up_k = plain / GROUP * DensePanel::BYTES * (up_to(s.latent, PANEL) / PANEL);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < s.heads * (up_to(s.latent, PANEL) / PANEL); task++) {
+      const int64_t panels = up_to(s.latent, PANEL) / PANEL, h = task / panels, j = task % panels * PANEL;
+      panel_product<P>(plain_queries.get() + h * plain, s.heads * plain, in.rows, plain,
+                       DensePanel{layer.up_k + h * up_k + j / PANEL * (plain / GROUP) * DensePanel::BYTES},
+                       absorbed.get() + h * latent_width + j, s.heads * latent_width, std::min(PANEL, s.latent - j));
+    }
+    mix(pages);
+    const int64_t panels = up_to(s.value, PANEL) / PANEL, size = mixed_width / GROUP * DensePanel::BYTES;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < s.heads * panels; task++) {
+      const int64_t h = task / panels, j = task % panels * PANEL;
+      panel_product<P>(mixed.get() + h * mixed_width, s.heads * mixed_width, in.rows, mixed_width,
+                       DensePanel{layer.up_v + (h * panels + j / PANEL) * size}, values.get() + h * s.value + j, out_width,
+                       std::min(PANEL, s.value - j));
+    }
+    team_product<P, DensePanel>(values.get(), out_width, in.rows, out_width, layer.out, s.hidden, added.get(), s.hidden);
+  }
+
+  // Writes the latents and rotated keys of the rows to their pages, and splits and rotates the queries.
+  void rotate_rows(const DecodeLayer& layer, bf16* pages) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++) {
+      const int64_t position = in.positions[r];
+      const int64_t page = in.tables[in.sequences[r] * in.table_width + position / PAGE];
+      const float *cosine = in.cosine + position * s.rotary / 2, *sine = in.sine + position * s.rotary / 2;
+      bf16* to = pages + (page * PAGE + position % PAGE) * latent_width;
+      rms_norm_row(latents.get() + r * latent_width, layer.latent_norm, s.latent, s.latent_eps, to);
+      rotate(latents.get() + r * latent_width + s.latent, cosine, sine, s.rotary, to + s.latent);
+      for (int64_t h = 0; h < s.heads; h++) {
+        const bf16* query = queries.get() + (r * s.heads + h) * head;
+        std::memcpy(plain_queries.get() + (r * s.heads + h) * plain, query, s.plain * sizeof(bf16));
+        rotate(query + s.plain, cosine, sine, s.rotary, absorbed.get() + (r * s.heads + h) * latent_width + s.latent);
+      }
+    }
+  }
+
+  // Tasks are groups of rows of a sequence; a lone row's heads are divided.
+  void mix(const bf16* pages) {
+    const int64_t parts = num_groups >= omp_get_num_threads() ? 1 : std::min<int64_t>(omp_get_num_threads(), s.heads);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < num_groups * parts; task++) {
+      const int64_t first = groups[task / parts], rows = groups[task / parts + 1] - first, part = task % parts;
+      const int64_t from = s.heads * part / parts, heads = s.heads * (part + 1) / parts - from;
+      Scratch<bf16> gathered(rows * heads * latent_width), out(rows * heads * s.latent);
+      Scratch<int32_t> lengths(rows);
+      for (int64_t r = 0; r < rows; r++) {
+        lengths[r] = in.positions[first + r] + 1;
+        std::memcpy(gathered.get() + r * heads * latent_width,
+                    absorbed.get() + ((first + r) * s.heads + from) * latent_width, heads * latent_width * sizeof(bf16));
+      }
+      attend<P>({heads, s.latent, s.rotary, s.scale, pages}, gathered.get(), lengths.get(), rows,
+                in.tables + in.sequences[first] * in.table_width, out.get());
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++)
+          std::memcpy(mixed.get() + ((first + r) * s.heads + from + h) * mixed_width, out.get() + (r * heads + h) * s.latent,
+                      s.latent * sizeof(bf16));
+    }
+  }
+
+  void feed_forward(const DecodeLayer& layer) {
+    const int64_t width = up_to(layer.width, GROUP), size = wide / GROUP * DensePanel::BYTES;
+#pragma omp single
+    {
+      shared_inner = new bf16[in.rows * std::max<int64_t>(width, 1)]();
+      if (layer.router != nullptr) {
+        inner = new bf16[in.rows * s.chosen * up_to(layer.expert_width, GROUP)]();
+        sorted = new bf16[in.rows * s.chosen * wide];
+        routed = new bf16[in.rows * s.chosen * s.hidden];
+      }
+    }
+    if (layer.router != nullptr) choose(layer);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < layer.width; j += PANEL)
+      swiglu_panel<P>(normed.get(), wide, in.rows, wide, DensePanel{layer.gate + j / PANEL * size},
+                      DensePanel{layer.up + j / PANEL * size}, std::min(PANEL, layer.width - j), shared_inner + j, width);
+    team_product<P, DensePanel>(shared_inner, width, in.rows, width, layer.down, s.hidden, added.get(), s.hidden);
+    if (layer.router != nullptr) {
+      if (layer.int4)
+        experts<Int4Panel>(layer);
+      else
+        experts<DensePanel>(layer);
+      combine();
+    }
+    add_rows(added.get());
+#pragma omp single
+    {
+      delete[] shared_inner;
+      delete[] inner;
+      delete[] sorted;
+      delete[] routed;
+      inner = sorted = routed = nullptr;
+    }
+  }
+
+  template <class Panel>
+  void experts(const DecodeLayer& layer) {
+    team_experts<P, Panel>(
+        sorted, ends.get(),
+        {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, inner, routed);
+  }
+
+  // Routes the rows, and copies them in the order of their experts.
+  void choose(const DecodeLayer& layer) {
+    const Router router{layer.router, layer.bias, s.hidden, s.experts, s.chosen, s.groups, s.best_groups, s.function,
+                        s.normalize, s.factor};
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++)
+      route(router, normed.get() + r * wide, ids.get() + r * s.chosen, weights.get() + r * s.chosen);
+#pragma omp single
+    {
+      std::fill_n(ends.get(), s.experts, int64_t(0));
+      for (int64_t i = 0; i < in.rows * s.chosen; i++) ends[ids[i]]++;
+      int64_t total = 0;
+      for (int64_t e = 0; e < s.experts; e++) {
+        const int64_t count = ends[e];
+        ends[e] = total;  // the first place for now
+        total += count;
+      }
+      for (int64_t i = 0; i < in.rows * s.chosen; i++) places[i] = ends[ids[i]]++;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < in.rows * s.chosen; i++)
+      std::memcpy(sorted + places[i] * wide, normed.get() + i / s.chosen * wide, wide * sizeof(bf16));
+  }
+
+  // added += sum over k of weight * output, in float32 and in the order of k.
+  void combine() {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++) {
+      Scratch<float> sums(up_to(s.hidden, LANES));
+      std::fill_n(sums.get(), s.hidden, 0.0f);
+      for (int64_t k = 0; k < s.chosen; k++) {
+        const bf16* from = routed + places[r * s.chosen + k] * s.hidden;
+        const float weight = weights[r * s.chosen + k];
+        int64_t i = 0;
+        for (; i + LANES <= s.hidden; i += LANES) store(sums.get() + i, load(sums.get() + i) + load(from + i) * weight);
+        for (; i < s.hidden; i++) sums[i] += widen(from[i]) * weight;
+      }
+      Scratch<bf16> row(s.hidden);
+      narrow_row(sums.get(), row.get(), s.hidden);
+      add_row(added.get() + r * s.hidden, row.get(), added.get() + r * s.hidden);
+    }
+  }
+
+ public:
+  const bf16* rows() const { return normed.get(); }
+  int64_t row_width() const { return wide; }
+};
