@@ -75,6 +75,15 @@ def resident_bytes() -> int:
         return 0
 
 
+def available_memory() -> int:
+    """Return the memory in bytes that processes can still take; where the system does not report it, all memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) << 10
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def free_port() -> int:
     """Return a free TCP port of this machine."""
     with socket.socket() as probe:

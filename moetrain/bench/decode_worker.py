@@ -40,20 +40,25 @@ class Ours:
 
     def __init__(self, weights: Path) -> None:
         """Read an export."""
-        from moetrain.inference.weights import build_weights
+        from moetrain.export.read import read_export
+        from moetrain.inference.build import build_model
+        from moetrain.kernels.choice import find_for_generation
+        from moetrain.kernels.config import Kernels
         from moetrain.quant.config import QuantConfig
-        from moetrain.run.weights import read_weights
 
-        origin = read_weights(str(weights))
-        self.weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
-        self.vocab_size = origin.model.vocab_size
+        export = read_export(weights)
+        library = find_for_generation(Kernels.auto)
+        quant = export.quant or QuantConfig()
+        self.model = build_model(export.weights(), config=export.model, quant=quant, library=library)
+        self.setting = "native kernels" if library else "torch kernels"
+        self.vocab_size = export.model.vocab_size
 
     def begin(self, prompts: Sequence[Sequence[int]], *, limit: int) -> None:
         """Read the prompts, and sample the first token after each."""
         from moetrain.inference.engine import GenerationEngine
         from moetrain.inference.protocol import Sequence as Generated
 
-        self.engine = GenerationEngine(self.weights, num_slots=len(prompts), max_tokens=limit)
+        self.engine = GenerationEngine(self.model, num_slots=len(prompts), max_tokens=limit)
         self.sequences = [
             Generated(tokens=list(prompt), stream=place, limit=limit) for place, prompt in enumerate(prompts)
         ]

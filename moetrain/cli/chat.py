@@ -19,8 +19,10 @@ def main(run: ChatRun) -> int:
     if run.init_from is None:
         raise ConfigError("init_from is null: give the folder of the weights to chat with")
     # These imports load torch, so they wait until the input has been checked.
+    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
-    from moetrain.inference.weights import build_weights
+    from moetrain.kernels.choice import find_for_generation
+    from moetrain.kernels.config import Kernels
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
     from moetrain.terminal.screen import Screen
@@ -30,8 +32,9 @@ def main(run: ChatRun) -> int:
     tokenizer.check_chat()
     max_tokens = origin.model.max_position_embeddings
     check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
-    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
-    engine = GenerationEngine(weights, num_slots=1, max_tokens=max_tokens)
+    library = find_for_generation(Kernels.auto)
+    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     play = _chat if run.task_index is None else _act

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
+from moetrain.kernels.config import Kernels
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
 from moetrain.run.stage import stage_folder, stage_metrics
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from moetrain.checkpoint.origin import Origin
     from moetrain.eval.finished import FinishedModes
+    from moetrain.eval.stage import Contestant
+    from moetrain.quant.config import QuantConfig
     from moetrain.rollout.types import Trajectory
 
 
@@ -50,8 +53,7 @@ def _numbers(
 ) -> dict[str, Any] | None:
     """Run the evaluation and write traces into `folder`. Returns the content of `eval.json` on rank 0, else None."""
     from moetrain.eval.divergence import code_changes
-    from moetrain.eval.stage import Contestant, Setting, evaluate
-    from moetrain.inference.weights import build_weights
+    from moetrain.eval.stage import Setting, evaluate
     from moetrain.parallel.config import EngineName, ParallelConfig
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
@@ -88,22 +90,31 @@ def _numbers(
         topology=topology,
     )
 
-    def contestant(origin: "Origin", *, quant: QuantConfig) -> Contestant:
-        weights = build_weights(origin.tensors, config=origin.model, quant=quant)
-        return Contestant(weights=weights, digest=origin.digest if topology.is_main else "")
-
+    quant, is_main = origin.quant or QuantConfig(), topology.is_main
     numbers = evaluate(
         setting,
-        export=contestant(origin, quant=origin.quant or QuantConfig()),
-        masters=contestant(masters, quant=QuantConfig()) if masters else None,
+        export=_contestant(origin, quant=quant, kernels=run.rollout.kernels, is_main=is_main),
+        masters=_contestant(masters, quant=QuantConfig(), kernels=run.rollout.kernels, is_main=is_main)
+        if masters
+        else None,
         before=before,
     )
     if numbers is None:
         return None
     if earlier is not None:
-        quant = origin.quant or QuantConfig()
         numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
     return {**numbers, **_language(run, origin)}
+
+
+def _contestant(origin: "Origin", *, quant: "QuantConfig", kernels: Kernels, is_main: bool) -> "Contestant":
+    """Return weights to evaluate, in the form for generation."""
+    from moetrain.eval.stage import Contestant
+    from moetrain.inference.build import build_model
+    from moetrain.kernels.choice import find_for_generation
+
+    library = find_for_generation(kernels)
+    model = build_model(origin.tensors, config=origin.model, quant=quant, library=library)
+    return Contestant(model=model, digest=origin.digest if is_main else "")
 
 
 def _language(run: EvalRun, origin: "Origin") -> dict[str, dict[str, Any]]:

@@ -14,10 +14,12 @@ def main(run: GenerateRun) -> int:
         raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
     # These imports load torch, so they wait until the input has been checked.
+    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.sampling import Sampling
-    from moetrain.inference.weights import build_weights
+    from moetrain.kernels.choice import find_for_generation
+    from moetrain.kernels.config import Kernels
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
     from moetrain.runtime import seed_of
@@ -28,8 +30,9 @@ def main(run: GenerateRun) -> int:
         prompt_pieces(text, is_chat=run.chat), encode=tokenizer.encode, special_ids=tokenizer.special_ids
     )[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
-    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
-    engine = GenerationEngine(weights, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
+    library = find_for_generation(Kernels.auto)
+    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    engine = GenerationEngine(model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
     stream = seed_of(run.run.seed, "generate")
     sequence = Sequence(
         tokens=list(prompt),

@@ -31,8 +31,9 @@ def server_of(run: ServeRun) -> "Server":
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{', '.join(missing)} is not installed: install it with pip install 'moetrain[serve]'")
     # These imports load torch, so they wait until the input has been checked.
+    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
-    from moetrain.inference.weights import build_weights
+    from moetrain.kernels.choice import find_for_generation
     from moetrain.quant.config import QuantConfig
     from moetrain.run.weights import read_weights, tokenizer_of
     from moetrain.serve.server import Server
@@ -42,7 +43,8 @@ def server_of(run: ServeRun) -> "Server":
     tokenizer = tokenizer_of(origin)
     max_tokens = run.serve.max_tokens or origin.model.max_position_embeddings
     check_length(origin.model, name="serve.max_tokens", length=max_tokens)
-    weights = build_weights(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig())
+    library = find_for_generation(run.serve.kernels)
+    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
     served = Served(
         name=run.serve.model_name or Path(run.init_from).resolve().name,
         tokenizer=tokenizer,
@@ -53,7 +55,12 @@ def server_of(run: ServeRun) -> "Server":
     server = Server(
         served,
         config=run.serve,
-        make_generation=lambda: GenerationEngine(weights, num_slots=run.serve.num_slots, max_tokens=max_tokens),
+        make_generation=lambda: GenerationEngine(
+            model,
+            num_slots=run.serve.num_slots,
+            max_tokens=max_tokens,
+            cache_megabytes=run.serve.cache_megabytes,
+        ),
     )
     _log.info("%s: %s tokens, key %s", served.name, max_tokens, "required" if run.serve.key else "not required")
     return server

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from moetrain.inference.forward import forward
-from moetrain.inference.weights import InferenceWeights
-from moetrain.model.rope import build_rope
+from moetrain.inference.protocol import Model
+from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import quantize
 from moetrain.rollout.types import Segment, Trajectory
@@ -30,16 +28,14 @@ class Divergence:
 
 
 @torch.inference_mode()
-def divergence(
-    reference: InferenceWeights, other: InferenceWeights, *, trajectories: Sequence[Trajectory]
-) -> Divergence:
+def divergence(reference: Model, other: Model, *, trajectories: Sequence[Trajectory]) -> Divergence:
     """Return the divergence of `other` from `reference` on the sampled tokens of `trajectories`."""
     kls: list[torch.Tensor] = []
     changed: list[torch.Tensor] = []
     segments = [segment for trajectory in trajectories for segment in trajectory.segments if segment.num_sampled]
     for start in range(0, len(segments), _ROWS):
         rows = segments[start : start + _ROWS]
-        first, second = (_logprobs(weights, rows) for weights in (reference, other))
+        first, second = (_logprobs(model, rows) for model in (reference, other))
         kls.append((first.exp() * (first - second)).sum(-1))
         changed.append(first.argmax(-1) != second.argmax(-1))
     kl_N, changed_N = torch.cat(kls), torch.cat(changed)
@@ -71,22 +67,16 @@ def code_changes(
     }
 
 
-def _logprobs(weights: InferenceWeights, rows: Sequence[Segment]) -> torch.Tensor:
-    config = weights.config
-    length = max(len(row.tokens) for row in rows)
-    tokens_BT = torch.zeros(len(rows), length, dtype=torch.long)
-    is_sampled_BT = torch.zeros(len(rows), length, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        tokens_BT[index, : len(row.tokens)] = torch.tensor(row.tokens)
-        is_sampled_BT[index, : len(row.tokens)] = torch.tensor(row.is_sampled)
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    hidden_BTD = forward(
-        weights,
-        tokens_BT=tokens_BT.to(weights.device),
-        starts_B=torch.zeros(len(rows), dtype=torch.long, device=weights.device),
-        cache_LBSC=torch.zeros(config.num_layers, len(rows), length, width, dtype=weights.dtype, device=weights.device),
-        rope=build_rope(config, length).to(weights.device),
-    )
-    row_N, column_N = is_sampled_BT.to(weights.device).nonzero(as_tuple=True)
-    logits_NV = F.linear(hidden_BTD[row_N, column_N - 1], weights.head_VD).float()
-    return torch.log_softmax(logits_NV, -1)
+def _logprobs(model: Model, segments: Sequence[Segment]) -> torch.Tensor:
+    """Return the log-probabilities [N, V] of every token at the positions of the sampled ones."""
+    chunks: list[Chunk] = []
+    before: list[int] = []  # rows that precede a sampled token
+    num_rows = num_pages = 0
+    for segment in segments:
+        own_pages = -(-len(segment.tokens) // PAGE)
+        pages = range(num_pages, num_pages + own_pages)
+        chunks.append(Chunk(tokens=segment.tokens, start=0, pages=pages))
+        before += [num_rows + place - 1 for place, is_sampled in enumerate(segment.is_sampled) if is_sampled]
+        num_rows, num_pages = num_rows + len(segment.tokens), num_pages + own_pages
+    hidden_ND = model.forward(Rows.of(chunks, device=model.device), model.new_cache(num_pages))
+    return torch.log_softmax(model.logits(hidden_ND[torch.tensor(before, device=model.device)]), -1)

@@ -14,7 +14,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.weights import InferenceWeights
+from moetrain.inference.protocol import Model
 from moetrain.log import progress
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
@@ -69,7 +69,7 @@ def mode_name(temperature: float) -> str:
 def run_mode(
     mode: Mode,
     *,
-    weights: InferenceWeights,
+    model: Model,
     family_of: Callable[[TaskConfig], TaskFamily],
     task_config: TaskConfig,
     tokenizer: Tokenizer,
@@ -93,7 +93,9 @@ def run_mode(
     with progress(len(requests), mode.name) as advance:
         own_trajectories = collect(
             requests,
-            generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=rollout.max_tokens),
+            generation=GenerationEngine(
+                model, num_slots=num_slots, max_tokens=rollout.max_tokens, cache_megabytes=rollout.cache_megabytes
+            ),
             family=family,
             tokenizer=tokenizer,
             config=replace(rollout, temperature=mode.temperature),

@@ -14,7 +14,7 @@ from moetrain.eval.divergence import divergence
 from moetrain.eval.finished import FinishedModes
 from moetrain.eval.runner import Mode, check_graders, mode_name, modes, run_mode
 from moetrain.eval.summary import paired, summarize
-from moetrain.inference.weights import InferenceWeights
+from moetrain.inference.protocol import Model
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
@@ -32,7 +32,7 @@ _GRADER_TASKS = 200
 class Contestant:
     """Weights to evaluate, and the digest of the files that they were read from."""
 
-    weights: InferenceWeights
+    model: Model
     digest: str
 
 
@@ -113,7 +113,7 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
         return saved
     trajectories = run_mode(
         mode,
-        weights=contestant.weights,
+        model=contestant.model,
         family_of=setting.family_of,
         task_config=task,
         tokenizer=setting.tokenizer,
@@ -126,7 +126,7 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
         if export is not None and masters is not None:
             sample = [trajectory for trajectory in trajectories if trajectory.num_sampled][: config.kl_tasks]
             if sample:
-                result["divergence"] = asdict(divergence(masters.weights, export.weights, trajectories=sample))
+                result["divergence"] = asdict(divergence(masters.model, export.model, trajectories=sample))
         if export is not None:
             setting.on_finished(mode.name, trajectories)
         setting.finished.add(depends_on, result)

@@ -1,18 +1,62 @@
-"""The forward pass of generation over a latent KV cache: T new tokens for each of B slots.
+"""The forward pass of generation in plain torch operations, over a paged cache of latents.
 
-B slots, T new tokens, S cached positions, D hidden, H heads, C kv_lora, R rope width, E experts, K chosen experts.
-Sequences, sampling and scheduling are in `inference/engine.py`.
+N rows, S sequences, T rows of each sequence in a batch, P positions, D hidden, H heads, C kv_lora, R rope width, K
+chosen experts.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from moetrain.inference.weights import InferenceWeights, LayerWeights
+from moetrain.inference.rows import PAGE, Rows
+from moetrain.inference.weights import InferenceWeights, LayerWeights, multiplied
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
-from moetrain.model.rope import RopeTable, apply_rope
+from moetrain.model.rope import RopeTable, apply_rope, build_rope
 from moetrain.model.router import route
+
+
+class PlainModel:
+    """Implements `inference.protocol.Model` on any device."""
+
+    def __init__(self, weights: InferenceWeights) -> None:
+        self.weights = weights
+        self._rope = build_rope(weights.config, 1).to(weights.device)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.weights.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.weights.device
+
+    def new_cache(self, num_pages: int) -> torch.Tensor:
+        """Return an empty cache."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        shape = (self.config.num_layers, num_pages, PAGE, width)
+        return torch.zeros(shape, dtype=self.weights.dtype, device=self.device)
+
+    def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [N, D] after the last norm."""
+        self._rope = longer(self._rope, self.config, num_positions=rows.tables_SW.shape[1] * PAGE)
+        return forward(self.weights, rows, cache_LPSC=cache_LPSC, rope=self._rope)
+
+    def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [M, V]."""
+        return F.linear(hidden_MD, self.weights.head_VD).float()
+
+
+def longer(rope: RopeTable, config: ModelConfig, *, num_positions: int) -> RopeTable:
+    """Return a table of at least `num_positions`: the given one if it suffices."""
+    if len(rope.cos_SP) >= num_positions:
+        return rope
+    return build_rope(config, num_positions).to(rope.cos_SP.device)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -20,77 +64,84 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
-def forward(
-    weights: InferenceWeights,
-    *,
-    tokens_BT: torch.Tensor,
-    starts_B: torch.Tensor,
-    cache_LBSC: torch.Tensor,
-    rope: RopeTable,
-) -> torch.Tensor:
-    """Return hidden states [B, T, D] after the last norm; writes positions starts_B .. starts_B+T-1 of the cache.
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of sequences with equally many rows each: `rows_ST` their places, `tables_SW` their pages.
 
-    `cache_LBSC` is [layers, B, S, C+R]; every position that is written must be less than S. A token does not attend to
-    later positions, so rows may end in padding. Attention multiplies all S positions, so allocate no more than
-    required. Pass each slot with all of its positions, because products copy tensors that are not contiguous.
+    bias_STP: 0 where a row attends to a position, else minus infinity.
     """
+
+    rows_ST: torch.Tensor
+    tables_SW: torch.Tensor
+    bias_STP: torch.Tensor
+
+
+def _batches(rows: Rows, dtype: torch.dtype) -> Iterator[_Batch]:
+    by_count: dict[int, list[int]] = {}
+    for sequence, count in enumerate(rows.counts):
+        by_count.setdefault(count, []).append(sequence)
+    device = rows.tokens_N.device
+    firsts = torch.tensor([0, *rows.counts], device=device).cumsum(0)
+    for count, sequences in by_count.items():
+        rows_ST = firsts[sequences][:, None] + torch.arange(count, device=device)
+        positions_ST = rows.positions_N[rows_ST]
+        num_pages = int(positions_ST.max()) // PAGE + 1
+        is_later = torch.arange(num_pages * PAGE, device=device) > positions_ST[..., None]
+        bias_STP = torch.zeros(is_later.shape, dtype=dtype, device=device).masked_fill_(is_later, float("-inf"))
+        yield _Batch(rows_ST=rows_ST, tables_SW=rows.tables_SW[sequences, :num_pages], bias_STP=bias_STP)
+
+
+def forward(weights: InferenceWeights, rows: Rows, *, cache_LPSC: torch.Tensor, rope: RopeTable) -> torch.Tensor:
+    """Return hidden states [N, D] after the last norm; writes the rows' positions of the cache."""
     config = weights.config
-    num_new = tokens_BT.shape[1]
-    positions_BT = starts_B[:, None] + torch.arange(num_new, device=weights.device)
-    is_later_BTS = torch.arange(cache_LBSC.shape[2], device=weights.device) > positions_BT[:, :, None]
-    bias_BTS = torch.zeros(is_later_BTS.shape, dtype=weights.dtype, device=weights.device)
-    bias_BTS.masked_fill_(is_later_BTS, float("-inf"))
-    x_BTD = F.embedding(tokens_BT, weights.embed_VD)
-    for layer, cache_BSC in zip(weights.layers, cache_LBSC, strict=True):
-        normed_BTD = rms_norm(x_BTD, layer.input_norm_D, eps=config.rms_norm_eps)
-        x_BTD = x_BTD + _attention(
-            layer,
-            config,
-            x_BTD=normed_BTD,
-            positions_BT=positions_BT,
-            bias_BTS=bias_BTS,
-            cache_BSC=cache_BSC,
-            rope=rope,
-        )
-        normed_BTD = rms_norm(x_BTD, layer.post_norm_D, eps=config.rms_norm_eps)
-        x_BTD = x_BTD + _feed_forward(layer, config, normed_BTD)
-    return rms_norm(x_BTD, weights.norm_D, eps=config.rms_norm_eps)
+    batches = list(_batches(rows, weights.dtype))
+    x_ND = F.embedding(rows.tokens_N, weights.embed_VD)
+    for layer, cache_PSC in zip(weights.layers, cache_LPSC, strict=True):
+        normed_ND = rms_norm(x_ND, layer.input_norm_D, eps=config.rms_norm_eps)
+        x_ND = x_ND + _attention(layer, config, normed_ND, rows=rows, batches=batches, cache_PSC=cache_PSC, rope=rope)
+        normed_ND = rms_norm(x_ND, layer.post_norm_D, eps=config.rms_norm_eps)
+        x_ND = x_ND + _feed_forward(layer, config, normed_ND)
+    return rms_norm(x_ND, weights.norm_D, eps=config.rms_norm_eps)
 
 
 def _attention(
     layer: LayerWeights,
     config: ModelConfig,
+    x_ND: torch.Tensor,
     *,
-    x_BTD: torch.Tensor,
-    positions_BT: torch.Tensor,
-    bias_BTS: torch.Tensor,
-    cache_BSC: torch.Tensor,
+    rows: Rows,
+    batches: list[_Batch],
+    cache_PSC: torch.Tensor,
     rope: RopeTable,
 ) -> torch.Tensor:
     """Return the attention output, computed in the latent space.
 
     The key up-projection is absorbed into the queries, and the value up-projection into the outputs.
     """
-    num_rows, num_new = positions_BT.shape
-    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+    nope, rank, positions_1N = config.qk_nope_head_dim, config.kv_lora_rank, rows.positions_N[None]
     if layer.q_a is None or layer.q_a_norm is None:
-        q = F.linear(x_BTD, layer.q_b)
+        q = F.linear(x_ND, layer.q_b)
     else:
-        q = F.linear(rms_norm(F.linear(x_BTD, layer.q_a), layer.q_a_norm, eps=LATENT_NORM_EPS), layer.q_b)
-    q_BTHQ = q.view(num_rows, num_new, config.num_heads, config.qk_head_dim)
-    latent_BTC = F.linear(x_BTD, layer.kv_a)
-    key_rope_BTR = apply_rope(latent_BTC[..., None, rank:], rope, positions_BT=positions_BT)[..., 0, :]
-    new_BTC = torch.cat([rms_norm(latent_BTC[..., :rank], layer.kv_a_norm_C, eps=LATENT_NORM_EPS), key_rope_BTR], -1)
-    cache_BSC[torch.arange(num_rows, device=x_BTD.device)[:, None], positions_BT] = new_BTC
-    q_latent = torch.bmm(rearrange(q_BTHQ[..., :nope], "b t h n -> h (b t) n"), layer.up_k_HNC)
-    q_latent_BTHC = rearrange(q_latent, "h (b t) c -> b t h c", b=num_rows)
-    q_rope_BTHR = apply_rope(q_BTHQ[..., nope:], rope, positions_BT=positions_BT)
-    query = rearrange(torch.cat([q_latent_BTHC, q_rope_BTHR], -1), "b t h c -> b (t h) c")
-    bias = bias_BTS.repeat_interleave(config.num_heads, dim=1)
-    scores = torch.baddbmm(bias, query, cache_BSC.transpose(1, 2), alpha=config.softmax_scale)
-    mixed = torch.bmm(scores.softmax(-1), cache_BSC)[..., :rank]
-    values = torch.bmm(rearrange(mixed, "b (t h) c -> h (b t) c", h=config.num_heads), layer.up_v_HCV)
-    return F.linear(rearrange(values, "h (b t) v -> b t (h v)", b=num_rows), layer.o_proj)
+        q = F.linear(rms_norm(F.linear(x_ND, layer.q_a), layer.q_a_norm, eps=LATENT_NORM_EPS), layer.q_b)
+    q_NHQ = q.view(len(q), config.num_heads, config.qk_head_dim)
+    latent_NC = F.linear(x_ND, layer.kv_a)
+    key_rope_NR = apply_rope(latent_NC[None, :, None, rank:], rope, positions_BT=positions_1N)[0, :, 0]
+    new_NC = torch.cat([rms_norm(latent_NC[:, :rank], layer.kv_a_norm_C, eps=LATENT_NORM_EPS), key_rope_NR], -1)
+    pages_N = rows.tables_SW[rows.sequences_N, rows.positions_N // PAGE]
+    cache_PSC[pages_N, rows.positions_N % PAGE] = new_NC
+    q_latent_HNC = torch.bmm(rearrange(q_NHQ[..., :nope], "n h q -> h n q"), layer.up_k_HNC)
+    q_rope_NHR = apply_rope(q_NHQ[None, ..., nope:], rope, positions_BT=positions_1N)[0]
+    query_NHC = torch.cat([rearrange(q_latent_HNC, "h n c -> n h c"), q_rope_NHR], -1)
+    mixed_NHC = query_NHC.new_empty(*query_NHC.shape[:2], rank)
+    for batch in batches:
+        cached_SPC = cache_PSC[batch.tables_SW].flatten(1, 2)
+        query = rearrange(query_NHC[batch.rows_ST], "s t h c -> s (t h) c")
+        bias = batch.bias_STP.repeat_interleave(config.num_heads, dim=1)
+        scores = torch.baddbmm(bias, query, cached_SPC.transpose(1, 2), alpha=config.softmax_scale)
+        mixed = torch.bmm(scores.softmax(-1), cached_SPC)[..., :rank]
+        mixed_NHC[batch.rows_ST] = rearrange(mixed, "s (t h) c -> s t h c", h=config.num_heads)
+    values = torch.bmm(rearrange(mixed_NHC, "n h c -> h n c"), layer.up_v_HCV)
+    return F.linear(rearrange(values, "h n v -> n (h v)"), layer.o_proj)
 
 
 def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -98,32 +149,23 @@ def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch
     return F.linear(F.silu(gate) * up, down)
 
 
-def _feed_forward(layer: LayerWeights, config: ModelConfig, x_BTD: torch.Tensor) -> torch.Tensor:
-    y_BTD = _swiglu(x_BTD, layer.dense_gate_up, layer.dense_down)
-    if layer.router_ED is None:
-        return y_BTD
-    return y_BTD + _routed(layer, config, x_BTD.flatten(0, 1)).view_as(x_BTD)
+def _feed_forward(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
+    y_ND = _swiglu(x_ND, layer.dense_gate_up, layer.dense_down)
+    return y_ND if layer.router_ED is None else y_ND + _routed(layer, config, x_ND)
 
 
 def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of the chosen experts' outputs.
-
-    The rows of each expert are padded to the largest number of rows, so that one batched product computes all experts.
-    """
-    assert layer.router_ED is not None and layer.router_bias_E is not None
-    assert layer.experts_gate_up_EDF is not None and layer.experts_down_EFD is not None
+    """Return the weighted sum of the chosen experts' outputs, computed one expert at a time."""
+    assert layer.router_ED is not None and layer.router_bias_E is not None and layer.experts is not None
     routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config=config)
-    num_tokens, num_chosen = routing.expert_ids_NK.shape
-    ids = routing.expert_ids_NK.flatten()
-    order = torch.argsort(ids, stable=True)
-    counts_E = torch.bincount(ids, minlength=config.num_experts)
-    first_E = counts_E.cumsum(0) - counts_E
-    rows = torch.arange(ids.numel(), device=ids.device) - first_E[ids[order]]
-    padded = x_ND.new_zeros(config.num_experts, int(counts_E.max()), x_ND.shape[1])
-    padded[ids[order], rows] = x_ND[order // num_chosen]
-    gate, up = torch.bmm(padded, layer.experts_gate_up_EDF).chunk(2, -1)
-    out = torch.bmm(F.silu(gate) * up, layer.experts_down_EFD)
-    y = torch.empty(ids.numel(), x_ND.shape[1], dtype=torch.float32, device=ids.device)
-    y[order] = out[ids[order], rows].float()
-    y_NKD = y.view(num_tokens, num_chosen, -1)
+    y_NKD = torch.empty(*routing.expert_ids_NK.shape, x_ND.shape[1], dtype=torch.float32, device=x_ND.device)
+    gate_up, down = layer.experts
+    for expert in sorted(set(routing.expert_ids_NK.flatten().tolist())):
+        row, place = (routing.expert_ids_NK == expert).nonzero(as_tuple=True)
+        out = _swiglu(
+            x_ND[row],
+            multiplied(gate_up, expert, dtype=x_ND.dtype),
+            multiplied(down, expert, dtype=x_ND.dtype),
+        )
+        y_NKD[row, place] = out.float()
     return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)

@@ -8,8 +8,11 @@ implement it too. Implementations handle tokens only, and no text, tools or task
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
+from moetrain.inference.rows import Rows
 from moetrain.inference.sampling import Constraint, Draw, Sampling
-from moetrain.inference.weights import InferenceWeights
+from moetrain.model.config import ModelConfig
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,6 +70,35 @@ class Sequence:
             self.constraint.advance(draw.token)
 
 
+class Model(Protocol):
+    """Weights in the form for generation, and the computation of new tokens with a paged cache."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights and of all inputs and outputs."""
+        ...
+
+    def new_cache(self, num_pages: int) -> torch.Tensor:
+        """Return an empty cache [layers, pages, PAGE, C + R] of latents and rotary keys."""
+        ...
+
+    def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [N, D] after the last norm, and write the rows' positions of the cache.
+
+        A row attends to its own position and those before it.
+        """
+        ...
+
+    def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [M, V]."""
+        ...
+
+
 class Generation(Protocol):
     """Continues sequences. The result of a sequence does not depend on other sequences or on the order of arrival."""
 
@@ -91,6 +123,6 @@ class Generation(Protocol):
         """Remove a sequence, whether idle or not."""
         ...
 
-    def load(self, weights: InferenceWeights, *, version: int) -> None:
+    def load(self, model: Model, *, version: int) -> None:
         """Use other weights from the next step on. Sequences keep their tokens, which the new weights read again."""
         ...

@@ -3,7 +3,7 @@
 D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,9 +11,12 @@ import torch
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized, dequantize, quantize
-from moetrain.runtime import default_device
 
-_Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
+Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
+
+
+ExpertWeight = torch.Tensor | Quantized
+"""A matrix of all experts of a layer: plain, or as codes and scales."""
 
 
 @dataclass(kw_only=True)
@@ -38,13 +41,15 @@ class LayerWeights:
     dense_down: torch.Tensor
     router_ED: torch.Tensor | None = None
     router_bias_E: torch.Tensor | None = None
-    experts_gate_up_EDF: torch.Tensor | None = None
-    experts_down_EFD: torch.Tensor | None = None
+    experts: tuple[ExpertWeight, ExpertWeight] | None = None
+    """gate_up [E, 2F, D] and down [E, D, F]."""
 
     def to(self, device: torch.device) -> "LayerWeights":
         """Return the block on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "experts"}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        experts = self.experts and (_to(self.experts[0], device), _to(self.experts[1], device))
+        return replace(self, **moved, experts=experts)
 
 
 @dataclass(kw_only=True)
@@ -64,50 +69,49 @@ class InferenceWeights:
         return self.embed_VD.device
 
 
-def expert_weight(weight: torch.Tensor | Quantized, *, quant: QuantConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Return expert weights in `dtype`, as they are multiplied: from codes and scales if quantised, else cast."""
+def expert_weight(weight: ExpertWeight, *, quant: QuantConfig, dtype: torch.dtype) -> ExpertWeight:
+    """Return expert weights as generation holds them: codes and scales if they are quantised, else cast."""
     if isinstance(weight, Quantized):
-        return dequantize(weight).to(dtype)
-    if not quant.enabled:
-        return weight.to(dtype)
-    return dequantize(quantize(weight, grid=quant.grid, group_size=quant.group_size)).to(dtype)
+        return weight
+    return quantize(weight, grid=quant.grid, group_size=quant.group_size) if quant.enabled else weight.to(dtype)
 
 
-def build_weights(
-    tensors: _Tensors,
-    *,
-    config: ModelConfig,
-    quant: QuantConfig,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
-) -> InferenceWeights:
-    """Return generation weights from whole tensors by their names in training.
-
-    tensors: fp32 masters, or an export's values; for routed experts also codes and scales. device: where the result is
-    stored; None is this machine's accelerator if it has one.
-    """
-    device = device or default_device()
-    layers = [
-        _layer(tensors, index, config=config, quant=quant, dtype=dtype).to(device) for index in range(config.num_layers)
-    ]
-    return InferenceWeights(
-        config=config,
-        dtype=dtype,
-        embed_VD=_plain(tensors, "model.embed_tokens.weight").to(device, dtype),
-        norm_D=_plain(tensors, "model.norm.weight").to(device, torch.float32),
-        head_VD=_plain(tensors, "lm_head.weight").to(device, dtype),
-        layers=layers,
-    )
+def multiplied(weight: ExpertWeight, expert: int, *, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix of one expert as it is multiplied: from codes and scales if quantised."""
+    return dequantize(weight[expert]).to(dtype) if isinstance(weight, Quantized) else weight[expert]
 
 
-def _plain(tensors: _Tensors, name: str) -> torch.Tensor:
+def _to(weight: ExpertWeight, device: torch.device) -> ExpertWeight:
+    if isinstance(weight, Quantized):
+        return Quantized(codes_XOI=weight.codes_XOI.to(device), scales_XOG=weight.scales_XOG.to(device))
+    return weight.to(device)
+
+
+def build_layers(
+    tensors: Tensors, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
+) -> Iterator[LayerWeights]:
+    """Yield the blocks in their order, each made when it is asked for."""
+    for index in range(config.num_layers):
+        yield _layer(tensors, index, config=config, quant=quant, dtype=dtype)
+
+
+def build_outer(tensors: Tensors, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the fields of `InferenceWeights` outside the blocks."""
+    return {
+        "embed_VD": _plain(tensors, "model.embed_tokens.weight").to(dtype),
+        "norm_D": _plain(tensors, "model.norm.weight").float(),
+        "head_VD": _plain(tensors, "lm_head.weight").to(dtype),
+    }
+
+
+def _plain(tensors: Tensors, name: str) -> torch.Tensor:
     tensor = tensors[name]
     assert isinstance(tensor, torch.Tensor), f"{name} is quantised, and only experts are"
     return tensor
 
 
 def _layer(
-    tensors: _Tensors, index: int, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
+    tensors: Tensors, index: int, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
 ) -> LayerWeights:
     prefix = f"model.layers.{index}."
 
@@ -140,8 +144,8 @@ def _layer(
         experts = f"{prefix}mlp.experts."
         layer.router_ED = _plain(tensors, f"{prefix}mlp.gate.weight").float()
         layer.router_bias_E = _plain(tensors, f"{prefix}mlp.gate.e_score_correction_bias").float()
-        gate_up_EFD = expert_weight(tensors[f"{experts}gate_up_proj"], quant=quant, dtype=dtype)
-        down_EDF = expert_weight(tensors[f"{experts}down_proj"], quant=quant, dtype=dtype)
-        layer.experts_gate_up_EDF = gate_up_EFD.transpose(1, 2).contiguous()
-        layer.experts_down_EFD = down_EDF.transpose(1, 2).contiguous()
+        layer.experts = (
+            expert_weight(tensors[f"{experts}gate_up_proj"], quant=quant, dtype=dtype),
+            expert_weight(tensors[f"{experts}down_proj"], quant=quant, dtype=dtype),
+        )
     return layer

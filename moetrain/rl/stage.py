@@ -13,7 +13,8 @@ from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.weights import InferenceWeights
+from moetrain.inference.protocol import Model
+from moetrain.kernels.choice import find_for_generation
 from moetrain.log import TIME_PREFIX
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig, ModelConfig
@@ -94,8 +95,9 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
     started = time.perf_counter()
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
-    weights = sync_weights(stage.engine, config=stage.model, quant=stage.quant)
-    groups = collect_groups(stage, weights=weights, step=step)
+    library = find_for_generation(stage.rollout.kernels)
+    model = sync_weights(stage.engine, config=stage.model, quant=stage.quant, library=library)
+    groups = collect_groups(stage, model=model, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
@@ -145,7 +147,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     return {**updated, **values, "trained_tokens": trained, **times}
 
 
-def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> list[list[Trajectory]]:
+def collect_groups(stage: RlStage, *, model: Model, step: int) -> list[list[Trajectory]]:
     """Return the step's trajectories by task, the same on every rank. Each rank generates those of some tasks."""
     topology, rl = stage.engine.topology, stage.rl
     first = stage.first_task + stage.tasks_before(step)
@@ -160,7 +162,13 @@ def collect_groups(stage: RlStage, *, weights: InferenceWeights, step: int) -> l
     num_slots = min(stage.rollout.num_slots, len(requests))
     own_trajectories = collect(
         requests,
-        generation=GenerationEngine(weights, num_slots=num_slots, max_tokens=stage.rollout.max_tokens, version=step),
+        generation=GenerationEngine(
+            model,
+            num_slots=num_slots,
+            max_tokens=stage.rollout.max_tokens,
+            version=step,
+            cache_megabytes=stage.rollout.cache_megabytes,
+        ),
         family=stage.family,
         tokenizer=stage.tokenizer,
         config=stage.rollout,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TEMPERATURE, check_ranges
 
 
@@ -37,12 +38,18 @@ class RolloutConfig:
     reproducible."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
+    cache_megabytes: int | None = None
+    """Largest size of the cache of latents in MiB; null takes what all sequences need, at most half of the free memory.
+    Sequences that find no room are read again later."""
+    kernels: Kernels = Kernels.auto
+    """Kernels that generate on a CPU. auto and native: the project's own, which multiply INT4 experts from their codes;
+    auto uses torch's where they cannot be compiled."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("num_slots", "max_tokens", "max_turns", "max_turn_tokens", "max_repeats", "max_output_tokens")
         ranges = {
-            COUNT: counts,
+            COUNT: (*counts, "cache_megabytes"),
             POSITIVE: ("call_deadline_s", "environment_deadline_s"),
             NOT_NEGATIVE: ("max_seconds", "max_retries", "max_replacements"),
             TEMPERATURE: ("temperature",),

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from moetrain.errors import RolloutError
-from moetrain.inference.weights import InferenceWeights, build_weights
+from moetrain.inference.build import build_model
+from moetrain.inference.protocol import Model
+from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.engine import Engine
 from moetrain.parallel.protocol import Piece
@@ -27,16 +29,23 @@ _ROUTER = ".mlp.gate.weight"
 
 
 def sync_weights(
-    engine: Engine, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16
-) -> InferenceWeights:
+    engine: Engine,
+    *,
+    config: ModelConfig,
+    quant: QuantConfig,
+    library: Library | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Model:
     """Return the engine's present weights in the form for generation, on every rank. A collective.
 
-    Raises RolloutError when the ranks did not receive the same bytes.
+    library: the native kernels to generate with, None for torch. Raises RolloutError when the ranks did not
+    receive the same bytes.
     """
     tensors = StreamedTensors(engine, quant=quant, dtype=dtype)
-    weights = build_weights(tensors, config=config, quant=quant, dtype=dtype, device=engine.topology.device)
+    device = engine.topology.device
+    model = build_model(tensors, config=config, quant=quant, library=library, dtype=dtype, device=device)
     tensors.check()
-    return weights
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
 
 KEY_VARIABLE = "MOETRAIN_API_KEY"
@@ -27,6 +28,11 @@ class ServeConfig:
     """Name of the model in requests; null takes the name of the folder of the weights."""
     num_slots: int = 32
     """Largest number of sequences that are decoded together."""
+    cache_megabytes: int | None = None
+    """Largest size of the cache of latents in MiB; null takes what all sequences need, at most half of the free memory.
+    Sequences that find no room are read again later."""
+    kernels: Kernels = Kernels.auto
+    """Kernels that generate on a CPU, as rollout.kernels."""
     max_waiting: int = 128
     """Largest number of further sequences that wait for a slot; a request beyond them gets status 503."""
     max_tokens: int | None = None

@@ -62,7 +62,7 @@ def test_help_shows_type_default_and_docstring_of_a_key(capsys: pytest.CaptureFi
     page = capsys.readouterr().out
     assert "  optim.name (muon|adamw) = muon\n      Optimizer of the hidden matrices.\n" in page
     assert "  model.q_lora_rank (int or null) = 96\n" in page
-    assert "  model={deepseek_v3,k2_bench,k2_nano," in page
+    assert "  model={deepseek_v3,k2_bench,k2_decode,k2_nano," in page
 
 
 PLUGIN = '''

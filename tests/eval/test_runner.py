@@ -32,7 +32,7 @@ def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
     for num_tasks in NUM_TASKS:
         trajectories = run_mode(
             Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
-            weights=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
+            model=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
             family_of=lambda config: EvenFamily(),
             task_config=TaskConfig(),
             tokenizer=even_tokenizer(),

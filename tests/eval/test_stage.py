@@ -33,7 +33,7 @@ def _contestant(digest: str) -> Contestant:
     engine = build_engine(
         MODEL, _PARALLEL, optim_config=OptimConfig(), quant_config=_QUANT, compute_dtype=torch.float32, seed=0
     )
-    return Contestant(weights=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), digest=digest)
+    return Contestant(model=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), digest=digest)
 
 
 def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Path) -> None:

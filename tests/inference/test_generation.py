@@ -3,13 +3,12 @@ import pytest
 import torch
 
 from moetrain.errors import RolloutError
+from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.forward import forward
-from moetrain.inference.protocol import Sequence
+from moetrain.inference.protocol import Model, Sequence
+from moetrain.inference.rows import Chunk, Rows
 from moetrain.inference.sampling import sample, uniforms
-from moetrain.inference.weights import InferenceWeights, build_weights
 from moetrain.model.config import ModelConfig, YarnConfig
-from moetrain.model.rope import build_rope
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.apply import apply
 from moetrain.quant.config import QuantConfig
@@ -17,14 +16,14 @@ from moetrain.quant.config import QuantConfig
 _SHAPE = {"vocab_size": 40, "hidden_size": 64, "num_layers": 3, "moe_intermediate_size": 32, "initializer_range": 0.2}
 
 
-def _model(*, quantised: bool = False, **fields: object) -> tuple[Transformer, InferenceWeights]:
+def _model(*, quantised: bool = False, **fields: object) -> tuple[Transformer, Model]:
     config = ModelConfig(**{**_SHAPE, **fields})  # type: ignore[arg-type]
     quant = QuantConfig(enabled=quantised)
     model = Transformer(config, compute_dtype=torch.float32)
     initialize(model, 1)
     if quantised:
         apply([layer.experts for _, layer in model.moe_layers()], quant)
-    return model, build_weights(model.state_dict(), config=config, quant=quant, dtype=torch.float32)
+    return model, build_model(model.state_dict(), config=config, quant=quant, library=None, dtype=torch.float32)
 
 
 def _full_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
@@ -42,24 +41,19 @@ def _full_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
 def test_the_cached_forward_equals_the_training_forward(fields: dict[str, object], quantised: bool) -> None:
     model, weights = _model(quantised=quantised, **fields)
     tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
-    cache = torch.zeros(3, 2, 9, weights.config.kv_lora_rank + weights.config.qk_rope_head_dim)
-    rope = build_rope(weights.config, 9)
-    first = forward(weights, tokens_BT=tokens[:, :6], starts_B=torch.tensor([0, 0]), cache_LBSC=cache, rope=rope)
-    parts = [first]
-    for position in range(6, 9):
-        starts_B = torch.tensor([position, position])
-        parts.append(
-            forward(
-                weights, tokens_BT=tokens[:, position : position + 1], starts_B=starts_B, cache_LBSC=cache, rope=rope
-            )
-        )
-    logits = torch.nn.functional.linear(torch.cat(parts, 1), weights.head_VD)
+    cache = weights.new_cache(2)
+    parts: list[torch.Tensor] = []
+    for first, last in ((0, 6), (6, 7), (7, 8), (8, 9)):
+        chunks = [Chunk(tokens=tokens[row, first:last].tolist(), start=first, pages=[row]) for row in range(2)]
+        hidden = weights.forward(Rows.of(chunks, device=weights.device), cache)
+        parts.append(weights.logits(hidden).view(2, last - first, -1))
+    logits = torch.cat(parts, 1)
     for row in range(2):
         torch.testing.assert_close(logits[row], _full_logits(model, tokens[row].tolist()), rtol=0, atol=2e-5)
 
 
 def _generate(
-    weights: InferenceWeights, prompts: list[list[int]], *, slots: int, length: int, idle_steps: int = 0
+    weights: Model, prompts: list[list[int]], *, slots: int, length: int, idle_steps: int = 0
 ) -> list[Sequence]:
     """Return sequences of two turns; [3, 4, 5] is given between them, `idle_steps` times the number of it later."""
     engine = GenerationEngine(weights, num_slots=slots, max_tokens=32, version=7)
@@ -116,7 +110,7 @@ def test_a_turn_ends_with_its_last_token_and_is_not_continued_before_it_is_exten
 def test_new_weights_continue_sequences_as_if_they_had_read_them_from_the_start() -> None:
     model, old = _model()
     initialize(model, 2)
-    new = build_weights(model.state_dict(), config=model.config, quant=QuantConfig(), dtype=torch.float32)
+    new = build_model(model.state_dict(), config=model.config, quant=QuantConfig(), library=None, dtype=torch.float32)
     engine = GenerationEngine(old, num_slots=2, max_tokens=32, version=3)
     running, idle = (
         Sequence(tokens=[1, 2, 3], stream=5, limit=16),

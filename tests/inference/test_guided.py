@@ -22,11 +22,11 @@ from moetrain.chat.template import (
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.guided import Guide
-from moetrain.inference.protocol import Sequence
+from moetrain.inference.protocol import Model, Sequence
 from moetrain.inference.sampling import Sampling
-from moetrain.inference.weights import InferenceWeights, build_weights
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.config import QuantConfig
 from moetrain.tools.call import parse_arguments
@@ -52,15 +52,15 @@ ANSWER = {
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Tokenizer, InferenceWeights, Guide]:
+def parts() -> tuple[Tokenizer, Model, Guide]:
     tokenizer = even_tokenizer()
     model = Transformer(MODEL, compute_dtype=torch.float32)
     initialize(model, 1)
-    weights = build_weights(model.state_dict(), config=MODEL, quant=QuantConfig(), dtype=torch.float32)
+    weights = build_model(model.state_dict(), config=MODEL, quant=QuantConfig(), library=None, dtype=torch.float32)
     return tokenizer, weights, Guide(tokenizer, end_id=tokenizer.special_ids[IM_END])
 
 
-def _turns(parts: tuple[Tokenizer, InferenceWeights, Guide], grammar: str, *, number: int = 12) -> list[Sequence]:
+def _turns(parts: tuple[Tokenizer, Model, Guide], grammar: str, *, number: int = 12) -> list[Sequence]:
     """Return finished turns under `grammar`. A bias towards markers and closing characters keeps them short."""
     tokenizer, weights, guide = parts
     markers = (THINK_END, SECTION_BEGIN, SECTION_END, CALL_ARGUMENT, CALL_END, IM_END)
@@ -95,7 +95,7 @@ def _parsed(tokenizer: Tokenizer, sequence: Sequence) -> Message:
 @pytest.mark.parametrize("schema", [None, ANSWER])
 @pytest.mark.parametrize("one_call", [False, True])
 def test_every_finished_turn_parses_and_matches_its_schemas(
-    parts: tuple[Tokenizer, InferenceWeights, Guide], calls: Calls, schema: dict[str, Any] | None, one_call: bool
+    parts: tuple[Tokenizer, Model, Guide], calls: Calls, schema: dict[str, Any] | None, one_call: bool
 ) -> None:
     tokenizer = parts[0]
     specs = {spec.name: spec for spec in (LOOK, STOP)}
@@ -126,7 +126,7 @@ def test_every_finished_turn_parses_and_matches_its_schemas(
 
 
 def test_a_turn_may_begin_after_its_reasoning_and_the_free_logprob_is_recorded(
-    parts: tuple[Tokenizer, InferenceWeights, Guide],
+    parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer = parts[0]
     grammar = turn_grammar([STOP], special_ids=tokenizer.special_ids, calls=Calls.required, thinks=False)
@@ -148,14 +148,14 @@ def test_a_turn_may_begin_after_its_reasoning_and_the_free_logprob_is_recorded(
     ],
 )
 def test_a_schema_that_cannot_be_held_is_refused_with_its_reason(
-    parts: tuple[Tokenizer, InferenceWeights, Guide], schema: dict[str, Any], reason: str
+    parts: tuple[Tokenizer, Model, Guide], schema: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         parts[2].constraint(turn_grammar([], special_ids=parts[0].special_ids, schema=schema))
 
 
 def test_a_constraint_that_met_a_wrong_token_ends_the_sequence_and_says_why(
-    parts: tuple[Tokenizer, InferenceWeights, Guide],
+    parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer, _, guide = parts
     constraint = guide.constraint(turn_grammar([STOP], special_ids=tokenizer.special_ids))

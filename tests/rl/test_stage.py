@@ -216,8 +216,8 @@ def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp
 
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
-    weights = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
-    groups = collect_groups(_stage(engine, []), weights=weights, step=0)
+    model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
+    groups = collect_groups(_stage(engine, []), model=model, step=0)
     return [trajectory.segments[0].tokens for group in groups for trajectory in group]
 
 

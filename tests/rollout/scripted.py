@@ -8,8 +8,8 @@ from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.template import SPECIAL_TOKENS, pieces_to_tokens, turn_pieces
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
+from moetrain.inference.protocol import Model
 from moetrain.inference.protocol import Sequence as TokenSequence
-from moetrain.inference.weights import InferenceWeights
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
@@ -61,7 +61,7 @@ class ScriptedGeneration:
     def cancel(self, sequence: TokenSequence) -> None:
         del self._turns[sequence]
 
-    def load(self, weights: InferenceWeights, *, version: int) -> None:
+    def load(self, model: Model, *, version: int) -> None:
         raise NotImplementedError("a script has no weights")
 
 

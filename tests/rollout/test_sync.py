@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from moetrain.errors import RolloutError
-from moetrain.inference.weights import InferenceWeights, build_weights
+from moetrain.inference.build import build_model
+from moetrain.inference.forward import PlainModel
+from moetrain.inference.protocol import Model
 from moetrain.parallel.config import EngineName
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.grids import Quantized
 from moetrain.rollout import sync
 from moetrain.rollout.sync import StreamedTensors, sync_weights
 from tests.distributed import run_ranks
@@ -17,10 +20,19 @@ from tests.parallel.nano import build, model_config, train
 _QUANT = QuantConfig(enabled=True, group_size=8)
 
 
-def _flat(weights: InferenceWeights) -> dict[str, torch.Tensor]:
+def _flat(model: Model) -> dict[str, torch.Tensor]:
+    assert isinstance(model, PlainModel)
+    weights = model.weights
     tensors = {name: vars(weights)[name] for name in ("embed_VD", "norm_D", "head_VD")}
     for index, layer in enumerate(weights.layers):
-        tensors |= {f"{index}.{f.name}": vars(layer)[f.name] for f in fields(layer) if vars(layer)[f.name] is not None}
+        for field in fields(layer):
+            value = vars(layer)[field.name]
+            for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
+                name = f"{index}.{field.name}.{place}"
+                if isinstance(part, Quantized):
+                    tensors |= {f"{name}.codes": part.codes_XOI, f"{name}.scales": part.scales_XOG}
+                elif part is not None:
+                    tensors[name] = part
     return tensors
 
 
@@ -33,7 +45,8 @@ def _synced(engine_name: EngineName, *, quantize: bool, **layout: int) -> tuple[
     state = engine.gather_state(with_optimizer=False)
     if state is None:
         return streamed, True
-    whole = _flat(build_weights(state, config=model_config(), quant=quant, device=engine.topology.device))
+    device = engine.topology.device
+    whole = _flat(build_model(state, config=model_config(), quant=quant, library=None, device=device))
     return streamed, streamed.keys() == whole.keys() and all(torch.equal(streamed[n], whole[n]) for n in whole)
 
 

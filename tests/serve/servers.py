@@ -12,9 +12,8 @@ import openai
 from moetrain.chat.messages import Message
 from moetrain.chat.template import pieces_to_tokens, turn_pieces
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.inference.protocol import Generation
+from moetrain.inference.protocol import Generation, Model
 from moetrain.inference.protocol import Sequence as TokenSequence
-from moetrain.inference.weights import InferenceWeights
 from moetrain.serve.config import ServeConfig
 from moetrain.serve.server import Server
 from moetrain.serve.service import Served
@@ -66,7 +65,7 @@ class Script:
         self.num_cancelled += not sequence.is_idle
         del self._rest[sequence]
 
-    def load(self, weights: InferenceWeights, *, version: int) -> None:
+    def load(self, model: Model, *, version: int) -> None:
         raise NotImplementedError("a script has no weights")
 
 

@@ -1,0 +1,47 @@
+"""Builds the model that generates, from tensors by their names in training.
+
+The native kernels compute it on CPUs in bfloat16; everywhere else plain torch operations do. One layer is packed at a
+time, so that besides the result a process holds the tensors of one layer.
+"""
+
+import torch
+
+from moetrain.inference.forward import PlainModel
+from moetrain.inference.native import NativeModel, packed_head, packed_layer
+from moetrain.inference.protocol import Model
+from moetrain.inference.weights import InferenceWeights, Tensors, build_layers, build_outer
+from moetrain.kernels.build import Library
+from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.runtime import default_device
+
+
+def build_model(
+    tensors: Tensors,
+    *,
+    config: ModelConfig,
+    quant: QuantConfig,
+    library: Library | None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+) -> Model:
+    """Return the model for generation.
+
+    tensors: fp32 masters, or an export's values; for routed experts also codes and scales. library: the native kernels,
+    None for torch. device: where it computes; None is this machine's accelerator if it has one.
+    """
+    device = device or default_device()
+    layers = build_layers(tensors, config=config, quant=quant, dtype=dtype)
+    outer = build_outer(tensors, dtype=dtype)
+    if library is None or device.type != "cpu" or dtype != torch.bfloat16:
+        moved = {name: tensor.to(device) for name, tensor in outer.items()}
+        weights = InferenceWeights(config=config, dtype=dtype, layers=[layer.to(device) for layer in layers], **moved)
+        return PlainModel(weights)
+    return NativeModel(
+        config=config,
+        library=library,
+        embed_VD=outer["embed_VD"],
+        norm_D=outer["norm_D"],
+        head=packed_head(outer["head_VD"], library=library),
+        layers=[packed_layer(layer, config, library=library) for layer in layers],
+    )
