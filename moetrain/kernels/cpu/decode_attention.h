@@ -24,7 +24,7 @@ struct DecodeAttention {
 template <class P>
 void attend(const DecodeAttention& shape, const bf16* queries, const int32_t* lengths, int64_t rows, const int32_t* table,
             bf16* out) {
-  const int64_t width = shape.width(), latent = shape.latent, all = rows * shape.heads, padded = up_to(all, CHUNK);
+  const int64_t width = shape.width(), latent = shape.latent, all = rows * shape.heads, padded = up_to(all, TILE_ROWS);
   const int64_t padded_latent = up_to(latent, PANEL);
   Scratch<float> keys(units<P>(width) * PAGE), values(units<P>(PAGE) * padded_latent), scores(padded * PAGE),
       mixed(padded * padded_latent), left(CHUNK * ROW_STRIDE);
@@ -37,7 +37,7 @@ void attend(const DecodeAttention& shape, const bf16* queries, const int32_t* le
   for (int64_t start = 0; start < longest; start += PAGE) {
     const int64_t count = std::min(PAGE, longest - start), columns = up_to(count, PANEL);
     const bf16* page = shape.pages + table[start / PAGE] * PAGE * width;
-    pack_all<P, true>(page, width, count, width, keys.get());
+    pack_all<P, true>(page, width, up_to(count, LANES), width, keys.get());  // a page can be read to its end
     for (int64_t i = 0; i < all; i += CHUNK)
       rows_times_panels<P>(queries + i * width, width, std::min(CHUNK, all - i), width, keys.get(), units<P>(width), columns,
                            scores.get() + i * PAGE, PAGE, false, left.get());
