@@ -72,6 +72,20 @@ class Decode {
     groups[num_groups] = in.rows;
   }
 
+  // Threads that are worth their waiting: they wait for each other some fifteen times per block, so each must have enough
+  // products in between. The number changes no result.
+  int threads(const DecodeLayer* layers) const {
+    constexpr int64_t PRODUCTS = 400'000;  // of a thread and block: some ten microseconds
+    const DecodeLayer& last = layers[s.layers - 1];
+    const int64_t from = s.query_rank > 0 ? s.query_rank : s.hidden;
+    const int64_t of_heads = s.heads * (from * head + (s.plain + s.value) * s.latent + s.value * s.hidden);
+    const int64_t of_rows = s.hidden * (s.query_rank + latent_width + 3 * (last.width + s.chosen * last.expert_width));
+    int64_t positions = 0;
+    for (int64_t r = 0; r < in.rows; r++) positions += in.positions[r] + 1;
+    const int64_t products = in.rows * (of_heads + of_rows) + positions * s.heads * (latent_width + s.latent);
+    return int(std::clamp<int64_t>(products / PRODUCTS, 1, omp_get_max_threads()));
+  }
+
   // Adds a block to the residual stream x [rows][D]. Called by all threads of a team.
   void block(const DecodeLayer& layer, int64_t index) {
     norm_rows(layer.input_norm);

@@ -182,7 +182,7 @@ EXPORT void decode_rows(int paired, const int64_t* shape, const float* factors, 
   const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
   with_units(paired, [&](auto p) {
     Decode<decltype(p)> decode(s, in, x);
-#pragma omp parallel
+#pragma omp parallel num_threads(decode.threads(layers))
     {
       for (int64_t i = 0; i < s.layers; i++) decode.block(layers[i], i);
       decode.norm_rows(last_norm);
