@@ -3,11 +3,16 @@
 The choice is made once per run and passed to the modules that compute; this module stores nothing.
 """
 
+import functools
+import logging
+
 import torch
 
 from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library, UnavailableError, load
 from moetrain.kernels.config import Kernels
+
+_log = logging.getLogger(__name__)
 
 CURE = "Give kernels=auto or torch"
 _WIDE = ("AVX2", "AVX512")
@@ -29,13 +34,22 @@ def find_for_generation(wanted: Kernels) -> Library | None:
     Raises ConfigError if native kernels were requested but are unavailable.
     """
     if wanted is Kernels.torch:
+        _log_once("generation on a CPU uses torch's kernels, as configured")
         return None
     try:
-        return load()
+        library = load()
     except UnavailableError as error:
         if wanted is Kernels.native:
             raise ConfigError(f"kernels=native is unavailable here: {error}. {CURE}") from None
+        _log_once(f"generation on a CPU uses torch's kernels: {error}")
         return None
+    _log_once("generation on a CPU uses the native kernels")
+    return library
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info("%s", message)
 
 
 def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
