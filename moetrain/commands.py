@@ -31,7 +31,10 @@ from moetrain.ranges import COUNT, check_ranges
 
 @dataclass(kw_only=True)
 class VerifyExportsRun(StageRun):
-    """Compare a quantised export with its float32 master weights, with transformers and with our own model."""
+    """Compare an export with its float32 master weights, with our own model, and with the program that reads it.
+
+    That is transformers for a quantised folder of safetensors, and llama.cpp for GGUF.
+    """
 
     masters: str | None = None
     """Stage or checkpoint from which the export in init_from was made."""
@@ -39,6 +42,9 @@ class VerifyExportsRun(StageRun):
     """Rows of random tokens whose logits are compared."""
     num_tokens: int = 64
     """Tokens per row."""
+    llama_python: str | None = None
+    """Interpreter of an environment with llama-cpp-python, which launch/peers.sh makes; null takes this environment.
+    Where it has none, llama.cpp is named as skipped."""
     fault: str = "none"
     """Fault to inject, which the command must then detect: none, code, scale or norm."""
 

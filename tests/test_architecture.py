@@ -50,6 +50,8 @@ DOORS = {
     "starlette": ["serve/"],
     "uvicorn": ["serve/"],
     "prometheus_client": ["serve/"],
+    "gguf": ["export/gguf_file.py"],
+    "llama_cpp": ["verify/llama_worker.py"],
 }
 TORCH_FREE = [
     "errors.py",

@@ -100,6 +100,11 @@ class Tokenizer:
         """Return the sha256 of the tokenizer's file."""
         return hashlib.sha256(self._inner.to_str(pretty=True).encode()).hexdigest()
 
+    def content(self) -> dict[str, Any]:
+        """Return the content of `tokenizer.json`: merges, vocabulary, added tokens, and how text is split."""
+        content: dict[str, Any] = json.loads(self._inner.to_str())
+        return content
+
     def check_chat(self) -> None:
         """Raise DataError when a token of the chat template is missing."""
         for name in SPECIAL_TOKENS:

@@ -1,7 +1,8 @@
 """Config of an export. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 
 from moetrain.errors import ConfigError
 from moetrain.quant.consumers import Consumer
@@ -16,6 +17,17 @@ class ExportFormat(StrEnum):
     """The float32 masters, cast to bf16. They differ from the quantised weights that training multiplied with."""
     bf16_dequantized = "bf16_dequantized"
     """Codes and scales, dequantised to bf16: for engines without a kernel for the format."""
+    gguf = "gguf"
+    """One GGUF file for llama.cpp: codes and scales as Q4_0 blocks if the experts are quantised, else `gguf_dtype`."""
+
+
+class GgufDtype(StrEnum):
+    """How a GGUF file stores the tensors that are neither quantised nor read in float32."""
+
+    bf16 = "bf16"
+    """In bf16, as a folder of safetensors does."""
+    float32 = "float32"
+    """In float32, without rounding."""
 
 
 @dataclass(kw_only=True)
@@ -24,9 +36,12 @@ class ExportConfig:
 
     format: ExportFormat = ExportFormat.quantized
     """How the routed experts are stored."""
-    consumers: list[Consumer] = field(default_factory=lambda: [Consumer.transformers])
+    gguf_dtype: GgufDtype = GgufDtype.bf16
+    """How format=gguf stores the tensors that are not quantised, except those that are always float32."""
+    consumers: list[Consumer] | None = None
     """Programs that must compute the model as it was trained. The export is refused when one of them would compute it
-    differently. [moetrain] writes a folder that only this package must read."""
+    differently. [moetrain] writes a folder that only this package must read. null: llama_cpp for gguf, else
+    transformers."""
     shard_megabytes: int = 4096
     """Largest size of a weight file in MiB; a tensor is never split over files."""
 
@@ -34,5 +49,19 @@ class ExportConfig:
         """Check ranges."""
         if self.shard_megabytes < 1:
             raise ConfigError(f"export.shard_megabytes is {self.shard_megabytes}: give at least 1")
-        if not self.consumers:
+        if self.consumers is not None and not self.consumers:
             raise ConfigError(f"export.consumers is empty: give at least one of {', '.join(Consumer)}")
+
+    @property
+    def wanted(self) -> list[Consumer]:
+        """Programs that must compute the model as it was trained."""
+        if self.consumers is not None:
+            return self.consumers
+        return [Consumer.llama_cpp if self.format is ExportFormat.gguf else Consumer.transformers]
+
+    def check_library(self) -> None:
+        """Raise ConfigError when the package that writes the format is not installed."""
+        if self.format is ExportFormat.gguf and find_spec("gguf") is None:
+            raise ConfigError(
+                "export.format=gguf requires the package gguf, which is not installed: pip install 'moetrain[gguf]'"
+            )

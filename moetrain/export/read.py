@@ -12,6 +12,8 @@ from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import unpacked_experts
 from moetrain.export.config import ExportFormat
 from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
+from moetrain.export.gguf_file import GGUF_FILE, read_gguf
+from moetrain.export.gguf_tensors import tensors_of_gguf
 from moetrain.export.tensors import folder_tensors
 from moetrain.hf.names import fused_tensors
 from moetrain.hf.shape import from_hf_config
@@ -56,15 +58,18 @@ def read_export(folder: Path) -> Export:
     """
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
-    files = open_weights(folder)
-    quant = _quant_of(record, folder)
-    format = FORMATS[quant.format]
-    packed = {name for name in files if name.endswith(format.suffixes)}
-    experts = unpacked_experts({name: files[name] for name in files if name in packed}, format=format)
-    dense = fused_tensors({name: files[name] for name in files if name not in packed})
+    quant, stored = _quant_of(record, folder), _format_of(record, folder)
+    if stored is ExportFormat.gguf:
+        dense, experts = tensors_of_gguf(read_gguf(folder / GGUF_FILE)[1], model=model, tensors=folder_tensors(model))
+    else:
+        files = open_weights(folder)
+        format = FORMATS[quant.format]
+        packed = {name for name in files if name.endswith(format.suffixes)}
+        experts = unpacked_experts({name: files[name] for name in files if name in packed}, format=format)
+        dense = fused_tensors({name: files[name] for name in files if name not in packed})
     export = Export(
         path=folder,
-        format=_format_of(record, folder),
+        format=stored,
         model=model,
         quant=quant,
         step=record["step"],

@@ -14,6 +14,9 @@ from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
+from moetrain.export.gguf_file import GGUF_FILE, write_gguf
+from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
+from moetrain.export.gguf_tensors import GgufCounts, gguf_tensors
 from moetrain.export.tensors import FolderTensors, folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import check_consumers, obstacles
@@ -24,12 +27,13 @@ from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.formats import FORMATS
-from moetrain.quant.grids import dequantize, num_zero_groups, quantize
+from moetrain.quant.grids import check_group_size, dequantize, num_zero_groups, quantize
 
 _log = logging.getLogger(__name__)
 
 _BYTES_PER_MEGABYTE = 1 << 20
 _BYTES_PER_BF16 = 2
+_BYTES_PER_FP32 = 4
 
 
 @dataclass(kw_only=True)
@@ -66,14 +70,15 @@ def export_model(
     reader: fp32 tensors by name in memory. They are streamed: one expert (or one other tensor) is read at a time, and
     at most twice `export.shard_megabytes` of tensors to write are in memory beside it.
 
-    In every format except bf16, experts are quantised with `quant`'s grid and group size, even if training did not use
-    them. `step` and `sources` (such as the path of the checkpoint and the digest of the data) are stored in
-    moetrain.json. The folder is written atomically and replaces an older export. Raises CheckpointError when the
-    weights do not fit the model or the tokenizer, and ConfigError when one of `export.consumers` would compute the
-    model differently.
+    Experts are quantised with `quant`'s grid and group size: in quantized and bf16_dequantized always, in gguf if
+    `quant` is enabled, in bf16 never. `step` and `sources` (such as the path of the checkpoint and the digest of the
+    data) are stored in moetrain.json. The folder is written atomically and replaces an older export. Raises
+    CheckpointError when the weights do not fit the model or the tokenizer, and ConfigError when one of
+    `export.consumers` would compute the model differently.
     """
+    export.check_library()
     reasons = _reasons(model, quant, format=export.format)
-    check_consumers(reasons, export.consumers)
+    check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
     tensors.check(reader)
     if tokenizer.vocab_size > model.vocab_size:
@@ -84,16 +89,29 @@ def export_model(
     is_packed = export.format is ExportFormat.quantized
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
-        written = _disk_tensors(reader, tensors=tensors, quant=quant, format=export.format, report=report)
-        report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
+        if export.format is ExportFormat.gguf:
+            _write_gguf(
+                partial, reader, model=model, quant=quant, export=export, tokenizer=tokenizer, tensors=tensors,
+                report=report,
+            )  # fmt: skip
+        else:
+            written = _disk_tensors(reader, tensors=tensors, quant=quant, format=export.format, report=report)
+            report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
         config = _config(model, quant, export=export, tensors=tensors, tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
         ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
         write_json(partial / "generation_config.json", ids, indent=2)
         tokenizer.save(partial)
         write_record(
-            partial, _record(quant, report, tokenizer=tokenizer, step=step, sources=sources) | {"consumers": reasons}
+            partial,
+            _record(quant, report, tokenizer=tokenizer, step=step, sources=sources)
+            | {"consumers": reasons, "gguf_dtype": export.gguf_dtype.value},
         )
+    _log_report(folder, report, reasons=reasons)
+    return report
+
+
+def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer, list[str]]) -> None:
     _log.info(
         "exported %s as %s: %.1f MB (%.1f MB in bf16), %d parameters quantised, %d of %d groups zero",
         folder,
@@ -108,16 +126,47 @@ def export_model(
         _log.info(
             "%s %s", consumer, f"may compute it differently: {'; '.join(why)}" if why else "computes it as trained"
         )
-    return report
 
 
 def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
     """Return for each consumer the reasons why it would not compute the export as trained; empty when it would."""
     reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
-    if format is ExportFormat.quantized and model.num_moe_layers:
+    is_gguf = format is ExportFormat.gguf
+    for consumer in Consumer:
+        if is_gguf and consumer not in (Consumer.llama_cpp, Consumer.moetrain):
+            reasons[consumer].append(f"export.format={format}: it reads safetensors")
+        if not is_gguf and consumer is Consumer.llama_cpp:
+            reasons[consumer].append(f"export.format={format}: it reads GGUF")
+    if (format is ExportFormat.quantized or (is_gguf and quant.enabled)) and model.num_moe_layers:
         for consumer in Consumer:
             reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)
     return reasons
+
+
+def _write_gguf(
+    folder: Path,
+    reader: StateReader,
+    *,
+    model: ModelConfig,
+    quant: QuantConfig,
+    export: ExportConfig,
+    tokenizer: Tokenizer,
+    tensors: FolderTensors,
+    report: ExportReport,
+) -> None:
+    if quant.enabled:
+        for inputs in (model.hidden_size, model.moe_intermediate_size):
+            check_group_size(inputs, group_size=quant.group_size)
+    metadata = model_metadata(model) | tokenizer_metadata(tokenizer, num_rows=model.vocab_size)
+    counts = GgufCounts()
+    planned = gguf_tensors(reader, model=model, tensors=tensors, quant=quant, dtype=export.gguf_dtype, counts=counts)
+    report.num_bytes = write_gguf(folder / GGUF_FILE, metadata=metadata, tensors=planned)
+    report.num_quantized, report.num_groups = counts.num_quantized, counts.num_groups
+    report.num_zero_groups = counts.num_zero_groups
+    report.num_bytes_bf16 = sum(
+        shape.numel() * (_BYTES_PER_FP32 if name in tensors.float32 else _BYTES_PER_BF16)
+        for name, shape in tensors.shapes.items()
+    )
 
 
 def _disk_tensors(

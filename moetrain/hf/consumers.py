@@ -1,7 +1,7 @@
 """Which programs compute an exported shape as this package does, and why others do not.
 
-`moetrain verify hf` checks transformers. The rules for vLLM and llama.cpp come from their sources and from trials
-(docs/numerics.md); exports are not run in them. Does not import torch.
+`moetrain verify hf` checks transformers, `moetrain verify exports` checks a GGUF file in llama.cpp. The rules for vLLM
+come from its source (docs/numerics.md); exports are not run in it. Does not import torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,12 @@ _SCORES = {
 }
 """Score functions that each program computes; transformers ignores `scoring_func` and always computes sigmoid."""
 _LITE_LAYERS = (26, 27)
-"""Numbers of layers for which llama.cpp expects uncompressed queries; for all others it expects compressed ones."""
+"""Numbers of layers for which llama.cpp never reads the rank of compressed queries."""
+_LITE_SHAPE = (48, 128256)
+"""Number of layers and size of the vocabulary for which it does not either."""
+_LLAMA_MAX_EXPERTS = 1024
+_LLAMA_BETAS = (32.0, 1.0)
+"""YaRN's beta_fast and beta_slow in llama.cpp, which reads neither from a file of this architecture."""
 
 
 def obstacles(model: ModelConfig, consumer: Consumer) -> list[str]:
@@ -26,11 +31,8 @@ def obstacles(model: ModelConfig, consumer: Consumer) -> list[str]:
     found = list(_of_rope(model, consumer))
     if model.num_moe_layers:
         found += _of_router(model, consumer)
-    if consumer is Consumer.llama_cpp and (model.num_layers in _LITE_LAYERS) is not (model.q_lora_rank is None):
-        found.append(
-            f"model.q_lora_rank={model.q_lora_rank} with model.num_layers={model.num_layers}: its converter expects "
-            "uncompressed queries in models of 26 or 27 layers and compressed ones in all others"
-        )
+    if consumer is Consumer.llama_cpp:
+        found += _of_llama(model)
     return found
 
 
@@ -57,10 +59,27 @@ def _of_rope(model: ModelConfig, consumer: Consumer) -> Iterator[str]:
         return
     if not yarn.mscale or not yarn.mscale_all_dim:
         yield "model.yarn.mscale or mscale_all_dim is 0, which config.json cannot say"
-    elif consumer is Consumer.llama_cpp and yarn.mscale not in (1.0, yarn.mscale_all_dim):
+        return
+    if consumer is Consumer.llama_cpp and (yarn.beta_fast, yarn.beta_slow) != _LLAMA_BETAS:
+        betas = f"model.yarn.beta_fast={yarn.beta_fast:g}, beta_slow={yarn.beta_slow:g}"
+        yield f"{betas}: it ignores both in the file and takes {_LLAMA_BETAS[0]:g} and {_LLAMA_BETAS[1]:g}"
+    if consumer is Consumer.llama_cpp and yarn.mscale not in (1.0, yarn.mscale_all_dim):
         yield f"model.yarn.mscale={yarn.mscale:g}: it takes 1 or mscale_all_dim ({yarn.mscale_all_dim:g})"
     elif consumer is Consumer.llama_cpp and yarn.mscale == 1.0 != yarn.mscale_all_dim:
         yield f"model.yarn.mscale_all_dim={yarn.mscale_all_dim:g}: it takes mscale for the same"
+
+
+def _of_llama(model: ModelConfig) -> Iterator[str]:
+    is_lite = model.num_layers in _LITE_LAYERS or (model.num_layers, model.vocab_size) == _LITE_SHAPE
+    if is_lite and model.q_lora_rank is not None:
+        yield (
+            f"model.q_lora_rank={model.q_lora_rank} with model.num_layers={model.num_layers}: it takes models of this "
+            "depth for ones with uncompressed queries"
+        )
+    if not model.num_moe_layers:
+        yield f"model.num_dense_layers={model.num_dense_layers}: it needs at least one layer with experts"
+    if model.num_experts > _LLAMA_MAX_EXPERTS:
+        yield f"model.num_experts={model.num_experts}: it takes up to {_LLAMA_MAX_EXPERTS}"
 
 
 def _of_router(model: ModelConfig, consumer: Consumer) -> Iterator[str]:

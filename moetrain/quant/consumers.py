@@ -13,4 +13,4 @@ class Consumer(StrEnum):
     vllm = "vllm"
     """vLLM's DeepSeek-V3 model."""
     llama_cpp = "llama_cpp"
-    """llama.cpp, via its own converter to GGUF."""
+    """llama.cpp, from the GGUF file that `export.format=gguf` writes."""

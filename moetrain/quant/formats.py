@@ -20,6 +20,8 @@ from moetrain.quant.grids import Quantized
 
 _MARLIN_GROUPS = (32, 64, 128)
 """Group sizes that vLLM's INT4 kernels for experts support."""
+_Q4_0_GROUP = 32
+"""Weights of a Q4_0 block in GGUF, which have one scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +66,14 @@ class Format:
 def _int4_obstacles(consumer: Consumer, group_size: int) -> list[str]:
     if consumer is Consumer.vllm and group_size not in _MARLIN_GROUPS:
         return [f"quant.group_size={group_size}: its INT4 kernels take {', '.join(map(str, _MARLIN_GROUPS))}"]
+    if consumer is Consumer.llama_cpp and group_size != _Q4_0_GROUP:
+        return [f"quant.group_size={group_size}: its Q4_0 blocks take {_Q4_0_GROUP}"]
     return []
 
 
 def _mxfp4_obstacles(consumer: Consumer, _: int) -> list[str]:
     if consumer is Consumer.llama_cpp:
-        return ["quant.format=mxfp4: its converter reads packed integers only"]
+        return ["quant.format=mxfp4: Q4_0 blocks hold int4 codes only"]
     if consumer is Consumer.vllm:
         return ["quant.format=mxfp4: not checked with weights alone quantised"]
     return []

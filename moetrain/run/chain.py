@@ -74,9 +74,11 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
     if isinstance(run, UpcycleRun):
         _check_dense(model, run, weights)
     if isinstance(run, ExportRun):
-        check_shape(model, run.export.consumers)
-        if run.export.format is ExportFormat.quantized:
-            check_groups(model, _quant_of(weights, earlier) or run.quant)
+        run.export.check_library()
+        check_shape(model, run.export.wanted)
+        quant = _quant_of(weights, earlier) or run.quant
+        if run.export.format is ExportFormat.quantized or (run.export.format is ExportFormat.gguf and quant.enabled):
+            check_groups(model, quant)
     if isinstance(run, EvalRun):
         check_length(model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     for field, value in _same_model(run):

@@ -154,7 +154,8 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     if isinstance(run, DocumentRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
-        check_shape(origin.model, run.export.consumers)
+        run.export.check_library()
+        check_shape(origin.model, run.export.wanted)
     if isinstance(run, DocumentRun):
         document_start_point(sections_of(run), origin)
     if isinstance(run, RlRun):

@@ -33,7 +33,8 @@ FP32_BOUND = 1e-5
 """Bound on the largest difference of fp32 logits, divided by max(1, largest logit). It allows for another order of
 summation."""
 
-_NORM_FAULT = 1.001
+NORM_FAULT = 1.001
+"""Factor of the fault `norm`."""
 
 
 class ExportFault(StrEnum):
@@ -173,7 +174,7 @@ def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Ten
     model = Transformer(export.model, compute_dtype=torch.float32)
     model.load_state_dict(export.weights())
     if fault is ExportFault.norm:
-        model.model.norm.weight.mul_(_NORM_FAULT)
+        model.model.norm.weight.mul_(NORM_FAULT)
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     output = model(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT)
     return model.logits(output.hidden_BTD)

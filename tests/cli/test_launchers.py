@@ -78,11 +78,11 @@ def test_help_and_a_missing_command_show_the_usage(script: str, tmp_path: Path) 
         assert done.stdout + done.stderr == said
 
 
-@pytest.mark.parametrize("script", ["install.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["install.sh", "quickstart.sh", "test.sh", "peers.sh"])
 def test_help_of_a_script_that_installs_says_what_it_does_and_does_nothing(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path, VENV=str(tmp_path / "venv"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(("Creates", "From", "Installs"))
+    assert done.stdout.startswith(("Creates", "From", "Installs", "Makes"))
     assert not list(tmp_path.iterdir())
 
 

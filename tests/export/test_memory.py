@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,10 @@ def _grown(folder: Path, target: Path, tokenizer: Path, format: str) -> float:
     return _status("VmHWM") - before
 
 
-@pytest.mark.parametrize("format", ["bf16", "quantized"])
+NEEDS_GGUF = pytest.mark.skipif(find_spec("gguf") is None, reason="the optional package gguf is not installed")
+
+
+@pytest.mark.parametrize("format", ["bf16", "quantized", pytest.param("gguf", marks=NEEDS_GGUF)])
 def test_an_export_is_streamed_within_its_bound(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer, format: str
 ) -> None:
