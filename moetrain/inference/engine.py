@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moetrain.errors import RolloutError
+from moetrain.errors import ConfigError, RolloutError
 from moetrain.inference.pages import Page, PageTree
 from moetrain.inference.protocol import Model, Sequence
 from moetrain.inference.rows import PAGE, Chunk, Rows
@@ -52,7 +52,7 @@ class GenerationEngine:
 
         version: version of the weights of `model`. cache_megabytes: largest size of the cache in MiB; None takes what
         all sequences need, at most half of the free memory. Sequences that find no room are read again later. Raises
-        RolloutError when one sequence has no room.
+        ConfigError when one sequence has no room.
         """
         self._model = model
         self._version = version
@@ -63,7 +63,7 @@ class GenerationEngine:
         budget = _free_bytes(model.device) / 2 if cache_megabytes is None else cache_megabytes * (1 << 20)
         num_pages = min(max(num_slots, 1) * longest, int(budget / size))
         if num_pages < longest:
-            raise RolloutError(
+            raise ConfigError(
                 f"a cache of {budget / (1 << 20):.0f} MiB has no room for a sequence of {max_tokens} tokens: it takes "
                 f"{longest * size / (1 << 20):.0f} MiB; give a smaller max_tokens or a larger cache_megabytes"
             )

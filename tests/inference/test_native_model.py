@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from moetrain.errors import ConfigError
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.native import NativeModel
@@ -144,3 +145,9 @@ def test_sequences_without_room_are_read_again_with_the_same_result() -> None:
     for sequence in scarce:
         engine.cancel(sequence)
     assert engine.num_pages_used == 0
+
+
+def test_a_cache_without_room_for_one_sequence_is_refused() -> None:
+    _, model = models(load(), {}, is_quantised=True)
+    with pytest.raises(ConfigError, match="has no room for a sequence of 256 tokens"):
+        GenerationEngine(model, num_slots=1, max_tokens=256, cache_megabytes=0.01)
