@@ -21,11 +21,11 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.errors import ConfigError
+from moetrain.generation_commands import BenchDecodeRun, VerifyRolloutRun
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.parallel.config import ParallelConfig
-from moetrain.quant.config import QuantConfig
 from moetrain.ranges import COUNT, check_ranges
 
 
@@ -289,59 +289,6 @@ class BenchTrainRun(StageRun):
             raise ConfigError(f"optim.name is {self.optim.name}: peers support only adamw; give adamw, or peers=[]")
 
 
-class DecodePeer(StrEnum):
-    """Other programs that generate from the same weights in `bench decode`."""
-
-    transformers = "transformers"
-
-
-@dataclass(kw_only=True)
-class DecodeCase:
-    """Sequences that are generated together."""
-
-    batch: int
-    """Number of sequences."""
-    context: int
-    """Tokens of each prompt."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        check_ranges(self, prefix="cases: ", ranges={COUNT: ("batch", "context")})
-
-
-def _cases() -> list[DecodeCase]:
-    short = [DecodeCase(batch=batch, context=128) for batch in (1, 4, 16, 64)]
-    return [*short, DecodeCase(batch=1, context=8192), DecodeCase(batch=4, context=8192)]
-
-
-@dataclass(kw_only=True)
-class BenchDecodeRun(StageRun):
-    """Measure generation speed of moetrain and its peers in turn, with the same random weights and prompts."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    """Quantisation of the routed experts."""
-    cases: list[DecodeCase] = field(default_factory=_cases)
-    """Batches and prompt lengths to measure."""
-    steps: int = 16
-    """Tokens per sequence and turn."""
-    repetitions: int = 5
-    """Turns per contestant. Speed ratios are computed per turn."""
-    peers: list[DecodePeer] = field(default_factory=lambda: list(DecodePeer))
-    """Programs to measure besides moetrain."""
-    threads: int | None = None
-    """Threads per contestant; null takes the cores available to this process."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        check_ranges(self, prefix="", ranges={COUNT: ("steps", "repetitions", "threads")})
-        if not self.cases:
-            raise ConfigError("cases is empty: give at least one, such as cases=[{batch:1,context:128}]")
-        longest = max(case.context for case in self.cases) + 2 + (self.repetitions + 1) * self.steps
-        check_length(self.model, name="the longest sequence of cases", length=longest)
-
-
 @dataclass(kw_only=True)
 class VerifyFaultsRun(StageRun):
     """Kill, damage and hang real runs, and check that a resumed run is bit-identical to an undisturbed one."""
@@ -384,6 +331,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
     "verify exports": VerifyExportsRun,
     "verify hf": VerifyHfRun,
+    "verify rollout": VerifyRolloutRun,
     "verify endpoint": VerifyEndpointRun,
     "verify faults": VerifyFaultsRun,
     "verify layouts": VerifyLayoutsRun,

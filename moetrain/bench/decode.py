@@ -20,8 +20,8 @@ from rich.table import Table
 
 from moetrain.bench.decode_weights import write_weights
 from moetrain.bench.process import Process
-from moetrain.commands import BenchDecodeRun, DecodeCase, DecodePeer
 from moetrain.errors import MoetrainError
+from moetrain.generation_commands import BenchDecodeRun, DecodeCase, DecodePeer
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from moetrain.commands import BenchDecodeRun
 from moetrain.data.config import MIN_VOCAB_SIZE
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.write import export_model
+from moetrain.generation_commands import BenchDecodeRun
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import TensorReader
 

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from moetrain.commands import BenchDecodeRun
 from moetrain.files import write_json
+from moetrain.generation_commands import BenchDecodeRun
 from moetrain.run.stage import stage_folder
 
 _WIDTH = 130  # of the table in characters, also when the output is not a terminal

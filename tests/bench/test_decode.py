@@ -7,8 +7,8 @@ import pytest
 
 from moetrain.bench.decode import OURS, bytes_per_step
 from moetrain.cli.main import main
-from moetrain.commands import DecodeCase
 from moetrain.compose import compose
+from moetrain.generation_commands import DecodeCase
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
 

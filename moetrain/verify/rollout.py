@@ -1,0 +1,188 @@
+"""Checks that a generated token and its logprob depend on the weights and the tokens before it only.
+
+Tiny random models generate the same sequences alone and in other company, through the same engine as rollouts. The
+tokens and the bits of their logprobs must be equal.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moetrain.errors import ConfigError
+from moetrain.generation_commands import VerifyRolloutRun
+from moetrain.inference.build import build_model
+from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.protocol import Model
+from moetrain.inference.protocol import Sequence as Generated
+from moetrain.inference.rows import PAGE, Rows
+from moetrain.kernels.choice import find_for_generation
+from moetrain.kernels.config import Kernels
+from moetrain.model.config import ModelConfig, ScoreFunction
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.quant.apply import apply
+from moetrain.quant.config import QuantConfig
+from moetrain.runtime import seed_of, torch_stream
+from moetrain.verify.table import Row
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "int4": {},
+    "int4, queries not compressed, softmax scores, groups": {
+        **{"q_lora_rank": None, "score_function": ScoreFunction.softmax, "num_groups": 2},
+    },
+    "bf16, odd widths": {
+        **{"hidden_size": 80, "num_heads": 3, "kv_lora_rank": 48, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24},
+        **{"v_head_dim": 40, "moe_intermediate_size": 24, "intermediate_size": 72},
+    },
+}
+"""Changes to the nano shape, by name."""
+COMPANY = (7, 64)
+"""Numbers of sequences that generate together."""
+_PREFIX_SHARE = 0.6
+
+
+class Faulty:
+    """A model that computes steps of several sequences wrongly, to show that the command notices."""
+
+    def __init__(self, model: Model, fault: str) -> None:
+        self._model = model
+        self._fault = fault
+        self.config = model.config
+        self.device = model.device
+        self.new_cache = model.new_cache
+        self.logits = model.logits
+
+    def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return hidden states with the fault."""
+        if len(rows.counts) == 1:
+            return self._model.forward(rows, cache_LPSC)
+        if self._fault == "stale_page":
+            tables_SW = rows.tables_SW.clone()
+            tables_SW[-1, 0] = tables_SW[0, 0]
+            rows = replace(rows, tables_SW=tables_SW)
+        if self._fault == "wrong_position":
+            rows = replace(rows, positions_N=(rows.positions_N - 1).clamp(min=0))
+        hidden_ND = self._model.forward(rows, cache_LPSC)
+        return hidden_ND.flip(0) if self._fault == "other_row" else hidden_ND
+
+
+def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
+    """Yield the number of generated tokens that differ, by model and company. Raises ConfigError without kernels."""
+    library = find_for_generation(Kernels.auto)
+    if library is None:
+        raise ConfigError(
+            "verify rollout checks the native kernels, which are unavailable here: install g++ or set CXX"
+        )
+    for name, fields in SHAPES.items():
+        config = ModelConfig(**fields)
+        quant = QuantConfig(enabled=name.startswith("int4"))
+        sources = [_source(config, quant, dtype=dtype, seed=run.run.seed) for dtype in (torch.bfloat16, torch.float32)]
+        state, device = sources[0].state_dict(), torch.device("cpu")
+        model = build_model(state, config=config, quant=quant, library=library, device=device)
+        yield from _rows(run, name, model=model, sources=sources)
+
+
+def _source(config: ModelConfig, quant: QuantConfig, *, dtype: torch.dtype, seed: int) -> Transformer:
+    source = Transformer(config, compute_dtype=dtype)
+    initialize(source, seed)
+    for _, buffer in source.named_buffers():
+        buffer.normal_(std=0.1, generator=torch_stream(seed, "verify/biases"))
+    if quant.enabled:
+        apply([layer.experts for _, layer in source.moe_layers()], quant)
+    return source
+
+
+def _rows(run: VerifyRolloutRun, name: str, *, model: Model, sources: Sequence[Transformer]) -> Iterator[Row]:
+    """Yield the rows of one model. sources: the training model, with products in bf16 and in float32."""
+    prompts = _prompts(run, model.config.vocab_size)
+    alone = [_generate(run, model, [prompt], streams=[place])[0] for place, prompt in enumerate(prompts)]
+    crowd = model if run.fault == "none" else Faulty(model, run.fault)
+    count = f"of {sum(len(each.tokens) for each in alone) - sum(map(len, prompts))} tokens"
+    for size in COMPANY:
+        together: list[Generated] = []
+        for start in range(0, len(prompts), size):
+            part = range(start, min(start + size, len(prompts)))
+            together += _generate(run, crowd, [prompts[place] for place in part], streams=list(part))
+        shared = sum(each.num_cached for each in together)
+        note = f"{count}; {shared} prompt tokens from shared pages"
+        yield Row(
+            name=f"{name}: alone and with {size - 1} others", value=_differing(alone, together), bound=0, note=note
+        )
+    tight = _generate(run, crowd, prompts, streams=range(len(prompts)), pages=3 * _pages(run))
+    yield Row(name=f"{name}: with pages for 3 sequences", value=_differing(alone, tight), bound=0, note=count)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    other = _generate(run, crowd, prompts, streams=range(len(prompts)))
+    torch.set_num_threads(threads)
+    yield Row(name=f"{name}: 1 and 2 threads", value=_differing(alone, other), bound=0, note=count)
+    exact, trained = (_trained_logprobs(source, alone) for source in reversed(sources))
+    found = torch.tensor([value for each in alone for value in _sampled(each, each.logprobs)])
+    bound = 2 * float((trained - exact).abs().mean())  # both are in bf16: at most the sum of their errors
+    note = "nats per token, mean; the bound is twice the error of training in bf16"
+    yield Row(name=f"{name}: gap to training", value=float((found - trained).abs().mean()), bound=bound, note=note)
+
+
+def _prompts(run: VerifyRolloutRun, vocab_size: int) -> list[list[int]]:
+    """Return as many prompts as the largest company; three in four share a beginning with others."""
+    stream = torch_stream(run.run.seed, "verify/prompts")
+    shared = [torch.randint(vocab_size, (run.prompt_tokens,), generator=stream).tolist() for _ in range(4)]
+    prompts = []
+    for place in range(max(COMPANY)):
+        common = int(run.prompt_tokens * _PREFIX_SHARE) if place % 4 else 0
+        own = torch.randint(vocab_size, (run.prompt_tokens - common,), generator=stream).tolist()
+        prompts.append(shared[place % len(shared)][:common] + own)
+    return prompts
+
+
+def _pages(run: VerifyRolloutRun) -> int:
+    return -(-(run.prompt_tokens + run.new_tokens) // PAGE)
+
+
+def _generate(
+    run: VerifyRolloutRun,
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    streams: Sequence[int],
+    pages: int | None = None,
+) -> list[Generated]:
+    """Return the finished sequences. pages: size of the cache; None has room for all."""
+    limit = run.prompt_tokens + run.new_tokens
+    megabytes = None if pages is None else (pages + 0.5) * model.new_cache(1).nbytes / (1 << 20)
+    engine = GenerationEngine(model, num_slots=len(prompts), max_tokens=limit, cache_megabytes=megabytes)
+    sequences = [
+        Generated(tokens=list(prompt), stream=seed_of(run.run.seed, "verify/sampling", stream), limit=limit)
+        for prompt, stream in zip(prompts, streams, strict=True)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.is_busy:
+        engine.step()
+    return sequences
+
+
+def _differing(first: Sequence[Generated], second: Sequence[Generated]) -> float:
+    """Return the number of sampled tokens that differ, or whose logprobs differ in any bit."""
+    different = 0
+    for one, other in zip(first, second, strict=True):
+        for place, is_sampled in enumerate(one.is_sampled):
+            same = one.tokens[place] == other.tokens[place] and one.logprobs[place] == other.logprobs[place]
+            different += is_sampled and not same
+    return float(different)
+
+
+def _sampled(sequence: Generated, values: Sequence[float]) -> list[float]:
+    return [value for value, is_sampled in zip(values, sequence.is_sampled, strict=True) if is_sampled]
+
+
+@torch.no_grad()
+def _trained_logprobs(source: Transformer, sequences: Sequence[Generated]) -> torch.Tensor:
+    """Return the logprobs of all sampled tokens by the training forward pass."""
+    tokens_BT = torch.tensor([sequence.tokens for sequence in sequences])
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    hidden_BTD = source(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT).hidden_BTD
+    is_sampled_BT = torch.tensor([sequence.is_sampled for sequence in sequences])
+    row_N, place_N = is_sampled_BT.nonzero(as_tuple=True)
+    logprobs_NV = torch.log_softmax(source.logits(hidden_BTD[row_N, place_N - 1]).float(), -1)
+    return logprobs_NV.gather(1, tokens_BT[row_N, place_N][:, None])[:, 0]
