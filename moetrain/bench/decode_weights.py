@@ -9,7 +9,7 @@ from moetrain.data.tokenizer import train_tokenizer
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.write import export_model
 from moetrain.generation_commands import BenchDecodeRun
-from moetrain.model.transformer import Transformer, initialize
+from moetrain.model.transformer import Transformer, allocate, initialize
 from moetrain.parallel.state import TensorReader
 
 _TEXT = "the quick brown fox jumps over the lazy dog"
@@ -21,7 +21,7 @@ def write_weights(run: BenchDecodeRun, *, folder: Path) -> dict[str, Path]:
     """Write the model that `run` describes, with weights drawn from its seed; return the folders by format."""
     with torch.device("meta"):
         model = Transformer(run.model)
-    model.to_empty(device="cpu")
+    allocate(model, torch.device("cpu"))
     initialize(model, run.run.seed)
     tokenizer = train_tokenizer([_TEXT], vocab_size=MIN_VOCAB_SIZE)
     reader = TensorReader(model.state_dict())

@@ -241,6 +241,18 @@ def _output(hidden_BTD: torch.Tensor, blocks: list[BlockStatistics], *, num_expe
     )
 
 
+def allocate(model: Transformer, device: torch.device) -> None:
+    """Move a model from the meta device to memory of `device` without values; `initialize` sets them.
+
+    As `nn.Module.to_empty`, which imports torch's compiler for meta tensors: seconds of every start.
+    """
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+
+
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Set each parameter as `initialize_parameter` does, and each buffer (a balance bias) to zero."""

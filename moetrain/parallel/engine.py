@@ -9,7 +9,7 @@ from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 from moetrain.model.moe import Dispatcher, LocalDispatcher
 from moetrain.model.recompute import set_recompute
-from moetrain.model.transformer import Transformer, initialize, initialize_parameter
+from moetrain.model.transformer import Transformer, allocate, initialize, initialize_parameter
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import PARTITIONING_STAGE, EngineName, ParallelConfig
 from moetrain.parallel.dispatch import AllToAllDispatcher
@@ -52,7 +52,7 @@ def build_engine(
         library=library,
     )
     if parallel_config.zero != PARTITIONING_STAGE or parallel_config.engine == EngineName.torch:
-        model.to_empty(device=topology.device)
+        allocate(model, topology.device)
         initialize(model, seed)
     if parallel_config.engine == EngineName.torch:
         return TorchEngine(model, topology, optim_config=optim_config, compute_dtype=compute_dtype)

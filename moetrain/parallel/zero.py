@@ -41,7 +41,7 @@ def allocate_placeholders(model: Transformer, *, device: torch.device) -> None:
         for name, param in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(1, device=device).expand(param.shape)))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 class _ParameterSource(nn.Module):
