@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama, __version__
 
 
 def main(request: dict[str, Any], folder: Path) -> None:
     """Answer a request."""
+    # The environment of moetrain, which imports this module too, need not have llama-cpp-python.
+    from llama_cpp import GGML_TYPE_F32, Llama, __version__
+
     llama = Llama(
         model_path=request["model"],
         n_ctx=request["context"],
