@@ -20,6 +20,7 @@ from rich.table import Table
 
 from moetrain.bench.decode_weights import write_weights
 from moetrain.bench.process import Process
+from moetrain.bench.spread import spread
 from moetrain.errors import MoetrainError
 from moetrain.generation_commands import BenchDecodeRun, DecodeCase, DecodePeer
 from moetrain.model.config import ModelConfig
@@ -159,16 +160,12 @@ def _case(run: BenchDecodeRun, case: DecodeCase, contestants: Sequence[_Contesta
                 "failure": contestant.failure,
                 "prefill_s": prefill[contestant.name],
                 "seconds": taken,
-                "tokens_per_s": _spread([tokens / each for each in taken]) if taken else None,
-                "ours_over_it": _spread([a / b for a, b in zip(taken, own, strict=True)]) if taken else None,
+                "tokens_per_s": spread([tokens / each for each in taken]) if taken else None,
+                "ours_over_it": spread([a / b for a, b in zip(taken, own, strict=True)]) if taken else None,
                 "share_of_floor": floor / statistics.median(taken) if taken else None,
             }
         )
     return {"batch": case.batch, "context": case.context, "bandwidth": bandwidth, "rows": rows}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def render(report: Mapping[str, Any]) -> Iterator[Table]:

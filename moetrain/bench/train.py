@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from moetrain.bench.contestant import Contestant, Kind, Remote
+from moetrain.bench.spread import spread
 from moetrain.commands import BenchTrainRun, Peer
 from moetrain.errors import MoetrainError
 from moetrain.kernels.choice import find
@@ -90,8 +91,8 @@ def _report(
                 "setting": remote.setting,
                 "failure": remote.failure,
                 "seconds_of_steps": remote.seconds,
-                "tokens_per_s": _spread(rates) if rates else None,
-                "ours_over_it": _spread(ratios) if ratios else None,
+                "tokens_per_s": spread(rates) if rates else None,
+                "ours_over_it": spread(ratios) if ratios else None,
                 "share_of_peak": statistics.median(rates) * flops / max(peaks) if rates else None,
                 "losses": remote.losses,
                 "memory_bytes": remote.memory,
@@ -107,10 +108,6 @@ def _report(
         "rows": rows,
         "profile": profile,
     }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def render(report: Mapping[str, Any]) -> Iterator[Table]:

@@ -61,21 +61,19 @@ def test_packed_experts_take_less_than_three_tenths_of_bfloat16(library: Library
         assert library.packed_bytes(1, rows, inputs) <= 0.30 * 2 * rows * inputs
 
 
-def test_every_code_and_scale_is_multiplied_as_training_rounds_it(library: Library) -> None:
-    """One-hot rows read the weights themselves: every code times scales of every mantissa."""
+def test_every_code_is_multiplied_with_every_mantissa_as_training_rounds_it(library: Library) -> None:
+    """128 outputs have scales of all bf16 mantissas, and each has all 16 codes, twice in a group."""
+    gate_up, _ = _experts(1, 128, 32)
     scales = (torch.arange(128, dtype=torch.float32) / 128 + 1).bfloat16()
-    codes = torch.arange(-8, 8, dtype=torch.int8)
-    down = Quantized(
-        codes_XOI=codes.repeat(2).expand(128, 32).contiguous()[None], scales_XOG=scales[:, None][None].contiguous()
-    )
-    packed = torch.empty(library.packed_bytes(1, 128, 32), dtype=torch.uint8)
-    library("pack_int4", down.codes_XOI, down.scales_XOG, packed, 1, 128, 32)
-    plain = torch.empty(library.packed_bytes(0, 128, 32), dtype=torch.uint8)
-    library("pack_dense", dequantize(down).bfloat16(), plain, 1, 128, 32)
-    x = torch.eye(32).bfloat16()
-    y = torch.empty(32, 128, dtype=torch.bfloat16)
-    library("packed_linear", library.paired, x, plain, y, 32, 128, 32)
-    assert torch.equal(y.T, dequantize(down)[0].bfloat16())
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2).expand(128, 32)
+    down = Quantized(codes_XOI=codes.contiguous()[None], scales_XOG=scales[:, None][None].contiguous())
+    exact = down.codes_XOI[0].float() * scales.float()[:, None]
+    assert not torch.equal(dequantize(down)[0].float(), exact), "some products are rounded"
+    for rows in (1, 20):  # from codes in registers, and from unpacked panels
+        x_SD = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        found = _packed_rows(library, x_SD, [rows], (gate_up, down))
+        weights = {"gate_up_LGD": dequantize(gate_up).bfloat16(), "down_LDF": dequantize(down).bfloat16()}
+        assert torch.equal(found, native.expert_rows(x_SD, torch.tensor([rows]), **weights, library=library))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 9, 70])
