@@ -54,7 +54,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         ranges = {
-            COUNT: ("num_slots", "max_tokens", "max_choices", "max_body_bytes"),
+            COUNT: ("num_slots", "max_tokens", "max_choices", "max_body_bytes", "cache_megabytes"),
             NOT_NEGATIVE: ("max_waiting", "port"),
             POSITIVE: ("max_body_s", "max_request_s", "max_drain_s"),
         }

@@ -78,6 +78,7 @@ def test_an_export_is_served_until_a_signal(export: Path) -> None:
     ("words", "message"),
     [
         (["serve.host=0.0.0.0"], "serve.host is 0.0.0.0, which other machines can reach"),
+        (["serve.cache_megabytes=0"], "serve.cache_megabytes is 0"),
         (["serve.max_tokens=4096"], "serve.max_tokens is 4096: give at most model.max_position_embeddings=128"),
     ],
 )
