@@ -1,6 +1,6 @@
 """Starts, kills and compares runs of the real `pretrain` command for `verify faults`. Uses only processes and files.
 
-A *life* is one process, or one launcher with its ranks, from its start to its end, whether it is killed or not.
+A *attempt* is one process, or one launcher with its ranks, from its start to its end, whether it is killed or not.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from moetrain.verify.injection import VARIABLE, Plan
 ROWS_PER_STEP = 4
 CHECKPOINT_EVERY = 2
 LIFE_LIMIT_S = 300.0
-"""Time limit of a life in seconds; a life that takes longer counts as hung and is killed."""
+"""Time limit of an attempt in seconds; an attempt that takes longer counts as hung and is killed."""
 _POLL_S = 0.002
 _SHUTDOWN_S = 5
 
@@ -60,8 +60,8 @@ class FaultSetup:
 
 
 @dataclass(kw_only=True)
-class Life:
-    """A started life. `report_folder` is the folder to which its ranks report."""
+class Attempt:
+    """A started attempt. `report_folder` is the folder to which its ranks report."""
 
     process: subprocess.Popen[bytes]
     report_folder: Path
@@ -69,7 +69,7 @@ class Life:
     started: float
 
     def is_over(self) -> bool:
-        """Return whether the process has ended. Kills a life that is over its time limit."""
+        """Return whether the process has ended. Kills an attempt that is over its time limit."""
         if time.monotonic() - self.started > LIFE_LIMIT_S:
             self.kill_all()
         return self.process.poll() is not None
@@ -119,10 +119,12 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def begin(setup: FaultSetup, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0) -> Life:
-    """Start a life of the run `name`. plan: fields of `Plan` except its folder."""
-    number = len(list(setup.folder.glob(f"{name}.life_*")))
-    report_folder = setup.folder / f"{name}.life_{number:03d}"
+def begin(
+    setup: FaultSetup, name: str, *, plan: dict[str, Any], more: Sequence[str] = (), restarts: int = 0
+) -> Attempt:
+    """Start an attempt of the run `name`. plan: fields of `Plan` except its folder."""
+    number = len(list(setup.folder.glob(f"{name}.attempt_*")))
+    report_folder = setup.folder / f"{name}.attempt_{number:03d}"
     report_folder.mkdir(parents=True)
     command = setup.command(name, more=more, restarts=restarts)
     environment = environment_of(Plan(folder=str(report_folder), **plan))
@@ -130,11 +132,11 @@ def begin(setup: FaultSetup, name: str, *, plan: dict[str, Any], more: Sequence[
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent
         )
-    return Life(process=process, report_folder=report_folder, log=report_folder / "log", started=time.monotonic())
+    return Attempt(process=process, report_folder=report_folder, log=report_folder / "log", started=time.monotonic())
 
 
 def environment_of(plan: Plan) -> dict[str, str]:
-    """Return the environment variables of a life, with `plan` as JSON."""
+    """Return the environment variables of an attempt, with `plan` as JSON."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, VARIABLE: json.dumps(asdict(plan))}

@@ -43,11 +43,11 @@ _FINAL = re.compile(r"^step_\d{8}$")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to inject into one life of a run.
+    """What to inject into one attempt of a run.
 
     folder: where ranks write their reports. moment: `fsync` (in a partially written checkpoint), `before_rename` or
-    `after_rename` (to a checkpoint's final name), `collective`, or `none`. number: which occurrence in this life, from
-    1. rank: the rank that stops. nan_row: first row of the batch whose last row gets a loss weight of NaN; -1 for none.
+    `after_rename` (to a checkpoint's final name), `collective`, or `none`. number: which occurrence, from 1. rank: the
+    rank that stops. nan_row: first row of the batch whose last row gets a loss weight of NaN; -1 for none.
     planted: fault on resuming: `step` (one step too late), `weight` (one row changed) or `none`.
     """
 

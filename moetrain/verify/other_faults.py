@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from moetrain.log import read_metrics
 from moetrain.verify import fault_runs
-from moetrain.verify.fault_runs import ROWS_PER_STEP, FaultSetup, Life, begin
+from moetrain.verify.fault_runs import ROWS_PER_STEP, Attempt, FaultSetup, begin
 from moetrain.verify.injection import Plan
 from moetrain.verify.table import Row
 
@@ -113,9 +113,9 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
 def hang_rows(setup: FaultSetup) -> list[Row]:
     """Stop a rank before a collective. The other ranks must name it and the step, and the next start must resume."""
     plan = {"moment": "collective", "number": 40, "rank": setup.ranks - 1}
-    life = begin(setup, "hung", plan=plan, more=[f"parallel.timeout_s={_HANG_TIMEOUT_S}"])
-    code = life.wait()
-    lines = [line for line in life.output().splitlines() if f"did not arrive: rank {setup.ranks - 1}" in line]
+    attempt = begin(setup, "hung", plan=plan, more=[f"parallel.timeout_s={_HANG_TIMEOUT_S}"])
+    code = attempt.wait()
+    lines = [line for line in attempt.output().splitlines() if f"did not arrive: rank {setup.ranks - 1}" in line]
     is_named = code != 0 and bool(lines) and "step " in lines[0]
     again = begin(setup, "hung", plan={}).wait()
     return [
@@ -130,9 +130,9 @@ def hang_rows(setup: FaultSetup) -> list[Row]:
 
 def elastic_rows(setup: FaultSetup) -> list[Row]:
     """Kill one rank under torchrun's --max-restarts. torchrun must restart it, and the result must be bit-identical."""
-    life = begin(setup, "elastic", plan={"moment": "collective", "number": 60, "rank": 0}, restarts=2)
-    _kill_at_gate(life)
-    code = life.wait()
+    attempt = begin(setup, "elastic", plan={"moment": "collective", "number": 60, "rank": 0}, restarts=2)
+    _kill_at_gate(attempt)
+    code = attempt.wait()
     return [
         Row(
             name="elastic restart: what went wrong",
@@ -143,8 +143,8 @@ def elastic_rows(setup: FaultSetup) -> list[Row]:
     ]
 
 
-def _kill_at_gate(life: Life) -> None:
-    while not life.is_over() and not life.gate(0):
+def _kill_at_gate(attempt: Attempt) -> None:
+    while not attempt.is_over() and not attempt.gate(0):
         time.sleep(0.01)
-    if not life.is_over():
-        os.kill(life.pid(0), signal.SIGKILL)
+    if not attempt.is_over():
+        os.kill(attempt.pid(0), signal.SIGKILL)

@@ -6,7 +6,7 @@ import pytest
 
 from moetrain.commands import VerifyFaultsRun
 from moetrain.errors import BoundError, ConfigError
-from moetrain.verify.faults import Request, Stratum, shares, verify_faults
+from moetrain.verify.faults import Phase, Request, shares, verify_faults
 from moetrain.verify.table import check_rows
 
 
@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_at_the_wrong_step_is_found(tmp_path: Path) -> None:
 
 
 def test_thirty_kills_are_spread_as_promised() -> None:
-    assert shares(30, ranks=2) == {Stratum.save: 10, Stratum.rename: 5, Stratum.collective: 6, Stratum.step: 9}
+    assert shares(30, ranks=2) == {Phase.save: 10, Phase.rename: 5, Phase.collective: 6, Phase.step: 9}
     assert sum(shares(7, ranks=1).values()) == 7
 
 
