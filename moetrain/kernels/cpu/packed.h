@@ -256,25 +256,27 @@ void swiglu_panel(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel gat
 }
 
 // y[rows][D] of rows x [rows][padded] sorted by expert; those of expert e end at ends[e]. inner: [rows]
-// [F padded], zeros.
+// [F padded], zeros. Threads take turns with the panels of the experts that have rows.
 template <class P, class Panel>
 void team_experts(const bf16* x, const int64_t* ends, const PackedExperts<Panel>& experts, bf16* inner, bf16* y) {
   const int64_t padded = experts.padded, hidden = experts.hidden, width = experts.width, ld = experts.inner();
   const int64_t wide = up_to(width, PANEL) / PANEL, tall = up_to(hidden, PANEL) / PANEL;
+  Scratch<int64_t> chosen(experts.num);
+  int64_t num_chosen = 0;
   const auto first_row = [&](int64_t e) { return e == 0 ? 0 : ends[e - 1]; };
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < experts.num * wide; task++) {
-    const int64_t e = task / wide, j = task % wide * PANEL, first = first_row(e), rows = ends[e] - first;
-    if (rows > 0)
-      swiglu_panel<P>(x + first * padded, padded, rows, padded, experts.gate(e, j / PANEL), experts.up(e, j / PANEL),
-                      std::min(PANEL, width - j), inner + first * ld + j, ld);
+  for (int64_t e = 0; e < experts.num; e++)
+    if (ends[e] > first_row(e)) chosen[num_chosen++] = e;
+#pragma omp for schedule(static, 1)
+  for (int64_t task = 0; task < num_chosen * wide; task++) {
+    const int64_t e = chosen[task / wide], j = task % wide * PANEL, first = first_row(e);
+    swiglu_panel<P>(x + first * padded, padded, ends[e] - first, padded, experts.gate(e, j / PANEL), experts.up(e, j / PANEL),
+                    std::min(PANEL, width - j), inner + first * ld + j, ld);
   }
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < experts.num * tall; task++) {
-    const int64_t e = task / tall, j = task % tall * PANEL, first = first_row(e), rows = ends[e] - first;
-    if (rows > 0)
-      panel_product<P>(inner + first * ld, ld, rows, ld, experts.out(e, j / PANEL), y + first * hidden + j, hidden,
-                       std::min(PANEL, hidden - j));
+#pragma omp for schedule(static, 1)
+  for (int64_t task = 0; task < num_chosen * tall; task++) {
+    const int64_t e = chosen[task / tall], j = task % tall * PANEL, first = first_row(e);
+    panel_product<P>(inner + first * ld, ld, ends[e] - first, ld, experts.out(e, j / PANEL), y + first * hidden + j, hidden,
+                     std::min(PANEL, hidden - j));
   }
 }
 
