@@ -17,15 +17,14 @@ from moetrain.inference.rows import PAGE, Rows
 from moetrain.inference.weights import ExpertWeight, LayerWeights
 from moetrain.kernels.build import Library
 from moetrain.model.attention import LATENT_NORM_EPS
-from moetrain.model.config import ModelConfig, ScoreFunction
+from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.rope import build_rope
+from moetrain.model.router import KERNEL_NUMBERS
 from moetrain.quant.grids import Quantized, dequantize
 
 GROUP = 32
 """Inputs that the kernels read together; the group size of the quantised experts that they multiply."""
-_SCORE_FUNCTIONS = (ScoreFunction.sigmoid, ScoreFunction.softmax, ScoreFunction.sqrt_softplus)
-"""In the order of the kernels' numbers for them."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,7 @@ class NativeModel:
         shape = [config.num_layers, config.hidden_size, config.num_heads, config.qk_nope_head_dim]
         shape += [config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, config.q_lora_rank or 0]
         shape += [config.num_experts, config.num_experts_per_token, config.num_groups, config.num_groups_per_token]
-        shape += [_SCORE_FUNCTIONS.index(config.score_function), int(config.normalize_weights)]
+        shape += [KERNEL_NUMBERS[config.score_function], int(config.normalize_weights)]
         self._shape = torch.tensor(shape, dtype=torch.int64)
         factors = [config.rms_norm_eps, LATENT_NORM_EPS, config.softmax_scale, routed_scaling_factor(config)]
         self._factors = torch.tensor(factors, dtype=torch.float32)

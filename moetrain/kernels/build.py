@@ -45,6 +45,7 @@ _SIGNATURES = {
     "rms_norm_rows_backward": "ppppppll",
     "logprob_rows": "ppppppll",
     "logprob_rows_backward": "ppppppll",
+    "router_rows": "pppppp" + "lllllll",
     "spread_rows": "ppplll",
     "sum_rows": "pppplll",
     "sum_rows_backward": "pppppp" + "lll",

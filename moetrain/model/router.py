@@ -1,19 +1,31 @@
 """The router: which experts process each token, with which weights. Everything is in float32.
 
+The native kernels compute scores and choice where they support the activations; generation then finds the same bits.
 `model.balance` updates the bias. N tokens, E experts, K chosen experts per token, G groups.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moetrain.kernels.choice import taking
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.gate_scale import routed_scaling_factor
+from moetrain.model.kernel_module import KernelModule
+from moetrain.ops import native_router
 
 _NORM_EPS = 1e-20  # as in DeepSeek-V3's code
 _SCORES_PER_GROUP = 2  # a group's score is the sum of its two best (arXiv 2412.19437, section 2.1.2)
+
+KERNEL_NUMBERS = {
+    ScoreFunction.sigmoid: native_router.SIGMOID,
+    ScoreFunction.softmax: native_router.SOFTMAX,
+    ScoreFunction.sqrt_softplus: native_router.SQRT_SOFTPLUS,
+}
+"""The native kernels' numbers for the score functions."""
 
 
 class Routing(NamedTuple):
@@ -56,10 +68,16 @@ def choose(scores_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig
 def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig) -> Routing:
     """Return the routing for float32 logits; the bias affects the choice but not the weights (arXiv 2408.15664)."""
     scores_NE = score(logits_NE, config.score_function)
-    expert_ids_NK = choose(scores_NE, bias_E, config=config)
+    return _routing(logits_NE, scores_NE, expert_ids_NK=choose(scores_NE, bias_E, config=config), config=config)
+
+
+def _routing(
+    logits_NE: torch.Tensor, scores_NE: torch.Tensor, *, expert_ids_NK: torch.Tensor, config: ModelConfig
+) -> Routing:
     weights_NK = scores_NE.gather(1, expert_ids_NK)
     if config.normalize_weights:
-        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + _NORM_EPS)
+        total_N1 = reduce(torch.add, weights_NK.split(1, -1))  # in the order of k, as the native kernels add
+        weights_NK = weights_NK / (total_N1 + _NORM_EPS)
     return Routing(
         logits_NE=logits_NE,
         scores_NE=scores_NE,
@@ -68,7 +86,7 @@ def route(logits_NE: torch.Tensor, bias_E: torch.Tensor, *, config: ModelConfig)
     )
 
 
-class Router(nn.Module):
+class Router(KernelModule):
     """The router of a layer: fp32 weight [E, D] over all experts, and the balance bias, a buffer without gradient."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,4 +98,15 @@ class Router(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Return the routing of tokens."""
+        if library := taking(self.library, x_ND):
+            choice = native_router.Choice(
+                function=KERNEL_NUMBERS[self.config.score_function],
+                num_chosen=self.config.num_experts_per_token,
+                num_groups=self.config.num_groups,
+                num_best_groups=self.config.num_groups_per_token,
+            )
+            logits_NE, scores_NE, expert_ids_NK = native_router.score_and_choose(
+                x_ND, self.weight, bias_E=self.e_score_correction_bias, choice=choice, library=library
+            )
+            return _routing(logits_NE, scores_NE, expert_ids_NK=expert_ids_NK, config=self.config)
         return route(F.linear(x_ND.float(), self.weight), self.e_score_correction_bias, config=self.config)

@@ -234,6 +234,13 @@ EXPORT void logprob_rows_backward(const float* grads, const bf16* logits, const 
   log_probabilities_backward(grads, logits, targets, normalizers, temperatures, rows, size, grad_logits);
 }
 
+// function: the number of the score function, see `Router`.
+EXPORT void router_rows(const bf16* x, const float* weight, const float* bias, float* logits, float* scores, int64_t* ids,
+                        int64_t rows, int64_t hidden, int64_t experts, int64_t chosen, int64_t groups, int64_t best_groups,
+                        int64_t function) {
+  route_rows({weight, bias, hidden, experts, chosen, groups, best_groups, function, 0, 1.0f}, x, rows, logits, scores, ids);
+}
+
 EXPORT void spread_rows(const bf16* x, const int64_t* places, bf16* rows, int64_t tokens, int64_t chosen, int64_t width) {
   scatter_rows(x, places, tokens, chosen, width, rows);
 }

@@ -13,28 +13,54 @@ struct Router {
   float factor;
 };
 
-inline float dot(const bf16* x, const float* w, int64_t width) {
-  floats sums = every(0.0f);
-  float rest = 0;
+// out[e] = x . w[e] for COUNT rows of w. Each sum adds its products lane by lane, then the lanes, then the rest.
+template <int64_t COUNT>
+inline void dots(const bf16* x, const float* w, int64_t width, float* out) {
+  floats sums[COUNT];
+  float rest[COUNT];
+#pragma GCC unroll 4
+  for (int64_t e = 0; e < COUNT; e++) {
+    sums[e] = every(0.0f);
+    rest[e] = 0;
+  }
   int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) sums += load(x + i) * load(w + i);
-  for (; i < width; i++) rest += widen(x[i]) * w[i];
-  return rest + sum(sums);
+  for (; i + LANES <= width; i += LANES) {
+    const floats now = load(x + i);
+#pragma GCC unroll 4
+    for (int64_t e = 0; e < COUNT; e++) sums[e] += now * load(w + e * width + i);
+  }
+  for (; i < width; i++)
+    for (int64_t e = 0; e < COUNT; e++) rest[e] += widen(x[i]) * w[e * width + i];
+  for (int64_t e = 0; e < COUNT; e++) out[e] = rest[e] + sum(sums[e]);
 }
 
+// The logits [E] of one token. Training calls this function too, so that both choose the same experts.
+inline void router_logits(const Router& router, const bf16* x, float* logits) {
+  int64_t e = 0;
+  for (; e + 4 <= router.experts; e += 4) dots<4>(x, router.weight + e * router.hidden, router.hidden, logits + e);
+  for (; e < router.experts; e++) dots<1>(x, router.weight + e * router.hidden, router.hidden, logits + e);
+}
+
+// Turns the logits of a token into scores, in place.
 inline void score(const Router& router, float* logits) {
-  if (router.function == 1) {
-    const float most = *std::max_element(logits, logits + router.experts);
-    float total = 0;
-    for (int64_t e = 0; e < router.experts; e++) total += logits[e] = std::exp(logits[e] - most);
-    for (int64_t e = 0; e < router.experts; e++) logits[e] /= total;
+  const int64_t experts = router.experts;
+  if (router.function == 2) {
+    for (int64_t e = 0; e < experts; e++) {
+      const float x = logits[e];
+      logits[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));
+    }
     return;
   }
-  for (int64_t e = 0; e < router.experts; e++) {
-    const float x = logits[e];
-    if (router.function == 0) logits[e] = 1.0f / (1.0f + std::exp(-x));
-    else logits[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));
-  }
+  const bool is_softmax = router.function == 1;
+  const float most = is_softmax ? *std::max_element(logits, logits + experts) : 0.0f;
+  const auto at = [&](auto x) { return is_softmax ? exponential(x - most) : sigmoid(x); };
+  int64_t e = 0;
+  for (; e + LANES <= experts; e += LANES) store(logits + e, at(load(logits + e)));
+  for (; e < experts; e++) logits[e] = at(logits[e]);
+  if (!is_softmax) return;
+  float total = 0;
+  for (e = 0; e < experts; e++) total += logits[e];
+  for (e = 0; e < experts; e++) logits[e] /= total;
 }
 
 // The index of the largest number; the first of equals.
@@ -63,20 +89,37 @@ inline void close_groups(const Router& router, float* biased) {
     if (!open[e / size]) biased[e] = -std::numeric_limits<float>::infinity();
 }
 
-// ids and weights [K] of the experts of one token.
-inline void route(const Router& router, const bf16* x, int64_t* ids, float* weights) {
-  Scratch<float> scores(router.experts), biased(router.experts);
-  for (int64_t e = 0; e < router.experts; e++) scores[e] = dot(x, router.weight + e * router.hidden, router.hidden);
-  score(router, scores.get());
+// The ids [K] of the experts with the largest biased scores, in that order.
+inline void choose(const Router& router, const float* scores, int64_t* ids) {
+  Scratch<float> biased(router.experts);
   for (int64_t e = 0; e < router.experts; e++) biased[e] = scores[e] + router.bias[e];
   if (router.groups > 1) close_groups(router, biased.get());
-  float total = 0;
   for (int64_t k = 0; k < router.chosen; k++) {
     ids[k] = place_of_largest(biased.get(), router.experts);
-    weights[k] = scores[ids[k]];
     biased[ids[k]] = -std::numeric_limits<float>::infinity();
-    total += weights[k];
   }
+}
+
+// ids and weights [K] of the experts of one token.
+inline void route(const Router& router, const bf16* x, int64_t* ids, float* weights) {
+  Scratch<float> scores(router.experts);
+  router_logits(router, x, scores.get());
+  score(router, scores.get());
+  choose(router, scores.get(), ids);
+  float total = 0;
+  for (int64_t k = 0; k < router.chosen; k++) total += weights[k] = scores[ids[k]];
   for (int64_t k = 0; k < router.chosen; k++)
     weights[k] = (router.normalize ? weights[k] / (total + 1e-20f) : weights[k]) * router.factor;
+}
+
+// For training: logits and scores [N][E] and ids [N][K] of tokens x [N][D].
+inline void route_rows(const Router& router, const bf16* x, int64_t rows, float* logits, float* scores, int64_t* ids) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    float *of_row = logits + r * router.experts, *scored = scores + r * router.experts;
+    router_logits(router, x + r * router.hidden, of_row);
+    std::memcpy(scored, of_row, router.experts * sizeof(float));
+    score(router, scored);
+    choose(router, scored, ids + r * router.chosen);
+  }
 }
