@@ -76,8 +76,8 @@ def _routing(
 ) -> Routing:
     weights_NK = scores_NE.gather(1, expert_ids_NK)
     if config.normalize_weights:
-        total_N1 = reduce(torch.add, weights_NK.split(1, -1))  # in the order of k, as the native kernels add
-        weights_NK = weights_NK / (total_N1 + _NORM_EPS)
+        total_N = reduce(torch.add, weights_NK.unbind(-1))  # in the order of k, as the native kernels add
+        weights_NK = weights_NK / (total_N[:, None] + _NORM_EPS)
     return Routing(
         logits_NE=logits_NE,
         scores_NE=scores_NE,
