@@ -11,8 +11,15 @@ LATER = [
 ]
 """What these libraries, or moetrain, import when they are first used."""
 
+OPTIONAL = {"triton"}
+"""Libraries without which some modules cannot be imported."""
+
 for module in pkgutil.walk_packages(moetrain.__path__, "moetrain."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
 for name in LATER:
     importlib.import_module(name)

@@ -9,6 +9,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/install.sh
 bin="${VENV:-.venv}/bin"
+# The GPU kernels run in Triton's interpreter. Triton gets a folder of its own, because DeepSpeed imports it in every
+# process of an environment that has it. Without it (188 MB, on Linux only) their tests are skipped.
+export TRITON_FOLDER="${VENV:-.venv}/triton"
+if [[ ! -d "$TRITON_FOLDER/triton" ]]; then
+    "$bin/python" -m pip install --disable-pip-version-check --quiet --no-compile --no-deps \
+        --target "$TRITON_FOLDER" triton==3.6.0 || echo "test: Triton was not installed; its tests are skipped" >&2
+fi
 # Two test processes of one thread each: tests start ranks of their own, and threads would fight over the cores.
 export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 

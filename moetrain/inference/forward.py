@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from moetrain.inference.experts import expert_sums, swiglu
 from moetrain.inference.rows import PAGE, Rows
-from moetrain.inference.weights import InferenceWeights, LayerWeights, multiplied
+from moetrain.inference.weights import InferenceWeights, LayerWeights
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.model.rope import RopeTable, apply_rope, build_rope
@@ -85,7 +86,7 @@ def _batches(rows: Rows, dtype: torch.dtype) -> Iterator[_Batch]:
     for count, sequences in by_count.items():
         rows_ST = firsts[sequences][:, None] + torch.arange(count, device=device)
         positions_ST = rows.positions_N[rows_ST]
-        num_pages = int(positions_ST.max()) // PAGE + 1
+        num_pages = -(-max(rows.lengths[sequence] for sequence in sequences) // PAGE)
         is_later = torch.arange(num_pages * PAGE, device=device) > positions_ST[..., None]
         bias_STP = torch.zeros(is_later.shape, dtype=dtype, device=device).masked_fill_(is_later, float("-inf"))
         yield _Batch(rows_ST=rows_ST, tables_SW=rows.tables_SW[sequences, :num_pages], bias_STP=bias_STP)
@@ -135,37 +136,53 @@ def _attention(
     mixed_NHC = query_NHC.new_empty(*query_NHC.shape[:2], rank)
     for batch in batches:
         cached_SPC = cache_PSC[batch.tables_SW].flatten(1, 2)
-        query = rearrange(query_NHC[batch.rows_ST], "s t h c -> s (t h) c")
-        bias = batch.bias_STP.repeat_interleave(config.num_heads, dim=1)
-        scores = torch.baddbmm(bias, query, cached_SPC.transpose(1, 2), alpha=config.softmax_scale)
-        mixed = torch.bmm(scores.softmax(-1), cached_SPC)[..., :rank]
-        mixed_NHC[batch.rows_ST] = rearrange(mixed, "s (t h) c -> s t h c", h=config.num_heads)
+        attend = attend_latents if x_ND.device.type == "cpu" else attend_latents_fused
+        mixed_NHC[batch.rows_ST] = attend(
+            query_NHC[batch.rows_ST], cached_SPC, bias_STP=batch.bias_STP, rank=rank, scale=config.softmax_scale
+        )
     values = torch.bmm(rearrange(mixed_NHC, "n h c -> h n c"), layer.up_v_HCV)
     return F.linear(rearrange(values, "h n v -> n (h v)"), layer.o_proj)
 
 
-def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, down)
+def attend_latents(
+    query_STHC: torch.Tensor, cached_SPC: torch.Tensor, *, bias_STP: torch.Tensor, rank: int, scale: float
+) -> torch.Tensor:
+    """Return the mixed latents [S, T, H, rank]. The cached latents are keys and, without rotary keys, values."""
+    num_heads = query_STHC.shape[2]
+    query = rearrange(query_STHC, "s t h c -> s (t h) c")
+    bias = bias_STP.repeat_interleave(num_heads, dim=1)
+    scores = torch.baddbmm(bias, query, cached_SPC.transpose(1, 2), alpha=scale)
+    mixed = torch.bmm(scores.softmax(-1), cached_SPC)[..., :rank]
+    return rearrange(mixed, "s (t h) c -> s t h c", h=num_heads)
+
+
+def attend_latents_fused(
+    query_STHC: torch.Tensor, cached_SPC: torch.Tensor, *, bias_STP: torch.Tensor, rank: int, scale: float
+) -> torch.Tensor:
+    """Return what `attend_latents` returns, by torch's fused attention, which stores no scores on GPUs.
+
+    While decoding, the heads of a row are the queries of one head, so that a kernel reads the latents once for all.
+    """
+    num_heads = query_STHC.shape[2]
+    is_decoding = query_STHC.shape[1] == 1
+    axes = "s h t c" if not is_decoding else "s t h c"
+    query = rearrange(query_STHC, f"s t h c -> {axes}")
+    bias, keys = bias_STP[:, None], cached_SPC[:, None]
+    if not is_decoding:
+        keys = keys.expand(-1, num_heads, -1, -1)  # a view: nothing is copied
+    mask = bias.expand(*query.shape[:3], -1)
+    mixed = F.scaled_dot_product_attention(query, keys, keys[..., :rank], attn_mask=mask, scale=scale)
+    return rearrange(mixed, f"{axes} -> s t h c")
 
 
 def _feed_forward(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
-    y_ND = _swiglu(x_ND, layer.dense_gate_up, layer.dense_down)
+    y_ND = swiglu(x_ND, layer.dense_gate_up, down=layer.dense_down)
     return y_ND if layer.router_ED is None else y_ND + _routed(layer, config, x_ND)
 
 
 def _routed(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of the chosen experts' outputs, computed one expert at a time."""
+    """Return the weighted sum of the chosen experts' outputs."""
     assert layer.router_ED is not None and layer.router_bias_E is not None and layer.experts is not None
     routing = route(F.linear(x_ND.float(), layer.router_ED), layer.router_bias_E, config=config)
-    y_NKD = torch.empty(*routing.expert_ids_NK.shape, x_ND.shape[1], dtype=torch.float32, device=x_ND.device)
     gate_up, down = layer.experts
-    for expert in sorted(set(routing.expert_ids_NK.flatten().tolist())):
-        row, place = (routing.expert_ids_NK == expert).nonzero(as_tuple=True)
-        out = _swiglu(
-            x_ND[row],
-            multiplied(gate_up, expert, dtype=x_ND.dtype),
-            multiplied(down, expert, dtype=x_ND.dtype),
-        )
-        y_NKD[row, place] = out.float()
-    return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)
+    return expert_sums(x_ND, routing.expert_ids_NK, weights_NK=routing.weights_NK, gate_up=gate_up, down=down)

@@ -169,5 +169,6 @@ def _experts(weight: ExpertWeight, library: Library, *, num_matrices: int, is_in
         if is_int4:
             return _int4(weight, library, num_matrices=num_matrices)
         weight = dequantize(weight)
+    assert isinstance(weight, torch.Tensor), "codes are packed by `pack_int4` only"
     num_experts, num_rows, num_inputs = weight.shape
     return _dense(weight.view(num_experts, num_matrices, num_rows // num_matrices, num_inputs), library)

@@ -26,7 +26,7 @@ class Rows:
     """The rows of all chunks, one after the other.
 
     tokens_N, positions_N: int64. sequences_N: index of the chunk, int64. tables_SW: pages of each chunk's sequence,
-    int64, padded with 0. counts: rows of each chunk.
+    int64, padded with 0. counts: rows of each chunk. lengths: tokens of each chunk's sequence up to the chunk's end.
     """
 
     tokens_N: torch.Tensor
@@ -34,6 +34,7 @@ class Rows:
     sequences_N: torch.Tensor
     tables_SW: torch.Tensor
     counts: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], *, device: torch.device) -> "Rows":
@@ -49,4 +50,5 @@ class Rows:
             sequences_N=torch.tensor(sequences, device=device),
             tables_SW=torch.tensor(tables, device=device),
             counts=tuple(len(chunk.tokens) for chunk in chunks),
+            lengths=tuple(chunk.start + len(chunk.tokens) for chunk in chunks),
         )

@@ -1,6 +1,6 @@
-"""Weights in the form for generation: cast once, experts from codes and scales, MLA projections ready for absorption.
+"""Weights in the form for generation: cast once, experts as codes and scales, MLA projections ready for absorption.
 
-D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a matrix.
+D hidden, H heads, C kv_lora, R rope, E experts, F expert width, N rows of a matrix. X, O, I, G, W as in `quant`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,30 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from moetrain.model.config import ModelConfig
+from moetrain.quant.codec_int4 import CODE_OFFSET, pack, unpack
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized, dequantize, quantize
 
 Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
 
 
-ExpertWeight = torch.Tensor | Quantized
-"""A matrix of all experts of a layer: plain, or as codes and scales."""
+@dataclass(frozen=True, kw_only=True)
+class PackedInt4:
+    """Matrices as INT4 codes, eight per int32 word in the layout of `quant.codec_int4`, and bf16 scales."""
+
+    words_XOW: torch.Tensor
+    scales_XOG: torch.Tensor
+
+    def __getitem__(self, expert: int) -> Quantized:
+        """Return the slice at index `expert` of the first axis."""
+        return Quantized(codes_XOI=unpack(self.words_XOW[expert]), scales_XOG=self.scales_XOG[expert])
+
+
+ExpertWeight = torch.Tensor | Quantized | PackedInt4
+"""A matrix of all experts of a layer: plain, or as codes and scales. On a GPU, INT4 codes are packed."""
+
+
+_CODES_PER_WORD = 8
 
 
 @dataclass(kw_only=True)
@@ -69,7 +85,7 @@ class InferenceWeights:
         return self.embed_VD.device
 
 
-def expert_weight(weight: ExpertWeight, *, quant: QuantConfig, dtype: torch.dtype) -> ExpertWeight:
+def expert_weight(weight: torch.Tensor | Quantized, *, quant: QuantConfig, dtype: torch.dtype) -> ExpertWeight:
     """Return expert weights as generation holds them: codes and scales if they are quantised, else cast."""
     if isinstance(weight, Quantized):
         return weight
@@ -78,12 +94,24 @@ def expert_weight(weight: ExpertWeight, *, quant: QuantConfig, dtype: torch.dtyp
 
 def multiplied(weight: ExpertWeight, expert: int, *, dtype: torch.dtype) -> torch.Tensor:
     """Return the matrix of one expert as it is multiplied: from codes and scales if quantised."""
-    return dequantize(weight[expert]).to(dtype) if isinstance(weight, Quantized) else weight[expert]
+    return weight[expert] if isinstance(weight, torch.Tensor) else dequantize(weight[expert]).to(dtype)
+
+
+def packed(weight: Quantized) -> ExpertWeight:
+    """Return codes and scales with packed codes if these are whole words of INT4 codes, else unchanged."""
+    codes_XOI = weight.codes_XOI
+    smallest, largest = (int(value) for value in codes_XOI.aminmax())
+    is_int4 = smallest >= -CODE_OFFSET and largest < CODE_OFFSET and weight.group_size % _CODES_PER_WORD == 0
+    return PackedInt4(words_XOW=pack(codes_XOI), scales_XOG=weight.scales_XOG.contiguous()) if is_int4 else weight
 
 
 def _to(weight: ExpertWeight, device: torch.device) -> ExpertWeight:
+    if isinstance(weight, Quantized) and device.type != "cpu":
+        weight = packed(weight)
     if isinstance(weight, Quantized):
         return Quantized(codes_XOI=weight.codes_XOI.to(device), scales_XOG=weight.scales_XOG.to(device))
+    if isinstance(weight, PackedInt4):
+        return PackedInt4(words_XOW=weight.words_XOW.to(device), scales_XOG=weight.scales_XOG.to(device))
     return weight.to(device)
 
 
