@@ -21,7 +21,7 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.errors import ConfigError
-from moetrain.generation_commands import BenchDecodeRun, VerifyRolloutRun
+from moetrain.generation_commands import BenchDecodeRun, BenchRolloutRun, VerifyRolloutRun
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
@@ -340,6 +340,7 @@ SCHEMAS: dict[str, type] = {
     "bench train": BenchTrainRun,
     "bench serve": BenchServeRun,
     "bench decode": BenchDecodeRun,
+    "bench rollout": BenchRolloutRun,
     "generate": GenerateRun,
     "chat": ChatRun,
     "serve": ServeRun,

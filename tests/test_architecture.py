@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moetrain"
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "options", "ranges", "runtime"],
+    ["files", "interpreters", "options", "ranges", "runtime"],
     ["log"],
     ["kernels", "chat", "quant"],
     ["ops"],
@@ -44,15 +44,15 @@ DOORS = {
     "wandb": ["log.py", "report/wandb_space.py"],
     "transformers": ["hf/", "verify/", "bench/"],
     "compressed_tensors": ["export/", "verify/", "bench/"],
-    "vllm": ["inference/server_client.py", "bench/"],
+    "vllm": ["bench/", "verify/vllm_worker.py"],
     "datasets": ["data/"],
     "llguidance": ["inference/guided.py"],
     "starlette": ["serve/"],
     "uvicorn": ["serve/"],
     "prometheus_client": ["serve/"],
     "gguf": ["export/gguf_file.py"],
-    "llama_cpp": ["verify/llama_worker.py"],
     "triton": ["kernels/gpu/triton_int4.py"],
+    "llama_cpp": ["bench/", "verify/llama_worker.py"],
 }
 TORCH_FREE = [
     "errors.py",

@@ -5,10 +5,8 @@ the others, so that noise affects all alike. The floor is the time to read a ste
 the same call.
 """
 
-import json
 import os
-import statistics
-import sys
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 
-from moetrain.bench.decode_weights import write_weights
-from moetrain.bench.process import Process
-from moetrain.bench.spread import spread
-from moetrain.errors import MoetrainError
-from moetrain.generation_commands import BenchDecodeRun, DecodeCase, DecodePeer
+from moetrain.bench.contestants import Contestant, entries, notes, started, summary, take_turns
+from moetrain.bench.engines.protocol import EngineSettings
+from moetrain.bench.generation_weights import random_weights, write_weights
+from moetrain.bench.spread import contestant_text, spread_text
+from moetrain.data.config import MIN_VOCAB_SIZE
+from moetrain.data.tokenizer import train_tokenizer
+from moetrain.export.config import ExportFormat
+from moetrain.generation_commands import BenchDecodeRun, DecodeCase
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
 
-OURS, OURS_BF16 = "moetrain int4", "moetrain bf16"
+_TEXT = "the quick brown fox jumps over the lazy dog"
+_NUM_MERGES = 2  # llama.cpp refuses a tokenizer without any
 _BYTES_BF16 = 2
-_BYTES_INT4 = 4.5 / 8  # codes, and one bf16 scale per 32
+_BYTES_INT4 = 4.5 / 8  # codes, and one scale of 16 bits per 32; in Q4_0 too
 _BANDWIDTH_BYTES = 1 << 29
 _BANDWIDTH_TRIES = 5
 
@@ -62,114 +65,86 @@ def measure_bandwidth(*, threads: int) -> float:
     return matrix.nbytes / min(seconds)
 
 
-class _Contestant:
-    """A program that generates. After a failure, `failure` holds the reason and `ask` returns None."""
-
-    def __init__(self, name: str, words: Sequence[str], *, threads: int, folder: Path) -> None:
-        self.name = name
-        self.setting = ""
-        self.failure: str | None = None
-        log = folder / f"{name.replace(' ', '_')}.log"
-        self._process = Process(words, env={"OMP_NUM_THREADS": str(threads)}, log=log)
-
-    def ask(self, **command: Any) -> float | None:
-        """Run one command of `decode_worker`; return its seconds."""
-        if self.failure is not None:
-            return None
-        try:
-            self._process.send(json.dumps(command))
-            answer = self._process.receive()
-        except (BrokenPipeError, EOFError):
-            self.failure = self._process.last_words()
-            return None
-        self.setting = answer["setting"]
-        return float(answer["seconds"])
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.close()
-
-
 def bench_decode(run: BenchDecodeRun, *, folder: Path) -> dict[str, Any]:
     """Return all measurements as plain values for JSON.
 
-    folder: contains config.yaml; weights and one log file per contestant are written there. Raises `MoetrainError` if
-    moetrain itself fails; for a peer that fails, the report contains the failure.
+    Weights and one log file per contestant are written to `folder`. Raises `MoetrainError` if moetrain itself fails;
+    for a peer that fails or is not installed, the report contains the reason.
     """
     threads = run.threads or len(os.sched_getaffinity(0))
-    weights = write_weights(run, folder=folder / "weights")
-    contestants = [
-        _Contestant(name, words, threads=threads, folder=folder)
-        for name, words in _words(run, folder=folder, weights=weights, threads=threads)
-    ]
-    try:
-        cases = [_case(run, case, contestants, threads=threads) for case in run.cases]
-    finally:
-        for contestant in contestants:
-            contestant.close()
+    settings = EngineSettings(
+        threads=threads,
+        mode="",
+        max_sequences=max(case.batch for case in run.cases),
+        max_tokens=max(run.limit(case) for case in run.cases),
+    )
+    found = entries(
+        run.peers,
+        model=run.model,
+        settings=settings,
+        num_cached=max(case.batch * run.limit(case) for case in run.cases),
+        llama_python=run.llama_python,
+        vllm_python=run.vllm_python,
+    )
+    weights = write_weights(
+        random_weights(run.model, seed=run.run.seed),
+        folder=folder / "weights",
+        formats=[entry.format for entry in found if not entry.absent],
+        model=run.model,
+        quant=run.quant,
+        tokenizer=train_tokenizer([_TEXT], vocab_size=min(MIN_VOCAB_SIZE + _NUM_MERGES, run.model.vocab_size)),
+        sources={"weights": f"random, seed {run.run.seed}"},
+    )
+    with started(found, folder=folder, weights=weights, settings=settings) as contestants:
+        packed = {entry.name for entry in found if entry.format is not ExportFormat.bf16_dequantized}
+        cases = [_case(run, case, contestants, packed=packed, threads=threads) for case in run.cases]
     return {
         "parameters": asdict(num_parameters(run.model)),
         "threads": threads,
         "torch": torch.__version__,
         "cases": cases,
+        "absent": {entry.name: entry.absent for entry in found if entry.absent},
     }
 
 
-def _words(
-    run: BenchDecodeRun, *, folder: Path, weights: Mapping[str, Path], threads: int
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command line of each contestant; moetrain with INT4 experts comes first."""
-    worker = [sys.executable, "-m", "moetrain.bench.decode_worker"]
-    yield OURS, [*worker, "moetrain", str(weights["int4"]), str(threads)]
-    yield OURS_BF16, [*worker, "moetrain", str(weights["bf16"]), str(threads)]
-    if DecodePeer.transformers in run.peers:
-        yield "transformers bf16", [*worker, "transformers", str(weights["bf16"]), str(threads)]
+def random_prompts(batch: int, context: int, *, vocab_size: int, seed: int) -> list[list[int]]:
+    """Return prompts of random tokens that share no prefix."""
+    stream = random.Random(seed)
+    return [[stream.randrange(vocab_size) for _ in range(context)] for _ in range(batch)]
 
 
-def _case(run: BenchDecodeRun, case: DecodeCase, contestants: Sequence[_Contestant], *, threads: int) -> dict[str, Any]:
-    """Measure one case on all contestants, in turn."""
-    limit = case.context + 2 + (run.repetitions + 1) * run.steps
-    begin = {"do": "begin", "batch": case.batch, "context": case.context, "limit": limit, "seed": run.run.seed}
-    prefill = {contestant.name: contestant.ask(**begin) for contestant in contestants}
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+def _case(
+    run: BenchDecodeRun, case: DecodeCase, contestants: Sequence[Contestant], *, packed: set[str], threads: int
+) -> dict[str, Any]:
+    """Measure one case on all contestants, in turn. packed: names of the contestants whose experts have 4.5 bits."""
+    prompts = random_prompts(case.batch, case.context, vocab_size=run.model.vocab_size, seed=run.run.seed)
+    limit = run.limit(case)
     for contestant in contestants:
-        contestant.ask(do="decode", steps=run.steps)  # refills the caches that the others used
-    bandwidths = []
-    for turn in range(run.repetitions):
-        bandwidths.append(measure_bandwidth(threads=threads))
-        start = turn % len(contestants)
-        for contestant in [*contestants[start:], *contestants[:start]]:
-            answer = contestant.ask(do="decode", steps=run.steps)
-            if answer is not None:
-                seconds[contestant.name].append(answer)
-    for contestant in contestants:
-        contestant.ask(do="end")
-    own = seconds[OURS]
-    if contestants[0].failure is not None:
-        raise MoetrainError(f"{OURS} failed: {contestants[0].failure}")
-    bandwidth, tokens = max(bandwidths), case.batch * run.steps
-    rows = []
-    for contestant in contestants:
-        taken = seconds[contestant.name]
-        expert_bytes = _BYTES_INT4 if contestant.name == OURS else _BYTES_BF16
+        contestant.ask(do="choose", prompts=prompts, limit=limit)
+    begun = take_turns(contestants, {"do": "begin", "prompts": prompts, "limit": limit}, repetitions=1)
+    decode = {"do": "decode", "steps": run.steps}
+    take_turns(contestants, decode, repetitions=1)  # refills the caches that the others used
+    bandwidths: list[float] = []
+    seconds = take_turns(
+        contestants,
+        decode,
+        repetitions=run.repetitions,
+        before_turn=lambda: bandwidths.append(measure_bandwidth(threads=threads)),
+    )
+    take_turns(contestants, {"do": "end"}, repetitions=1)
+    bandwidth = max(bandwidths)
+    rows = summary(contestants, seconds, amount=case.batch * run.steps)
+    for row in rows:
+        expert_bytes = _BYTES_INT4 if row["name"] in packed else _BYTES_BF16
         floor = bytes_per_step(run.model, case, expert_bytes=expert_bytes) / bandwidth * run.steps
-        rows.append(
-            {
-                "name": contestant.name,
-                "setting": contestant.setting,
-                "failure": contestant.failure,
-                "prefill_s": prefill[contestant.name],
-                "seconds": taken,
-                "tokens_per_s": spread([tokens / each for each in taken]) if taken else None,
-                "ours_over_it": spread([a / b for a, b in zip(taken, own, strict=True)]) if taken else None,
-                "share_of_floor": floor / statistics.median(taken) if taken else None,
-            }
-        )
+        row["tokens_per_s"] = row.pop("rate")
+        row["prefill_s"] = begun[row["name"]][0] if begun[row["name"]] else None
+        row["share_of_floor"] = floor / row["median_s"] if row["seconds"] else None
     return {"batch": case.batch, "context": case.context, "bandwidth": bandwidth, "rows": rows}
 
 
-def render(report: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield one table per case."""
+def render(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield one table per case, and one line per contestant that is missing from them."""
     for case in report["cases"]:
         table = Table(
             "contestant",
@@ -181,16 +156,15 @@ def render(report: Mapping[str, Any]) -> Iterator[Table]:
             f"{report['threads']} threads; bandwidth {case['bandwidth'] / 1e9:.1f} GB/s",
         )
         for row in case["rows"]:
-            name = f"{row['name']} ({row['setting']})" if row["setting"] else row["name"]
-            if row["failure"] is not None or not row["seconds"]:
-                table.add_row(name, f"failed: {row['failure']}", "-", "-", "-")
+            if row["failure"] is not None:
+                table.add_row(contestant_text(row), "failed", "-", "-", "-")
                 continue
-            rate, ratio = row["tokens_per_s"], row["ours_over_it"]
             table.add_row(
-                name,
+                contestant_text(row),
                 f"{row['prefill_s']:.2f}",
-                f"{rate['median']:,.1f} ({rate['min']:,.1f} - {rate['max']:,.1f})",
-                f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})",
+                spread_text(row["tokens_per_s"], digits=1),
+                spread_text(row["ours_over_it"], digits=2),
                 f"{row['share_of_floor']:.0%}",
             )
         yield table
+    yield from notes(report["cases"][-1]["rows"], absent=report["absent"])

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from moetrain.bench.contestant import Contestant, Kind, Remote
-from moetrain.bench.spread import spread
+from moetrain.bench.spread import contestant_text, spread, spread_text
 from moetrain.commands import BenchTrainRun, Peer
 from moetrain.errors import MoetrainError
 from moetrain.kernels.choice import find
@@ -129,12 +129,12 @@ def render(report: Mapping[str, Any]) -> Iterator[Table]:
         if row["failure"] is not None:
             table.add_row(row["name"], layout, f"failed: {row['failure']}", "-", "-", "-")
             continue
-        rate, ratio, losses = row["tokens_per_s"], row["ours_over_it"], row["losses"]
+        losses = row["losses"]
         table.add_row(
-            f"{row['name']} ({row['setting']})" if row["setting"] else row["name"],
+            contestant_text(row),
             layout,
-            f"{rate['median']:,.0f} ({rate['min']:,.0f} - {rate['max']:,.0f})",
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})",
+            spread_text(row["tokens_per_s"], digits=0),
+            spread_text(row["ours_over_it"], digits=2),
             f"{row['share_of_peak']:.1%}",
             f"{losses[0]:.4f}, {losses[-1]:.4f}",
         )

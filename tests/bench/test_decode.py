@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.bench.decode import OURS, bytes_per_step
+from moetrain.bench.contestants import OURS, OURS_BF16
+from moetrain.bench.decode import bytes_per_step
 from moetrain.cli.main import main
 from moetrain.compose import compose
 from moetrain.generation_commands import DecodeCase
@@ -20,7 +21,7 @@ def test_contestants_generate_in_turn(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "default/bench_decode/bench.json").read_text())
     (case,) = report["cases"]
     names = [row["name"] for row in case["rows"]]
-    assert names == [OURS, "moetrain bf16", "transformers bf16"]
+    assert names == [OURS, OURS_BF16, "transformers bf16"]
     for row in case["rows"]:
         assert row["failure"] is None and len(row["seconds"]) == 2
         assert row["tokens_per_s"]["max"] == pytest.approx(2 * 3 / min(row["seconds"]))
