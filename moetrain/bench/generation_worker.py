@@ -15,7 +15,7 @@ from moetrain.bench.engines.protocol import Engine, EngineSettings, Episode, rea
 from moetrain.bench.process import commands
 
 
-def build(name: str, weights: Path, settings: EngineSettings) -> Engine:
+def build(name: str, weights: Path, *, settings: EngineSettings) -> Engine:
     """Return an engine with its weights loaded. Its imports take seconds, and only its environment has its packages."""
     if name == "moetrain":
         from moetrain.bench.engines.ours import Ours
@@ -62,7 +62,7 @@ def main() -> None:
     name, weights, settings = sys.argv[1:]
     engine: Engine | None = None
     for line, answers in commands():
-        engine = engine or build(name, Path(weights), EngineSettings(**json.loads(settings)))
+        engine = engine or build(name, Path(weights), settings=EngineSettings(**json.loads(settings)))
         call = call_of(engine, json.loads(line))
         start = time.perf_counter()
         call()

@@ -1,39 +1,48 @@
 """transformers as a contestant of `bench decode` and `bench rollout`."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DeepseekV3ForCausalLM, GenerationConfig
 
-from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt
+from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt, fastest
 
 _TRIED_STEPS = 3
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
 class Transformers:
-    """transformers' DeepseekV3 in bf16 with its KV cache, with the fastest of its implementations of experts."""
+    """transformers' DeepseekV3 in bf16 with its KV cache, with the fastest of its implementations of experts.
+
+    The number of threads is chosen too.
+    """
 
     setting = ""
 
     def __init__(self, weights: Path, settings: EngineSettings) -> None:
         """Load a bf16 export."""
-        torch.set_num_threads(settings.threads)
+        self._threads = settings.thread_counts
+        self._experts = _EXPERTS[0]
         self._model: Any = DeepseekV3ForCausalLM.from_pretrained(weights, dtype=torch.bfloat16).eval()
 
     def _choose(self, trial: Callable[[], object]) -> None:
-        """Keep the implementation of experts with which `trial` is fastest."""
-        seconds = {}
-        for experts in _EXPERTS:
-            self._model.set_experts_implementation(experts)
-            start = time.perf_counter()
-            trial()
-            seconds[experts] = time.perf_counter() - start
-        self.setting = min(seconds, key=lambda name: seconds[name])
-        self._model.set_experts_implementation(self.setting)
+        """Keep the implementation of experts and the number of threads with which `trial` is fastest."""
+
+        def trials() -> Iterator[tuple[str, Callable[[], object]]]:
+            for experts, (threads, count) in product(_EXPERTS, self._threads.items()):
+                self._set(experts, threads=count)
+                yield f"{experts}{threads}", trial
+
+        self.setting = fastest(trials())
+        self._experts, *threads = self.setting.split(",")
+        self._set(self._experts, threads=1 if threads else self._threads[""])
+
+    def _set(self, experts: str, *, threads: int) -> None:
+        self._model.set_experts_implementation(experts)
+        torch.set_num_threads(threads)
 
     @torch.no_grad()
     def choose(self, prompts: Sequence[Prompt], *, limit: int) -> None:
@@ -49,7 +58,7 @@ class Transformers:
         del limit
         self._model.set_experts_implementation("grouped_mm")  # for the prompts, whose tokens reach every expert
         self._read(prompts)
-        self._model.set_experts_implementation(self.setting)
+        self._model.set_experts_implementation(self._experts)
 
     def _read(self, prompts: Sequence[Prompt]) -> None:
         out = self._model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)

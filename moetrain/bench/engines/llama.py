@@ -4,14 +4,14 @@ It runs in the environment of llama-cpp-python, so it imports only that, numpy a
 """
 
 import ctypes
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
-from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt, length
+from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt, fastest, length
 
 _TRIED_STEPS = 3
 _BATCH = 2048  # the package's default: the most tokens of one call
@@ -23,7 +23,10 @@ _FLASH = {
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, which takes the most likely token; with flash attention where that is faster."""
+    """A GGUF file in llama.cpp, which takes the most likely token.
+
+    It uses flash attention, and more than one thread, where that is faster.
+    """
 
     setting = ""
 
@@ -35,20 +38,31 @@ class LlamaCpp:
         if self._model is None:
             raise RuntimeError(f"{weights}: llama.cpp does not load the file")
         self._num_tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._thread_counts = settings.thread_counts
         self._threads = settings.threads
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
-        self.setting = next(iter(_FLASH))
+        self._flash = next(iter(_FLASH))
 
     def choose(self, prompts: Sequence[Prompt], *, limit: int) -> None:
         """Choose by a few steps after the first prompt."""
-        seconds = {}
-        for self.setting in _FLASH:
-            self.begin(prompts[:1], limit=limit)
-            start = time.perf_counter()
-            self.decode(_TRIED_STEPS)
-            seconds[self.setting] = time.perf_counter() - start
-            self.end()
-        self.setting = min(seconds, key=lambda name: seconds[name])
+
+        def trials() -> Iterator[tuple[str, Callable[[], object]]]:
+            self._threads = self._thread_counts[""]
+            for flash in _FLASH:
+                self._flash = flash
+                self.begin(prompts[:1], limit=limit)
+                for name, threads in self._thread_counts.items():
+                    llama_cpp.llama_set_n_threads(self._context, threads, threads)
+                    yield f"{flash}{name}", lambda: self.decode(_TRIED_STEPS)
+                self.end()
+
+        self._keep(fastest(trials()))
+
+    def _keep(self, setting: str) -> None:
+        """Use a setting from now on."""
+        self.setting = setting
+        self._flash, *threads = setting.split(",")
+        self._threads = 1 if threads else self._thread_counts[""]
 
     def begin(self, prompts: Sequence[Prompt], *, limit: int) -> None:
         """Read the prompts, and take the most likely token after each."""
@@ -66,12 +80,14 @@ class LlamaCpp:
 
     def choose_for_replay(self, episodes: Sequence[Episode]) -> None:
         """Choose by the first turns of all episodes."""
-        first, seconds = [episode[:1] for episode in episodes], {}
-        for self.setting in _FLASH:
-            start = time.perf_counter()
-            self.replay(first)
-            seconds[self.setting] = time.perf_counter() - start
-        self.setting = min(seconds, key=lambda name: seconds[name])
+        first = [episode[:1] for episode in episodes]
+
+        def trials() -> Iterator[tuple[str, Callable[[], object]]]:
+            for flash, (name, threads) in product(_FLASH, self._thread_counts.items()):
+                self._flash, self._threads = flash, threads
+                yield f"{flash}{name}", lambda: self.replay(first)
+
+        self._keep(fastest(trials()))
 
     def replay(self, episodes: Sequence[Episode]) -> int:
         """Generate every turn, and return the number of new tokens.
@@ -110,7 +126,7 @@ class LlamaCpp:
         parameters.n_seq_max = num_sequences
         parameters.n_batch = _BATCH
         parameters.n_threads = parameters.n_threads_batch = self._threads
-        parameters.flash_attn_type = _FLASH[self.setting]
+        parameters.flash_attn_type = _FLASH[self._flash]
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if self._context is None:
             raise RuntimeError(f"llama.cpp makes no context for {num_sequences} sequences of {limit} tokens")

@@ -4,7 +4,8 @@ The modules of llama.cpp and of vLLM, this one, and `bench.process` also run in 
 """
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,21 @@ class EngineSettings:
     mode: str
     max_sequences: int
     max_tokens: int
+
+    @property
+    def thread_counts(self) -> dict[str, int]:
+        """Numbers of threads to try, by the name that a table shows; a small model may be faster with one."""
+        return {"": self.threads, ", 1 thread": 1} if self.threads > 1 else {"": 1}
+
+
+def fastest(trials: Iterable[tuple[str, Callable[[], object]]]) -> str:
+    """Run each trial; return the name of the fastest."""
+    seconds = {}
+    for name, trial in trials:
+        start = time.perf_counter()
+        trial()
+        seconds[name] = time.perf_counter() - start
+    return min(seconds, key=lambda name: seconds[name])
 
 
 class Engine(Protocol):
