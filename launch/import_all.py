@@ -11,7 +11,7 @@ LATER = [
 ]
 """What these libraries, or moetrain, import when they are first used."""
 
-OPTIONAL = {"triton"}
+OPTIONAL = {"llama_cpp", "triton", "vllm"}
 """Libraries without which some modules cannot be imported."""
 
 for module in pkgutil.walk_packages(moetrain.__path__, "moetrain."):
