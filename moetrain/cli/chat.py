@@ -21,6 +21,7 @@ def main(run: ChatRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
+    from moetrain.inference.speculation import Speculation
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
     from moetrain.quant.config import QuantConfig
@@ -34,7 +35,7 @@ def main(run: ChatRun) -> int:
     check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     library = find_for_generation(Kernels.auto)
     model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
-    engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens)
+    engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens, speculation=Speculation.auto)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     play = _chat if run.task_index is None else _act

@@ -18,6 +18,7 @@ def main(run: GenerateRun) -> int:
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.sampling import Sampling
+    from moetrain.inference.speculation import Speculation
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
     from moetrain.quant.config import QuantConfig
@@ -32,7 +33,9 @@ def main(run: GenerateRun) -> int:
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     library = find_for_generation(Kernels.auto)
     model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
-    engine = GenerationEngine(model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens)
+    engine = GenerationEngine(
+        model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens, speculation=Speculation.auto
+    )
     stream = seed_of(run.run.seed, "generate")
     sequence = Sequence(
         tokens=list(prompt),

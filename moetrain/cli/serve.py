@@ -60,6 +60,7 @@ def server_of(run: ServeRun) -> "Server":
             num_slots=run.serve.num_slots,
             max_tokens=max_tokens,
             cache_megabytes=run.serve.cache_megabytes,
+            speculation=run.serve.speculation,
         ),
     )
     _log.info("%s: %s tokens, key %s", served.name, max_tokens, "required" if run.serve.key else "not required")

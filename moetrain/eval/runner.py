@@ -94,7 +94,11 @@ def run_mode(
         own_trajectories = collect(
             requests,
             generation=GenerationEngine(
-                model, num_slots=num_slots, max_tokens=rollout.max_tokens, cache_megabytes=rollout.cache_megabytes
+                model,
+                num_slots=num_slots,
+                max_tokens=rollout.max_tokens,
+                cache_megabytes=rollout.cache_megabytes,
+                speculation=rollout.speculation,
             ),
             family=family,
             tokenizer=tokenizer,

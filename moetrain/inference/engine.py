@@ -2,23 +2,31 @@
 
 A step takes one row for each sequence that decodes, and fills the rest of its budget with chunks of tokens that were
 given: prompts and tool results. A sequence that is idle keeps its pages.
+
+Tokens that are expected to follow are fed as further rows: those that a constraint forces, and drafts. After each of
+these rows a token is drawn as it would be without them, by its own (stream, position); the first one that differs from
+the expected token ends the step of its sequence. A row's result does not depend on other rows, so tokens and logprobs
+are those of plain decoding.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from moetrain.errors import ConfigError, RolloutError
 from moetrain.inference.pages import Page, PageTree
-from moetrain.inference.protocol import Model, Sequence
+from moetrain.inference.protocol import Counts, Model, Sequence
 from moetrain.inference.rows import PAGE, Chunk, Rows
-from moetrain.inference.sampling import draw, uniforms
+from moetrain.inference.sampling import Allowed, Draw, draw, uniforms
+from moetrain.inference.speculation import Drafter, Speculation
 from moetrain.runtime import available_memory
 
 ROW_BUDGET = 256
 """Largest number of rows of a step, unless more sequences than this decode."""
+_SPECULATION_ROWS = 32
+"""Largest number of rows with which drafts are fed. Up to about as many, a step takes the time to read the weights."""
 _WORTH_WAITING = 8  # tokens of a common beginning for which a sequence waits until another one has read it
 
 
@@ -34,6 +42,48 @@ class _Place:
     sequence: Sequence
     chain: list[Page] = field(default_factory=list)
     is_placed: bool = False
+    was_placed: bool = False
+    drafter: Drafter = field(default_factory=Drafter)
+
+
+@dataclass(kw_only=True)
+class _Ahead:
+    """Tokens that are expected to follow in a sequence; the first `num_forced` are certain.
+
+    allowed: what its constraint allows before each of them and after the last; None for each without a constraint.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    num_forced: int = 0
+    allowed: list[Allowed | None] = field(default_factory=lambda: [None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The rows of one sequence in a step: `num_given` tokens that it has, and those of `ahead`.
+
+    ahead is None where the sequence has more tokens than that, so that none is drawn.
+    """
+
+    place: _Place
+    num_given: int
+    ahead: _Ahead | None
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of rows after which a token is drawn."""
+        return 0 if self.ahead is None else len(self.ahead.allowed)
+
+    @property
+    def chunk(self) -> Chunk:
+        """The rows."""
+        sequence = self.place.sequence
+        tokens = sequence.tokens[sequence.num_fed : sequence.num_fed + self.num_given]
+        return Chunk(
+            tokens=tokens + (self.ahead.tokens if self.ahead is not None else []),
+            start=sequence.num_fed,
+            pages=[page.index for page in self.place.chain],
+        )
 
 
 class GenerationEngine:
@@ -47,12 +97,13 @@ class GenerationEngine:
         max_tokens: int,
         version: int = 0,
         cache_megabytes: float | None = None,
+        speculation: Speculation = Speculation.off,
     ) -> None:
         """Create a cache for `num_slots` sequences of at most `max_tokens` tokens.
 
         version: version of the weights of `model`. cache_megabytes: largest size of the cache in MiB; None takes what
-        all sequences need, at most half of the free memory. Sequences that find no room are read again later. Raises
-        ConfigError when one sequence has no room.
+        all sequences need, at most half of the free memory. Sequences that find no room are read again later.
+        speculation: whether drafts are made. Raises ConfigError when one sequence has no room.
         """
         self._model = model
         self._version = version
@@ -71,6 +122,8 @@ class GenerationEngine:
         self._tree = PageTree(num_pages, copy=self._copy_page)
         self._active: dict[int, _Place] = {}
         self._waiting: deque[Sequence] = deque()
+        self._speculation = speculation
+        self._counts = Counts(num_pages=num_pages)
 
     @property
     def is_busy(self) -> bool:
@@ -78,9 +131,9 @@ class GenerationEngine:
         return bool(self._waiting) or any(not place.sequence.is_idle for place in self._active.values())
 
     @property
-    def num_pages_used(self) -> int:
-        """Number of pages that sequences use."""
-        return self._tree.num_used
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        return replace(self._counts, num_pages_used=self._tree.num_used)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence for a slot."""
@@ -134,91 +187,153 @@ class GenerationEngine:
             sequence.num_fed = 0
             self._active[id(sequence)] = _Place(sequence)
         running = [place for place in self._active.values() if not place.sequence.is_idle]
-        chosen = self._choose(running)
-        if not chosen:
+        parts = self._choose(running)
+        if not parts:
             return []
-        rows = Rows.of([chunk for _, chunk in chosen], device=self._model.device)
-        hidden_ND = self._model.forward(rows, self._cache)
-        last, ready = -1, []
-        for place, chunk in chosen:
-            last += len(chunk.tokens)
-            sequence = place.sequence
-            self._tree.commit(place.chain, chunk.tokens)
-            sequence.num_fed += len(chunk.tokens)
-            if sequence.num_fed == len(sequence.tokens):
-                ready.append((last, sequence))
-        return self._sample(hidden_ND, ready) if ready else []
+        hidden_ND = self._model.forward(Rows.of([part.chunk for part in parts], device=self._model.device), self._cache)
+        draws = iter(self._draw(hidden_ND, parts))
+        for part in parts:
+            self._finish(part, [next(draws) for _ in range(part.num_drawn)])
+        return [part.place.sequence for part in parts if part.place.sequence.is_idle]
 
-    def _choose(self, running: list[_Place]) -> list[tuple[_Place, Chunk]]:
+    def _choose(self, running: list[_Place]) -> list[_Part]:
         """Return the rows of this step: sequences that decode first, then chunks of given tokens, in their order.
 
         Where pages are missing, the sequences that came last lose theirs.
         """
         running.sort(key=lambda place: not place.is_placed or len(place.sequence.tokens) - place.sequence.num_fed > 1)
-        chosen: list[tuple[_Place, Chunk]] = []
+        num_drafted = max(_SPECULATION_ROWS // max(len(running), 1) - 1, 0)  # per sequence
+        parts: list[_Part] = []
         budget = ROW_BUDGET
         for place in running:
             sequence = place.sequence
             if not place.is_placed:
-                if any(self._is_reading(other, sequence) for other, _ in chosen):
+                if any(self._is_reading(part, sequence) for part in parts):
                     continue
                 self._place(place)
             missing = len(sequence.tokens) - sequence.num_fed
             size = missing if missing == 1 else min(missing, budget)
-            if size < 1:
+            if size < 1 or not self._reserve(place, size, parts=parts):
                 continue
-            tokens = sequence.tokens[sequence.num_fed : sequence.num_fed + size]
-            while not (is_reserved := self._tree.reserve(place.chain, size)):
-                if not self._evict_other(place, chosen):
-                    break
-            if is_reserved:
-                pages = [page.index for page in place.chain]
-                chosen.append((place, Chunk(tokens=tokens, start=sequence.num_fed, pages=pages)))
-                budget -= size
-        return chosen
+            ahead = None
+            if size == missing:
+                ahead = self._look_ahead(place, most=budget - size, num_drafted=num_drafted)
+                if not self._tree.reserve(place.chain, size + len(ahead.tokens)):
+                    ahead = _Ahead(allowed=ahead.allowed[:1])
+            parts.append(_Part(place=place, num_given=size, ahead=ahead))
+            budget -= size + (len(ahead.tokens) if ahead is not None else 0)
+        return parts
+
+    def _reserve(self, place: _Place, size: int, *, parts: list[_Part]) -> bool:
+        """Make room for `size` more tokens of a sequence; return False where only sequences of `parts` have pages."""
+        while not self._tree.reserve(place.chain, size):
+            if not self._evict_other(place, parts):
+                return False
+        return True
+
+    def _look_ahead(self, place: _Place, *, most: int, num_drafted: int) -> _Ahead:
+        """Return up to `most` tokens that are expected to follow, up to `num_drafted` of them not certain."""
+        sequence, constraint = place.sequence, place.sequence.constraint
+        num_drafted = min(num_drafted, place.drafter.longest) if self._speculation is Speculation.auto else 0
+        most = min(most, sequence.limit - len(sequence.tokens) - 1)
+        expected = constraint.expected() if constraint is not None else []
+        if not expected:
+            expected = place.drafter.draft(sequence.tokens, most=num_drafted)
+        expected = expected[: max(most, 0)]
+        end = next((at for at, token in enumerate(expected) if token in sequence.stop_ids), len(expected))
+        expected = expected[:end]
+        if constraint is None:
+            return _Ahead(tokens=expected, allowed=[None] * (1 + len(expected)))
+        masks = [constraint.allowed()]
+        num_forced = num_ahead = 0
+        for allowed_V in constraint.allowed_after(expected):
+            is_forced = num_forced == num_ahead and int(masks[-1].sum()) == 1
+            if not is_forced and num_ahead - num_forced == num_drafted:
+                break
+            num_forced += is_forced
+            num_ahead += 1
+            masks.append(allowed_V)
+        return _Ahead(tokens=expected[:num_ahead], num_forced=num_forced, allowed=[*masks])
 
     def _place(self, place: _Place) -> None:
         """Begin a sequence with the pages that hold its beginning; its last token is always fed, to sample after it."""
         sequence = place.sequence
         place.chain, sequence.num_fed = self._tree.match(sequence.tokens[:-1])
-        sequence.num_cached = sequence.num_fed
-        place.is_placed = True
+        if not place.was_placed:
+            sequence.num_cached = sequence.num_fed
+        place.is_placed = place.was_placed = True
 
-    def _is_reading(self, place: _Place, sequence: Sequence) -> bool:
-        """Whether a place reads tokens in this step that `sequence` begins with, too."""
-        reading = place.sequence
+    def _is_reading(self, part: _Part, sequence: Sequence) -> bool:
+        """Whether a part reads tokens that `sequence` begins with, too."""
+        reading = part.place.sequence
         if len(reading.tokens) - reading.num_fed == 1:
             return False
         length = reading.num_fed + _WORTH_WAITING
         return length < len(sequence.tokens) and reading.tokens[:length] == sequence.tokens[:length]
 
-    def _evict_other(self, place: _Place, chosen: list[tuple[_Place, Chunk]]) -> bool:
+    def _evict_other(self, place: _Place, parts: list[_Part]) -> bool:
         """Free the pages of the sequence that came last and is not part of this step; False if there is none."""
-        taken = {id(other) for other, _ in chosen} | {id(place)}
+        taken = {id(part.place) for part in parts} | {id(place)}
         for other in reversed(self._active.values()):
             if id(other) not in taken and other.chain:
                 self._forget(other)
+                self._counts.num_preemptions += 1
                 return True
         return False
 
     def _copy_page(self, source: int, target: int) -> None:
         self._cache[:, target] = self._cache[:, source]
 
-    def _sample(self, hidden_ND: torch.Tensor, ready: list[tuple[int, Sequence]]) -> list[Sequence]:
-        """Sample the next token after the given rows; return the sequences whose turn ends with it."""
-        sequences = [sequence for _, sequence in ready]
-        places_B = torch.tensor([row for row, _ in ready], device=hidden_ND.device)
-        logits_BV = self._model.logits(hidden_ND[places_B])
+    def _draw(self, hidden_ND: torch.Tensor, parts: list[_Part]) -> list[Draw]:
+        """Draw the tokens after the last given row of each part, and after those of its tokens ahead."""
+        rows: list[int] = []
+        positions: list[int] = []
+        drawn: list[Sequence] = []
+        allowed: list[Allowed | None] = []
+        first = 0
+        for part in parts:
+            sequence = part.place.sequence
+            first += part.num_given
+            if part.ahead is not None:
+                number = part.num_drawn
+                rows += range(first - 1, first - 1 + number)
+                positions += range(len(sequence.tokens), len(sequence.tokens) + number)
+                drawn += [sequence] * number
+                allowed += part.ahead.allowed
+                first += len(part.ahead.tokens)
+        if not rows:
+            return []
         uniforms_B = uniforms(
-            np.array([sequence.stream for sequence in sequences], dtype=np.uint64),
-            np.array([len(sequence.tokens) for sequence in sequences], dtype=np.uint64),
+            np.array([sequence.stream for sequence in drawn], dtype=np.uint64), np.array(positions, dtype=np.uint64)
         )
-        draws = draw(
-            logits_BV,
-            samplings=[sequence.sampling for sequence in sequences],
-            constraints=[sequence.constraint for sequence in sequences],
+        return draw(
+            self._model.logits(hidden_ND[torch.tensor(rows, device=hidden_ND.device)]),
+            samplings=[sequence.sampling for sequence in drawn],
+            allowed=allowed,
             uniforms_B=torch.as_tensor(uniforms_B, device=self._model.device),
         )
-        for sequence, drawn in zip(sequences, draws, strict=True):
-            sequence.take_draw(drawn, version=self._version)
-        return [sequence for sequence in sequences if sequence.is_idle]
+
+    def _finish(self, part: _Part, draws: list[Draw]) -> None:
+        """Give a sequence the tokens that were drawn, up to the first one that was not expected."""
+        place, sequence = part.place, part.place.sequence
+        fed = sequence.tokens[sequence.num_fed : sequence.num_fed + part.num_given]
+        if part.ahead is not None:
+            num_right = 0
+            for expected, drawn in zip([*part.ahead.tokens, None], draws, strict=True):
+                sequence.take_draw(drawn, version=self._version)
+                if drawn.token != expected:
+                    break
+                fed.append(expected)
+                num_right += 1
+            self._count(part, num_right=num_right)
+        self._tree.commit(place.chain, fed)
+        sequence.num_fed += len(fed)
+
+    def _count(self, part: _Part, *, num_right: int) -> None:
+        assert part.ahead is not None
+        num_drafted = len(part.ahead.tokens) - part.ahead.num_forced
+        self._counts.num_forced += part.ahead.num_forced
+        self._counts.num_drafts += num_drafted > 0
+        self._counts.num_drafted += num_drafted
+        self._counts.num_right += max(num_right - part.ahead.num_forced, 0)
+        part.place.drafter.settle(num_drafted=num_drafted, num_right=max(num_right - part.ahead.num_forced, 0))

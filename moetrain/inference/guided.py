@@ -4,13 +4,14 @@ A constraint allows the tokens after which the text can still match the grammar,
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.inference.sampling import Allowed
 
 _NUM_KEPT = 64  # compiled grammars
 _LONGEST_REASON = 300  # characters
@@ -58,18 +59,37 @@ class GuidedConstraint:
         self._vocab_size = vocab_size
         self._end_id = end_id
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return for each token id whether it may follow; only the end token once the matcher has given up."""
-        if not self._matcher.is_error():
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            allowed_V: NDArray[np.bool_] = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(
-                np.bool_
-            )
-            if not self._matcher.is_error() and allowed_V.any():
-                return allowed_V
+    def allowed(self) -> Allowed:
+        """Return which tokens may follow; only the end token once the matcher has given up."""
+        allowed_V = self._mask(self._matcher)
+        if allowed_V is not None:
+            return allowed_V
         self.problem = _reason(self._matcher.get_error() or "no token may follow")
-        only_end_V: NDArray[np.bool_] = np.arange(self._vocab_size) == self._end_id
+        only_end_V: Allowed = np.arange(self._vocab_size) == self._end_id
         return only_end_V
+
+    def expected(self) -> list[int]:
+        """Return the tokens of the text that must follow."""
+        return [] if self._matcher.is_error() else list(self._matcher.compute_ff_tokens())
+
+    def allowed_after(self, tokens: Sequence[int]) -> Iterator[Allowed]:
+        """Yield which tokens may follow after the first of `tokens`, after the first two, and so on."""
+        ahead = self._matcher.deep_copy()
+        for token in tokens:
+            if ahead.is_error() or not ahead.consume_token(token):
+                return
+            allowed_V = self._mask(ahead)
+            if allowed_V is None:
+                return
+            yield allowed_V
+
+    def _mask(self, matcher: Any) -> Allowed | None:
+        """Return which tokens a matcher allows; None if it has given up."""
+        if matcher.is_error():
+            return None
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed_V: Allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
+        return allowed_V if not matcher.is_error() and allowed_V.any() else None
 
     def advance(self, token: int) -> None:
         """Take note of the token that was drawn."""

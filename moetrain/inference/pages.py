@@ -71,7 +71,11 @@ class PageTree:
 
     def reserve(self, chain: list[Page], count: int) -> bool:
         """Lengthen a chain so that `count` more tokens have room; return False, without a change, if there is none."""
-        room = sum(PAGE - len(page.tokens) for page in chain[-1:])
+        room = 0
+        for page in reversed(chain):
+            room += PAGE - len(page.tokens)
+            if page.tokens:
+                break
         taken: list[Page] = []
         for _ in range(-(-max(count - room, 0) // PAGE)):
             index = self._take_index()
@@ -85,7 +89,10 @@ class PageTree:
         return True
 
     def commit(self, chain: list[Page], tokens: Sequence[int]) -> None:
-        """Note tokens that were written to the reserved room of a chain."""
+        """Note tokens that were written to the reserved room of a chain, and free the pages that hold none of them.
+
+        What else was written there is overwritten before it is read.
+        """
         at = max((place for place, page in enumerate(chain) if page.tokens), default=0)
         placed = 0
         while placed < len(tokens):
@@ -97,6 +104,11 @@ class PageTree:
             page.tokens += now
             placed += len(now)
             at += 1
+        while chain and not chain[-1].tokens:
+            page = chain.pop()
+            page.users -= 1
+            self.num_used -= 1
+            self._free.append(page.index)
 
     def release(self, chain: list[Page]) -> None:
         """Stop using a chain, which becomes empty. Its pages keep their tokens while there is memory."""

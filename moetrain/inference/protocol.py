@@ -20,12 +20,13 @@ class Sequence:
     """A sequence of tokens that only grows. A turn ends at a token in `stop_ids`, or when there are `limit` tokens.
 
     stream: seeds its sampling, which depends on (stream, position) only. constraint: limits the tokens that may follow;
-    None in RL. logprobs, is_sampled and versions have one entry per token; given tokens have logprob 0.0. versions:
-    version of the weights that sampled the token, or that were loaded when it was given. free_logprobs, by position:
-    logprob without the constraint of the tokens that were drawn under one. alternatives, by position: the most likely
-    tokens and their logprobs, where `sampling` asks for them. num_fed: number of tokens in the implementation's cache.
-    num_cached: number of tokens of the prompt that the implementation found in its cache. is_idle: the turn has ended,
-    and the sequence waits for `extend` or `cancel`.
+    None in RL. logprobs, is_sampled and versions have one entry per token; given tokens have logprob 0.0, and so have
+    sampled ones where the constraint allowed no other. versions: version of the weights that sampled the token, or that
+    were loaded when it was given. free_logprobs, by position: logprob without the constraint of the tokens that were
+    drawn under one. alternatives, by position: the most likely tokens and their logprobs, where `sampling` asks for
+    them. num_fed: number of tokens in the implementation's cache. num_cached: number of tokens of the prompt that the
+    implementation found in its cache at the beginning. is_idle: the turn has ended, and the sequence waits for `extend`
+    or `cancel`.
     """
 
     tokens: list[int]
@@ -70,6 +71,24 @@ class Sequence:
             self.constraint.advance(draw.token)
 
 
+@dataclass(kw_only=True)
+class Counts:
+    """What a generation has done since it was made, and the pages of its cache.
+
+    num_preemptions: times that a sequence lost its pages to another one. num_forced: tokens that were fed before they
+    were drawn, because a constraint allowed no other. num_drafts, num_drafted, num_right: drafts, their tokens, and
+    those of them that were drawn.
+    """
+
+    num_pages: int = 0
+    num_pages_used: int = 0
+    num_preemptions: int = 0
+    num_forced: int = 0
+    num_drafts: int = 0
+    num_drafted: int = 0
+    num_right: int = 0
+
+
 class Model(Protocol):
     """Weights in the form for generation, and the computation of new tokens with a paged cache."""
 
@@ -107,6 +126,11 @@ class Generation(Protocol):
         """Whether any sequence is not idle."""
         ...
 
+    @property
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        ...
+
     def add(self, sequence: Sequence) -> None:
         """Add a sequence that contains a prompt. Raises RolloutError when it is too long."""
         ...
@@ -116,7 +140,7 @@ class Generation(Protocol):
         ...
 
     def step(self) -> list[Sequence]:
-        """Continue the sequences that are not idle; return those whose turn ended in this step."""
+        """Continue the sequences that are not idle, by any number of tokens; return those whose turn ended."""
         ...
 
     def cancel(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ B sequences, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from moetrain.errors import ConfigError
-from moetrain.ops.logprobs import exponentials
+from moetrain.ops.logprobs import exponentials, row_sums
 from moetrain.ranges import TEMPERATURE
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -67,6 +67,10 @@ class Sampling:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
+Allowed = NDArray[np.bool_]
+"""For each token id whether it may follow; ids beyond the end may not. At least one may."""
+
+
 class Constraint(Protocol):
     """Decides which tokens may follow, from the tokens so far.
 
@@ -75,8 +79,19 @@ class Constraint(Protocol):
 
     problem: str
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return for each token id whether it may follow; ids beyond the end may not. At least one may."""
+    def allowed(self) -> Allowed:
+        """Return which tokens may follow."""
+        ...
+
+    def expected(self) -> list[int]:
+        """Return the tokens of the text that must follow; the same text may have other tokens as well."""
+        ...
+
+    def allowed_after(self, tokens: Sequence[int]) -> Iterator[Allowed]:
+        """Yield which tokens may follow after the first of `tokens`, after the first two, and so on.
+
+        Ends at a token that may not follow. Changes nothing.
+        """
         ...
 
     def advance(self, token: int) -> None:
@@ -113,17 +128,20 @@ def draw(
     logits_BV: torch.Tensor,
     *,
     samplings: Sequence[Sampling],
-    constraints: Sequence[Constraint | None],
+    allowed: Sequence[Allowed | None],
     uniforms_B: torch.Tensor,
 ) -> list[Draw]:
-    """Return one token per row. Rows with default settings cost no more than `sample`."""
+    """Return one token per row. Rows with default settings cost no more than `sample`.
+
+    allowed: the tokens that a row's constraint allows; None without a constraint.
+    """
     temperatures = [sampling.temperature for sampling in samplings]
     temperatures_B = torch.tensor(temperatures, dtype=torch.float32, device=logits_BV.device)
-    shaped_BV = _shape(logits_BV, samplings=samplings, constraints=constraints)
+    shaped_BV = _shape(logits_BV, samplings=samplings, allowed=allowed)
     tokens_B, logprobs_B = sample(shaped_BV, temperatures_B=temperatures_B, uniforms_B=uniforms_B)
     tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
     free: dict[int, float] = {}
-    rows = [row for row, constraint in enumerate(constraints) if constraint is not None]
+    rows = [row for row, mask_V in enumerate(allowed) if mask_V is not None]
     if rows:
         free_RV = _logprobs(logits_BV[rows], [samplings[row] for row in rows])
         free = dict(zip(rows, free_RV.gather(1, tokens_B[rows, None])[:, 0].tolist(), strict=True))
@@ -158,11 +176,11 @@ def sample(
 
 
 def _shape(
-    logits_BV: torch.Tensor, *, samplings: Sequence[Sampling], constraints: Sequence[Constraint | None]
+    logits_BV: torch.Tensor, *, samplings: Sequence[Sampling], allowed: Sequence[Allowed | None]
 ) -> torch.Tensor:
     """Return logits with biases added and excluded tokens at minus infinity; the same tensor if nothing changes."""
     biased = [row for row, sampling in enumerate(samplings) if sampling.logit_bias]
-    constrained = [(row, constraint) for row, constraint in enumerate(constraints) if constraint is not None]
+    constrained = [(row, mask_V) for row, mask_V in enumerate(allowed) if mask_V is not None]
     filtered = [row for row, sampling in enumerate(samplings) if sampling.is_filtered]
     if not (biased or constrained or filtered):
         return logits_BV
@@ -171,10 +189,10 @@ def _shape(
         tokens, biases = zip(*samplings[row].logit_bias, strict=True)
         index = torch.tensor(tokens, device=shaped_BV.device)
         shaped_BV[row].index_add_(0, index, torch.tensor(biases, device=shaped_BV.device))
-    for row, constraint in constrained:
-        allowed = torch.from_numpy(constraint.allowed()[: shaped_BV.shape[1]]).to(shaped_BV.device)
-        shaped_BV[row, : len(allowed)].masked_fill_(~allowed, -math.inf)
-        shaped_BV[row, len(allowed) :] = -math.inf
+    for row, mask_V in constrained:
+        is_allowed_V = torch.from_numpy(mask_V[: shaped_BV.shape[1]]).to(shaped_BV.device)
+        shaped_BV[row, : len(is_allowed_V)].masked_fill_(~is_allowed_V, -math.inf)
+        shaped_BV[row, len(is_allowed_V) :] = -math.inf
     if filtered:
         shaped_BV[filtered] = _filter(shaped_BV[filtered], [samplings[row] for row in filtered])
     return shaped_BV
@@ -213,7 +231,7 @@ def _excluded(
     is_kept_BK = (ranks_K < top_k_B1) & (shares_BK >= min_p_B1)
     kept_BK = shares_BK * is_kept_BK
     shares_BV = (scaled_BV - sorted_BK[:, :1]).exp().double()
-    whole_B1 = (shares_BV * (shares_BV >= min_p_B1)).sum(dim=-1, keepdim=True)
+    whole_B1 = row_sums(shares_BV * (shares_BV >= min_p_B1))[:, None]
     whole_B1 = torch.where(top_k_B1 <= num_sorted, kept_BK.sum(dim=-1, keepdim=True), whole_B1)
     # top_p = 1 keeps all, also where rounding makes the mass before a token reach the whole.
     is_kept_BK &= (top_p_B1 == 1) | (kept_BK.cumsum(dim=-1) - kept_BK < top_p_B1 * whole_B1)

@@ -63,8 +63,16 @@ def exponentials(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     """
     largest_C = logits_CV.amax(dim=-1)
     terms_CV = (logits_CV - largest_C[:, None]).exp_()
-    sum_C = terms_CV.sum(dim=-1)
+    sum_C = row_sums(terms_CV)
     return terms_CV, sum_C, largest_C + sum_C.log()
+
+
+def row_sums(terms_CV: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each row [C], with the same bits for any number of rows and threads."""
+    if len(terms_CV) != 1:
+        return terms_CV.sum(dim=-1)
+    # torch divides the only sum of a call among threads, which rounds it otherwise: so there are two.
+    return terms_CV.expand(2, -1).sum(dim=-1)[:1]
 
 
 class _Chunk(NamedTuple):

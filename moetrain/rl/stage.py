@@ -168,6 +168,7 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> list[list[Traj
             max_tokens=stage.rollout.max_tokens,
             version=step,
             cache_megabytes=stage.rollout.cache_megabytes,
+            speculation=stage.rollout.speculation,
         ),
         family=stage.family,
         tokenizer=stage.tokenizer,

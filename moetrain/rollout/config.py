@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.inference.speculation import Speculation
 from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TEMPERATURE, check_ranges
 
@@ -44,6 +45,9 @@ class RolloutConfig:
     kernels: Kernels = Kernels.auto
     """Kernels that generate on a CPU. auto and native: the project's own, which multiply INT4 experts from their codes;
     auto uses torch's where they cannot be compiled."""
+    speculation: Speculation = Speculation.auto
+    """auto: where few sequences are decoded, tokens that a sequence repeats are guessed and checked in one step. The
+    result is the same. off: one token per sequence and step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

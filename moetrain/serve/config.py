@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.inference.speculation import Speculation
 from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
 
@@ -33,6 +34,9 @@ class ServeConfig:
     Sequences that find no room are read again later."""
     kernels: Kernels = Kernels.auto
     """Kernels that generate on a CPU, as rollout.kernels."""
+    speculation: Speculation = Speculation.auto
+    """auto: where few sequences are decoded, tokens that a sequence repeats are guessed and checked in one step, as
+    rollout.speculation."""
     max_waiting: int = 128
     """Largest number of further sequences that wait for a slot; a request beyond them gets status 503."""
     max_tokens: int | None = None

@@ -84,6 +84,7 @@ class EngineThread:
     def _report_load(self) -> None:
         num_running = sum(job.begun is not None for job in self._jobs.values())
         self._metrics.set_load(running=num_running, waiting=len(self._jobs) - num_running)
+        self._metrics.observe_engine(self._generation.counts)
 
     def _apply(self, command: _Command) -> None:
         job = command.job

@@ -1,7 +1,10 @@
 """Prometheus metrics under vLLM's names, so that its dashboards work."""
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from moetrain.inference.protocol import Counts
 from moetrain.serve.job import Job
 
 _LATENCIES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
@@ -28,10 +31,15 @@ class ServeMetrics:
 
         self._running = gauge("num_requests_running", "Sequences that are decoded.")
         self._waiting = gauge("num_requests_waiting", "Sequences that wait for a slot.")
+        self._pages = gauge("kv_cache_usage_perc", "Share of the pages of the cache that sequences use; 1 is all.")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._cached = counter("prompt_tokens_cached", "Tokens of prompts that were found in the cache.")
         self._queries = counter("prefix_cache_queries", "Tokens of prompts that were looked up in the cache.")
         self._hits = counter("prefix_cache_hits", "Tokens of prompts that were found in the cache.")
+        self._preemptions = counter("num_preemptions", "Times that a sequence lost its pages and was read again.")
+        self._drafts = counter("spec_decode_num_drafts", "Drafts.")
+        self._drafted = counter("spec_decode_num_draft_tokens", "Tokens of drafts.")
+        self._right = counter("spec_decode_num_accepted_tokens", "Tokens of drafts that were right.")
         self._generated = counter("generation_tokens", "Tokens that were generated.")
         self._ends = Counter(
             "vllm:request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=self._registry
@@ -57,6 +65,13 @@ class ServeMetrics:
         self._stray = Counter(
             "moetrain:stray_markers", "Markers left out of answers.", ["model_name"], registry=self._registry
         ).labels(**self._labels)
+        self._forced = Counter(
+            "moetrain:forced_tokens",
+            "Tokens that a constraint forced and that were fed together.",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(**self._labels)
+        self._counts = Counts()
         self._refused = Counter(
             "moetrain:refused_requests", "Requests refused.", ["model_name", "status"], registry=self._registry
         )
@@ -65,6 +80,19 @@ class ServeMetrics:
         """Record how many sequences are decoded and how many wait."""
         self._running.set(running)
         self._waiting.set(waiting)
+
+    def observe_engine(self, counts: Counts) -> None:
+        """Record what the engine has done. The counts of a new engine, which begin at 0, are added to those before."""
+        before, self._counts = self._counts, replace(counts)
+        self._pages.set(counts.num_pages_used / max(counts.num_pages, 1))
+        for counter, now, past in (
+            (self._preemptions, counts.num_preemptions, before.num_preemptions),
+            (self._drafts, counts.num_drafts, before.num_drafts),
+            (self._drafted, counts.num_drafted, before.num_drafted),
+            (self._right, counts.num_right, before.num_right),
+            (self._forced, counts.num_forced, before.num_forced),
+        ):
+            counter.inc(now - past if now >= past else now)
 
     def observe_begin(self, job: Job, *, num_cached: int) -> None:
         """Record that a job has left the queue."""

@@ -131,7 +131,7 @@ def test_a_group_shares_its_prompt_and_nothing_depends_on_it() -> None:
         assert other.tokens == sequence.tokens and other.logprobs == sequence.logprobs
     for sequence in together:
         engine.cancel(sequence)
-    assert engine.num_pages_used == 0
+    assert engine.counts.num_pages_used == 0
 
 
 def test_sequences_without_room_are_read_again_with_the_same_result() -> None:
@@ -144,7 +144,7 @@ def test_sequences_without_room_are_read_again_with_the_same_result() -> None:
     assert [s.logprobs for s in scarce] == [s.logprobs for s in plenty]
     for sequence in scarce:
         engine.cancel(sequence)
-    assert engine.num_pages_used == 0
+    assert engine.counts.num_pages_used == 0
 
 
 def test_a_cache_without_room_for_one_sequence_is_refused() -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from moetrain.errors import ConfigError
-from moetrain.inference.sampling import Constraint, Draw, Sampling, draw, sample, uniforms
+from moetrain.inference.sampling import Allowed, Draw, Sampling, draw, sample, uniforms
+from moetrain.ops.logprobs import exponentials
+from tests.threads import num_threads
 
 _V = 11
 _LOGITS = torch.randn(6, _V, generator=torch.Generator().manual_seed(3)) * 2
@@ -17,28 +18,17 @@ _LOGITS[1, 4] = _LOGITS[1, 7] = _LOGITS[1].max() + 0.5  # two most likely tokens
 _LOGITS[2] = 1.0  # all equally likely
 
 
-class Only:
-    """Allows some tokens; records those that were drawn."""
-
-    problem = ""
-
-    def __init__(self, *tokens: int, size: int = _V) -> None:
-        self._allowed = np.isin(np.arange(size), tokens)
-
-    def allowed(self) -> NDArray[np.bool_]:
-        return self._allowed
-
-    def advance(self, token: int) -> None:
-        assert self._allowed[token]
+def _only(*tokens: int, size: int = _V) -> Allowed:
+    return np.isin(np.arange(size), tokens)
 
 
 def _draw(
-    logits: torch.Tensor, samplings: list[Sampling], *, constraints: list[Constraint | None] | None = None, unit: float
+    logits: torch.Tensor, samplings: list[Sampling], *, allowed: list[Allowed | None] | None = None, unit: float
 ) -> list[Draw]:
     return draw(
         logits,
         samplings=samplings,
-        constraints=constraints or [None] * len(logits),
+        allowed=allowed or [None] * len(logits),
         uniforms_B=torch.full((len(logits),), unit, dtype=torch.float64),
     )
 
@@ -82,7 +72,7 @@ _SAMPLINGS = [
 @pytest.mark.parametrize("sampling", _SAMPLINGS)
 @pytest.mark.parametrize("allowed", [set(range(_V)), {1, 4, 5, 9}])
 def test_the_distribution_is_that_of_the_reference(sampling: Sampling, allowed: set[int]) -> None:
-    constraint = None if len(allowed) == _V else Only(*allowed)
+    mask = None if len(allowed) == _V else _only(*allowed)
     for row, logits in enumerate(_LOGITS.tolist()):
         expected = _reference(logits, sampling, allowed)
         found: dict[int, float] = {}
@@ -90,7 +80,7 @@ def test_the_distribution_is_that_of_the_reference(sampling: Sampling, allowed: 
         for token in sorted(expected):  # a uniform in the middle of a token's share draws this token
             unit = before + expected[token] / 2
             before += expected[token]
-            (drawn,) = _draw(_LOGITS[row : row + 1], [sampling], constraints=[constraint], unit=unit)
+            (drawn,) = _draw(_LOGITS[row : row + 1], [sampling], allowed=[mask], unit=unit)
             found[drawn.token] = drawn.logprob if sampling.temperature else 0.0
         assert found.keys() == expected.keys()
         for token, logprob in found.items():
@@ -100,12 +90,10 @@ def test_the_distribution_is_that_of_the_reference(sampling: Sampling, allowed: 
 def test_a_row_does_not_depend_on_the_other_rows_of_its_batch() -> None:
     samplings = [replace(sampling, top_logprobs=number % 4) for number, sampling in enumerate(_SAMPLINGS)]
     logits = torch.cat([_LOGITS, _LOGITS])[: len(samplings)]
-    constraints: list[Constraint | None] = [Only(1, 4, 5, 9) if row % 3 == 0 else None for row in range(len(logits))]
-    together = _draw(logits, samplings, constraints=constraints, unit=0.37)
+    allowed: list[Allowed | None] = [_only(1, 4, 5, 9) if row % 3 == 0 else None for row in range(len(logits))]
+    together = _draw(logits, samplings, allowed=allowed, unit=0.37)
     for row, drawn in enumerate(together):
-        alone = _draw(
-            logits[row : row + 1], samplings[row : row + 1], constraints=constraints[row : row + 1], unit=0.37
-        )
+        alone = _draw(logits[row : row + 1], samplings[row : row + 1], allowed=allowed[row : row + 1], unit=0.37)
         assert alone == [drawn]
 
 
@@ -117,7 +105,7 @@ def test_default_settings_give_the_bits_of_plain_sampling() -> None:
     for temperature in (1.0, 0.3, 0.0):
         tokens, logprobs = sample(logits, temperatures_B=torch.full((len(logits),), temperature), uniforms_B=draws)
         samplings = [Sampling(temperature=temperature)] * len(logits)
-        found = draw(logits, samplings=samplings, constraints=[None] * len(logits), uniforms_B=draws)
+        found = draw(logits, samplings=samplings, allowed=[None] * len(logits), uniforms_B=draws)
         assert [(drawn.token, drawn.logprob) for drawn in found] == list(
             zip(tokens.tolist(), logprobs.tolist(), strict=True)
         )
@@ -133,9 +121,9 @@ def test_top_k_of_one_is_the_greedy_token_also_among_equals() -> None:
 
 
 def test_a_constraint_is_applied_before_drawing_and_the_free_logprob_is_known() -> None:
-    constraint = Only(2, 3, size=_V - 4)  # a constraint may know fewer tokens than there are logits
+    mask = _only(2, 3, size=_V - 4)  # a constraint may know fewer tokens than there are logits
     for unit in (0.0, 0.5, 1 - 2**-53):
-        (drawn,) = _draw(_LOGITS[:1], [Sampling(top_p=0.9)], constraints=[constraint], unit=unit)
+        (drawn,) = _draw(_LOGITS[:1], [Sampling(top_p=0.9)], allowed=[mask], unit=unit)
         assert drawn.token in (2, 3)
         assert drawn.free_logprob == pytest.approx(float(torch.log_softmax(_LOGITS[0], -1)[drawn.token]), abs=1e-6)
         assert drawn.logprob > drawn.free_logprob
@@ -180,3 +168,13 @@ def test_rows_whose_filters_keep_more_than_are_sorted_first_are_exact_too() -> N
             assert len(expected) > 256
             assert math.exp(drawn.logprob) == pytest.approx(expected[drawn.token], rel=1e-4)
             assert [drawn] == _draw(logits[row : row + 1], [sampling], unit=0.7)
+
+
+def test_a_row_of_a_large_vocabulary_has_the_same_bits_alone_and_with_several_threads() -> None:
+    logits = torch.randn(12, 70_000, generator=torch.Generator().manual_seed(2)) * 3
+    with num_threads(2):
+        together = exponentials(logits)[1]
+        alone = torch.cat([exponentials(row[None])[1] for row in logits])
+    with num_threads(1):
+        assert torch.equal(together, exponentials(logits)[1])
+    assert torch.equal(together, alone)

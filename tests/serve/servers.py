@@ -12,7 +12,7 @@ import openai
 from moetrain.chat.messages import Message
 from moetrain.chat.template import pieces_to_tokens, turn_pieces
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.inference.protocol import Generation, Model
+from moetrain.inference.protocol import Counts, Generation, Model
 from moetrain.inference.protocol import Sequence as TokenSequence
 from moetrain.serve.config import ServeConfig
 from moetrain.serve.server import Server
@@ -37,6 +37,10 @@ class Script:
     @property
     def is_busy(self) -> bool:
         return any(not sequence.is_idle for sequence in self._rest)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts()
 
     def add(self, sequence: TokenSequence) -> None:
         sequence.give([], version=0)

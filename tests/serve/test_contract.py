@@ -14,6 +14,8 @@ from moetrain.chat.template import CALL_ARGUMENT, CALL_END, IM_END, SECTION_BEGI
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.protocol import Model
+from moetrain.inference.speculation import Speculation
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.config import QuantConfig
 from moetrain.serve.server import Server
@@ -30,14 +32,19 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
-    """A server of a model with random weights."""
+def generating() -> Model:
+    """A model with random weights."""
     model = Transformer(MODEL, compute_dtype=torch.float32)
     initialize(model, 1)
-    generating = build_model(model.state_dict(), config=MODEL, quant=QuantConfig(), library=None, dtype=torch.float32)
+    return build_model(model.state_dict(), config=MODEL, quant=QuantConfig(), library=None, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer: Tokenizer, generating: Model) -> Iterator[Server]:
+    """A server of a model with random weights."""
     with serving(
         tokenizer,
-        lambda: GenerationEngine(generating, num_slots=4, max_tokens=128),
+        lambda: GenerationEngine(generating, num_slots=4, max_tokens=128, speculation=Speculation.auto),
         max_tokens=128,
         declare_tools=False,
     ) as server:
@@ -277,3 +284,29 @@ def test_models_health_and_metrics_are_shown(tiny: Server) -> None:
     ):  # fmt: skip
         assert f"vllm:{name}" in text
     assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in text
+
+
+def test_metrics_show_pages_preemptions_drafts_and_forced_tokens(tokenizer: Tokenizer, generating: Model) -> None:
+    megabytes = 5.5 * generating.new_cache(1).nbytes / (1 << 20)
+
+    def make() -> GenerationEngine:
+        return GenerationEngine(
+            generating, num_slots=8, max_tokens=128, cache_megabytes=megabytes, speculation=Speculation.auto
+        )
+
+    with serving(tokenizer, make, max_tokens=128, declare_tools=False) as server:
+        body: dict[str, Any] = {"messages": [USER], "n": 8, "max_tokens": 90, "temperature": 0}
+        assert post(server, "/v1/chat/completions", body)[0] == 200
+        body |= {"tools": TOOLS, "tool_choice": "required", "thinking": {"type": "disabled"}, "n": 1}
+        assert post(server, "/v1/chat/completions", body)[0] == 200
+
+        def value(name: str) -> float:
+            return float(get(server, "/metrics")[2].split(f'\n{name}{{model_name="tiny"}} ')[1].split("\n")[0])
+
+        assert value("vllm:num_preemptions_total") > 0
+        assert value("vllm:spec_decode_num_accepted_tokens_total") > 0
+        assert value("vllm:spec_decode_num_accepted_tokens_total") < value("vllm:spec_decode_num_draft_tokens_total")
+        assert 0 < value("vllm:spec_decode_num_drafts_total") <= value("vllm:spec_decode_num_draft_tokens_total")
+        assert value("moetrain:forced_tokens_total") > 10
+        assert 0 < value("vllm:prefix_cache_hits_total") < value("vllm:prefix_cache_queries_total")
+        assert value("vllm:kv_cache_usage_perc") == 0
