@@ -288,7 +288,9 @@ def _kill_rows(want: dict[Phase, int], tallies: Sequence[Tally]) -> list[Row]:
         if want[phase]
     ]
     total = sum(num_killed.values())
-    rows.append(Row(name="kills missing", value=sum(want.values()) - total, bound=0, note=f"{total} landed in all"))
+    rows.append(
+        Row(name="kills missing", value=max(0, sum(want.values()) - total), bound=0, note=f"{total} landed in all")
+    )
     for damage in Damage:
         num_damaged = sum(tally.num_damaged[damage] for tally in tallies)
         if num_damaged:
