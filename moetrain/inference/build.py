@@ -37,11 +37,13 @@ def build_model(
         moved = {name: tensor.to(device) for name, tensor in outer.items()}
         weights = InferenceWeights(config=config, dtype=dtype, layers=[layer.to(device) for layer in layers], **moved)
         return PlainModel(weights)
+    units = library.units_of_generation
     return NativeModel(
         config=config,
         library=library,
+        units=units,
         embed_VD=outer["embed_VD"],
         norm_D=outer["norm_D"],
         head=packed_head(outer["head_VD"], library=library),
-        layers=[packed_layer(layer, config, library=library) for layer in layers],
+        layers=[packed_layer(layer, config, library=library, units=units) for layer in layers],
     )

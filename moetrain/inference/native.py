@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from moetrain.inference.forward import longer
 from moetrain.inference.rows import PAGE, Rows
 from moetrain.inference.weights import ExpertWeight, LayerWeights
-from moetrain.kernels.build import Library
+from moetrain.kernels.build import Library, Units
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
@@ -37,6 +37,8 @@ class NativeModel:
     norm_D: torch.Tensor
     head: torch.Tensor
     layers: list[list[torch.Tensor | int | None]]
+    units: Units
+    """Units of all products; those for which the matrices are packed."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class NativeModel:
         out_ND = torch.empty_like(x_ND)
         self.library(
             "decode_rows",
-            self.library.paired,
+            self.units,
             self._shape,
             self._factors,
             self._table,
@@ -89,7 +91,7 @@ class NativeModel:
         """Return float32 logits [M, V]."""
         padded = _padded(hidden_MD.contiguous())
         out = torch.empty(len(hidden_MD), self.config.vocab_size, dtype=torch.bfloat16)
-        self.library("packed_linear", self.library.paired, padded, self.head, out, *out.shape, padded.shape[1])
+        self.library("packed_linear", self.units, padded, self.head, out, *out.shape, padded.shape[1])
         return out.float()
 
 
@@ -109,12 +111,13 @@ def _dense(weight_XNK: torch.Tensor, library: Library) -> torch.Tensor:
     return packed
 
 
-def _int4(weight: Quantized, library: Library, *, num_matrices: int) -> torch.Tensor:
+def _int4(weight: Quantized, library: Library, *, units: Units, num_matrices: int) -> torch.Tensor:
     """Return quantised experts [E, N, K], packed. num_matrices: number of matrices that an expert's rows hold."""
     num_experts, num_rows, num_inputs = weight.codes_XOI.shape
     count, size = num_experts * num_matrices, num_rows // num_matrices
     packed = torch.empty(count * library.packed_bytes(1, size, num_inputs), dtype=torch.uint8)
-    library("pack_int4", weight.codes_XOI.contiguous(), weight.scales_XOG.contiguous(), packed, count, size, num_inputs)
+    codes, scales = weight.codes_XOI.contiguous(), weight.scales_XOG.contiguous()
+    library("pack_int4", units, codes, scales, packed, count, size, num_inputs)
     return packed
 
 
@@ -123,7 +126,9 @@ def packed_head(weight_VD: torch.Tensor, *, library: Library) -> torch.Tensor:
     return _dense(weight_VD, library)
 
 
-def packed_layer(layer: LayerWeights, config: ModelConfig, *, library: Library) -> list[torch.Tensor | int | None]:
+def packed_layer(
+    layer: LayerWeights, config: ModelConfig, *, library: Library, units: Units
+) -> list[torch.Tensor | int | None]:
     """Return a block in bfloat16 as `NativeModel` holds it: the fields of the kernels' DecodeLayer in their order."""
     width = layer.dense_down.shape[1]
     gate, up = (layer.dense_gate_up[:width], layer.dense_gate_up[width:]) if width else (None, None)
@@ -133,8 +138,8 @@ def packed_layer(layer: LayerWeights, config: ModelConfig, *, library: Library) 
         gate_up, down = layer.experts
         is_int4 = int(_is_int4(gate_up) and _is_int4(down))
         experts = [
-            _experts(gate_up, library, num_matrices=2, is_int4=bool(is_int4)),
-            _experts(down, library, num_matrices=1, is_int4=bool(is_int4)),
+            _experts(gate_up, library, units=units, num_matrices=2, is_int4=bool(is_int4)),
+            _experts(down, library, units=units, num_matrices=1, is_int4=bool(is_int4)),
         ]
     return [
         layer.input_norm_D,
@@ -160,14 +165,20 @@ def packed_layer(layer: LayerWeights, config: ModelConfig, *, library: Library) 
 
 
 def _is_int4(weight: ExpertWeight) -> bool:
-    """Return whether the kernels multiply a matrix from its codes: 16 whole codes, in groups of 32."""
-    return isinstance(weight, Quantized) and weight.group_size == GROUP and bool((weight.codes_XOI.abs() <= 8).all())
+    """Return whether the kernels multiply a matrix from its codes.
+
+    They do for 16 whole codes, in groups of 32, with scales far from the limits of float32.
+    """
+    if not isinstance(weight, Quantized) or weight.group_size != GROUP or bool((weight.codes_XOI.abs() > 8).any()):
+        return False
+    scales = weight.scales_XOG.float().abs()
+    return bool(((scales == 0) | (scales > 2.0**-100) & (scales < 2.0**100)).all())
 
 
-def _experts(weight: ExpertWeight, library: Library, *, num_matrices: int, is_int4: bool) -> torch.Tensor:
+def _experts(weight: ExpertWeight, library: Library, *, units: Units, num_matrices: int, is_int4: bool) -> torch.Tensor:
     if isinstance(weight, Quantized):
         if is_int4:
-            return _int4(weight, library, num_matrices=num_matrices)
+            return _int4(weight, library, units=units, num_matrices=num_matrices)
         weight = dequantize(weight)
     assert isinstance(weight, torch.Tensor), "codes are packed by `pack_int4` only"
     num_experts, num_rows, num_inputs = weight.shape

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -26,6 +27,18 @@ _GAIN_OF_PAIRS = 1.25
 """Minimum speedup at which products use pairs of bfloat16; a CPU's pair instruction is about half or twice as fast as
 this."""
 
+
+class Units(IntEnum):
+    """What a product reads at a time, in the kernels' numbers."""
+
+    widened = 0
+    """A bfloat16 number widened to float32."""
+    paired = 1
+    """A pair of bfloat16 numbers."""
+    tiles = 2
+    """A tile register of AMX; in generation only."""
+
+
 _SIGNATURES = {
     "linear": "ippplll",
     "linear_grad_x": "ippplll",
@@ -34,7 +47,7 @@ _SIGNATURES = {
     "swiglu_backward": "pppppl",
     "expert_rows": "iippppppl" + "ll",
     "expert_rows_backward": "iipppppppppl" + "ll",
-    "pack_int4": "ppplll",
+    "pack_int4": "ippplll",
     "pack_dense": "pplll",
     "packed_linear": "ippplll",
     "packed_expert_rows": "ipppppl" + "ll",
@@ -79,6 +92,7 @@ class Library:
             self._functions[name] = function
         self.gain_of_pairs = float(library.gain_of_pairs())
         self.paired = int(self.gain_of_pairs > _GAIN_OF_PAIRS)
+        self.units_of_generation = Units.tiles if library.tiles_available() else Units(self.paired)
 
     def __call__(self, name: str, *args: torch.Tensor | float | None) -> None:
         """Call a function. For a tensor, its address is passed; it must be contiguous unless the function takes

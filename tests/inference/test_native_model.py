@@ -11,10 +11,11 @@ from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.native import NativeModel
 from moetrain.inference.protocol import Model, Sequence
 from moetrain.inference.rows import PAGE, Chunk, Rows
-from moetrain.kernels.build import Library, load
+from moetrain.kernels.build import Library, Units, load
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.config import QuantConfig
+from tests.kernels.test_tiles import TILES
 from tests.ops.test_native import LIBRARIES, library_for
 from tests.threads import num_threads
 
@@ -63,7 +64,7 @@ def hidden(model: Model, sequences: list[list[int]], *, chunk: int) -> list[torc
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
+@pytest.fixture(params=[*LIBRARIES, *TILES], ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 

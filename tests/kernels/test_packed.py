@@ -33,8 +33,8 @@ def _packed_rows(
     num, hidden, width = down.codes_XOI.shape
     packed_in = torch.empty(2 * num * library.packed_bytes(1, width, hidden), dtype=torch.uint8)
     packed_out = torch.empty(num * library.packed_bytes(1, hidden, width), dtype=torch.uint8)
-    library("pack_int4", gate_up.codes_XOI, gate_up.scales_XOG, packed_in, 2 * num, width, hidden)
-    library("pack_int4", down.codes_XOI, down.scales_XOG, packed_out, num, hidden, width)
+    library("pack_int4", library.paired, gate_up.codes_XOI, gate_up.scales_XOG, packed_in, 2 * num, width, hidden)
+    library("pack_int4", library.paired, down.codes_XOI, down.scales_XOG, packed_out, num, hidden, width)
     y_SD = torch.empty_like(x_SD)
     ends = torch.tensor(counts).cumsum(0)
     library("packed_expert_rows", library.paired, x_SD, ends, packed_in, packed_out, y_SD, num, hidden, width)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moetrain.kernels.build import Library, load
+from moetrain.kernels.build import Library, Units, load
 from moetrain.model.rope import Rotation, rotate
 from moetrain.ops import native
 from moetrain.ops.combine import combine_plain
@@ -33,10 +33,10 @@ def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 
 
-def library_for(flags: str, paired: int) -> Library:
+def library_for(flags: str, units: int) -> Library:
     """Return the library for these instruction sets, with this kind of units."""
     found = Library(load((flags,)).path)
-    found.paired = paired
+    found.paired, found.units_of_generation = int(units == Units.paired), Units(units)
     return found
 
 

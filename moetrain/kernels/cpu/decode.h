@@ -9,6 +9,7 @@
 #include "packed.h"
 #include "router.h"
 #include "rows.h"
+#include "tiled_experts.h"
 
 struct DecodeShape {
   int64_t layers, hidden, heads, plain, rotary, value, latent, query_rank;  // query_rank 0: queries are not compressed
@@ -61,6 +62,7 @@ class Decode {
         added(in.rows * s.hidden),
         ids(in.rows * std::max<int64_t>(s.chosen, 1)),
         places(in.rows * std::max<int64_t>(s.chosen, 1)),
+        tokens(in.rows * std::max<int64_t>(s.chosen, 1)),
         weights(in.rows * std::max<int64_t>(s.chosen, 1)),
         ends(std::max<int64_t>(s.experts, 1)),
         groups(in.rows + 1) {
@@ -107,11 +109,13 @@ class Decode {
   bf16* x;
   const int64_t wide, rank, head, latent_width, plain, mixed_width, out_width;
   Scratch<bf16> normed, compressed, latents, queries, plain_queries, absorbed, mixed, values, added;
-  Scratch<int64_t> ids, places;
+  Scratch<int64_t> ids, places, tokens;
   Scratch<float> weights;
   Scratch<int64_t> ends, groups;
   int64_t num_groups;
   bf16 *inner = nullptr, *sorted = nullptr, *routed = nullptr, *shared_inner = nullptr;
+
+  using OfAttention = std::conditional_t<std::is_same_v<P, Tiled>, Paired, P>;
 
   static Scratch<bf16> zeros(int64_t size) {
     Scratch<bf16> memory(size);
@@ -200,7 +204,7 @@ class Decode {
         std::memcpy(gathered.get() + r * heads * latent_width,
                     absorbed.get() + ((first + r) * s.heads + from) * latent_width, heads * latent_width * sizeof(bf16));
       }
-      attend<P>({heads, s.latent, s.rotary, s.scale, pages}, gathered.get(), lengths.get(), rows,
+      attend<OfAttention>({heads, s.latent, s.rotary, s.scale, pages}, gathered.get(), lengths.get(), rows,
                 in.tables + in.sequences[first] * in.table_width, out.get());
       for (int64_t r = 0; r < rows; r++)
         for (int64_t h = 0; h < heads; h++)
@@ -227,10 +231,8 @@ class Decode {
                       DensePanel{layer.up + j / PANEL * size}, std::min(PANEL, layer.width - j), shared_inner + j, width);
     team_product<P, DensePanel>(shared_inner, width, in.rows, width, layer.down, s.hidden, added.get(), s.hidden);
     if (layer.router != nullptr) {
-      if (layer.int4)
-        experts<Int4Panel>(layer);
-      else
-        experts<DensePanel>(layer);
+      if (layer.int4) int4_experts(layer);
+      else experts<DensePanel>(layer);
       combine();
     }
     add_rows(added.get());
@@ -244,14 +246,29 @@ class Decode {
     }
   }
 
+  void int4_experts(const DecodeLayer& layer) {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<P, Tiled>) {
+      team_tiled_experts(normed.get(), tokens.get(), ends.get(),
+                         {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, sorted,
+                         inner, routed);
+      return;
+    }
+#endif
+    experts<Int4Panel>(layer);
+  }
+
   template <class Panel>
   void experts(const DecodeLayer& layer) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < in.rows * s.chosen; i++)
+      std::memcpy(sorted + i * wide, normed.get() + tokens[i] * wide, wide * sizeof(bf16));
     team_experts<P, Panel>(
         sorted, ends.get(),
         {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, inner, routed);
   }
 
-  // Routes the rows, and copies them in the order of their experts.
+  // Routes the rows, and sorts them by expert.
   void choose(const DecodeLayer& layer) {
     const Router router{layer.router, layer.bias, s.hidden, s.experts, s.chosen, s.groups, s.best_groups, s.function,
                         s.normalize, s.factor};
@@ -268,11 +285,11 @@ class Decode {
         ends[e] = total;  // the first place for now
         total += count;
       }
-      for (int64_t i = 0; i < in.rows * s.chosen; i++) places[i] = ends[ids[i]]++;
+      for (int64_t i = 0; i < in.rows * s.chosen; i++) {
+        places[i] = ends[ids[i]]++;
+        tokens[places[i]] = i / s.chosen;
+      }
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < in.rows * s.chosen; i++)
-      std::memcpy(sorted + places[i] * wide, normed.get() + i / s.chosen * wide, wide * sizeof(bf16));
   }
 
   // added += sum over k of weight * output, in float32 and in the order of k.

@@ -1,4 +1,5 @@
-// The C functions that Python calls, with pointers and sizes; `paired` selects the kind of unit for products.
+// The C functions that Python calls, with pointers and sizes; `paired` selects the kind of unit for products. Functions of
+// generation take `units`: 0 widened numbers, 1 pairs, 2 tiles.
 #include <chrono>
 #include <omp.h>
 
@@ -7,6 +8,7 @@
 #include "feed_forward.h"
 #include "packed.h"
 #include "rows.h"
+#include "tiled_experts.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -15,6 +17,15 @@ template <class Call>
 void with_units(int paired, Call call) {
   if (paired) call(Paired{});
   else call(Widened{});
+}
+
+// The same for generation.
+template <class Call>
+void with_units_or_tiles(int units, Call call) {
+#if defined(__AMX_BF16__)
+  if (units == 2) return call(Tiled{});
+#endif
+  with_units(units, call);
 }
 
 constexpr int64_t SLICE = 1 << 13;  // elements that fit in the cache
@@ -78,6 +89,9 @@ EXPORT double gain_of_pairs() {
   return Paired::STEP == Widened::STEP ? 1.0 : seconds_of_a_tile<Widened>() / seconds_of_a_tile<Paired>();
 }
 
+// Whether this process can multiply by tiles; asks the operating system for them.
+EXPORT int tiles_available() { return request_tiles(); }
+
 EXPORT void linear(int paired, const bf16* x, const float* w, bf16* y, int64_t m, int64_t n, int64_t k) {
   with_units(paired, [&](auto p) { product<decltype(p), true>(x, k, w, k, y, n, m, n, k); });
 }
@@ -135,14 +149,16 @@ EXPORT int64_t packed_bytes(int int4, int64_t columns, int64_t k) {
   return int4 ? PackedExperts<Int4Panel>::bytes(columns, k) : PackedExperts<DensePanel>::bytes(columns, k);
 }
 
-// codes [num][columns][k] from -8 to 7 and scales [num][columns][k / 32] to panels.
-EXPORT void pack_int4(const int8_t* codes, const bf16* scales, uint8_t* out, int64_t num, int64_t columns, int64_t k) {
+// codes [num][columns][k] from -8 to 7 and scales [num][columns][k / 32] to panels for products with these units.
+EXPORT void pack_int4(int units, const int8_t* codes, const bf16* scales, uint8_t* out, int64_t num, int64_t columns,
+                      int64_t k) {
   const int64_t panels = up_to(columns, PANEL) / PANEL, groups = k / GROUP;
+  const auto pack = units == 2 ? Int4Strips::pack : Int4Panel::pack;
 #pragma omp parallel for schedule(static)
   for (int64_t task = 0; task < num * panels; task++) {
     const int64_t first = task / panels * columns + task % panels * PANEL;
     const int64_t rest = columns - task % panels * PANEL;
-    Int4Panel::pack(codes + first * k, scales + first * groups, rest, k, out + task * groups * Int4Panel::BYTES);
+    pack(codes + first * k, scales + first * groups, rest, k, out + task * groups * Int4Panel::BYTES);
   }
 }
 
@@ -156,23 +172,29 @@ EXPORT void pack_dense(const bf16* w, uint8_t* out, int64_t num, int64_t columns
 }
 
 // y [rows][columns] = x [rows][k] times a matrix from `pack_dense`
-EXPORT void packed_linear(int paired, const bf16* x, const uint8_t* matrix, bf16* y, int64_t rows, int64_t columns, int64_t k) {
-  with_units(paired, [&](auto p) {
+EXPORT void packed_linear(int units, const bf16* x, const uint8_t* matrix, bf16* y, int64_t rows, int64_t columns, int64_t k) {
+  with_units_or_tiles(units, [&](auto p) {
 #pragma omp parallel
-    team_product<decltype(p), DensePanel>(x, k, rows, k, matrix, columns, y, columns);
+    {
+      TileWork work;
+      team_product<decltype(p), DensePanel>(x, k, rows, k, matrix, columns, y, columns);
+    }
   });
 }
 
 // Rows of x are sorted by expert; the rows of expert e end at ends[e]. gate_up and down: from `pack_int4`, gate and up as
 // two matrices.
-EXPORT void packed_expert_rows(int paired, const bf16* x, const int64_t* ends, const uint8_t* gate_up, const uint8_t* down,
+EXPORT void packed_expert_rows(int units, const bf16* x, const int64_t* ends, const uint8_t* gate_up, const uint8_t* down,
                                bf16* y, int64_t num, int64_t hidden, int64_t width) {
-  with_units(paired, [&](auto p) { packed_experts<decltype(p), Int4Panel>(x, ends, {gate_up, down, num, hidden, hidden, width}, y); });
+#if defined(__AMX_BF16__)
+  if (units == 2) return tiled_experts(x, ends, {gate_up, down, num, hidden, hidden, width}, y);
+#endif
+  with_units(units, [&](auto p) { packed_experts<decltype(p), Int4Panel>(x, ends, {gate_up, down, num, hidden, hidden, width}, y); });
 }
 
 // Sends x [rows][D], the embeddings of new tokens, through all layers; x holds the residual stream after it, and `out`
 // [rows][D] its last norm. shape, factors and layers: the fields of DecodeShape and DecodeLayer in their order.
-EXPORT void decode_rows(int paired, const int64_t* shape, const float* factors, const DecodeLayer* layers,
+EXPORT void decode_rows(int units, const int64_t* shape, const float* factors, const DecodeLayer* layers,
                         const float* last_norm, const int32_t* sequences, const int32_t* positions, const int32_t* tables,
                         const float* cosine, const float* sine, bf16* pages, bf16* x, bf16* out, int64_t rows,
                         int64_t table_width, int64_t num_pages) {
@@ -180,10 +202,11 @@ EXPORT void decode_rows(int paired, const int64_t* shape, const float* factors, 
   std::memcpy(&s, shape, 14 * sizeof(int64_t));
   std::memcpy(&s.eps, factors, 4 * sizeof(float));
   const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
-  with_units(paired, [&](auto p) {
+  with_units_or_tiles(units, [&](auto p) {
     Decode<decltype(p)> decode(s, in, x);
 #pragma omp parallel num_threads(decode.threads(layers))
     {
+      TileWork work;
       for (int64_t i = 0; i < s.layers; i++) decode.block(layers[i], i);
       decode.norm_rows(last_norm);
     }

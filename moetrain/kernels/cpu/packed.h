@@ -7,6 +7,7 @@
 #pragma once
 
 #include "feed_forward.h"
+#include "tiles.h"
 
 constexpr int64_t GROUP = 32;        // inputs that share a scale
 constexpr int64_t PAIRS = GROUP / 2;
@@ -205,16 +206,25 @@ void panel_product(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel pa
   const auto finish = [&](int64_t first, int64_t count) {
     for (int64_t r = 0; r < count; r++) narrow_row(sums + r * PANEL, y + (first + r) * ldy, columns);
   };
-  if (rows <= MOST_ROWS) {
+  if constexpr (std::is_same_v<P, Tiled>) {
+#if defined(__AMX_BF16__)
+    for (int64_t i = 0; i < rows; i += CHUNK) {
+      const int64_t now = std::min(CHUNK, rows - i);
+      few_tiles_times_panel(x + i * ldx, ldx, now, k, panel.from, sums);
+      finish(i, now);
+    }
+#endif
+  } else if (rows <= MOST_ROWS) {
     few_rows_times_panel<P>(x, ldx, rows, k, panel, sums);
-    return finish(0, rows);
-  }
-  Scratch<float> unpacked(units<P>(k) * PANEL), left(CHUNK * ROW_STRIDE);
-  unpack<P>(panel, k, unpacked.get());
-  for (int64_t i = 0; i < rows; i += CHUNK) {
-    const int64_t now = std::min(CHUNK, rows - i);
-    rows_times_panels<P>(x + i * ldx, ldx, now, k, unpacked.get(), units<P>(k), PANEL, sums, PANEL, false, left.get());
-    finish(i, now);
+    finish(0, rows);
+  } else {
+    Scratch<float> unpacked(units<P>(k) * PANEL), left(CHUNK * ROW_STRIDE);
+    unpack<P>(panel, k, unpacked.get());
+    for (int64_t i = 0; i < rows; i += CHUNK) {
+      const int64_t now = std::min(CHUNK, rows - i);
+      rows_times_panels<P>(x + i * ldx, ldx, now, k, unpacked.get(), units<P>(k), PANEL, sums, PANEL, false, left.get());
+      finish(i, now);
+    }
   }
 }
 

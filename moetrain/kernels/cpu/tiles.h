@@ -1,0 +1,101 @@
+// Products by the tile registers of AMX, which hold up to 16 rows of 32 bfloat16 numbers.
+//
+// A sum has parts of TILE_INPUTS inputs. In a part the products of the even inputs are added in their order, those of the
+// odd inputs likewise, and then both to each other; the parts are added in their order. Numbers too small for a normal
+// float32 count as zero. The instruction defines this order, and it does not depend on the rows of a tile.
+#pragma once
+
+#include "products.h"
+
+struct Tiled {};
+
+constexpr int64_t TILE = 16, TILE_INPUTS = 32;          // rows of a tile, and inputs of a row
+constexpr int64_t TILE_BYTES = TILE * TILE_INPUTS * 2;  // of a full tile
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Whether the process may use tiles; the kernel grants it once for all threads.
+inline bool request_tiles() {
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+// The compiler does not know that tile instructions access memory.
+inline void memory_barrier() { asm volatile("" ::: "memory"); }
+
+// The shape of the tile registers of a thread, zero if none is set.
+inline thread_local int64_t tile_shape = 0;
+
+// Sets rows and bytes of the tile registers, unless they have the shape `key` already. Setting them clears the tiles.
+inline void set_tiles(int64_t key, const int64_t (&rows)[8], const int64_t (&bytes)[8]) {
+  if (tile_shape == key) return;
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  for (int64_t i = 0; i < 8; i++) {
+    if (rows[i] == 0 || bytes[i] == 0) continue;  // is not used
+    shape.rows[i] = rows[i];
+    shape.bytes[i] = bytes[i];
+  }
+  asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
+  tile_shape = key;
+}
+
+// Frees the tile registers of the thread at the end of its work.
+struct TileWork {
+  TileWork() { tile_shape = 0; }
+  ~TileWork() {
+    if (tile_shape != 0) _tile_release();
+    tile_shape = 0;
+  }
+};
+
+// sums[rows][PANEL] = x times a panel of tiles [k / TILE_INPUTS][2], each [pairs of inputs][TILE columns]. MORE: there are
+// more than TILE rows, of which those of the second tile begin at x + TILE * ldx.
+template <bool MORE>
+void tiles_times_panel(const bf16* x, int64_t ldx, int64_t k, const uint8_t* panel, float* sums) {
+  constexpr int64_t AHEAD = 8 * TILE_BYTES;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (MORE) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < k; i += TILE_INPUTS, panel += 2 * TILE_BYTES) {
+    for (int64_t at = 0; at < 2 * TILE_BYTES; at += 64) _mm_prefetch(panel + AHEAD + at, _MM_HINT_T0);
+    _tile_loadd(4, x + i, ldx * 2);
+    _tile_loadd(6, panel, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + TILE_BYTES, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (MORE) {
+      _tile_loadd(5, x + TILE * ldx + i, ldx * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, PANEL * 4);
+  _tile_stored(1, sums + TILE, PANEL * 4);
+  if constexpr (MORE) {
+    _tile_stored(2, sums + TILE * PANEL, PANEL * 4);
+    _tile_stored(3, sums + TILE * PANEL + TILE, PANEL * 4);
+  }
+}
+
+// The same for rows <= 2 TILE.
+inline void few_tiles_times_panel(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const uint8_t* panel, float* sums) {
+  const int64_t first = std::min(rows, TILE), second = rows - first;
+  set_tiles(1 + rows, {first, first, second, second, first, second, TILE, TILE}, {64, 64, 64, 64, 64, 64, 64, 64});
+  memory_barrier();
+  if (second > 0) tiles_times_panel<true>(x, ldx, k, panel, sums);
+  else tiles_times_panel<false>(x, ldx, k, panel, sums);
+  memory_barrier();
+}
+#else
+inline bool request_tiles() { return false; }
+struct TileWork {};
+#endif
