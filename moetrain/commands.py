@@ -22,6 +22,7 @@ from moetrain.config import (
 )
 from moetrain.errors import ConfigError
 from moetrain.generation_commands import BenchDecodeRun, BenchRolloutRun, VerifyRolloutRun
+from moetrain.gpu_commands import VerifyGpuRun
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
 from moetrain.optim.config import OptimConfig, OptimizerName
@@ -335,6 +336,7 @@ SCHEMAS: dict[str, type] = {
     "verify endpoint": VerifyEndpointRun,
     "verify faults": VerifyFaultsRun,
     "verify layouts": VerifyLayoutsRun,
+    "verify gpu": VerifyGpuRun,
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,

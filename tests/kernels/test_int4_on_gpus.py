@@ -17,7 +17,9 @@ import torch
 from moetrain.inference.experts import sums_from_codes
 from moetrain.inference.weights import PackedInt4, packed
 from moetrain.kernels.gpu import int4
-from moetrain.quant.grids import Quantized, dequantize
+from moetrain.quant.grids import Quantized
+from moetrain.verify.gpu_operations import Experts, int4_rows
+from moetrain.verify.table import check_rows
 from tests.inference.test_experts import by_formula, error, experts, rows
 
 if folder := os.environ.get("TRITON_FOLDER"):
@@ -75,23 +77,11 @@ def test_a_row_has_the_same_bits_alone_in_any_company_and_tile() -> None:
         assert torch.equal(sums(tuple(part[token : token + 1] for part in drawn), weights), together[token : token + 1])
 
 
-def test_every_code_is_multiplied_with_every_mantissa_as_training_rounds_it() -> None:
-    """128 outputs have scales of all bf16 mantissas, and an expert for each of 16 codes; h is 1 in one input of 32."""
-    scales = (torch.arange(128, dtype=torch.float32) / 128 + 1).bfloat16()
-    all_codes = torch.arange(-8, 8, dtype=torch.int8)[:, None, None].expand(16, 128, 32).contiguous()
-    down = Quantized(codes_XOI=all_codes, scales_XOG=scales[None, :, None].expand(16, 128, 1).contiguous())
-    exact = down.codes_XOI.float() * scales.float()[None, :, None]
-    assert not torch.equal(dequantize(down).float(), exact), "some products are rounded"
-    # silu(64) * 2^-6 is 1: gate and up of input 0 are 64 and 2^-6, and those of the other inputs are 0.
-    gate_up = Quantized(
-        codes_XOI=torch.zeros(16, 64, 128, dtype=torch.int8), scales_XOG=torch.ones(16, 64, 4, dtype=torch.bfloat16)
+def test_the_comparison_that_a_gpu_makes_holds_in_the_interpreter() -> None:
+    """Among it: every code is multiplied with every mantissa as training rounds it."""
+    check_rows(
+        list(int4_rows(torch.device("cpu"), shape=Experts(num=3, chosen=2, hidden=64, width=32, tokens=(1, 20))))
     )
-    gate_up.codes_XOI[:, 0, 0] = 1
-    gate_up.codes_XOI[:, 32, 1] = 1
-    x_ND = torch.zeros(16, 128).bfloat16()
-    x_ND[:, 0], x_ND[:, 1] = 64, 2**-6
-    drawn = (x_ND, torch.arange(16)[:, None], torch.ones(16, 1))
-    assert torch.equal(sums(drawn, (gate_up, down)), dequantize(down)[:, :, 0])
 
 
 def compiled_module() -> ModuleType:
