@@ -20,6 +20,7 @@ from rich.table import Table
 from moetrain.bench.contestants import Contestant, entries, notes, started, summary, take_turns
 from moetrain.bench.engines.protocol import EngineSettings
 from moetrain.bench.generation_weights import random_weights, write_weights
+from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread_text
 from moetrain.data.config import MIN_VOCAB_SIZE
 from moetrain.data.tokenizer import train_tokenizer
@@ -27,6 +28,7 @@ from moetrain.export.config import ExportFormat
 from moetrain.generation_commands import BenchDecodeRun, DecodeCase
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
+from moetrain.runtime import default_device
 
 _TEXT = "the quick brown fox jumps over the lazy dog"
 _NUM_MERGES = 2  # llama.cpp refuses a tokenizer without any
@@ -51,16 +53,18 @@ def bytes_per_step(model: ModelConfig, case: DecodeCase, *, expert_bytes: float)
     return _BYTES_BF16 * (rest + cache) + expert_bytes * distinct * of_experts
 
 
-def measure_bandwidth(*, threads: int) -> float:
+def measure_bandwidth(device: torch.device, *, threads: int) -> float:
     """Return the best read bandwidth in bytes per second of a product of a 512 MB matrix with a vector."""
     torch.set_num_threads(threads)
     side = 1 << 13
-    matrix = torch.ones(_BANDWIDTH_BYTES // 4 // side, side)
-    vector = torch.ones(side)
+    matrix = torch.ones(_BANDWIDTH_BYTES // 4 // side, side, device=device)
+    vector = torch.ones(side, device=device)
     seconds = []
     for _ in range(_BANDWIDTH_TRIES):
         start = time.perf_counter()
         torch.mv(matrix, vector)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return matrix.nbytes / min(seconds)
 
@@ -71,6 +75,7 @@ def bench_decode(run: BenchDecodeRun, *, folder: Path) -> dict[str, Any]:
     Weights and one log file per contestant are written to `folder`. Raises `MoetrainError` if moetrain itself fails;
     for a peer that fails or is not installed, the report contains the reason.
     """
+    check_peers(default_device(), run.peers)
     threads = run.threads or len(os.sched_getaffinity(0))
     settings = EngineSettings(
         threads=threads,
@@ -129,7 +134,7 @@ def _case(
         contestants,
         decode,
         repetitions=run.repetitions,
-        before_turn=lambda: bandwidths.append(measure_bandwidth(threads=threads)),
+        before_turn=lambda: bandwidths.append(measure_bandwidth(default_device(), threads=threads)),
     )
     take_turns(contestants, {"do": "end"}, repetitions=1)
     bandwidth = max(bandwidths)

@@ -13,11 +13,13 @@ import torch
 from rich.table import Table
 
 from moetrain.bench.contestant import Contestant, Kind, Remote
+from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread, spread_text
 from moetrain.commands import BenchTrainRun, Peer
 from moetrain.errors import MoetrainError
 from moetrain.kernels.choice import find
 from moetrain.model.flops import flops_per_token, num_parameters
+from moetrain.runtime import default_device
 from moetrain.train.peak import measure_peak
 
 _KINDS = {
@@ -50,6 +52,8 @@ def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
     folder: contains config.yaml; one log file per contestant is written there. Raises `MoetrainError` if a moetrain
     contestant fails; for a peer that fails, the report contains the failure.
     """
+    device = default_device()
+    check_peers(device, run.peers)
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     library, _ = find(run.kernels)
@@ -62,7 +66,7 @@ def bench_train(run: BenchTrainRun, *, folder: Path) -> dict[str, Any]:
             remote.ask("prepare")  # one after the other, because peers time their attention implementations
         peaks = []
         for turn in range(run.repetitions):
-            peaks.append(measure_peak(dtype=torch.bfloat16, device=torch.device("cpu"), library=library))
+            peaks.append(measure_peak(dtype=torch.bfloat16, device=device, library=library))
             start = turn % len(remotes)
             for remote in remotes[start:] + remotes[:start]:
                 remote.ask("turn")

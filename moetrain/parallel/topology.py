@@ -145,7 +145,13 @@ def _watchdog(parallel: ParallelConfig) -> Watchdog:
 def _local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"rank {local_rank} of this machine finds no GPU of its own, because there are {num_gpus}: start at most "
+            "one rank per GPU (num_processes of a recipe, or the first argument of launch/torchrun.sh)"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

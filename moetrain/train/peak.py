@@ -13,7 +13,7 @@ from moetrain.kernels.choice import taking
 from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
 
-_SIZE = 1024  # large enough to reach the peak of a CPU, small enough to run quickly
+_SIZE, _SIZE_ON_GPU = 1024, 8192  # large enough to reach the peak, small enough to run quickly
 _SECONDS = 0.3
 
 
@@ -48,8 +48,9 @@ def measure_peak(
     *, dtype: torch.dtype, device: torch.device, library: Library | None, seconds: float = _SECONDS
 ) -> float:
     """Return the best FLOP/s of square products within `seconds`, of torch and (if supported) of `library`."""
-    a_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
-    b_MM = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+    size = _SIZE if device.type == "cpu" else _SIZE_ON_GPU
+    a_MM = torch.ones(size, size, dtype=dtype, device=device)
+    b_MM = torch.ones(size, size, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [partial(torch.mm, a_MM, b_MM)]
     if native := taking(library, a_MM):
         products.append(partial(linear, a_MM, b_MM.float(), library=native))
@@ -61,7 +62,7 @@ def measure_peak(
             product()
             _wait_for(device)
             fastest = min(fastest, time.perf_counter() - start)
-    return 2.0 * _SIZE**3 / fastest
+    return 2.0 * size**3 / fastest
 
 
 def _wait_for(device: torch.device) -> None:

@@ -28,9 +28,9 @@ from moetrain.runtime import die_with_parent
 from moetrain.verify.table import Row
 
 _ROW = ("value", "bound", "note")
-_COMMANDS: Mapping[GpuPart, Sequence[str]] = {
-    GpuPart.recipe: ["run", "recipe=k2_nano_test"],
-    GpuPart.bench_train: ["bench", "train", "peers=[]", "steps=4", "repetitions=3"],
+COMMANDS: Mapping[GpuPart, Sequence[str]] = {
+    GpuPart.recipe: ["run", "recipe=k2_nano_test", "num_processes=1"],
+    GpuPart.bench_train: ["bench", "train", "peers=[]", "steps=4", "repetitions=3", "profile_steps=0"],
     GpuPart.bench_decode: [
         *("bench", "decode", "peers=[]", "repetitions=3"),
         "cases=[{batch:1,context:128},{batch:16,context:128},{batch:64,context:128},{batch:1,context:8192}]",
@@ -93,13 +93,13 @@ def _run_part(part: GpuPart, scratch: Path, *, folder: Path, seconds: float) -> 
     if written.is_file():
         shutil.copy(written, result)
     found: list[Row] = []
-    if part not in _COMMANDS and written.is_file():
+    if part not in COMMANDS and written.is_file():
         rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
         found = [Row(name=f"{part}: {row['name']}", **{key: row[key] for key in _ROW}) for row in rows]
     yield from found  # also those before a failure
     if ended.problem is not None:
         yield _failed(part, f"{ended.problem}; see {log}")
-    elif part in _COMMANDS:
+    elif part in COMMANDS:
         note = f"{_speeds(part, written)}{ended.seconds:.0f} s"
         yield Row(name=f"{part}: exit code", value=0, bound=0, note=note)
     elif not found:
@@ -143,10 +143,10 @@ def run_limited(words: Sequence[str], *, log: Path, seconds: float) -> Ended:
 
 def _words(part: GpuPart, scratch: Path) -> list[str]:
     """Return the command line of a part, which writes to `scratch`."""
-    if part not in _COMMANDS:
+    if part not in COMMANDS:
         return [sys.executable, "-m", "moetrain.verify.gpu_worker", part, str(scratch / _RESULTS[part])]
     place = [f"folder={scratch}"] if part is GpuPart.recipe else [f"run.folder={scratch}"]
-    return [sys.executable, "-m", "moetrain.cli", *_COMMANDS[part], *place]
+    return [sys.executable, "-m", "moetrain.cli", *COMMANDS[part], *place]
 
 
 def _failed(part: GpuPart, problem: str) -> Row:

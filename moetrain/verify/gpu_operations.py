@@ -9,6 +9,7 @@ E experts, F expert width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -56,19 +57,22 @@ def flash_rows(device: torch.device, *, kernel: FlashKernel | None = None) -> It
         drawn = [_drawn(*segments_BT.shape, _HEADS, width, name=name) for name, width in shapes.items()]
         heads = [x_BTHX.transpose(1, 2) for x_BTHX in drawn]
         grad = _drawn(len(rows), _HEADS, segments_BT.shape[1], value_width, name="gradient")
-        scale = query_width**-0.5
+        fast = partial(_flash, segments_BT=segments_BT, kernel=kernel)
+        plain = partial(_masked, segments_BT=segments_BT)
+        name = f"widths {query_width} and {value_width}"
+        yield from _compared(name, fast, plain, inputs=heads, grad=grad, device=device)
 
-        def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = scale) -> torch.Tensor:
-            runs = plan_runs(segments_BT.to(q.device))
-            return attend_flash(q, k, v_BHTV=v, runs=runs, scale=scale, kernel=kernel)
 
-        def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = scale) -> torch.Tensor:
-            same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=same.tril(), scale=scale)
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments_BT: torch.Tensor, kernel: FlashKernel | None
+) -> torch.Tensor:
+    runs = plan_runs(segments_BT.to(q.device))
+    return attend_flash(q, k, v_BHTV=v, runs=runs, scale=q.shape[-1] ** -0.5, kernel=kernel)
 
-        yield from _compared(
-            f"widths {query_width} and {value_width}", flash, plain, inputs=heads, grad=grad, device=device
-        )
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments_BT: torch.Tensor) -> torch.Tensor:
+    is_same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=is_same.tril(), scale=q.shape[-1] ** -0.5)
 
 
 def _compared(
@@ -102,18 +106,20 @@ def grouped_rows(device: torch.device) -> Iterator[Row]:
             _drawn(num, hidden, width, name="down") * width**-0.5,
         ]
 
-        def grouped(
-            x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, counts: tuple[int, ...] = counts
-        ) -> torch.Tensor:
-            return expert_grouped(x, torch.tensor(counts, device=x.device), gate_up_LGD=gate_up, down_LDF=down)
-
-        def loop(
-            x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, counts: tuple[int, ...] = counts
-        ) -> torch.Tensor:
-            return expert_loop(x, torch.tensor(counts), gate_up_LGD=gate_up, down_LDF=down)
-
         grad = _drawn(sum(counts), hidden, name="gradient")
-        yield from _compared(f"rows {counts}", grouped, loop, inputs=inputs, grad=grad, device=device)
+        fast, plain = (partial(_experts, product, counts=counts) for product in (expert_grouped, expert_loop))
+        yield from _compared(f"rows {counts}", fast, plain, inputs=inputs, grad=grad, device=device)
+
+
+def _experts(
+    product: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    counts: tuple[int, ...],
+) -> torch.Tensor:
+    return product(x, torch.tensor(counts, device=x.device), gate_up_LGD=gate_up, down_LDF=down)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moetrain.bench.contestants import OURS, OURS_BF16
 from moetrain.bench.decode import bytes_per_step
+from moetrain.bench.gpu import check_peers
 from moetrain.cli.main import main
 from moetrain.compose import compose
+from moetrain.errors import ConfigError
 from moetrain.generation_commands import DecodeCase
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
@@ -59,3 +62,10 @@ def test_two_thirds_of_the_weights_of_a_token_are_routed() -> None:
     counts = num_parameters(model)
     routed = model.num_moe_layers * model.num_experts_per_token * expert_parameters(model)
     assert counts.total > 600e6 and routed / counts.active_with_head > 2 / 3
+
+
+def test_peers_of_another_device_are_refused() -> None:
+    check_peers(torch.device("cpu"), ["transformers"])
+    check_peers(torch.device("cuda", 0), [])
+    with pytest.raises(ConfigError, match=r"peers is \[transformers\]: they compute on the CPU.*give peers=\[\]"):
+        check_peers(torch.device("cuda", 0), ["transformers"])

@@ -24,3 +24,13 @@ def test_the_plain_engine_refuses_several_processes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"parallel.engine is torch, which runs in one process, not 2"):
         setup(ParallelConfig(engine=EngineName.torch))
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match=r"rank 1 of this machine finds no GPU of its own, because there are 1: start"
+    ):
+        setup(ParallelConfig(engine=EngineName.torch))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.cli.command_line import composed, split_command
 from moetrain.errors import BoundError
 from moetrain.gpu_commands import GpuPart, VerifyGpuRun
-from moetrain.verify.gpu import run_limited, verify_gpu
+from moetrain.verify.gpu import COMMANDS, run_limited, verify_gpu
 from moetrain.verify.gpu_models import decode_rows, training_rows
 from moetrain.verify.gpu_operations import flash_rows, grouped_rows
 from moetrain.verify.table import check_rows
@@ -75,6 +76,13 @@ def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(tmp_pat
     alive.unlink()
     time.sleep(0.3)
     assert not alive.exists()
+
+
+@pytest.mark.parametrize("part", list(COMMANDS))
+def test_the_commands_of_the_parts_are_valid_and_need_one_gpu_and_no_peer(part: GpuPart) -> None:
+    command, words = split_command(COMMANDS[part])
+    config = composed(command, words)
+    assert config.num_processes == 1 if part is GpuPart.recipe else (config.peers == [] and command.startswith("bench"))
 
 
 def test_a_process_that_fails_is_reported_by_its_last_line(tmp_path: Path) -> None:
