@@ -18,6 +18,7 @@ from moetrain.bench.contestants import entries, notes, started, summary, take_tu
 from moetrain.bench.engines.protocol import EngineSettings, Episode, as_json, length
 from moetrain.bench.episodes import collected_episodes, demonstrated_episodes
 from moetrain.bench.generation_weights import random_weights, write_weights
+from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread_text
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.export.config import ExportFormat
@@ -31,6 +32,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.flops import num_parameters
 from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
+from moetrain.runtime import default_device
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import dialogue_texts
 from moetrain.tasks.protocol import TaskFamily
@@ -69,6 +71,7 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
     Weights, episodes and one log file per contestant are written to `folder`. Raises `MoetrainError` if moetrain itself
     fails; for a peer that fails or is not installed, the report contains the reason.
     """
+    check_peers(default_device(), run.peers)
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     own = write_weights(

@@ -9,6 +9,7 @@ from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt, len
 from moetrain.export.read import read_export
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.native import NativeModel
 from moetrain.inference.protocol import Sequence as Generated
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
@@ -23,7 +24,8 @@ class Ours:
         export = read_export(weights)
         library = find_for_generation(Kernels.auto)
         self._model = build_model(export.weights(), config=export.model, quant=export.quant, library=library)
-        self.setting = "native kernels" if library else "torch kernels"
+        is_native = isinstance(self._model, NativeModel)
+        self.setting = "native kernels" if is_native else f"torch on {self._model.device.type}"
 
     def choose(self, prompts: Sequence[Prompt], *, limit: int) -> None:
         """Do nothing: there is one setting."""
