@@ -1,4 +1,7 @@
-"""Configs of the commands that are clients of an endpoint: `verify endpoint` and `bench serve`. Imports no torch."""
+"""Configs of the commands that are clients of an endpoint: `verify endpoint`, `verify serve` and `bench serve`.
+
+Imports no torch.
+"""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -95,3 +98,43 @@ class BenchServeRun(StageRun):
         check_ranges(self, prefix="", ranges=ranges)
         if not self.clients:
             raise ConfigError("clients is empty: give at least one number")
+
+
+class ServeFault(StrEnum):
+    """Fault to inject into what clients see. lost_end: the last event of each stream is dropped."""
+
+    none = "none"
+    lost_end = "lost_end"
+
+
+@dataclass(kw_only=True)
+class VerifyServeRun(StageRun):
+    """Check that `moetrain serve` loses no request, page or event under load, bad clients and a kill.
+
+    Clients send requests of every kind, leave, read slowly, and send what is no request; in the middle the server is
+    killed with SIGKILL and started again. MOETRAIN_API_KEY is its key.
+    """
+
+    minutes: float = 5.0
+    """Duration of the load."""
+    clients: int = 64
+    """Number of clients that send requests at the same time; the server decodes half as many sequences together."""
+    prompt_words: int = 30
+    """Words of the user's message."""
+    max_tokens: int = 32
+    """Largest number of tokens of an answer."""
+    limit_s: float = 120.0
+    """Seconds without a byte after which a request counts as lost."""
+    overrides: list[str] = field(default_factory=list)
+    """Further words for the command line of `moetrain serve`, such as serve.cache_megabytes=8."""
+    fault: ServeFault = ServeFault.none
+    """Fault to inject, which the command must then detect."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that the overrides leave what the command sets itself."""
+        check_ranges(
+            self, prefix="", ranges={COUNT: ("clients", "prompt_words", "max_tokens"), POSITIVE: ("minutes", "limit_s")}
+        )
+        for word in self.overrides:
+            if word.startswith(("init_from=", "serve.port=", "serve.model_name=", "serve.host=", "serve.api_key=")):
+                raise ConfigError(f"overrides has {word!r}: verify serve sets this itself; leave it out")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from moetrain.client_commands import BenchServeRun, VerifyEndpointRun
+from moetrain.client_commands import BenchServeRun, VerifyEndpointRun, VerifyServeRun
 from moetrain.config import (
     ChatRun,
     DocumentRun,
@@ -334,6 +334,7 @@ SCHEMAS: dict[str, type] = {
     "verify hf": VerifyHfRun,
     "verify rollout": VerifyRolloutRun,
     "verify endpoint": VerifyEndpointRun,
+    "verify serve": VerifyServeRun,
     "verify faults": VerifyFaultsRun,
     "verify layouts": VerifyLayoutsRun,
     "verify gpu": VerifyGpuRun,

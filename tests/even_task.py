@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.template import SPECIAL_TOKENS
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ToolError
+from moetrain.export.config import ExportConfig
+from moetrain.export.write import export_model
 from moetrain.model.config import BalanceConfig
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import TensorReader
+from moetrain.quant.config import QuantConfig
 from moetrain.tasks.protocol import Grade, InlineTask, Observation, Split
 from tests.train.toy import toy_model
 
@@ -52,6 +58,23 @@ class EvenFamily:
 
     def task(self, split: Split, index: int) -> EvenTask:
         return EvenTask(index=index)
+
+
+def even_export(folder: Path) -> Path:
+    """Write an export with random weights to `folder`, and return it."""
+    model = Transformer(MODEL)
+    initialize(model, 0)
+    export_model(
+        TensorReader({name: tensor.detach() for name, tensor in model.state_dict().items()}),
+        folder=folder,
+        model=MODEL,
+        quant=QuantConfig(),
+        export=ExportConfig(),
+        tokenizer=even_tokenizer(),
+        step=1,
+        sources={"weights": "0"},
+    )
+    return folder
 
 
 def even_tokenizer() -> Tokenizer:

@@ -10,37 +10,17 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 
 from moetrain.cli import chat, serve
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.export.config import ExportConfig
-from moetrain.export.write import export_model
-from moetrain.model.transformer import Transformer, initialize
-from moetrain.parallel.state import TensorReader
-from moetrain.quant.config import QuantConfig
 from moetrain.runtime import free_port
-from tests.even_task import MODEL, even_tokenizer
+from tests.even_task import even_export
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = Transformer(MODEL)
-    initialize(model, 0)
-    tensors: dict[str, torch.Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    export_model(
-        TensorReader(tensors),
-        folder=folder,
-        model=MODEL,
-        quant=QuantConfig(),
-        export=ExportConfig(),
-        tokenizer=even_tokenizer(),
-        step=1,
-        sources={"weights": "0"},
-    )
-    return folder
+    return even_export(tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture
