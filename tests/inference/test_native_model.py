@@ -108,6 +108,23 @@ def test_a_sequence_has_the_same_bits_in_any_company_chunks_and_threads(
     assert torch.equal(logits[7:8], model.logits(together[3][7:8]))
 
 
+@pytest.mark.parametrize("fields", [{}, ODD])
+def test_long_sequences_have_the_same_bits_in_any_company_chunks_and_threads(
+    fields: dict[str, Any], library: Library
+) -> None:
+    """Attention by tiles adds spans of 512 positions, which the threads share where few rows are new."""
+    plain, model = models(library, {"num_layers": 1, "num_dense_layers": 1, **fields}, is_quantised=False)
+    generator = torch.Generator().manual_seed(5)
+    sequences = [torch.randint(50, (length,), generator=generator).tolist() for length in (1100, 520)]
+    together = hidden(model, sequences, chunk=1100)
+    assert all(map(torch.equal, hidden(model, sequences, chunk=300), together))
+    assert torch.equal(hidden(model, sequences[:1], chunk=10)[0], together[0])
+    with num_threads(1):
+        assert torch.equal(hidden(model, sequences[1:], chunk=64)[0], together[1])
+    for found, expected in zip(together, hidden(plain, sequences, chunk=1100), strict=True):
+        assert float((found.float() - expected).norm() / expected.norm()) < 0.02
+
+
 def _generated(model: Model, prompts: list[list[int]], **engine: float) -> tuple[list[Sequence], GenerationEngine]:
     made = GenerationEngine(model, **{"num_slots": 8, "max_tokens": 256, **engine})  # type: ignore[arg-type]
     sequences = [Sequence(tokens=list(p), stream=i, limit=len(p) + 20) for i, p in enumerate(prompts)]

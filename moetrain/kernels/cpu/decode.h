@@ -9,6 +9,7 @@
 #include "packed.h"
 #include "router.h"
 #include "rows.h"
+#include "tiled_attention.h"
 #include "tiled_experts.h"
 
 struct DecodeShape {
@@ -35,7 +36,7 @@ struct DecodeRows {
   int64_t num_pages;
 };
 
-constexpr int64_t ROWS_TOGETHER = 8;  // rows of a sequence that share the reading of a page
+constexpr int64_t ROWS_TOGETHER = 8, QUERIES_TOGETHER = 64;  // rows of a sequence that share the reading of a page
 
 template <class P>
 class Decode {
@@ -65,7 +66,8 @@ class Decode {
         tokens(in.rows * std::max<int64_t>(s.chosen, 1)),
         weights(in.rows * std::max<int64_t>(s.chosen, 1)),
         ends(std::max<int64_t>(s.experts, 1)),
-        groups(in.rows + 1) {
+        groups(in.rows + 1),
+        partial(partial_size()) {
     num_groups = 0;
     for (int64_t r = 0; r < in.rows; r++) {
       const bool joins = r > 0 && in.sequences[r] == in.sequences[r - 1] && r - groups[num_groups - 1] < together();
@@ -112,10 +114,22 @@ class Decode {
   Scratch<int64_t> ids, places, tokens;
   Scratch<float> weights;
   Scratch<int64_t> ends, groups;
+  Scratch<float> partial;
   int64_t num_groups;
   bf16 *inner = nullptr, *sorted = nullptr, *routed = nullptr, *shared_inner = nullptr;
 
   using OfAttention = std::conditional_t<std::is_same_v<P, Tiled>, Paired, P>;
+
+  // Room for the partial results of the largest group, where threads may share its positions.
+  int64_t partial_size() const {
+#if defined(__AMX_BF16__)
+    if (tiles_attend() && in.rows < omp_get_max_threads() * together()) {
+      const TileQueries largest{{s.heads, s.latent, s.rotary, s.scale, nullptr}, nullptr, in.positions, nullptr, in.rows};
+      return largest.spans() * up_to(std::min(in.rows, together()) * s.heads, TILE) * (largest.width() + 2);
+    }
+#endif
+    return 0;
+  }
 
   static Scratch<bf16> zeros(int64_t size) {
     Scratch<bf16> memory(size);
@@ -123,7 +137,12 @@ class Decode {
     return memory;
   }
 
-  int64_t together() const { return std::max<int64_t>(1, std::min(ROWS_TOGETHER, CHUNK / s.heads)); }
+  int64_t together() const {
+    if (tiles_attend()) return std::max<int64_t>(1, QUERIES_TOGETHER / s.heads);
+    return std::max<int64_t>(1, std::min(ROWS_TOGETHER, CHUNK / s.heads));
+  }
+
+  bool tiles_attend() const { return std::is_same_v<P, Tiled> && latent_width % 2 == 0; }
 
   void add_rows(const bf16* y) {
 #pragma omp for schedule(static)
@@ -190,8 +209,33 @@ class Decode {
     }
   }
 
-  // Tasks are groups of rows of a sequence; a lone row's heads are divided.
   void mix(const bf16* pages) {
+#if defined(__AMX_BF16__)
+    if (tiles_attend()) return mix_by_tiles({s.heads, s.latent, s.rotary, s.scale, pages});
+#endif
+    mix_by_vectors(pages);
+  }
+
+#if defined(__AMX_BF16__)
+  // Tasks are groups of rows of a sequence; the positions of few groups are divided.
+  void mix_by_tiles(const DecodeAttention& attention) {
+    const auto queries_of = [&](int64_t g) {
+      return TileQueries{attention, absorbed.get() + groups[g] * s.heads * latent_width, in.positions + groups[g],
+                         in.tables + in.sequences[groups[g]] * in.table_width, groups[g + 1] - groups[g]};
+    };
+    const auto out_of = [&](int64_t g) { return mixed.get() + groups[g] * s.heads * mixed_width; };
+    if (num_groups >= omp_get_num_threads()) {
+#pragma omp for schedule(dynamic)
+      for (int64_t g = 0; g < num_groups; g++) attend_by_tiles(queries_of(g), out_of(g), mixed_width);
+      return;
+    }
+    for (int64_t g = 0; g < num_groups; g++)
+      team_attend_by_tiles(queries_of(g), partial.get(), out_of(g), mixed_width);
+  }
+#endif
+
+  // Tasks are groups of rows of a sequence; a lone row's heads are divided.
+  void mix_by_vectors(const bf16* pages) {
     const int64_t parts = num_groups >= omp_get_num_threads() ? 1 : std::min<int64_t>(omp_get_num_threads(), s.heads);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < num_groups * parts; task++) {

@@ -97,5 +97,7 @@ inline void few_tiles_times_panel(const bf16* x, int64_t ldx, int64_t rows, int6
 }
 #else
 inline bool request_tiles() { return false; }
-struct TileWork {};
+struct TileWork {
+  TileWork() {}
+};
 #endif
