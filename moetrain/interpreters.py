@@ -9,6 +9,7 @@ import subprocess
 import sys
 from enum import StrEnum
 from importlib.util import find_spec
+from pathlib import Path
 
 from moetrain.errors import ConfigError
 
@@ -64,3 +65,34 @@ def find_interpreter(program: ForeignProgram, given: str | None) -> str | None:
     if found.returncode:
         raise ConfigError(f"{source} is {python}: its environment has no {program.module}; {program.cure}")
     return python
+
+
+def vllm_variables(python: str, *, threads: int, cache_gib: int) -> dict[str, str]:
+    """Return the environment of vLLM in one process on a CPU: threads bound to cores, and OpenMP loaded first.
+
+    Beside the present environment it has the variables that vLLM sets for processes which it starts itself. threads: at
+    most the cores available to this process. cache_gib: size of its KV cache in GiB.
+    """
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:threads]]
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_MLA_DISABLE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(cores),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    folder = Path(python).parent.parent / "lib"
+    if intel := sorted(folder.glob("libiomp5.so")):
+        binding = f"granularity=fine,explicit,proclist=[{','.join(cores)}]"
+        return env | {
+            "LD_PRELOAD": str(intel[0]),
+            "KMP_AFFINITY": binding,
+            "KMP_BLOCKTIME": "5",
+            "KMP_TPAUSE": "0",
+        }
+    if gnu := sorted(folder.glob("python*/site-packages/torch*/lib*/libgomp*.so*")):
+        return env | {"LD_PRELOAD": str(gnu[0]), "GOMP_CPU_AFFINITY": " ".join(cores)}
+    return env

@@ -5,7 +5,6 @@ vLLM run in environments of their own, which see of moetrain only its folder.
 """
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -25,7 +24,8 @@ from moetrain.bench.spread import spread
 from moetrain.errors import MoetrainError
 from moetrain.export.config import ExportFormat
 from moetrain.generation_commands import GenerationPeer
-from moetrain.interpreters import ForeignProgram, find_interpreter
+from moetrain.hf.shape import vllm_overrides
+from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.model.config import ModelConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ _SPIN_S = 0.05
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One contestant. absent: why it cannot take part, "" if it can. engine: its name in `generation_worker`.
-    format: format of the weights that it reads. env: additional environment variables.
+    format: format of the weights that it reads. overrides: see `EngineSettings`. env: additional environment variables.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Entry:
     format: ExportFormat = ExportFormat.bf16_dequantized
     mode: str = ""
     python: str = sys.executable
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     absent: str = ""
 
@@ -102,38 +103,11 @@ def _vllm(mode: str, *, given: str | None, model: ModelConfig, threads: int, num
     python = find_interpreter(ForeignProgram.vllm, given)
     if python is None:
         return replace(entry, absent=f"not installed: {ForeignProgram.vllm.cure}")
-    return replace(entry, python=python, env=vllm_env(python, model=model, threads=threads, num_cached=num_cached))
-
-
-def vllm_env(python: str, *, model: ModelConfig, threads: int, num_cached: int) -> dict[str, str]:
-    """Return the environment of vLLM on a CPU: threads bound to cores, OpenMP loaded first, and room for all sequences.
-
-    On a CPU vLLM has no absorbed attention, so its cache holds keys and values of every head.
-    """
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+    # On a CPU vLLM has no absorbed attention, so its cache holds keys and values of every head.
     per_token = 2 * model.num_layers * model.num_heads * max(model.qk_head_dim, model.v_head_dim) * _BYTES_BF16
-    needed = num_cached * per_token * _CACHE_MARGIN
-    env = {
-        "VLLM_MLA_DISABLE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(1 + int(needed / (1 << 30))),
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    # The variables that vLLM sets for the processes that it starts itself; this one is started here.
-    folder = Path(python).parent.parent / "lib"
-    if intel := sorted(folder.glob("libiomp5.so")):
-        binding = f"granularity=fine,explicit,proclist=[{cores}]"
-        return env | {
-            "LD_PRELOAD": str(intel[0]),
-            "KMP_AFFINITY": binding,
-            "KMP_BLOCKTIME": "5",
-            "KMP_TPAUSE": "0",
-        }
-    if gnu := sorted(folder.glob("python*/site-packages/torch*/lib*/libgomp*.so*")):
-        return env | {"LD_PRELOAD": str(gnu[0]), "GOMP_CPU_AFFINITY": cores.replace(",", " ")}
-    return env
+    cache_gib = 1 + int(num_cached * per_token * _CACHE_MARGIN / (1 << 30))
+    env = vllm_variables(python, threads=threads, cache_gib=cache_gib)
+    return replace(entry, python=python, overrides=vllm_overrides(model), env=env)
 
 
 class Contestant:
@@ -144,7 +118,7 @@ class Contestant:
         self.name = entry.name
         self.setting = ""
         self.failure: str | None = None
-        own = asdict(replace(settings, mode=entry.mode))
+        own = asdict(replace(settings, mode=entry.mode, overrides=dict(entry.overrides)))
         words = [entry.python, "-P", "-m", "moetrain.bench.generation_worker", entry.engine, str(weights)]
         env = {"OMP_NUM_THREADS": str(settings.threads), **entry.env}
         if entry.python != sys.executable:

@@ -7,15 +7,22 @@ from moetrain.config import check_length
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.run.stage import stage_folder
 
+_LLAMA = "llama.cpp: it reads GGUF; export with export.format=gguf and verify that folder"
+_VLLM = (
+    "vllm: on an x86 CPU it does not multiply packed experts; export with export.format=bf16_dequantized and verify "
+    "that folder"
+)
+
 
 def main(run: VerifyExportsRun) -> int:
     """Compare an export with its masters and print the table; return 0, or raise `BoundError` if a bound is missed."""
     if run.init_from is None or run.masters is None:
         raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made from")
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.export.gguf_file import is_gguf
-    from moetrain.export.read import is_export
+    from moetrain.export.config import ExportFormat
+    from moetrain.export.read import export_format, is_export
     from moetrain.run.weights import read_masters, read_weights
+    from moetrain.verify.bf16 import verify_bf16
     from moetrain.verify.exports import ExportFault, verify_exports
     from moetrain.verify.gguf import verify_gguf
     from moetrain.verify.table import check_rows, render, write_rows
@@ -28,12 +35,16 @@ def main(run: VerifyExportsRun) -> int:
         masters = read_masters(run.masters, field="masters", origin=export).tensors
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
         fault = ExportFault(run.fault)
-        if is_gguf(export.path):
+        format = export_format(export.path)
+        if format is ExportFormat.gguf:
             verified = verify_gguf(export.path, masters=masters, llama_python=run.llama_python, fault=fault, **sizes)
             rows, skipped = verified.rows, verified.skipped
+        elif format is not ExportFormat.quantized:
+            verified = verify_bf16(export.path, masters=masters, vllm_python=run.vllm_python, fault=fault, **sizes)
+            rows, skipped = verified.rows, [*verified.skipped, _LLAMA]
         else:
             rows = verify_exports(export.path, masters=masters, fault=fault, **sizes)
-            skipped = ["llama.cpp: it reads GGUF (export.format=gguf)", "vllm: this command does not run it"]
+            skipped = [_LLAMA, _VLLM]
         context = {"export": str(export.path), "masters": run.masters, "skipped": skipped}
         write_rows(folder / "verify.json", rows=rows, context=context)
         Console().print(render(f"exports: {export.path}", rows=rows))

@@ -51,6 +51,11 @@ def is_export(folder: Path) -> bool:
     return (folder / RECORD_FILE).is_file()
 
 
+def export_format(folder: Path) -> ExportFormat:
+    """Return how the routed experts of an export are stored."""
+    return _format_of(read_record(folder), folder)
+
+
 def read_export(folder: Path) -> Export:
     """Return an export after checking the digest of every file and the shape of every tensor.
 

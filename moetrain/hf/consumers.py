@@ -1,7 +1,7 @@
 """Which programs compute an exported shape as this package does, and why others do not.
 
-`moetrain verify hf` checks transformers, `moetrain verify exports` checks a GGUF file in llama.cpp. The rules for vLLM
-come from its source (docs/numerics.md); exports are not run in it. Does not import torch.
+`moetrain verify hf` checks transformers, `moetrain verify exports` checks a GGUF file in llama.cpp and a bf16 folder in
+vLLM on a CPU. The other rules for vLLM come from its source (docs/numerics.md). Does not import torch.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,7 @@
 """Converts a model's shape to and from the config.json of DeepseekV3ForCausalLM. Imports no torch or transformers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moetrain.errors import CheckpointError, ConfigError
@@ -52,19 +53,8 @@ _MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the model's fields of config.json. The exporter adds token ids and dtype."""
     values = {theirs: vars(config)[ours] for ours, theirs in _FIELDS.items()}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    yarn = config.yarn
-    if yarn.factor > 1:
-        rope = {
-            "rope_type": "yarn",
-            "rope_theta": config.rope_theta,
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_position,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
+    is_extended = config.yarn.factor > 1
+    rope = _yarn(config) if is_extended else {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": _MODEL_TYPES[0],
@@ -80,6 +70,32 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         **_REQUIRED_VALUES,
     }
+
+
+def _yarn(config: ModelConfig) -> dict[str, Any]:
+    yarn = config.yarn
+    return {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_theta,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
+
+
+def vllm_overrides(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json to override so that vLLM on a CPU computes the model.
+
+    Without YaRN, vLLM 0.32 takes a kernel that rotates the queries of DeepSeek's attention wrongly on a CPU. YaRN with
+    factor 1 has the same frequencies and takes other code.
+    """
+    if config.yarn.factor > 1:
+        return {}
+    same = YarnConfig(factor=1.0, original_max_position=config.max_position_embeddings)
+    return {"rope_parameters": _yarn(replace(config, yarn=same))}
 
 
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:

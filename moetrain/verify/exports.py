@@ -27,6 +27,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize, quantize
 from moetrain.runtime import torch_stream
+from moetrain.verify.consumer import logits_of
 from moetrain.verify.table import Row
 
 FP32_BOUND = 1e-5
@@ -61,7 +62,7 @@ def verify_exports(
     """Compare the quantised export in `folder` with its fp32 `masters` (by their name in memory); return the rows.
 
     Logits are computed on `num_rows` rows of `num_tokens` random tokens. Raises `CheckpointError` for a damaged folder,
-    and `ConfigError` for an export that is not quantised.
+    and `ConfigError` for an export that is not quantised. `verify.bf16` compares exports in bf16.
     """
     with _with_fault(folder, fault=fault) as read_folder:
         export = read_export(read_folder)
@@ -79,15 +80,15 @@ def verify_exports(
         expected = _expected_weights(export, masters=masters, quantized=quantized)
         rows = [*_file_rows(export, expected=expected, quantized=quantized)]
         for dtype in (torch.bfloat16, torch.float32):
-            loaded = _transformers_model(read_folder, dtype=dtype)
-            theirs_BTV = _transformers_logits(loaded, tokens_BT)
-            reference_BTV = _transformers_logits(_reference_model(export, loaded=loaded, weights=expected), tokens_BT)
+            loaded = transformers_model(read_folder, dtype=dtype)
+            theirs_BTV = transformers_logits(loaded, tokens_BT)
+            reference_BTV = transformers_logits(_reference_model(export, loaded=loaded, weights=expected), tokens_BT)
             differing = int((theirs_BTV != reference_BTV).sum() + theirs_BTV.isnan().sum())
             name = f"{str(dtype).removeprefix('torch.')}: {title} file against dequantised weights"
             note = f"of {theirs_BTV.numel()} logits of transformers"
             rows.append(Row(name=name, value=differing, bound=0, note=note))
-        ours_BTV = _our_logits(export, tokens_BT=tokens_BT, fault=fault)
-        rows.append(_agreement_row(ours_BTV, theirs_BTV))  # float32, the last dtype of the loop
+        ours_BTV = logits_of(float32_model(export, fault=fault), tokens_BT)
+        rows.append(agreement_row(ours_BTV, theirs_BTV))  # float32, the last dtype of the loop
         rows.append(_size_row(export, title=title))
     return rows
 
@@ -116,7 +117,8 @@ def _file_rows(export: Export, *, expected: Mapping[str, Tensor], quantized: Map
     yield Row(name="other tensors that differ", value=differing, bound=0, note=f"of {len(others)} in the file")
 
 
-def _agreement_row(ours_BTV: Tensor, theirs_BTV: Tensor) -> Row:
+def agreement_row(ours_BTV: Tensor, theirs_BTV: Tensor) -> Row:
+    """Return the comparison of our float32 logits with those of transformers."""
     largest = float(theirs_BTV.abs().max())
     difference = float((ours_BTV - theirs_BTV).abs().max())
     return Row(
@@ -138,7 +140,7 @@ def _size_row(export: Export, *, title: str) -> Row:
     )
 
 
-def _transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
+def transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
     """Load the folder with transformers and return the model with every weight in `dtype`.
 
     transformers keeps unpacked experts in the dtype of their scales (bf16) whatever `dtype` is, so they are cast here.
@@ -164,20 +166,20 @@ def _reference_model(export: Export, *, loaded: Any, weights: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def _transformers_logits(model: Any, tokens_BT: Tensor) -> Tensor:
+def transformers_logits(model: Any, tokens_BT: Tensor) -> Tensor:
+    """Return the logits of transformers' model [B, T, V]."""
     logits_BTV: Tensor = model(tokens_BT).logits
     return logits_BTV
 
 
-@torch.no_grad()
-def _our_logits(export: Export, *, tokens_BT: Tensor, fault: ExportFault) -> Tensor:
+def float32_model(export: Export, *, fault: ExportFault) -> Transformer:
+    """Return our model, which computes in float32, with the weights of an export."""
     model = Transformer(export.model, compute_dtype=torch.float32)
     model.load_state_dict(export.weights())
     if fault is ExportFault.norm:
-        model.model.norm.weight.mul_(NORM_FAULT)
-    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-    output = model(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT)
-    return model.logits(output.hidden_BTD)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(NORM_FAULT)
+    return model
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,19 @@ from moetrain.export.gguf_file import GGUF_FILE, read_gguf, tensor_places
 from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
 from moetrain.export.read import Export, read_export
 from moetrain.export.tensors import folder_tensors
+from moetrain.interpreters import ForeignProgram, find_interpreter
 from moetrain.model.transformer import Transformer
 from moetrain.quant.grids import Quantized, quantize
 from moetrain.runtime import torch_stream
+from moetrain.verify.consumer import Verified
 from moetrain.verify.exports import NORM_FAULT, ExportFault
-from moetrain.verify.llama import ask_llama, interpreter, llama_rows
+from moetrain.verify.llama import ask_llama, llama_rows
 from moetrain.verify.llama_rounding import round_inputs
 from moetrain.verify.table import Row
 
 _FLOAT32_RTOL = 2.0**-22
 """Rounding of a float32 number that is multiplied by a factor and divided by it again."""
 _FIRST_EXPERTS = "ffn_gate_exps.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verified:
-    """Rows of a comparison, and the consumers that were not run, with the reason."""
-
-    rows: list[Row]
-    skipped: list[str]
 
 
 def verify_gguf(
@@ -50,16 +43,17 @@ def verify_gguf(
 ) -> Verified:
     """Compare the GGUF export in `folder` with its fp32 `masters`, and with llama.cpp on rows of random tokens.
 
-    llama_python: interpreter of an environment with llama-cpp-python; None takes this one, or skips llama.cpp.
+    llama_python: interpreter of an environment with llama-cpp-python, see `find_interpreter`; without it, llama.cpp is
+    skipped.
     """
     with _planted(folder, fault=fault) as read_folder:
         export = read_export(read_folder)
         tokenizer = Tokenizer.load(read_folder)
         rows = list(_file_rows(export, masters=masters))
         rows.append(_metadata_row(export, tokenizer=tokenizer))
-        python = interpreter(llama_python)
+        python = find_interpreter(ForeignProgram.llama, llama_python)
         if python is None:
-            why = "llama.cpp: llama-cpp-python is not installed; run launch/peers.sh llama and give llama_python="
+            why = f"llama.cpp: llama-cpp-python is not installed; {ForeignProgram.llama.cure}"
             return Verified(rows=rows, skipped=[why])
         tokens_BT = torch.randint(
             export.model.vocab_size, (num_rows, num_tokens), generator=torch_stream(seed, "verify.exports")

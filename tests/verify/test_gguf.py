@@ -1,6 +1,5 @@
 """A GGUF export is compared with its masters and, where llama.cpp is installed, with what that computes."""
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain import interpreters
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import BoundError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat, GgufDtype
@@ -17,19 +17,15 @@ from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
-from moetrain.verify import llama
+from moetrain.verify.consumer import logits_of
 from moetrain.verify.exports import ExportFault
 from moetrain.verify.gguf import verify_gguf
 from moetrain.verify.llama_rounding import round_inputs, round_q8_0
 from moetrain.verify.table import check_rows
+from tests.peers import LLAMA_PYTHON, needs_llama
 
 pytest.importorskip("gguf", reason="the optional package gguf is not installed")
 
-LLAMA_PYTHON = llama.interpreter(os.environ.get("MOETRAIN_LLAMA_PYTHON"))
-needs_llama = pytest.mark.skipif(
-    LLAMA_PYTHON is None,
-    reason="llama-cpp-python is not installed: run launch/peers.sh llama, set MOETRAIN_LLAMA_PYTHON",
-)
 YARN = YarnConfig(factor=4, original_max_position=32, beta_fast=32, mscale=0.7, mscale_all_dim=0.7)
 TEXT = "letters and other words, {'a': 12} SELECT x FROM t WHERE y = 'k3f';\n    return [1, 2]\n" * 3
 
@@ -79,7 +75,8 @@ def write(
 
 @pytest.fixture
 def no_llama(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "find_spec", lambda name: None)
+    monkeypatch.delenv("MOETRAIN_LLAMA_PYTHON", raising=False)
+    monkeypatch.setattr(interpreters, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("dtype", list(GgufDtype))
@@ -180,6 +177,6 @@ def test_rounding_with_float32_tensors_changes_nothing_and_with_blocks_something
         plain, rounded = (Transformer(export.model, compute_dtype=torch.float32) for _ in range(2))
         for model in (plain, rounded):
             model.load_state_dict(export.weights())
-        before = llama.logits_of(plain, tokens_BT)
-        after = llama.logits_of(round_inputs(rounded, export), tokens_BT)
+        before = logits_of(plain, tokens_BT)
+        after = logits_of(round_inputs(rounded, export), tokens_BT)
         assert (float((before - after).abs().max()) > 1e-4) is changes

@@ -6,7 +6,7 @@ The modules of llama.cpp and of vLLM, this one, and `bench.process` also run in 
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +30,14 @@ class EngineSettings:
     """What a program must know when it starts.
 
     threads: number of threads. mode: variant of the program, "" for the only one. max_sequences, max_tokens: the most
-    sequences at once, and the most tokens of one.
+    sequences at once, and the most tokens of one. overrides: fields of config.json that vLLM must read otherwise.
     """
 
     threads: int
     mode: str
     max_sequences: int
     max_tokens: int
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def thread_counts(self) -> dict[str, int]:

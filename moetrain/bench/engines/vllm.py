@@ -30,6 +30,7 @@ class Vllm:
             max_num_seqs=settings.max_sequences,
             enable_prefix_caching=True,
             disable_log_stats=True,
+            hf_overrides=settings.overrides,
             seed=0,
         )
         self._engine = self._llm.llm_engine
