@@ -103,7 +103,7 @@ def test_one_epsilon_changes_the_norms_of_latents_only(tmp_path: Path) -> None:
         if isinstance(before, RMSNorm) and isinstance(after, RMSNorm) and before.eps != after.eps
     ]
     assert len(changed) == 2 * config.num_layers and all(name.endswith("_a_layernorm") for name in changed)
-    assert (logits_of(ours, tokens_BT) - logits_of(one, tokens_BT)).abs().max() > 1e-2
+    assert (logits_of(ours, tokens_BT) - logits_of(one, tokens_BT)).abs().max() > 1e-4
 
 
 def test_vllm_reads_yarn_of_factor_1_where_there_is_none() -> None:
