@@ -19,7 +19,7 @@ from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE, check_ranges
 from moetrain.report.config import ReportConfig
-from moetrain.rl.config import RlConfig
+from moetrain.rl.config import RlConfig, check_mode
 from moetrain.rollout.config import RolloutConfig
 from moetrain.serve.config import ServeConfig
 from moetrain.tasks.config import TaskConfig
@@ -230,6 +230,7 @@ class RlRun(TrainingRun):
         """Check constraints that span sections."""
         super().__post_init__()
         check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
+        check_mode(self.rollout, self.train)
 
 
 def check_folder_name(field: str, folder: str) -> None:

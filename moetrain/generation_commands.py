@@ -132,12 +132,14 @@ class VerifyRolloutRun(StageRun):
     new_tokens: int = 24
     """Tokens to generate after each prompt."""
     fault: str = "none"
-    """Fault to inject into batches of several sequences, which the command must then detect: none, stale_page (a
-    sequence reads a page of another one), wrong_position (rotary positions are off by one) or other_row (two sequences
-    get each other's result)."""
+    """Fault to inject, which the command must then detect. Into batches of several sequences: stale_page (a sequence
+    reads a page of another one), wrong_position (rotary positions are off by one) or other_row (two sequences get each
+    other's result). Into the mode deterministic: fast_attention (attention over latents). none injects nothing."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="", ranges={COUNT: ("prompt_tokens", "new_tokens")})
-        if self.fault not in ("none", "stale_page", "wrong_position", "other_row"):
-            raise ConfigError(f"fault is {self.fault!r}: give none, stale_page, wrong_position or other_row")
+        if self.fault not in ("none", "stale_page", "wrong_position", "other_row", "fast_attention"):
+            raise ConfigError(
+                f"fault is {self.fault!r}: give none, stale_page, wrong_position, other_row or fast_attention"
+            )

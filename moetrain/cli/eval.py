@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
-from moetrain.kernels.config import Kernels
+from moetrain.rollout.config import RolloutConfig
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
 from moetrain.run.stage import stage_folder, stage_metrics
@@ -93,10 +93,8 @@ def _numbers(
     quant, is_main = origin.quant or QuantConfig(), topology.is_main
     numbers = evaluate(
         setting,
-        export=_contestant(origin, quant=quant, kernels=run.rollout.kernels, is_main=is_main),
-        masters=_contestant(masters, quant=QuantConfig(), kernels=run.rollout.kernels, is_main=is_main)
-        if masters
-        else None,
+        export=_contestant(origin, quant=quant, rollout=run.rollout, is_main=is_main),
+        masters=_contestant(masters, quant=QuantConfig(), rollout=run.rollout, is_main=is_main) if masters else None,
         before=before,
     )
     if numbers is None:
@@ -106,14 +104,14 @@ def _numbers(
     return {**numbers, **_language(run, origin)}
 
 
-def _contestant(origin: "Origin", *, quant: "QuantConfig", kernels: Kernels, is_main: bool) -> "Contestant":
+def _contestant(origin: "Origin", *, quant: "QuantConfig", rollout: RolloutConfig, is_main: bool) -> "Contestant":
     """Return weights to evaluate, in the form for generation."""
     from moetrain.eval.stage import Contestant
     from moetrain.inference.build import build_model
     from moetrain.kernels.choice import find_for_generation
 
-    library = find_for_generation(kernels)
-    model = build_model(origin.tensors, config=origin.model, quant=quant, library=library)
+    library = find_for_generation(rollout.kernels)
+    model = build_model(origin.tensors, config=origin.model, quant=quant, library=library, mode=rollout.mode)
     return Contestant(model=model, digest=origin.digest if is_main else "")
 
 

@@ -1,16 +1,18 @@
 """Builds the model that generates, from tensors by their names in training.
 
-The native kernels compute it on CPUs in bfloat16; everywhere else plain torch operations do. One layer is packed at a
-time, so that besides the result a process holds the tensors of one layer.
+The native kernels compute it on CPUs in bfloat16; everywhere else plain torch operations do, which do not have the mode
+`deterministic`. One layer is packed at a time, so that besides the result a process holds the tensors of one layer.
 """
 
 import torch
 
+from moetrain.errors import ConfigError
 from moetrain.inference.forward import PlainModel
+from moetrain.inference.mode import Mode
 from moetrain.inference.native import NativeModel, packed_head, packed_layer
 from moetrain.inference.protocol import Model
 from moetrain.inference.weights import InferenceWeights, Tensors, build_layers, build_outer
-from moetrain.kernels.build import Library
+from moetrain.kernels.build import Library, Units
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import default_device
@@ -24,20 +26,28 @@ def build_model(
     library: Library | None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
+    mode: Mode = Mode.fast,
 ) -> Model:
     """Return the model for generation.
 
     tensors: fp32 masters, or an export's values; for routed experts also codes and scales. library: the native kernels,
-    None for torch. device: where it computes; None is this machine's accelerator if it has one.
+    None for torch. device: where it computes; None is this machine's accelerator if it has one. Raises ConfigError for
+    the mode `deterministic` without native kernels.
     """
     device = device or default_device()
     layers = build_layers(tensors, config=config, quant=quant, dtype=dtype)
     outer = build_outer(tensors, dtype=dtype)
     if library is None or device.type != "cpu" or dtype != torch.bfloat16:
+        if mode is Mode.deterministic:
+            found = "torch's kernels" if library is None and device.type == "cpu" else f"{dtype} on {device.type}"
+            raise ConfigError(
+                f"rollout.mode is deterministic, and generation computes with {found}: the mode needs the native "
+                "kernels, in bfloat16 on a CPU. Install g++ and give kernels=auto, or give rollout.mode=fast"
+            )
         moved = {name: tensor.to(device) for name, tensor in outer.items()}
         weights = InferenceWeights(config=config, dtype=dtype, layers=[layer.to(device) for layer in layers], **moved)
         return PlainModel(weights)
-    units = library.units_of_generation
+    units = Units(library.paired) if mode is Mode.deterministic else library.units_of_generation
     return NativeModel(
         config=config,
         library=library,
@@ -45,5 +55,6 @@ def build_model(
         embed_VD=outer["embed_VD"],
         norm_D=outer["norm_D"],
         head=packed_head(outer["head_VD"], library=library),
-        layers=[packed_layer(layer, config, library=library, units=units) for layer in layers],
+        layers=[packed_layer(layer, config, library=library, units=units, mode=mode) for layer in layers],
+        mode=mode,
     )

@@ -311,6 +311,7 @@ class GenerationEngine:
             samplings=[sequence.sampling for sequence in drawn],
             allowed=allowed,
             uniforms_B=torch.as_tensor(uniforms_B, device=self._model.device),
+            library=self._model.logprob_library,
         )
 
     def _finish(self, part: _Part, draws: list[Draw]) -> None:

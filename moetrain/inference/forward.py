@@ -37,6 +37,11 @@ class PlainModel:
         """Device of the weights."""
         return self.weights.device
 
+    @property
+    def logprob_library(self) -> None:
+        """None: logprobs are computed by torch."""
+        return None
+
     def new_cache(self, num_pages: int) -> torch.Tensor:
         """Return an empty cache."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim

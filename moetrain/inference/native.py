@@ -2,7 +2,8 @@
 
 Every matrix is packed once, as the kernels read it: routed experts as INT4 codes and scales if the model is quantised
 to them, all else in bfloat16. A row's result depends on its own tokens only, bit for bit, and not on the other rows or
-the number of threads.
+the number of threads. In the mode `deterministic` it is also the result of training: the cache holds the keys and
+values of each head instead of latents, and attention adds in the order of training.
 
 H heads, D hidden, C kv_lora, E experts, F expert width, G = 2F (gate rows first), V value width, N rows of a matrix.
 """
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.inference.forward import longer
+from moetrain.inference.mode import Mode
 from moetrain.inference.rows import PAGE, Rows
 from moetrain.inference.weights import ExpertWeight, LayerWeights
 from moetrain.kernels.build import Library, Units
@@ -39,6 +41,7 @@ class NativeModel:
     layers: list[list[torch.Tensor | int | None]]
     units: Units
     """Units of all products; those for which the matrices are packed."""
+    mode: Mode = Mode.fast
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -51,15 +54,26 @@ class NativeModel:
         shape += [config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, config.q_lora_rank or 0]
         shape += [config.num_experts, config.num_experts_per_token, config.num_groups, config.num_groups_per_token]
         shape += [KERNEL_NUMBERS[config.score_function], int(config.normalize_weights)]
+        shape += [int(self.mode is Mode.deterministic)]
         self._shape = torch.tensor(shape, dtype=torch.int64)
         factors = [config.rms_norm_eps, LATENT_NORM_EPS, config.softmax_scale, routed_scaling_factor(config)]
         self._factors = torch.tensor(factors, dtype=torch.float32)
         self._rope = build_rope(config, 1)
 
     def new_cache(self, num_pages: int) -> torch.Tensor:
-        """Return an empty cache."""
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return torch.zeros(self.config.num_layers, num_pages, PAGE, width, dtype=torch.bfloat16)
+        """Return an empty cache: of latents and rotary keys, or of the keys and values of each head."""
+        config = self.config
+        if self.mode is Mode.deterministic:
+            widths = sum(-(-width // GROUP) * GROUP for width in (config.qk_head_dim, config.v_head_dim))
+            shape = (config.num_layers, num_pages, config.num_heads, PAGE * widths)
+        else:
+            shape = (config.num_layers, num_pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    @property
+    def logprob_library(self) -> Library | None:
+        """The kernels that compute logprobs as training does, in the mode `deterministic`."""
+        return self.library if self.mode is Mode.deterministic else None
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
         """Return hidden states [N, D] after the last norm."""
@@ -127,7 +141,7 @@ def packed_head(weight_VD: torch.Tensor, *, library: Library) -> torch.Tensor:
 
 
 def packed_layer(
-    layer: LayerWeights, config: ModelConfig, *, library: Library, units: Units
+    layer: LayerWeights, config: ModelConfig, *, library: Library, units: Units, mode: Mode
 ) -> list[torch.Tensor | int | None]:
     """Return a block in bfloat16 as `NativeModel` holds it: the fields of the kernels' DecodeLayer in their order."""
     width = layer.dense_down.shape[1]
@@ -141,6 +155,8 @@ def packed_layer(
             _experts(gate_up, library, units=units, num_matrices=2, is_int4=bool(is_int4)),
             _experts(down, library, units=units, num_matrices=1, is_int4=bool(is_int4)),
         ]
+    is_fast = mode is Mode.fast
+    kv_b_HEC = torch.cat([layer.up_k_HNC, layer.up_v_HCV.transpose(1, 2)], 1)
     return [
         layer.input_norm_D,
         layer.post_norm_D,
@@ -151,8 +167,9 @@ def packed_layer(
         None if layer.q_a is None else _dense(layer.q_a, library),
         _dense(layer.q_b, library),
         _dense(layer.kv_a, library),
-        _dense(layer.up_k_HNC.transpose(1, 2), library),
-        _dense(layer.up_v_HCV.transpose(1, 2), library),
+        None if is_fast else _dense(kv_b_HEC.flatten(0, 1), library),
+        _dense(layer.up_k_HNC.transpose(1, 2), library) if is_fast else None,
+        _dense(layer.up_v_HCV.transpose(1, 2), library) if is_fast else None,
         _dense(layer.o_proj, library),
         None if gate is None else _dense(gate, library),
         None if up is None else _dense(up, library),

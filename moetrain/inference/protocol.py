@@ -12,6 +12,7 @@ import torch
 
 from moetrain.inference.rows import Rows
 from moetrain.inference.sampling import Constraint, Draw, Sampling
+from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 
 
@@ -102,8 +103,13 @@ class Model(Protocol):
         """Device of the weights and of all inputs and outputs."""
         ...
 
+    @property
+    def logprob_library(self) -> Library | None:
+        """The native kernels that compute logprobs as training does; None to compute them by torch."""
+        ...
+
     def new_cache(self, num_pages: int) -> torch.Tensor:
-        """Return an empty cache [layers, pages, PAGE, C + R] of latents and rotary keys."""
+        """Return an empty cache [layers, pages, ...]; what a page holds is the model's affair."""
         ...
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from moetrain.errors import ConfigError
-from moetrain.ops.logprobs import exponentials, row_sums
+from moetrain.kernels.build import Library
+from moetrain.ops.logprobs import exponentials, read_natively, row_sums
 from moetrain.ranges import TEMPERATURE
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -65,6 +66,11 @@ class Sampling:
     def is_filtered(self) -> bool:
         """Whether some tokens are excluded by their probability."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether tokens are drawn from another distribution than the model's at this temperature."""
+        return self.is_filtered or bool(self.logit_bias)
 
 
 Allowed = NDArray[np.bool_]
@@ -130,15 +136,22 @@ def draw(
     samplings: Sequence[Sampling],
     allowed: Sequence[Allowed | None],
     uniforms_B: torch.Tensor,
+    library: Library | None = None,
 ) -> list[Draw]:
     """Return one token per row. Rows with default settings cost no more than `sample`.
 
-    allowed: the tokens that a row's constraint allows; None without a constraint.
+    allowed: the tokens that a row's constraint allows; None without a constraint. library: kernels by which the
+    logprobs of rows without bias, constraint and filters are computed as training does; None computes them by torch.
     """
     temperatures = [sampling.temperature for sampling in samplings]
     temperatures_B = torch.tensor(temperatures, dtype=torch.float32, device=logits_BV.device)
     shaped_BV = _shape(logits_BV, samplings=samplings, allowed=allowed)
     tokens_B, logprobs_B = sample(shaped_BV, temperatures_B=temperatures_B, uniforms_B=uniforms_B)
+    rows = [row for row, each in enumerate(samplings) if not each.is_shaped and allowed[row] is None]
+    if library is not None and rows:
+        divisors_R = torch.where(temperatures_B == 0, 1.0, temperatures_B)[rows]
+        read = read_natively(logits_BV[rows].bfloat16(), tokens_B[rows], temperatures_C=divisors_R, library=library)
+        logprobs_B[rows] = read.logprobs_C
     tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
     free: dict[int, float] = {}
     rows = [row for row, mask_V in enumerate(allowed) if mask_V is not None]

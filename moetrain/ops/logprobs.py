@@ -56,6 +56,16 @@ def read_logits(
     return Read(normalizers_C, scaled_CV.gather(1, targets_C[:, None])[:, 0] - normalizers_C, entropies_C)
 
 
+def read_natively(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None, library: Library
+) -> Read:
+    """Return the same from bfloat16 logits with the native kernels."""
+    read = Read(*(logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)))
+    sources = (logits_CV.contiguous(), targets_C.contiguous(), temperatures_C)
+    library("logprob_rows", *sources, *read, *logits_CV.shape)
+    return read
+
+
 def exponentials(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return exp(logit - row maximum) [C, V], its sum [C], and the log of the sum of exp(logit) [C], float32.
 
@@ -141,9 +151,7 @@ class _NativeHead:
         return logits_CV
 
     def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
-        read = Read(*(logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)))
-        self.library("logprob_rows", logits_CV, targets_C.contiguous(), temperatures_C, *read, *logits_CV.shape)
-        return read
+        return read_natively(logits_CV, targets_C, temperatures_C=temperatures_C, library=self.library)
 
     def backward(self, grad_C: torch.Tensor, chunk: _Chunk, *, grad_VD: torch.Tensor) -> torch.Tensor:
         library = self.library

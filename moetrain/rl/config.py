@@ -1,11 +1,15 @@
 """Config of the policy update. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from moetrain.errors import ConfigError
+from moetrain.inference.mode import Mode
+from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from moetrain.rollout.config import RolloutConfig
+from moetrain.train.config import ComputeDtype, TrainConfig
 
 
 class BalanceLosses(StrEnum):
@@ -44,3 +48,23 @@ class RlConfig:
             raise ConfigError(
                 f"rl.group_size is {self.group_size}: give at least 2 trajectories per task, for a group baseline"
             )
+
+
+def check_mode(rollout: RolloutConfig, train: TrainConfig) -> None:
+    """Raise ConfigError if rollouts must have the bits of training, and training does not use the native kernels."""
+    if rollout.mode is not Mode.deterministic:
+        return
+    for name, value, cure in (
+        ("kernels", train.kernels, Kernels.auto),
+        ("compute_dtype", train.compute_dtype, ComputeDtype.bfloat16),
+    ):
+        if value in (Kernels.torch, ComputeDtype.float32):
+            raise ConfigError(
+                f"rollout.mode is deterministic and train.{name} is {value}: only the native kernels, in bfloat16, "
+                f"give training and generation the same bits. Give train.{name}={cure}, or rollout.mode=fast"
+            )
+
+
+def kernels_for(rollout: RolloutConfig, train: TrainConfig) -> TrainConfig:
+    """Return `train`; with deterministic rollouts it requires the native kernels instead of `auto`."""
+    return replace(train, kernels=Kernels.native) if rollout.mode is Mode.deterministic else train

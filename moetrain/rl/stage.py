@@ -96,7 +96,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     started = time.perf_counter()
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     library = find_for_generation(stage.rollout.kernels)
-    model = sync_weights(stage.engine, config=stage.model, quant=stage.quant, library=library)
+    model = sync_weights(stage.engine, config=stage.model, quant=stage.quant, library=library, mode=stage.rollout.mode)
     groups = collect_groups(stage, model=model, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])

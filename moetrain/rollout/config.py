@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
+from moetrain.inference.mode import Mode
 from moetrain.inference.speculation import Speculation
 from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TEMPERATURE, check_ranges
@@ -42,6 +43,9 @@ class RolloutConfig:
     cache_megabytes: int | None = None
     """Largest size of the cache of latents in MiB; null takes what all sequences need, at most half of the free memory.
     Sequences that find no room are read again later."""
+    mode: Mode = Mode.fast
+    """How generation computes. deterministic: the logprob of a sampled token equals the trainer's bit for bit, which
+    needs the native kernels in training too and a larger cache. fast: it differs by rounding."""
     kernels: Kernels = Kernels.auto
     """Kernels that generate on a CPU. auto and native: the project's own, which multiply INT4 experts from their codes;
     auto uses torch's where they cannot be compiled."""
@@ -62,4 +66,9 @@ class RolloutConfig:
         if self.max_turn_tokens >= self.max_tokens:
             raise ConfigError(
                 f"rollout.max_turn_tokens is {self.max_turn_tokens}: give less than max_tokens={self.max_tokens}"
+            )
+        if self.mode is Mode.deterministic and self.kernels is Kernels.torch:
+            raise ConfigError(
+                "rollout.mode is deterministic and rollout.kernels is torch: this mode needs the native kernels. "
+                "Give rollout.kernels=auto, or rollout.mode=fast"
             )

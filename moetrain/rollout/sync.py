@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moetrain.errors import RolloutError
 from moetrain.inference.build import build_model
+from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
 from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
@@ -35,6 +36,7 @@ def sync_weights(
     quant: QuantConfig,
     library: Library | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    mode: Mode = Mode.fast,
 ) -> Model:
     """Return the engine's present weights in the form for generation, on every rank. A collective.
 
@@ -43,7 +45,7 @@ def sync_weights(
     """
     tensors = StreamedTensors(engine, quant=quant, dtype=dtype)
     device = engine.topology.device
-    model = build_model(tensors, config=config, quant=quant, library=library, dtype=dtype, device=device)
+    model = build_model(tensors, config=config, quant=quant, library=library, dtype=dtype, device=device, mode=mode)
     tensors.check()
     return model
 

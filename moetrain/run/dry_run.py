@@ -10,6 +10,7 @@ from rich.table import Table
 from moetrain.config import DocumentRun, RlRun, TrainingRun
 from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
+from moetrain.run.resume_check import train_of
 
 _DAY_S = 24 * 3600
 _DAYS_PER_YEAR = 365.25
@@ -117,7 +118,7 @@ def _measured_peak(run: TrainingRun) -> tuple[str, float]:
     from moetrain.train.precision import DTYPES, expected_precision
 
     device = default_device()
-    dtype, library = expected_precision(run.train, device=device, folder=run.run.path)
+    dtype, library = expected_precision(train_of(run), device=device, folder=run.run.path)
     return device.type, measure_peak(dtype=DTYPES[dtype], device=device, library=library)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 from moetrain.config import DocumentRun, RlRun, TrainingRun
 from moetrain.errors import CheckpointError
 from moetrain.log import read_metrics
+from moetrain.rl.config import kernels_for
 from moetrain.runtime import default_device
+from moetrain.train.config import TrainConfig
 
 
 def check_resume(run: TrainingRun) -> None:
@@ -28,7 +30,7 @@ def check_resume(run: TrainingRun) -> None:
     except (CheckpointError, ValueError):
         return  # no checkpoint, or a damaged one; the stage then falls back to an earlier one
     stored: dict[str, Any] = loaded.state["identity"]
-    train = run.train
+    train = train_of(run)
     compute_dtype, _ = expected_precision(train, device=default_device(), folder=run.run.path)
     train = replace(train, compute_dtype=compute_dtype)
     current = identity_of(
@@ -43,6 +45,11 @@ def check_resume(run: TrainingRun) -> None:
     # Only the stage can compute the digests of its data, so they are taken from the checkpoint.
     digests = {name: value for name, value in stored.items() if name not in current or name == "origin"}
     check_identity(loaded, current | digests)
+
+
+def train_of(run: TrainingRun) -> TrainConfig:
+    """Return the training section, with the kernels that the stage requires."""
+    return kernels_for(run.rollout, run.train) if isinstance(run, RlRun) else run.train
 
 
 def own_sections(run: TrainingRun) -> dict[str, Any]:

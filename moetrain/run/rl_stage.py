@@ -9,14 +9,17 @@ from moetrain.checkpoint.origin import TOKENIZER, Origin, continue_state, start_
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.config import RlRun
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.files import write_json
+from moetrain.inference.mode import Mode
+from moetrain.kernels.build import Library
 from moetrain.parallel.engine import Engine, build_engine
-from moetrain.parallel.topology import setup
+from moetrain.parallel.topology import Topology, setup
 from moetrain.rl.registry import build
 from moetrain.rl.stage import RlStage, rl_training
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
-from moetrain.run.resume_check import own_sections
+from moetrain.run.resume_check import own_sections, train_of
 from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.weights import read_weights, tokenizer_of
 from moetrain.tasks import registry
@@ -28,6 +31,8 @@ from moetrain.train.loop import run_training
 from moetrain.train.precision import DTYPES, resolve_precision
 from moetrain.train.stages import SUMMARY
 
+_FAST = "Give rollout.mode=fast"
+
 
 def learn(run: RlRun, *, weights: str) -> int:
     """Run an RL stage from the folder `weights`; return its exit code."""
@@ -36,7 +41,11 @@ def learn(run: RlRun, *, weights: str) -> int:
         start_point = rl_start_point(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
-        precision = resolve_precision(run.train, folder=folder, topology=setup(run.parallel))
+        topology, is_exact = setup(run.parallel), run.rollout.mode is Mode.deterministic
+        cure = _FAST if is_exact else None
+        precision = resolve_precision(train_of(run), folder=folder, topology=topology, cure=cure)
+        if is_exact:
+            check_kernels(precision.library, topology)
         train = precision.train
         engine = build_engine(
             run.model,
@@ -63,6 +72,22 @@ def learn(run: RlRun, *, weights: str) -> int:
             summary = {"stage": folder.name, "steps": outcome.step, **kernels_and_dtype}
             write_json(folder / SUMMARY, summary | outcome.counters.totals | start_point.record())
     return 0
+
+
+def check_kernels(library: Library | None, topology: Topology) -> None:
+    """Raise ConfigError where a rank that generates and one that trains could compute other bits. A collective."""
+    if library is None:
+        raise ConfigError(
+            f"rollout.mode is deterministic and this run trains on {topology.device.type}: only the native kernels of "
+            f"CPUs give training and generation the same bits. {_FAST}"
+        )
+    own = f"{library.path.stem} with {'pairs' if library.paired else 'single numbers'}"
+    kinds = topology.broadcast_object(sorted(set(topology.gather_objects(own) or ())))
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"rollout.mode is deterministic and the ranks compute differently ({', '.join(kinds)}): start all ranks "
+            "on CPUs of one kind with the same compiler, or give rollout.mode=fast"
+        )
 
 
 def rl_start_point(run: RlRun, origin: Origin) -> StartPoint:

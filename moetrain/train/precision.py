@@ -46,12 +46,14 @@ class ResolvedPrecision(Generic[_Config]):
     library: Library | None
 
 
-def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> ResolvedPrecision[_Config]:
+def resolve_precision(
+    train: _Config, *, folder: Path, topology: Topology, cure: str | None = None
+) -> ResolvedPrecision[_Config]:
     """Return the dtype and the kernels that a run uses, and store the choice in the stage's folder.
 
     Collective: native kernels are used only if all ranks have them. A resumed run uses the dtype and the kernels with
     which it started. On a CPU the main rank measures the dtypes; accelerators always use bfloat16. Raises ConfigError
-    if native kernels are required but unavailable.
+    if native kernels are required but unavailable. cure: its advice; the default is that of `train.kernels`.
     """
 
     def shared_gain() -> float:
@@ -63,7 +65,7 @@ def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> Re
 
     if train.kernels is Kernels.torch and read_measurement(folder / MACHINE, _NATIVE_KEY) and topology.is_main:
         _log.warning("this stage started with native kernels and continues with torch's: results differ by rounding")
-    cure = _cure(train)
+    cure = cure or _cure(train)
     train = replace(train, kernels=topology.broadcast_object(starting_kernels(train, folder=folder)))
     library, reason, refusal = None, "", ""
     try:
@@ -72,9 +74,7 @@ def resolve_precision(train: _Config, *, folder: Path, topology: Topology) -> Re
         refusal = str(error)
     all_ranks_native = topology.all_reduce_max(torch.tensor(float(library is None))) == 0
     if not all_ranks_native and train.kernels is Kernels.native and topology.device.type == "cpu":
-        raise ConfigError(
-            refusal or "train.kernels=native: unavailable on another rank. Give train.kernels=auto or torch"
-        )
+        raise ConfigError(refusal or f"kernels=native is unavailable on another rank. {cure}")
     kernels = Kernels.native if all_ranks_native else Kernels.torch
     if topology.is_main:
         _log.info("kernels: %s (%s)", kernels, reason if all_ranks_native or library is None else "not on all ranks")

@@ -1,7 +1,8 @@
 """Checks that a generated token and its logprob depend on the weights and the tokens before it only.
 
 Tiny random models generate the same sequences alone and in other company, through the same engine as rollouts. The
-tokens and the bits of their logprobs must be equal.
+tokens and the bits of their logprobs must be equal; in the mode `deterministic` the logprobs must also be those of
+training. In the mode `fast` the difference to training is measured and split by its causes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,17 @@ from moetrain.errors import ConfigError
 from moetrain.generation_commands import VerifyRolloutRun
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
 from moetrain.inference.protocol import Sequence as Generated
-from moetrain.inference.rows import PAGE, Rows
+from moetrain.inference.rows import PAGE, Chunk, Rows
+from moetrain.inference.sampling import Sampling
+from moetrain.kernels.build import Library
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer, initialize
+from moetrain.ops.logprobs import chunked_logprobs, read_natively
 from moetrain.quant.apply import apply
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import seed_of, torch_stream
@@ -39,17 +44,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Changes to the nano shape, by name."""
 COMPANY = (7, 64)
 """Numbers of sequences that generate together."""
+TEMPERATURE = 0.7
+"""Temperature of all samples, other than 1 so that the logprobs depend on it."""
 _PREFIX_SHARE = 0.6
 
 
 class Faulty:
     """A model that computes steps of several sequences wrongly, to show that the command notices."""
 
+    FAULTS = ("stale_page", "wrong_position", "other_row")
+
     def __init__(self, model: Model, fault: str) -> None:
         self._model = model
         self._fault = fault
         self.config = model.config
         self.device = model.device
+        self.logprob_library = model.logprob_library
         self.new_cache = model.new_cache
         self.logits = model.logits
 
@@ -68,23 +78,42 @@ class Faulty:
 
 
 def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
-    """Yield the number of generated tokens that differ, by model and company. Raises ConfigError without kernels."""
+    """Yield the differences by model, mode and company. Raises ConfigError without kernels."""
     library = find_for_generation(Kernels.auto)
     if library is None:
         raise ConfigError(
             "verify rollout checks the native kernels, which are unavailable here: install g++ or set CXX"
         )
     for name, fields in SHAPES.items():
-        config = ModelConfig(**fields)
-        quant = QuantConfig(enabled=name.startswith("int4"))
-        sources = [_source(config, quant, dtype=dtype, seed=run.run.seed) for dtype in (torch.bfloat16, torch.float32)]
-        state, device = sources[0].state_dict(), torch.device("cpu")
-        model = build_model(state, config=config, quant=quant, library=library, device=device)
-        yield from _rows(run, name, model=model, sources=sources)
+        config, quant = ModelConfig(**fields), QuantConfig(enabled=name.startswith("int4"))
+        native = _source(config, quant, seed=run.run.seed, library=library)
+        state, device = native.state_dict(), torch.device("cpu")
+        made = {
+            mode: build_model(state, config=config, quant=quant, library=library, device=device, mode=mode)
+            for mode in Mode
+        }
+        prompts = _prompts(run, config.vocab_size)
+        alone = {mode: _alone(run, model, prompts) for mode, model in made.items()}
+        for mode, model in made.items():
+            yield from _company_rows(run, f"{name}, {mode}", model=model, alone=alone[mode])
+        if run.fault == "fast_attention":
+            alone[Mode.deterministic] = alone[Mode.fast]
+        yield _equality_row(name, native, alone[Mode.deterministic])
+        plain = _source(config, quant, seed=run.run.seed)
+        exact = _source(config, quant, seed=run.run.seed, dtype=torch.float32)
+        yield from _gap_rows(name, made[Mode.fast], alone[Mode.fast], sources=(native, plain, exact))
 
 
-def _source(config: ModelConfig, quant: QuantConfig, *, dtype: torch.dtype, seed: int) -> Transformer:
-    source = Transformer(config, compute_dtype=dtype)
+def _source(
+    config: ModelConfig,
+    quant: QuantConfig,
+    *,
+    seed: int,
+    library: Library | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Transformer:
+    """Return the training model; `library` None computes by torch."""
+    source = Transformer(config, compute_dtype=dtype, library=library)
     initialize(source, seed)
     for _, buffer in source.named_buffers():
         buffer.normal_(std=0.1, generator=torch_stream(seed, "verify/biases"))
@@ -93,11 +122,14 @@ def _source(config: ModelConfig, quant: QuantConfig, *, dtype: torch.dtype, seed
     return source
 
 
-def _rows(run: VerifyRolloutRun, name: str, *, model: Model, sources: Sequence[Transformer]) -> Iterator[Row]:
-    """Yield the rows of one model. sources: the training model, with products in bf16 and in float32."""
+def _alone(run: VerifyRolloutRun, model: Model, prompts: Sequence[Sequence[int]]) -> list[Generated]:
+    return [_generate(run, model, [prompt], streams=[place])[0] for place, prompt in enumerate(prompts)]
+
+
+def _company_rows(run: VerifyRolloutRun, name: str, *, model: Model, alone: Sequence[Generated]) -> Iterator[Row]:
+    """Yield the number of sampled tokens that differ from those of the same sequences `alone`, by company."""
     prompts = _prompts(run, model.config.vocab_size)
-    alone = [_generate(run, model, [prompt], streams=[place])[0] for place, prompt in enumerate(prompts)]
-    crowd = model if run.fault == "none" else Faulty(model, run.fault)
+    crowd = Faulty(model, run.fault) if run.fault in Faulty.FAULTS else model
     count = f"of {sum(len(each.tokens) for each in alone) - sum(map(len, prompts))} tokens"
     for size in COMPANY:
         together: list[Generated] = []
@@ -116,11 +148,38 @@ def _rows(run: VerifyRolloutRun, name: str, *, model: Model, sources: Sequence[T
     other = _generate(run, crowd, prompts, streams=range(len(prompts)))
     torch.set_num_threads(threads)
     yield Row(name=f"{name}: 1 and 2 threads", value=_differing(alone, other), bound=0, note=count)
-    exact, trained = (_trained_logprobs(source, alone) for source in reversed(sources))
-    found = torch.tensor([value for each in alone for value in _sampled(each, each.logprobs)])
-    bound = 2 * float((trained - exact).abs().mean())  # both are in bf16: at most the sum of their errors
+
+
+def _equality_row(name: str, native: Transformer, sequences: Sequence[Generated]) -> Row:
+    """Return the number of sampled logprobs that are not those of training with the native kernels, bit for bit."""
+    found, trained = _sampled_logprobs(sequences), _trained_logprobs(native, sequences)
+    note = f"of {len(found)} logprobs at temperature {TEMPERATURE}"
+    differing = float((found != trained).sum())
+    return Row(name=f"{name}, {Mode.deterministic}: sampled and trained logprobs", value=differing, bound=0, note=note)
+
+
+def _gap_rows(
+    name: str, fast: Model, sequences: Sequence[Generated], *, sources: tuple[Transformer, Transformer, Transformer]
+) -> Iterator[Row]:
+    """Yield the differences of the mode `fast` to training, and their causes.
+
+    sources: the training model by native kernels, by torch in bf16, and by torch in float32. Between two neighbours of
+    the chain sampler, kernels' log-softmax, training with native kernels, training with torch's kernels, one cause
+    changes.
+    """
+    native, plain, exact = (_trained_logprobs(source, sequences) for source in sources)
+    assert sources[0].library is not None
+    sampled, read = _sampled_logprobs(sequences), _read_logprobs(fast, sequences, library=sources[0].library)
+    bound = 2 * float((plain - exact).abs().mean())  # both sides are in bf16: at most the sum of their errors
     note = "nats per token, mean; the bound is twice the error of training in bf16"
-    yield Row(name=f"{name}: gap to training", value=float((found - trained).abs().mean()), bound=bound, note=note)
+    for what, one, other in (
+        ("to training with native kernels", sampled, native),
+        ("by attention over latents", read, native),
+        ("by the sampler's log-softmax", sampled, read),
+        ("to training with torch's kernels", sampled, plain),
+        ("by the order of sums in torch's kernels", native, plain),
+    ):
+        yield Row(name=f"{name}, fast: gap {what}", value=float((one - other).abs().mean()), bound=bound, note=note)
 
 
 def _prompts(run: VerifyRolloutRun, vocab_size: int) -> list[list[int]]:
@@ -152,7 +211,12 @@ def _generate(
     megabytes = None if pages is None else (pages + 0.5) * model.new_cache(1).nbytes / (1 << 20)
     engine = GenerationEngine(model, num_slots=len(prompts), max_tokens=limit, cache_megabytes=megabytes)
     sequences = [
-        Generated(tokens=list(prompt), stream=seed_of(run.run.seed, "verify/sampling", stream), limit=limit)
+        Generated(
+            tokens=list(prompt),
+            stream=seed_of(run.run.seed, "verify/sampling", stream),
+            limit=limit,
+            sampling=Sampling(temperature=TEMPERATURE),
+        )
         for prompt, stream in zip(prompts, streams, strict=True)
     ]
     for sequence in sequences:
@@ -172,8 +236,10 @@ def _differing(first: Sequence[Generated], second: Sequence[Generated]) -> float
     return float(different)
 
 
-def _sampled(sequence: Generated, values: Sequence[float]) -> list[float]:
-    return [value for value, is_sampled in zip(values, sequence.is_sampled, strict=True) if is_sampled]
+def _sampled_logprobs(sequences: Sequence[Generated]) -> torch.Tensor:
+    """Return the logprobs with which all tokens were sampled."""
+    pairs = [zip(each.logprobs, each.is_sampled, strict=True) for each in sequences]
+    return torch.tensor([logprob for pair in pairs for logprob, is_sampled in pair if is_sampled])
 
 
 @torch.no_grad()
@@ -182,7 +248,28 @@ def _trained_logprobs(source: Transformer, sequences: Sequence[Generated]) -> to
     tokens_BT = torch.tensor([sequence.tokens for sequence in sequences])
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     hidden_BTD = source(tokens_BT, segments_BT=torch.ones_like(tokens_BT), positions_BT=positions_BT).hidden_BTD
-    is_sampled_BT = torch.tensor([sequence.is_sampled for sequence in sequences])
-    row_N, place_N = is_sampled_BT.nonzero(as_tuple=True)
-    logprobs_NV = torch.log_softmax(source.logits(hidden_BTD[row_N, place_N - 1]).float(), -1)
-    return logprobs_NV.gather(1, tokens_BT[row_N, place_N][:, None])[:, 0]
+    row_N, place_N = torch.tensor([sequence.is_sampled for sequence in sequences]).nonzero(as_tuple=True)
+    logprobs_N, _ = chunked_logprobs(
+        hidden_BTD[row_N, place_N - 1],
+        source.lm_head.weight,
+        targets_N=tokens_BT[row_N, place_N],
+        temperatures_N=torch.full((len(row_N),), TEMPERATURE),
+        library=source.library,
+    )
+    return logprobs_N
+
+
+@torch.no_grad()
+def _read_logprobs(model: Model, sequences: Sequence[Generated], *, library: Library) -> torch.Tensor:
+    """Return the logprobs of all sampled tokens by generation's forward pass and the log-softmax of training."""
+    found = []
+    for sequence in sequences:
+        pages = range(-(-len(sequence.tokens) // PAGE))
+        chunk = Chunk(tokens=sequence.tokens, start=0, pages=pages)
+        hidden_ND = model.forward(Rows.of([chunk], device=model.device), model.new_cache(len(pages)))
+        place_N = torch.tensor(sequence.is_sampled).nonzero()[:, 0]
+        logits_NV = model.logits(hidden_ND[place_N - 1]).bfloat16()
+        temperatures_N = torch.full((len(place_N),), TEMPERATURE)
+        targets_N = torch.tensor(sequence.tokens)[place_N]
+        found.append(read_natively(logits_NV, targets_N, temperatures_C=temperatures_N, library=library).logprobs_C)
+    return torch.cat(found)

@@ -8,6 +8,9 @@ import torch
 
 from moetrain.checkpoint.origin import Origin, continue_state, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
+from moetrain.errors import ConfigError
+from moetrain.inference.mode import Mode
+from moetrain.kernels.build import Library, load
 from moetrain.log import JsonlMetrics, Metrics, read_metrics
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.optim.config import OptimConfig
@@ -21,6 +24,7 @@ from moetrain.rl.stage import RlStage, collect_groups, rl_training, take_rl_step
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
+from moetrain.run.rl_stage import check_kernels
 from moetrain.tasks.protocol import Split
 from moetrain.train.config import Continuation, TrainConfig
 from moetrain.train.continuation import TASKS_USED, start_point_of
@@ -53,10 +57,12 @@ def _stage(engine: Engine, seen: list[Trajectory]) -> RlStage:
     )
 
 
-def _engine(name: EngineName, *, expert: int = 1, dtype: torch.dtype = torch.bfloat16) -> Engine:
+def _engine(
+    name: EngineName, *, expert: int = 1, dtype: torch.dtype = torch.bfloat16, library: Library | None = None
+) -> Engine:
+    kind = {"compute_dtype": dtype, "library": library, "seed": 0}
     parallel = ParallelConfig(engine=name, expert=expert)
-    optim = OptimConfig(lr=1e-2)
-    return build_engine(MODEL, parallel, optim_config=optim, quant_config=_QUANT, compute_dtype=dtype, seed=0)
+    return build_engine(MODEL, parallel, optim_config=OptimConfig(lr=1e-2), quant_config=_QUANT, **kind)  # type: ignore[arg-type]
 
 
 def _take_steps(stage: RlStage, folder: Path, *, steps: int, metrics: Metrics) -> None:
@@ -214,6 +220,30 @@ def test_the_attention_clip_works_in_rl_and_does_not_depend_on_micro_batches(tmp
     assert parts["max_logit"] == pytest.approx(whole["max_logit"], rel=1e-5)
 
 
+def _gaps(engine: Engine, *, mode: Mode, steps: int) -> list[float]:
+    """Return the logprob gap of RL steps at temperature 0.7, in several micro-batches."""
+    stage = _stage(engine, [])
+    rollout = replace(stage.rollout, mode=mode, temperature=0.7)
+    stage = replace(stage, rollout=rollout, rl=replace(stage.rl, tasks_per_step=8, tokens_per_micro_batch=512))
+    return [take_rl_step(stage, _TRAIN, step=step)["logprob_gap"] for step in range(steps)]
+
+
+def test_deterministic_rollouts_have_the_logprobs_of_the_trainer_bit_for_bit() -> None:
+    assert _gaps(_engine(EngineName.torch, library=load()), mode=Mode.deterministic, steps=3) == [0.0, 0.0, 0.0]
+    assert _gaps(_engine(EngineName.torch, library=load()), mode=Mode.fast, steps=1)[0] > 0
+
+
+def _on_ranks(expert: int) -> tuple[list[list[int]], list[float]]:
+    engine = _engine(EngineName.deepspeed, expert=expert, library=load())
+    other = Library(load().path)
+    other.paired = engine.topology.rank
+    if expert > 1:
+        with pytest.raises(ConfigError, match=r"the ranks compute differently .*pairs.*single numbers"):
+            check_kernels(other, engine.topology)
+    check_kernels(load(), engine.topology)
+    return _trajectories(expert), _gaps(engine, mode=Mode.deterministic, steps=2)
+
+
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
@@ -222,6 +252,8 @@ def _trajectories(expert: int) -> list[list[int]]:
 
 
 def test_two_ranks_with_split_experts_collect_the_trajectories_of_one_process() -> None:
-    (alone,) = run_ranks(_trajectories, 1, expert=1)
-    first, second = run_ranks(_trajectories, 2, expert=2)
-    assert first == second == alone
+    (alone,) = run_ranks(_on_ranks, 1, expert=1)
+    first, second = run_ranks(_on_ranks, 2, expert=2)
+    assert first == second
+    assert first[0] == alone[0]
+    assert first[1] == alone[1] == [0.0, 0.0], "deterministic rollouts have the trainer's logprobs on both"

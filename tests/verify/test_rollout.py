@@ -14,17 +14,25 @@ WORDS = ["verify", "rollout", "prompt_tokens=70", "new_tokens=3"]
 def test_no_token_depends_on_its_company(tmp_path: Path) -> None:
     assert main([*WORDS, f"run.folder={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "default/verify_rollout/verify.json").read_text())["rows"]
-    assert len(rows) == 15 and all(row["value"] == 0 for row in rows if "gap" not in row["name"])
+    assert len(rows) == 42 and all(row["value"] == 0 for row in rows if "gap" not in row["name"])
+    gaps = {row["name"].split(", fast: gap ")[1]: row["value"] for row in rows if "gap" in row["name"]}
+    assert len(gaps) == 5 and gaps["by attention over latents"] > 100 * gaps["by the sampler's log-softmax"]
     crowds = [row for row in rows if "others" in row["name"]]
-    assert len(crowds) == 6 and all(re.search(r"; [1-9]\d* prompt tokens", row["note"]) for row in crowds)
+    assert len(crowds) == 12 and all(re.search(r"; [1-9]\d* prompt tokens", row["note"]) for row in crowds)
 
 
-@pytest.mark.parametrize("fault", ["stale_page", "wrong_position", "other_row"])
-def test_a_planted_fault_is_found(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("fault", "row"),
+    [
+        *((fault, "alone and with 6 others") for fault in ("stale_page", "wrong_position", "other_row")),
+        ("fast_attention", "deterministic: sampled and trained logprobs"),
+    ],
+)
+def test_a_planted_fault_is_found(fault: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, f"fault={fault}", f"run.folder={tmp_path}"]) == 3
-    assert "alone and with 6 others" in capsys.readouterr().err
+    assert row in capsys.readouterr().err
 
 
 def test_an_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "fault=page"]) == 2
-    assert "give none, stale_page, wrong_position or other_row" in capsys.readouterr().err
+    assert "give none, stale_page, wrong_position, other_row or fast_attention" in capsys.readouterr().err

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "decode_attention.h"
+#include "decompressed_attention.h"
 #include "packed.h"
 #include "router.h"
 #include "rows.h"
@@ -15,14 +16,16 @@
 struct DecodeShape {
   int64_t layers, hidden, heads, plain, rotary, value, latent, query_rank;  // query_rank 0: queries are not compressed
   int64_t experts, chosen, groups, best_groups, function, normalize;
+  int64_t decompressed;  // whether the cache holds the keys and values of each head instead of latents
   float eps, latent_eps, scale, factor;
 };
 
 // Pointers of one block. Matrices are packed by `pack_dense`; up_k and up_v hold one matrix per head. A block without
-// experts has no router. int4: whether expert_gate_up and expert_down are from `pack_int4`.
+// experts has no router. A decompressed cache needs kv_b, one of latents up_k and up_v. int4: whether expert_gate_up and
+// expert_down are from `pack_int4`.
 struct DecodeLayer {
   const float *input_norm, *post_norm, *query_norm, *latent_norm, *router, *bias;
-  const uint8_t *q_a, *q_b, *kv_a, *up_k, *up_v, *out, *gate, *up, *down, *expert_gate_up, *expert_down;
+  const uint8_t *q_a, *q_b, *kv_a, *kv_b, *up_k, *up_v, *out, *gate, *up, *down, *expert_gate_up, *expert_down;
   int64_t width, expert_width, int4;
 };
 
@@ -32,7 +35,7 @@ struct DecodeRows {
   const int32_t* tables;                 // [sequences][table_width]: the pages of each
   int64_t table_width;
   const float *cosine, *sine;  // [positions][R / 2]
-  bf16* pages;                 // [layers][num_pages][PAGE][C + R]
+  bf16* pages;                 // [layers][num_pages][PAGE][C + R], or [layers][num_pages] of `HeadPages`
   int64_t num_pages;
 };
 
@@ -93,7 +96,7 @@ class Decode {
   // Adds a block to the residual stream x [rows][D]. Called by all threads of a team.
   void block(const DecodeLayer& layer, int64_t index) {
     norm_rows(layer.input_norm);
-    attention(layer, in.pages + index * in.num_pages * PAGE * latent_width);
+    attention(layer, in.pages + index * in.num_pages * page_size());
     add_rows(added.get());
     norm_rows(layer.post_norm);
     feed_forward(layer);
@@ -117,6 +120,7 @@ class Decode {
   Scratch<float> partial;
   int64_t num_groups;
   bf16 *inner = nullptr, *sorted = nullptr, *routed = nullptr, *shared_inner = nullptr;
+  bf16 *kept = nullptr, *expanded = nullptr, *rotated = nullptr;  // of a decompressed cache
 
   using OfAttention = std::conditional_t<std::is_same_v<P, Tiled>, Paired, P>;
 
@@ -138,11 +142,14 @@ class Decode {
   }
 
   int64_t together() const {
+    if (s.decompressed) return MOST_ROWS;
     if (tiles_attend()) return std::max<int64_t>(1, QUERIES_TOGETHER / s.heads);
     return std::max<int64_t>(1, std::min(ROWS_TOGETHER, CHUNK / s.heads));
   }
 
-  bool tiles_attend() const { return std::is_same_v<P, Tiled> && latent_width % 2 == 0; }
+  bool tiles_attend() const { return std::is_same_v<P, Tiled> && latent_width % 2 == 0 && !s.decompressed; }
+  HeadPages head_pages(bf16* pages) const { return {s.heads, head, s.value, pages}; }
+  int64_t page_size() const { return s.decompressed ? s.heads * head_pages(nullptr).size() : PAGE * latent_width; }
 
   void add_rows(const bf16* y) {
 #pragma omp for schedule(static)
@@ -170,6 +177,57 @@ class Decode {
                                   s.heads * head);
     }
     team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.kv_a, latent_width, latents.get(), latent_width);
+    if (s.decompressed) attention_decompressed(layer, head_pages(pages));
+    else attention_absorbed(layer, pages);
+    team_product<P, DensePanel>(values.get(), out_width, in.rows, out_width, layer.out, s.hidden, added.get(), s.hidden);
+  }
+
+  // Attends with the sums of training.
+  void attention_decompressed(const DecodeLayer& layer, const HeadPages& cache) {
+    const int64_t ld_latent = up_to(s.latent, GROUP), ld_kv = s.heads * (s.plain + s.value), inputs = cache.inputs();
+#pragma omp single
+    {
+      kept = new bf16[in.rows * ld_latent]();
+      expanded = new bf16[in.rows * ld_kv];
+      rotated = new bf16[in.rows * s.heads * inputs]();
+    }
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++)
+      rms_norm_row(latents.get() + r * latent_width, layer.latent_norm, s.latent, s.latent_eps, kept + r * ld_latent);
+    team_product<P, DensePanel>(kept, ld_latent, in.rows, ld_latent, layer.kv_b, ld_kv, expanded, ld_kv);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++) {
+      const int64_t position = in.positions[r];
+      const int64_t page = in.tables[in.sequences[r] * in.table_width + position / PAGE];
+      const float *cosine = in.cosine + position * s.rotary / 2, *sine = in.sine + position * s.rotary / 2;
+      Scratch<bf16> key(head);
+      rotate(latents.get() + r * latent_width + s.latent, cosine, sine, s.rotary, key.get() + s.plain);
+      for (int64_t h = 0; h < s.heads; h++) {
+        const bf16 *from = expanded + r * ld_kv + h * (s.plain + s.value), *query = queries.get() + (r * s.heads + h) * head;
+        std::memcpy(key.get(), from, s.plain * sizeof(bf16));
+        cache.write(page, h, position % PAGE, key.get(), from + s.plain);
+        bf16* to = rotated + (r * s.heads + h) * inputs;
+        std::memcpy(to, query, s.plain * sizeof(bf16));
+        rotate(query + s.plain, cosine, sine, s.rotary, to + s.plain);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < num_groups * s.heads; task++) {
+      const int64_t first = groups[task / s.heads], rows = groups[task / s.heads + 1] - first, h = task % s.heads;
+      attend_decompressed<P>(cache, h, rotated + (first * s.heads + h) * inputs, s.heads * inputs, in.positions + first, rows,
+                             in.tables + in.sequences[first] * in.table_width, s.scale,
+                             values.get() + first * out_width + h * s.value, out_width);
+    }
+#pragma omp single
+    {
+      delete[] kept;
+      delete[] expanded;
+      delete[] rotated;
+    }
+  }
+
+  // Attends to latents, with the key and value projections absorbed into queries and outputs.
+  void attention_absorbed(const DecodeLayer& layer, bf16* pages) {
     rotate_rows(layer, pages);
     const int64_t up_k = plain / GROUP * DensePanel::BYTES * (up_to(s.latent, PANEL) / PANEL);
 #pragma omp for schedule(static)
@@ -188,7 +246,6 @@ class Decode {
                        DensePanel{layer.up_v + (h * panels + j / PANEL) * size}, values.get() + h * s.value + j, out_width,
                        std::min(PANEL, s.value - j));
     }
-    team_product<P, DensePanel>(values.get(), out_width, in.rows, out_width, layer.out, s.hidden, added.get(), s.hidden);
   }
 
   // Writes the latents and rotated keys of the rows to their pages, and splits and rotates the queries.

@@ -199,7 +199,7 @@ EXPORT void decode_rows(int units, const int64_t* shape, const float* factors, c
                         const float* cosine, const float* sine, bf16* pages, bf16* x, bf16* out, int64_t rows,
                         int64_t table_width, int64_t num_pages) {
   DecodeShape s;
-  std::memcpy(&s, shape, 14 * sizeof(int64_t));
+  std::memcpy(&s, shape, 15 * sizeof(int64_t));
   std::memcpy(&s.eps, factors, 4 * sizeof(float));
   const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
   with_units_or_tiles(units, [&](auto p) {

@@ -42,6 +42,11 @@ inline floats add_pair(floats sums, const bf16* row, const Pair<Paired>& weights
 struct DensePanel {
   static constexpr int64_t BYTES = GROUP * PANEL * 2;  // of a group
   const uint8_t* from;
+  const uint8_t* group(int64_t g) const { return from + g * BYTES; }
+  // The place of input i of column c among all numbers of the panel.
+  static int64_t place(int64_t c, int64_t i) {
+    return i / GROUP * GROUP * PANEL + ((c / LANES * PAIRS + i % GROUP / 2) * LANES + c % LANES) * 2 + i % 2;
+  }
 
   template <class P>
   struct Half {
@@ -57,12 +62,10 @@ struct DensePanel {
 
   // w is [columns][k]; columns beyond the last are zero.
   static void pack(const bf16* w, int64_t columns, int64_t k, uint8_t* out) {
-    for (int64_t g = 0; g < k / GROUP; g++, out += BYTES)
+    for (int64_t start = 0; start < k; start += GROUP)
       for (int64_t c = 0; c < PANEL; c++)
-        for (int64_t i = 0; i < GROUP; i++) {
-          const int64_t place = ((c / LANES * PAIRS + i / 2) * LANES + c % LANES) * 2 + i % 2;
-          reinterpret_cast<bf16*>(out)[place] = c < columns ? w[c * k + g * GROUP + i] : bf16(0);
-        }
+        for (int64_t i = start; i < start + GROUP; i++)
+          reinterpret_cast<bf16*>(out)[place(c, i)] = c < columns ? w[c * k + i] : bf16(0);
   }
 };
 
@@ -73,6 +76,7 @@ struct DensePanel {
 struct Int4Panel {
   static constexpr int64_t CODE_BYTES = GROUP * PANEL / 2, BYTES = CODE_BYTES + PANEL * 2;  // of a group
   const uint8_t* from;
+  const uint8_t* group(int64_t g) const { return from + g * BYTES; }
 
   template <class P>
   struct Half {
@@ -151,7 +155,7 @@ __attribute__((noinline)) void rows_times_panel(const bf16* x, int64_t ldx, int6
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; r++) sums[r][0] = sums[r][1] = floats{};
     for (int64_t g = start; g < std::min(start + GROUPS, k / GROUP); g++) {
-      const uint8_t* group = panel.from + g * Panel::BYTES;
+      const uint8_t* group = panel.group(g);
 #pragma GCC unroll 2
       for (int64_t h = 0; h < 2; h++) {
         typename Panel::template Half<P> half(group, h);
@@ -184,7 +188,7 @@ template <class P, class Panel>
 void unpack(Panel panel, int64_t k, float* out) {
   for (int64_t g = 0; g < k / GROUP; g++)
     for (int64_t h = 0; h < 2; h++) {
-      typename Panel::template Half<P> half(panel.from + g * Panel::BYTES, h);
+      typename Panel::template Half<P> half(panel.group(g), h);
       float* to = out + g * GROUP / P::STEP * PANEL + h * LANES;
 #pragma GCC unroll 16
       for (int64_t pair = 0; pair < PAIRS; pair++) {
