@@ -132,9 +132,10 @@ class VerifyRolloutRun(StageRun):
     new_tokens: int = 24
     """Tokens to generate after each prompt."""
     fault: str = "none"
-    """Fault to inject, which the command must then detect. Into batches of several sequences: stale_page (a sequence
-    reads a page of another one), wrong_position (rotary positions are off by one) or other_row (two sequences get each
-    other's result). Into the mode deterministic: fast_attention (attention over latents). none injects nothing."""
+    """Fault to inject into the first model, the only one that is then checked; the command must detect it. Into batches
+    of several sequences: stale_page (a sequence reads a page of another one), wrong_position (rotary positions are off
+    by one) or other_row (two sequences get each other's result). Into the mode deterministic: fast_attention (attention
+    over latents). none injects nothing."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
