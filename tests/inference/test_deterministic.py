@@ -103,7 +103,7 @@ def test_logprobs_are_those_of_training(temperature: float, library: Library) ->
         draws = draw(
             logits,
             samplings=[sampling] * number,
-            constraints=[None] * number,
+            allowed=[None] * number,
             uniforms_B=torch.linspace(0, 0.99, number),
             library=model.logprob_library,
         )
