@@ -6,7 +6,7 @@ training. In the mode `fast` the difference to training is measured and split by
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from moetrain.inference.protocol import Model
 from moetrain.inference.protocol import Sequence as Generated
 from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.inference.sampling import Sampling
-from moetrain.kernels.build import Library
+from moetrain.kernels.build import Library, Units
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import ModelConfig, ScoreFunction
@@ -102,7 +102,11 @@ def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
         yield _equality_row(name, native, alone[Mode.deterministic])
         plain = _source(config, quant, seed=run.run.seed)
         exact = _source(config, quant, seed=run.run.seed, dtype=torch.float32)
-        yield from _gap_rows(name, made[Mode.fast], alone[Mode.fast], sources=(native, plain, exact))
+        same_units = Library(library.path)
+        same_units.paired, same_units.units_of_generation = library.paired, Units(library.paired)
+        untiled = build_model(state, config=config, quant=quant, library=same_units, device=device)
+        chain = _Chain(fast=made[Mode.fast], untiled=untiled, native=native, plain=plain, exact=exact, library=library)
+        yield from _gap_rows(name, chain, alone[Mode.fast])
 
 
 def _source(
@@ -159,23 +163,33 @@ def _equality_row(name: str, native: Transformer, sequences: Sequence[Generated]
     return Row(name=f"{name}, {Mode.deterministic}: sampled and trained logprobs", value=differing, bound=0, note=note)
 
 
-def _gap_rows(
-    name: str, fast: Model, sequences: Sequence[Generated], *, sources: tuple[Transformer, Transformer, Transformer]
-) -> Iterator[Row]:
-    """Yield the differences of the mode `fast` to training, and their causes.
+@dataclass(frozen=True, kw_only=True)
+class _Chain:
+    """The same weights, computed in several ways; from one to the next one cause of the gap changes.
 
-    sources: the training model by native kernels, by torch in bf16, and by torch in float32. Between two neighbours of
-    the chain sampler, kernels' log-softmax, training with native kernels, training with torch's kernels, one cause
-    changes.
+    fast: generation; untiled: with the units of training's products, also where the CPU has tiles. native, plain,
+    exact: training with native kernels, with torch's in bf16, and in float32.
     """
-    native, plain, exact = (_trained_logprobs(source, sequences) for source in sources)
-    assert sources[0].library is not None
-    sampled, read = _sampled_logprobs(sequences), _read_logprobs(fast, sequences, library=sources[0].library)
+
+    fast: Model
+    untiled: Model
+    native: Transformer
+    plain: Transformer
+    exact: Transformer
+    library: Library
+
+
+def _gap_rows(name: str, chain: _Chain, sequences: Sequence[Generated]) -> Iterator[Row]:
+    """Yield the differences of the mode `fast` to training, and their causes."""
+    native, plain, exact = (_trained_logprobs(source, sequences) for source in (chain.native, chain.plain, chain.exact))
+    sampled = _sampled_logprobs(sequences)
+    read, untiled = (_read_logprobs(model, sequences, library=chain.library) for model in (chain.fast, chain.untiled))
     bound = 2 * float((plain - exact).abs().mean())  # both sides are in bf16: at most the sum of their errors
     note = "nats per token, mean; the bound is twice the error of training in bf16"
     for what, one, other in (
         ("to training with native kernels", sampled, native),
-        ("by attention over latents", read, native),
+        ("by attention over latents", untiled, native),
+        ("by products in tiles", read, untiled),
         ("by the sampler's log-softmax", sampled, read),
         ("to training with torch's kernels", sampled, plain),
         ("by the order of sums in torch's kernels", native, plain),
