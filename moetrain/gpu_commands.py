@@ -34,7 +34,7 @@ class VerifyGpuRun(StageRun):
 
     parts: list[GpuPart] = field(default_factory=lambda: list(GpuPart))
     """Parts to run, in this order."""
-    part_seconds: int = 150
+    part_seconds: int = 200
     """Longest time of a part; one that takes longer is ended and counts as failed."""
     total_seconds: int = 450
     """Longest time of all parts together; parts that have no time left count as failed."""

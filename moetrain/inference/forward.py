@@ -19,6 +19,9 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.rope import RopeTable, apply_rope, build_rope
 from moetrain.model.router import route
 
+_ROWS_OF_A_KERNEL = 16
+"""Queries of a head from which a fused attention kernel has enough of them for each read of a key."""
+
 
 class PlainModel:
     """Implements `inference.protocol.Model` on any device."""
@@ -166,18 +169,20 @@ def attend_latents_fused(
 ) -> torch.Tensor:
     """Return what `attend_latents` returns, by torch's fused attention, which stores no scores on GPUs.
 
-    While decoding, the heads of a row are the queries of one head, so that a kernel reads the latents once for all.
+    The heads of few rows are queries of one head, so that a kernel reads the latents once for all of them.
     """
-    num_heads = query_STHC.shape[2]
-    is_decoding = query_STHC.shape[1] == 1
-    axes = "s h t c" if not is_decoding else "s t h c"
-    query = rearrange(query_STHC, f"s t h c -> {axes}")
-    bias, keys = bias_STP[:, None], cached_SPC[:, None]
-    if not is_decoding:
-        keys = keys.expand(-1, num_heads, -1, -1)  # a view: nothing is copied
-    mask = bias.expand(*query.shape[:3], -1)
-    mixed = F.scaled_dot_product_attention(query, keys, keys[..., :rank], attn_mask=mask, scale=scale)
-    return rearrange(mixed, f"{axes} -> s t h c")
+    num_rows, num_heads = query_STHC.shape[1:3]
+    keys = cached_SPC[:, None]
+    if num_rows < _ROWS_OF_A_KERNEL:
+        query = rearrange(query_STHC, "s t h c -> s 1 (t h) c")
+        bias = bias_STP[:, :, None].expand(-1, -1, num_heads, -1).flatten(1, 2)[:, None]
+    else:
+        query = rearrange(query_STHC, "s t h c -> s h t c")
+        bias, keys = bias_STP[:, None], keys.expand(-1, num_heads, -1, -1)
+    mixed = F.scaled_dot_product_attention(query, keys, keys[..., :rank], attn_mask=bias, scale=scale)
+    if num_rows < _ROWS_OF_A_KERNEL:
+        return rearrange(mixed, "s 1 (t h) c -> s t h c", h=num_heads)
+    return rearrange(mixed, "s h t c -> s t h c")
 
 
 def _feed_forward(layer: LayerWeights, config: ModelConfig, x_ND: torch.Tensor) -> torch.Tensor:
