@@ -51,18 +51,24 @@ struct ScaledCodes {
 };
 inline const ScaledCodes scaled_codes;
 
+// What the table needs to know about the scales of a group: places of their mantissas in bytes, and their signs and
+// exponents twice, as differences to those of 1.
+struct Scales {
+  alignas(64) uint32_t places[TILE], powers[TILE];
+
+  void read(const uint8_t* scales) {
+    constexpr bf16 ONE = 0x3f80;
+    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+    _mm512_store_si512(places, _mm512_slli_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0x7f)), 5));
+    const __m512i power = _mm512_sub_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0xff80)), _mm512_set1_epi32(ONE));
+    _mm512_store_si512(powers, _mm512_or_si512(_mm512_and_si512(power, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(power, 16)));
+  }
+};
+
 // Makes the tile [TILE columns][GROUP inputs] of one group of a strip.
-inline void unpack_tile(const uint8_t* codes, const uint8_t* scales, uint8_t* out) {
+inline void unpack_tile(const uint8_t* codes, const Scales& scales, uint8_t* out) {
   constexpr __mmask32 NOT_ZERO = ~(1u << 8 | 1u << 24);
-  constexpr bf16 ONE = 0x3f80;
   constexpr int64_t AHEAD = 2048;  // bytes; the next strip follows
-  alignas(64) uint32_t places[TILE], shifts[TILE];
-  const __m512i scale = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-  _mm512_store_si512(places, _mm512_slli_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0x7f)), 5));
-  // Sign and exponent of a scale are added to those of the table's numbers.
-  const __m512i power = _mm512_sub_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0xff80)), _mm512_set1_epi32(ONE));
-  _mm512_store_si512(shifts, _mm512_or_si512(_mm512_and_si512(power, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(power, 16)));
-  memory_barrier();  // the compiler would keep both in registers, and extract each number by several instructions
   const auto* table = reinterpret_cast<const uint8_t*>(scaled_codes.of);
 #pragma GCC unroll 4
   for (int64_t v = 0; v < TILE / 4; v++) {
@@ -70,11 +76,35 @@ inline void unpack_tile(const uint8_t* codes, const uint8_t* scales, uint8_t* ou
     __m512i four = _mm512_loadu_si512(codes + 64 * v);
 #pragma GCC unroll 4
     for (int64_t c = 4 * v; c < 4 * v + 4; c++) {
-      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + places[c]));
-      const __m512i values = _mm512_broadcast_i64x4(half), shift = _mm512_set1_epi32(shifts[c]);
-      const __m512i scaled = _mm512_mask_add_epi16(values, NOT_ZERO, values, shift);
+      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + scales.places[c]));
+      const __m512i values = _mm512_broadcast_i64x4(half), power = _mm512_set1_epi32(scales.powers[c]);
+      const __m512i scaled = _mm512_mask_add_epi16(values, NOT_ZERO, values, power);
       _mm512_store_si512(out + 64 * c, _mm512_permutexvar_epi16(four, scaled));  // reads five bits: both halves are equal
       four = _mm512_srli_epi16(four, 4);
+    }
+  }
+}
+
+// A strip with inputs of `groups` groups.
+struct Strip {
+  const uint8_t *codes, *scales;
+  Strip(const uint8_t* from, int64_t groups) : codes(from), scales(from + groups * TILE * GROUP / 2) {}
+};
+
+// Makes the tiles [count][2] of groups from `start` on of two strips.
+inline void unpack_strips(const Strip& first, const Strip& second, int64_t start, int64_t count, uint8_t* tiles) {
+  constexpr int64_t AT_ONCE = 4;  // the scales of several groups are read before they are used, to hide their latency
+  for (int64_t done = 0; done < count; done += AT_ONCE) {
+    const int64_t now = std::min(AT_ONCE, count - done);
+    Scales scales[AT_ONCE][2];
+    for (int64_t i = 0; i < now; i++) {
+      scales[i][0].read(first.scales + (start + done + i) * TILE * 2);
+      scales[i][1].read(second.scales + (start + done + i) * TILE * 2);
+    }
+    memory_barrier();  // the compiler would keep them in registers, and extract each number by several instructions
+    for (int64_t i = 0; i < now; i++, tiles += 2 * TILE_BYTES) {
+      unpack_tile(first.codes + (start + done + i) * TILE * GROUP / 2, scales[i][0], tiles);
+      unpack_tile(second.codes + (start + done + i) * TILE * GROUP / 2, scales[i][1], tiles + TILE_BYTES);
     }
   }
 }
@@ -97,22 +127,21 @@ void tiles_times_blocks(const uint8_t* tiles, int64_t groups, const bf16* x, int
 }
 
 // Calls use(first row, number of rows, sums of the first strip, of the second) for each block; sums are [TILE][rows].
+//
+// For at most two blocks of rows a few groups are unpacked at a time, while those before are multiplied; for more, all
+// groups are unpacked first.
 template <class Use>
 void strips_times_blocks(const uint8_t* first, const uint8_t* second, const bf16* x, int64_t rows, int64_t k, Use use) {
-  constexpr int64_t FEW = 8;  // groups that are unpacked at a time, if their tiles are not read again
-  alignas(64) uint8_t few[FEW * 2 * TILE_BYTES];
+  constexpr int64_t FEW = 4;
+  alignas(64) uint8_t few[2 * FEW * 2 * TILE_BYTES];
   alignas(64) float sums[4][TILE * TILE];
-  const int64_t groups = k / GROUP, together = rows <= 2 * TILE ? FEW : groups;
-  Scratch<uint8_t> many(rows <= 2 * TILE ? 0 : groups * 2 * TILE_BYTES);
-  uint8_t* tiles = rows <= 2 * TILE ? few : many.get();
-  const uint8_t *first_scales = first + k * TILE / 2, *second_scales = second + k * TILE / 2;
-  for (int64_t start = 0; start < groups; start += together) {
+  const bool is_few = rows <= 2 * TILE;
+  const int64_t groups = k / GROUP, together = is_few ? FEW : groups;
+  Scratch<uint8_t> many(is_few ? 0 : groups * 2 * TILE_BYTES);
+  const Strip left(first, groups), right(second, groups);
+  const auto tiles = [&](int64_t start) { return is_few ? few + start / FEW % 2 * FEW * 2 * TILE_BYTES : many.get(); };
+  const auto multiply = [&](int64_t start) {
     const int64_t now = std::min(together, groups - start);
-    for (int64_t g = start; g < start + now; g++) {
-      uint8_t* to = tiles + (g - start) * 2 * TILE_BYTES;
-      unpack_tile(first + g * TILE * GROUP / 2, first_scales + g * TILE * 2, to);
-      unpack_tile(second + g * TILE * GROUP / 2, second_scales + g * TILE * 2, to + TILE_BYTES);
-    }
     for (int64_t r = 0; r < rows; r += 2 * TILE) {
       const int64_t n = std::min(TILE, rows - r), more = std::min(TILE, rows - r - n);
       set_tiles(100 + n + more, {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
@@ -128,8 +157,8 @@ void strips_times_blocks(const uint8_t* first, const uint8_t* second, const bf16
       }
       const bf16* block = x + r * k + start * GROUP * n;
       const bf16* other = x + (r + n) * k + start * GROUP * more;
-      if (more > 0) tiles_times_blocks<true>(tiles, now, block, n, other, more);
-      else tiles_times_blocks<false>(tiles, now, block, n, other, more);
+      if (more > 0) tiles_times_blocks<true>(tiles(start), now, block, n, other, more);
+      else tiles_times_blocks<false>(tiles(start), now, block, n, other, more);
       if (start + now < groups) continue;
       _tile_stored(0, sums[0], n * 4);
       _tile_stored(1, sums[1], n * 4);
@@ -141,7 +170,12 @@ void strips_times_blocks(const uint8_t* first, const uint8_t* second, const bf16
       use(r, n, sums[0], sums[1]);
       if (more > 0) use(r + n, more, sums[2], sums[3]);
     }
+  };
+  for (int64_t start = 0; start < groups; start += together) {
+    unpack_strips(left, right, start, std::min(together, groups - start), tiles(start));
+    if (start > 0) multiply(start - together);
   }
+  multiply((groups - 1) / together * together);
 }
 
 // Writes the rows x[tokens[0..rows)] of k numbers as a block.
