@@ -34,5 +34,6 @@ def main(run: VerifyServeRun) -> int:
         for name, shares in report["latencies_s"].items():
             times = ", ".join(f"{share} {1000 * seconds:.0f} ms" for share, seconds in shares.items())
             Console().print(f"{name}: {times}", highlight=False)
+        Console().print(f"the server was down for {report['down_s'][0]:.1f} s", highlight=False)
     check_rows(rows)
     return 0

@@ -20,6 +20,7 @@ from moetrain.inference.protocol import Model
 from moetrain.inference.protocol import Sequence as Generated
 from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.inference.sampling import Sampling
+from moetrain.inference.speculation import Speculation
 from moetrain.kernels.build import Library, Units
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
@@ -47,6 +48,8 @@ COMPANY = (7, 64)
 TEMPERATURE = 0.7
 """Temperature of all samples, other than 1 so that the logprobs depend on it."""
 _PREFIX_SHARE = 0.6
+_REPEATING = Sampling(temperature=0.5, logit_bias=((5, 40.0), (6, 40.0)))
+"""Draws two tokens only, so that drafts are made, some of them right and some wrong."""
 
 
 class Faulty:
@@ -153,6 +156,7 @@ def _company_rows(run: VerifyRolloutRun, name: str, *, model: Model, alone: Sequ
     other = _generate(run, crowd, prompts, streams=range(len(prompts)))
     torch.set_num_threads(threads)
     yield Row(name=f"{name}: 1 and 2 threads", value=_differing(alone, other), bound=0, note=count)
+    yield _drafted_row(run, name, model=model, crowd=crowd, prompts=prompts[: min(COMPANY)])
 
 
 def _equality_row(name: str, native: Transformer, sequences: Sequence[Generated]) -> Row:
@@ -197,6 +201,19 @@ def _gap_rows(name: str, chain: _Chain, sequences: Sequence[Generated]) -> Itera
         yield Row(name=f"{name}, fast: gap {what}", value=float((one - other).abs().mean()), bound=bound, note=note)
 
 
+def _drafted_row(
+    run: VerifyRolloutRun, name: str, *, model: Model, crowd: Model, prompts: Sequence[Sequence[int]]
+) -> Row:
+    """Return the row that compares generation with and without drafts."""
+    streams = range(len(prompts))
+    plain = [
+        _generate(run, model, [prompt], streams=[place], sampling=_REPEATING)[0] for place, prompt in enumerate(prompts)
+    ]
+    drafted = _generate(run, crowd, prompts, streams=streams, sampling=_REPEATING, speculation=Speculation.auto)
+    count = sum(sum(each.is_sampled) for each in plain)
+    return Row(name=f"{name}: with drafts", value=_differing(plain, drafted), bound=0, note=f"of {count} tokens")
+
+
 def _prompts(run: VerifyRolloutRun, vocab_size: int) -> list[list[int]]:
     """Return as many prompts as the largest company; three in four share a beginning with others."""
     stream = torch_stream(run.run.seed, "verify/prompts")
@@ -220,17 +237,21 @@ def _generate(
     *,
     streams: Sequence[int],
     pages: int | None = None,
+    sampling: Sampling | None = None,
+    speculation: Speculation = Speculation.off,
 ) -> list[Generated]:
     """Return the finished sequences. pages: size of the cache; None has room for all."""
     limit = run.prompt_tokens + run.new_tokens
     megabytes = None if pages is None else (pages + 0.5) * model.new_cache(1).nbytes / (1 << 20)
-    engine = GenerationEngine(model, num_slots=len(prompts), max_tokens=limit, cache_megabytes=megabytes)
+    engine = GenerationEngine(
+        model, num_slots=len(prompts), max_tokens=limit, cache_megabytes=megabytes, speculation=speculation
+    )
     sequences = [
         Generated(
             tokens=list(prompt),
             stream=seed_of(run.run.seed, "verify/sampling", stream),
             limit=limit,
-            sampling=Sampling(temperature=TEMPERATURE),
+            sampling=sampling or Sampling(temperature=TEMPERATURE),
         )
         for prompt, stream in zip(prompts, streams, strict=True)
     ]

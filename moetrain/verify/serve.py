@@ -32,7 +32,7 @@ _WEIGHTS = _KINDS | {Kind.malformed: 3}
 _START_LIMIT_S = 300.0
 _SETTLE_LIMIT_S = 30.0  # in which what clients left is cancelled after the load
 _DRAIN_LIMIT_S = 90.0
-_PAUSE_S = 0.2  # of a client whose server is down or busy
+_PAUSE_S = 0.5  # of a client whose server is down or busy
 _GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 _SHARES = (50, 95, 99)
 

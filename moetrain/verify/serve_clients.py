@@ -190,7 +190,8 @@ class Client:
         request.end = End.answered
 
     def _read_stream(self, request: Request, response: http.client.HTTPResponse, *, num_read: int | None) -> None:
-        reasons: dict[int, str] = {}
+        reasons: dict[int, str] = {}  # by choice
+        arguments: dict[int, str] = {}
         has_usage = has_end = False
         for number, data in enumerate(_events(response, is_slow=request.kind is Kind.slow)):
             if number == num_read:
@@ -206,6 +207,8 @@ class Client:
                 raise _refusal(event, 504 if event["error"]["code"] == "timeout" else 500, is_malformed=False)
             has_usage = has_usage or bool(event.get("usage"))
             for choice in event["choices"]:
+                for call in choice["delta"].get("tool_calls", []):
+                    arguments[call["index"]] = arguments.get(call["index"], "") + call["function"]["arguments"]
                 if choice["index"] in reasons:
                     raise _ContractError("a delta after the finish reason")
                 if choice["finish_reason"] is not None:
@@ -216,6 +219,8 @@ class Client:
             raise http.client.IncompleteRead(b"", None)
         if not reasons or not has_usage or not set(reasons.values()) <= {"stop", "length", "tool_calls"}:
             raise _ContractError(f"a stream ended with the reasons {reasons} and usage {has_usage}")
+        if request.kind is Kind.call:
+            _check_calls(list(arguments.values()), reason=reasons[0])
         request.end = End.answered
 
 
@@ -256,6 +261,17 @@ def _refusal(content: Mapping[str, Any], status: int, *, is_malformed: bool) -> 
     return _RefusalError(f"status {status}: {error['message'][:120]}")
 
 
+def _check_calls(arguments: list[str], *, reason: str) -> None:
+    """Check a turn that must call the tool. One that was cut off may end within a call."""
+    if reason == "length":
+        return
+    if not arguments or reason != "tool_calls":
+        raise _ContractError(f"a required call is missing, and the finish reason is {reason}")
+    for text in arguments:
+        if not isinstance(_object(text)["row"], int):
+            raise _ContractError(f"a call does not match its schema: {text[:80]}")
+
+
 def _check_plain(content: Mapping[str, Any]) -> None:
     choices, usage = content["choices"], content["usage"]
     if [choice["index"] for choice in choices] != list(range(len(choices))) or not choices:
@@ -265,5 +281,3 @@ def _check_plain(content: Mapping[str, Any]) -> None:
     for choice in choices:
         if choice["finish_reason"] not in ("stop", "length", "tool_calls"):
             raise _ContractError(f"a response has the finish reason {choice['finish_reason']}")
-        for call in choice["message"].get("tool_calls", []):
-            _object(call["function"]["arguments"])
