@@ -261,6 +261,7 @@ class GenerationEngine:
         place.chain, sequence.num_fed = self._tree.match(sequence.tokens[:-1])
         if not place.was_placed:
             sequence.num_cached = sequence.num_fed
+            self._counts.num_cached += sequence.num_fed
         place.is_placed = place.was_placed = True
 
     def _is_reading(self, part: _Part, sequence: Sequence) -> bool:

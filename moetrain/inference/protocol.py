@@ -76,13 +76,15 @@ class Sequence:
 class Counts:
     """What a generation has done since it was made, and the pages of its cache.
 
-    num_preemptions: times that a sequence lost its pages to another one. num_forced: tokens that were fed before they
+    num_cached: tokens of new sequences that were found in the cache. num_preemptions: times that a sequence lost its
+    pages to another one. num_forced: tokens that were fed before they
     were drawn, because a constraint allowed no other. num_drafts, num_drafted, num_right: drafts, their tokens, and
     those of them that were drawn.
     """
 
     num_pages: int = 0
     num_pages_used: int = 0
+    num_cached: int = 0
     num_preemptions: int = 0
     num_forced: int = 0
     num_drafts: int = 0

@@ -3,7 +3,19 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from moetrain.inference.protocol import Counts
 from moetrain.rollout.types import Ending, Trajectory
+
+
+def generation_metrics(counts: Sequence[Counts]) -> dict[str, float]:
+    """Return sums over the engines of all ranks: `cached_tokens` of prompts, `accepted_tokens` of drafts, and
+    `preemptions`, the times that a sequence lost its pages and was read again.
+    """
+    return {
+        "cached_tokens": float(sum(each.num_cached for each in counts)),
+        "accepted_tokens": float(sum(each.num_right for each in counts)),
+        "preemptions": float(sum(each.num_preemptions for each in counts)),
+    }
 
 
 def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from moetrain.quant.config import QuantConfig
 from moetrain.rl.columns import micro_batches
 from moetrain.rl.config import BalanceLosses, RlConfig
 from moetrain.rl.loss import SUM_PREFIX, rl_objective
-from moetrain.rl.metrics import rollout_metrics
+from moetrain.rl.metrics import generation_metrics, rollout_metrics
 from moetrain.rl.protocol import Algorithm
 from moetrain.rl.score import score
 from moetrain.rollout.collect import RolloutRequest, collect
@@ -97,11 +97,11 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     library = find_for_generation(stage.rollout.kernels)
     model = sync_weights(stage.engine, config=stage.model, quant=stage.quant, library=library, mode=stage.rollout.mode)
-    groups = collect_groups(stage, model=model, step=step)
+    groups, generated = collect_groups(stage, model=model, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
-    values = {**rollout_metrics(groups), "small_groups": float(scored.num_small_groups)}
+    values = {**rollout_metrics(groups), **generated, "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
         reason = "no group has rewards that differ"
         if scored.num_small_groups == len(groups):
@@ -147,8 +147,11 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     return {**updated, **values, "trained_tokens": trained, **times}
 
 
-def collect_groups(stage: RlStage, *, model: Model, step: int) -> list[list[Trajectory]]:
-    """Return the step's trajectories by task, the same on every rank. Each rank generates those of some tasks."""
+def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
+    """Return the step's trajectories by task, and metrics of generation; both are the same on every rank.
+
+    Each rank generates the trajectories of some tasks.
+    """
     topology, rl = stage.engine.topology, stage.rl
     first = stage.first_task + stage.tasks_before(step)
     requests = []
@@ -160,22 +163,24 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> list[list[Traj
             stream = seed_of(stage.seed, "rollout", step, index, sample)
             requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
     num_slots = min(stage.rollout.num_slots, len(requests))
+    generation = GenerationEngine(
+        model,
+        num_slots=num_slots,
+        max_tokens=stage.rollout.max_tokens,
+        version=step,
+        cache_megabytes=stage.rollout.cache_megabytes,
+        speculation=stage.rollout.speculation,
+    )
     own_trajectories = collect(
         requests,
-        generation=GenerationEngine(
-            model,
-            num_slots=num_slots,
-            max_tokens=stage.rollout.max_tokens,
-            version=step,
-            cache_megabytes=stage.rollout.cache_megabytes,
-            speculation=stage.rollout.speculation,
-        ),
+        generation=generation,
         family=stage.family,
         tokenizer=stage.tokenizer,
         config=stage.rollout,
         declare_tools=stage.declare_tools,
     )
-    by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))
+    by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts)))
     assert by_rank is not None
-    ordered = sorted((t for part in by_rank for t in part), key=lambda t: (t.task, t.sample))
-    return [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]
+    ordered = sorted((t for part, _ in by_rank for t in part), key=lambda t: (t.task, t.sample))
+    groups = [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]
+    return groups, generation_metrics([counts for _, counts in by_rank])
