@@ -1,17 +1,22 @@
 """Deterministic rollouts are refused where training or generation would compute by other kernels."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moetrain.config import RlRun
 from moetrain.errors import ConfigError
 from moetrain.inference.mode import Mode
+from moetrain.kernels import choice
+from moetrain.kernels.build import UnavailableError
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
 from moetrain.rl.config import kernels_for
 from moetrain.rollout.config import RolloutConfig
 from moetrain.run.rl_stage import check_kernels
 from moetrain.train.config import ComputeDtype, TrainConfig
+from moetrain.train.precision import resolve_precision
 
 _EXACT = RolloutConfig(mode=Mode.deterministic)
 
@@ -38,6 +43,16 @@ def test_generation_by_torch_is_refused() -> None:
 def test_training_requires_the_native_kernels_instead_of_choosing() -> None:
     assert kernels_for(_EXACT, TrainConfig()).kernels is Kernels.native
     assert kernels_for(RolloutConfig(), TrainConfig()).kernels is Kernels.auto
+
+
+def test_a_machine_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise UnavailableError("no C++ compiler found (g++)")
+
+    monkeypatch.setattr(choice, "load", missing)
+    train, topology = kernels_for(_EXACT, TrainConfig()), Topology(device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler found .* Give rollout.mode=fast"):
+        resolve_precision(train, folder=tmp_path, topology=topology, cure="Give rollout.mode=fast")
 
 
 def test_an_accelerator_is_refused() -> None:
