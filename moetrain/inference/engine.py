@@ -9,6 +9,7 @@ the expected token ends the step of its sequence. A row's result does not depend
 are those of plain decoding.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -236,6 +237,7 @@ class GenerationEngine:
         sequence, constraint = place.sequence, place.sequence.constraint
         num_drafted = min(num_drafted, place.drafter.longest) if self._speculation is Speculation.auto else 0
         most = min(most, sequence.limit - len(sequence.tokens) - 1)
+        started = time.perf_counter()
         expected = constraint.expected() if constraint is not None else []
         if not expected:
             expected = place.drafter.draft(sequence.tokens, most=num_drafted)
@@ -253,6 +255,7 @@ class GenerationEngine:
             num_forced += is_forced
             num_ahead += 1
             masks.append(allowed_V)
+        self._counts.constraint_s += time.perf_counter() - started
         return _Ahead(tokens=expected[:num_ahead], num_forced=num_forced, allowed=[*masks])
 
     def _place(self, place: _Place) -> None:

@@ -77,9 +77,9 @@ class Counts:
     """What a generation has done since it was made, and the pages of its cache.
 
     num_cached: tokens of new sequences that were found in the cache. num_preemptions: times that a sequence lost its
-    pages to another one. num_forced: tokens that were fed before they
-    were drawn, because a constraint allowed no other. num_drafts, num_drafted, num_right: drafts, their tokens, and
-    those of them that were drawn.
+    pages to another one. num_forced: tokens that were fed before they were drawn, because a constraint allowed no
+    other. num_drafts, num_drafted, num_right: drafts, their tokens, and those of them that were drawn. constraint_s:
+    seconds that constraints took to say which tokens may follow.
     """
 
     num_pages: int = 0
@@ -90,6 +90,7 @@ class Counts:
     num_drafts: int = 0
     num_drafted: int = 0
     num_right: int = 0
+    constraint_s: float = 0.0
 
 
 class Model(Protocol):

@@ -71,6 +71,9 @@ class ServeMetrics:
             ["model_name"],
             registry=self._registry,
         ).labels(**self._labels)
+        self._constraint = Counter(
+            "moetrain:constraint_seconds", "Seconds that constraints took.", ["model_name"], registry=self._registry
+        ).labels(**self._labels)
         self._counts = Counts()
         self._refused = Counter(
             "moetrain:refused_requests", "Requests refused.", ["model_name", "status"], registry=self._registry
@@ -91,6 +94,7 @@ class ServeMetrics:
             (self._drafted, counts.num_drafted, before.num_drafted),
             (self._right, counts.num_right, before.num_right),
             (self._forced, counts.num_forced, before.num_forced),
+            (self._constraint, counts.constraint_s, before.constraint_s),
         ):
             counter.inc(now - past if now >= past else now)
 

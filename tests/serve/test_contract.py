@@ -308,5 +308,6 @@ def test_metrics_show_pages_preemptions_drafts_and_forced_tokens(tokenizer: Toke
         assert value("vllm:spec_decode_num_accepted_tokens_total") < value("vllm:spec_decode_num_draft_tokens_total")
         assert 0 < value("vllm:spec_decode_num_drafts_total") <= value("vllm:spec_decode_num_draft_tokens_total")
         assert value("moetrain:forced_tokens_total") > 10
+        assert 0 < value("moetrain:constraint_seconds_total") < 60
         assert 0 < value("vllm:prefix_cache_hits_total") < value("vllm:prefix_cache_queries_total")
         assert value("vllm:kv_cache_usage_perc") == 0
