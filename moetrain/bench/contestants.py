@@ -23,10 +23,13 @@ from moetrain.bench.process import Process
 from moetrain.bench.spread import spread
 from moetrain.errors import MoetrainError
 from moetrain.export.config import ExportFormat
+from moetrain.export.write import consumer_reasons
 from moetrain.generation_commands import GenerationPeer
 from moetrain.hf.shape import vllm_overrides
 from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.consumers import Consumer
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _BYTES_BF16 = 2
@@ -38,18 +41,22 @@ _SPIN_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant. absent: why it cannot take part, "" if it can. engine: its name in `generation_worker`.
-    format: format of the weights that it reads. overrides: see `EngineSettings`. env: additional environment variables.
-    """
+    """One contestant, and how its process is started."""
 
     name: str
-    engine: str = ""
+    engine: str
+    """Its name in `generation_worker`."""
+    consumer: Consumer = Consumer.moetrain
     format: ExportFormat = ExportFormat.bf16_dequantized
+    """Format of the weights that it reads."""
     mode: str = ""
-    python: str = sys.executable
+    """See `EngineSettings`, as `overrides`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
     env: Mapping[str, str] = field(default_factory=dict)
+    """Additional environment variables."""
     absent: str = ""
+    """Why it cannot take part, "" if it can."""
 
 
 OURS = "moetrain int4"
@@ -60,6 +67,7 @@ def entries(
     peers: Sequence[GenerationPeer],
     *,
     model: ModelConfig,
+    quant: QuantConfig,
     settings: EngineSettings,
     num_cached: int,
     llama_python: str | None,
@@ -77,7 +85,7 @@ def entries(
     for peer in dict.fromkeys(peers):
         match peer:
             case GenerationPeer.transformers:
-                found.append(Entry(name="transformers bf16", engine="transformers"))
+                found.append(Entry(name="transformers bf16", engine="transformers", consumer=Consumer.transformers))
             case GenerationPeer.llama:
                 found.append(_llama(llama_python))
             case GenerationPeer.vllm | GenerationPeer.vllm_compiled:
@@ -85,11 +93,19 @@ def entries(
                 found.append(
                     _vllm(mode, given=vllm_python, model=model, threads=settings.threads, num_cached=num_cached)
                 )
-    return found
+    return [_checked(entry, model=model, quant=quant) for entry in found]
+
+
+def _checked(entry: Entry, *, model: ModelConfig, quant: QuantConfig) -> Entry:
+    """Return the contestant, as one that cannot take part if it would not compute the model as it was trained."""
+    reasons = consumer_reasons(model, quant, format=entry.format)[entry.consumer]
+    if entry.absent or not reasons:
+        return entry
+    return replace(entry, absent=f"not measured, since it would not compute this model ({'; '.join(reasons)})")
 
 
 def _llama(given: str | None) -> Entry:
-    entry = Entry(name="llama.cpp Q4_0", engine="llama", format=ExportFormat.gguf)
+    entry = Entry(name="llama.cpp Q4_0", engine="llama", consumer=Consumer.llama_cpp, format=ExportFormat.gguf)
     python = find_interpreter(ForeignProgram.llama, given)
     if python is None:
         return replace(entry, absent=f"not installed: {ForeignProgram.llama.cure}")
@@ -99,7 +115,7 @@ def _llama(given: str | None) -> Entry:
 
 
 def _vllm(mode: str, *, given: str | None, model: ModelConfig, threads: int, num_cached: int) -> Entry:
-    entry = Entry(name=f"vllm bf16, {mode}", engine="vllm", mode=mode)
+    entry = Entry(name=f"vllm bf16, {mode}", engine="vllm", consumer=Consumer.vllm, mode=mode)
     python = find_interpreter(ForeignProgram.vllm, given)
     if python is None:
         return replace(entry, absent=f"not installed: {ForeignProgram.vllm.cure}")

@@ -86,6 +86,7 @@ def bench_decode(run: BenchDecodeRun, *, folder: Path) -> dict[str, Any]:
     found = entries(
         run.peers,
         model=run.model,
+        quant=run.quant,
         settings=settings,
         num_cached=max(case.batch * run.limit(case) for case in run.cases),
         llama_python=run.llama_python,

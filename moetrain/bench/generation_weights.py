@@ -13,6 +13,7 @@ from moetrain.model.transformer import Transformer, allocate, initialize
 from moetrain.parallel.protocol import StateReader
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.consumers import Consumer
 
 
 def random_weights(model: ModelConfig, *, seed: int) -> TensorReader:
@@ -47,7 +48,7 @@ def write_weights(
             folder=folders[format],
             model=model,
             quant=quant,
-            export=ExportConfig(format=format),
+            export=ExportConfig(format=format, consumers=[Consumer.moetrain]),  # `contestants` asks for the others
             tokenizer=tokenizer,
             step=0,
             sources=sources,

@@ -94,6 +94,7 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
     found = entries(
         run.peers,
         model=weights.model,
+        quant=weights.quant,
         settings=settings,
         num_cached=sum(length(episode) for episode in episodes),
         llama_python=run.llama_python,

@@ -77,7 +77,7 @@ def export_model(
     `export.consumers` would compute the model differently.
     """
     export.check_library()
-    reasons = _reasons(model, quant, format=export.format)
+    reasons = consumer_reasons(model, quant, format=export.format)
     check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
     tensors.check(reader)
@@ -128,7 +128,7 @@ def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer
         )
 
 
-def _reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
+def consumer_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
     """Return for each consumer the reasons why it would not compute the export as trained; empty when it would."""
     reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
     is_gguf = format is ExportFormat.gguf

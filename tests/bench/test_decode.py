@@ -1,20 +1,23 @@
 """`bench decode`: contestants generate from the same weights in turn, and the byte floor is that of the formula."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moetrain.bench.contestants import OURS, OURS_BF16
+from moetrain.bench.contestants import OURS, OURS_BF16, entries
 from moetrain.bench.decode import bytes_per_step
+from moetrain.bench.engines.protocol import EngineSettings
 from moetrain.bench.gpu import check_peers
 from moetrain.cli.main import main
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.generation_commands import DecodeCase
-from moetrain.model.config import ModelConfig
+from moetrain.generation_commands import DecodeCase, GenerationPeer
+from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.flops import expert_parameters, num_parameters
+from moetrain.quant.config import QuantConfig
 
 WORDS = ["model=k2_nano_test", "model.vocab_size=300", "cases=[{batch:2,context:8}]", "steps=3", "repetitions=2"]
 
@@ -29,6 +32,26 @@ def test_contestants_generate_in_turn(tmp_path: Path) -> None:
         assert row["failure"] is None and len(row["seconds"]) == 2
         assert row["tokens_per_s"]["max"] == pytest.approx(2 * 3 / min(row["seconds"]))
     assert case["rows"][0]["ours_over_it"]["median"] == 1.0
+
+
+def test_a_peer_that_computes_another_model_does_not_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETRAIN_VLLM_PYTHON", raising=False)
+    found = {
+        score: entries(
+            [GenerationPeer.transformers],
+            model=replace(ModelConfig(), score_function=score),
+            quant=QuantConfig(enabled=True),
+            settings=EngineSettings(threads=1, mode="", max_sequences=1, max_tokens=8),
+            num_cached=8,
+            llama_python=None,
+            vllm_python=None,
+        )
+        for score in (ScoreFunction.sigmoid, ScoreFunction.sqrt_softplus)
+    }
+    assert not any(entry.absent for entry in found[ScoreFunction.sigmoid])
+    *ours, peer = found[ScoreFunction.sqrt_softplus]
+    assert not any(entry.absent for entry in ours)
+    assert "model.score_function=sqrt_softplus: it computes sigmoid" in peer.absent
 
 
 def test_one_token_reads_its_own_experts_and_a_large_batch_all() -> None:
