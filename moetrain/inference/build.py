@@ -47,7 +47,7 @@ def build_model(
         moved = {name: tensor.to(device) for name, tensor in outer.items()}
         weights = InferenceWeights(config=config, dtype=dtype, layers=[layer.to(device) for layer in layers], **moved)
         return PlainModel(weights)
-    units = Units(library.paired) if mode is Mode.deterministic else library.units_of_generation
+    units = library.units
     return NativeModel(
         config=config,
         library=library,

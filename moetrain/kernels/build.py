@@ -36,7 +36,7 @@ class Units(IntEnum):
     paired = 1
     """A pair of bfloat16 numbers."""
     tiles = 2
-    """A tile register of AMX; in generation only."""
+    """A tile register of AMX."""
 
 
 _SIGNATURES = {
@@ -91,8 +91,7 @@ class Library:
             function.argtypes, function.restype = [_TYPES[letter] for letter in signature], None
             self._functions[name] = function
         self.gain_of_pairs = float(library.gain_of_pairs())
-        self.paired = int(self.gain_of_pairs > _GAIN_OF_PAIRS)
-        self.units_of_generation = Units.tiles if library.tiles_available() else Units(self.paired)
+        self.units = Units.tiles if library.tiles_available() else Units(self.gain_of_pairs > _GAIN_OF_PAIRS)
 
     def __call__(self, name: str, *args: torch.Tensor | float | None) -> None:
         """Call a function. For a tensor, its address is passed; it must be contiguous unless the function takes

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from moetrain.errors import ConfigError
-from moetrain.kernels.build import Library, UnavailableError, load
+from moetrain.kernels.build import Library, UnavailableError, Units, load
 from moetrain.kernels.config import Kernels
 
 _log = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
     """
     if wanted is Kernels.torch:
         return None, "as configured"
-    if wanted is Kernels.auto and torch.cpu._is_amx_tile_supported():
-        return None, "this CPU multiplies bfloat16 in tiles (AMX), which torch uses"
     if wanted is Kernels.auto and torch.backends.cpu.get_cpu_capability() not in _WIDE:
         return None, "this CPU has no AVX2"
     try:
@@ -69,5 +67,9 @@ def find(wanted: Kernels, *, cure: str = CURE) -> tuple[Library | None, str]:
         if wanted is Kernels.native:
             raise ConfigError(f"kernels=native is unavailable here: {error}. {cure}") from None
         return None, str(error)
-    kind = "pairs of bfloat16" if library.paired else "widened bfloat16"
+    if library.units is Units.tiles:
+        return library, "products by tiles (AMX)"
+    if wanted is Kernels.auto and torch.cpu._is_amx_tile_supported():
+        return None, "this CPU multiplies bfloat16 in tiles (AMX), which only torch may use here"
+    kind = "pairs of bfloat16" if library.units is Units.paired else "widened bfloat16"
     return library, f"products of {kind}; on this CPU pairs are {library.gain_of_pairs:.2g} times as fast"

@@ -147,7 +147,7 @@ class _NativeHead:
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         logits_CV = hidden_CD.new_empty(len(hidden_CD), len(self.weight_VD))
         sizes = (*logits_CV.shape, hidden_CD.shape[1])
-        self.library("linear", self.library.paired, hidden_CD.contiguous(), self.weight_VD, logits_CV, *sizes)
+        self.library("linear", self.library.units, hidden_CD.contiguous(), self.weight_VD, logits_CV, *sizes)
         return logits_CV
 
     def read(self, logits_CV: torch.Tensor, targets_C: torch.Tensor, *, temperatures_C: torch.Tensor | None) -> Read:
@@ -160,8 +160,8 @@ class _NativeHead:
         sources = (grad_C.contiguous(), logits_CV, targets_C, normalizers_C, chunk.temperatures_C)
         library("logprob_rows_backward", *sources, grad_CV, *logits_CV.shape)
         sizes = (*logits_CV.shape, hidden_CD.shape[1])
-        library("linear_grad_w", library.paired, grad_CV, hidden_CD, grad_VD, *sizes, 1)
-        library("linear_grad_x", library.paired, grad_CV, self.weight_VD, grad_hidden_CD, *sizes)
+        library("linear_grad_w", library.units, grad_CV, hidden_CD, grad_VD, *sizes, 1)
+        library("linear_grad_x", library.units, grad_CV, self.weight_VD, grad_hidden_CD, *sizes)
         return grad_hidden_CD
 
 

@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
         _check_float32(weight_OD)
         num_out, num_in = weight_OD.shape
         y_XO = x_XD.new_empty(*x_XD.shape[:-1], num_out)
-        library("linear", library.paired, x_XD, weight_OD, y_XO, x_XD.numel() // num_in, num_out, num_in)
+        library("linear", library.units, x_XD, weight_OD, y_XO, x_XD.numel() // num_in, num_out, num_in)
         ctx.save_for_backward(x_XD, weight_OD)
         ctx.library = library
         return y_XO
@@ -124,10 +124,10 @@ class _Linear(torch.autograd.Function):
         grad_x_XD = grad_OD = None
         if ctx.needs_input_grad[0]:
             grad_x_XD = torch.empty_like(x_XD)
-            library("linear_grad_x", library.paired, grad_XO, weight_OD, grad_x_XD, *sizes)
+            library("linear_grad_x", library.units, grad_XO, weight_OD, grad_x_XD, *sizes)
         if ctx.needs_input_grad[1]:
             grad_OD = torch.empty_like(weight_OD)
-            library("linear_grad_w", library.paired, grad_XO, x_XD, grad_OD, *sizes, 0)
+            library("linear_grad_w", library.units, grad_XO, x_XD, grad_OD, *sizes, 0)
         return grad_x_XD, grad_OD, None
 
 
@@ -189,7 +189,7 @@ class _Experts(torch.autograd.Function):
         ends_L = counts_L.cumsum(0)
         num_experts, hidden, width = down_LDF.shape
         gate_up_SG, y_SD = x_SD.new_empty(len(x_SD), 2 * width), torch.empty_like(x_SD)
-        ctx.kind = (library.paired, int(gate_up_LGD.dtype == torch.bfloat16))
+        ctx.kind = (library.units, int(gate_up_LGD.dtype == torch.bfloat16))
         ctx.sizes = (num_experts, hidden, width)
         library("expert_rows", *ctx.kind, x_SD, ends_L, gate_up_LGD, down_LDF, gate_up_SG, y_SD, *ctx.sizes)
         ctx.save_for_backward(x_SD, gate_up_SG, ends_L, gate_up_LGD, down_LDF)
@@ -276,7 +276,7 @@ class _LatentAttention(torch.autograd.Function):
         largest_BHT = torch.empty_like(log_sums_BHT)
         places = (rows.cosine_BTP, rows.sine_BTP, rows.first_seen_BT)
         sources, results = (q_BTHC, kv_BTHE, flat_NR), (out_BTHV, log_sums_BHT, largest_BHT)
-        library("latent_attention", library.paired, *sources, *places, *results, *ctx.sizes, scale)
+        library("latent_attention", library.units, *sources, *places, *results, *ctx.sizes, scale)
         ctx.save_for_backward(*sources, *places, log_sums_BHT)
         ctx.mark_non_differentiable(largest_BHT)
         ctx.library, ctx.scale = library, scale
@@ -290,5 +290,5 @@ class _LatentAttention(torch.autograd.Function):
         grad_k_BTR = q_BTHC.new_empty(*q_BTHC.shape[:2], flat_NR.shape[1])
         sources = (grads[0].contiguous(), q_BTHC, kv_BTHE, flat_NR, *rest)
         results = (grad_q_BTHC, grad_kv_BTHE, grad_k_BTR)
-        ctx.library("latent_attention_backward", ctx.library.paired, *sources, *results, *ctx.sizes, ctx.scale)
+        ctx.library("latent_attention_backward", ctx.library.units, *sources, *results, *ctx.sizes, ctx.scale)
         return grad_q_BTHC, grad_kv_BTHE, grad_k_BTR, None, None, None

@@ -80,7 +80,7 @@ def dtype_of_products(dtype: torch.dtype, *, library: Library | None) -> torch.d
 
     Native kernels widen bfloat16 on CPUs with slow bfloat16 instructions or none. Newton-Schulz itself runs in torch.
     """
-    return torch.float32 if library is not None and not library.paired else dtype
+    return torch.float32 if library is not None and not library.units else dtype
 
 
 def orthogonal_update(direction_BMN: torch.Tensor, *, schedule: NewtonSchulz, dtype: torch.dtype) -> torch.Tensor:

@@ -81,7 +81,7 @@ def check_kernels(library: Library | None, topology: Topology) -> None:
             f"rollout.mode is deterministic and this run trains on {topology.device.type}: only the native kernels of "
             f"CPUs give training and generation the same bits. {_FAST}"
         )
-    own = f"{library.path.stem} with {'pairs' if library.paired else 'single numbers'}"
+    own = f"{library.path.stem} with {library.units.name} numbers"
     kinds = topology.broadcast_object(sorted(set(topology.gather_objects(own) or ())))
     if len(kinds) > 1:
         raise ConfigError(

@@ -105,10 +105,7 @@ def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
         yield _equality_row(name, native, alone[Mode.deterministic])
         plain = _source(config, quant, seed=run.run.seed)
         exact = _source(config, quant, seed=run.run.seed, dtype=torch.float32)
-        same_units = Library(library.path)
-        same_units.paired, same_units.units_of_generation = library.paired, Units(library.paired)
-        untiled = build_model(state, config=config, quant=quant, library=same_units, device=device)
-        chain = _Chain(fast=made[Mode.fast], untiled=untiled, native=native, plain=plain, exact=exact, library=library)
+        chain = _Chain(fast=made[Mode.fast], native=native, plain=plain, exact=exact, library=library)
         yield from _gap_rows(name, chain, alone[Mode.fast])
 
 
@@ -171,12 +168,10 @@ def _equality_row(name: str, native: Transformer, sequences: Sequence[Generated]
 class _Chain:
     """The same weights, computed in several ways; from one to the next one cause of the gap changes.
 
-    fast: generation; untiled: with the units of training's products, also where the CPU has tiles. native, plain,
-    exact: training with native kernels, with torch's in bf16, and in float32.
+    fast: generation. native, plain, exact: training with native kernels, with torch's in bf16, and in float32.
     """
 
     fast: Model
-    untiled: Model
     native: Transformer
     plain: Transformer
     exact: Transformer
@@ -187,13 +182,12 @@ def _gap_rows(name: str, chain: _Chain, sequences: Sequence[Generated]) -> Itera
     """Yield the differences of the mode `fast` to training, and their causes."""
     native, plain, exact = (_trained_logprobs(source, sequences) for source in (chain.native, chain.plain, chain.exact))
     sampled = _sampled_logprobs(sequences)
-    read, untiled = (_read_logprobs(model, sequences, library=chain.library) for model in (chain.fast, chain.untiled))
+    read = _read_logprobs(chain.fast, sequences, library=chain.library)
     bound = 2 * float((plain - exact).abs().mean())  # both sides are in bf16: at most the sum of their errors
     note = "nats per token, mean; the bound is twice the error of training in bf16"
     for what, one, other in (
         ("to training with native kernels", sampled, native),
-        ("by attention over latents", untiled, native),
-        ("by products in tiles", read, untiled),
+        ("by attention over latents", read, native),
         ("by the sampler's log-softmax", sampled, read),
         ("to training with torch's kernels", sampled, plain),
         ("by the order of sums in torch's kernels", native, plain),

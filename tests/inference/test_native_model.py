@@ -15,7 +15,6 @@ from moetrain.kernels.build import Library, Units, load
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.config import QuantConfig
-from tests.kernels.test_tiles import TILES
 from tests.ops.test_native import LIBRARIES, library_for
 from tests.threads import num_threads
 
@@ -64,7 +63,7 @@ def hidden(model: Model, sequences: list[list[int]], *, chunk: int) -> list[torc
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.fixture(params=[*LIBRARIES, *TILES], ids=lambda param: f"{param[0]} {Units(param[1]).name}")
+@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 

@@ -9,7 +9,7 @@ import torch
 
 from moetrain.errors import ConfigError
 from moetrain.kernels import build, choice
-from moetrain.kernels.build import SOURCES, UnavailableError, load
+from moetrain.kernels.build import SOURCES, UnavailableError, Units, load
 from moetrain.kernels.choice import find, taking
 from moetrain.kernels.config import Kernels
 
@@ -93,9 +93,10 @@ def test_a_library_that_is_none_is_named(nothing_loaded: Path, monkeypatch: pyte
         load.__wrapped__()
 
 
-def test_torch_is_taken_where_it_is_asked_for_or_multiplies_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_taken_where_it_is_asked_for_or_alone_multiplies_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(Kernels.torch)[0] is None
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(load(), "units", Units.widened)
     library, why = find(Kernels.auto)
     assert library is None
     assert "AMX" in why

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.kernels.build import Library
+from moetrain.kernels.build import Library, Units
 from moetrain.ops import native
 from moetrain.quant.config import GridName
 from moetrain.quant.grids import Quantized, dequantize, quantize
@@ -11,7 +11,7 @@ from tests.ops.test_native import LIBRARIES, library_for
 from tests.threads import num_threads
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
+@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 
@@ -33,11 +33,11 @@ def _packed_rows(
     num, hidden, width = down.codes_XOI.shape
     packed_in = torch.empty(2 * num * library.packed_bytes(1, width, hidden), dtype=torch.uint8)
     packed_out = torch.empty(num * library.packed_bytes(1, hidden, width), dtype=torch.uint8)
-    library("pack_int4", library.paired, gate_up.codes_XOI, gate_up.scales_XOG, packed_in, 2 * num, width, hidden)
-    library("pack_int4", library.paired, down.codes_XOI, down.scales_XOG, packed_out, num, hidden, width)
+    library("pack_int4", library.units, gate_up.codes_XOI, gate_up.scales_XOG, packed_in, 2 * num, width, hidden)
+    library("pack_int4", library.units, down.codes_XOI, down.scales_XOG, packed_out, num, hidden, width)
     y_SD = torch.empty_like(x_SD)
     ends = torch.tensor(counts).cumsum(0)
-    library("packed_expert_rows", library.paired, x_SD, ends, packed_in, packed_out, y_SD, num, hidden, width)
+    library("packed_expert_rows", library.units, x_SD, ends, packed_in, packed_out, y_SD, num, hidden, width)
     return y_SD
 
 
@@ -86,5 +86,5 @@ def test_a_packed_matrix_has_the_bits_of_the_linear_kernel(rows: int, library: L
     packed = torch.empty(library.packed_bytes(0, 83, 1088), dtype=torch.uint8)
     library("pack_dense", w, packed, 1, 83, 1088)
     y = torch.empty(rows, 83, dtype=torch.bfloat16)
-    library("packed_linear", library.paired, x, packed, y, rows, 83, 1088)
+    library("packed_linear", library.units, x, packed, y, rows, 83, 1088)
     assert torch.equal(y, native.linear(x, w.float(), library=library))

@@ -9,7 +9,7 @@ from moetrain.quant.grids import Quantized, dequantize, quantize
 from tests.ops.test_native import library_for
 from tests.threads import num_threads
 
-HAS_TILES = torch.cpu._is_amx_tile_supported() and load().units_of_generation is Units.tiles
+HAS_TILES = torch.cpu._is_amx_tile_supported() and load().units is Units.tiles
 TILES = [("-march=native", Units.tiles)] if HAS_TILES else []
 """The library for tiles, where this CPU has them."""
 

@@ -22,13 +22,15 @@ ONE_ROUNDING = 2.0**-8
 Make = Callable[..., torch.Tensor]
 
 
-# Both kinds of units on the vectors of this CPU, and the short vectors that laptops have.
+# The kinds of units on the vectors of this CPU, and the short vectors that laptops have.
 LIBRARIES = [("-march=native", 0), ("-march=native", 1), ("-march=haswell", 0), ("-march=x86-64", 0)]
 if torch.backends.cpu.get_cpu_capability() == "AVX512":
     LIBRARIES.append(("-march=skylake-avx512", 0))  # without instructions for bfloat16
+if load().units is Units.tiles:
+    LIBRARIES.append(("-march=native", Units.tiles))
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
+@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 
@@ -36,7 +38,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 def library_for(flags: str, units: int) -> Library:
     """Return the library for these instruction sets, with this kind of units."""
     found = Library(load((flags,)).path)
-    found.paired, found.units_of_generation = int(units == Units.paired), Units(units)
+    found.units = Units(units)
     return found
 
 

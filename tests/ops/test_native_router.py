@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from moetrain.kernels.build import Library, load
+from moetrain.kernels.build import Library, Units, load
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.router import Router, Routing
 from tests.ops.test_native import LIBRARIES, library_for
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
+@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 

@@ -236,9 +236,9 @@ def test_deterministic_rollouts_have_the_logprobs_of_the_trainer_bit_for_bit() -
 def _on_ranks(expert: int) -> tuple[list[list[int]], list[float]]:
     engine = _engine(EngineName.deepspeed, expert=expert, library=load())
     other = Library(load().path)
-    other.paired = engine.topology.rank
+    other.units = Units(engine.topology.rank)
     if expert > 1:
-        with pytest.raises(ConfigError, match=r"the ranks compute differently .*pairs.*single numbers"):
+        with pytest.raises(ConfigError, match=r"the ranks compute differently .*paired numbers.*widened numbers"):
             check_kernels(other, engine.topology)
     check_kernels(load(), engine.topology)
     return _trajectories(expert), _gaps(engine, mode=Mode.deterministic, steps=2)

@@ -113,6 +113,7 @@ void attention(const AttentionShape& shape, const AttentionInput& in, bf16* out,
   const int64_t keys = up_to(tokens, PANEL), padded_value = up_to(value, PANEL);
 #pragma omp parallel
   {
+    Work<P> work;
     Scratch<float> k_panels(keys * units<P>(width)), v_panels(padded_value * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
     Scratch<float> scores(CHUNK * keys), sums(CHUNK * padded_value);
     Scratch<bf16> p(CHUNK * keys);
@@ -182,6 +183,7 @@ void attention_backward(const AttentionShape& shape, const AttentionInput& in, c
   Scratch<float> grad_k_rotary(shape.rows * shape.heads * tokens * shape.rotary);  // per head, rotated
 #pragma omp parallel
   {
+    Work<P> work;
     Scratch<float> k_panels(keys * units<P>(width)), v_panels(keys * units<P>(value));  // transposed
     Scratch<float> k_rows(padded_width * units<P>(tokens)), left(CHUNK * ROW_STRIDE);
     Scratch<float> q_rows(padded_width * QUERIES), out_rows(padded_value * QUERIES), tiles(up_to(keys, BESIDE) * QUERIES);

@@ -214,7 +214,7 @@ class Decode {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < num_groups * s.heads; task++) {
       const int64_t first = groups[task / s.heads], rows = groups[task / s.heads + 1] - first, h = task % s.heads;
-      attend_decompressed<OfAttention>(cache, h, rotated + (first * s.heads + h) * inputs, s.heads * inputs, in.positions + first, rows,
+      attend_decompressed<P>(cache, h, rotated + (first * s.heads + h) * inputs, s.heads * inputs, in.positions + first, rows,
                              in.tables + in.sequences[first] * in.table_width, s.scale,
                              values.get() + first * out_width + h * s.value, out_width);
     }

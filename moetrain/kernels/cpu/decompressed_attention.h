@@ -44,6 +44,31 @@ struct PagedPanel {
   }
 };
 
+// sums[rows][PANEL] = x times a panel of k inputs, for rows <= MOST_ROWS.
+template <class P, class Panel>
+void head_times_panel(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel panel, float* sums) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<P, Tiled>) {
+    set_row_tiles(rows);
+    memory_barrier();
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t g = 0; g < k / GROUP; g++) {
+      _tile_loadd(4, x + g * GROUP, ldx * sizeof(bf16));
+      _tile_loadd(6, panel.group(g), 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, panel.group(g) + TILE_BYTES, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, sums, PANEL * sizeof(float));
+    _tile_stored(1, sums + TILE, PANEL * sizeof(float));
+    memory_barrier();
+    return;
+  } else
+#endif
+  few_rows_times_panel<P>(x, ldx, rows, k, panel, sums);
+}
+
 // One head of `rows` <= MOST_ROWS rows of one sequence: row r attends to the positions 0..positions[r]. table: the pages
 // of the sequence. queries: row stride ldq, zeros up to inputs(). Writes out [rows][value] with row stride ldo.
 template <class P>
@@ -56,7 +81,7 @@ void attend_decompressed(const HeadPages& cache, int64_t h, const bf16* queries,
   float totals[MOST_ROWS];
   for (int64_t start = 0; start < seen; start += PANEL) {
     const auto* keys = reinterpret_cast<const uint8_t*>(cache.keys(table[start / PAGE], h, start % PAGE / PANEL));
-    few_rows_times_panel<P>(queries, ldq, rows, cache.inputs(), DensePanel{keys}, sums);
+    head_times_panel<P>(queries, ldq, rows, cache.inputs(), DensePanel{keys}, sums);
     for (int64_t r = 0; r < rows; r++)
       std::memcpy(scores.get() + r * ld + start, sums + r * PANEL, PANEL * sizeof(float));
   }
@@ -66,7 +91,7 @@ void attend_decompressed(const HeadPages& cache, int64_t h, const bf16* queries,
   }
   for (int64_t j = 0; j < cache.value; j += PANEL) {
     const PagedPanel values{cache.values(0, h, j / PANEL), cache.heads * cache.size(), table};
-    few_rows_times_panel<P>(shares.get(), ld, rows, ld, values, sums);
+    head_times_panel<P>(shares.get(), ld, rows, ld, values, sums);
     for (int64_t r = 0; r < rows; r++) {
       const float over = 1.0f / totals[r];
       for (int64_t i = 0; i < std::min(PANEL, cache.value - j); i++) out[r * ldo + j + i] = narrow(sums[r * PANEL + i] * over);

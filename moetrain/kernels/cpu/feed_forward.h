@@ -46,6 +46,7 @@ void feed_forward(const bf16* x, int64_t m, const FeedForward<T>& layer, bf16* g
   Scratch<float> first(2 * padded_width * units<P>(hidden)), second(up_to(hidden, PANEL) * units<P>(width));
 #pragma omp parallel
   {
+    Work<P> work;
     pack_panels<P, true>(layer.gate, hidden, width, hidden, first.get());
     pack_panels<P, true>(layer.up, hidden, width, hidden, first.get() + padded_width * units<P>(hidden));
     pack_panels<P, true>(layer.down, width, hidden, width, second.get());
@@ -80,6 +81,7 @@ void feed_forward_backward(const bf16* grad_y, const bf16* x, const bf16* gate_u
   Scratch<bf16> inner(m * width), grad_gate_up(m * 2 * width);
 #pragma omp parallel
   {
+    Work<P> work;
     pack_panels<P, false>(layer.down, width, width, hidden, by_down.get());
     pack_panels<P, false>(layer.gate, hidden, hidden, width, by_gate.get());
     pack_panels<P, false>(layer.up, hidden, hidden, width, by_up.get());

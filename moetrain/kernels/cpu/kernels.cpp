@@ -1,5 +1,5 @@
-// The C functions that Python calls, with pointers and sizes; `paired` selects the kind of unit for products. Functions of
-// generation take `units`: 0 widened numbers, 1 pairs, 2 tiles.
+// The C functions that Python calls, with pointers and sizes; `units` is what products read at a time: 0 widened numbers,
+// 1 pairs, 2 tiles.
 #include <chrono>
 #include <omp.h>
 
@@ -14,18 +14,12 @@
 
 namespace {
 template <class Call>
-void with_units(int paired, Call call) {
-  if (paired) call(Paired{});
-  else call(Widened{});
-}
-
-// The same for generation.
-template <class Call>
-void with_units_or_tiles(int units, Call call) {
+void with_units(int units, Call call) {
 #if defined(__AMX_BF16__)
   if (units == 2) return call(Tiled{});
 #endif
-  with_units(units, call);
+  if (units == 1) call(Paired{});
+  else call(Widened{});
 }
 
 constexpr int64_t SLICE = 1 << 13;  // elements that fit in the cache
@@ -92,19 +86,19 @@ EXPORT double gain_of_pairs() {
 // Whether this process can multiply by tiles; asks the operating system for them.
 EXPORT int tiles_available() { return request_tiles(); }
 
-EXPORT void linear(int paired, const bf16* x, const float* w, bf16* y, int64_t m, int64_t n, int64_t k) {
-  with_units(paired, [&](auto p) { product<decltype(p), true>(x, k, w, k, y, n, m, n, k); });
+EXPORT void linear(int units, const bf16* x, const float* w, bf16* y, int64_t m, int64_t n, int64_t k) {
+  with_units(units, [&](auto p) { product<decltype(p), true>(x, k, w, k, y, n, m, n, k); });
 }
 
 // grad_x [m][k] from grad_y [m][n] and w [n][k]
-EXPORT void linear_grad_x(int paired, const bf16* grad_y, const float* w, bf16* grad_x, int64_t m, int64_t n, int64_t k) {
-  with_units(paired, [&](auto p) { product<decltype(p), false>(grad_y, n, w, k, grad_x, k, m, k, n); });
+EXPORT void linear_grad_x(int units, const bf16* grad_y, const float* w, bf16* grad_x, int64_t m, int64_t n, int64_t k) {
+  with_units(units, [&](auto p) { product<decltype(p), false>(grad_y, n, w, k, grad_x, k, m, k, n); });
 }
 
 // grad_w [n][k] (+)= grad_y^T x
-EXPORT void linear_grad_w(int paired, const bf16* grad_y, const bf16* x, float* grad_w, int64_t m, int64_t n, int64_t k,
+EXPORT void linear_grad_w(int units, const bf16* grad_y, const bf16* x, float* grad_w, int64_t m, int64_t n, int64_t k,
                           int add) {
-  with_units(paired, [&](auto p) { outer<decltype(p)>(grad_y, n, x, k, grad_w, k, m, n, k, add != 0); });
+  with_units(units, [&](auto p) { outer<decltype(p)>(grad_y, n, x, k, grad_w, k, m, n, k, add != 0); });
 }
 
 EXPORT void swiglu(const bf16* gate, const bf16* up, bf16* hidden, int64_t size) {
@@ -119,9 +113,9 @@ EXPORT void swiglu_backward(const bf16* grad_hidden, const bf16* gate, const bf1
 }
 
 // Rows of x are sorted by expert; the rows of expert e end at ends[e]. Weights are float32, or bfloat16 if `halves`.
-EXPORT void expert_rows(int paired, int half, const bf16* x, const int64_t* ends, const void* gate_up, const void* down,
+EXPORT void expert_rows(int units, int half, const bf16* x, const int64_t* ends, const void* gate_up, const void* down,
                         bf16* kept, bf16* y, int64_t num, int64_t hidden, int64_t width) {
-  with_units(paired, [&](auto p) {
+  with_units(units, [&](auto p) {
     using P = decltype(p);
     if (half)
       experts<P>(x, ends, num, hidden, width, static_cast<const bf16*>(gate_up), static_cast<const bf16*>(down), kept, y);
@@ -130,10 +124,10 @@ EXPORT void expert_rows(int paired, int half, const bf16* x, const int64_t* ends
   });
 }
 
-EXPORT void expert_rows_backward(int paired, int half, const bf16* grad_y, const bf16* x, const bf16* kept,
+EXPORT void expert_rows_backward(int units, int half, const bf16* grad_y, const bf16* x, const bf16* kept,
                                  const int64_t* ends, const void* gate_up, const void* down, bf16* grad_x,
                                  float* grad_gate_up, float* grad_down, int64_t num, int64_t hidden, int64_t width) {
-  with_units(paired, [&](auto p) {
+  with_units(units, [&](auto p) {
     using P = decltype(p);
     if (half)
       experts_backward<P>(grad_y, x, kept, ends, num, hidden, width, static_cast<const bf16*>(gate_up),
@@ -173,7 +167,7 @@ EXPORT void pack_dense(const bf16* w, uint8_t* out, int64_t num, int64_t columns
 
 // y [rows][columns] = x [rows][k] times a matrix from `pack_dense`
 EXPORT void packed_linear(int units, const bf16* x, const uint8_t* matrix, bf16* y, int64_t rows, int64_t columns, int64_t k) {
-  with_units_or_tiles(units, [&](auto p) {
+  with_units(units, [&](auto p) {
 #pragma omp parallel
     {
       TileWork work;
@@ -202,7 +196,7 @@ EXPORT void decode_rows(int units, const int64_t* shape, const float* factors, c
   std::memcpy(&s, shape, 15 * sizeof(int64_t));
   std::memcpy(&s.eps, factors, 4 * sizeof(float));
   const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
-  with_units_or_tiles(units, [&](auto p) {
+  with_units(units, [&](auto p) {
     Decode<decltype(p)> decode(s, in, x);
 #pragma omp parallel num_threads(decode.threads(layers))
     {
@@ -215,22 +209,22 @@ EXPORT void decode_rows(int units, const int64_t* shape, const float* factors, c
   });
 }
 
-EXPORT void latent_attention(int paired, const bf16* q, const bf16* kv, const bf16* k_rotary, const float* cosine,
+EXPORT void latent_attention(int units, const bf16* q, const bf16* kv, const bf16* k_rotary, const float* cosine,
                              const float* sine, const int32_t* first_seen, bf16* out, float* log_sums, float* largest_logits,
                              int64_t ld_rotary, int64_t rows, int64_t tokens, int64_t heads, int64_t plain, int64_t rotary,
                              int64_t value, float scale) {
-  with_units(paired, [&](auto p) {
+  with_units(units, [&](auto p) {
     attention<decltype(p)>({rows, tokens, heads, plain, rotary, value, scale},
                            {q, kv, k_rotary, ld_rotary, cosine, sine, first_seen}, out, log_sums, largest_logits);
   });
 }
 
-EXPORT void latent_attention_backward(int paired, const bf16* grad_out, const bf16* q, const bf16* kv, const bf16* k_rotary,
+EXPORT void latent_attention_backward(int units, const bf16* grad_out, const bf16* q, const bf16* kv, const bf16* k_rotary,
                                       const float* cosine, const float* sine, const int32_t* first_seen,
                                       const float* log_sums, bf16* grad_q, bf16* grad_kv, bf16* grad_k_rotary,
                                       int64_t ld_rotary, int64_t rows, int64_t tokens, int64_t heads, int64_t plain,
                                       int64_t rotary, int64_t value, float scale) {
-  with_units(paired, [&](auto p) {
+  with_units(units, [&](auto p) {
     attention_backward<decltype(p)>({rows, tokens, heads, plain, rotary, value, scale},
                                     {q, kv, k_rotary, ld_rotary, cosine, sine, first_seen}, grad_out, log_sums,
                                     {grad_q, grad_kv, grad_k_rotary});

@@ -5,11 +5,10 @@
 // float32 count as zero. The instruction defines this order, and it does not depend on the rows of a tile.
 #pragma once
 
-#include "products.h"
-
-struct Tiled {};
+#include "vectors.h"
 
 constexpr int64_t TILE = 16, TILE_INPUTS = 32;          // rows of a tile, and inputs of a row
+constexpr int64_t TILE_PAIRS = TILE_INPUTS / 2;
 constexpr int64_t TILE_BYTES = TILE * TILE_INPUTS * 2;  // of a full tile
 
 #if defined(__AMX_BF16__)
@@ -45,6 +44,12 @@ inline void set_tiles(int64_t key, const int64_t (&rows)[8], const int64_t (&byt
   tile_shape = key;
 }
 
+// Sets tiles 0 to 3 to the sums of up to 2 TILE rows, 4 and 5 to the rows, 6 and 7 to two right operands.
+inline void set_row_tiles(int64_t rows) {
+  const int64_t first = std::min(rows, TILE), second = rows - first;
+  set_tiles(1 + rows, {first, first, second, second, first, second, TILE, TILE}, {64, 64, 64, 64, 64, 64, 64, 64});
+}
+
 // Frees the tile registers of the thread at the end of its work.
 struct TileWork {
   TileWork() { tile_shape = 0; }
@@ -54,7 +59,7 @@ struct TileWork {
   }
 };
 
-// sums[rows][PANEL] = x times a panel of tiles [k / TILE_INPUTS][2], each [pairs of inputs][TILE columns]. MORE: there are
+// sums[rows][2 TILE] = x times a panel of tiles [k / TILE_INPUTS][2], each [pairs of inputs][TILE columns]. MORE: there are
 // more than TILE rows, of which those of the second tile begin at x + TILE * ldx.
 template <bool MORE>
 void tiles_times_panel(const bf16* x, int64_t ldx, int64_t k, const uint8_t* panel, float* sums) {
@@ -78,20 +83,19 @@ void tiles_times_panel(const bf16* x, int64_t ldx, int64_t k, const uint8_t* pan
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, PANEL * 4);
-  _tile_stored(1, sums + TILE, PANEL * 4);
+  _tile_stored(0, sums, 2 * TILE * 4);
+  _tile_stored(1, sums + TILE, 2 * TILE * 4);
   if constexpr (MORE) {
-    _tile_stored(2, sums + TILE * PANEL, PANEL * 4);
-    _tile_stored(3, sums + TILE * PANEL + TILE, PANEL * 4);
+    _tile_stored(2, sums + 2 * TILE * TILE, 2 * TILE * 4);
+    _tile_stored(3, sums + 2 * TILE * TILE + TILE, 2 * TILE * 4);
   }
 }
 
 // The same for rows <= 2 TILE.
 inline void few_tiles_times_panel(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const uint8_t* panel, float* sums) {
-  const int64_t first = std::min(rows, TILE), second = rows - first;
-  set_tiles(1 + rows, {first, first, second, second, first, second, TILE, TILE}, {64, 64, 64, 64, 64, 64, 64, 64});
+  set_row_tiles(rows);
   memory_barrier();
-  if (second > 0) tiles_times_panel<true>(x, ldx, k, panel, sums);
+  if (rows > TILE) tiles_times_panel<true>(x, ldx, k, panel, sums);
   else tiles_times_panel<false>(x, ldx, k, panel, sums);
   memory_barrier();
 }
