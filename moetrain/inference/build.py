@@ -12,7 +12,7 @@ from moetrain.inference.mode import Mode
 from moetrain.inference.native import NativeModel, packed_head, packed_layer
 from moetrain.inference.protocol import Model
 from moetrain.inference.weights import InferenceWeights, Tensors, build_layers, build_outer
-from moetrain.kernels.build import Library, Units
+from moetrain.kernels.build import Library
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.runtime import default_device

@@ -21,7 +21,7 @@ from moetrain.inference.protocol import Sequence as Generated
 from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.inference.sampling import Sampling
 from moetrain.inference.speculation import Speculation
-from moetrain.kernels.build import Library, Units
+from moetrain.kernels.build import Library
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import ModelConfig, ScoreFunction

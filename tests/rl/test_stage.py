@@ -10,7 +10,7 @@ from moetrain.checkpoint.origin import Origin, continue_state, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.errors import ConfigError
 from moetrain.inference.mode import Mode
-from moetrain.kernels.build import Library, load
+from moetrain.kernels.build import Library, Units, load
 from moetrain.log import JsonlMetrics, Metrics, read_metrics
 from moetrain.model.config import BalanceConfig, BiasRule
 from moetrain.optim.config import OptimConfig

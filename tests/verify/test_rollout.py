@@ -14,9 +14,9 @@ WORDS = ["verify", "rollout", "prompt_tokens=70", "new_tokens=3"]
 def test_no_token_depends_on_its_company(tmp_path: Path) -> None:
     assert main([*WORDS, f"run.folder={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "default/verify_rollout/verify.json").read_text())["rows"]
-    assert len(rows) == 51 and all(row["value"] == 0 for row in rows if "gap" not in row["name"])
+    assert len(rows) == 48 and all(row["value"] == 0 for row in rows if "gap" not in row["name"])
     gaps = {row["name"].split(", fast: gap ")[1]: row["value"] for row in rows if "gap" in row["name"]}
-    assert len(gaps) == 6 and gaps["by attention over latents"] > 100 * gaps["by the sampler's log-softmax"]
+    assert len(gaps) == 5 and gaps["by attention over latents"] > 100 * gaps["by the sampler's log-softmax"]
     crowds = [row for row in rows if "others" in row["name"]]
     assert len(crowds) == 12 and all(re.search(r"; [1-9]\d* prompt tokens", row["note"]) for row in crowds)
 
