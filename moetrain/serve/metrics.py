@@ -22,8 +22,8 @@ class ServeMetrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"vllm:{name}", text, ["model_name"], registry=self._registry).labels(**self._labels)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"vllm:{name}", text, ["model_name"], registry=self._registry).labels(**self._labels)
+        def counter(name: str, text: str, *, owner: str = "vllm") -> Counter:
+            return Counter(f"{owner}:{name}", text, ["model_name"], registry=self._registry).labels(**self._labels)
 
         def histogram(name: str, text: str, *, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(f"vllm:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
@@ -62,18 +62,11 @@ class ServeMetrics:
         self._answers = histogram(
             "request_generation_tokens", "Tokens that were generated per sequence.", buckets=_COUNTS
         )
-        self._stray = Counter(
-            "moetrain:stray_markers", "Markers left out of answers.", ["model_name"], registry=self._registry
-        ).labels(**self._labels)
-        self._forced = Counter(
-            "moetrain:forced_tokens",
-            "Tokens that a constraint forced and that were fed together.",
-            ["model_name"],
-            registry=self._registry,
-        ).labels(**self._labels)
-        self._constraint = Counter(
-            "moetrain:constraint_seconds", "Seconds that constraints took.", ["model_name"], registry=self._registry
-        ).labels(**self._labels)
+        self._stray = counter("stray_markers", "Markers left out of answers.", owner="moetrain")
+        self._forced = counter(
+            "forced_tokens", "Tokens that a constraint forced and that were fed together.", owner="moetrain"
+        )
+        self._constraint = counter("constraint_seconds", "Seconds that constraints took.", owner="moetrain")
         self._counts = Counts()
         self._refused = Counter(
             "moetrain:refused_requests", "Requests refused.", ["model_name", "status"], registry=self._registry
