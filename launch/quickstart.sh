@@ -10,7 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/install.sh
 echo "installed after ${SECONDS} s"
-"${VENV:-.venv}/bin/moetrain" run recipe=k2_nano "$@"
+# The recipe trains on two ranks, and each rank needs a GPU of its own where torch finds one.
+gpus=$("${VENV:-.venv}/bin/python" -c "import torch; print(torch.cuda.device_count())")
+ranks=()
+if [[ "$gpus" == 1 ]]; then ranks=(num_processes=1); fi
+"${VENV:-.venv}/bin/moetrain" run recipe=k2_nano ${ranks[@]+"${ranks[@]}"} "$@"
 printf 'quickstart: %d min %d s in all\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
 folder=runs name=k2_nano
 for word in "$@"; do
