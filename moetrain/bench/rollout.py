@@ -140,7 +140,9 @@ def _episodes(run: BenchRolloutRun, weights: Weights, export: Path) -> list[Epis
     read = read_export(export)
     library = find_for_generation(run.rollout.kernels)
     model = build_model(read.weights(), config=read.model, quant=read.quant, library=library)
-    engine = GenerationEngine(model, num_slots=run.episodes, max_tokens=run.rollout.max_tokens)
+    engine = GenerationEngine(
+        model, num_slots=run.episodes, max_tokens=run.rollout.max_tokens, speculation=run.rollout.speculation
+    )
     return collected_episodes(
         family,
         weights.tokenizer,
