@@ -27,7 +27,7 @@ from moetrain.runtime import available_memory
 ROW_BUDGET = 256
 """Largest number of rows of a step, unless more sequences than this decode."""
 _SPECULATION_ROWS = 32
-"""Largest number of rows with which drafts are fed. Up to about as many, a step takes the time to read the weights."""
+"""Largest number of rows of a step with drafts. Beyond it, a step takes longer in proportion to its rows."""
 _WORTH_WAITING = 8  # tokens of a common beginning for which a sequence waits until another one has read it
 
 
