@@ -44,9 +44,10 @@ constexpr int64_t ROWS_TOGETHER = 8, QUERIES_TOGETHER = 64;  // rows of a sequen
 template <class P>
 class Decode {
  public:
-  Decode(const DecodeShape& shape, const DecodeRows& in, bf16* x)
+  Decode(const DecodeShape& shape, const DecodeRows& in, const DecodeLayer* layers, bf16* x)
       : s(shape),
         in(in),
+        layers(layers),
         x(x),
         wide(up_to(s.hidden, GROUP)),
         rank(up_to(s.query_rank, GROUP)),
@@ -70,6 +71,10 @@ class Decode {
         weights(in.rows * std::max<int64_t>(s.chosen, 1)),
         ends(std::max<int64_t>(s.experts, 1)),
         groups(in.rows + 1),
+        shared_inner(in.rows * up_to(widest(&DecodeLayer::width), GROUP)),
+        inner(zeros(in.rows * s.chosen * up_to(widest(&DecodeLayer::expert_width), GROUP))),
+        sorted(in.rows * s.chosen * wide),
+        routed(in.rows * s.chosen * s.hidden),
         partial(partial_size()) {
     num_groups = 0;
     for (int64_t r = 0; r < in.rows; r++) {
@@ -81,7 +86,7 @@ class Decode {
 
   // Threads that are worth their waiting: they wait for each other some fifteen times per block, so each must have enough
   // products in between. The number changes no result.
-  int threads(const DecodeLayer* layers) const {
+  int threads() const {
     constexpr int64_t PRODUCTS = 400'000;  // of a thread and block: some ten microseconds
     const DecodeLayer& last = layers[s.layers - 1];
     const int64_t from = s.query_rank > 0 ? s.query_rank : s.hidden;
@@ -93,33 +98,29 @@ class Decode {
     return int(std::clamp<int64_t>(products / PRODUCTS, 1, omp_get_max_threads()));
   }
 
-  // Adds a block to the residual stream x [rows][D]. Called by all threads of a team.
-  void block(const DecodeLayer& layer, int64_t index) {
-    norm_rows(layer.input_norm);
-    attention(layer, in.pages + index * in.num_pages * page_size());
-    add_rows(added.get());
-    norm_rows(layer.post_norm);
-    feed_forward(layer);
-  }
-
-  void norm_rows(const float* weight) {
+  // All blocks, and the last norm. Called by all threads of a team.
+  void operator()(const float* last_norm) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < in.rows; r++)
-      rms_norm_row(x + r * s.hidden, weight, s.hidden, s.eps, normed.get() + r * wide);
+    for (int64_t r = 0; r < in.rows; r++) norm_row(r, layers[0].input_norm);
+    for (int64_t i = 0; i < s.layers; i++) {
+      attention(layers[i], in.pages + i * in.num_pages * page_size());
+      feed_forward(layers[i], i + 1 < s.layers ? layers[i + 1].input_norm : last_norm);
+    }
   }
 
  private:
   const DecodeShape& s;
   const DecodeRows& in;
+  const DecodeLayer* layers;
   bf16* x;
   const int64_t wide, rank, head, latent_width, plain, mixed_width, out_width;
   Scratch<bf16> normed, compressed, latents, queries, plain_queries, absorbed, mixed, values, added;
   Scratch<int64_t> ids, places, tokens;
   Scratch<float> weights;
   Scratch<int64_t> ends, groups;
+  Scratch<bf16> shared_inner, inner, sorted, routed;
   Scratch<float> partial;
   int64_t num_groups;
-  bf16 *inner = nullptr, *sorted = nullptr, *routed = nullptr, *shared_inner = nullptr;
   bf16 *kept = nullptr, *expanded = nullptr, *rotated = nullptr;  // of a decompressed cache
 
   using OfAttention = std::conditional_t<std::is_same_v<P, Tiled>, Paired, P>;
@@ -151,18 +152,29 @@ class Decode {
   HeadPages head_pages(bf16* pages) const { return {s.heads, head, s.value, pages}; }
   int64_t page_size() const { return s.decompressed ? s.heads * head_pages(nullptr).size() : PAGE * latent_width; }
 
-  void add_rows(const bf16* y) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < in.rows; r++) add_row(x + r * s.hidden, y + r * s.hidden, x + r * s.hidden);
+  // The largest of a size of all blocks.
+  int64_t widest(int64_t DecodeLayer::*size) const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < s.layers; i++) most = std::max(most, layers[i].*size);
+    return most;
   }
 
-  void add_row(const bf16* a, const bf16* b, bf16* to) const {
+  void norm_row(int64_t r, const float* weight) const {
+    rms_norm_row(x + r * s.hidden, weight, s.hidden, s.eps, normed.get() + r * wide);
+  }
+
+  // Adds the output of attention or of the feed-forward layer to the residual stream of a row.
+  void add_row(int64_t r) const {
+    bf16* to = x + r * s.hidden;
+    const bf16* from = added.get() + r * s.hidden;
     int64_t i = 0;
-    for (; i + LANES <= s.hidden; i += LANES) store(to + i, load(a + i) + load(b + i));
-    for (; i < s.hidden; i++) to[i] = narrow(widen(a[i]) + widen(b[i]));
+    for (; i + LANES <= s.hidden; i += LANES) store(to + i, load(to + i) + load(from + i));
+    for (; i < s.hidden; i++) to[i] = narrow(widen(to[i]) + widen(from[i]));
   }
 
   void attention(const DecodeLayer& layer, bf16* pages) {
+    team_product<P, DensePanel, false>(normed.get(), wide, in.rows, wide, layer.kv_a, latent_width, latents.get(),
+                                       latent_width);
     if (s.query_rank > 0) {
       team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.q_a, s.query_rank, compressed.get(), rank);
 #pragma omp for schedule(static)
@@ -176,7 +188,6 @@ class Decode {
       team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.q_b, s.heads * head, queries.get(),
                                   s.heads * head);
     }
-    team_product<P, DensePanel>(normed.get(), wide, in.rows, wide, layer.kv_a, latent_width, latents.get(), latent_width);
     if (s.decompressed) attention_decompressed(layer, head_pages(pages));
     else attention_absorbed(layer, pages);
     team_product<P, DensePanel>(values.get(), out_width, in.rows, out_width, layer.out, s.hidden, added.get(), s.hidden);
@@ -314,36 +325,37 @@ class Decode {
     }
   }
 
-  void feed_forward(const DecodeLayer& layer) {
+  // Adds attention to the residual stream, then the feed-forward layer, and norms it for the next block.
+  void feed_forward(const DecodeLayer& layer, const float* next_norm) {
     const int64_t width = up_to(layer.width, GROUP), size = wide / GROUP * DensePanel::BYTES;
-#pragma omp single
-    {
-      shared_inner = new bf16[in.rows * std::max<int64_t>(width, 1)]();
-      if (layer.router != nullptr) {
-        inner = new bf16[in.rows * s.chosen * up_to(layer.expert_width, GROUP)]();
-        sorted = new bf16[in.rows * s.chosen * wide];
-        routed = new bf16[in.rows * s.chosen * s.hidden];
-      }
-    }
-    if (layer.router != nullptr) choose(layer);
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < layer.width; j += PANEL)
+    for (int64_t r = 0; r < in.rows; r++) {
+      add_row(r);
+      norm_row(r, layer.post_norm);
+      if (layer.router != nullptr) choose(layer, r);
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t j = 0; j < layer.width; j += PANEL) {
       swiglu_panel<P>(normed.get(), wide, in.rows, wide, DensePanel{layer.gate + j / PANEL * size},
-                      DensePanel{layer.up + j / PANEL * size}, std::min(PANEL, layer.width - j), shared_inner + j, width);
-    team_product<P, DensePanel>(shared_inner, width, in.rows, width, layer.down, s.hidden, added.get(), s.hidden);
+                      DensePanel{layer.up + j / PANEL * size}, std::min(PANEL, layer.width - j), shared_inner.get() + j, width);
+      if (j + PANEL >= layer.width)
+        for (int64_t r = 0; r < in.rows; r++)
+          std::fill(shared_inner.get() + r * width + layer.width, shared_inner.get() + (r + 1) * width, bf16(0));
+    }
     if (layer.router != nullptr) {
+#pragma omp single
+      sort_rows();
       if (layer.int4) int4_experts(layer);
       else experts<DensePanel>(layer);
-      combine();
+    } else {
+#pragma omp barrier
     }
-    add_rows(added.get());
-#pragma omp single
-    {
-      delete[] shared_inner;
-      delete[] inner;
-      delete[] sorted;
-      delete[] routed;
-      inner = sorted = routed = nullptr;
+    team_product<P, DensePanel>(shared_inner.get(), width, in.rows, width, layer.down, s.hidden, added.get(), s.hidden);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < in.rows; r++) {
+      if (layer.router != nullptr) combine(r);
+      add_row(r);
+      norm_row(r, next_norm);
     }
   }
 
@@ -351,8 +363,8 @@ class Decode {
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<P, Tiled>) {
       team_tiled_experts(normed.get(), tokens.get(), ends.get(),
-                         {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, sorted,
-                         inner, routed);
+                         {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width},
+                         sorted.get(), inner.get(), routed.get());
       return;
     }
 #endif
@@ -363,53 +375,51 @@ class Decode {
   void experts(const DecodeLayer& layer) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < in.rows * s.chosen; i++)
-      std::memcpy(sorted + i * wide, normed.get() + tokens[i] * wide, wide * sizeof(bf16));
+      std::memcpy(sorted.get() + i * wide, normed.get() + tokens[i] * wide, wide * sizeof(bf16));
     team_experts<P, Panel>(
-        sorted, ends.get(),
-        {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, inner, routed);
+        sorted.get(), ends.get(),
+        {layer.expert_gate_up, layer.expert_down, s.experts, wide, s.hidden, layer.expert_width}, inner.get(), routed.get());
   }
 
-  // Routes the rows, and sorts them by expert.
-  void choose(const DecodeLayer& layer) {
+  void choose(const DecodeLayer& layer, int64_t r) {
     const Router router{layer.router, layer.bias, s.hidden, s.experts, s.chosen, s.groups, s.best_groups, s.function,
                         s.normalize, s.factor};
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < in.rows; r++)
-      route(router, normed.get() + r * wide, ids.get() + r * s.chosen, weights.get() + r * s.chosen);
-#pragma omp single
-    {
-      std::fill_n(ends.get(), s.experts, int64_t(0));
-      for (int64_t i = 0; i < in.rows * s.chosen; i++) ends[ids[i]]++;
-      int64_t total = 0;
-      for (int64_t e = 0; e < s.experts; e++) {
-        const int64_t count = ends[e];
-        ends[e] = total;  // the first place for now
-        total += count;
-      }
-      for (int64_t i = 0; i < in.rows * s.chosen; i++) {
-        places[i] = ends[ids[i]]++;
-        tokens[places[i]] = i / s.chosen;
-      }
+    route(router, normed.get() + r * wide, ids.get() + r * s.chosen, weights.get() + r * s.chosen);
+  }
+
+  // Sorts the chosen rows by expert.
+  void sort_rows() {
+    std::fill_n(ends.get(), s.experts, int64_t(0));
+    for (int64_t i = 0; i < in.rows * s.chosen; i++) ends[ids[i]]++;
+    int64_t total = 0;
+    for (int64_t e = 0; e < s.experts; e++) {
+      const int64_t count = ends[e];
+      ends[e] = total;  // the first place for now
+      total += count;
+    }
+    for (int64_t i = 0; i < in.rows * s.chosen; i++) {
+      places[i] = ends[ids[i]]++;
+      tokens[places[i]] = i / s.chosen;
     }
   }
 
   // added += sum over k of weight * output, in float32 and in the order of k.
-  void combine() {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < in.rows; r++) {
-      Scratch<float> sums(up_to(s.hidden, LANES));
-      std::fill_n(sums.get(), s.hidden, 0.0f);
-      for (int64_t k = 0; k < s.chosen; k++) {
-        const bf16* from = routed + places[r * s.chosen + k] * s.hidden;
-        const float weight = weights[r * s.chosen + k];
-        int64_t i = 0;
-        for (; i + LANES <= s.hidden; i += LANES) store(sums.get() + i, load(sums.get() + i) + load(from + i) * weight);
-        for (; i < s.hidden; i++) sums[i] += widen(from[i]) * weight;
-      }
-      Scratch<bf16> row(s.hidden);
-      narrow_row(sums.get(), row.get(), s.hidden);
-      add_row(added.get() + r * s.hidden, row.get(), added.get() + r * s.hidden);
-    }
+  void combine(int64_t r) const {
+    const auto sum_of = [&](int64_t i, auto sum) {
+      for (int64_t k = 0; k < s.chosen; k++)
+        sum += get_as<decltype(sum)>(routed.get() + places[r * s.chosen + k] * s.hidden + i) * weights[r * s.chosen + k];
+      return sum;
+    };
+    bf16* to = added.get() + r * s.hidden;
+    int64_t i = 0;
+    for (; i + LANES <= s.hidden; i += LANES) store(to + i, load(to + i) + widen(narrow(sum_of(i, every(0.0f)))));
+    for (; i < s.hidden; i++) to[i] = narrow(widen(to[i]) + widen(narrow(sum_of(i, 0.0f))));
+  }
+
+  template <class T>
+  static T get_as(const bf16* from) {
+    if constexpr (std::is_same_v<T, float>) return widen(*from);
+    else return load(from);
   }
 
  public:

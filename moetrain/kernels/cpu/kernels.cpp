@@ -197,12 +197,11 @@ EXPORT void decode_rows(int units, const int64_t* shape, const float* factors, c
   std::memcpy(&s.eps, factors, 4 * sizeof(float));
   const DecodeRows in{rows, sequences, positions, tables, table_width, cosine, sine, pages, num_pages};
   with_units(units, [&](auto p) {
-    Decode<decltype(p)> decode(s, in, x);
-#pragma omp parallel num_threads(decode.threads(layers))
+    Decode<decltype(p)> decode(s, in, layers, x);
+#pragma omp parallel num_threads(decode.threads())
     {
       TileWork work;
-      for (int64_t i = 0; i < s.layers; i++) decode.block(layers[i], i);
-      decode.norm_rows(last_norm);
+      decode(last_norm);
     }
     for (int64_t r = 0; r < rows; r++)
       std::memcpy(out + r * s.hidden, decode.rows() + r * decode.row_width(), s.hidden * sizeof(bf16));

@@ -248,14 +248,17 @@ struct PackedExperts {
 
 // The functions below are called by all threads of a team, which share the panels. Each panel is computed by one thread.
 
-// y[rows][columns] = x[rows][k] times a packed matrix. k is a multiple of GROUP.
-template <class P, class Panel>
+// y[rows][columns] = x[rows][k] times a packed matrix. k is a multiple of GROUP. WAIT: the threads wait for each other.
+template <class P, class Panel, bool WAIT = true>
 void team_product(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const uint8_t* matrix, int64_t columns, bf16* y,
                   int64_t ldy) {
   const int64_t size = k / GROUP * Panel::BYTES;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t j = 0; j < columns; j += PANEL)
     panel_product<P>(x, ldx, rows, k, Panel{matrix + j / PANEL * size}, y + j, ldy, std::min(PANEL, columns - j));
+  if constexpr (WAIT) {
+#pragma omp barrier
+  }
 }
 
 // inner[rows][columns from j] = silu(gate x) * up x, for one panel of each.
@@ -270,7 +273,8 @@ void swiglu_panel(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel gat
 }
 
 // y[rows][D] of rows x [rows][padded] sorted by expert; those of expert e end at ends[e]. inner: [rows]
-// [F padded], zeros. Threads take turns with the panels of the experts that have rows.
+// [F padded], zeros. Threads take turns with the panels of the experts that have rows, and do not
+// wait for each other at the end.
 template <class P, class Panel>
 void team_experts(const bf16* x, const int64_t* ends, const PackedExperts<Panel>& experts, bf16* inner, bf16* y) {
   const int64_t padded = experts.padded, hidden = experts.hidden, width = experts.width, ld = experts.inner();
@@ -286,7 +290,7 @@ void team_experts(const bf16* x, const int64_t* ends, const PackedExperts<Panel>
     swiglu_panel<P>(x + first * padded, padded, ends[e] - first, padded, experts.gate(e, j / PANEL), experts.up(e, j / PANEL),
                     std::min(PANEL, width - j), inner + first * ld + j, ld);
   }
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(static, 1) nowait
   for (int64_t task = 0; task < num_chosen * tall; task++) {
     const int64_t e = chosen[task / tall], j = task % tall * PANEL, first = first_row(e);
     panel_product<P>(inner + first * ld, ld, ends[e] - first, ld, experts.out(e, j / PANEL), y + first * hidden + j, hidden,

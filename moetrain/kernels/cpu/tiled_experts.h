@@ -217,7 +217,7 @@ inline void narrow_block(const float* sums, int64_t rows, int64_t columns, bf16*
 }
 
 // y[rows][D] of the rows x[tokens[..]] [padded], sorted by expert; those of expert e end at ends[e]. Called by all threads
-// of a team. sorted: [rows][padded], inner: [rows][F padded].
+// of a team, which do not wait for each other at the end. sorted: [rows][padded], inner: [rows][F padded].
 inline void team_tiled_experts(const bf16* x, const int64_t* tokens, const int64_t* ends, const PackedExperts<Int4Strips>& experts,
                                bf16* sorted, bf16* inner, bf16* y) {
   const int64_t padded = experts.padded, hidden = experts.hidden, ld = experts.inner();
@@ -240,7 +240,7 @@ inline void team_tiled_experts(const bf16* x, const int64_t* tokens, const int64
                           swiglu_block(gate, up, n, inner + (first + r) * ld + strip * TILE * n);
                         });
   }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t task = 0; task < num_chosen * tall; task++) {
     const int64_t e = chosen[task / tall], j = task % tall * PANEL, first = first_row(e);
     const Int4Strips panel = experts.out(e, j / PANEL);
