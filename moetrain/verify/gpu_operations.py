@@ -19,7 +19,7 @@ from moetrain.inference.weights import PackedInt4, packed
 from moetrain.kernels.gpu import int4
 from moetrain.ops.experts import expert_grouped, expert_loop
 from moetrain.ops.flash_attention import FlashKernel, attend_flash, plan_runs
-from moetrain.quant.config import GridName
+from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized, dequantize, quantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
@@ -174,7 +174,7 @@ def _quantized(shape: Experts) -> tuple[Quantized, Quantized]:
         _drawn(shape.num, 2 * shape.width, shape.hidden, name="gate_up") * shape.hidden**-0.5,
         _drawn(shape.num, shape.hidden, shape.width, name="down") * shape.width**-0.5,
     )
-    gate_up, down = (quantize(weight, grid=GridName.kimi7, group_size=_GROUP) for weight in weights)
+    gate_up, down = (quantize(weight, grid=QuantConfig().grid, group_size=_GROUP) for weight in weights)
     return gate_up, down
 
 
