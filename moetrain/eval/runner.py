@@ -24,7 +24,7 @@ from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment,
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import demonstration
-from moetrain.tasks.protocol import Demonstrates, Grade, MakesLengths, Split, Task, TaskFamily
+from moetrain.tasks.protocol import Demonstrates, Grade, MakesLongerTasks, Split, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
     longer: list[tuple[int, int | None]] = [
         (index, calls) for calls in config.longer_calls for index in range(config.longer_tasks)
     ]
-    if longer and not isinstance(family, MakesLengths):
+    if longer and not isinstance(family, MakesLongerTasks):
         _log.info(
             "eval.longer_calls is %s: skipped, because the task family makes no tasks of a given length",
             config.longer_calls,
@@ -116,7 +116,7 @@ def run_mode(
 def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
     if calls is None:
         return family.task(Split.held_out, index)
-    assert isinstance(family, MakesLengths)  # see `modes`
+    assert isinstance(family, MakesLongerTasks)  # see `modes`
     return family.task_of_length(Split.held_out, index, num_calls=calls)
 
 

@@ -19,7 +19,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks.config import TaskConfig
-from moetrain.tasks.protocol import MakesLengths, TaskFamily
+from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def evaluate(
         "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS), seed=setting.seed),
         "task": {"name": task.name, "tools": {tool.name: tool.description for tool in family.tools}},
     }
-    if isinstance(family, MakesLengths):
+    if isinstance(family, MakesLongerTasks):
         numbers["trained_calls"] = list(family.trained_calls)
     if masters is not None:
         numbers["masters"] = {name: result["summary"] for name, result in of_masters.items()}

@@ -18,12 +18,12 @@ CURE = "Give kernels=auto or torch"
 _WIDE = ("AVX2", "AVX512")
 
 
-def taking(library: Library | None, x: torch.Tensor) -> Library | None:
+def usable(library: Library | None, x: torch.Tensor) -> Library | None:
     """Return `library` if it supports activations like `x` (bfloat16 on a CPU), else None."""
-    return taking_kind(library, x.device, dtype=x.dtype)
+    return usable_for(library, x.device, dtype=x.dtype)
 
 
-def taking_kind(library: Library | None, device: torch.device, *, dtype: torch.dtype) -> Library | None:
+def usable_for(library: Library | None, device: torch.device, *, dtype: torch.dtype) -> Library | None:
     """Return `library` if it supports activations of this dtype on this device, else None."""
     return library if dtype == torch.bfloat16 and device.type == "cpu" else None
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking_kind
+from moetrain.kernels.choice import usable_for
 from moetrain.model.config import ModelConfig
 from moetrain.model.kernel_module import KernelModule
 from moetrain.model.layers import Linear, RMSNorm
@@ -69,7 +69,7 @@ def plan_attention(segments_BT: torch.Tensor, dtype: torch.dtype, *, width: int,
     segment; padding is treated as one more segment.
     """
     num_tokens = segments_BT.shape[1]
-    if taking_kind(library, segments_BT.device, dtype=dtype):
+    if usable_for(library, segments_BT.device, dtype=dtype):
         return FirstSeen(first_seen_BT=first_seen(segments_BT).int())
     if supports_flash(segments_BT.device, dtype, width=width):
         return plan_runs(segments_BT)

@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from moetrain.kernels.choice import taking_kind
+from moetrain.kernels.choice import usable_for
 from moetrain.model.balance import required_biases, z_loss_sum
 from moetrain.model.config import BiasRule, ModelConfig
 from moetrain.model.kernel_module import KernelModule
 from moetrain.model.layers import FeedForward
 from moetrain.model.recompute import Recomputable, run_part
 from moetrain.model.router import Router, Routing
-from moetrain.ops.combine import combine, spread
+from moetrain.ops.combine import combine, rows_for_experts
 from moetrain.ops.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.ops.experts import expert_rows
 from moetrain.quant.fake_quant import FakeQuantizer
@@ -79,7 +79,7 @@ class Experts(Recomputable, KernelModule):
         For native kernels the fp32 masters are returned, because these kernels cast while they read.
         """
         if self.fake_quant is None:
-            if taking_kind(self.library, self.gate_up_proj.device, dtype=self.compute_dtype):
+            if usable_for(self.library, self.gate_up_proj.device, dtype=self.compute_dtype):
                 return self.gate_up_proj, self.down_proj
             return self.gate_up_proj.to(self.compute_dtype), self.down_proj.to(self.compute_dtype)
         return (
@@ -141,7 +141,7 @@ class LocalDispatcher:
         counts_E = torch.bincount(ids_S, minlength=experts.gate_up_proj.shape[0])
         tokens_S = order_S // expert_ids_NK.shape[1]
         if self.expert_rows is None or len(order_S) <= self.expert_rows:
-            rows_SD = spread(x_ND, order_S, num_chosen=expert_ids_NK.shape[1], library=experts.library)
+            rows_SD = rows_for_experts(x_ND, order_S, num_chosen=expert_ids_NK.shape[1], library=experts.library)
             y_SD = experts.compute(rows_SD, counts_E)
         else:
             rounds = _local_rounds(counts_E, limit=self.expert_rows)

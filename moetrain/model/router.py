@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.kernel_module import KernelModule
@@ -98,7 +98,7 @@ class Router(KernelModule):
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Return the routing of tokens."""
-        if library := taking(self.library, x_ND):
+        if library := usable(self.library, x_ND):
             choice = native_router.Choice(
                 function=KERNEL_NUMBERS[self.config.score_function],
                 num_chosen=self.config.num_experts_per_token,

@@ -11,16 +11,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 from moetrain.ops import native
 
 _SLICE_ELEMENTS = 1 << 18  # size of a slice: 1 MB in float32, which fits in the cache
 
 
-def spread(x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None) -> torch.Tensor:
+def rows_for_experts(
+    x_ND: torch.Tensor, order_S: torch.Tensor, *, num_chosen: int, library: Library | None
+) -> torch.Tensor:
     """Return rows [S, D], `num_chosen` per token: row i is a copy of the token of pair `order_S[i]`."""
-    if native_library := taking(library, x_ND):
-        return native.spread(x_ND, inverse(order_S).view(-1, num_chosen), library=native_library)
+    if native_library := usable(library, x_ND):
+        return native.rows_for_experts(x_ND, inverse(order_S).view(-1, num_chosen), library=native_library)
     return x_ND.index_select(0, order_S // num_chosen)
 
 
@@ -28,8 +30,8 @@ def permute(
     rows_SD: torch.Tensor, order_S: torch.Tensor, *, inverse_S: torch.Tensor, library: Library | None
 ) -> torch.Tensor:
     """Return the rows in another order: row i is row `order_S[i]`; `inverse_S` is the inverse permutation."""
-    if native_library := taking(library, rows_SD):
-        return native.spread(rows_SD, inverse_S[:, None], library=native_library)
+    if native_library := usable(library, rows_SD):
+        return native.rows_for_experts(rows_SD, inverse_S[:, None], library=native_library)
     return rows_SD.index_select(0, order_S)
 
 
@@ -41,7 +43,7 @@ def combine(
     Row i of `y_SD` belongs to number `order_S[i]` of the N * K (token, k) pairs.
     """
     inverse_S = inverse(order_S)
-    if native_library := taking(library, y_SD):
+    if native_library := usable(library, y_SD):
         return native.combine(y_SD, inverse_S.view(weights_NK.shape), weights_NK=weights_NK, library=native_library)
     if y_SD.device.type == "cpu":
         return combine_in_slices(y_SD, order_S, inverse_S=inverse_S, weights_NK=weights_NK)

@@ -10,20 +10,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 from moetrain.ops import native
 
 
 def linear(x_XD: torch.Tensor, weight_OD: torch.Tensor, *, library: Library | None) -> torch.Tensor:
     """Return x W^T over the last axis in the dtype of x; the float32 weight is cast to that dtype."""
-    if native_library := taking(library, x_XD):
+    if native_library := usable(library, x_XD):
         return native.linear(x_XD, weight_OD, library=native_library)
     return F.linear(x_XD, weight_OD.to(x_XD.dtype))
 
 
 def rms_norm(x_XD: torch.Tensor, weight_D: torch.Tensor, *, eps: float, library: Library | None) -> torch.Tensor:
     """Return x / rms(x) * weight over the last axis in the dtype of x, computed in float32."""
-    if native_library := taking(library, x_XD):
+    if native_library := usable(library, x_XD):
         return native.rms_norm(x_XD, weight_D, eps=eps, library=native_library)
     normed_XD: torch.Tensor = _RMSNorm.apply(x_XD, weight_D, eps)  # type: ignore[no-untyped-call]
     return normed_XD
@@ -31,7 +31,7 @@ def rms_norm(x_XD: torch.Tensor, weight_D: torch.Tensor, *, eps: float, library:
 
 def swiglu(gate_XF: torch.Tensor, up_XF: torch.Tensor, *, library: Library | None) -> torch.Tensor:
     """Return silu(gate) * up (arXiv 2002.05202) in the dtype of gate."""
-    if native_library := taking(library, gate_XF):
+    if native_library := usable(library, gate_XF):
         return native.swiglu(gate_XF, up_XF, library=native_library)
     return F.silu(gate_XF) * up_XF
 

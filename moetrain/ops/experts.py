@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 from moetrain.ops import native
 from moetrain.ops.thread_parts import part_bounds, run_parts
 
@@ -40,7 +40,7 @@ def expert_rows(
 
     An expert without rows still gets a gradient: zero.
     """
-    if native_library := taking(library, x_SD):
+    if native_library := usable(library, x_SD):
         return native.expert_rows(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF, library=native_library)
     if x_SD.device.type == "cpu":
         return expert_manual_backward(x_SD, counts_L, gate_up_LGD=gate_up_LGD, down_LDF=down_LDF)

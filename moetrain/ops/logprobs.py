@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 
 _CHUNK_ELEMENTS = 1 << 20  # logits per chunk: 4 MB in float32, about the size of the cache
 _NATIVE_CHUNK_ELEMENTS = 1 << 22  # larger, because every chunk packs the head's weight again
@@ -166,7 +166,7 @@ class _NativeHead:
 
 
 def _head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *, library: Library | None) -> _Head:
-    native_library = taking(library, hidden_ND)
+    native_library = usable(library, hidden_ND)
     return _NativeHead(weight_VD, native_library) if native_library else _TorchHead(hidden_ND, weight_VD)
 
 

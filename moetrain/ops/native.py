@@ -52,7 +52,7 @@ def expert_rows(
     return y_SD
 
 
-def spread(x_ND: torch.Tensor, places_NK: torch.Tensor, *, library: Library) -> torch.Tensor:
+def rows_for_experts(x_ND: torch.Tensor, places_NK: torch.Tensor, *, library: Library) -> torch.Tensor:
     """Return N * K rows, where row `places_NK[n, k]` is x[n]. The places (int64) are a permutation."""
     rows_SD: torch.Tensor = _Spread.apply(x_ND, places_NK, library)  # type: ignore[no-untyped-call]
     return rows_SD

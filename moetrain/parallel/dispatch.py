@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.model.moe import Experts
-from moetrain.ops.combine import combine, inverse, permute, spread
+from moetrain.ops.combine import combine, inverse, permute, rows_for_experts
 from moetrain.ops.expert_rounds import Round, compute_in_rounds, experts_of_round, round_ends, rows_between
 from moetrain.parallel.host_memory import shared_memory_of
 from moetrain.parallel.topology import Topology
@@ -97,7 +97,7 @@ class AllToAllDispatcher:
         if self.expert_rows is None:
             received_GL = torch.empty_like(counts_GL)
             dist.all_to_all_single(received_GL, counts_GL, group=self.group)
-            rows_SD = spread(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
+            rows_SD = rows_for_experts(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
             y_SD = self._at_once(rows_SD, counts_GL, received_GL=received_GL, experts=experts)
             return combine(y_SD, order_S, weights_NK=weights_NK, library=experts.library)
 
@@ -110,7 +110,7 @@ class AllToAllDispatcher:
             )
         else:
             received_GL = torch.stack([counts[self.rank] for counts in counts_HGL])
-            rows_SD = spread(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
+            rows_SD = rows_for_experts(x_ND, order_S, num_chosen=num_chosen, library=experts.library)
             y_SD = self._at_once(rows_SD, counts_GL, received_GL=received_GL, experts=experts)
         return combine(y_SD, order_S, weights_NK=weights_NK, library=experts.library)
 

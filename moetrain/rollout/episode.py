@@ -20,9 +20,9 @@ from moetrain.inference.protocol import Sequence
 from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Segment, Trajectory
-from moetrain.rollout.world import EnvironmentFailure, World
+from moetrain.rollout.world import EnvironmentClient, EnvironmentFailure
 from moetrain.runtime import seed_of
-from moetrain.tasks.protocol import Grade, InlineTask, KnowsCalls, Observation, Task, TaskFamily
+from moetrain.tasks.protocol import CountsCalls, Grade, InlineTask, Observation, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
 _LONGEST_REASON = 200  # characters
@@ -57,7 +57,7 @@ class Episode:
         self._name = name
         self._config = config
         self._tokenizer = tokenizer
-        self._world = World(task, seed_of(stream, "environment"), config=config)
+        self._world = EnvironmentClient(task, seed_of(stream, "environment"), config=config)
         stop_ids = frozenset({tokenizer.special_ids[IM_END]})
         sampling = Sampling(temperature=config.temperature)
         self.sequence = Sequence(tokens=[], stream=stream, limit=0, stop_ids=stop_ids, sampling=sampling)
@@ -219,7 +219,7 @@ class Episode:
         return Trajectory(
             task=task,
             sample=sample,
-            num_calls_needed=self._task.num_calls if isinstance(self._task, KnowsCalls) else None,
+            num_calls_needed=self._task.num_calls if isinstance(self._task, CountsCalls) else None,
             segments=[segment] if self.has_begun else [],
             grade=self._grade,
             ending=self.ending,

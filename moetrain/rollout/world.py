@@ -50,7 +50,7 @@ def make_task(make: Callable[[], Task]) -> Task:
         return FailedTask(f"making the task: {type(error).__name__}: {error}")
 
 
-class World:
+class EnvironmentClient:
     """One environment. Await `open` first and `close` last, and one method at a time."""
 
     def __init__(self, task: Task, stream: int, *, config: RolloutConfig) -> None:
@@ -235,7 +235,7 @@ def grade_in_new_environment(task: Task, stream: int, *, answer: str) -> Grade:
     """Return the grade of `answer` in a new environment without any call."""
 
     async def act() -> Grade:
-        world = World(task, stream, config=RolloutConfig())
+        world = EnvironmentClient(task, stream, config=RolloutConfig())
         try:
             await world.open()
             return await world.grade(answer)

@@ -120,7 +120,7 @@ class InlineTask:
 
 
 @runtime_checkable
-class KnowsCalls(Protocol):
+class CountsCalls(Protocol):
     """A task whose shortest solution has a known length. Success is then also reported by number of calls."""
 
     @property
@@ -130,7 +130,7 @@ class KnowsCalls(Protocol):
 
 
 class TaskFamily(Protocol):
-    """Tasks by number. `Demonstrates` adds SFT data, `MakesLengths` adds tasks of a given length."""
+    """Tasks by number. `Demonstrates` adds SFT data, `MakesLongerTasks` adds tasks of a given length."""
 
     @property
     def tools(self) -> Sequence[ToolSpec]:
@@ -157,7 +157,7 @@ class Demonstrates(Protocol):
 
 
 @runtime_checkable
-class MakesLengths(Protocol):
+class MakesLongerTasks(Protocol):
     """A task family that makes tasks of a given length."""
 
     @property

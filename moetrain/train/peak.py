@@ -9,7 +9,7 @@ import torch
 
 from moetrain.files import read_json_or_empty, write_json
 from moetrain.kernels.build import Library
-from moetrain.kernels.choice import taking
+from moetrain.kernels.choice import usable
 from moetrain.ops.native import linear
 from moetrain.parallel.topology import Topology
 
@@ -52,7 +52,7 @@ def measure_peak(
     a_MM = torch.ones(size, size, dtype=dtype, device=device)
     b_MM = torch.ones(size, size, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [partial(torch.mm, a_MM, b_MM)]
-    if native := taking(library, a_MM):
+    if native := usable(library, a_MM):
         products.append(partial(linear, a_MM, b_MM.float(), library=native))
     fastest = float("inf")
     deadline = time.perf_counter() + seconds

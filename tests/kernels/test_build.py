@@ -10,7 +10,7 @@ import torch
 from moetrain.errors import ConfigError
 from moetrain.kernels import build, choice
 from moetrain.kernels.build import SOURCES, UnavailableError, Units, load
-from moetrain.kernels.choice import find, taking
+from moetrain.kernels.choice import find, usable
 from moetrain.kernels.config import Kernels
 
 
@@ -106,10 +106,10 @@ def test_torch_is_taken_where_it_is_asked_for_or_alone_multiplies_in_tiles(monke
 def test_the_native_kernels_take_bfloat16_on_a_cpu_alone() -> None:
     library = load()
     half = torch.zeros(1, dtype=torch.bfloat16)
-    assert taking(library, half) is library
-    assert taking(None, half) is None
-    assert taking(library, half.float()) is None
-    assert taking(library, half.to("meta")) is None
+    assert usable(library, half) is library
+    assert usable(None, half) is None
+    assert usable(library, half.float()) is None
+    assert usable(library, half.to("meta")) is None
 
 
 @pytest.mark.parametrize("flags", [["-march=native"], ["-march=haswell"], ["-march=x86-64"]])

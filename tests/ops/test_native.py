@@ -136,7 +136,7 @@ def test_rows_are_spread_and_their_gradients_summed_in_float32(library: Library)
         rows_SD = x_ND.new_zeros(150, x_ND.shape[1])
         return rows_SD.index_copy(0, places_NK.flatten(), x_ND.repeat_interleave(3, 0))
 
-    check_close(lambda x: native.spread(x, places_NK, library=library), plain, [_draw(50, 37)])
+    check_close(lambda x: native.rows_for_experts(x, places_NK, library=library), plain, [_draw(50, 37)])
 
 
 def test_rows_are_combined(library: Library) -> None:
