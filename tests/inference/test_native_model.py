@@ -25,6 +25,7 @@ ODD: dict[str, Any] = {
 SHAPES: list[tuple[dict[str, Any], bool]] = [
     ({}, True),
     ({"q_lora_rank": None, "score_function": ScoreFunction.softmax, "num_groups": 2}, True),
+    ({"num_shared_experts": 0, "num_layers": 2}, True),
     ({"num_heads": 40, "num_layers": 2, "score_function": ScoreFunction.sqrt_softplus}, False),
     (ODD, False),
 ]

@@ -206,6 +206,10 @@ void unpack(Panel panel, int64_t k, float* out) {
 // y[r][0..columns) = x[r] times one panel, rounded to bfloat16; columns <= PANEL. Each thread has its own scratch.
 template <class P, class Panel>
 void panel_product(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel panel, bf16* y, int64_t ldy, int64_t columns) {
+  if (k == 0) {  // a block without a dense part
+    for (int64_t r = 0; r < rows; r++) std::memset(y + r * ldy, 0, columns * sizeof(bf16));
+    return;
+  }
   alignas(64) float sums[CHUNK * PANEL];
   const auto finish = [&](int64_t first, int64_t count) {
     for (int64_t r = 0; r < count; r++) narrow_row(sums + r * PANEL, y + (first + r) * ldy, columns);
