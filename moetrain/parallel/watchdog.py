@@ -29,7 +29,9 @@ from typing import NoReturn
 import torch.distributed as dist
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
-_MIN_BUSY_S = 0.02  # a thread that used more processor time between two observations is computing, not waiting
+_BUSY_SHARE = (
+    0.05  # of the time between two observations: a thread that used more processor time is computing, not waiting
+)
 _MAX_INTERVAL_S = 5.0
 _MIN_PAUSE_S = 0.01  # first pause of `wait_for_main`, short because the main rank is often done already
 _STORE_TIMEOUT = timedelta(seconds=10)
@@ -117,20 +119,20 @@ class Watchdog:
         self._thread.join(2 * _STORE_TIMEOUT.total_seconds())
 
     def _watch(self) -> None:
-        waiting_since = time.monotonic()
+        waiting_since = observed_at = time.monotonic()
         used_s = 0.0
         while not self._stopped.is_set():
-            now_used_s = time.clock_gettime(self._clock)
+            is_busy = self._is_busy(used_s, since=observed_at)
+            used_s, observed_at = time.clock_gettime(self._clock), time.monotonic()
             status = self._observe()
-            if not status.is_waiting or now_used_s - used_s > _MIN_BUSY_S:
-                waiting_since = time.monotonic()
-            used_s = now_used_s
+            if not status.is_waiting or is_busy:
+                waiting_since = observed_at
             try:
                 self._publish(status)
                 if time.monotonic() - waiting_since > self._timeout_s:
                     timer = self._exit_after_delay(self._store_silent_message(status))
                     others = self._other_statuses()
-                    if self._observe().is_waiting and time.clock_gettime(self._clock) - used_s <= _MIN_BUSY_S:
+                    if self._observe().is_waiting and not self._is_busy(used_s, since=observed_at):
                         self._publish(replace(status, heartbeat=_FINAL_HEARTBEAT))
                         self._exit(hang_message(status, others, rank=self._rank, timeout_s=self._timeout_s))
                     timer.cancel()  # the late rank arrived after all
@@ -138,6 +140,14 @@ class Watchdog:
                 if time.monotonic() - waiting_since > self._timeout_s:
                     self._exit(self._store_lost_message(status, why=str(error)))
             self._stopped.wait(self._interval_s)
+
+    def _is_busy(self, used_s: float, *, since: float) -> bool:
+        """Return whether the watched thread has computed since the time `since`, when it had used `used_s` seconds.
+
+        A thread that waits polls, and wakes take processor time: up to half a millisecond each on virtual machines.
+        """
+        limit_s = max(_MIN_BUSY_S, _BUSY_SHARE * (time.monotonic() - since))
+        return time.clock_gettime(self._clock) - used_s > limit_s
 
     @property
     def _max_answer_s(self) -> float:
