@@ -29,9 +29,9 @@ from typing import NoReturn
 import torch.distributed as dist
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
-_BUSY_SHARE = (
-    0.05  # of the time between two observations: a thread that used more processor time is computing, not waiting
-)
+# A thread that used more processor time between two observations is computing, not waiting: a share of the time between
+# them, but at least some seconds.
+_BUSY_SHARE, _MIN_BUSY_S = 0.05, 0.02
 _MAX_INTERVAL_S = 5.0
 _MIN_PAUSE_S = 0.01  # first pause of `wait_for_main`, short because the main rank is often done already
 _STORE_TIMEOUT = timedelta(seconds=10)
