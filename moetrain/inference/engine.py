@@ -5,8 +5,8 @@ given: prompts and tool results. A sequence that is idle keeps its pages.
 
 Tokens that are expected to follow are fed as further rows: those that a constraint forces, and drafts. After each of
 these rows a token is drawn as it would be without them, by its own (stream, position); the first one that differs from
-the expected token ends the step of its sequence. A row's result does not depend on other rows, so tokens and logprobs
-are those of plain decoding.
+the expected token ends the step of its sequence. With the native kernels a row's result does not depend on other rows,
+so tokens and logprobs are those of plain decoding; with torch's they may differ from them by rounding.
 """
 
 import time

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "moetrain/parallel/host_memory.py")
 # A thread that used more processor time between two observations is computing, not waiting: a share of the time between
-# them, but at least some seconds.
+# them, but at least this many seconds.
 _BUSY_SHARE, _MIN_BUSY_S = 0.05, 0.02
 _MAX_INTERVAL_S = 5.0
 _MIN_PAUSE_S = 0.01  # first pause of `wait_for_main`, short because the main rank is often done already

@@ -75,6 +75,9 @@ class Decode {
         inner(zeros(in.rows * s.chosen * up_to(widest(&DecodeLayer::expert_width), GROUP))),
         sorted(in.rows * s.chosen * wide),
         routed(in.rows * s.chosen * s.hidden),
+        kept(zeros(s.decompressed ? in.rows * up_to(s.latent, GROUP) : 0)),
+        expanded(s.decompressed ? in.rows * s.heads * (s.plain + s.value) : 0),
+        rotated(zeros(s.decompressed ? in.rows * s.heads * up_to(head, GROUP) : 0)),
         partial(partial_size()) {
     num_groups = 0;
     for (int64_t r = 0; r < in.rows; r++) {
@@ -119,9 +122,9 @@ class Decode {
   Scratch<float> weights;
   Scratch<int64_t> ends, groups;
   Scratch<bf16> shared_inner, inner, sorted, routed;
+  Scratch<bf16> kept, expanded, rotated;  // with a decompressed cache
   Scratch<float> partial;
   int64_t num_groups;
-  bf16 *kept = nullptr, *expanded = nullptr, *rotated = nullptr;  // of a decompressed cache
 
   using OfAttention = std::conditional_t<std::is_same_v<P, Tiled>, Paired, P>;
 
@@ -196,16 +199,10 @@ class Decode {
   // Attends with the sums of training.
   void attention_decompressed(const DecodeLayer& layer, const HeadPages& cache) {
     const int64_t ld_latent = up_to(s.latent, GROUP), ld_kv = s.heads * (s.plain + s.value), inputs = cache.inputs();
-#pragma omp single
-    {
-      kept = new bf16[in.rows * ld_latent]();
-      expanded = new bf16[in.rows * ld_kv];
-      rotated = new bf16[in.rows * s.heads * inputs]();
-    }
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < in.rows; r++)
-      rms_norm_row(latents.get() + r * latent_width, layer.latent_norm, s.latent, s.latent_eps, kept + r * ld_latent);
-    team_product<P, DensePanel>(kept, ld_latent, in.rows, ld_latent, layer.kv_b, ld_kv, expanded, ld_kv);
+      rms_norm_row(latents.get() + r * latent_width, layer.latent_norm, s.latent, s.latent_eps, kept.get() + r * ld_latent);
+    team_product<P, DensePanel>(kept.get(), ld_latent, in.rows, ld_latent, layer.kv_b, ld_kv, expanded.get(), ld_kv);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < in.rows; r++) {
       const int64_t position = in.positions[r];
@@ -214,10 +211,11 @@ class Decode {
       Scratch<bf16> key(head);
       rotate(latents.get() + r * latent_width + s.latent, cosine, sine, s.rotary, key.get() + s.plain);
       for (int64_t h = 0; h < s.heads; h++) {
-        const bf16 *from = expanded + r * ld_kv + h * (s.plain + s.value), *query = queries.get() + (r * s.heads + h) * head;
+        const bf16* from = expanded.get() + r * ld_kv + h * (s.plain + s.value);
+        const bf16* query = queries.get() + (r * s.heads + h) * head;
         std::memcpy(key.get(), from, s.plain * sizeof(bf16));
         cache.write(page, h, position % PAGE, key.get(), from + s.plain);
-        bf16* to = rotated + (r * s.heads + h) * inputs;
+        bf16* to = rotated.get() + (r * s.heads + h) * inputs;
         std::memcpy(to, query, s.plain * sizeof(bf16));
         rotate(query + s.plain, cosine, sine, s.rotary, to + s.plain);
       }
@@ -225,15 +223,9 @@ class Decode {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < num_groups * s.heads; task++) {
       const int64_t first = groups[task / s.heads], rows = groups[task / s.heads + 1] - first, h = task % s.heads;
-      attend_decompressed<P>(cache, h, rotated + (first * s.heads + h) * inputs, s.heads * inputs, in.positions + first, rows,
-                             in.tables + in.sequences[first] * in.table_width, s.scale,
+      attend_decompressed<P>(cache, h, rotated.get() + (first * s.heads + h) * inputs, s.heads * inputs,
+                             in.positions + first, rows, in.tables + in.sequences[first] * in.table_width, s.scale,
                              values.get() + first * out_width + h * s.value, out_width);
-    }
-#pragma omp single
-    {
-      delete[] kept;
-      delete[] expanded;
-      delete[] rotated;
     }
   }
 
@@ -317,7 +309,7 @@ class Decode {
                     absorbed.get() + ((first + r) * s.heads + from) * latent_width, heads * latent_width * sizeof(bf16));
       }
       attend<OfAttention>({heads, s.latent, s.rotary, s.scale, pages}, gathered.get(), lengths.get(), rows,
-                in.tables + in.sequences[first] * in.table_width, out.get());
+                          in.tables + in.sequences[first] * in.table_width, out.get());
       for (int64_t r = 0; r < rows; r++)
         for (int64_t h = 0; h < heads; h++)
           std::memcpy(mixed.get() + ((first + r) * s.heads + from + h) * mixed_width, out.get() + (r * heads + h) * s.latent,
