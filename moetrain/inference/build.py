@@ -9,7 +9,8 @@ import torch
 from moetrain.errors import ConfigError
 from moetrain.inference.forward import PlainModel
 from moetrain.inference.mode import Mode
-from moetrain.inference.native import NativeModel, packed_head, packed_layer
+from moetrain.inference.native import NativeModel
+from moetrain.inference.pack import Packer
 from moetrain.inference.protocol import Model
 from moetrain.inference.weights import InferenceWeights, Tensors, build_layers, build_outer
 from moetrain.kernels.build import Library
@@ -47,14 +48,14 @@ def build_model(
         moved = {name: tensor.to(device) for name, tensor in outer.items()}
         weights = InferenceWeights(config=config, dtype=dtype, layers=[layer.to(device) for layer in layers], **moved)
         return PlainModel(weights)
-    units = library.units
+    packer = Packer(library, library.units)
     return NativeModel(
         config=config,
         library=library,
-        units=units,
+        units=packer.units,
         embed_VD=outer["embed_VD"],
         norm_D=outer["norm_D"],
-        head=packed_head(outer["head_VD"], library=library),
-        layers=[packed_layer(layer, config, library=library, units=units, mode=mode) for layer in layers],
+        head=packer.dense(outer["head_VD"]),
+        layers=[packer.layer(layer, config, mode) for layer in layers],
         mode=mode,
     )

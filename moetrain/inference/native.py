@@ -1,11 +1,10 @@
 """The forward pass of generation by the native kernels: all layers of a step in one call.
 
-Every matrix is packed once, as the kernels read it: routed experts as INT4 codes and scales if the model is quantised
-to them, all else in bfloat16. A row's result depends on its own tokens only, bit for bit, and not on the other rows or
-the number of threads. In the mode `deterministic` it is also the result of training: the cache holds the keys and
-values of each head instead of latents, and attention adds in the order of training.
+Every matrix is packed once (`inference/pack.py`). A row's result depends on its own tokens only, bit for bit, and not
+on the other rows or the number of threads. In the mode `deterministic` it is also the result of training: the cache
+holds the keys and values of each head instead of latents, and attention adds in the order of training.
 
-H heads, D hidden, C kv_lora, E experts, F expert width, G = 2F (gate rows first), V value width, N rows of a matrix.
+D hidden, N rows, M rows of logits, V vocabulary; the cache has L layers, P pages, S positions of a page, C numbers.
 """
 
 from dataclasses import dataclass, field
@@ -15,18 +14,15 @@ from torch.nn import functional as F
 
 from moetrain.inference.forward import longer
 from moetrain.inference.mode import Mode
+from moetrain.inference.pack import GROUP, padded
 from moetrain.inference.rows import PAGE, Rows
-from moetrain.inference.weights import ExpertWeight, LayerWeights
 from moetrain.kernels.build import Library, Units
+from moetrain.kernels.memory import Memory
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.rope import build_rope
 from moetrain.model.router import KERNEL_NUMBERS
-from moetrain.quant.grids import Quantized, dequantize
-
-GROUP = 32
-"""Inputs that the kernels read together; the group size of the quantised experts that they multiply."""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +64,7 @@ class NativeModel:
             shape = (config.num_layers, num_pages, config.num_heads, PAGE * widths)
         else:
             shape = (config.num_layers, num_pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return Memory().zeros(*shape, dtype=torch.bfloat16)
 
     @property
     def logprob_library(self) -> Library | None:
@@ -103,100 +99,7 @@ class NativeModel:
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [M, V]."""
-        padded = _padded(hidden_MD.contiguous())
+        rows_MK = padded(hidden_MD.contiguous())
         out = torch.empty(len(hidden_MD), self.config.vocab_size, dtype=torch.bfloat16)
-        self.library("packed_linear", self.units, padded, self.head, out, *out.shape, padded.shape[1])
+        self.library("packed_linear", self.units, rows_MK, self.head, out, *out.shape, rows_MK.shape[1])
         return out.float()
-
-
-def _padded(x_NK: torch.Tensor) -> torch.Tensor:
-    """Return rows padded with zeros to a multiple of GROUP."""
-    missing = -x_NK.shape[-1] % GROUP
-    return F.pad(x_NK, (0, missing)) if missing else x_NK
-
-
-def _dense(weight_XNK: torch.Tensor, library: Library) -> torch.Tensor:
-    """Return one or several matrices [..., N, K], packed one after the other."""
-    weight_XNK = _padded(weight_XNK.to(torch.bfloat16)).contiguous()
-    *leading, num_rows, num_inputs = weight_XNK.shape
-    count = torch.Size(leading).numel()
-    packed = torch.empty(count * library.packed_bytes(0, num_rows, num_inputs), dtype=torch.uint8)
-    library("pack_dense", weight_XNK, packed, count, num_rows, num_inputs)
-    return packed
-
-
-def _int4(weight: Quantized, library: Library, *, units: Units, num_matrices: int) -> torch.Tensor:
-    """Return quantised experts [E, N, K], packed. num_matrices: number of matrices that an expert's rows hold."""
-    num_experts, num_rows, num_inputs = weight.codes_XOI.shape
-    count, size = num_experts * num_matrices, num_rows // num_matrices
-    packed = torch.empty(count * library.packed_bytes(1, size, num_inputs), dtype=torch.uint8)
-    codes, scales = weight.codes_XOI.contiguous(), weight.scales_XOG.contiguous()
-    library("pack_int4", units, codes, scales, packed, count, size, num_inputs)
-    return packed
-
-
-def packed_head(weight_VD: torch.Tensor, *, library: Library) -> torch.Tensor:
-    """Return the output projection as `NativeModel` holds it."""
-    return _dense(weight_VD, library)
-
-
-def packed_layer(
-    layer: LayerWeights, config: ModelConfig, *, library: Library, units: Units, mode: Mode
-) -> list[torch.Tensor | int | None]:
-    """Return a block in bfloat16 as `NativeModel` holds it: the fields of the kernels' DecodeLayer in their order."""
-    width = layer.dense_down.shape[1]
-    gate, up = (layer.dense_gate_up[:width], layer.dense_gate_up[width:]) if width else (None, None)
-    experts: list[torch.Tensor | int | None] = [None, None]
-    is_int4 = 0
-    if layer.experts is not None:
-        gate_up, down = layer.experts
-        is_int4 = int(_is_int4(gate_up) and _is_int4(down))
-        experts = [
-            _experts(gate_up, library, units=units, num_matrices=2, is_int4=bool(is_int4)),
-            _experts(down, library, units=units, num_matrices=1, is_int4=bool(is_int4)),
-        ]
-    is_fast = mode is Mode.fast
-    kv_b_HEC = torch.cat([layer.up_k_HNC, layer.up_v_HCV.transpose(1, 2)], 1)
-    return [
-        layer.input_norm_D,
-        layer.post_norm_D,
-        layer.q_a_norm,
-        layer.kv_a_norm_C,
-        layer.router_ED,
-        layer.router_bias_E,
-        None if layer.q_a is None else _dense(layer.q_a, library),
-        _dense(layer.q_b, library),
-        _dense(layer.kv_a, library),
-        None if is_fast else _dense(kv_b_HEC.flatten(0, 1), library),
-        _dense(layer.up_k_HNC.transpose(1, 2), library) if is_fast else None,
-        _dense(layer.up_v_HCV.transpose(1, 2), library) if is_fast else None,
-        _dense(layer.o_proj, library),
-        None if gate is None else _dense(gate, library),
-        None if up is None else _dense(up, library),
-        None if gate is None else _dense(layer.dense_down, library),
-        *experts,
-        width,
-        config.moe_intermediate_size,
-        is_int4,
-    ]
-
-
-def _is_int4(weight: ExpertWeight) -> bool:
-    """Return whether the kernels multiply a matrix from its codes.
-
-    They do for 16 whole codes, in groups of 32, with scales far from the limits of float32.
-    """
-    if not isinstance(weight, Quantized) or weight.group_size != GROUP or bool((weight.codes_XOI.abs() > 8).any()):
-        return False
-    scales = weight.scales_XOG.float().abs()
-    return bool(((scales == 0) | (scales > 2.0**-100) & (scales < 2.0**100)).all())
-
-
-def _experts(weight: ExpertWeight, library: Library, *, units: Units, num_matrices: int, is_int4: bool) -> torch.Tensor:
-    if isinstance(weight, Quantized):
-        if is_int4:
-            return _int4(weight, library, units=units, num_matrices=num_matrices)
-        weight = dequantize(weight)
-    assert isinstance(weight, torch.Tensor), "codes are packed by `pack_int4` only"
-    num_experts, num_rows, num_inputs = weight.shape
-    return _dense(weight.view(num_experts, num_matrices, num_rows // num_matrices, num_inputs), library)

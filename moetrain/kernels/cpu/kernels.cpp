@@ -147,7 +147,7 @@ EXPORT int64_t packed_bytes(int int4, int64_t columns, int64_t k) {
 EXPORT void pack_int4(int units, const int8_t* codes, const bf16* scales, uint8_t* out, int64_t num, int64_t columns,
                       int64_t k) {
   const int64_t panels = up_to(columns, PANEL) / PANEL, groups = k / GROUP;
-  const auto pack = units == 2 ? Int4Strips::pack : Int4Panel::pack;
+  const auto pack = units == 2 ? Int4Tiles::pack : Int4Panel::pack;
 #pragma omp parallel for schedule(static)
   for (int64_t task = 0; task < num * panels; task++) {
     const int64_t first = task / panels * columns + task % panels * PANEL;
