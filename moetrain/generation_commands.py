@@ -7,7 +7,7 @@ from moetrain.config import StageRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.ranges import COUNT, check_ranges
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
 
@@ -96,6 +96,30 @@ class BenchDecodeRun(GenerationBenchRun):
 
 
 @dataclass(kw_only=True)
+class ConversationConfig:
+    """A long conversation that `bench rollout` times on moetrain's engine, with random tokens."""
+
+    turns: int = 300
+    """Turns of the conversation; 0 leaves the measurement out."""
+    given_tokens: int = 24
+    """Tokens that a turn gives the model, such as the result of a tool."""
+    new_tokens: int = 24
+    """Tokens that the model generates in a turn."""
+    prefix_tokens: int = 8192
+    """Tokens of the prompt that is read twice."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        ranges = {NOT_NEGATIVE: ("turns",), COUNT: ("given_tokens", "new_tokens", "prefix_tokens")}
+        check_ranges(self, prefix="conversation.", ranges=ranges)
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens of a turn."""
+        return self.given_tokens + self.new_tokens
+
+
+@dataclass(kw_only=True)
 class BenchRolloutRun(GenerationBenchRun):
     """Measure how fast moetrain and its peers generate the same multi-turn episodes with tools, in turn.
 
@@ -114,6 +138,8 @@ class BenchRolloutRun(GenerationBenchRun):
     """Episodes per task, which share its prompt."""
     repetitions: int = 3
     """Turns per contestant. Speed ratios are computed per turn."""
+    conversation: ConversationConfig = field(default_factory=ConversationConfig)
+    """A long conversation, of moetrain alone."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -1,7 +1,8 @@
 """`moetrain bench rollout`: times the generation of the same multi-turn episodes by moetrain and its peers, in turn.
 
 Episodes are fixed before: each contestant reads the same given tokens (prompts, tool results) and generates the same
-number of tokens in each turn. Environments take no time, since their results are known.
+number of tokens in each turn. Environments take no time, since their results are known. Afterwards moetrain's engine
+alone continues one long conversation.
 """
 
 import os
@@ -15,6 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from moetrain.bench.contestants import entries, notes, started, summary, take_turns
+from moetrain.bench.conversation import render_conversation, time_conversation
 from moetrain.bench.engines.protocol import EngineSettings, Episode, as_json, length
 from moetrain.bench.episodes import collected_episodes, demonstrated_episodes
 from moetrain.bench.generation_weights import random_weights, write_weights
@@ -27,6 +29,7 @@ from moetrain.files import write_json
 from moetrain.generation_commands import BenchRolloutRun
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.protocol import Model
 from moetrain.kernels.choice import find_for_generation
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import num_parameters
@@ -74,16 +77,9 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
     check_peers(default_device(), run.peers)
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    own = write_weights(
-        weights.reader,
-        folder=folder / "weights",
-        formats=[ExportFormat.quantized],
-        model=weights.model,
-        quant=weights.quant,
-        tokenizer=weights.tokenizer,
-        sources={"weights": weights.source},
-    )
-    episodes = _episodes(run, weights, own[ExportFormat.quantized])
+    own = _written(weights, folder, [ExportFormat.quantized])
+    model = _own_model(run, own[ExportFormat.quantized])
+    episodes = _episodes(run, weights, model)
     write_json(folder / "episodes.json", as_json(episodes))
     settings = EngineSettings(
         threads=threads,
@@ -100,15 +96,8 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
         llama_python=run.llama_python,
         vllm_python=run.vllm_python,
     )
-    others = write_weights(
-        weights.reader,
-        folder=folder / "weights",
-        formats=[entry.format for entry in found if not entry.absent and entry.format not in own],
-        model=weights.model,
-        quant=weights.quant,
-        tokenizer=weights.tokenizer,
-        sources={"weights": weights.source},
-    )
+    formats = [entry.format for entry in found if not entry.absent and entry.format not in own]
+    others = _written(weights, folder, formats)
     path = str(folder / "episodes.json")
     with started(found, folder=folder, weights=own | others, settings=settings) as contestants:
         take_turns(contestants, {"do": "choose_for_replay", "episodes": path}, repetitions=1)
@@ -122,11 +111,37 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
         **_counts(episodes),
         "rows": rows,
         "absent": {entry.name: entry.absent for entry in found if entry.absent},
+        "conversation_config": asdict(run.conversation),
+        "conversation": _conversation(run, model, weights.model.vocab_size),
     }
 
 
-def _episodes(run: BenchRolloutRun, weights: Weights, export: Path) -> list[Episode]:
-    """Return the episodes: those of the model in `export`, or demonstrations for random weights."""
+def _written(weights: Weights, folder: Path, formats: Sequence[ExportFormat]) -> dict[ExportFormat, Path]:
+    return write_weights(
+        weights.reader,
+        folder=folder / "weights",
+        formats=formats,
+        model=weights.model,
+        quant=weights.quant,
+        tokenizer=weights.tokenizer,
+        sources={"weights": weights.source},
+    )
+
+
+def _own_model(run: BenchRolloutRun, export: Path) -> Model:
+    read = read_export(export)
+    library = find_for_generation(run.rollout.kernels)
+    return build_model(read.weights(), config=read.model, quant=read.quant, library=library)
+
+
+def _conversation(run: BenchRolloutRun, model: Model, vocab_size: int) -> dict[str, Any] | None:
+    if run.conversation.turns == 0:
+        return None
+    return time_conversation(model, run.conversation, vocab_size=vocab_size, seed=run.run.seed)
+
+
+def _episodes(run: BenchRolloutRun, weights: Weights, model: Model) -> list[Episode]:
+    """Return the episodes: the model's own, or demonstrations for random weights."""
     family: TaskFamily = registry.build(run.task, run.run.seed)
     sizes = {"num_episodes": run.episodes, "group_size": run.group_size, "seed": run.run.seed}
     if weights.is_random:
@@ -137,9 +152,6 @@ def _episodes(run: BenchRolloutRun, weights: Weights, export: Path) -> list[Epis
             declare_tools=run.task.declare_tools,
             **sizes,
         )
-    read = read_export(export)
-    library = find_for_generation(run.rollout.kernels)
-    model = build_model(read.weights(), config=read.model, quant=read.quant, library=library)
     engine = GenerationEngine(
         model, num_slots=run.episodes, max_tokens=run.rollout.max_tokens, speculation=run.rollout.speculation
     )
@@ -189,3 +201,5 @@ def render(report: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     yield table
     yield from notes(report["rows"], absent=report["absent"])
+    if report["conversation"] is not None:
+        yield from render_conversation(report["conversation"], report["conversation_config"])

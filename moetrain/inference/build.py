@@ -56,6 +56,6 @@ def build_model(
         embed_VD=outer["embed_VD"],
         norm_D=outer["norm_D"],
         head=packer.dense(outer["head_VD"]),
-        layers=[packer.layer(layer, config, mode) for layer in layers],
+        layers=[packer.layer(layer, config=config, mode=mode) for layer in layers],
         mode=mode,
     )

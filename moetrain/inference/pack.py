@@ -45,7 +45,7 @@ class Packer:
         self.library("pack_dense", weight_XNK, packed, count, num_rows, num_inputs)
         return packed
 
-    def layer(self, layer: LayerWeights, config: ModelConfig, mode: Mode) -> list[torch.Tensor | int | None]:
+    def layer(self, layer: LayerWeights, *, config: ModelConfig, mode: Mode) -> list[torch.Tensor | int | None]:
         """Return a block as `NativeModel` holds it: the fields of the kernels' DecodeLayer in their order."""
         width = layer.dense_down.shape[1]
         gate, up = (layer.dense_gate_up[:width], layer.dense_gate_up[width:]) if width else (None, None)

@@ -27,6 +27,10 @@ SMALL = [
     "rollout.max_tokens=300",
     "rollout.max_turn_tokens=24",
     "task.database.max_calls=2",
+    "conversation.turns=12",
+    "conversation.given_tokens=4",
+    "conversation.new_tokens=2",
+    "conversation.prefix_tokens=300",
 ]
 WIDE_HEADS = ["model.qk_nope_head_dim=24", "model.v_head_dim=32"]  # vLLM has no attention for heads of 16
 
@@ -51,6 +55,12 @@ def test_random_weights_repeat_demonstrations_and_absent_peers_are_named(
     assert set(report["absent"]) == {"llama.cpp Q4_0", "vllm bf16, eager", "vllm bf16, torch.compile"}
     printed = " ".join(capsys.readouterr().out.split())
     assert "vllm bf16, eager is not installed: run launch/peers.sh vllm and give vllm_python=" in printed
+    rows = report["conversation"]["turns"]
+    assert [(row["turn"], row["tokens"]) for row in rows] == [(10, 54), (12, 66)]
+    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
+    prefix = report["conversation"]["prefix"]
+    assert prefix["first_s"] > prefix["repeated_s"] > 0
+    assert "first token after a prompt of 300 tokens" in printed
     episodes = read_episodes(tmp_path / "default/bench/episodes.json")
     assert report["new_tokens"] == sum(turn.num_new for episode in episodes for turn in episode)
 
@@ -66,7 +76,8 @@ def test_a_model_repeats_its_own_episodes(tmp_path: Path) -> None:
         tokenizer=drawn.tokenizer,
         sources={},
     ).values()
-    report = bench(tmp_path, "peers=[]", "repetitions=1", f"init_from={export}")
+    report = bench(tmp_path, "peers=[]", "repetitions=1", "conversation.turns=0", f"init_from={export}")
+    assert report["conversation"] is None
     # A random model does not end its turn, so each episode is one turn of the longest length.
     assert (report["turns"], report["new_tokens"]) == (4, 4 * 24)
 
