@@ -6,6 +6,7 @@ with pages of 2 MB than with pages of 4 KB, whose addresses the processor looks 
 
 import contextlib
 import mmap
+import sys
 
 import torch
 
@@ -38,7 +39,7 @@ class Memory:
 
 def _mapping(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a system without such pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
