@@ -3,6 +3,9 @@
 The library is cached in the user's cache folder. Its name depends on the sources, the compiler and the CPU, so machines
 of several kinds can share a home directory. The functions are plain C, with pointers and sizes; torch's headers are not
 used.
+
+The environment variable MOETRAIN_KERNEL_FLAGS adds compiler flags, separated by spaces; `launch/test_sanitized.sh` adds
+those of the sanitizers.
 """
 
 import ctypes
@@ -23,6 +26,7 @@ SOURCES = Path(__file__).parent / "cpu"
 _MAIN = "kernels.cpp"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
 _FOR_THIS_CPU = ("-march=native",)
+_ADDED_FLAGS = "MOETRAIN_KERNEL_FLAGS"
 _GAIN_OF_PAIRS = 1.25
 """Minimum speedup at which products use pairs of bfloat16; a CPU's pair instruction is about half or twice as fast as
 this."""
@@ -131,12 +135,16 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
 
 
+def _flags(target: Sequence[str]) -> list[str]:
+    return [*_FLAGS, *target, *os.environ.get(_ADDED_FLAGS, "").split()]
+
+
 def _key(found: str, target: Sequence[str]) -> str:
-    """Return the cache key: it changes with the sources, the compiler and the CPU."""
+    """Return the cache key: it changes with the sources, the compiler, its flags and the CPU."""
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     if "clang" in version:
         raise RuntimeError(f"{found} is clang, whose OpenMP starts threads beside torch's; set CXX to g++")
-    parts = [version, " ".join([*_FLAGS, *target]), _cpu()]
+    parts = [version, " ".join(_flags(target)), _cpu()]
     parts += [path.read_text() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -153,7 +161,7 @@ def _compile(found: str, target: Sequence[str], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [found, *_FLAGS, *target, "-o", str(made), str(SOURCES / _MAIN)]
+            command = [found, *_flags(target), "-o", str(made), str(SOURCES / _MAIN)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 said = result.stderr.strip()[-2000:] or f"exit code {result.returncode}"

@@ -9,7 +9,7 @@ from moetrain.errors import ConfigError
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.sampling import Sampling, draw
-from moetrain.kernels.build import Library, load
+from moetrain.kernels.build import Library, Units, load
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.ops.logprobs import chunked_logprobs
@@ -66,7 +66,7 @@ def _trained(source: Transformer, sequences: list[list[int]]) -> list[torch.Tens
     return [states_D[: len(tokens)] for states_D, tokens in zip(states_BTD, sequences, strict=True)]
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]}{' pairs' if param[1] else ''}")
+@pytest.fixture(params=LIBRARIES, ids=lambda param: f"{param[0]} {Units(param[1]).name}")
 def library(request: pytest.FixtureRequest) -> Library:
     return library_for(*request.param)
 

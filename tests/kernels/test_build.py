@@ -38,6 +38,18 @@ def test_the_library_is_compiled_once_and_then_read(nothing_loaded: Path) -> Non
     assert [path.stat().st_mtime_ns for path in (nothing_loaded / "moetrain").iterdir()] == [changed]
 
 
+def test_added_flags_reach_the_compiler_and_name_another_library(
+    nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = build.compiler()
+    assert found is not None
+    plain = build._key(found, ())
+    monkeypatch.setenv("MOETRAIN_KERNEL_FLAGS", "-O1 -no-such-flag")
+    assert build._key(found, ()) != plain
+    with pytest.raises(UnavailableError, match="no-such-flag"):
+        load.__wrapped__()
+
+
 def test_without_a_compiler_auto_is_torch_and_native_is_refused(
     nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

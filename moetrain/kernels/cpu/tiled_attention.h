@@ -43,6 +43,7 @@ struct TileQueries {
 
 // The first `count` numbers of up to 32, then zeros.
 inline __m512i load_first(const bf16* from, int64_t count) {
+  check_access(from, std::min<int64_t>(count, 32) * sizeof(bf16));
   return _mm512_maskz_loadu_epi16(count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1, from);
 }
 

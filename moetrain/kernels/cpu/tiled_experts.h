@@ -197,8 +197,11 @@ inline void pack_block(const bf16* x, const int64_t* tokens, int64_t rows, int64
     floats pairs[LANES];
     for (int64_t r = 0; r < LANES; r++) pairs[r] = bits<floats>(load_pairs(x + tokens[std::min(r, rows - 1)] * k + i));
     transpose(pairs);
-    for (int64_t p = 0; p < LANES; p++)
-      _mm512_mask_storeu_epi32(out + (i / 2 + p) * 2 * rows, (1u << rows) - 1, bits<__m512i>(pairs[p]));
+    for (int64_t p = 0; p < LANES; p++) {
+      bf16* to = out + (i / 2 + p) * 2 * rows;
+      check_access(to, rows * 2 * sizeof(bf16));
+      _mm512_mask_storeu_epi32(to, (1u << rows) - 1, bits<__m512i>(pairs[p]));
+    }
   }
 }
 
@@ -221,8 +224,10 @@ inline void narrow_block(const float* sums, int64_t rows, int64_t columns, bf16*
   floats block[TILE];
   for (int64_t c = 0; c < TILE; c++) block[c] = load(sums + c * rows);
   transpose(block);
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t r = 0; r < rows; r++) {
+    check_access(y + r * ldy, columns * sizeof(bf16));
     _mm256_mask_storeu_epi16(y + r * ldy, (1u << columns) - 1, bits<__m256i>(narrow(block[r])));
+  }
 }
 
 // y[rows][D] of the rows x[tokens[..]] [padded], sorted by expert; those of expert e end at ends[e]. Called by all threads

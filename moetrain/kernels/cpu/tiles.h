@@ -21,6 +21,31 @@ inline bool request_tiles() {
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// Checks the rows of memory that a tile register is loaded from or stored to, by the shape that is set.
+inline void check_tile(int tile, const void* base, int64_t stride) {
+  struct {
+    uint8_t head[16];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape;
+  asm volatile("sttilecfg %0" : "=m"(shape));
+  for (int64_t r = 0; r < shape.rows[tile]; r++) check_access(static_cast<const uint8_t*>(base) + r * stride, shape.bytes[tile]);
+}
+#undef _tile_loadd
+#undef _tile_stored
+#define _tile_loadd(tile, base, stride) \
+  do { \
+    check_tile(tile, base, stride); \
+    _tile_loadd_internal(tile, base, stride); \
+  } while (0)
+#define _tile_stored(tile, base, stride) \
+  do { \
+    check_tile(tile, base, stride); \
+    _tile_stored_internal(tile, base, stride); \
+  } while (0)
+#endif
+
 // The compiler does not know that tile instructions access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 

@@ -10,6 +10,9 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16, TILE_ROWS = 8;
@@ -134,12 +137,24 @@ V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory with vector alignment, freed at the end of the scope.
+// Has AddressSanitizer check an access of the instructions that the compiler does not instrument: masked ones and those of
+// tiles.
+inline void check_access([[maybe_unused]] const void* at, [[maybe_unused]] int64_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* bad = size > 0 ? __asan_region_is_poisoned(const_cast<void*>(at), size) : nullptr;
+  if (bad != nullptr) (void)*static_cast<volatile uint8_t*>(bad);  // is reported
+#endif
+}
+
+// Memory with vector alignment, freed at the end of the scope. It has no elements beyond `size`, so a sanitizer sees each
+// access behind them.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, up_to(size * sizeof(T) + 1, 64)))) {
-    if (data_ == nullptr) std::abort();
+  explicit Scratch(int64_t size) {
+    void* memory;
+    if (posix_memalign(&memory, 64, std::max<size_t>(size * sizeof(T), 1)) != 0) std::abort();
+    data_ = static_cast<T*>(memory);
   }
   ~Scratch() { std::free(data_); }
   Scratch(Scratch&& other) : data_(other.data_) { other.data_ = nullptr; }
