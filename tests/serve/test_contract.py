@@ -276,6 +276,7 @@ def test_models_health_and_metrics_are_shown(tiny: Server) -> None:
     assert [model.id for model in client(tiny).models.list()] == ["tiny"]
     assert client(tiny).models.retrieve("tiny").id == "tiny"
     assert get(tiny, "/health")[::2] == (200, {"status": "ok"})
+    assert post(tiny, "/v1/chat/completions", {"messages": [USER], "max_tokens": 2})[0] == 200
     _, _, text = get(tiny, "/metrics")
     for name in (
         "num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total",
