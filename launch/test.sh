@@ -28,5 +28,5 @@ timed() {
 timed "ruff check" "$bin/ruff" check
 timed "ruff format" "$bin/ruff" format --check
 timed "mypy" "$bin/mypy"
-timed "pytest" "$bin/python" -m pytest -x -q -n 2 --dist loadfile --durations 15 "$@"
+timed "pytest" "$bin/python" -m pytest -x -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 "$@"
 printf 'test: %d s in all\n' "$SECONDS"
