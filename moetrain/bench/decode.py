@@ -26,6 +26,7 @@ from moetrain.data.config import MIN_VOCAB_SIZE
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.export.config import ExportFormat
 from moetrain.generation_commands import BenchDecodeRun, DecodeCase
+from moetrain.kernels.memory import Memory
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
 from moetrain.runtime import default_device
@@ -54,10 +55,16 @@ def bytes_per_step(model: ModelConfig, case: DecodeCase, *, expert_bytes: float)
 
 
 def measure_bandwidth(device: torch.device, *, threads: int) -> float:
-    """Return the best read bandwidth in bytes per second of a product of a 512 MB matrix with a vector."""
+    """Return the best read bandwidth in bytes per second of a product of a 512 MB matrix with a vector.
+
+    On a CPU the matrix lies in pages of 2 MB, as the weights do.
+    """
     torch.set_num_threads(threads)
     side = 1 << 13
-    matrix = torch.ones(_BANDWIDTH_BYTES // 4 // side, side, device=device)
+    shape = (_BANDWIDTH_BYTES // 4 // side, side)
+    on_cpu = device.type == "cpu"
+    matrix = Memory().zeros(*shape, dtype=torch.float32) if on_cpu else torch.empty(shape, device=device)
+    matrix.fill_(1)
     vector = torch.ones(side, device=device)
     seconds = []
     for _ in range(_BANDWIDTH_TRIES):
