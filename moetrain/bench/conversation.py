@@ -61,7 +61,7 @@ def _seconds_of_turns(model: Model, config: ConversationConfig, drawn: Callable[
 
 
 def _seconds_of_prefix(model: Model, config: ConversationConfig, drawn: Callable[[int], list[int]]) -> dict[str, float]:
-    """Return the seconds to the first token after a new prompt, and the median of those after the same prompt again."""
+    """Return the seconds to the first token after a new prompt, and when it is repeated; and the cached tokens."""
     prompt = drawn(config.prefix_tokens)
     engine = GenerationEngine(model, num_slots=1, max_tokens=config.prefix_tokens + 1)
     seconds = []
@@ -73,7 +73,7 @@ def _seconds_of_prefix(model: Model, config: ConversationConfig, drawn: Callable
             engine.step()
         seconds.append(time.perf_counter() - start)
         engine.cancel(sequence)
-    return {"first_s": seconds[0], "repeated_s": statistics.median(seconds[1:])}
+    return {"first_s": seconds[0], "repeated_s": statistics.median(seconds[1:]), "cached": sequence.num_cached}
 
 
 def render_conversation(report: Mapping[str, Any], config: Mapping[str, int]) -> Iterator[RenderableType]:
@@ -92,8 +92,9 @@ def render_conversation(report: Mapping[str, Any], config: Mapping[str, int]) ->
             str(row["turn"]), f"{row['tokens']:,}", f"{median:.1f} ({least:.1f} - {most:.1f})", f"{row['ratio']:.2f}"
         )
     yield table
-    first, repeated = report["prefix"]["first_s"], report["prefix"]["repeated_s"]
+    first, repeated, cached = (report["prefix"][key] for key in ("first_s", "repeated_s", "cached"))
     yield (
         f"first token after a prompt of {config['prefix_tokens']:,} tokens: {1000 * first:,.0f} ms; "
-        f"after the same prompt again: {1000 * repeated:,.1f} ms, {first / repeated:,.0f} x less"
+        f"after the same prompt again, {cached:,} of them in the cache: {1000 * repeated:,.1f} ms, "
+        f"{first / repeated:,.0f} x less"
     )

@@ -1,8 +1,8 @@
 """`moetrain bench rollout`: times the generation of the same multi-turn episodes by moetrain and its peers, in turn.
 
 Episodes are fixed before: each contestant reads the same given tokens (prompts, tool results) and generates the same
-number of tokens in each turn. Environments take no time, since their results are known. Afterwards moetrain's engine
-alone continues one long conversation.
+number of tokens in each turn. Environments take no time, since their results are known. Before that,
+moetrain's engine alone continues one long conversation.
 """
 
 import os
@@ -78,8 +78,7 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
     threads = run.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     own = _written(weights, folder, [ExportFormat.quantized])
-    model = _own_model(run, own[ExportFormat.quantized])
-    episodes = _episodes(run, weights, model)
+    episodes, conversation = _alone(run, weights, own[ExportFormat.quantized])
     write_json(folder / "episodes.json", as_json(episodes))
     settings = EngineSettings(
         threads=threads,
@@ -112,7 +111,7 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
         "rows": rows,
         "absent": {entry.name: entry.absent for entry in found if entry.absent},
         "conversation_config": asdict(run.conversation),
-        "conversation": _conversation(run, model, weights.model.vocab_size),
+        "conversation": conversation,
     }
 
 
@@ -128,23 +127,25 @@ def _written(weights: Weights, folder: Path, formats: Sequence[ExportFormat]) ->
     )
 
 
-def _own_model(run: BenchRolloutRun, export: Path) -> Model:
+def _alone(run: BenchRolloutRun, weights: Weights, export: Path) -> tuple[list[Episode], dict[str, Any] | None]:
+    """Return the episodes, and the long conversation: what moetrain does alone, before the contestants start."""
+    if weights.is_random and run.conversation.turns == 0:
+        return _episodes(run, weights, None), None
     read = read_export(export)
     library = find_for_generation(run.rollout.kernels)
-    return build_model(read.weights(), config=read.model, quant=read.quant, library=library)
-
-
-def _conversation(run: BenchRolloutRun, model: Model, vocab_size: int) -> dict[str, Any] | None:
+    model = build_model(read.weights(), config=read.model, quant=read.quant, library=library)
+    episodes = _episodes(run, weights, model)
     if run.conversation.turns == 0:
-        return None
-    return time_conversation(model, run.conversation, vocab_size=vocab_size, seed=run.run.seed)
+        return episodes, None
+    vocab_size = weights.model.vocab_size
+    return episodes, time_conversation(model, run.conversation, vocab_size=vocab_size, seed=run.run.seed)
 
 
-def _episodes(run: BenchRolloutRun, weights: Weights, model: Model) -> list[Episode]:
+def _episodes(run: BenchRolloutRun, weights: Weights, model: Model | None) -> list[Episode]:
     """Return the episodes: the model's own, or demonstrations for random weights."""
     family: TaskFamily = registry.build(run.task, run.run.seed)
     sizes = {"num_episodes": run.episodes, "group_size": run.group_size, "seed": run.run.seed}
-    if weights.is_random:
+    if weights.is_random or model is None:
         return demonstrated_episodes(
             family,
             weights.tokenizer,
