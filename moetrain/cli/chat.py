@@ -82,6 +82,7 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
         ),
         stream=seed_of(run.run.seed, "chat", run.task_index),
         declare_tools=run.task.declare_tools,
+        policy=run.task.context,
         screen=screen,
     )
 

@@ -6,7 +6,7 @@ nothing changed.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -44,9 +44,18 @@ class Difference:
     """Two-sided exact McNemar test."""
 
 
+def rate_row(rate: Rate) -> dict[str, float | int]:
+    """Return a rate and its interval as a JSON object."""
+    return {**asdict(rate), "value": rate.value}
+
+
 def wilson(outcomes: Sequence[bool]) -> Rate:
     """Return the rate of `outcomes` with Wilson's score interval (JASA 22, 1927)."""
-    count, successes = len(outcomes), sum(outcomes)
+    return wilson_of(sum(outcomes), count=len(outcomes))
+
+
+def wilson_of(successes: int, *, count: int) -> Rate:
+    """Return the rate of `successes` among `count` with Wilson's score interval."""
     if not count:
         return Rate(successes=0, count=0, low=0.0, high=1.0)
     share, z2 = successes / count, _Z * _Z

@@ -104,6 +104,7 @@ def run_mode(
             tokenizer=tokenizer,
             config=replace(rollout, temperature=mode.temperature),
             declare_tools=task_config.declare_tools,
+            policy=task_config.context,
             on_finished=lambda trajectory: advance(""),
         )
     by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))

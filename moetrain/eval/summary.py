@@ -2,16 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from moetrain.eval.rates import Difference, Rate, paired_difference, wilson
+from moetrain.eval.hazard import hazard
+from moetrain.eval.rates import Difference, paired_difference, rate_row, wilson
 from moetrain.rollout.types import Trajectory
-
-
-def rate_row(rate: Rate) -> dict[str, float | int]:
-    """Return a rate and its interval as a JSON object."""
-    return {**asdict(rate), "value": rate.value}
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
@@ -34,6 +29,9 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "endings": endings,
         "unscored": num_all - len(trajectories),
         "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
+        "hazard": hazard(trajectories),
+        "mean_segments": sum(len(t.segments) for t in trajectories) / max(len(trajectories), 1),
+        "mean_sampled_tokens": sum(t.num_sampled for t in trajectories) / max(len(trajectories), 1),
         "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
         "outcomes": {f"{t.task}/{t.num_calls_needed}": t.grade.success for t in trajectories},
     }

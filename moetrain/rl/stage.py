@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.protocol import Model
@@ -60,6 +61,7 @@ class RlStage:
     algorithm: Algorithm
     rollout: RolloutConfig
     declare_tools: bool
+    context: ContextPolicy
     learning_rate: Callable[[int], float]
     identity: Mapping[str, Any]
     seed: int
@@ -178,6 +180,7 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[lis
         tokenizer=stage.tokenizer,
         config=stage.rollout,
         declare_tools=stage.declare_tools,
+        policy=stage.context,
     )
     by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts)))
     assert by_rank is not None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
@@ -40,6 +41,7 @@ def collect(
     tokenizer: Tokenizer,
     config: RolloutConfig,
     declare_tools: bool = False,
+    policy: ContextPolicy | None = None,
     on_finished: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Return one trajectory per request, in the order of the requests.
@@ -55,7 +57,7 @@ def collect(
             while waiting or running.episodes:
                 while waiting and len(running.episodes) < config.num_slots:
                     attempt = waiting.popleft()
-                    episode = attempt.episode(config=config, tokenizer=tokenizer)
+                    episode = attempt.episode(config=config, tokenizer=tokenizer, policy=policy)
                     running.begin(attempt, episode, family=family, declare_tools=declare_tools)
                 for attempt, episode in running.advance():
                     if episode.ending in REPLACED and attempt.number < config.max_replacements:
@@ -80,11 +82,11 @@ class _Attempt:
     def next(self) -> "_Attempt":
         return _Attempt(position=self.position, request=self.request, number=self.number + 1)
 
-    def episode(self, *, config: RolloutConfig, tokenizer: Tokenizer) -> Episode:
+    def episode(self, *, config: RolloutConfig, tokenizer: Tokenizer, policy: ContextPolicy | None) -> Episode:
         request = self.request
         stream = seed_of(request.stream, "attempt", self.number) if self.number else request.stream
         name = f"task {request.task_index}, sample {request.sample}, attempt {self.number + 1}"
-        return Episode(request.task, name=name, stream=stream, config=config, tokenizer=tokenizer)
+        return Episode(request.task, name=name, stream=stream, config=config, tokenizer=tokenizer, policy=policy)
 
     def trajectory(self, episode: Episode) -> Trajectory:
         request = self.request
@@ -99,10 +101,11 @@ class _RunningEpisodes:
         self._generation = generation
         self._reactor = reactor
         self._ready: deque[Episode] = deque()
+        self._speakers: dict[int, Episode] = {}  # by the id of the sequence that is decoded
 
     def begin(self, attempt: _Attempt, episode: Episode, *, family: TaskFamily, declare_tools: bool) -> None:
         """Start an episode by making its environment and its prompt."""
-        self.episodes[id(episode.sequence)] = (attempt, episode)
+        self.episodes[id(episode)] = (attempt, episode)
         self._run(episode, episode.begin(family, declare_tools=declare_tools))
 
     def advance(self) -> list[tuple[_Attempt, Episode]]:
@@ -113,7 +116,7 @@ class _RunningEpisodes:
         ended = self._process_ready()
         if self._generation.is_busy:
             for sequence in self._generation.step():
-                episode = self.episodes[id(sequence)][1]
+                episode = self._speakers.pop(id(sequence))
                 self._run(episode, episode.respond())
             ended += self._process_ready()
         return ended
@@ -137,14 +140,10 @@ class _RunningEpisodes:
         self._ready.clear()
         ended = []
         for episode in ready:
-            sequence = episode.sequence
             if episode.is_finished:
-                ended.append(self.episodes.pop(id(sequence)))
-                if episode.has_begun:
-                    self._generation.cancel(sequence)
-            elif episode.has_begun:
-                self._generation.extend(sequence, episode.observation, limit=episode.limit)
+                ended.append(self.episodes.pop(id(episode)))
+                episode.leave(self._generation)
             else:
-                episode.has_begun = True
-                self._generation.add(sequence)
+                episode.continue_in(self._generation)
+                self._speakers[id(episode.sequence)] = episode
         return ended

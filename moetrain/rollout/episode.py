@@ -2,21 +2,15 @@
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
+from moetrain.chat.context import Context, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import (
-    IM_END,
-    Piece,
-    conversation_pieces,
-    generation_prompt,
-    message_pieces,
-    parse_turn,
-    pieces_to_tokens,
-)
+from moetrain.chat.template import IM_END, Piece, conversation_pieces, parse_turn, pieces_to_tokens
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError
-from moetrain.inference.protocol import Sequence
+from moetrain.inference.protocol import Generation, Sequence
 from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Segment, Trajectory
@@ -29,27 +23,33 @@ _LONGEST_REASON = 200  # characters
 _CHARACTERS_PER_TOKEN = 64  # more than any tokenizer has on average
 
 
-def prompt_tokens(task: Task, family: TaskFamily, *, tokenizer: Tokenizer, declare_tools: bool) -> list[int]:
-    """Return the tokens of a task's prompt, which end where the model's first turn begins."""
-    tools = family.tools if declare_tools else ()
-    pieces = [*conversation_pieces(task.prompt, tools), *generation_prompt()]
-    return _tokens(pieces, tokenizer)
-
-
-def _tokens(pieces: list[Piece], tokenizer: Tokenizer) -> list[int]:
-    return pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
+def prompt_pieces(task: Task, family: TaskFamily, *, declare_tools: bool) -> list[Piece]:
+    """Return the pieces of a task's prompt, up to where the model's first turn begins."""
+    return conversation_pieces(task.prompt, family.tools if declare_tools else ())
 
 
 class Episode:
     """A task, its environment and the sequence that acts in it.
 
     Call `begin` first, and `respond` after each turn of the sequence. After each call, either `is_finished` is True, or
-    the caller continues the sequence: it appends `observation` and generates until there are `limit` tokens. The caller
-    sets `has_begun` when it adds the sequence to the generation.
+    the caller continues the sequence: `continue_in` passes it to the generation. A new segment has a new `sequence`.
     """
 
-    def __init__(self, task: Task, *, name: str, stream: int, config: RolloutConfig, tokenizer: Tokenizer) -> None:
-        """Prepare a trajectory. name: for log messages. stream: seeds its sampling and its environment."""
+    def __init__(
+        self,
+        task: Task,
+        *,
+        name: str,
+        stream: int,
+        config: RolloutConfig,
+        tokenizer: Tokenizer,
+        policy: ContextPolicy | None = None,
+    ) -> None:
+        """Prepare a trajectory.
+
+        name: for log messages. stream: seeds its sampling, its environment and the lengths of its segments. policy:
+        what the model reads of a long trajectory; None is all of it.
+        """
         self.observation: list[int] = []
         self.has_begun = False
         self.is_inline = isinstance(task, InlineTask)
@@ -57,10 +57,14 @@ class Episode:
         self._name = name
         self._config = config
         self._tokenizer = tokenizer
+        self._policy = policy or ContextPolicy()
+        self._stream = stream
         self._world = EnvironmentClient(task, seed_of(stream, "environment"), config=config)
-        stop_ids = frozenset({tokenizer.special_ids[IM_END]})
-        sampling = Sampling(temperature=config.temperature)
-        self.sequence = Sequence(tokens=[], stream=stream, limit=0, stop_ids=stop_ids, sampling=sampling)
+        self.sequence = self._sequence([], stream=stream)
+        self._context: Context | None = None
+        self._segments: list[Segment] = []
+        self._retired: Sequence | None = None
+        self._writes_note = False
         self._turn_start = 0
         self._started = time.monotonic()
         self._num_turns = self._num_calls = self._num_errors = self._num_transient = self._num_repeats = (
@@ -68,7 +72,13 @@ class Episode:
         ) = 0
         self._last_call = ("", "")
         self._ending: Ending | None = None
+        self._progress: float | None = None
         self._grade = Grade(reward=0.0, reason="unfinished")
+
+    def _sequence(self, tokens: list[int], *, stream: int) -> Sequence:
+        stop_ids = frozenset({self._tokenizer.special_ids[IM_END]})
+        sampling = Sampling(temperature=self._config.temperature)
+        return Sequence(tokens=tokens, stream=stream, limit=0, stop_ids=stop_ids, sampling=sampling)
 
     @property
     def is_finished(self) -> bool:
@@ -82,42 +92,72 @@ class Episode:
         return self._ending
 
     @property
+    def num_segments(self) -> int:
+        """Number of segments that have begun."""
+        return self._context.num_segments if self._context is not None else 0
+
+    @property
     def limit(self) -> int:
         """Number of tokens of the sequence at which the present turn is cut off."""
         return min(self._turn_start + self._config.max_turn_tokens, self._config.max_tokens)
 
+    def continue_in(self, generation: Generation) -> None:
+        """Let the generation continue the sequence. The sequence of an ended segment is removed from it."""
+        if self._retired is not None:
+            generation.cancel(self._retired)
+            self._retired = None
+        if self.has_begun:
+            generation.extend(self.sequence, self.observation, limit=self.limit)
+        else:
+            self.has_begun = True
+            generation.add(self.sequence)
+
+    def leave(self, generation: Generation) -> None:
+        """Remove the sequence of a finished trajectory from the generation."""
+        if self.has_begun:
+            generation.cancel(self.sequence)
+
     async def begin(self, family: TaskFamily, *, declare_tools: bool) -> None:
         """Make the environment, and append the prompt to the sequence."""
         try:
-            prompt = self._prompt(family, declare_tools=declare_tools)
+            self._context = self._new_context(family, declare_tools=declare_tools)
+            prompt = self._context.opening
             if len(prompt) >= self._config.max_tokens:
                 reason = f"the prompt has {len(prompt)} tokens, rollout.max_tokens is {self._config.max_tokens}"
                 _log.warning("%s: %s", self._name, reason)
                 self._end(Ending.prompt_too_long, reason=reason)
             else:
                 await self._world.open()
-                self.sequence.tokens += prompt
-                self._turn_start, self.sequence.limit = len(prompt), len(prompt)
-                self.sequence.limit = self.limit
+                self._read(prompt)
         except EnvironmentFailure as error:
             self._fail(error)
         if self.is_finished:
             await self.close()
 
-    def _prompt(self, family: TaskFamily, *, declare_tools: bool) -> list[int]:
+    def _new_context(self, family: TaskFamily, *, declare_tools: bool) -> Context:
         try:
-            return prompt_tokens(self._task, family, tokenizer=self._tokenizer, declare_tools=declare_tools)
+            prompt = prompt_pieces(self._task, family, declare_tools=declare_tools)
         except EnvironmentFailure:
             raise
         except Exception as error:  # a plugin's code may raise anything
             raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
+        return Context(self._policy, prompt, stream=self._stream, tokenize=self._tokenize)
+
+    def _tokenize(self, pieces: Iterable[Piece]) -> list[int]:
+        return pieces_to_tokens([*pieces], encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]
+
+    def _read(self, tokens: list[int]) -> None:
+        """Let the new sequence begin with `tokens`."""
+        self.sequence.tokens += tokens
+        self._turn_start = len(tokens)
+        self.sequence.limit = self.limit
 
     async def respond(self) -> None:
         """Process the turn that has ended: carry out its calls, grade its answer, or end the trajectory at a limit."""
         tokens = self.sequence.tokens
         if tokens[-1] in self.sequence.stop_ids:
             try:
-                await self._on_turn(tokens[self._turn_start :])
+                await self._on_stop(tokens[self._turn_start :])
             except EnvironmentFailure as error:
                 self._fail(error)
         elif len(tokens) - self._turn_start >= self._config.max_turn_tokens:
@@ -127,26 +167,35 @@ class Episode:
         if self.is_finished:
             await self.close()
 
-    async def _on_turn(self, tokens: list[int]) -> None:
-        self._num_turns += 1
+    async def _on_stop(self, tokens: list[int]) -> None:
+        assert self._context is not None
         try:
             turn = parse_turn(
                 tokens,
                 decode=self._tokenizer.decode,
                 special_names=self._tokenizer.special_names,
-                first_index=self._num_calls,
+                first_index=self._context.num_calls,
             )
+            if self._writes_note and turn.tool_calls:
+                raise RolloutError("a note calls a tool")
         except RolloutError as error:
             self._end(Ending.invalid_turn, reason=str(error))
             return
+        if self._writes_note:
+            self._begin_segment(turn.content)
+        else:
+            await self._on_turn(turn, tokens)
+
+    async def _on_turn(self, turn: Message, tokens: list[int]) -> None:
+        assert self._context is not None
+        self._num_turns += 1
         if not turn.tool_calls:
             self._grade = await self._world.grade(turn.content)
             self._ending = Ending.answered
             return
-        pieces: list[Piece] = []
-        for call in turn.tool_calls:
-            pieces += message_pieces(self._capped(await self._observe(call)))
-        self._continue(_tokens([*pieces, *generation_prompt()], self._tokenizer))
+        results = [self._capped(await self._observe(call)) for call in turn.tool_calls]
+        after = self._context.add(tokens, results, num_calls=len(turn.tool_calls))
+        self._continue(after)
 
     async def _observe(self, call: ToolCall) -> Message:
         if call.name:
@@ -158,7 +207,9 @@ class Episode:
         self._num_errors += observation.is_error
         self._num_transient += observation.is_transient
         this_call = (call.name, call.arguments)
-        self._num_repeats = self._num_repeats + 1 if this_call == self._last_call else 1
+        if this_call != self._last_call:
+            self._num_repeats = 0
+        self._num_repeats += not observation.is_transient  # a call that may succeed when it is repeated
         self._last_call = this_call
         return Message(role=Role.tool, name=call.name, tool_call_id=call.id, content=observation.text)
 
@@ -178,22 +229,53 @@ class Episode:
         self._num_cut += 1
         return replace(message, content=f"{head} ... {left_out} characters left out ... {tail}")
 
-    def _continue(self, observation: list[int]) -> None:
-        if self._num_turns >= self._config.max_turns:
+    def _continue(self, after: list[int]) -> None:
+        """Go on after the results of a turn, of which `after` are the tokens: in this segment or in the next one."""
+        config, context = self._config, self._context
+        assert context is not None
+        length = len(self.sequence.tokens)
+        reserve = 2 * config.max_turn_tokens + config.max_output_tokens  # a turn, its results and a note
+        if self._num_turns >= config.max_turns:
             self._end(Ending.max_turns)
-        elif self._num_repeats >= self._config.max_repeats:
+        elif self._num_repeats >= config.max_repeats:
             self._end(Ending.stalled)
-        elif len(self.sequence.tokens) + len(observation) >= self._config.max_tokens:
-            self._end(Ending.max_tokens)
-        elif self._config.max_seconds and time.monotonic() - self._started > self._config.max_seconds:
+        elif config.max_seconds and time.monotonic() - self._started > config.max_seconds:
             self._end(Ending.max_seconds)
+        elif context.is_full or (context.can_end and length + len(after) + reserve > config.max_tokens):
+            if context.asks_for_note:
+                self._extend(context.note_request)
+                self._writes_note = True
+            else:
+                self._begin_segment("")
         else:
-            self.observation = observation
-            self._turn_start = len(self.sequence.tokens) + len(observation)
+            self._extend(after)
+
+    def _extend(self, observation: list[int]) -> None:
+        """Append given tokens to the sequence, if they leave room for a turn."""
+        length = len(self.sequence.tokens) + len(observation)
+        if length >= self._config.max_tokens:
+            self._end(Ending.max_tokens)
+        self.observation, self._turn_start = observation, length
+
+    def _begin_segment(self, note: str) -> None:
+        assert self._context is not None
+        self._writes_note = False
+        self._context.begin_next(note)
+        opening = self._context.opening
+        if len(opening) >= self._config.max_tokens:
+            self._end(Ending.max_tokens)
+            return
+        self._segments.append(_segment_of(self.sequence))
+        self._retired, self.has_begun = self.sequence, False
+        stream = seed_of(self._stream, "segment", self._context.num_segments)
+        self.sequence = self._sequence([], stream=stream)
+        self._read(opening)
 
     async def close(self) -> None:
         """Close the environment. `begin` and `respond` also close it when the trajectory has ended."""
         try:
+            if self.is_finished:
+                self._progress = await self._world.progress()
             await self._world.close()
         except EnvironmentFailure as error:
             self._fail(error)
@@ -208,19 +290,11 @@ class Episode:
 
     def trajectory(self, *, task: int, sample: int, num_replaced: int) -> Trajectory:
         """Return the finished trajectory. num_replaced: number of earlier attempts that it replaces."""
-        sequence = self.sequence
-        segment = Segment(
-            tokens=sequence.tokens,
-            is_sampled=sequence.is_sampled,
-            logprobs=sequence.logprobs,
-            versions=sequence.versions,
-            temperature=sequence.sampling.temperature,
-        )
         return Trajectory(
             task=task,
             sample=sample,
             num_calls_needed=self._task.num_calls if isinstance(self._task, CountsCalls) else None,
-            segments=[segment] if self.has_begun else [],
+            segments=[*self._segments, *([_segment_of(self.sequence)] if self.has_begun else [])],
             grade=self._grade,
             ending=self.ending,
             num_turns=self._num_turns,
@@ -228,5 +302,16 @@ class Episode:
             num_errors=self._num_errors,
             num_transient_errors=self._num_transient,
             num_cut_outputs=self._num_cut,
+            progress=self._progress,
             num_replaced=num_replaced,
         )
+
+
+def _segment_of(sequence: Sequence) -> Segment:
+    return Segment(
+        tokens=sequence.tokens,
+        is_sampled=sequence.is_sampled,
+        logprobs=sequence.logprobs,
+        versions=sequence.versions,
+        temperature=sequence.sampling.temperature,
+    )

@@ -55,7 +55,8 @@ class Trajectory:
 
     num_calls_needed: tool calls of the shortest solution; None when the task does not provide it. num_cut_outputs: tool
     results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces, because
-    their environment failed or they reached `rollout.max_seconds`.
+    their environment failed or they reached `rollout.max_seconds`. progress: share of the solution before the first
+    error; None where the environment does not measure it.
     """
 
     task: int
@@ -70,6 +71,7 @@ class Trajectory:
     num_transient_errors: int
     num_cut_outputs: int = 0
     num_replaced: int = 0
+    progress: float | None = None
 
     @property
     def reward(self) -> float:

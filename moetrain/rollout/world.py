@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError
 from moetrain.rollout.config import RolloutConfig
-from moetrain.tasks.protocol import Environment, Grade, InlineTask, Observation, Task
+from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProgress, Observation, Task
 
 T = TypeVar("T")
 
@@ -93,6 +93,15 @@ class EnvironmentClient:
         if not isinstance(verdict, Grade):
             raise EnvironmentFailure(f"grading returned {type(verdict).__name__}, not Grade")
         return verdict
+
+    async def progress(self) -> float | None:
+        """Return how far the trajectory came, from 0 to 1; None where the environment does not measure it."""
+        if not isinstance(self._environment, MeasuresProgress):
+            return None
+        value = await self._act(self._environment.progress, "measuring progress", limit_s=self._config.call_deadline_s)
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise EnvironmentFailure(f"progress returned {value!r}: return a number from 0 to 1")
+        return float(value)
 
     async def close(self) -> None:
         """Close the environment. Does nothing when it was never made or is already closed."""

@@ -74,7 +74,9 @@ def document_data(run: DocumentRun, folder: Path) -> tuple[Sections, Data, Topol
 def _texts(run: DocumentRun) -> Iterable[str]:
     """Return the rendered dialogues on which a new tokenizer of this run is trained, besides the documents."""
     most = max(dialogue_counts(run.data).values(), default=0)
-    return dialogue_texts(registry.build(run.task, run.run.seed), count=most, seed=run.run.seed)
+    return dialogue_texts(
+        registry.build(run.task, run.run.seed), count=most, seed=run.run.seed, policy=run.task.context
+    )
 
 
 def dialogue_counts(data: DataConfig) -> dict[str, int]:
@@ -89,7 +91,15 @@ def dialogues_of(data: DataConfig, task: TaskConfig, *, seed: int) -> Dialogues:
     def make(tokenizer: Tokenizer) -> dict[str, list[TokenizedDocument]]:
         return {
             name: list(
-                dialogues(family, tokenizer, count=count, seed=seed, source=name, declare_tools=task.declare_tools)
+                dialogues(
+                    family,
+                    tokenizer,
+                    count=count,
+                    seed=seed,
+                    source=name,
+                    declare_tools=task.declare_tools,
+                    policy=task.context,
+                )
             )
             for name, count in dialogue_counts(data).items()
         }

@@ -115,6 +115,7 @@ def _stage(
         algorithm=build(run.rl),
         rollout=run.rollout,
         declare_tools=run.task.declare_tools,
+        context=run.task.context,
         learning_rate=lambda step: start_point.rate(step, optim=run.optim, steps=run.train.steps),
         identity=identity_of(
             model=run.model,

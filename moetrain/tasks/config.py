@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetrain.chat.context import ContextPolicy
 from moetrain.errors import ConfigError
 from moetrain.ranges import BELOW_ONE, COUNT, POSITIVE, check_ranges
+
+SHORTEST_CHAIN = 8
+"""Fewest calls of a ledger task: every number of calls from here on can be drawn."""
+_FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new balances have two digits
 
 
 @dataclass(kw_only=True)
@@ -57,6 +62,47 @@ class DatabaseConfig:
 
 
 @dataclass(kw_only=True)
+class LedgerConfig:
+    """Chains of orders over the balances of a ledger: the next order is known when the present one is carried out."""
+
+    min_calls: int = 8
+    """Smallest number of tool calls that a task requires."""
+    max_calls: int = 16
+    """Largest number of tool calls that a task requires."""
+    accounts: int = 8
+    """Number of accounts."""
+    branching: float = 0.0
+    """Probability that an order names two orders to follow, and the balance just written decides between them."""
+    misspell: float = 0.03
+    """Per call that names a row: the demonstrator misspells its id, reads the error and repeats the call. The misspelt
+    turn is not learned."""
+    deadline_s: float = 2.0
+    """Seconds after which an SQL statement is stopped. rollout.call_deadline_s does not apply to tools that run inline,
+    such as these."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(
+            self,
+            prefix="task.ledger.",
+            ranges={
+                COUNT: ("min_calls", "max_calls", "accounts"),
+                POSITIVE: ("deadline_s",),
+                BELOW_ONE: ("misspell",),
+            },
+        )
+        if not 0 <= self.branching <= 1:
+            raise ConfigError(f"task.ledger.branching is {self.branching}: give a probability from 0 to 1")
+        if not SHORTEST_CHAIN <= self.min_calls <= self.max_calls:
+            raise ConfigError(
+                f"task.ledger.min_calls is {self.min_calls}: give {SHORTEST_CHAIN} to task.ledger.max_calls "
+                f"({self.max_calls})"
+            )
+        if self.accounts < _FEWEST_ACCOUNTS:
+            raise ConfigError(f"task.ledger.accounts is {self.accounts}: give at least {_FEWEST_ACCOUNTS}")
+
+
+@dataclass(kw_only=True)
 class TaskConfig:
     """Tool-use tasks for demonstrations, RL and evaluation."""
 
@@ -69,6 +115,10 @@ class TaskConfig:
     from demonstrations."""
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     """Settings of the family `database`."""
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    """Settings of the family `ledger`."""
+    context: ContextPolicy = field(default_factory=ContextPolicy)
+    """What the model reads of a long conversation, in demonstrations, rollouts, evaluation and chat."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a plugin's family, checked against the dataclass that it registers. task.<name>.<field>=<value> and
     task.options.<field>=<value> have the same effect."""

@@ -6,14 +6,16 @@ import logging
 from collections.abc import Awaitable, Iterator
 from typing import Any
 
+from moetrain.chat.context import ContextPolicy
 from moetrain.chat.messages import Message
-from moetrain.chat.template import Piece, conversation_pieces, pieces_to_text, pieces_to_tokens
+from moetrain.chat.template import Piece, conversation_pieces, pieces_to_text
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Demonstrates, Grade, Split, TaskFamily
 from moetrain.tasks.registry import demonstrator_of
+from moetrain.tasks.segments import segments
 
 _log = logging.getLogger(__name__)
 
@@ -33,14 +35,13 @@ def demonstration(
     return asyncio.run(awaited(made)) if inspect.isawaitable(made) else made
 
 
-def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
-    """Yield the demonstrator's conversations of training tasks 0 to count - 1 as pieces.
+def demonstrations(family: TaskFamily, *, count: int, seed: int) -> Iterator[tuple[int, list[Message]]]:
+    """Yield (stream, conversation) of the demonstrator on training tasks 0 to count - 1.
 
     A demonstration that fails is left out and counted in the log. Raises DataError when all of them fail.
     """
     if not count:
         return
-    tools = family.tools if declare_tools else ()
     demonstrator = demonstrator_of(family)
     wanted = min(count, RL_FIRST_TASK)
     num_failed, reason = 0, ""
@@ -51,23 +52,45 @@ def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: b
         except Exception as error:  # a plugin's code may raise anything
             num_failed, reason = num_failed + 1, f"{type(error).__name__}: {error}"
             continue
-        yield conversation_pieces(messages, tools)
+        yield stream, messages
     if num_failed == wanted:
         raise DataError(f"none of the {wanted} demonstrations of {type(family).__name__} could be made: {reason}")
     if num_failed:
         _log.warning("%d of %d demonstrations failed and are left out; last error: %s", num_failed, wanted, reason)
 
 
+def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
+    """Yield the same conversations as pieces, each whole."""
+    tools = family.tools if declare_tools else ()
+    for _, messages in demonstrations(family, count=count, seed=seed):
+        yield conversation_pieces(messages, tools)
+
+
 def dialogues(
-    family: TaskFamily, tokenizer: Tokenizer, *, count: int, seed: int, source: str, declare_tools: bool = False
+    family: TaskFamily,
+    tokenizer: Tokenizer,
+    *,
+    count: int,
+    seed: int,
+    source: str,
+    declare_tools: bool = False,
+    policy: ContextPolicy | None = None,
 ) -> Iterator[TokenizedDocument]:
-    """Yield the same conversations as tokens; the demonstrator's turns are the targets."""
+    """Yield the segments of the same conversations as tokens; the demonstrator's turns are the targets.
+
+    policy: how conversations are divided into segments; None is one segment.
+    """
     tokenizer.check_chat()
-    for pieces in conversations(family, count=count, seed=seed, declare_tools=declare_tools):
-        tokens, is_target = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
-        yield TokenizedDocument(tokens=tokens, loss_mask=is_target, source=source)
+    tools = family.tools if declare_tools else ()
+    for stream, messages in demonstrations(family, count=count, seed=seed):
+        for tokens, is_target in segments(
+            messages, policy=policy or ContextPolicy(), tools=tools, stream=stream, tokenizer=tokenizer
+        ):
+            yield TokenizedDocument(tokens=tokens, loss_mask=is_target, source=source)
 
 
-def dialogue_texts(family: TaskFamily, *, count: int, seed: int) -> Iterator[str]:
+def dialogue_texts(family: TaskFamily, *, count: int, seed: int, policy: ContextPolicy | None = None) -> Iterator[str]:
     """Yield the same conversations as text, with the names of special tokens, for training a tokenizer."""
     yield from map(pieces_to_text, conversations(family, count=count, seed=seed))
+    if policy is not None:
+        yield from policy.texts

@@ -98,6 +98,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class MeasuresProgress(Protocol):
+    """An environment that knows how far a trajectory came. It is asked before `close`, however the trajectory ended."""
+
+    def progress(self) -> float:
+        """Return the share of the right solution, from 0 to 1, that was carried out before the first error."""
+        ...
+
+
 class Task(Protocol):
     """One question."""
 

@@ -7,6 +7,7 @@ from moetrain.errors import ConfigError, MoetrainError
 from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
+from moetrain.tasks.ledger.family import LedgerFamily
 from moetrain.tasks.protocol import Demonstrates, TaskFamily
 
 
@@ -21,7 +22,10 @@ class _Row:
     options: type | None
 
 
-_FAMILIES: dict[str, _Row] = {"database": _Row(factory=DatabaseFamily, options=None)}
+_FAMILIES: dict[str, _Row] = {
+    "database": _Row(factory=DatabaseFamily, options=None),
+    "ledger": _Row(factory=LedgerFamily, options=None),
+}
 
 
 def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, options: type | None = None) -> None:

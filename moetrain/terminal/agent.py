@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from moetrain.chat.context import ContextPolicy
 from moetrain.chat.template import IM_END, IM_MIDDLE
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
@@ -23,24 +24,24 @@ def act(
     config: RolloutConfig,
     stream: int,
     declare_tools: bool,
+    policy: ContextPolicy | None = None,
     screen: Screen,
 ) -> Trajectory | None:
     """Return the trajectory of the model in a new environment, which is shown as it happens; None after Ctrl-C."""
     for message in task.prompt:
         screen.say("user", message.content)
-    episode = Episode(task, name="the task", stream=stream, config=config, tokenizer=tokenizer)
-    sequence, interrupts = episode.sequence, Interrupts()
+    episode = Episode(task, name="the task", stream=stream, config=config, tokenizer=tokenizer, policy=policy)
+    interrupts = Interrupts()
     with asyncio.Runner() as runner:
         runner.run(episode.begin(family, declare_tools=declare_tools))
         while not episode.is_finished:
             if episode.has_begun:
                 for text in _texts(episode.observation, tokenizer):
                     screen.say("result", text)
-                generation.extend(sequence, episode.observation, limit=episode.limit)
-            else:
-                episode.has_begun = True
-                generation.add(sequence)
-            end = play_turn(generation, sequence, tokenizer=tokenizer, screen=screen, interrupts=interrupts)
+            elif episode.num_segments > 1:
+                screen.say("note", f"context {episode.num_segments} begins")
+            episode.continue_in(generation)
+            end = play_turn(generation, episode.sequence, tokenizer=tokenizer, screen=screen, interrupts=interrupts)
             if end is TurnEnd.interrupted:
                 runner.run(episode.close())
                 screen.say("note", "interrupted: the task is not graded")

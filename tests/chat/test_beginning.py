@@ -7,7 +7,9 @@ from moetrain.chat.template import pieces_to_tokens
 from moetrain.cli.generate import prompt_pieces
 from moetrain.data.build import build_data
 from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceConfig, SourceKind, TokenizerConfig
-from moetrain.rollout.episode import prompt_tokens
+from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.episode import Episode
+from moetrain.rollout.world import run_inline
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.dialogues import dialogues
@@ -34,7 +36,9 @@ def test_five_ways_to_a_conversation_have_one_beginning(tmp_path) -> None:
 
     (document, _) = next(data.training["chats"].documents())
     (dialogue,) = dialogues(family, tokenizer, count=1, seed=0, source="dialogues")
-    rollout = prompt_tokens(task, family, tokenizer=tokenizer, declare_tools=False)
+    episode = Episode(task, name="task 0", stream=0, config=RolloutConfig(), tokenizer=tokenizer)
+    run_inline(episode.begin(family, declare_tools=False))
+    rollout = episode.sequence.tokens
     pieces = prompt_pieces(question.content, is_chat=True)
     generated, _ = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=names)
     exported = template().render(messages=[user], add_generation_prompt=True)

@@ -10,10 +10,10 @@ from moetrain.errors import ConfigError
 from moetrain.tasks import registry
 from moetrain.tasks.config import DatabaseConfig, DemonstratorConfig, TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
-from moetrain.tasks.database.names import is_held_out
 from moetrain.tasks.database.phrases import frames
 from moetrain.tasks.database.steps import StepKind
 from moetrain.tasks.dialogues import dialogue_texts
+from moetrain.tasks.names import is_held_out
 from moetrain.tasks.protocol import Split
 
 _SURE = TaskConfig(tool_failure=0.0)

@@ -4,14 +4,12 @@ Training and held-out tasks share frames and words, but never the same combinati
 """
 
 import functools
-import itertools
 import random
-import re
 
 from moetrain.tasks.database.steps import Step, StepKind
+from moetrain.tasks.phrasing import fill
 from moetrain.tasks.protocol import Split
 
-_HELD_OUT_EVERY = 5
 _FRAMES: dict[str, list[str]] = {
     "get": [
         '<then><read> <its>"{column}" <of> "{table}"',
@@ -78,16 +76,7 @@ _SLOTS: dict[str, list[str]] = {
 @functools.cache
 def frames(name: str, split: Split) -> list[str]:
     """Return the phrasings of `name` (a tool, an operator, opening or closing) that belong to `split`."""
-    filled = []
-    for frame in _FRAMES[name]:
-        slots = re.findall(r"<\w+>", frame)
-        for words in itertools.product(*(_SLOTS[slot] for slot in slots)):
-            text = frame
-            for slot, word in zip(slots, words, strict=True):
-                text = text.replace(slot, word, 1)
-            filled.append(text)
-    distinct = sorted(set(filled))
-    return [text for text in distinct if (sum(map(ord, text)) % _HELD_OUT_EVERY == 0) == (split is Split.held_out)]
+    return fill(_FRAMES[name], _SLOTS, split=split)
 
 
 def phrase(step: Step, *, split: Split, stream: random.Random) -> str:

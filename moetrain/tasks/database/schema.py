@@ -4,7 +4,7 @@ import random
 import sqlite3
 from dataclasses import dataclass
 
-from moetrain.tasks.database.names import draw_ids, draw_names
+from moetrain.tasks.names import draw_ids, draw_names
 from moetrain.tasks.protocol import Split
 
 _ROWS = 6

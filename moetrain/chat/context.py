@@ -1,0 +1,171 @@
+"""What a model reads of a long conversation: a policy that begins a new segment when the present one is full.
+
+Demonstrations, rollouts, evaluation and chat all use `Context`, so that a model meets the contexts that it was trained
+on. Tokens that a model produced are kept as they are and never rendered again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from moetrain.chat.messages import Message, Role
+from moetrain.chat.template import Piece, generation_prompt, message_pieces
+from moetrain.errors import ConfigError
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from moetrain.runtime import python_stream
+
+HIDDEN_RESULT = "This result is no longer shown."
+NOTE_REQUEST = "Write a note: what you have and what comes next. Only the task and the note stay."
+NOTE_PREFIX = "Your note: "
+
+
+class ContextKind(StrEnum):
+    """What the next segment contains.
+
+    full: there is one segment, with everything. hide_results: everything, but only the last tool results; the others
+    become a placeholder. discard: the task and the last turns. notes: the task and a note that the model writes when it
+    is asked.
+    """
+
+    full = "full"
+    hide_results = "hide_results"
+    discard = "discard"
+    notes = "notes"
+
+
+@dataclass(kw_only=True)
+class ContextPolicy:
+    """When a segment of a conversation ends, and what the next one contains."""
+
+    kind: ContextKind = ContextKind.full
+    """full: one segment. hide_results: old tool results are hidden. discard: only the last turns stay. notes: only a
+    note stays that the model writes."""
+    min_calls: int = 1
+    """Smallest number of tool calls after which a segment ends. Each segment draws its number."""
+    max_calls: int = 8
+    """Largest number of tool calls after which a segment ends."""
+    keep: int = 2
+    """hide_results: number of tool results that stay. discard: number of turns that stay, with their results."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(self, prefix="task.context.", ranges={COUNT: ("min_calls", "max_calls"), NOT_NEGATIVE: ("keep",)})
+        if self.min_calls > self.max_calls:
+            raise ConfigError(
+                f"task.context.min_calls is {self.min_calls}: give at most task.context.max_calls ({self.max_calls})"
+            )
+
+    @property
+    def texts(self) -> list[str]:
+        """The words that the policy itself puts into conversations, for training a tokenizer."""
+        return {
+            ContextKind.notes: [f"{NOTE_REQUEST}\n{NOTE_PREFIX}"],
+            ContextKind.hide_results: [HIDDEN_RESULT],
+        }.get(self.kind, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """A turn of the model as tokens, its number of calls, and the given messages that follow it."""
+
+    tokens: list[int]
+    num_calls: int
+    given: list[Message]
+
+
+class Context:
+    """The present segment of one conversation.
+
+    `opening` are the tokens that it begins with, up to where the model's turn begins. Call `add` after each turn. When
+    `is_full` is then True, call `begin_next`; under `notes` let the model read `note_request` first.
+    """
+
+    def __init__(
+        self,
+        policy: ContextPolicy,
+        prompt: Sequence[Piece],
+        *,
+        stream: int,
+        tokenize: Callable[[Sequence[Piece]], list[int]],
+    ) -> None:
+        """Begin the first segment. prompt: the task. stream: seeds the number of calls of each segment."""
+        self._policy = policy
+        self._prompt = list(prompt)
+        self._stream = stream
+        self._tokenize = tokenize
+        self._header = tokenize(generation_prompt())
+        self._turns: list[_Turn] = []
+        self._note: str | None = None
+        self.num_segments = 0
+        self.opening: list[int] = []
+        self._open()
+
+    def _open(self) -> None:
+        self.num_segments += 1
+        draw = python_stream(self._stream, "context", self.num_segments)
+        self._num_calls_left = draw.randint(self._policy.min_calls, self._policy.max_calls)
+        tokens = self._tokenize(self._prompt)
+        if self._note is not None:
+            note = Message(role=Role.user, content=NOTE_PREFIX + self._note)
+            tokens = tokens + self._tokenize(message_pieces(note))
+        for turn in self._turns:
+            tokens = [*tokens, *self._header, *turn.tokens, *self._given(turn.given)]
+        self.opening = [*tokens, *self._header]
+
+    def _given(self, messages: Sequence[Message]) -> list[int]:
+        return self._tokenize([piece for message in messages for piece in message_pieces(message)])
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in the present segment, by which the next call is numbered."""
+        return sum(turn.num_calls for turn in self._turns)
+
+    @property
+    def asks_for_note(self) -> bool:
+        """Whether the model writes a note before the next segment."""
+        return self._policy.kind is ContextKind.notes
+
+    def add(self, tokens: list[int], given: Sequence[Message], *, num_calls: int) -> list[int]:
+        """Add a turn and the given messages that follow it; return the tokens that continue the segment after it."""
+        self._turns.append(_Turn(tokens=tokens, num_calls=num_calls, given=list(given)))
+        self._num_calls_left -= num_calls
+        return [*self._given(given), *self._header]
+
+    @property
+    def can_end(self) -> bool:
+        """Whether the policy ends segments at all."""
+        return self._policy.kind is not ContextKind.full
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the segment has the calls after which it ends."""
+        return self.can_end and self._num_calls_left <= 0
+
+    @property
+    def note_request(self) -> list[int]:
+        """The last given messages and the request for a note, up to where the note begins."""
+        request = Message(role=Role.user, content=NOTE_REQUEST)
+        return [*self._given([*self._turns[-1].given, request]), *self._header]
+
+    def begin_next(self, note: str = "") -> None:
+        """Begin the next segment. note: what the model wrote, under `notes`."""
+        keep = self._policy.keep
+        match self._policy.kind:
+            case ContextKind.notes:
+                self._turns, self._note = [], note
+            case ContextKind.discard:
+                self._turns = self._turns[len(self._turns) - keep :] if keep < len(self._turns) else self._turns
+            case ContextKind.hide_results:
+                self._hide_results(keep)
+        self._open()
+
+    def _hide_results(self, keep: int) -> None:
+        turns = []
+        for turn in reversed(self._turns):
+            given = []
+            for message in reversed(turn.given):
+                is_result = message.role is Role.tool
+                given.append(replace(message, content=HIDDEN_RESULT) if is_result and keep <= 0 else message)
+                keep -= is_result
+            turns.append(replace(turn, given=given[::-1]))
+        self._turns = turns[::-1]

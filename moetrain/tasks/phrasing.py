@@ -1,0 +1,34 @@
+"""Phrasings: frames whose slots are filled with words. Those of the two splits are never the same."""
+
+import functools
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+from moetrain.tasks.protocol import Split
+
+_HELD_OUT_EVERY = 5
+
+
+def fill(frames: Sequence[str], slots: Mapping[str, Sequence[str]], *, split: Split) -> list[str]:
+    """Return the phrasings of `split`: each frame with each choice of a word for each of its `<slots>`."""
+    table = tuple((slot, tuple(words)) for slot, words in slots.items())
+    return [text for text in _filled(tuple(frames), table) if _is_held_out(text) == (split is Split.held_out)]
+
+
+def _is_held_out(text: str) -> bool:
+    return sum(map(ord, text)) % _HELD_OUT_EVERY == 0
+
+
+@functools.cache
+def _filled(frames: tuple[str, ...], table: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
+    words_of = dict(table)
+    filled = set()
+    for frame in frames:
+        slots = re.findall(r"<\w+>", frame)
+        for words in itertools.product(*(words_of[slot] for slot in slots)):
+            text = frame
+            for slot, word in zip(slots, words, strict=True):
+                text = text.replace(slot, word, 1)
+            filled.add(text)
+    return sorted(filled)
