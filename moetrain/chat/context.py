@@ -15,7 +15,7 @@ from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from moetrain.runtime import python_stream
 
 HIDDEN_RESULT = "This result is no longer shown."
-NOTE_REQUEST = "Write a note: what you have and what comes next. Only the task and the note stay."
+NOTE_REQUEST = "Write a note. Only the task and the note stay."
 NOTE_PREFIX = "Your note: "
 
 

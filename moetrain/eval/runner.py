@@ -105,7 +105,7 @@ def run_mode(
             config=replace(rollout, temperature=mode.temperature),
             declare_tools=task_config.declare_tools,
             policy=task_config.context,
-            on_finished=lambda trajectory: advance(""),
+            on_finished=lambda request, trajectory: advance(""),
         )
     by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))
     assert by_rank is not None

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from moetrain.inference.protocol import Counts
 from moetrain.rollout.types import Ending, Trajectory
 
+GENERATION_PREFIX = "generation/"
+"""Prefix of metrics of what was generated now: a step that resumes does not generate what it had already collected."""
+
 
 def generation_metrics(counts: Sequence[Counts]) -> dict[str, float]:
     """Return sums over the engines of all ranks: `cached_tokens` of prompts, `accepted_tokens` of drafts, and
     `preemptions`, the times that a sequence lost its pages and was read again.
     """
     return {
-        "cached_tokens": float(sum(each.num_cached for each in counts)),
-        "accepted_tokens": float(sum(each.num_right for each in counts)),
-        "preemptions": float(sum(each.num_preemptions for each in counts)),
+        GENERATION_PREFIX + "cached_tokens": float(sum(each.num_cached for each in counts)),
+        GENERATION_PREFIX + "accepted_tokens": float(sum(each.num_right for each in counts)),
+        GENERATION_PREFIX + "preemptions": float(sum(each.num_preemptions for each in counts)),
     }
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moetrain.chat.context import ContextPolicy
@@ -29,6 +30,7 @@ from moetrain.rl.protocol import Algorithm
 from moetrain.rl.score import score
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.journal import Journal
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
 from moetrain.rollout.world import make_task
@@ -47,8 +49,9 @@ class RlStage:
     """Inputs of the steps of an RL stage.
 
     first_task: number of the first task, after those of SFT. learning_rate: learning rate by step. identity and
-    start_point: see `train.loop.Training`. on_trajectories: called with each step's number and trajectories. qk_clip:
-    threshold of QK-Clip; None is off.
+    start_point: see `train.loop.Training`. collection: folder in which trajectories are kept as they finish, until a
+    checkpoint contains their step; None keeps none. on_trajectories: called with each step's number and trajectories.
+    qk_clip: threshold of QK-Clip; None is off. context: what the model reads of a long trajectory.
     """
 
     engine: Engine
@@ -61,13 +64,14 @@ class RlStage:
     algorithm: Algorithm
     rollout: RolloutConfig
     declare_tools: bool
-    context: ContextPolicy
     learning_rate: Callable[[int], float]
     identity: Mapping[str, Any]
     seed: int
     first_task: int
     on_trajectories: Callable[[int, Sequence[Trajectory]], None]
     qk_clip: float | None = None
+    collection: Path | None = None
+    context: ContextPolicy = field(default_factory=ContextPolicy)
     start_point: StartPoint = field(default_factory=StartPoint)
 
     def tasks_before(self, step: int) -> int:
@@ -164,24 +168,30 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[lis
         for sample in range(rl.group_size):
             stream = seed_of(stage.seed, "rollout", step, index, sample)
             requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
-    num_slots = min(stage.rollout.num_slots, len(requests))
+    journal = Journal(stage.collection, step=step, rank=topology.rank) if stage.collection is not None else None
+    known = journal.known(requests) if journal is not None else {}
+    waiting = [request for place, request in enumerate(requests) if place not in known]
     generation = GenerationEngine(
         model,
-        num_slots=num_slots,
+        num_slots=max(min(stage.rollout.num_slots, len(waiting)), 1),
         max_tokens=stage.rollout.max_tokens,
         version=step,
         cache_megabytes=stage.rollout.cache_megabytes,
         speculation=stage.rollout.speculation,
     )
-    own_trajectories = collect(
-        requests,
-        generation=generation,
-        family=stage.family,
-        tokenizer=stage.tokenizer,
-        config=stage.rollout,
-        declare_tools=stage.declare_tools,
-        policy=stage.context,
+    collected = iter(
+        collect(
+            waiting,
+            generation=generation,
+            family=stage.family,
+            tokenizer=stage.tokenizer,
+            config=stage.rollout,
+            declare_tools=stage.declare_tools,
+            policy=stage.context,
+            on_finished=journal.add if journal is not None else None,
+        )
     )
+    own_trajectories = [known[place] if place in known else next(collected) for place in range(len(requests))]
     by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts)))
     assert by_rank is not None
     ordered = sorted((t for part, _ in by_rank for t in part), key=lambda t: (t.task, t.sample))

@@ -42,7 +42,7 @@ def collect(
     config: RolloutConfig,
     declare_tools: bool = False,
     policy: ContextPolicy | None = None,
-    on_finished: Callable[[Trajectory], None] | None = None,
+    on_finished: Callable[[RolloutRequest, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Return one trajectory per request, in the order of the requests.
 
@@ -65,7 +65,7 @@ def collect(
                         continue
                     trajectory = finished[attempt.position] = attempt.trajectory(episode)
                     if on_finished is not None:
-                        on_finished(trajectory)
+                        on_finished(attempt.request, trajectory)
         finally:
             running.close()
     return [finished[position] for position in range(len(requests))]

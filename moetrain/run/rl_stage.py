@@ -17,6 +17,7 @@ from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.rl.registry import build
 from moetrain.rl.stage import RlStage, rl_training
+from moetrain.rollout.journal import COLLECTION, remove_before
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
 from moetrain.run.resume_check import own_sections, train_of
@@ -99,10 +100,11 @@ def _stage(
     run: RlRun, engine: Engine, *, origin: Origin, start_point: StartPoint, tokenizer: Tokenizer, folder: Path
 ) -> RlStage:
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
-        """Write the first group of trajectories of each step to a trace file."""
+        """Write the first group of a step's trajectories to a file; remove those that a checkpoint contains."""
         if engine.topology.is_main:
             path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
+            remove_before(folder / COLLECTION, step=max(checkpoint.steps(folder / CHECKPOINTS), default=0))
 
     return RlStage(
         engine=engine,
@@ -129,6 +131,7 @@ def _stage(
         seed=run.run.seed,
         first_task=RL_FIRST_TASK,
         start_point=start_point,
+        collection=folder / COLLECTION,
         on_trajectories=keep,
         qk_clip=run.optim.qk_clip,
     )

@@ -26,19 +26,19 @@ def is_held_out(word: str) -> bool:
     return sum(map(ord, word)) % _HELD_OUT_EVERY == 0
 
 
-def _draw_word(stream: random.Random, split: Split) -> str:
+def _draw_word(stream: random.Random, split: Split, *, long_share: float) -> str:
     while True:
-        ending = stream.choice(_ENDINGS) if stream.random() < _LONG_SHARE else ""
+        ending = stream.choice(_ENDINGS) if stream.random() < long_share else ""
         word = stream.choice(_ONSETS) + stream.choice(_NUCLEI) + stream.choice(_CODAS) + ending
         if len(word) > 2 and is_held_out(word) == (split is Split.held_out):
             return word
 
 
-def draw_names(stream: random.Random, *, split: Split, count: int) -> list[str]:
-    """Return `count` different words of `split`."""
+def draw_names(stream: random.Random, *, split: Split, count: int, long_share: float = _LONG_SHARE) -> list[str]:
+    """Return `count` different words of `split`; `long_share` is the probability that a word has an ending."""
     names: list[str] = []
     while len(names) < count:
-        word = _draw_word(stream, split)
+        word = _draw_word(stream, split, long_share=long_share)
         if word not in names:
             names.append(word)
     return names

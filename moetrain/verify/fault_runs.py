@@ -162,9 +162,9 @@ def partial_files(stage: Path) -> list[str]:
 
 
 def numbers(stage: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without clock-dependent values and without counts of damaged checkpoints."""
+    """Return the lines of metrics.jsonl without what may differ: times, damaged checkpoints, counts of generation."""
     lines = [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "checkpoint/"))}
+        {name: value for name, value in row.items() if not name.startswith(("time/", "checkpoint/", "generation/"))}
         for row in read_metrics(stage / "metrics.jsonl")
     ]
     return [line for line in lines if len(line) > 1]

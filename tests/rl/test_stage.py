@@ -248,7 +248,7 @@ def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
     groups, generated = collect_groups(_stage(engine, []), model=model, step=0)
-    assert generated["cached_tokens"] > 0
+    assert generated["generation/cached_tokens"] > 0
     return [trajectory.segments[0].tokens for group in groups for trajectory in group]
 
 

@@ -49,7 +49,7 @@ def test_simple_policies_solve_nothing() -> None:
     for index in range(100):
         task = family.task(Split.held_out, index)
         last = list(_updates(task))[-1]["value"]
-        answers = ["", "0", json.dumps(last), json.dumps(task.ledger.answer), "done"]
+        answers = ["", "0", json.dumps(last), json.dumps(task.ledger.answer), "done"]  # without any call
         assert not any(task.environment(0).grade(answer).success for answer in answers)
         environment = task.environment(0)
         for _ in range(10):  # repeats one right read
@@ -57,19 +57,25 @@ def test_simple_policies_solve_nothing() -> None:
         assert not environment.grade(json.dumps(task.ledger.answer)).success and environment.progress() == 0
 
 
-def test_a_skipped_order_fails_and_progress_counts_the_right_postings_before_it() -> None:
+def test_every_skipped_posting_fails_and_progress_ends_before_it() -> None:
     task = _family().task_of_length(Split.train, 3, num_calls=60)
-    calls = list(_updates(task))
-    for left_out in range(0, len(calls), 3):
+    calls, answer = list(_updates(task)), json.dumps(task.ledger.answer)
+    for left_out in range(len(calls)):
         environment = task.environment(0)
         for place, arguments in enumerate(calls):
             if place != left_out:
                 environment.call("update", json.dumps(arguments))
-        assert environment.progress() <= (left_out + 1) / len(calls) or environment.grade("").reason == "no_answer"
+        assert not environment.grade(answer).success and environment.progress() == left_out / len(calls)
+
+
+def test_a_wrong_balance_that_is_corrected_is_right_in_the_end() -> None:
+    task = _family().task_of_length(Split.train, 3, num_calls=60)
     environment = task.environment(0)
-    for arguments in calls:
+    for place, arguments in enumerate(_updates(task)):
+        if place == 4:
+            environment.call("update", json.dumps({**arguments, "value": 7}))
         environment.call("update", json.dumps(arguments))
-    assert environment.progress() == 1 and environment.grade(json.dumps(task.ledger.answer)).success
+    assert environment.grade(json.dumps(task.ledger.answer)).success and 0 < environment.progress() < 1
 
 
 def test_an_update_can_be_repeated() -> None:
@@ -123,8 +129,9 @@ def test_held_out_tasks_share_no_name_and_no_phrase_with_training() -> None:
             names = family.task(split, index).ledger.balances
             assert all(is_held_out(name) == (split is Split.held_out) for name in names)
     for name in ("add", "take", "move", "copy", "report", "then", "branch", "question"):
-        trained, held_out = (set(frames(name, split)) for split in Split)
+        trained, held_out = ({text for texts in frames(name, split) for text in texts} for split in Split)
         assert trained and held_out and not trained & held_out
+        assert all(len(texts) > 1 for split in Split for texts in frames(name, split))
 
 
 def test_a_task_is_a_function_of_seed_split_and_index() -> None:

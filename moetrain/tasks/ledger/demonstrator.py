@@ -63,7 +63,7 @@ def demonstrate(
         if order.kind is OrderKind.report:
             thought = f'report "{order.account}"'
             answer = demonstrator.act(thought, "get", table=ACCOUNTS, id=order.account, column=BALANCE)
-            return [*demonstrator.messages, Message(role=Role.assistant, reasoning="done", content=answer)]
+            return [*demonstrator.messages, Message(role=Role.assistant, reasoning=f"answer {answer}", content=answer)]
         balance = 0
         for place, posting in enumerate(order.postings):
             balance = _post(demonstrator, order, posting, rest=_rest(order, place))

@@ -25,18 +25,16 @@ class Ledger:
     texts: Mapping[str, str]
     balances: Mapping[str, int]
 
-    def states(self) -> list[dict[str, int]]:
-        """Return the balances at the start and after each posting of the chain."""
-        states = [dict(self.balances)]
-        for _, written in walk(self.start, orders=self.orders, balances=self.balances):
-            states += [{**states[-1], **dict(written[: place + 1])} for place in range(len(written))]
-        return states
+    def postings(self) -> list[tuple[str, int]]:
+        """Return each account and balance that the chain writes, in order."""
+        chain = walk(self.start, orders=self.orders, balances=self.balances)
+        return [pair for _, written in chain for pair in written]
 
     @property
     def answer(self) -> int:
         """The balance that the last order asks for."""
         *_, (report, _) = walk(self.start, orders=self.orders, balances=self.balances)
-        return self.states()[-1][report.account]
+        return {**self.balances, **dict(self.postings())}[report.account]
 
 
 class LedgerEnvironment:
@@ -47,8 +45,10 @@ class LedgerEnvironment:
         self._ledger = ledger
         self._tool_failure = tool_failure
         self._failures = python_stream(stream, "ledger/tool_failures")
-        self._states = ledger.states()
-        self._num_right, self._is_off = 0, False
+        self._postings = ledger.postings()
+        self._last = dict(ledger.balances)
+        self._num_made, self._num_right = 0, 0
+        self._is_off = False
         self._connection = _open(ledger)
         self._tools = SqlTools(self._connection, deadline_s=deadline_s)
 
@@ -74,30 +74,32 @@ class LedgerEnvironment:
         return dict(self._connection.execute(f"SELECT id, {BALANCE} FROM {ACCOUNTS} ORDER BY rowid"))
 
     def _follow_chain(self) -> None:
-        """Count the postings of the chain that have been made, until a balance is wrong for the first time."""
-        if self._is_off:
+        """Count the postings of the chain that have been made in their order, also after a balance that was wrong."""
+        balances = self._balances()
+        changed = [(account, balance) for account, balance in balances.items() if balance != self._last[account]]
+        self._last = balances
+        if not changed:
             return
-        balances, last = self._balances(), len(self._states) - 1
-        if balances == self._states[self._num_right]:
-            return
-        self._is_off = self._num_right == last or balances != self._states[self._num_right + 1]
-        if not self._is_off:
-            self._num_right += 1
-            while self._num_right < last and self._states[self._num_right + 1] == balances:
-                self._num_right += 1  # a copy of an equal balance changes nothing
+        is_next = self._num_made < len(self._postings) and changed == [self._postings[self._num_made]]
+        self._num_made += is_next
+        self._is_off |= not is_next
+        self._num_right += not self._is_off
 
     def grade(self, answer: str) -> Grade:
-        """Compare every row with the rows after the whole chain, and the answer with the right one."""
+        """Compare every row with the rows after the whole chain, what was written with it, and the answer."""
+        ledger = self._ledger
         texts = dict(self._connection.execute(f"SELECT id, {TEXT} FROM {ORDERS}"))
-        if self._balances() != self._states[-1] or texts != self._ledger.texts:
-            return Grade(reward=0.0, reason="wrong_rows" if self._num_right or self._is_off else "unchanged")
-        if answer.strip() != json.dumps(self._ledger.answer):
+        if self._balances() != {**ledger.balances, **dict(self._postings)} or texts != ledger.texts:
+            return Grade(reward=0.0, reason="wrong_rows" if self._num_made or self._is_off else "unchanged")
+        if self._num_made < len(self._postings):
+            return Grade(reward=0.0, reason="skipped")
+        if answer.strip() != json.dumps(ledger.answer):
             return Grade(reward=0.0, reason="wrong_answer" if answer.strip() else "no_answer")
         return Grade(reward=1.0, reason="right")
 
     def progress(self) -> float:
         """Return the share of the chain's postings that were made before a balance was wrong for the first time."""
-        return self._num_right / max(len(self._states) - 1, 1)
+        return self._num_right / max(len(self._postings), 1)
 
     def close(self) -> None:
         """Close the database."""

@@ -70,7 +70,7 @@ class LedgerFamily:
         own = self._config.ledger
         stream = python_stream(self._seed, f"ledger/{split.value}", index, num_calls or 0)
         calls = num_calls or own.min_calls + index % (own.max_calls - own.min_calls + 1)
-        balances = draw_balances(stream, draw_names(stream, split=split, count=own.accounts))
+        balances = draw_balances(stream, draw_names(stream, split=split, count=own.accounts, long_share=0))
         keys = draw_ids(stream, count=calls)
         orders = draw_orders(stream, balances, keys=keys, num_calls=calls, branching=own.branching)
         start = next(iter(orders))

@@ -143,7 +143,7 @@ def _draw_kinds(stream: random.Random, num_calls: int) -> list[OrderKind]:
 
 
 def _draw_order(stream: random.Random, state: Mapping[str, int], *, kind: OrderKind, key: str) -> Order:
-    """Return an order after which all balances have two digits."""
+    """Return an order whose postings all change a balance, to one of two digits."""
     while True:
         account, other = stream.sample(sorted(state), 2)
         number = stream.randint(1, _LARGEST_NUMBER)
@@ -154,7 +154,8 @@ def _draw_order(stream: random.Random, state: Mapping[str, int], *, kind: OrderK
             other=other if kind in (OrderKind.move, OrderKind.copy) else "",
             number=0 if kind in (OrderKind.copy, OrderKind.report) else number,
         )
-        if all(_SMALLEST <= posting.value(state[posting.source]) <= _LARGEST for posting in order.postings):
+        values = {posting.target: posting.value(state[posting.source]) for posting in order.postings}
+        if all(_SMALLEST <= value <= _LARGEST and value != state[target] for target, value in values.items()):
             return order
 
 

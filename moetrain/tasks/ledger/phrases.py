@@ -8,38 +8,49 @@ from moetrain.tasks.phrasing import fill
 from moetrain.tasks.protocol import Split
 
 _FRAMES: dict[str, list[str]] = {
-    "add": ["<add> {number} <to> {account}", "{account} <gains> {number}"],
-    "take": ["<take> {number} <from> {account}", "{account} <loses> {number}"],
-    "move": ["<move> {number} <from> {account} <to> {other}", "<from> {account} <to> {other} <move> {number}"],
-    "copy": ["<write> the balance of {account} <into> {other}", "{other} <takes> the balance of {account}"],
-    "report": ["<report> the balance of {account}", "<report> what {account} <holds>", "the end: <report> {account}"],
-    "then": ["<then> go <on> <at> {next_key}", "<then> <at> {next_key}"],
+    "add": ["<please> <add> {number} <to> {account}", "{account} <gains> {number} <more>"],
+    "take": ["<please> <take> {number} <from> {account}", "{account} <loses> {number} <more>"],
+    "move": [
+        "<please> <move> {number} <from> {account} <to> {other}",
+        "<move> {number} <to> {other}, <out> {account}",
+    ],
+    "copy": [
+        "<please> <write> <what> {account} <has> <to> {other}",
+        "{other} <takes> <what> {account} <has>",
+    ],
+    "report": ["<please> <report> <what> {account} <has>", "<end> <report> <what> {account} <has>"],
+    "then": ["<then> <go> <at> {next_key}", "<then> <comes> {next_key}"],
     "branch": [
-        "if even <go> <at> {next_key}, if odd <go> <at> {else_key}",
-        "<go> <at> {next_key} if even, <at> {else_key} if odd",
+        "<go> <at> {next_key} if even <or> {else_key} if odd",
+        "if even <go> <at> {next_key}, if odd <at> {else_key}",
     ],
     "question": [
         "<start> <at> order {start} and <follow> the <chain> <until> the report.",
         "<follow> the <chain> from order {start} <until> the report.",
-        "The <chain> <begins> <at> order {start}. <carry> and report <what>.",
+        "The <chain> <begins> <at> order {start}. <carry> and report <asked>.",
     ],
 }
 _SLOTS: dict[str, list[str]] = {
+    "<please>": ["", "", "please", "now", "kindly"],
     "<add>": ["add", "put", "book", "pay", "give"],
     "<to>": ["to", "into", "onto"],
-    "<gains>": ["gains", "receives", "grows by", "gets"],
-    "<take>": ["take", "draw", "remove", "subtract", "book out"],
+    "<gains>": ["gains", "receives", "grows by", "wins"],
+    "<more>": ["", "more", "in all", "at once"],
+    "<take>": ["take", "draw", "remove", "subtract"],
     "<from>": ["from", "out of", "off"],
     "<loses>": ["loses", "gives up", "shrinks by", "pays out"],
     "<move>": ["move", "transfer", "shift", "send"],
+    "<out>": ["out of", "away from", "at the cost of"],
     "<write>": ["write", "copy", "enter", "note"],
-    "<into>": ["into", "to", "onto"],
-    "<takes>": ["takes over", "is set to", "becomes", "gets"],
-    "<report>": ["report", "answer with", "give", "tell", "state", "say"],
-    "<holds>": ["holds", "has", "contains"],
-    "<then>": ["then", "next", "after that", "afterwards", ""],
-    "<go>": ["go on", "go ahead", "continue", "next"],
-    "<on>": ["on", "ahead"],
+    "<what>": ["the balance", "the amount", "the sum", "the figure"],
+    "<has>": ["holds", "has", "shows"],
+    "<takes>": ["takes over", "is set to", "becomes", "copies"],
+    "<report>": ["report", "answer with", "tell", "state", "say"],
+    "<end>": ["at the end", "to finish,", "this is the last order:", "finally"],
+    "<then>": ["then", "next", "after that", "afterwards"],
+    "<go>": ["go on", "go ahead", "continue", "proceed"],
+    "<comes>": ["comes", "follows", "it is the turn of"],
+    "<or>": ["or", "and", "but"],
     "<at>": ["at", "with", "to"],
     "<start>": ["start", "begin", "set out"],
     "<follow>": ["follow", "carry out", "work through"],
@@ -47,21 +58,25 @@ _SLOTS: dict[str, list[str]] = {
     "<until>": ["until", "up to", "down to"],
     "<begins>": ["begins", "starts"],
     "<carry>": ["Carry it out", "Do all of it", "Work through it"],
-    "<what>": ["what it asks for", "the balance it asks for"],
+    "<asked>": ["what it asks for", "the balance it asks for"],
 }
 
 
 @functools.cache
-def frames(name: str, split: Split) -> list[str]:
-    """Return the phrasings of `name` (a kind of order, then, branch or question) that belong to `split`."""
-    return [" ".join(text.split()) for text in fill(_FRAMES[name], _SLOTS, split=split)]
+def frames(name: str, split: Split) -> list[list[str]]:
+    """Return the phrasings of `name` (a kind of order, then, branch or question) that belong to `split`, by frame."""
+    return [[" ".join(text.split()) for text in fill([frame], _SLOTS, split=split)] for frame in _FRAMES[name]]
+
+
+def _drawn(name: str, *, split: Split, stream: random.Random) -> str:
+    return stream.choice(stream.choice(frames(name, split)))
 
 
 def order_text(order: Order, *, split: Split, stream: random.Random) -> str:
     """Return one phrasing of an order."""
-    texts = [stream.choice(frames(order.kind.value, split))]
+    texts = [_drawn(order.kind.value, split=split, stream=stream)]
     if order.next_key:
-        texts.append(stream.choice(frames("branch" if order.else_key else "then", split)))
+        texts.append(_drawn("branch" if order.else_key else "then", split=split, stream=stream))
     return ", ".join(texts).format(**_quoted(order))
 
 
@@ -72,5 +87,5 @@ def _quoted(order: Order) -> dict[str, str]:
 
 def question(start: str, *, split: Split, stream: random.Random) -> str:
     """Return one phrasing of the question."""
-    text = stream.choice(frames("question", split)).format(start=f'"{start}"')
+    text = _drawn("question", split=split, stream=stream).format(start=f'"{start}"')
     return text[0].upper() + text[1:]

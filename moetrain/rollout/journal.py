@@ -1,0 +1,102 @@
+"""Keeps the trajectories of a step as they finish, so that a run that is killed while it collects loses none of them.
+
+A trajectory is a function of the weights and of its request's stream, so that one that was finished before the run
+stopped is the one that the resumed run would collect, and is not collected again. There is one file per step and rank,
+with one JSON object per line; a line that was cut off when the run was killed is left out.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moetrain.files import to_json
+from moetrain.rollout.collect import RolloutRequest
+from moetrain.rollout.types import Ending, Segment, Trajectory
+from moetrain.tasks.protocol import Grade
+
+_log = logging.getLogger(__name__)
+
+COLLECTION = "collection"
+"""Folder of these files in a stage folder."""
+
+
+class Journal:
+    """The finished trajectories of one step, by their requests."""
+
+    def __init__(self, folder: Path, *, step: int, rank: int) -> None:
+        """Read what all ranks stored for `step` in `folder`; further trajectories are added to the file of `rank`."""
+        self._path = _path(folder, step, rank)
+        self._found: dict[str, Trajectory] = {}
+        for path in sorted(folder.glob(f"step_{step:08d}.rank_*.jsonl")):
+            self._found |= dict(_read(path))
+        if self._found:
+            _log.info("step %d: %d trajectories were collected before the run stopped", step + 1, len(self._found))
+
+    def known(self, requests: Sequence[RolloutRequest]) -> dict[int, Trajectory]:
+        """Return the finished trajectories by the places of their requests."""
+        keys = [_key(request) for request in requests]
+        return {place: self._found[key] for place, key in enumerate(keys) if key in self._found}
+
+    def add(self, request: RolloutRequest, trajectory: Trajectory) -> None:
+        """Append a finished trajectory to the file."""
+        line = to_json({"key": _key(request), "trajectory": _to_row(trajectory)})
+        digest = hashlib.sha256(line.encode()).hexdigest()[:16]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:  # the line break in front ends a line that was cut off
+            file.write(f"\n{digest} {line}\n".encode())
+
+
+def remove_before(folder: Path, *, step: int) -> None:
+    """Remove the files of all steps before `step`, which a checkpoint contains."""
+    for path in folder.glob("step_*.rank_*.jsonl"):
+        if path.name < _path(folder, step, 0).name[: len("step_00000000")]:
+            path.unlink(missing_ok=True)
+
+
+def _path(folder: Path, step: int, rank: int) -> Path:
+    return folder / f"step_{step:08d}.rank_{rank}.jsonl"
+
+
+def _key(request: RolloutRequest) -> str:
+    return f"{request.task_index}/{request.sample}/{request.stream}"
+
+
+def _read(path: Path) -> Iterator[tuple[str, Trajectory]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        digest, _, text = line.partition(b" ")
+        if not line:
+            continue
+        if hashlib.sha256(text).hexdigest()[:16].encode() != digest:
+            _log.info("%s line %d was not written to its end: its trajectory is collected again", path, number)
+            continue
+        row = json.loads(text)
+        yield row["key"], _from_row(row["trajectory"])
+
+
+def _to_row(trajectory: Trajectory) -> dict[str, Any]:
+    grade = trajectory.grade
+    return {
+        **vars(trajectory),
+        "ending": trajectory.ending.value,
+        "segments": [vars(segment) for segment in trajectory.segments],
+        "grade": {
+            "reward": grade.reward,
+            "reason": grade.reason,
+            "parts": dict(grade.parts),
+            "threshold": grade.threshold,
+        },
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Trajectory:
+    return Trajectory(
+        **{
+            **row,
+            "ending": Ending(row["ending"]),
+            "segments": [Segment(**segment) for segment in row["segments"]],
+            "grade": Grade(**row["grade"]),
+        }
+    )

@@ -1,0 +1,93 @@
+"""Trajectories that a killed run had finished are found again, and nothing else is."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from moetrain.rollout.collect import RolloutRequest
+from moetrain.rollout.journal import Journal, remove_before
+from moetrain.rollout.types import Ending, Segment, Trajectory
+from moetrain.tasks.protocol import Grade
+
+
+def _request(number: int) -> RolloutRequest:
+    return RolloutRequest(task_index=number, task=None, sample=number % 2, stream=100 + number)  # type: ignore[arg-type]
+
+
+def _trajectory(number: int) -> Trajectory:
+    segment = Segment(
+        tokens=[number, 2, 3],
+        is_sampled=[False, True, True],
+        logprobs=[0.0, -1 / 3, -0.1],
+        versions=[4, 4, 5],
+        temperature=0.7,
+    )
+    return Trajectory(
+        task=number,
+        sample=number % 2,
+        num_calls_needed=3,
+        segments=[segment, segment],
+        grade=Grade(reward=0.25, reason="partly", parts={"format": 1 / 7}, threshold=0.5),
+        ending=Ending.answered,
+        num_turns=2,
+        num_calls=1,
+        num_errors=0,
+        num_transient_errors=0,
+        progress=1 / 3,
+    )
+
+
+def _written(folder: Path, count: int, *, step: int = 4, rank: int = 0) -> Path:
+    journal = Journal(folder, step=step, rank=rank)
+    for number in range(count):
+        journal.add(_request(number), _trajectory(number))
+    return folder / f"step_{step:08d}.rank_{rank}.jsonl"
+
+
+def test_finished_trajectories_are_found_bit_for_bit(tmp_path: Path) -> None:
+    _written(tmp_path, 3)
+    requests = [_request(number) for number in range(5)]
+    assert Journal(tmp_path, step=4, rank=0).known(requests) == {number: _trajectory(number) for number in range(3)}
+
+
+def test_another_number_of_ranks_finds_them_too_and_another_step_does_not(tmp_path: Path) -> None:
+    _written(tmp_path, 3, rank=1)
+    assert Journal(tmp_path, step=4, rank=0).known([_request(2)]) == {0: _trajectory(2)}
+    assert not Journal(tmp_path, step=5, rank=0).known([_request(2)])
+
+
+def test_a_request_with_another_stream_is_another_one(tmp_path: Path) -> None:
+    _written(tmp_path, 3)
+    other = RolloutRequest(task_index=1, task=None, sample=1, stream=7)  # type: ignore[arg-type]
+    assert not Journal(tmp_path, step=4, rank=0).known([other])
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40, 300])
+def test_a_line_that_was_cut_off_is_left_out_and_later_ones_count(
+    cut: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = _written(tmp_path, 3)
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal(tmp_path, step=4, rank=0)
+    again.add(_request(3), _trajectory(3))
+    known = Journal(tmp_path, step=4, rank=0).known([_request(number) for number in range(4)])
+    assert known == {number: _trajectory(number) for number in ({0, 1, 3} if cut > 1 else {0, 1, 2, 3})}
+    assert ("was not written to its end" in caplog.text) == (cut > 1)
+
+
+def test_a_changed_line_is_left_out(tmp_path: Path) -> None:
+    path = _written(tmp_path, 1)
+    path.write_bytes(path.read_bytes().replace(b"-0.1", b"-0.2"))
+    assert not Journal(tmp_path, step=4, rank=0).known([_request(0)])
+
+
+def test_the_files_of_steps_that_a_checkpoint_contains_are_removed(tmp_path: Path) -> None:
+    for step in (3, 4, 5):
+        _written(tmp_path, 1, step=step)
+    remove_before(tmp_path, step=4)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step_00000004.rank_0.jsonl",
+        "step_00000005.rank_0.jsonl",
+    ]
