@@ -301,6 +301,8 @@ class VerifyFaultsRun(StageRun):
     kills: int = 30
     """Total number of kills: a third during a save, a sixth around its final rename, a fifth in a collective, the rest
     in a step."""
+    collection_kills: int = 20
+    """Number of kills of RL runs in the middle of collecting trajectories, a third of them with several ranks."""
     ranks: int = 2
     """Number of ranks of the multi-rank runs. 1 skips these runs, and with them collectives, hangs and elastic
     restarts."""
@@ -316,6 +318,8 @@ class VerifyFaultsRun(StageRun):
         """Check ranges."""
         if self.kills < 1:
             raise ConfigError(f"kills is {self.kills}: give at least 1")
+        if self.collection_kills < 0:
+            raise ConfigError(f"collection_kills is {self.collection_kills}: give 0 or more")
         if self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks}: give at least 1")
         if self.fault not in ("none", "step", "weight"):

@@ -15,6 +15,7 @@ def main(run: VerifyFaultsRun) -> int:
         request = Request(
             model=run.model,
             kills=run.kills,
+            collection_kills=run.collection_kills,
             ranks=run.ranks,
             with_others=run.others,
             overrides=tuple(run.overrides),
@@ -22,7 +23,8 @@ def main(run: VerifyFaultsRun) -> int:
             seed=run.run.seed,
         )
         rows = verify_faults(folder, request)
-        context = {"model": run.model, "kills": str(run.kills), "ranks": str(run.ranks), "fault": run.fault}
+        names = ("model", "kills", "collection_kills", "ranks", "fault")
+        context = {name: str(vars(run)[name]) for name in names}
         write_rows(folder / "verify.json", rows=rows, context=context)
         Console().print(render(f"faults: {run.model}, {run.kills} kills", rows=rows))
     check_rows(rows)

@@ -171,6 +171,17 @@ def success_charts(run: Run) -> str:
     return "".join(charts)
 
 
+def hazard_chart(run: Run) -> str:
+    """Return the rate of first errors by call, of all evaluations that measure progress; empty when there is none."""
+    modes = [(stage, name) for stage in run.evaluations for name in stage.evaluation["modes"]]
+    lines: list[Line] = []
+    for stage, name in modes:
+        rows = [row for row in stage.evaluation["modes"][name].get("hazard", []) if row["to"] is not None]
+        points = [((row["from"] + row["to"]) / 2, 1000 * row["value"]) for row in rows]
+        lines.append(Line(name=f"{stage.weights}, {mode_title(name)}", points=points, color=len(lines) % NUM_COLORS))
+    return line_chart("First errors by call", lines, x_name="call", y_name="errors per 1,000 calls", from_zero=True)
+
+
 def _rates(summary: dict[str, Any] | None) -> dict[str, tuple[float, float, float]]:
     if summary is None:
         return {}

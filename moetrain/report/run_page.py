@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 
 from moetrain.log import duration
-from moetrain.report.charts import learning_charts, load_charts, optimizer_charts, rl_charts, success_charts
+from moetrain.report.charts import (
+    hazard_chart,
+    learning_charts,
+    load_charts,
+    optimizer_charts,
+    rl_charts,
+    success_charts,
+)
 from moetrain.report.numbers import digests, main_modes, mode_title, sizes, times, validation
 from moetrain.report.stages import Kind, Run, Stage
 from moetrain.report.style import STYLE
@@ -146,7 +153,7 @@ def _success(run: Run) -> str:
         return ""
     change = difference_table(run)
     beside = table_html(change) if change else ""
-    return table_html(table) + beside + _charts([success_charts(run)]) + _endings(run)
+    return table_html(table) + beside + _charts([success_charts(run), hazard_chart(run)]) + _endings(run)
 
 
 def _endings(run: Run) -> str:

@@ -44,6 +44,12 @@ _MODE = _object(
     endings=_each(_INTEGER),
     grades=_each(_INTEGER),
     outcomes=_each({"type": "boolean"}),
+    hazard={
+        "type": "array",
+        "items": _object({"from": _NUMBER, "to": _NUMBER_OR_NULL, "value": _NUMBER, "low": _NUMBER, "high": _NUMBER}),
+    },
+    mean_segments=_NUMBER,
+    mean_sampled_tokens=_NUMBER,
 )
 _PARAMETERS = _object({"total": _INTEGER, "active_with_head": _INTEGER, "routed": _INTEGER})
 _EXPORT_SIZES = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}

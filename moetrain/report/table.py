@@ -101,7 +101,11 @@ def difference_table(run: Run) -> Table | None:
             f"{stage.weights} {mode_title(mode)}",
             f"{100 * row['value']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
-            *([str(row["gained"]), str(row["lost"]), f"{row['p_value']:.2g}"] if "p_value" in row else [NONE] * 3),
+            *(
+                [str(row["gained"]), str(row["lost"]), f"{row['p_value']:.2g}"]
+                if {"gained", "lost", "p_value"} <= row.keys()
+                else [NONE] * 3
+            ),
             str(row["count"]),
         ]
         for stage in run.evaluations

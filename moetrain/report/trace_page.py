@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moetrain.chat.context import NOTE_PREFIX
 from moetrain.chat.template import (
     CALL_ARGUMENT,
     CALL_BEGIN,
@@ -34,6 +35,8 @@ _MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKEN
 _SPEAKERS = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
 _HIDDEN_MARKERS = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
 _DECLARATION = "tool_declare"
+CONTEXT_BREAK = "\f"
+"""Character between the contexts of a trajectory in a trace's text."""
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 """Visible symbols for control characters, which an untrained model can write."""
 
@@ -130,7 +133,8 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
         f'<span class="verdict {verdict}">{verdict}</span> {escape(title)}: task {trace["task"]}, '
         f"{needed_text}{trace['num_calls']} calls made{failures_text}"
     )
-    parts = [_block_html(block) for block in blocks(trace["text"])]
+    contexts = trace["text"].split(CONTEXT_BREAK)
+    parts = [_context_html(text, number=number, count=len(contexts)) for number, text in enumerate(contexts, 1)]
     sampled = sum(sum(map(bool, segment["is_sampled"])) for segment in trace["segments"])
     num_tokens = sum(len(segment["tokens"]) for segment in trace["segments"])
     grade_text = (
@@ -142,6 +146,19 @@ def trajectory_html(trace: dict[str, Any], *, title: str, is_open: bool) -> str:
     return (
         f'<details class="trajectory"{open_text}><summary>{summary}</summary>{"".join(parts)}{verdict_html}</details>\n'
     )
+
+
+def _context_html(text: str, *, number: int, count: int) -> str:
+    """Return the turns of one context; with several, each can be folded and shows the note that it begins with."""
+    parsed = blocks(text)
+    content = "".join(map(_block_html, parsed))
+    if count == 1:
+        return content
+    note = next((block.text for block in parsed[1:2] if block.text.startswith(NOTE_PREFIX)), "")
+    open_text = " open" if number in (1, count) else ""
+    calls = sum(block.kind == "call" for block in parsed)
+    summary = f"context {number} of {count}, {calls} call{'s' * (calls != 1)} <code>{escape(note)}</code>"
+    return f'<details class="context"{open_text}><summary>{summary}</summary>{content}</details>'
 
 
 def _block_html(block: Block) -> str:

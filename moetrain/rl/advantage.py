@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moetrain.rollout.types import Ending, Segment, Trajectory
 
-_MALFORMED = (Ending.invalid_turn, Ending.turn_too_long)
+_MALFORMED = (Ending.invalid_turn, Ending.turn_too_long, Ending.thought_too_long)
 
 
 def constant(trajectory: Trajectory, value: float) -> list[list[float]]:

@@ -16,13 +16,19 @@ class RolloutConfig:
     num_slots: int = 128
     """Largest number of sequences that are decoded together."""
     max_tokens: int = 1280
-    """Largest number of tokens of a trajectory, including the prompt and tool results."""
+    """Largest number of tokens of a context, including the prompt and tool results. Under `task.context.kind=full` a
+    trajectory that reaches it ends; other kinds begin a new context before."""
     max_turns: int = 16
-    """Largest number of turns of a trajectory."""
+    """Largest number of turns of a trajectory that call tools or answer; notes do not count."""
     max_turn_tokens: int = 112
     """Largest number of tokens that the model produces in one turn."""
+    max_think_tokens: int = 0
+    """Largest number of tokens of the reasoning of a turn; 0 is no limit beside max_turn_tokens."""
+    max_sampled_tokens: int = 0
+    """Largest number of tokens that the model produces in a trajectory, in all its contexts; 0 is no limit."""
     max_repeats: int = 6
-    """A trajectory ends (as `stalled`) when it makes the same call this many times in a row."""
+    """A trajectory ends (as `stalled`) when it makes the same call this many times in a row. Calls that failed through
+    no fault of the model do not count."""
     max_output_tokens: int = 256
     """Largest number of tokens of a tool result. A longer one is cut to its head and tail, with a note between them."""
     call_deadline_s: float = 30.0
@@ -59,7 +65,7 @@ class RolloutConfig:
         ranges = {
             COUNT: (*counts, "cache_megabytes"),
             POSITIVE: ("call_deadline_s", "environment_deadline_s"),
-            NOT_NEGATIVE: ("max_seconds", "max_retries", "max_replacements"),
+            NOT_NEGATIVE: ("max_seconds", "max_retries", "max_replacements", "max_think_tokens", "max_sampled_tokens"),
             TEMPERATURE: ("temperature",),
         }
         check_ranges(self, prefix="rollout.", ranges=ranges)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moetrain.chat.context import Context, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import IM_END, Piece, conversation_pieces, parse_turn, pieces_to_tokens
+from moetrain.chat.template import IM_END, THINK_END, Piece, conversation_pieces, parse_turn, pieces_to_tokens
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError
 from moetrain.inference.protocol import Generation, Sequence
@@ -99,7 +99,15 @@ class Episode:
     @property
     def limit(self) -> int:
         """Number of tokens of the sequence at which the present turn is cut off."""
-        return min(self._turn_start + self._config.max_turn_tokens, self._config.max_tokens)
+        config = self._config
+        limit = min(self._turn_start + config.max_turn_tokens, config.max_tokens)
+        if config.max_think_tokens and not self._has_thought():
+            return min(limit, self._turn_start + config.max_think_tokens + 2)  # with <think> and </think>
+        return limit
+
+    def _has_thought(self) -> bool:
+        """Return whether the reasoning of the present turn has ended."""
+        return self._tokenizer.special_ids[THINK_END] in self.sequence.tokens[self._turn_start :]
 
     def continue_in(self, generation: Generation) -> None:
         """Let the generation continue the sequence. The sequence of an ended segment is removed from it."""
@@ -162,6 +170,10 @@ class Episode:
                 self._fail(error)
         elif len(tokens) - self._turn_start >= self._config.max_turn_tokens:
             self._end(Ending.turn_too_long)
+        elif len(tokens) < self.limit:  # the reasoning has ended, within its own limit
+            self.observation = []
+        elif self._config.max_think_tokens and not self._has_thought():
+            self._end(Ending.thought_too_long)
         else:
             self._end(Ending.max_tokens)
         if self.is_finished:
@@ -237,6 +249,8 @@ class Episode:
         reserve = 2 * config.max_turn_tokens + config.max_output_tokens  # a turn, its results and a note
         if self._num_turns >= config.max_turns:
             self._end(Ending.max_turns)
+        elif config.max_sampled_tokens and self._num_sampled() >= config.max_sampled_tokens:
+            self._end(Ending.max_sampled_tokens)
         elif self._num_repeats >= config.max_repeats:
             self._end(Ending.stalled)
         elif config.max_seconds and time.monotonic() - self._started > config.max_seconds:
@@ -249,6 +263,9 @@ class Episode:
                 self._begin_segment("")
         else:
             self._extend(after)
+
+    def _num_sampled(self) -> int:
+        return sum(segment.num_sampled for segment in self._segments) + sum(self.sequence.is_sampled)
 
     def _extend(self, observation: list[int]) -> None:
         """Append given tokens to the sequence, if they leave room for a turn."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.files import write_json_lines
+from moetrain.report.trace_page import CONTEXT_BREAK
 from moetrain.rollout.types import Trajectory
 
 
@@ -19,4 +20,4 @@ def trace(trajectory: Trajectory, *, decode: Callable[[Sequence[int]], str]) -> 
     """Return a trajectory as JSON: its fields, the text of its segments, and whether it solved the task."""
     content = asdict(trajectory)
     content["grade"]["success"] = trajectory.grade.success
-    return {"text": "\n".join(decode(segment.tokens) for segment in trajectory.segments), **content}
+    return {"text": CONTEXT_BREAK.join(decode(segment.tokens) for segment in trajectory.segments), **content}

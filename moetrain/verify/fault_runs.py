@@ -18,40 +18,54 @@ from typing import Any
 from moetrain.log import read_metrics
 from moetrain.runtime import die_with_parent
 from moetrain.verify.injection import VARIABLE, Plan
+from moetrain.verify.table import Row
 
 ROWS_PER_STEP = 4
 CHECKPOINT_EVERY = 2
 LIFE_LIMIT_S = 300.0
 """Time limit of an attempt in seconds; an attempt that takes longer counts as hung and is killed."""
 _POLL_S = 0.002
+COLLECTED = "collected"
+"""Beginning of the names of the files with the trajectories that a rank finished."""
 _SHUTDOWN_S = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultSetup:
-    """How a group of runs is started: ranks, steps, model and additional overrides. `folder` contains the runs."""
+    """How a group of runs is started: ranks, steps, model and additional overrides. `folder` contains the runs.
+
+    stage_name: pretrain, or a stage that begins with `weights`. more: overrides of that stage.
+    """
 
     folder: Path
     ranks: int
     steps: int
     model: str
     overrides: tuple[str, ...] = ()
+    stage_name: str = "pretrain"
+    weights: Path | None = None
+    more: tuple[str, ...] = ()
 
     def stage(self, name: str) -> Path:
         """Return the stage folder of the run `name`."""
-        return self.folder / name / "pretrain"
+        return self.folder / name / self.stage_name
 
     def command(self, name: str, *, more: Sequence[str] = (), restarts: int = 0) -> list[str]:
         """Return the command line that starts or resumes the run `name`.
 
         more: additional overrides. restarts: torchrun's --max-restarts.
         """
-        words = ["pretrain", f"model={self.model}", "data=test", f"run.folder={self.folder}", f"run.name={name}"]
+        words = [self.stage_name, f"model={self.model}", f"run.folder={self.folder}", f"run.name={name}"]
         words += ["run.wandb.mode=disabled", "plugins=[moetrain.verify.injection]", f"train.steps={self.steps}"]
-        words += [f"train.rows_per_step={ROWS_PER_STEP}", f"train.rows_per_micro_batch={ROWS_PER_STEP // self.ranks}"]
-        words += [f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.keep_checkpoints=3", "train.validate_every=0"]
-        words += ["data.seq_len=64", "~data.sources.dialogues", f"parallel.expert={self.ranks}"]
-        words += [*self.overrides, *more]
+        words += [f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.keep_checkpoints=3"]
+        words += [f"parallel.expert={self.ranks}"]
+        if self.weights is not None:
+            words.append(f"init_from={self.weights}")
+        else:
+            words += ["data=test", "data.seq_len=64", "~data.sources.dialogues", "train.validate_every=0"]
+            words.append(f"train.rows_per_step={ROWS_PER_STEP}")
+            words.append(f"train.rows_per_micro_batch={ROWS_PER_STEP // self.ranks}")
+        words += [*self.overrides, *self.more, *more]
         launcher = [sys.executable, "-m"]
         if self.ranks > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
@@ -144,6 +158,11 @@ def environment_of(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launchers} | own
 
 
+def pause() -> None:
+    """Wait for a moment, between two looks at a process."""
+    time.sleep(_POLL_S)
+
+
 def num_lines(stage: Path) -> int:
     """Return the number of lines in metrics.jsonl."""
     path = stage / "metrics.jsonl"
@@ -199,6 +218,28 @@ def difference(stage: Path, *, whole: Path) -> Difference:
         num_lines=num_lines,
         files=[name for name in sorted({*files, *expected}) if files.get(name) != expected.get(name)],
     )
+
+
+def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:
+    """Return rows that compare two runs bit by bit: their metrics, and the files of their last checkpoints."""
+    if not checkpoints(other) or not checkpoints(whole):
+        return [Row(name=f"{title}: no checkpoint to compare", value=1, bound=0)]
+    found = difference(other, whole=whole)
+    attempts = len(list(other.parent.parent.glob(f"{other.parent.name}.attempt_*")))
+    return [
+        Row(
+            name=f"{title}: metrics lines that differ",
+            value=found.num_lines,
+            bound=0,
+            note=f"of {len(numbers(whole))}, undisturbed against {attempts} attempts",
+        ),
+        Row(
+            name=f"{title}: files of the last checkpoint that differ",
+            value=len(found.files),
+            bound=0,
+            note=f"of {len(final_state(whole))} in {checkpoints(whole)[-1].name}",
+        ),
+    ]
 
 
 def _without_seconds(value: Any) -> Any:

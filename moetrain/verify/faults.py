@@ -20,6 +20,7 @@ from moetrain.errors import ConfigError
 from moetrain.log import progress
 from moetrain.runtime import python_stream
 from moetrain.verify import fault_runs
+from moetrain.verify.collection_faults import collection_rows
 from moetrain.verify.fault_runs import CHECKPOINT_EVERY, Attempt, FaultSetup, begin
 from moetrain.verify.other_faults import elastic_rows, full_disk_row, hang_rows, nonfinite_rows
 from moetrain.verify.table import Row
@@ -53,6 +54,7 @@ class Request:
 
     model: str
     kills: int
+    collection_kills: int
     ranks: int
     with_others: bool
     overrides: tuple[str, ...]
@@ -105,7 +107,7 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
         extra += [lambda: [full_disk_row(setups[0])], lambda: nonfinite_rows(setups[-1])]
         if request.ranks > 1:
             extra += [lambda: hang_rows(setups[1]), lambda: elastic_rows(setups[1])]
-    total = request.kills + 2 * len(setups) + len(extra)
+    total = request.kills + 2 * len(setups) + len(extra) + request.collection_kills
     with progress(total, "verify faults") as advance, ThreadPoolExecutor(max_workers=len(setups)) as pool:
         chains = [
             pool.submit(_chain, setup, order, request=request, advance=advance)
@@ -117,7 +119,17 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
         for make in extra:
             found += make()
             advance("")
+        for setup, kills in zip(setups, _collection_shares(request), strict=True):
+            if kills:
+                found += collection_rows(setup, kills=kills, seed=request.seed, advance=advance)
     return found
+
+
+def _collection_shares(request: Request) -> list[int]:
+    """Return the kills of RL runs by setup: all of one process, or two thirds of it and one of several ranks."""
+    several = request.collection_kills // 3 if request.ranks > 1 else 0
+    alone = request.collection_kills - several
+    return [alone, several] if request.ranks > 1 else [alone]
 
 
 def _draw_phases(want: dict[Phase, int], request: Request) -> tuple[list[Phase], list[Phase]]:
@@ -311,26 +323,4 @@ def _equal_rows(setup: FaultSetup, tally: Tally) -> list[Row]:
         bound=0,
         note="; ".join(tally.unexpected[:3]),
     )
-    return [unexpected, *comparison_rows(ranks, whole=whole, other=killed)]
-
-
-def comparison_rows(title: str, *, whole: Path, other: Path) -> list[Row]:
-    """Return rows that compare two runs bit by bit: their metrics, and the files of their last checkpoints."""
-    if not fault_runs.checkpoints(other) or not fault_runs.checkpoints(whole):
-        return [Row(name=f"{title}: no checkpoint to compare", value=1, bound=0)]
-    found = fault_runs.difference(other, whole=whole)
-    attempts = len(list(other.parent.parent.glob(f"{other.parent.name}.attempt_*")))
-    return [
-        Row(
-            name=f"{title}: metrics lines that differ",
-            value=found.num_lines,
-            bound=0,
-            note=f"of {len(fault_runs.numbers(whole))}, undisturbed against {attempts} attempts",
-        ),
-        Row(
-            name=f"{title}: files of the last checkpoint that differ",
-            value=len(found.files),
-            bound=0,
-            note=f"of {len(fault_runs.final_state(whole))} in {fault_runs.checkpoints(whole)[-1].name}",
-        ),
-    ]
+    return [unexpected, *fault_runs.comparison_rows(ranks, whole=whole, other=killed)]

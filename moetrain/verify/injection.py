@@ -46,8 +46,9 @@ class Plan:
     """What to inject into one attempt of a run.
 
     folder: where ranks write their reports. moment: `fsync` (in a partially written checkpoint), `before_rename` or
-    `after_rename` (to a checkpoint's final name), `collective`, or `none`. number: which occurrence, from 1. rank: the
-    rank that stops. nan_row: first row of the batch whose last row gets a loss weight of NaN; -1 for none.
+    `after_rename` (to a checkpoint's final name), `collective`, `trajectory` (RL has finished one), or `none`. number:
+    which occurrence, from 1. rank: the rank that stops. nan_row: first row of the batch whose last row gets a loss
+    weight of NaN; -1 for none.
     planted: fault on resuming: `step` (one step too late), `weight` (one row changed) or `none`.
     """
 
@@ -119,6 +120,21 @@ def _watch_collectives(gate: _Gate, place: Path) -> None:
         setattr(dist, name, with_reports(name, dist.__dict__[name]))
 
 
+def _watch_trajectories(gate: _Gate, path: Path) -> None:
+    """Write the task and sample of each trajectory that RL finishes to `path`, and count it as a moment."""
+    from moetrain.rollout.journal import Journal
+
+    add = Journal.add
+
+    def watched_add(self: Journal, request: Any, trajectory: Any) -> None:
+        add(self, request, trajectory)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{request.task_index}/{request.sample}\n")
+        gate.count("trajectory", f"{request.task_index}/{request.sample}")
+
+    Journal.add = watched_add  # type: ignore[method-assign]
+
+
 def _inject_nan(first_row: int) -> None:
     from moetrain.data.loader import Loader
 
@@ -167,6 +183,7 @@ def install() -> None:
     gate = _Gate(plan, rank)
     _watch_files(gate)
     _watch_collectives(gate, Path(plan.folder, f"place_{rank}"))
+    _watch_trajectories(gate, Path(plan.folder, f"collected_{rank}"))
     if plan.nan_row >= 0:
         _inject_nan(plan.nan_row)
     if plan.planted != "none":

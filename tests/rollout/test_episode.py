@@ -145,3 +145,31 @@ def test_a_lone_surrogate_in_a_call_ends_no_trajectory(key: str, tokenizer: Toke
     _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
     assert not episode.is_finished
     assert f"## Return of functions.{name}:0\nerror" in tokenizer.decode(episode.sequence.tokens)
+
+
+def test_a_thought_over_its_limit_ends_the_trajectory_and_one_within_it_goes_on(tokenizer: Tokenizer) -> None:
+    call = ToolCall(name="get", arguments="{}", id="functions.get:0")
+    message = Message(role=Role.assistant, reasoning="one two three four", tool_calls=[call])
+    pieces = pieces_to_tokens(turn_pieces(message), encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
+    length = pieces.index(tokenizer.special_ids["</think>"]) - 1
+    for limit, ending in ((length, None), (length - 1, Ending.thought_too_long)):
+        _, episode = _begin(tokenizer, max_think_tokens=limit)
+        assert episode.limit == len(episode.sequence.tokens) + limit + 2
+        _take(episode, pieces[: limit + 2])
+        if ending is None:
+            assert not episode.is_finished and episode.observation == []
+            _take(episode, pieces[limit + 2 :])
+            assert not episode.is_finished and episode.observation
+        else:
+            assert episode.is_finished and episode.ending is ending
+
+
+def test_a_trajectory_ends_at_its_number_of_sampled_tokens(tokenizer: Tokenizer) -> None:
+    _, episode = _begin(tokenizer, max_sampled_tokens=60, max_repeats=100)
+    call = ToolCall(name="get", arguments="{}", id="functions.get:0")
+    num_turns = 0
+    while not episode.is_finished:
+        _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
+        num_turns += 1
+    assert episode.ending is Ending.max_sampled_tokens and num_turns > 1
+    assert _finish(episode).num_sampled >= 60

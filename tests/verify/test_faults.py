@@ -10,10 +10,11 @@ from moetrain.verify.faults import Phase, Request, shares, verify_faults
 from moetrain.verify.table import check_rows
 
 
-def _request(*, kills: int, planted: str) -> Request:
+def _request(*, kills: int, planted: str, collection_kills: int = 0) -> Request:
     return Request(
         model="k2_nano_test",
         kills=kills,
+        collection_kills=collection_kills,
         ranks=1,
         with_others=False,
         overrides=("parallel.engine=torch",),
@@ -23,9 +24,10 @@ def _request(*, kills: int, planted: str) -> Request:
 
 
 def test_kills_inside_a_save_and_around_its_rename_change_no_bit(tmp_path: Path) -> None:
-    rows = verify_faults(tmp_path, _request(kills=2, planted="none"))
+    rows = verify_faults(tmp_path, _request(kills=2, planted="none", collection_kills=1))
     check_rows(rows)
-    assert {"kills in a save that did not land", "1 process: metrics lines that differ"} <= {r.name for r in rows}
+    names = {"kills in a save that did not land", "1 process: metrics lines that differ"}
+    assert names | {"1 process: trajectories lost or collected twice"} <= {row.name for row in rows}
 
 
 def test_a_run_that_goes_on_at_the_wrong_step_is_found(tmp_path: Path) -> None:
