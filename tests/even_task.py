@@ -1,8 +1,9 @@
 """A task that a random model can solve by chance: stop at once, with an answer of even length. And a model for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.template import SPECIAL_TOKENS
@@ -60,7 +61,7 @@ class EvenFamily:
         return EvenTask(index=index)
 
 
-def even_export(folder: Path) -> Path:
+def even_export(folder: Path, *, context: Mapping[str, Any] | None = None) -> Path:
     """Write an export with random weights to `folder`, and return it."""
     model = Transformer(MODEL)
     initialize(model, 0)
@@ -73,6 +74,7 @@ def even_export(folder: Path) -> Path:
         tokenizer=even_tokenizer(),
         step=1,
         sources={"weights": "0"},
+        context=context,
     )
     return folder
 

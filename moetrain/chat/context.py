@@ -4,9 +4,10 @@ Demonstrations, rollouts, evaluation and chat all use `Context`, so that a model
 on. Tokens that a model produced are kept as they are and never rendered again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.template import Piece, generation_prompt, message_pieces
@@ -62,6 +63,15 @@ class ContextPolicy:
             ContextKind.notes: [f"{NOTE_REQUEST}\n{NOTE_PREFIX}"],
             ContextKind.hide_results: [HIDDEN_RESULT],
         }.get(self.kind, [])
+
+
+def described(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a policy that have an effect; `policy` is a `ContextPolicy` as a mapping."""
+    kind = ContextKind(policy.get("kind", ContextKind.full))
+    names: tuple[str, ...] = () if kind is ContextKind.full else ("min_calls", "max_calls")
+    if kind in (ContextKind.hide_results, ContextKind.discard):
+        names += ("keep",)
+    return {"kind": kind.value, **{name: policy.get(name) for name in names}}
 
 
 @dataclass(frozen=True, kw_only=True)

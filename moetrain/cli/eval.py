@@ -58,6 +58,7 @@ def _numbers(
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
+    from moetrain.run.trained_context import check_context
     from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
@@ -67,6 +68,8 @@ def _numbers(
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
+    if not run.eval.other_context:
+        check_context(run.task.context, origin)
     check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     masters = earlier = None  # read before the rollouts, which take longest, so that a bad folder fails early
     if run.eval.masters is not None:

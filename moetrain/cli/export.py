@@ -14,6 +14,7 @@ def main(run: ExportRun) -> int:
         raise ConfigError("init_from is null: give the stage or checkpoint to export")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
+    from moetrain.run.trained_context import trained_context
     from moetrain.run.weights import EXPORT, read_weights, tokenizer_of
     from moetrain.train.stages import SUMMARY
 
@@ -28,6 +29,7 @@ def main(run: ExportRun) -> int:
             tokenizer=tokenizer_of(origin),
             step=origin.step,
             sources={"weights": origin.digest},
+            context=trained_context(origin),
         )
         write_json(folder / SUMMARY, {"stage": "export", **asdict(report)})
     return 0

@@ -30,6 +30,8 @@ class EvalConfig:
     """Weights of an earlier stage. The result contains the share of codes and scales that differ from theirs."""
     kl_tasks: int = 64
     """Largest number of trajectories on which the KL divergence between masters and export is measured."""
+    other_context: bool = False
+    """Evaluate also under another task.context than the one that the weights were trained with."""
     num_traces: int = 8
     """Number of complete trajectories per mode that are stored for inspection."""
 

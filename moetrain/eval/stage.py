@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moetrain.chat.context import described
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.eval.config import EvalConfig
 from moetrain.eval.divergence import divergence
@@ -77,7 +78,11 @@ def evaluate(
     numbers: dict[str, Any] = {
         "modes": {name: result["summary"] for name, result in results.items()},
         "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS), seed=setting.seed),
-        "task": {"name": task.name, "tools": {tool.name: tool.description for tool in family.tools}},
+        "task": {
+            "name": task.name,
+            "context": described(asdict(task.context)),
+            "tools": {tool.name: tool.description for tool in family.tools},
+        },
     }
     if isinstance(family, MakesLongerTasks):
         numbers["trained_calls"] = list(family.trained_calls)

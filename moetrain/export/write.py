@@ -54,6 +54,10 @@ class ExportReport:
     """Number of groups whose codes are all zero, because their weights were zero or too small for a scale."""
 
 
+CONTEXT = "context"
+"""Key of the record with the context policy that the weights were trained with; null where it is unknown."""
+
+
 def export_model(
     reader: StateReader,
     *,
@@ -64,6 +68,7 @@ def export_model(
     tokenizer: Tokenizer,
     step: int,
     sources: Mapping[str, str],
+    context: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write the parameters and buffers of a checkpoint as the Hugging Face folder `folder`.
 
@@ -71,10 +76,10 @@ def export_model(
     at most twice `export.shard_megabytes` of tensors to write are in memory beside it.
 
     Experts are quantised with `quant`'s grid and group size: in quantized and bf16_dequantized always, in gguf if
-    `quant` is enabled, in bf16 never. `step` and `sources` (such as the path of the checkpoint and the digest of the
-    data) are stored in moetrain.json. The folder is written atomically and replaces an older export. Raises
-    CheckpointError when the weights do not fit the model or the tokenizer, and ConfigError when one of
-    `export.consumers` would compute the model differently.
+    `quant` is enabled, in bf16 never. `step`, `sources` (such as the path of the checkpoint and the digest of the data)
+    and `context` (the context policy of training) are stored in moetrain.json. The folder is written atomically and
+    replaces an older export. Raises CheckpointError when the weights do not fit the model or the tokenizer, and
+    ConfigError when one of `export.consumers` would compute the model differently.
     """
     export.check_library()
     reasons = consumer_reasons(model, quant, format=export.format)
@@ -105,7 +110,7 @@ def export_model(
         write_record(
             partial,
             _record(quant, report, tokenizer=tokenizer, step=step, sources=sources)
-            | {"consumers": reasons, "gguf_dtype": export.gguf_dtype.value},
+            | {"consumers": reasons, "gguf_dtype": export.gguf_dtype.value, CONTEXT: context},
         )
     _log_report(folder, report, reasons=reasons)
     return report

@@ -13,6 +13,7 @@ from moetrain.run.stage import CONFIG
 _OF_TASKS = (
     *("run.seed", "eval.num_tasks", "eval.first_task"),
     *("task.name", "task.database.min_calls", "task.database.max_calls", "task.options", "task.tool_failure"),
+    *("task.ledger.min_calls", "task.ledger.max_calls", "task.ledger.accounts", "task.ledger.branching"),
 )
 
 
