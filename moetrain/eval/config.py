@@ -20,6 +20,13 @@ class EvalConfig:
     """Numbers of tool calls, larger than in training, that are evaluated too."""
     longer_tasks: int = 20
     """Held-out tasks per number of calls in longer_calls."""
+    vote_lead: int = 0
+    """Also decide each turn of the longer tasks by a vote: the first of the sampled turns that leads by this many votes
+    is carried out. 0 leaves this mode out; it costs at least as many samples per turn."""
+    vote_samples: int = 12
+    """Largest number of samples of a turn in a vote."""
+    vote_temperature: float = 1.0
+    """Temperature of the samples in a vote."""
     error_free: bool = True
     """Also run greedy decoding with tools that never fail."""
     masters: str | None = None
@@ -37,9 +44,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        counts = ("num_tasks", "kl_tasks", "longer_calls")
-        rest = ("first_task", "longer_tasks", "num_traces")
-        ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures",)}
+        counts = ("num_tasks", "kl_tasks", "longer_calls", "vote_samples")
+        rest = ("first_task", "longer_tasks", "num_traces", "vote_lead")
+        ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures", "vote_temperature")}
         check_ranges(self, prefix="eval.", ranges=ranges)
         if not self.temperatures:
             raise ConfigError(f"eval.temperatures is {self.temperatures}: give one or more, 0 (greedy) or above")

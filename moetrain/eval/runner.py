@@ -20,6 +20,7 @@ from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Trajectory
+from moetrain.rollout.voting import VotingGeneration
 from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment, make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
@@ -38,6 +39,16 @@ class Mode:
     tasks: list[tuple[int, int | None]]
     """(number of the task, its number of calls or None for the family's choice)."""
     tools_fail: bool = True
+    vote_lead: int = 0
+    """Votes by which a turn must lead (see `rollout.voting`); 0 is no vote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """The trajectories of a mode in the order of its tasks. samples_per_turn: None without votes."""
+
+    trajectories: list[Trajectory]
+    samples_per_turn: float | None
 
 
 def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
@@ -59,6 +70,10 @@ def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
         )
     elif longer:
         yield Mode(name="greedy_longer", temperature=0.0, tasks=longer)
+        if config.vote_lead:
+            yield Mode(
+                name="voted_longer", temperature=config.vote_temperature, tasks=longer, vote_lead=config.vote_lead
+            )
 
 
 def mode_name(temperature: float) -> str:
@@ -74,10 +89,14 @@ def run_mode(
     task_config: TaskConfig,
     tokenizer: Tokenizer,
     rollout: RolloutConfig,
+    vote_samples: int,
     seed: int,
     topology: Topology,
-) -> list[Trajectory]:
-    """Return one trajectory per task of the mode, in the order of its tasks. A collective: ranks share the tasks."""
+) -> Played:
+    """Run one trajectory per task of the mode. A collective: ranks share the tasks.
+
+    vote_samples: largest number of samples of a turn where the mode votes.
+    """
     config = task_config if mode.tools_fail else replace(task_config, tool_failure=0.0)
     family = family_of(config)
     requests = [
@@ -89,17 +108,18 @@ def run_mode(
         )
         for index, calls in mode.tasks[topology.rank :: topology.world_size]
     ]
-    num_slots = min(rollout.num_slots, len(requests))
+    engine = GenerationEngine(
+        model,
+        num_slots=min(rollout.num_slots, len(requests) * max(mode.vote_lead, 1)),
+        max_tokens=rollout.max_tokens,
+        cache_megabytes=rollout.cache_megabytes,
+        speculation=rollout.speculation,
+    )
+    votes = VotingGeneration(engine, lead=mode.vote_lead, max_samples=vote_samples) if mode.vote_lead else None
     with progress(len(requests), mode.name) as advance:
         own_trajectories = collect(
             requests,
-            generation=GenerationEngine(
-                model,
-                num_slots=num_slots,
-                max_tokens=rollout.max_tokens,
-                cache_megabytes=rollout.cache_megabytes,
-                speculation=rollout.speculation,
-            ),
+            generation=votes or engine,
             family=family,
             tokenizer=tokenizer,
             config=replace(rollout, temperature=mode.temperature),
@@ -107,11 +127,15 @@ def run_mode(
             policy=task_config.context,
             on_finished=lambda request, trajectory: advance(""),
         )
-    by_rank = topology.broadcast_object(topology.gather_objects(own_trajectories))
+    own = (own_trajectories, votes.num_samples if votes else 0, votes.num_turns if votes else 0)
+    by_rank = topology.broadcast_object(topology.gather_objects(own))
     assert by_rank is not None
-    return [
-        by_rank[position % topology.world_size][position // topology.world_size] for position in range(len(mode.tasks))
-    ]
+    num_samples, num_turns = sum(part[1] for part in by_rank), sum(part[2] for part in by_rank)
+    size = topology.world_size
+    return Played(
+        trajectories=[by_rank[position % size][0][position // size] for position in range(len(mode.tasks))],
+        samples_per_turn=num_samples / num_turns if num_turns else None,
+    )
 
 
 def _task(family: TaskFamily, index: int, calls: int | None) -> Task:

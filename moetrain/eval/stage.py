@@ -109,24 +109,35 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
     config, task, topology = setting.config, setting.task, setting.topology
     contestant = export or masters
     assert contestant is not None
-    depends_on = [asdict(mode), asdict(task), asdict(setting.rollout), setting.seed, contestant.digest]
+    depends_on = [
+        asdict(mode),
+        asdict(task),
+        asdict(setting.rollout),
+        setting.seed,
+        contestant.digest,
+        config.vote_samples,
+    ]
     if export is not None and masters is not None:
         depends_on += [masters.digest, config.kl_tasks]
     saved = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)
     if saved is not None:
         _log.info("%s was finished before the evaluation stopped and is not run again", mode.name)
         return saved
-    trajectories = run_mode(
+    played = run_mode(
         mode,
         model=contestant.model,
         family_of=setting.family_of,
         task_config=task,
         tokenizer=setting.tokenizer,
         rollout=setting.rollout,
+        vote_samples=config.vote_samples,
         seed=setting.seed,
         topology=topology,
     )
+    trajectories = played.trajectories
     result: dict[str, Any] = {"summary": summarize(trajectories)}
+    if played.samples_per_turn is not None:
+        result["summary"]["samples_per_turn"] = played.samples_per_turn
     if topology.is_main:
         if export is not None and masters is not None:
             sample = [trajectory for trajectory in trajectories if trajectory.num_sampled][: config.kl_tasks]

@@ -183,6 +183,12 @@ class GenerationEngine:
 
         Returns the sequences whose turn has ended.
         """
+        started = time.perf_counter()
+        ended = self._step()
+        self._counts.busy_s += time.perf_counter() - started
+        return ended
+
+    def _step(self) -> list[Sequence]:
         while self._waiting and len(self._active) < self._num_slots:
             sequence = self._waiting.popleft()
             sequence.num_fed = 0

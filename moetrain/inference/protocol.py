@@ -79,7 +79,7 @@ class Counts:
     num_cached: tokens of new sequences that were found in the cache. num_preemptions: times that a sequence lost its
     pages to another one. num_forced: tokens that were fed before they were drawn, because a constraint allowed no
     other. num_drafts, num_drafted, num_right: drafts, their tokens, and those of them that were drawn. constraint_s:
-    seconds that constraints took to say which tokens may follow.
+    seconds that constraints took to say which tokens may follow. busy_s: seconds in which sequences were continued.
     """
 
     num_pages: int = 0
@@ -91,6 +91,7 @@ class Counts:
     num_drafted: int = 0
     num_right: int = 0
     constraint_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class Model(Protocol):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moetrain.report.numbers import LONGER, main_modes, mode_title
+from moetrain.report.numbers import LONGER, VOTED, main_modes, mode_title
 from moetrain.report.plots import NUM_COLORS, Line, Rates, grid_chart, line_chart, moving_average, rate_chart
 from moetrain.report.stages import Run, Stage
 
@@ -160,7 +160,7 @@ def load_charts(stage: Stage) -> str:
 
 def success_charts(run: Run) -> str:
     """Return one chart per mode: success by number of calls, for all evaluations."""
-    modes = list(dict.fromkeys(mode for stage in run.evaluations for mode in [*main_modes(stage), LONGER]))
+    modes = list(dict.fromkeys(mode for stage in run.evaluations for mode in [*main_modes(stage), LONGER, VOTED]))
     charts = []
     for mode in modes:
         series = [

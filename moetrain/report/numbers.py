@@ -9,7 +9,7 @@ from typing import Any
 
 from moetrain.report.stages import Kind, Run, Stage
 
-ERROR_FREE, LONGER = "greedy_error_free", "greedy_longer"
+ERROR_FREE, LONGER, VOTED = "greedy_error_free", "greedy_longer", "voted_longer"
 """Modes that are rows in the columns of other modes: tools that never fail, and more calls than in training."""
 
 
@@ -106,14 +106,18 @@ def digests(run: Run) -> dict[str, dict[str, str]]:
 
 def main_modes(stage: Stage) -> list[str]:
     """Return the modes of an evaluation that have their own columns."""
-    return [mode for mode in stage.evaluation.get("modes", {}) if mode not in (ERROR_FREE, LONGER)]
+    return [mode for mode in stage.evaluation.get("modes", {}) if mode not in (ERROR_FREE, LONGER, VOTED)]
 
 
 def mode_title(mode: str) -> str:
     """Return a mode's name as shown in the report."""
     if mode.startswith("sampled_t"):
         return f"sampled T={mode.removeprefix('sampled_t')}"
-    titles = {ERROR_FREE: "greedy, tools never fail", LONGER: "greedy, longer chains"}
+    titles = {
+        ERROR_FREE: "greedy, tools never fail",
+        LONGER: "greedy, longer chains",
+        VOTED: "each turn voted on, longer chains",
+    }
     return titles.get(mode, mode)
 
 

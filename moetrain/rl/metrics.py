@@ -4,20 +4,23 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from moetrain.inference.protocol import Counts
+from moetrain.log import TIME_PREFIX
 from moetrain.rollout.types import Ending, Trajectory
 
 GENERATION_PREFIX = "generation/"
 """Prefix of metrics of what was generated now: a step that resumes does not generate what it had already collected."""
 
 
-def generation_metrics(counts: Sequence[Counts]) -> dict[str, float]:
+def generation_metrics(counts: Sequence[Counts], *, seconds: float) -> dict[str, float]:
     """Return sums over the engines of all ranks: `cached_tokens` of prompts, `accepted_tokens` of drafts, and
-    `preemptions`, the times that a sequence lost its pages and was read again.
+    `preemptions`, the times that a sequence lost its pages and was read again. `time/generation_busy` is the share of
+    `seconds`, summed over ranks, in which sequences were continued; the rest was spent waiting for environments.
     """
     return {
         GENERATION_PREFIX + "cached_tokens": float(sum(each.num_cached for each in counts)),
         GENERATION_PREFIX + "accepted_tokens": float(sum(each.num_right for each in counts)),
         GENERATION_PREFIX + "preemptions": float(sum(each.num_preemptions for each in counts)),
+        TIME_PREFIX + "generation_busy": sum(each.busy_s for each in counts) / max(seconds, 1e-9),
     }
 
 

@@ -179,6 +179,7 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[lis
         cache_megabytes=stage.rollout.cache_megabytes,
         speculation=stage.rollout.speculation,
     )
+    started = time.perf_counter()
     collected = iter(
         collect(
             waiting,
@@ -192,8 +193,9 @@ def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[lis
         )
     )
     own_trajectories = [known[place] if place in known else next(collected) for place in range(len(requests))]
-    by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts)))
+    seconds = time.perf_counter() - started
+    by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts, seconds)))
     assert by_rank is not None
-    ordered = sorted((t for part, _ in by_rank for t in part), key=lambda t: (t.task, t.sample))
+    ordered = sorted((t for part, _, _ in by_rank for t in part), key=lambda t: (t.task, t.sample))
     groups = [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]
-    return groups, generation_metrics([counts for _, counts in by_rank])
+    return groups, generation_metrics([counts for _, counts, _ in by_rank], seconds=sum(each for _, _, each in by_rank))

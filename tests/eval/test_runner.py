@@ -30,17 +30,18 @@ def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
     )
     seen = []
     for num_tasks in NUM_TASKS:
-        trajectories = run_mode(
+        played = run_mode(
             Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
             model=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
             family_of=lambda config: EvenFamily(),
             task_config=TaskConfig(),
             tokenizer=even_tokenizer(),
             rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2),
+            vote_samples=1,
             seed=3,
             topology=setup(parallel),
         )
-        seen.append([(trajectory.task, trajectory.segments[0].tokens) for trajectory in trajectories])
+        seen.append([(trajectory.task, trajectory.segments[0].tokens) for trajectory in played.trajectories])
     return seen
 
 
