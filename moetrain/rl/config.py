@@ -32,6 +32,10 @@ class RlConfig:
     """Tasks per optimizer step (P)."""
     group_size: int = 8
     """Trajectories per task (G); the baseline is their mean reward."""
+    max_staleness: int = 0
+    """Largest number of steps between the beginning of a group and its use. 0: each step collects its groups with its
+    own weights, and runs are reproducible. Above 0, groups of later steps are begun early and go on with newer weights,
+    so that the slowest trajectories of a step are not waited for."""
     malformed_penalty: float = 0.0
     """Subtracted from the advantage of each token of a turn that ends its trajectory because it cannot be parsed or is
     too long. The advantages of other turns are not changed."""
@@ -43,7 +47,7 @@ class RlConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = ("tasks_per_step", "tokens_per_micro_batch")
-        check_ranges(self, prefix="rl.", ranges={COUNT: counts, NOT_NEGATIVE: ("malformed_penalty",)})
+        check_ranges(self, prefix="rl.", ranges={COUNT: counts, NOT_NEGATIVE: ("malformed_penalty", "max_staleness")})
         if self.group_size < 2:
             raise ConfigError(
                 f"rl.group_size is {self.group_size}: give at least 2 trajectories per task, for a group baseline"

@@ -24,6 +24,17 @@ def generation_metrics(counts: Sequence[Counts], *, seconds: float) -> dict[str,
     }
 
 
+def staleness_metrics(groups: Sequence[Sequence[Trajectory]], *, step: int) -> dict[str, float]:
+    """Return how many steps older than `step` the weights are that sampled the first token of a trajectory."""
+    ages = [
+        step - min(version for segment in trajectory.segments for version in segment.versions)
+        for group in groups
+        for trajectory in group
+        if trajectory.segments
+    ]
+    return {"staleness": sum(ages) / max(len(ages), 1), "staleness_max": float(max(ages, default=0))}
+
+
 def rollout_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """Return rewards, lengths, errors and endings of a step's trajectories.
 

@@ -8,34 +8,28 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.protocol import Model
 from moetrain.kernels.choice import find_for_generation
 from moetrain.log import TIME_PREFIX
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig, ModelConfig
 from moetrain.parallel.engine import Engine
 from moetrain.quant.config import QuantConfig
+from moetrain.rl.collection import Collection, CollectionSetting
 from moetrain.rl.columns import micro_batches
 from moetrain.rl.config import BalanceLosses, RlConfig
 from moetrain.rl.loss import SUM_PREFIX, rl_objective
-from moetrain.rl.metrics import generation_metrics, rollout_metrics
+from moetrain.rl.metrics import rollout_metrics
 from moetrain.rl.protocol import Algorithm
 from moetrain.rl.score import score
-from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.journal import Journal
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
-from moetrain.rollout.world import make_task
-from moetrain.runtime import seed_of
-from moetrain.tasks.protocol import Split, TaskFamily
+from moetrain.tasks.protocol import TaskFamily
 from moetrain.train.config import TrainConfig
 from moetrain.train.continuation import TASKS_USED, StartPoint
 from moetrain.train.loop import Training
@@ -80,14 +74,36 @@ class RlStage:
         return used + (step - self.start_point.first_step) * self.rl.tasks_per_step
 
 
-def rl_training(stage: RlStage, config: TrainConfig) -> Training:
+def collection_of(stage: RlStage, config: TrainConfig) -> Collection:
+    """Return the collection of an RL stage; close it at the end."""
+    first = stage.start_point.first_step
+    return Collection(
+        CollectionSetting(
+            topology=stage.engine.topology,
+            family=stage.family,
+            tokenizer=stage.tokenizer,
+            rl=stage.rl,
+            rollout=stage.rollout,
+            declare_tools=stage.declare_tools,
+            context=stage.context,
+            seed=stage.seed,
+            first_task=stage.first_task,
+            tasks_before=stage.tasks_before,
+            first_step=first,
+            last_step=first + config.steps - 1,
+            folder=stage.collection,
+        )
+    )
+
+
+def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) -> Training:
     """Return the training of an RL stage, for `train.loop.run_training`."""
     losses = stage.balance
     if stage.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
         _log.warning("rl.balance_losses is none: model.balance.global_loss and z_loss are not part of the objective")
     return Training(
         engine=stage.engine,
-        take_step=lambda step: take_rl_step(stage, config, step=step),
+        take_step=lambda step: take_rl_step(stage, config, collection=collection, step=step),
         learning_rate=stage.learning_rate,
         headline="reward",
         totals=("tokens", "sampled_tokens"),
@@ -97,13 +113,13 @@ def rl_training(stage: RlStage, config: TrainConfig) -> Training:
     )
 
 
-def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str, float]:
+def take_rl_step(stage: RlStage, config: TrainConfig, *, collection: Collection, step: int) -> dict[str, float]:
     """Take step `step` (from 0) and return its metrics, the same on every rank. A collective."""
     started = time.perf_counter()
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     library = find_for_generation(stage.rollout.kernels)
     model = sync_weights(stage.engine, config=stage.model, quant=stage.quant, library=library, mode=stage.rollout.mode)
-    groups, generated = collect_groups(stage, model=model, step=step)
+    groups, generated = collection.groups(model, step=step)
     collected = time.perf_counter()
     stage.on_trajectories(step, [trajectory for group in groups for trajectory in group])
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
@@ -151,51 +167,3 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, step: int) -> dict[str,
     finished = time.perf_counter()
     times = {TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "update_s": finished - collected}
     return {**updated, **values, "trained_tokens": trained, **times}
-
-
-def collect_groups(stage: RlStage, *, model: Model, step: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
-    """Return the step's trajectories by task, and metrics of generation; both are the same on every rank.
-
-    Each rank generates the trajectories of some tasks.
-    """
-    topology, rl = stage.engine.topology, stage.rl
-    first = stage.first_task + stage.tasks_before(step)
-    requests = []
-    for index in range(first, first + rl.tasks_per_step):
-        if index % topology.world_size != topology.rank:
-            continue
-        task = make_task(partial(stage.family.task, Split.train, index))
-        for sample in range(rl.group_size):
-            stream = seed_of(stage.seed, "rollout", step, index, sample)
-            requests.append(RolloutRequest(task_index=index, task=task, sample=sample, stream=stream))
-    journal = Journal(stage.collection, step=step, rank=topology.rank) if stage.collection is not None else None
-    known = journal.known(requests) if journal is not None else {}
-    waiting = [request for place, request in enumerate(requests) if place not in known]
-    generation = GenerationEngine(
-        model,
-        num_slots=max(min(stage.rollout.num_slots, len(waiting)), 1),
-        max_tokens=stage.rollout.max_tokens,
-        version=step,
-        cache_megabytes=stage.rollout.cache_megabytes,
-        speculation=stage.rollout.speculation,
-    )
-    started = time.perf_counter()
-    collected = iter(
-        collect(
-            waiting,
-            generation=generation,
-            family=stage.family,
-            tokenizer=stage.tokenizer,
-            config=stage.rollout,
-            declare_tools=stage.declare_tools,
-            policy=stage.context,
-            on_finished=journal.add if journal is not None else None,
-        )
-    )
-    own_trajectories = [known[place] if place in known else next(collected) for place in range(len(requests))]
-    seconds = time.perf_counter() - started
-    by_rank = topology.broadcast_object(topology.gather_objects((own_trajectories, generation.counts, seconds)))
-    assert by_rank is not None
-    ordered = sorted((t for part, _, _ in by_rank for t in part), key=lambda t: (t.task, t.sample))
-    groups = [ordered[i : i + rl.group_size] for i in range(0, len(ordered), rl.group_size)]
-    return groups, generation_metrics([counts for _, counts, _ in by_rank], seconds=sum(each for _, _, each in by_rank))

@@ -1,4 +1,4 @@
-"""Runs episodes on one `Generation` and returns their trajectories in the order of the requests.
+"""Runs episodes on one `Generation` and returns their trajectories.
 
 Decoding and environments run concurrently: a sequence whose tool is working is idle, and the others continue.
 """
@@ -6,7 +6,7 @@ Decoding and environments run concurrently: a sequence whose tool is working is 
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
@@ -44,43 +44,38 @@ def collect(
     policy: ContextPolicy | None = None,
     on_finished: Callable[[RolloutRequest, Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Return one trajectory per request, in the order of the requests.
-
-    A trajectory that ended because its environment failed or because of `max_seconds` is replaced by a new attempt with
-    its own streams, at most `config.max_replacements` times. The last attempt is returned, whatever its ending.
-    """
+    """Return one trajectory per request, in the order of the requests."""
     finished: dict[int, Trajectory] = {}
-    with Reactor() as reactor:
-        running = _RunningEpisodes(generation=generation, reactor=reactor)
-        waiting = deque(_Attempt(position=position, request=request) for position, request in enumerate(requests))
-        try:
-            while waiting or running.episodes:
-                while waiting and len(running.episodes) < config.num_slots:
-                    attempt = waiting.popleft()
-                    episode = attempt.episode(config=config, tokenizer=tokenizer, policy=policy)
-                    running.begin(attempt, episode, family=family, declare_tools=declare_tools)
-                for attempt, episode in running.advance():
-                    if episode.ending in REPLACED and attempt.number < config.max_replacements:
-                        waiting.appendleft(attempt.next())
-                        continue
-                    trajectory = finished[attempt.position] = attempt.trajectory(episode)
-                    if on_finished is not None:
-                        on_finished(attempt.request, trajectory)
-        finally:
-            running.close()
-    return [finished[position] for position in range(len(requests))]
+    numbers = {id(request): number for number, request in enumerate(requests)}
+
+    def keep(request: RolloutRequest, trajectory: Trajectory) -> None:
+        finished[numbers[id(request)]] = trajectory
+        if on_finished is not None:
+            on_finished(request, trajectory)
+
+    with Collector(
+        generation=generation,
+        family=family,
+        tokenizer=tokenizer,
+        config=config,
+        declare_tools=declare_tools,
+        policy=policy,
+        on_finished=keep,
+    ) as collector:
+        collector.submit(requests)
+        collector.run(lambda: len(finished) == len(requests))
+    return [finished[number] for number in range(len(requests))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
     """One attempt at a request. number: number of earlier attempts."""
 
-    position: int
     request: RolloutRequest
     number: int = 0
 
     def next(self) -> "_Attempt":
-        return _Attempt(position=self.position, request=self.request, number=self.number + 1)
+        return _Attempt(request=self.request, number=self.number + 1)
 
     def episode(self, *, config: RolloutConfig, tokenizer: Tokenizer, policy: ContextPolicy | None) -> Episode:
         request = self.request
@@ -93,22 +88,71 @@ class _Attempt:
         return episode.trajectory(task=request.task_index, sample=request.sample, num_replaced=self.number)
 
 
-class _RunningEpisodes:
-    """The unfinished episodes. Each waits either for decoding or for its environment."""
+class Collector:
+    """Collects the trajectories of submitted requests. Between two calls of `run`, episodes keep their place.
 
-    def __init__(self, *, generation: Generation, reactor: Reactor) -> None:
-        self.episodes: dict[int, tuple[_Attempt, Episode]] = {}
+    A trajectory that ended because its environment failed or because of `max_seconds` is replaced by a new attempt with
+    its own streams, at most `config.max_replacements` times. The last attempt counts, whatever its ending.
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: Generation,
+        family: TaskFamily,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        on_finished: Callable[[RolloutRequest, Trajectory], None],
+        declare_tools: bool = False,
+        policy: ContextPolicy | None = None,
+    ) -> None:
+        """Prepare the collection; `on_finished` is called with each trajectory that ends."""
         self._generation = generation
-        self._reactor = reactor
+        self._family = family
+        self._tokenizer = tokenizer
+        self._config = config
+        self._declare_tools = declare_tools
+        self._policy = policy
+        self._on_finished = on_finished
+        self._reactor = Reactor()
+        self._waiting: deque[_Attempt] = deque()
+        self._episodes: dict[int, tuple[_Attempt, Episode]] = {}  # the unfinished ones
         self._ready: deque[Episode] = deque()
         self._speakers: dict[int, Episode] = {}  # by the id of the sequence that is decoded
 
-    def begin(self, attempt: _Attempt, episode: Episode, *, family: TaskFamily, declare_tools: bool) -> None:
-        """Start an episode by making its environment and its prompt."""
-        self.episodes[id(episode)] = (attempt, episode)
-        self._run(episode, episode.begin(family, declare_tools=declare_tools))
+    def __enter__(self) -> Self:
+        """Return this collector."""
+        self._reactor.__enter__()
+        return self
 
-    def advance(self) -> list[tuple[_Attempt, Episode]]:
+    def __exit__(self, *error: object) -> None:
+        """Close the environments of the unfinished episodes."""
+        for _, episode in self._episodes.values():
+            self._run(episode, episode.close())
+        self._reactor.__exit__(*error)
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Add requests, which begin in their order as soon as there is a slot."""
+        self._waiting += [_Attempt(request=request) for request in requests]
+
+    def run(self, is_enough: Callable[[], bool]) -> None:
+        """Continue until `is_enough()`, or until no request is left."""
+        while not is_enough() and (self._waiting or self._episodes):
+            while self._waiting and len(self._episodes) < self._config.num_slots:
+                self._begin(self._waiting.popleft())
+            for attempt, episode in self._advance():
+                if episode.ending in REPLACED and attempt.number < self._config.max_replacements:
+                    self._waiting.appendleft(attempt.next())
+                else:
+                    self._on_finished(attempt.request, attempt.trajectory(episode))
+
+    def _begin(self, attempt: _Attempt) -> None:
+        """Start an episode by making its environment and its prompt."""
+        episode = attempt.episode(config=self._config, tokenizer=self._tokenizer, policy=self._policy)
+        self._episodes[id(episode)] = (attempt, episode)
+        self._run(episode, episode.begin(self._family, declare_tools=self._declare_tools))
+
+    def _advance(self) -> list[tuple[_Attempt, Episode]]:
         """Take at most one decoding step and process the results of environments; return the episodes that ended.
 
         Waits for an environment only when there is nothing to decode.
@@ -120,11 +164,6 @@ class _RunningEpisodes:
                 self._run(episode, episode.respond())
             ended += self._process_ready()
         return ended
-
-    def close(self) -> None:
-        """Close the environments of the unfinished episodes."""
-        for _, episode in self.episodes.values():
-            self._run(episode, episode.close())
 
     def _run(self, episode: Episode, coroutine: Coroutine[Any, Any, None]) -> None:
         if episode.is_inline:
@@ -141,7 +180,7 @@ class _RunningEpisodes:
         ended = []
         for episode in ready:
             if episode.is_finished:
-                ended.append(self.episodes.pop(id(episode)))
+                ended.append(self._episodes.pop(id(episode)))
                 episode.leave(self._generation)
             else:
                 episode.continue_in(self._generation)

@@ -8,7 +8,7 @@ with one JSON object per line; a line that was cut off when the run was killed i
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,9 @@ class Journal:
         if self._found:
             _log.info("step %d: %d trajectories were collected before the run stopped", step + 1, len(self._found))
 
-    def known(self, requests: Sequence[RolloutRequest]) -> dict[int, Trajectory]:
-        """Return the finished trajectories by the places of their requests."""
-        keys = [_key(request) for request in requests]
-        return {place: self._found[key] for place, key in enumerate(keys) if key in self._found}
+    def find(self, request: RolloutRequest) -> Trajectory | None:
+        """Return the finished trajectory of a request, None if there is none."""
+        return self._found.get(_key(request))
 
     def add(self, request: RolloutRequest, trajectory: Trajectory) -> None:
         """Append a finished trajectory to the file."""

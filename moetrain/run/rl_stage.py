@@ -1,6 +1,7 @@
 """RL: passes a run's config to `rl.stage`. Loads torch, so import it after checking the input."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moetrain.kernels.build import Library
 from moetrain.parallel.engine import Engine, build_engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.rl.registry import build
-from moetrain.rl.stage import RlStage, rl_training
+from moetrain.rl.stage import RlStage, collection_of, rl_training
 from moetrain.rollout.journal import COLLECTION, remove_before
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
@@ -65,7 +66,9 @@ def learn(run: RlRun, *, weights: str) -> int:
             tokenizer.save(folder / TOKENIZER)
         run = replace(run, train=train)
         stage = _stage(run, engine, origin=origin, start_point=start_point, tokenizer=tokenizer, folder=folder)
-        outcome = run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
+        with closing(collection_of(stage, train)) as collection:
+            training = rl_training(stage, train, collection=collection)
+            outcome = run_training(training, train, folder=folder, metrics=metrics)
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
@@ -104,7 +107,8 @@ def _stage(
         if engine.topology.is_main:
             path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
-            remove_before(folder / COLLECTION, step=max(checkpoint.steps(folder / CHECKPOINTS), default=0))
+            saved = max(checkpoint.steps(folder / CHECKPOINTS), default=0)
+            remove_before(folder / COLLECTION, step=saved - run.rl.max_staleness)
 
     return RlStage(
         engine=engine,

@@ -9,6 +9,7 @@ from moetrain.ranges import BELOW_ONE, COUNT, POSITIVE, check_ranges
 
 SHORTEST_CHAIN = 8
 """Fewest calls of a ledger task: every number of calls from here on can be drawn."""
+_MOST_ACCOUNTS = 16  # their names begin with different letters
 _FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new balances have two digits
 
 
@@ -70,7 +71,7 @@ class LedgerConfig:
     max_calls: int = 16
     """Largest number of tool calls that a task requires."""
     accounts: int = 8
-    """Number of accounts."""
+    """Number of accounts, whose names begin with different letters."""
     branching: float = 0.0
     """Probability that an order names two orders to follow, and the balance just written decides between them."""
     misspell: float = 0.03
@@ -98,8 +99,8 @@ class LedgerConfig:
                 f"task.ledger.min_calls is {self.min_calls}: give {SHORTEST_CHAIN} to task.ledger.max_calls "
                 f"({self.max_calls})"
             )
-        if self.accounts < _FEWEST_ACCOUNTS:
-            raise ConfigError(f"task.ledger.accounts is {self.accounts}: give at least {_FEWEST_ACCOUNTS}")
+        if not _FEWEST_ACCOUNTS <= self.accounts <= _MOST_ACCOUNTS:
+            raise ConfigError(f"task.ledger.accounts is {self.accounts}: give {_FEWEST_ACCOUNTS} to {_MOST_ACCOUNTS}")
 
 
 @dataclass(kw_only=True)

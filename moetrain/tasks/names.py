@@ -34,11 +34,20 @@ def _draw_word(stream: random.Random, split: Split, *, long_share: float) -> str
             return word
 
 
-def draw_names(stream: random.Random, *, split: Split, count: int, long_share: float = _LONG_SHARE) -> list[str]:
-    """Return `count` different words of `split`; `long_share` is the probability that a word has an ending."""
+def draw_initials(stream: random.Random, *, split: Split, count: int) -> list[str]:
+    """Return `count` short words of `split` that begin with different letters; at most 18."""
+    names: dict[str, str] = {}
+    while len(names) < count:
+        word = _draw_word(stream, split, long_share=0.0)
+        names.setdefault(word[0], word)
+    return list(names.values())
+
+
+def draw_names(stream: random.Random, *, split: Split, count: int) -> list[str]:
+    """Return `count` different words of `split`."""
     names: list[str] = []
     while len(names) < count:
-        word = _draw_word(stream, split, long_share=long_share)
+        word = _draw_word(stream, split, long_share=_LONG_SHARE)
         if word not in names:
             names.append(word)
     return names

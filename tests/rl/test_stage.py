@@ -20,7 +20,7 @@ from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.config import BalanceLosses, RlConfig
-from moetrain.rl.stage import RlStage, collect_groups, rl_training, take_rl_step
+from moetrain.rl.stage import RlStage, collection_of, rl_training, take_rl_step
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
@@ -67,7 +67,9 @@ def _engine(
 
 def _take_steps(stage: RlStage, folder: Path, *, steps: int, metrics: Metrics) -> None:
     config = replace(_TRAIN, steps=steps)
-    run_training(rl_training(stage, config), config, folder=folder, metrics=metrics)
+    run_training(
+        rl_training(stage, config, collection=collection_of(stage, config)), config, folder=folder, metrics=metrics
+    )
 
 
 def _run(folder: Path, steps: int) -> tuple[Engine, list[Trajectory]]:
@@ -108,7 +110,9 @@ def test_two_steps_continued_by_two_equal_four_and_no_task_is_repeated(
             continue_state(engine, origin, model=MODEL)
         stage = replace(_stage(engine, seen), identity=identity, start_point=start_point)
         metrics = JsonlMetrics(folder / "metrics.jsonl")
-        run_training(rl_training(stage, train), train, folder=folder, metrics=metrics)
+        run_training(
+            rl_training(stage, train, collection=collection_of(stage, train)), train, folder=folder, metrics=metrics
+        )
         metrics.close()
         return engine, seen
 
@@ -126,13 +130,17 @@ def test_rl_logs_and_recovers_as_every_stage_does(tmp_path: Path) -> None:
     """The damaged checkpoint is passed over with a metric, only each second step is logged, totals span both starts."""
     stage, config = _stage(_engine(EngineName.torch), []), replace(_TRAIN, steps=2, checkpoint_every=1, log_every=2)
     metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
-    run_training(rl_training(stage, config), config, folder=tmp_path, metrics=metrics)
+    run_training(
+        rl_training(stage, config, collection=collection_of(stage, config)), config, folder=tmp_path, metrics=metrics
+    )
     metrics.close()
     (sampled,) = (row["total/sampled_tokens"] for row in read_metrics(tmp_path / "metrics.jsonl") if "reward" in row)
     shard = tmp_path / CHECKPOINTS / "step_00000002" / "model-r00000-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
-    outcome = run_training(rl_training(stage, config), config, folder=tmp_path, metrics=metrics)
+    outcome = run_training(
+        rl_training(stage, config, collection=collection_of(stage, config)), config, folder=tmp_path, metrics=metrics
+    )
     metrics.close()
     damaged, last = read_metrics(tmp_path / "metrics.jsonl")
     assert (damaged["step"], damaged["checkpoint/damaged"]) == (1, 1.0)
@@ -161,7 +169,7 @@ def test_a_step_without_an_update_names_the_reason(tmp_path: Path, caplog: pytes
         (too_long, "no group has two scored trajectories"),
         (replace(stage, family=NoWorld()), "every environment failed"),
     ]:
-        assert "loss" not in take_rl_step(changed, _TRAIN, step=0)
+        assert "loss" not in take_rl_step(changed, _TRAIN, collection=collection_of(changed, _TRAIN), step=0)
         assert f"step 1: {reason}; the weights are not updated" in caplog.text
 
 
@@ -225,7 +233,8 @@ def _gaps(engine: Engine, *, mode: Mode, steps: int) -> list[float]:
     stage = _stage(engine, [])
     rollout = replace(stage.rollout, mode=mode, temperature=0.7)
     stage = replace(stage, rollout=rollout, rl=replace(stage.rl, tasks_per_step=8, tokens_per_micro_batch=512))
-    return [take_rl_step(stage, _TRAIN, step=step)["logprob_gap"] for step in range(steps)]
+    collection = collection_of(stage, _TRAIN)
+    return [take_rl_step(stage, _TRAIN, collection=collection, step=step)["logprob_gap"] for step in range(steps)]
 
 
 def test_deterministic_rollouts_have_the_logprobs_of_the_trainer_bit_for_bit() -> None:
@@ -247,7 +256,7 @@ def _on_ranks(expert: int) -> tuple[list[list[int]], list[float]]:
 def _trajectories(expert: int) -> list[list[int]]:
     engine = _engine(EngineName.deepspeed, expert=expert, dtype=torch.float32)
     model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
-    groups, generated = collect_groups(_stage(engine, []), model=model, step=0)
+    groups, generated = collection_of(_stage(engine, []), _TRAIN).groups(model, step=0)
     assert generated["generation/cached_tokens"] > 0
     return [trajectory.segments[0].tokens for group in groups for trajectory in group]
 

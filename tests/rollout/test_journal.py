@@ -38,6 +38,10 @@ def _trajectory(number: int) -> Trajectory:
     )
 
 
+def _known(journal: Journal, requests: list[RolloutRequest]) -> dict[int, Trajectory]:
+    return {place: found for place, request in enumerate(requests) if (found := journal.find(request)) is not None}
+
+
 def _written(folder: Path, count: int, *, step: int = 4, rank: int = 0) -> Path:
     journal = Journal(folder, step=step, rank=rank)
     for number in range(count):
@@ -48,19 +52,19 @@ def _written(folder: Path, count: int, *, step: int = 4, rank: int = 0) -> Path:
 def test_finished_trajectories_are_found_bit_for_bit(tmp_path: Path) -> None:
     _written(tmp_path, 3)
     requests = [_request(number) for number in range(5)]
-    assert Journal(tmp_path, step=4, rank=0).known(requests) == {number: _trajectory(number) for number in range(3)}
+    assert _known(Journal(tmp_path, step=4, rank=0), requests) == {number: _trajectory(number) for number in range(3)}
 
 
 def test_another_number_of_ranks_finds_them_too_and_another_step_does_not(tmp_path: Path) -> None:
     _written(tmp_path, 3, rank=1)
-    assert Journal(tmp_path, step=4, rank=0).known([_request(2)]) == {0: _trajectory(2)}
-    assert not Journal(tmp_path, step=5, rank=0).known([_request(2)])
+    assert _known(Journal(tmp_path, step=4, rank=0), [_request(2)]) == {0: _trajectory(2)}
+    assert not _known(Journal(tmp_path, step=5, rank=0), [_request(2)])
 
 
 def test_a_request_with_another_stream_is_another_one(tmp_path: Path) -> None:
     _written(tmp_path, 3)
     other = RolloutRequest(task_index=1, task=None, sample=1, stream=7)  # type: ignore[arg-type]
-    assert not Journal(tmp_path, step=4, rank=0).known([other])
+    assert not _known(Journal(tmp_path, step=4, rank=0), [other])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, 300])
@@ -72,7 +76,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_later_ones_count(
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, step=4, rank=0)
     again.add(_request(3), _trajectory(3))
-    known = Journal(tmp_path, step=4, rank=0).known([_request(number) for number in range(4)])
+    known = _known(Journal(tmp_path, step=4, rank=0), [_request(number) for number in range(4)])
     assert known == {number: _trajectory(number) for number in ({0, 1, 3} if cut > 1 else {0, 1, 2, 3})}
     assert ("was not written to its end" in caplog.text) == (cut > 1)
 
@@ -80,7 +84,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_later_ones_count(
 def test_a_changed_line_is_left_out(tmp_path: Path) -> None:
     path = _written(tmp_path, 1)
     path.write_bytes(path.read_bytes().replace(b"-0.1", b"-0.2"))
-    assert not Journal(tmp_path, step=4, rank=0).known([_request(0)])
+    assert not _known(Journal(tmp_path, step=4, rank=0), [_request(0)])
 
 
 def test_the_files_of_steps_that_a_checkpoint_contains_are_removed(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_misspelt_id_is_an_error_that_is_noticed_and_not_learned() -> None:
     [
         ({"min_calls": 7}, r"task\.ledger\.min_calls is 7: give 8 to task\.ledger\.max_calls \(16\)"),
         ({"min_calls": 20}, r"task\.ledger\.min_calls is 20: give 8 to task\.ledger\.max_calls \(16\)"),
-        ({"accounts": 3}, r"task\.ledger\.accounts is 3: give at least 4"),
+        ({"accounts": 3}, r"task\.ledger\.accounts is 3: give 4 to 16"),
         ({"branching": 1.5}, r"task\.ledger\.branching is 1\.5: give a probability from 0 to 1"),
     ],
 )

@@ -1,0 +1,276 @@
+"""Collects the groups of trajectories of each step. Each rank generates those of some tasks.
+
+With `rl.max_staleness=0` a step collects all of its groups with its own weights. With k > 0 the groups of the k steps
+that follow are begun early, a step ends as soon as it has enough groups, and the trajectories in progress go on with
+the next weights; each token has the version that sampled it. A group is used at most k steps after it was begun: at
+step s at most (s + 1 + k) * tasks_per_step groups have been begun (AReaL, arXiv 2505.24298, equation 3), and the groups
+that would otherwise be used too late are waited for.
+"""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moetrain.chat.context import ContextPolicy
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.files import to_json
+from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.protocol import Counts, Model
+from moetrain.parallel.topology import Topology
+from moetrain.rl.config import RlConfig
+from moetrain.rl.metrics import generation_metrics, staleness_metrics
+from moetrain.rollout.collect import Collector, RolloutRequest
+from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.journal import Journal
+from moetrain.rollout.types import Trajectory
+from moetrain.rollout.world import make_task
+from moetrain.runtime import seed_of
+from moetrain.tasks.protocol import Split, TaskFamily
+
+_log = logging.getLogger(__name__)
+
+USED = "used.jsonl"
+"""File in the folder of the collection with the tasks that each step used; only written with `rl.max_staleness`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionSetting:
+    """What the collection of all steps shares.
+
+    first_task: number of the run's first task. tasks_before: number of tasks that the steps before a step use.
+    first_step, last_step: the first and the last step. folder: where trajectories are kept as they finish; None keeps
+    none.
+    """
+
+    topology: Topology
+    family: TaskFamily
+    tokenizer: Tokenizer
+    rl: RlConfig
+    rollout: RolloutConfig
+    declare_tools: bool
+    context: ContextPolicy
+    seed: int
+    first_task: int
+    tasks_before: Callable[[int], int]
+    first_step: int
+    last_step: int
+    folder: Path | None
+
+    def own_tasks(self, step: int) -> list[int]:
+        """Return the tasks of this rank that have been begun when step `step` collects, in earlier steps or now."""
+        first, end = self._first, min(step + self.rl.max_staleness, self.last_step) + 1
+        return self._own(range(first, self.first_task + self.tasks_before(end)))
+
+    def num_own(self, step: int) -> int:
+        """Return the number of groups of this rank that step `step` uses."""
+        before, after = (self.first_task + self.tasks_before(number) for number in (step, step + 1))
+        return len(self._own(range(before, after)))
+
+    def is_due(self, task: int, step: int) -> bool:
+        """Return whether a task that step `step` does not use would be used more than `max_staleness` steps late."""
+        return self.begun_at(task) + self.rl.max_staleness <= step
+
+    def begun_at(self, task: int) -> int:
+        """Return the step at which a task is begun: `max_staleness` steps before its turn, or the first one."""
+        place = (task - self._first) // self.rl.tasks_per_step
+        return self.first_step + max(0, place - self.rl.max_staleness)
+
+    @property
+    def _first(self) -> int:
+        return self.first_task + self.tasks_before(self.first_step)
+
+    def _own(self, tasks: range) -> list[int]:
+        return [task for task in tasks if task % self.topology.world_size == self.topology.rank]
+
+    def requests(self, task_index: int) -> list[RolloutRequest]:
+        """Return the requests of a task's group."""
+        task, begun_at = make_task(partial(self.family.task, Split.train, task_index)), self.begun_at(task_index)
+        return [
+            RolloutRequest(
+                task_index=task_index,
+                task=task,
+                sample=sample,
+                stream=seed_of(self.seed, "rollout", begun_at, task_index, sample),
+            )
+            for sample in range(self.rl.group_size)
+        ]
+
+    def used_before(self, step: int) -> set[int]:
+        """Return the tasks that the steps before `step` used."""
+        in_order = range(self._first, self.first_task + self.tasks_before(step))
+        if not self.rl.max_staleness or self.folder is None:
+            return set(in_order)
+        lines = (self.folder / USED).read_bytes().split(b"\n") if (self.folder / USED).is_file() else []
+        rows = [row for line in lines if (row := _read(line))]
+        used = {
+            task for row in {row["step"]: row for row in rows if row["step"] < step}.values() for task in row["tasks"]
+        }
+        if len(used) != len(in_order):
+            _log.warning("%s does not name the tasks of all steps: they count as used in order", self.folder / USED)
+            return set(in_order)
+        return used
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """Return the object in a line; empty for one that was cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """The trajectories of a task that have finished. number: how many groups were complete before this one."""
+
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+    number: int = 0
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [trajectory for _, trajectory in sorted(self.finished.items())]
+
+
+class Collection:
+    """The collection of an RL stage. Call `groups` once per step, and `close` at the end."""
+
+    def __init__(self, setting: CollectionSetting) -> None:
+        """Prepare a collection in which nothing has begun."""
+        self._setting = setting
+        self._stack = ExitStack()
+        self._running: tuple[GenerationEngine, Collector] | None = None
+        self._groups: dict[int, _Group] = defaultdict(_Group)
+        self._used: set[int] | None = None
+        self._begun: set[int] = set()
+        self._journals: dict[int, Journal] = {}
+        self._num_complete = 0
+        self._choice: list[int] | None = None
+        self._choice_at = (-1, 0)
+
+    def groups(self, model: Model, *, step: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
+        """Return the trajectories that step `step` uses by task, and metrics; both are the same on every rank."""
+        setting, topology = self._setting, self._setting.topology
+        requests = self._new_requests(step)
+        generation, collector = self._prepared(model, step=step, num_requests=len(requests))
+        collector.submit(requests)
+        started, before = time.perf_counter(), replace(generation.counts)
+        collector.run(lambda: self._choose(step) is not None)
+        seconds = time.perf_counter() - started
+        own = [self._groups.pop(task).trajectories for task in self._choose(step) or ()]
+        counts = Counts(**{name: value - vars(before)[name] for name, value in vars(generation.counts).items()})
+        by_rank = topology.broadcast_object(topology.gather_objects((own, counts, seconds)))
+        assert by_rank is not None
+        groups = sorted((group for part, _, _ in by_rank for group in part), key=lambda group: group[0].task)
+        self._mark_used([group[0].task for group in groups], step=step)
+        metrics = generation_metrics([each for _, each, _ in by_rank], seconds=sum(each for _, _, each in by_rank))
+        if setting.rl.max_staleness:
+            metrics |= staleness_metrics(groups, step=step)
+        else:
+            self.close()  # frees the cache for the update
+        return groups, metrics
+
+    def close(self) -> None:
+        """Close the environments of trajectories in progress, and free the cache."""
+        self._stack.close()
+        self._running = None
+
+    def _prepared(self, model: Model, *, step: int, num_requests: int) -> tuple[GenerationEngine, Collector]:
+        """Return the generation with the weights of this step, and the collector."""
+        setting, rollout = self._setting, self._setting.rollout
+        if self._running is not None:
+            self._running[0].load(model, version=step)
+            return self._running
+        generation = GenerationEngine(
+            model,
+            num_slots=rollout.num_slots if setting.rl.max_staleness else max(min(rollout.num_slots, num_requests), 1),
+            max_tokens=rollout.max_tokens,
+            version=step,
+            cache_megabytes=rollout.cache_megabytes,
+            speculation=rollout.speculation,
+        )
+        collector = Collector(
+            generation=generation,
+            family=setting.family,
+            tokenizer=setting.tokenizer,
+            config=rollout,
+            declare_tools=setting.declare_tools,
+            policy=setting.context,
+            on_finished=self._keep,
+        )
+        self._running = generation, self._stack.enter_context(collector)
+        return self._running
+
+    def _new_requests(self, step: int) -> list[RolloutRequest]:
+        """Return the requests of this rank that begin at `step`, without those whose trajectories are on disk."""
+        setting = self._setting
+        if self._used is None:
+            self._used = setting.used_before(step)
+            self._begun = set(self._used)
+        tasks = [task for task in setting.own_tasks(step) if task not in self._begun]
+        self._begun.update(tasks)
+        waiting = []
+        for request in (request for task in tasks for request in setting.requests(task)):
+            found = self._journal_of(request.task_index).find(request) if setting.folder is not None else None
+            if found is None:
+                waiting.append(request)
+            else:
+                self._add(found)
+        return waiting
+
+    def _journal_of(self, task: int) -> Journal:
+        """Return the file of the step at which a task was begun."""
+        begun_at, folder = self._setting.begun_at(task), self._setting.folder
+        assert folder is not None
+        if begun_at not in self._journals:
+            self._journals[begun_at] = Journal(folder, step=begun_at, rank=self._setting.topology.rank)
+        return self._journals[begun_at]
+
+    def _keep(self, request: RolloutRequest, trajectory: Trajectory) -> None:
+        if self._setting.folder is not None:
+            self._journal_of(request.task_index).add(request, trajectory)
+        self._add(trajectory)
+
+    def _add(self, trajectory: Trajectory) -> None:
+        group = self._groups[trajectory.task]
+        group.finished[trajectory.sample] = trajectory
+        if len(group.finished) == self._setting.rl.group_size:
+            group.number = self._num_complete
+            self._num_complete += 1
+
+    def _choose(self, step: int) -> list[int] | None:
+        """Return the tasks of this rank that step `step` uses; None while there are not enough complete groups.
+
+        Used are the groups that would be too old at the next step, and then those that were complete first.
+        """
+        if self._choice_at != (step, self._num_complete):  # a group has become complete since the last call
+            self._choice, self._choice_at = self._new_choice(step), (step, self._num_complete)
+        return self._choice
+
+    def _new_choice(self, step: int) -> list[int] | None:
+        assert self._used is not None
+        setting = self._setting
+        own = [task for task in setting.own_tasks(step) if task not in self._used]
+        complete = [task for task in own if len(self._groups[task].finished) == setting.rl.group_size]
+        due = [task for task in own if setting.is_due(task, step)]
+        wanted = setting.num_own(step)
+        if len(complete) < wanted or not set(due) <= set(complete):
+            return None
+        others = sorted(set(complete) - set(due), key=lambda task: self._groups[task].number)
+        return [*due, *others][:wanted]
+
+    def _mark_used(self, tasks: list[int], *, step: int) -> None:
+        setting = self._setting
+        assert self._used is not None
+        self._used.update(tasks)
+        if setting.rl.max_staleness and setting.folder is not None and setting.topology.is_main:
+            setting.folder.mkdir(parents=True, exist_ok=True)
+            with (setting.folder / USED).open("ab") as file:  # the line break in front ends a line that was cut off
+                file.write(f"\n{to_json({'step': step, 'tasks': tasks})}\n".encode())

@@ -1,0 +1,99 @@
+"""Groups that are begun early: each is used once, none is too old, and a run that was stopped loses none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.inference.protocol import Model
+from moetrain.parallel.config import EngineName
+from moetrain.quant.config import QuantConfig
+from moetrain.rl.collection import USED, Collection
+from moetrain.rl.stage import collection_of
+from moetrain.rollout.sync import sync_weights
+from moetrain.rollout.types import Trajectory
+from tests.rl.test_stage import _TRAIN, MODEL, _engine, _stage
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return sync_weights(_engine(EngineName.torch), config=MODEL, quant=QuantConfig(enabled=True), dtype=torch.float32)
+
+
+def _collection(folder: Path | None, *, staleness: int) -> Collection:
+    stage = _stage(_engine(EngineName.torch), [])
+    stage = replace(stage, collection=folder, rl=replace(stage.rl, max_staleness=staleness))
+    stage = replace(stage, rollout=replace(stage.rollout, num_slots=7))  # fewer than one group's trajectories
+    return collection_of(stage, replace(_TRAIN, steps=STEPS))
+
+
+def _keys(groups: list[list[Trajectory]]) -> list[tuple[int, int]]:
+    return [(trajectory.task, trajectory.sample) for group in groups for trajectory in group]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3, 20])
+def test_every_trajectory_is_used_once_and_none_is_older_than_allowed(staleness: int, model: Model) -> None:
+    collection, seen, ages = _collection(None, staleness=staleness), [], []
+    for step in range(STEPS):
+        groups, metrics = collection.groups(model, step=step)
+        assert len(groups) == 4 and all(len(group) == 8 for group in groups)
+        seen += _keys(groups)
+        ages.append(metrics.get("staleness_max", 0.0))
+    collection.close()
+    assert sorted(seen) == [(task, sample) for task in range(4 * STEPS) for sample in range(8)]
+    assert max(ages) <= staleness and (max(ages) > 0) == (staleness > 0)
+
+
+def test_without_staleness_the_tasks_are_used_in_order(model: Model) -> None:
+    collection = _collection(None, staleness=0)
+    for step in range(2):
+        groups, _ = collection.groups(model, step=step)
+        assert [group[0].task for group in groups] == list(range(4 * step, 4 * step + 4))
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_collection_that_was_stopped_repeats_no_finished_trajectory(
+    staleness: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[tuple[int, int]] = []
+    keep = Collection._keep
+
+    def counted(self: Collection, request: object, trajectory: Trajectory) -> None:
+        collected.append((trajectory.task, trajectory.sample))
+        keep(self, request, trajectory)  # type: ignore[arg-type]
+        if len(collected) in (1, 20, 60, 61, 100, 150):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Collection, "_keep", counted)
+    used: dict[int, list[tuple[int, int]]] = {}
+    step = 0
+    while step < STEPS:
+        collection = _collection(tmp_path, staleness=staleness)
+        step = max(step - 1, 0)  # from the last checkpoint
+        try:
+            while step < STEPS:
+                groups, _ = collection.groups(model, step=step)
+                used[step] = _keys(groups)
+                step += 1
+        except KeyboardInterrupt:
+            pass
+    assert sorted(collected) == [(task, sample) for task in range(4 * STEPS) for sample in range(8)]
+    assert sorted(key for keys in used.values() for key in keys) == sorted(collected)
+
+
+def test_tasks_that_a_damaged_file_does_not_name_count_as_used_in_order(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection = _collection(tmp_path, staleness=1)
+    for step in range(3):
+        collection.groups(model, step=step)
+    collection.close()
+    path = tmp_path / USED
+    path.write_bytes(path.read_bytes()[:-30])
+    again = _collection(tmp_path, staleness=1)
+    groups, _ = again.groups(model, step=3)
+    again.close()
+    assert "does not name the tasks of all steps" in caplog.text and len(groups) == 4
