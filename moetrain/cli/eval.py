@@ -79,7 +79,8 @@ def _numbers(
 
     def keep_traces(mode: str, trajectories: "Sequence[Trajectory]") -> None:
         path = folder / "traces" / f"{mode}.jsonl"
-        write_traces(path, trajectories[: run.eval.num_traces], tokenizer=tokenizer)
+        spread = trajectories[:: max(len(trajectories) // max(run.eval.num_traces, 1), 1)]  # tasks of every length
+        write_traces(path, spread[: run.eval.num_traces], tokenizer=tokenizer)
 
     setting = Setting(
         config=run.eval,

@@ -154,7 +154,7 @@ def _context_html(text: str, *, number: int, count: int) -> str:
     content = "".join(map(_block_html, parsed))
     if count == 1:
         return content
-    note = next((block.text for block in parsed[1:2] if block.text.startswith(NOTE_PREFIX)), "")
+    note = next((block.text for block in parsed if block.text.startswith(NOTE_PREFIX)), "")
     open_text = " open" if number in (1, count) else ""
     calls = sum(block.kind == "call" for block in parsed)
     summary = f"context {number} of {count}, {calls} call{'s' * (calls != 1)} <code>{escape(note)}</code>"

@@ -76,3 +76,13 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(trace(0, success=True)) + "\n{oops\n")
     with pytest.raises(DataError, match=r"greedy\.jsonl:2 is not JSON"):
         read_traces(path)
+
+
+def test_the_contexts_of_a_long_trajectory_can_be_folded_and_show_their_notes() -> None:
+    note = "<|im_user|>user<|im_middle|>Your note: at <b>7</b><|im_end|>"
+    text = trace(3, success=True)["text"]
+    page = trajectory_html({**trace(3, success=True), "text": "\f".join([text, note + text])}, title="", is_open=True)
+    assert page.count('<details class="context"') == 2
+    assert "context 2 of 2, 1 call <code>Your note: at &lt;b&gt;7" in page
+    assert "<b>7</b>" not in page
+    assert '<details class="context"' not in trajectory_html(trace(3, success=True), title="", is_open=True)
