@@ -1,4 +1,4 @@
-"""Configs of the commands that are clients of an endpoint: `verify endpoint`, `verify serve` and `bench serve`.
+"""Configs of `chat`, and of the clients of an endpoint: `verify endpoint`, `verify serve` and `bench serve`.
 
 Imports no torch.
 """
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from moetrain.config import StageRun
 from moetrain.errors import ConfigError
-from moetrain.ranges import COUNT, POSITIVE, SHARE, TEMPERATURE, check_ranges
+from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, TEMPERATURE, check_ranges
 from moetrain.tasks.config import TaskConfig
 
 
@@ -21,6 +21,39 @@ class EndpointFault(StrEnum):
     none = "none"
     calls = "calls"
     arguments = "arguments"
+
+
+@dataclass(kw_only=True)
+class ChatRun(StageRun):
+    """Chat with a model at a terminal. Thinking, calls and results are shown as they happen.
+
+    Each line of standard input is a message. Ctrl-C ends a turn, a second one ends the chat. With task_index the model
+    acts as an agent in the environment of that task, and its grade is shown.
+    """
+
+    system: str = ""
+    """System message at the beginning; empty for none."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_turn_tokens: int = 512
+    """Largest number of tokens of a turn."""
+    task_index: int | None = None
+    """Number of a held-out task to act in, from 0; null is a chat."""
+    num_calls: int | None = None
+    """Number of tool calls that the task requires; null is the family's choice."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Family and settings of the task; only used with task_index."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        ranges = {
+            COUNT: ("max_turn_tokens", "num_calls"),
+            TEMPERATURE: ("temperature",),
+            NOT_NEGATIVE: ("task_index",),
+        }
+        check_ranges(self, prefix="", ranges=ranges)
+        if self.system and self.task_index is not None:
+            raise ConfigError("system is given with task_index: the task has its own prompt; leave one of them out")
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from moetrain.client_commands import BenchServeRun, VerifyEndpointRun, VerifyServeRun
+from moetrain.client_commands import BenchServeRun, ChatRun, VerifyEndpointRun, VerifyServeRun
 from moetrain.config import (
-    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,

@@ -17,7 +17,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE, check_ranges
+from moetrain.ranges import COUNT, POSITIVE, SEED, TEMPERATURE, check_ranges
 from moetrain.report.config import ReportConfig
 from moetrain.rl.config import RlConfig, check_mode
 from moetrain.rollout.config import RolloutConfig
@@ -302,37 +302,6 @@ class GenerateRun(StageRun):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="", ranges={COUNT: ("max_new_tokens",), TEMPERATURE: ("temperature",)})
-
-
-@dataclass(kw_only=True)
-class ChatRun(StageRun):
-    """Chat with a model at a terminal. Thinking, calls and results are shown as they happen.
-
-    Each line of standard input is a message. Ctrl-C ends a turn, a second one ends the chat. With task_index the model
-    acts as an agent in the environment of that task, and its grade is shown.
-    """
-
-    system: str = ""
-    """System message at the beginning; empty for none."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
-    max_turn_tokens: int = 512
-    """Largest number of tokens of a turn."""
-    task_index: int | None = None
-    """Number of a held-out task to act in, from 0; null is a chat."""
-    task: TaskConfig = field(default_factory=TaskConfig)
-    """Family and settings of the task; only used with task_index."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        ranges = {
-            COUNT: ("max_turn_tokens",),
-            TEMPERATURE: ("temperature",),
-            NOT_NEGATIVE: ("task_index",),
-        }
-        check_ranges(self, prefix="", ranges=ranges)
-        if self.system and self.task_index is not None:
-            raise ConfigError("system is given with task_index: the task has its own prompt; leave one of them out")
 
 
 @dataclass(kw_only=True)

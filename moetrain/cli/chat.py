@@ -3,7 +3,8 @@
 import sys
 from typing import TYPE_CHECKING
 
-from moetrain.config import ChatRun, check_length
+from moetrain.client_commands import ChatRun
+from moetrain.config import check_length
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from moetrain.terminal.screen import Screen
 
 _MAX_TURNS = 32  # of an agent
+_TURNS_PER_CALL = 2  # of a task of a given length
 
 
 def main(run: ChatRun) -> int:
@@ -63,20 +65,26 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
     from moetrain.rollout.config import RolloutConfig
     from moetrain.runtime import seed_of
     from moetrain.tasks import registry
-    from moetrain.tasks.protocol import Split
+    from moetrain.tasks.protocol import MakesLongerTasks, Split
     from moetrain.terminal.agent import act
 
     assert run.task_index is not None
     family = registry.build(run.task, run.run.seed)
+    if run.num_calls is None:
+        task = family.task(Split.held_out, run.task_index)
+    elif isinstance(family, MakesLongerTasks):
+        task = family.task_of_length(Split.held_out, run.task_index, num_calls=run.num_calls)
+    else:
+        raise ConfigError(f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length")
     act(
-        family.task(Split.held_out, run.task_index),
+        task,
         family,
         generation=generation,
         tokenizer=tokenizer,
         config=RolloutConfig(
             num_slots=1,
             max_tokens=max_tokens,
-            max_turns=_MAX_TURNS,
+            max_turns=max(_MAX_TURNS, _TURNS_PER_CALL * (run.num_calls or 0)),
             max_turn_tokens=run.max_turn_tokens,
             temperature=run.temperature,
         ),

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
+from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
-    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,

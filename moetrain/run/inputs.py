@@ -8,9 +8,9 @@ launchers call it before they start ranks, so that a mistake is reported once in
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
-    ChatRun,
     DocumentRun,
     EvalRun,
     ExportRun,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from moetrain.chat.context import ContextPolicy
+from moetrain.chat.context import NOTE_REQUEST, ContextPolicy
 from moetrain.chat.template import IM_END, IM_MIDDLE
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
@@ -37,7 +37,7 @@ def act(
         while not episode.is_finished:
             if episode.has_begun:
                 for text in _texts(episode.observation, tokenizer):
-                    screen.say("result", text)
+                    screen.say("user" if text == NOTE_REQUEST else "result", text)
             elif episode.num_segments > 1:
                 screen.say("note", f"context {episode.num_segments} begins")
             episode.continue_in(generation)
