@@ -26,19 +26,19 @@ def is_held_out(word: str) -> bool:
     return sum(map(ord, word)) % _HELD_OUT_EVERY == 0
 
 
-def _draw_word(stream: random.Random, split: Split, *, long_share: float) -> str:
+def _draw_word(stream: random.Random, split: Split) -> str:
     while True:
-        ending = stream.choice(_ENDINGS) if stream.random() < long_share else ""
+        ending = stream.choice(_ENDINGS) if stream.random() < _LONG_SHARE else ""
         word = stream.choice(_ONSETS) + stream.choice(_NUCLEI) + stream.choice(_CODAS) + ending
         if len(word) > 2 and is_held_out(word) == (split is Split.held_out):
             return word
 
 
 def draw_initials(stream: random.Random, *, split: Split, count: int) -> list[str]:
-    """Return `count` short words of `split` that begin with different letters; at most 18."""
+    """Return `count` words of `split` that begin with different letters; at most 18."""
     names: dict[str, str] = {}
     while len(names) < count:
-        word = _draw_word(stream, split, long_share=0.0)
+        word = _draw_word(stream, split)
         names.setdefault(word[0], word)
     return list(names.values())
 
@@ -47,7 +47,7 @@ def draw_names(stream: random.Random, *, split: Split, count: int) -> list[str]:
     """Return `count` different words of `split`."""
     names: list[str] = []
     while len(names) < count:
-        word = _draw_word(stream, split, long_share=_LONG_SHARE)
+        word = _draw_word(stream, split)
         if word not in names:
             names.append(word)
     return names

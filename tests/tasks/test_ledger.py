@@ -1,4 +1,7 @@
+import itertools
 import json
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +11,7 @@ from moetrain.errors import ConfigError
 from moetrain.tasks.config import LedgerConfig, TaskConfig
 from moetrain.tasks.ledger.family import LedgerFamily, LedgerTask
 from moetrain.tasks.ledger.orders import OrderKind, walk
-from moetrain.tasks.ledger.phrases import frames
+from moetrain.tasks.ledger.phrases import _FRAMES, _SLOTS, frames
 from moetrain.tasks.names import is_held_out
 from moetrain.tasks.protocol import Split
 
@@ -132,6 +135,26 @@ def test_held_out_tasks_share_no_name_and_no_phrase_with_training() -> None:
         trained, held_out = ({text for texts in frames(name, split) for text in texts} for split in Split)
         assert trained and held_out and not trained & held_out
         assert all(len(texts) > 1 for split in Split for texts in frames(name, split))
+
+
+def test_training_contains_every_word_of_the_phrasings_in_most_of_its_places() -> None:
+    for name, texts in _FRAMES.items():
+        for frame in texts:
+            slots = re.findall(r"<\w+>", frame)
+            by_word: dict[tuple[str, str], Counter[Split]] = defaultdict(Counter)
+            for words in itertools.product(*(_SLOTS[slot] for slot in slots)):
+                text = frame
+                for slot, word in zip(slots, words, strict=True):
+                    text = text.replace(slot, word, 1)
+                split = next(split for split in Split if " ".join(text.split()) in _texts(name, split))
+                for slot, word in zip(slots, words, strict=True):
+                    by_word[slot, word][split] += 1
+            for place, counts in by_word.items():
+                assert counts[Split.train] >= counts.total() / 2, f"{name}: {frame!r}: {place} is hardly trained"
+
+
+def _texts(name: str, split: Split) -> set[str]:
+    return {text for texts in frames(name, split) for text in texts}
 
 
 def test_a_task_is_a_function_of_seed_split_and_index() -> None:

@@ -8,20 +8,20 @@ from moetrain.tasks.phrasing import fill
 from moetrain.tasks.protocol import Split
 
 _FRAMES: dict[str, list[str]] = {
-    "add": ["<please> <add> {number} <to> {account}", "{account} <gains> {number} <more>"],
-    "take": ["<please> <take> {number} <from> {account}", "{account} <loses> {number} <more>"],
+    "add": ["<please> <add> {number} <to> {account}", "<now> {account} <gains> {number} <more>"],
+    "take": ["<please> <take> {number} <from> {account}", "<now> {account} <loses> {number} <more>"],
     "move": [
         "<please> <move> {number} <from> {account} <to> {other}",
-        "<move> {number} <to> {other}, <out> {account}",
+        "<now> <move> {number} <to> {other}, <out> {account}",
     ],
     "copy": [
         "<please> <write> <what> {account} <has> <to> {other}",
-        "{other} <takes> <what> {account} <has>",
+        "<now> {other} <takes> <what> {account} <has>",
     ],
     "report": ["<please> <report> <what> {account} <has>", "<end> <report> <what> {account} <has>"],
-    "then": ["<then> <go> <at> {next_key}", "<then> <comes> {next_key}"],
+    "then": ["<then> <go> <at> {next_key}", "<then> <comes> <order> {next_key}"],
     "branch": [
-        "<go> <at> {next_key} if even <or> {else_key} if odd",
+        "<go> <at> {next_key} if even, <at> {else_key} if odd",
         "if even <go> <at> {next_key}, if odd <at> {else_key}",
     ],
     "question": [
@@ -31,7 +31,7 @@ _FRAMES: dict[str, list[str]] = {
     ],
 }
 _SLOTS: dict[str, list[str]] = {
-    "<please>": ["", "", "please", "now", "kindly"],
+    "<please>": ["", "please", "now", "kindly"],
     "<add>": ["add", "put", "book", "grant"],
     "<to>": ["to", "into", "onto"],
     "<gains>": ["gains", "receives", "grows by", "rises by"],
@@ -49,8 +49,9 @@ _SLOTS: dict[str, list[str]] = {
     "<end>": ["at the end", "to finish,", "this is the last order:", "finally"],
     "<then>": ["then", "next", "after that", "afterwards"],
     "<go>": ["go on", "go ahead", "continue", "proceed"],
+    "<now>": ["", "now", "today", "here", "again"],
+    "<order>": ["", "order", "number", "the order", "the row"],
     "<comes>": ["comes", "follows", "it is the turn of"],
-    "<or>": ["or", "and", "but"],
     "<at>": ["at", "with", "to"],
     "<with>": ["at", "with", "from"],
     "<start>": ["start", "begin", "set out"],
