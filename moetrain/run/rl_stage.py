@@ -1,5 +1,6 @@
 """RL: passes a run's config to `rl.stage`. Loads torch, so import it after checking the input."""
 
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -72,6 +73,7 @@ def learn(run: RlRun, *, weights: str) -> int:
         if outcome.status is Status.interrupted:
             return INTERRUPTED
         if engine.topology.is_main:
+            shutil.rmtree(folder / COLLECTION, ignore_errors=True)  # the last checkpoint contains all of it
             kernels_and_dtype = {"compute_dtype": train.compute_dtype, "kernels": train.kernels}
             summary = {"stage": folder.name, "steps": outcome.step, **kernels_and_dtype}
             write_json(folder / SUMMARY, summary | outcome.counters.totals | start_point.record())
