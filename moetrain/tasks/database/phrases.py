@@ -76,7 +76,7 @@ _SLOTS: dict[str, list[str]] = {
 @functools.cache
 def frames(name: str, split: Split) -> list[str]:
     """Return the phrasings of `name` (a tool, an operator, opening or closing) that belong to `split`."""
-    return fill(_FRAMES[name], _SLOTS, split=split)
+    return fill(_FRAMES[name], _SLOTS, split=split, number_of=lambda text: sum(map(ord, text)))
 
 
 def phrase(step: Step, *, split: Split, stream: random.Random) -> str:
