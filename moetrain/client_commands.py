@@ -52,6 +52,8 @@ class ChatRun(StageRun):
             NOT_NEGATIVE: ("task_index",),
         }
         check_ranges(self, prefix="", ranges=ranges)
+        if self.num_calls is not None and self.task_index is None:
+            raise ConfigError(f"num_calls is {self.num_calls} without task_index: give the number of the task")
         if self.system and self.task_index is not None:
             raise ConfigError("system is given with task_index: the task has its own prompt; leave one of them out")
 

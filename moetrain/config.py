@@ -12,6 +12,7 @@ from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.export.config import ExportConfig
+from moetrain.inference.mode import Mode
 from moetrain.log import WandbMode
 from moetrain.model.config import ModelConfig
 from moetrain.optim.config import OptimConfig
@@ -231,6 +232,11 @@ class RlRun(TrainingRun):
         super().__post_init__()
         check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
         check_mode(self.rollout, self.train)
+        if self.rl.max_staleness and self.rollout.mode is Mode.deterministic:
+            raise ConfigError(
+                f"rl.max_staleness is {self.rl.max_staleness} with rollout.mode=deterministic: older weights have other "
+                "logprobs than the trainer. Give rl.max_staleness=0, or rollout.mode=fast"
+            )
 
 
 def check_folder_name(field: str, folder: str) -> None:
@@ -276,6 +282,14 @@ class EvalRun(StageRun):
     """Number of tasks, temperatures and comparisons."""
     data: DataConfig = field(default_factory=DataConfig)
     """Documents on whose validation split the language-model loss is measured; without sources it is not measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit on thoughts in a vote, which compares whole turns."""
+        if self.eval.vote_lead and self.rollout.max_think_tokens:
+            raise ConfigError(
+                f"eval.vote_lead is {self.eval.vote_lead} with rollout.max_think_tokens: a vote compares whole turns; "
+                "leave one of them out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """What a model reads of a long conversation: a policy that begins a new segment when the present one is full.
 
 Demonstrations, rollouts, evaluation and chat all use `Context`, so that a model meets the contexts that it was trained
-on. Tokens that a model produced are kept as they are and never rendered again.
+on. Turns that a later segment takes over keep the tokens that were sampled. Only a note is tokenized again, as text of
+the user.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.template import Piece, generation_prompt, message_pieces
 from moetrain.errors import ConfigError
-from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from moetrain.ranges import COUNT, check_ranges
 from moetrain.runtime import python_stream
 
 HIDDEN_RESULT = "This result is no longer shown."
@@ -46,11 +47,12 @@ class ContextPolicy:
     max_calls: int = 8
     """Largest number of tool calls after which a segment ends."""
     keep: int = 2
-    """hide_results: number of tool results that stay. discard: number of turns that stay, with their results."""
+    """hide_results: number of tool results that stay; those of the last turn always do. discard: number of turns that
+    stay, with their results."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="task.context.", ranges={COUNT: ("min_calls", "max_calls"), NOT_NEGATIVE: ("keep",)})
+        check_ranges(self, prefix="task.context.", ranges={COUNT: ("min_calls", "max_calls", "keep")})
         if self.min_calls > self.max_calls:
             raise ConfigError(
                 f"task.context.min_calls is {self.min_calls}: give at most task.context.max_calls ({self.max_calls})"
@@ -76,9 +78,10 @@ def described(policy: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """A turn of the model as tokens, its number of calls, and the given messages that follow it."""
+    """A turn of the model as tokens, the numbers of its calls, and the given messages that follow it."""
 
     tokens: list[int]
+    first_call: int
     num_calls: int
     given: list[Message]
 
@@ -114,21 +117,24 @@ class Context:
         self.num_segments += 1
         draw = python_stream(self._stream, "context", self.num_segments)
         self._num_calls_left = draw.randint(self._policy.min_calls, self._policy.max_calls)
+        self.opening = self._opening()
+
+    def _opening(self) -> list[int]:
         tokens = self._tokenize(self._prompt)
         if self._note is not None:
             note = Message(role=Role.user, content=NOTE_PREFIX + self._note)
             tokens = tokens + self._tokenize(message_pieces(note))
         for turn in self._turns:
             tokens = [*tokens, *self._header, *turn.tokens, *self._given(turn.given)]
-        self.opening = [*tokens, *self._header]
+        return [*tokens, *self._header]
 
     def _given(self, messages: Sequence[Message]) -> list[int]:
         return self._tokenize([piece for message in messages for piece in message_pieces(message)])
 
     @property
-    def num_calls(self) -> int:
-        """Calls in the present segment, by which the next call is numbered."""
-        return sum(turn.num_calls for turn in self._turns)
+    def next_call(self) -> int:
+        """Number of the next call. Calls are numbered from 0, and again from 0 after a note."""
+        return self._turns[-1].first_call + self._turns[-1].num_calls if self._turns else 0
 
     @property
     def asks_for_note(self) -> bool:
@@ -137,7 +143,8 @@ class Context:
 
     def add(self, tokens: list[int], given: Sequence[Message], *, num_calls: int) -> list[int]:
         """Add a turn and the given messages that follow it; return the tokens that continue the segment after it."""
-        self._turns.append(_Turn(tokens=tokens, num_calls=num_calls, given=list(given)))
+        turn = _Turn(tokens=tokens, first_call=self.next_call, num_calls=num_calls, given=list(given))
+        self._turns.append(turn)
         self._num_calls_left -= num_calls
         return [*self._given(given), *self._header]
 
@@ -157,21 +164,34 @@ class Context:
         request = Message(role=Role.user, content=NOTE_REQUEST)
         return [*self._given([*self._turns[-1].given, request]), *self._header]
 
-    def begin_next(self, note: str = "") -> None:
-        """Begin the next segment. note: what the model wrote, under `notes`."""
+    def begin_next(self, note: str = "", *, max_tokens: int | None = None) -> None:
+        """Begin the next segment. note: what the model wrote, under `notes`.
+
+        max_tokens: under `discard`, more turns are left out until the segment begins with at most so many tokens.
+        """
         keep = self._policy.keep
         match self._policy.kind:
             case ContextKind.notes:
                 self._turns, self._note = [], note
             case ContextKind.discard:
-                self._turns = self._turns[len(self._turns) - keep :] if keep < len(self._turns) else self._turns
+                self._turns = self._turns[-keep:]
             case ContextKind.hide_results:
                 self._hide_results(keep)
         self._open()
+        while (
+            self._policy.kind is ContextKind.discard
+            and len(self._turns) > 1
+            and len(self.opening) > (max_tokens or len(self.opening))
+        ):
+            del self._turns[0]
+            self.opening = self._opening()
 
     def _hide_results(self, keep: int) -> None:
-        turns = []
-        for turn in reversed(self._turns):
+        """Hide all results but the last `keep`, and never those of the last turn, which the model has not read."""
+        *earlier, last = self._turns
+        keep -= sum(message.role is Role.tool for message in last.given)
+        turns = [last]
+        for turn in reversed(earlier):
             given = []
             for message in reversed(turn.given):
                 is_result = message.role is Role.tool

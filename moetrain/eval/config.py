@@ -22,7 +22,7 @@ class EvalConfig:
     """Held-out tasks per number of calls in longer_calls."""
     vote_lead: int = 0
     """Also decide each turn of the longer tasks by a vote: the first of the sampled turns that leads by this many votes
-    is carried out. 0 leaves this mode out; it costs at least as many samples per turn."""
+    is carried out. 0: no vote. Each turn takes at least as many samples. Requires longer_calls."""
     vote_samples: int = 12
     """Largest number of samples of a turn in a vote."""
     vote_temperature: float = 1.0
@@ -48,5 +48,9 @@ class EvalConfig:
         rest = ("first_task", "longer_tasks", "num_traces", "vote_lead")
         ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures", "vote_temperature")}
         check_ranges(self, prefix="eval.", ranges=ranges)
+        if self.vote_lead > self.vote_samples:
+            raise ConfigError(f"eval.vote_lead is {self.vote_lead}: give at most eval.vote_samples={self.vote_samples}")
+        if self.vote_lead and not (self.longer_calls and self.longer_tasks):
+            raise ConfigError(f"eval.vote_lead is {self.vote_lead} without longer tasks: give eval.longer_calls")
         if not self.temperatures:
             raise ConfigError(f"eval.temperatures is {self.temperatures}: give one or more, 0 (greedy) or above")

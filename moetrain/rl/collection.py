@@ -45,8 +45,8 @@ class CollectionSetting:
     """What the collection of all steps shares.
 
     first_task: number of the run's first task. tasks_before: number of tasks that the steps before a step use.
-    first_step, last_step: the first and the last step. folder: where trajectories are kept as they finish; None keeps
-    none.
+    first_step, last_step: the first and the last step. run: a digest of what trajectories depend on. folder: where
+    trajectories are kept as they finish; None keeps none.
     """
 
     topology: Topology
@@ -61,6 +61,7 @@ class CollectionSetting:
     tasks_before: Callable[[int], int]
     first_step: int
     last_step: int
+    run: str
     folder: Path | None
 
     def own_tasks(self, step: int) -> list[int]:
@@ -73,9 +74,9 @@ class CollectionSetting:
         before, after = (self.first_task + self.tasks_before(number) for number in (step, step + 1))
         return len(self._own(range(before, after)))
 
-    def is_due(self, task: int, step: int) -> bool:
-        """Return whether a task that step `step` does not use would be used more than `max_staleness` steps late."""
-        return self.begun_at(task) + self.rl.max_staleness <= step
+    def last_use(self, task: int) -> int:
+        """Return the last step that may use a task's group."""
+        return self.begun_at(task) + self.rl.max_staleness
 
     def begun_at(self, task: int) -> int:
         """Return the step at which a task is begun: `max_staleness` steps before its turn, or the first one."""
@@ -124,7 +125,7 @@ def _read(line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError:
         return {}
-    return row if isinstance(row, dict) else {}
+    return row if isinstance(row, dict) and row.keys() == {"step", "tasks"} else {}
 
 
 @dataclass(kw_only=True)
@@ -230,7 +231,8 @@ class Collection:
         begun_at, folder = self._setting.begun_at(task), self._setting.folder
         assert folder is not None
         if begun_at not in self._journals:
-            self._journals[begun_at] = Journal(folder, step=begun_at, rank=self._setting.topology.rank)
+            rank = self._setting.topology.rank
+            self._journals[begun_at] = Journal(folder, step=begun_at, rank=rank, run=self._setting.run)
         return self._journals[begun_at]
 
     def _keep(self, request: RolloutRequest, trajectory: Trajectory) -> None:
@@ -259,17 +261,33 @@ class Collection:
         setting = self._setting
         own = [task for task in setting.own_tasks(step) if task not in self._used]
         complete = [task for task in own if len(self._groups[task].finished) == setting.rl.group_size]
-        due = [task for task in own if setting.is_due(task, step)]
+        chosen = [task for task in own if setting.last_use(task) <= step]
         wanted = setting.num_own(step)
-        if len(complete) < wanted or not set(due) <= set(complete):
+        assert len(chosen) <= wanted, "earlier steps left room for the groups that are due"
+        if not set(chosen) <= set(complete):
             return None
-        others = sorted(set(complete) - set(due), key=lambda task: self._groups[task].number)
-        return [*due, *others][:wanted]
+        for task in sorted(set(complete) - set(chosen), key=lambda task: self._groups[task].number):
+            if len(chosen) < wanted and self._leaves_room([*chosen, task], own=own, step=step):
+                chosen.append(task)
+        return chosen if len(chosen) == wanted else None
+
+    def _leaves_room(self, chosen: list[int], *, own: list[int], step: int) -> bool:
+        """Return whether the rest of this step and later steps can use all other groups before they are too old."""
+        setting = self._setting
+        room = setting.num_own(step) - len(chosen)
+        left = [setting.last_use(task) for task in set(own) - set(chosen)]
+        for later in range(step + 1, min(step + setting.rl.max_staleness, setting.last_step) + 1):
+            room += setting.num_own(later)
+            if sum(last_use <= later for last_use in left) > room:
+                return False
+        return True
 
     def _mark_used(self, tasks: list[int], *, step: int) -> None:
         setting = self._setting
         assert self._used is not None
         self._used.update(tasks)
+        for begun_at in [place for place in self._journals if place < step - setting.rl.max_staleness]:
+            del self._journals[begun_at]
         if setting.rl.max_staleness and setting.folder is not None and setting.topology.is_main:
             setting.folder.mkdir(parents=True, exist_ok=True)
             with (setting.folder / USED).open("ab") as file:  # the line break in front ends a line that was cut off

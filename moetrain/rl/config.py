@@ -35,7 +35,8 @@ class RlConfig:
     max_staleness: int = 0
     """Largest number of steps between the beginning of a group and its use. 0: each step collects its groups with its
     own weights, and runs are reproducible. Above 0, groups of later steps are begun early and go on with newer weights,
-    so that the slowest trajectories of a step are not waited for."""
+    so that the slowest trajectories of a step are not waited for. The cache of generation then stays allocated during
+    updates, and rollout.max_seconds includes them."""
     malformed_penalty: float = 0.0
     """Subtracted from the advantage of each token of a turn that ends its trajectory because it cannot be parsed or is
     too long. The advantages of other turns are not changed."""

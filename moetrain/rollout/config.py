@@ -17,7 +17,8 @@ class RolloutConfig:
     """Largest number of sequences that are decoded together."""
     max_tokens: int = 1280
     """Largest number of tokens of a context, including the prompt and tool results. Under `task.context.kind=full` a
-    trajectory that reaches it ends; other kinds begin a new context before."""
+    trajectory that reaches it ends. `discard` and `notes` begin a new context before; `hide_results` can still reach
+    it."""
     max_turns: int = 16
     """Largest number of turns of a trajectory that call tools or answer; notes do not count."""
     max_turn_tokens: int = 112

@@ -186,7 +186,7 @@ class Episode:
                 tokens,
                 decode=self._tokenizer.decode,
                 special_names=self._tokenizer.special_names,
-                first_index=self._context.num_calls,
+                first_index=self._context.next_call,
             )
             if self._writes_note and turn.tool_calls:
                 raise RolloutError("a note calls a tool")
@@ -277,7 +277,8 @@ class Episode:
     def _begin_segment(self, note: str) -> None:
         assert self._context is not None
         self._writes_note = False
-        self._context.begin_next(note)
+        reserve = 2 * self._config.max_turn_tokens + self._config.max_output_tokens
+        self._context.begin_next(note, max_tokens=max(self._config.max_tokens - reserve, 1))
         opening = self._context.opening
         if len(opening) >= self._config.max_tokens:
             self._end(Ending.max_tokens)
@@ -291,8 +292,11 @@ class Episode:
     async def close(self) -> None:
         """Close the environment. `begin` and `respond` also close it when the trajectory has ended."""
         try:
-            if self.is_finished:
+            if self.is_finished and self._ending is not Ending.environment_failed:
                 self._progress = await self._world.progress()
+        except EnvironmentFailure as error:  # the grade stands
+            _log.warning("%s: progress is unknown: %s", self._name, error)
+        try:
             await self._world.close()
         except EnvironmentFailure as error:
             self._fail(error)

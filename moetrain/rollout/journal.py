@@ -1,4 +1,4 @@
-"""Keeps the trajectories of a step as they finish, so that a run that is killed while it collects loses none of them.
+"""Keeps the trajectories of a step as they finish, so that a process that is killed while it collects loses none.
 
 A trajectory is a function of the weights and of its request's stream, so that one that was finished before the run
 stopped is the one that the resumed run would collect, and is not collected again. There is one file per step and rank,
@@ -14,7 +14,7 @@ from typing import Any
 
 from moetrain.files import to_json
 from moetrain.rollout.collect import RolloutRequest
-from moetrain.rollout.types import Ending, Segment, Trajectory
+from moetrain.rollout.types import REPLACED, Ending, Segment, Trajectory
 from moetrain.tasks.protocol import Grade
 
 _log = logging.getLogger(__name__)
@@ -26,8 +26,12 @@ COLLECTION = "collection"
 class Journal:
     """The finished trajectories of one step, by their requests."""
 
-    def __init__(self, folder: Path, *, step: int, rank: int) -> None:
-        """Read what all ranks stored for `step` in `folder`; further trajectories are added to the file of `rank`."""
+    def __init__(self, folder: Path, *, step: int, rank: int, run: str) -> None:
+        """Read what all ranks stored for `step` in `folder`; further trajectories are added to the file of `rank`.
+
+        run: a digest of what the run's trajectories depend on; those of other runs are not found.
+        """
+        self._run = run
         self._path = _path(folder, step, rank)
         self._found: dict[str, Trajectory] = {}
         for path in sorted(folder.glob(f"step_{step:08d}.rank_*.jsonl")):
@@ -37,15 +41,20 @@ class Journal:
 
     def find(self, request: RolloutRequest) -> Trajectory | None:
         """Return the finished trajectory of a request, None if there is none."""
-        return self._found.get(_key(request))
+        return self._found.get(self._key(request))
 
     def add(self, request: RolloutRequest, trajectory: Trajectory) -> None:
-        """Append a finished trajectory to the file."""
-        line = to_json({"key": _key(request), "trajectory": _to_row(trajectory)})
+        """Append a finished trajectory to the file, unless a new attempt at it may have another ending."""
+        if trajectory.ending in REPLACED:
+            return
+        line = to_json({"key": self._key(request), "trajectory": _to_row(trajectory)})
         digest = hashlib.sha256(line.encode()).hexdigest()[:16]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:  # the line break in front ends a line that was cut off
             file.write(f"\n{digest} {line}\n".encode())
+
+    def _key(self, request: RolloutRequest) -> str:
+        return f"{self._run}/{request.task_index}/{request.sample}/{request.stream}"
 
 
 def remove_before(folder: Path, *, step: int) -> None:
@@ -59,10 +68,6 @@ def _path(folder: Path, step: int, rank: int) -> Path:
     return folder / f"step_{step:08d}.rank_{rank}.jsonl"
 
 
-def _key(request: RolloutRequest) -> str:
-    return f"{request.task_index}/{request.sample}/{request.stream}"
-
-
 def _read(path: Path) -> Iterator[tuple[str, Trajectory]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         digest, _, text = line.partition(b" ")
@@ -71,8 +76,11 @@ def _read(path: Path) -> Iterator[tuple[str, Trajectory]]:
         if hashlib.sha256(text).hexdigest()[:16].encode() != digest:
             _log.info("%s line %d was not written to its end: its trajectory is collected again", path, number)
             continue
-        row = json.loads(text)
-        yield row["key"], _from_row(row["trajectory"])
+        try:
+            row = json.loads(text)
+            yield row["key"], _from_row(row["trajectory"])
+        except (KeyError, TypeError, ValueError):  # written by another version
+            _log.info("%s line %d has other fields: its trajectory is collected again", path, number)
 
 
 def _to_row(trajectory: Trajectory) -> dict[str, Any]:

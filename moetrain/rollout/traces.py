@@ -20,4 +20,9 @@ def trace(trajectory: Trajectory, *, decode: Callable[[Sequence[int]], str]) -> 
     """Return a trajectory as JSON: its fields, the text of its segments, and whether it solved the task."""
     content = asdict(trajectory)
     content["grade"]["success"] = trajectory.grade.success
-    return {"text": CONTEXT_BREAK.join(decode(segment.tokens) for segment in trajectory.segments), **content}
+    return {
+        "text": CONTEXT_BREAK.join(
+            decode(segment.tokens).replace(CONTEXT_BREAK, "␌") for segment in trajectory.segments
+        ),
+        **content,
+    }

@@ -96,12 +96,16 @@ class EnvironmentClient:
 
     async def progress(self) -> float | None:
         """Return how far the trajectory came, from 0 to 1; None where the environment does not measure it."""
-        if not isinstance(self._environment, MeasuresProgress):
+        if not isinstance(self._environment, MeasuresProgress) or not callable(self._environment.progress):
             return None
         value = await self._act(self._environment.progress, "measuring progress", limit_s=self._config.call_deadline_s)
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = -1.0
+        if not 0 <= share <= 1:
             raise EnvironmentFailure(f"progress returned {value!r}: return a number from 0 to 1")
-        return float(value)
+        return share
 
     async def close(self) -> None:
         """Close the environment. Does nothing when it was never made or is already closed."""

@@ -9,6 +9,8 @@ from moetrain.ranges import BELOW_ONE, COUNT, POSITIVE, check_ranges
 
 SHORTEST_CHAIN = 8
 """Fewest calls of a ledger task: every number of calls from here on can be drawn."""
+LONGEST_CHAIN = 5000
+"""Most calls of a ledger task: there are 6,760 keys of orders."""
 _MOST_ACCOUNTS = 16  # their names begin with different letters
 _FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new balances have two digits
 
@@ -99,6 +101,8 @@ class LedgerConfig:
                 f"task.ledger.min_calls is {self.min_calls}: give {SHORTEST_CHAIN} to task.ledger.max_calls "
                 f"({self.max_calls})"
             )
+        if self.max_calls > LONGEST_CHAIN:
+            raise ConfigError(f"task.ledger.max_calls is {self.max_calls}: give at most {LONGEST_CHAIN}")
         if not _FEWEST_ACCOUNTS <= self.accounts <= _MOST_ACCOUNTS:
             raise ConfigError(f"task.ledger.accounts is {self.accounts}: give {_FEWEST_ACCOUNTS} to {_MOST_ACCOUNTS}")
 

@@ -15,6 +15,7 @@ from moetrain.chat.template import (
 )
 from moetrain.chat.tool_schema import ToolSpec, declaration
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
 
 
 def segments(
@@ -29,28 +30,34 @@ def segments(
 
     A note is the reasoning of the turn that follows it, which must therefore hold all that the turn depends on. Turns
     that a segment takes over from an earlier one are no targets. tools: those to declare. stream: seeds the number of
-    calls of each segment. Raises DataError for wrong ids of calls.
+    calls of each segment. Raises DataError for wrong ids of calls, and for a question
+    after the first turn that the policy would lose.
     """
 
     def tokenize(pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         return pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
 
     whole = conversation_pieces(messages, tools)
-    if policy.kind is ContextKind.full:
+    turns = [place for place, message in enumerate(messages) if message.role is Role.assistant]
+    if policy.kind is ContextKind.full or not turns:
         yield tokenize(whole)
         return
-    turns = [place for place, message in enumerate(messages) if message.role is Role.assistant]
+    if policy.kind is not ContextKind.hide_results and Role.user in {item.role for item in messages[turns[0] :]}:
+        raise DataError(
+            f"task.context.kind={policy.kind} keeps the first question only, and a demonstration has a later one: give "
+            "full or hide_results"
+        )
     prompt = declare_pieces(declaration(tools)) if tools else []
-    prompt += [piece for message in messages[: turns[0] if turns else None] for piece in message_pieces(message)]
+    prompt += [piece for message in messages[: turns[0]] for piece in message_pieces(message)]
     context = Context(policy, prompt, stream=stream, tokenize=lambda pieces: tokenize(pieces)[0])
     tokens, is_target = list(context.opening), [False] * len(context.opening)
     for place, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-        turn = tokenize(turn_pieces(_numbered(messages[place], first=context.num_calls)))
+        turn = tokenize(turn_pieces(_numbered(messages[place], first=context.next_call)))
         tokens += turn[0]
         is_target += turn[1]
         if following == len(messages):
             break
-        given = _renumbered(messages, place, following, first=context.num_calls)
+        given = _renumbered(messages, place, following, first=context.next_call)
         num_calls = len(messages[place].tool_calls)
         after = context.add(turn[0], given, num_calls=num_calls)
         if context.is_full:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from moetrain.errors import ConfigError
 from moetrain.runtime import python_stream
+from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.verify import fault_runs
 from moetrain.verify.fault_runs import COLLECTED, Attempt, FaultSetup, begin
 from moetrain.verify.table import Row
 
 _TASKS, _GROUP = 4, 4
-_PER_STEP = _TASKS * _GROUP
 
 
 def collection_rows(setup: FaultSetup, *, kills: int, seed: int, advance: Callable[[str], None]) -> list[Row]:
@@ -44,10 +44,11 @@ def collection_rows(setup: FaultSetup, *, kills: int, seed: int, advance: Callab
     if whole.wait() != 0:
         raise ConfigError(f"the undisturbed RL run failed: {whole.output().splitlines()[-1]} (log: {whole.log})")
     stream = python_stream(seed, "verify.faults.collection", setup.ranks)
+    busy = sorted({task % setup.ranks for task in range(RL_FIRST_TASK, RL_FIRST_TASK + _TASKS)})  # ranks with tasks
     num_landed, unexpected, attempts = 0, [], []
     for _ in range(kills):
-        rank = stream.randrange(setup.ranks)
-        own = _PER_STEP // setup.ranks
+        rank = stream.choice(busy)
+        own = _GROUP * sum(task % setup.ranks == rank for task in range(RL_FIRST_TASK, RL_FIRST_TASK + _TASKS))
         number = stream.choice([place for place in range(1, 2 * own) if place % own])  # not after a step's last one
         attempt = begin(rl, "killed", plan={"moment": "trajectory", "number": number, "rank": rank})
         attempts.append(attempt)
@@ -72,7 +73,7 @@ def _rows(
     ranks = "1 process" if rl.ranks == 1 else f"{rl.ranks} ranks"
     wanted = Counter(_collected(whole.report_folder))
     found = Counter(name for attempt in attempts for name in _collected(attempt.report_folder))
-    note = f"{num_landed} landed, each with trajectories of the step finished and others in progress"
+    note = f"{num_landed} landed, each after a trajectory that is not the last of its step"
     rows = [
         Row(name=f"{ranks}: kills while collecting that did not land", value=kills - num_landed, bound=0, note=note),
         Row(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
-from moetrain.tasks.config import SHORTEST_CHAIN
+from moetrain.tasks.config import LONGEST_CHAIN, SHORTEST_CHAIN
 
 _SMALLEST, _LARGEST = 10, 99  # of a balance: two digits at every length of a chain
 _LARGEST_NUMBER = 9
+_MOST_TRIES = 1000
 
 
 class OrderKind(StrEnum):
@@ -98,10 +99,22 @@ def draw_orders(
     keys: at least twice as many as orders. branching: probability that an order names two orders to follow, of which
     one is wrong. Raises ConfigError for a number of calls that no chain has.
     """
+    chain = None
+    while chain is None:  # copies can make all balances equal, which leaves no order that changes one
+        chain = _draw_chain(stream, balances, keys=keys, num_calls=num_calls, branching=branching)
+    return chain
+
+
+def _draw_chain(
+    stream: random.Random, balances: Mapping[str, int], *, keys: list[str], num_calls: int, branching: float
+) -> dict[str, Order] | None:
+    """Return the orders of a chain by key; None where the balances leave no order of the next kind."""
     state, unused = dict(balances), list(keys)
     chain: list[Order] = []
     for kind in _draw_kinds(stream, num_calls):
         order = _draw_order(stream, state, kind=kind, key=unused.pop())
+        if order is None:
+            return None
         for posting in order.postings:
             state[posting.target] = posting.value(state[posting.source])
         last = state[order.postings[-1].target] if order.postings else 0
@@ -110,7 +123,9 @@ def draw_orders(
     orders = {order.key: order for order in chain}
     for key in sorted({order.else_key for order in chain} | {order.next_key for order in chain}):
         if key and key not in orders:  # the wrong branch: it can be carried out, and ends in a report
-            orders[key] = _draw_order(stream, state, kind=OrderKind.report, key=key)
+            report = _draw_order(stream, state, kind=OrderKind.report, key=key)
+            assert report is not None  # it changes no balance
+            orders[key] = report
     return orders
 
 
@@ -127,8 +142,10 @@ def _linked(stream: random.Random, order: Order, *, last: int, unused: list[str]
 
 
 def _draw_kinds(stream: random.Random, num_calls: int) -> list[OrderKind]:
-    if num_calls < SHORTEST_CHAIN:
-        raise ConfigError(f"a ledger task of {num_calls} calls cannot be made: give at least {SHORTEST_CHAIN} calls")
+    if not SHORTEST_CHAIN <= num_calls <= LONGEST_CHAIN:
+        raise ConfigError(
+            f"a ledger task of {num_calls} calls cannot be made: give {SHORTEST_CHAIN} to {LONGEST_CHAIN} calls"
+        )
     left = num_calls - NUM_CALLS[OrderKind.report]
     kinds: list[OrderKind] = []
     while left:
@@ -142,9 +159,9 @@ def _draw_kinds(stream: random.Random, num_calls: int) -> list[OrderKind]:
     return [*kinds, OrderKind.report]
 
 
-def _draw_order(stream: random.Random, state: Mapping[str, int], *, kind: OrderKind, key: str) -> Order:
-    """Return an order whose postings all change a balance, to one of two digits."""
-    while True:
+def _draw_order(stream: random.Random, state: Mapping[str, int], *, kind: OrderKind, key: str) -> Order | None:
+    """Return an order whose postings all change a balance, to one of two digits; None when none is found."""
+    for _ in range(_MOST_TRIES):
         account, other = stream.sample(sorted(state), 2)
         number = stream.randint(1, _LARGEST_NUMBER)
         order = Order(
@@ -157,6 +174,7 @@ def _draw_order(stream: random.Random, state: Mapping[str, int], *, kind: OrderK
         values = {posting.target: posting.value(state[posting.source]) for posting in order.postings}
         if all(_SMALLEST <= value <= _LARGEST and value != state[target] for target, value in values.items()):
             return order
+    return None
 
 
 def draw_balances(stream: random.Random, accounts: list[str]) -> dict[str, int]:
