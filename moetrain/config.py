@@ -234,8 +234,8 @@ class RlRun(TrainingRun):
         check_mode(self.rollout, self.train)
         if self.rl.max_staleness and self.rollout.mode is Mode.deterministic:
             raise ConfigError(
-                f"rl.max_staleness is {self.rl.max_staleness} with rollout.mode=deterministic: older weights have other "
-                "logprobs than the trainer. Give rl.max_staleness=0, or rollout.mode=fast"
+                f"rl.max_staleness is {self.rl.max_staleness} with rollout.mode=deterministic: older weights have other"
+                " logprobs than the trainer. Give rl.max_staleness=0, or rollout.mode=fast"
             )
 
 
