@@ -17,9 +17,10 @@ from moetrain.run.stage import CONFIG
 
 def trained_context(origin: Origin) -> Mapping[str, Any] | None:
     """Return the context policy of the stage that trained the weights; None if it is unknown."""
+    found: Any = None
     if is_export(origin.path):
         found = read_record(origin.path).get(CONTEXT)
-    else:
+    elif origin.checkpoint is not None:
         task = read_yaml(origin.path.resolve().parent.parent / CONFIG).get("task")
         found = task.get("context") if isinstance(task, Mapping) else None
     is_known = isinstance(found, Mapping) and found.get("kind") in set(ContextKind)

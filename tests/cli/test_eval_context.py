@@ -1,7 +1,7 @@
 """An evaluation under another context policy than that of training is refused unless it is asked for."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ from moetrain.chat.context import ContextKind, ContextPolicy, described
 from moetrain.cli.eval import main
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
+from moetrain.run.trained_context import trained_context
+from moetrain.run.weights import read_weights
 from tests.even_task import even_export
 
 
@@ -38,6 +40,13 @@ def test_another_context_than_that_of_training_is_refused(
     words = [f"init_from={export}", f"run.folder={tmp_path / 'runs'}", *settings]
     with pytest.raises(ConfigError, match=r"task\.context is not the one that .* was trained with \(.* -> .*\): give"):
         main(compose("eval", words))
+
+
+def test_a_file_above_a_folder_of_another_program_is_not_read(tmp_path: Path) -> None:
+    origin = replace(read_weights(str(even_export(tmp_path / "ours"))), path=tmp_path / "models" / "theirs" / "v1")
+    origin.path.mkdir(parents=True)
+    (tmp_path / "models" / "config.yaml").write_text("task: {context: {kind: notes}}")
+    assert origin.checkpoint is None and trained_context(origin) is None
 
 
 @pytest.mark.parametrize("trained", [NOTES, None])
