@@ -103,9 +103,9 @@ class Context:
     ) -> None:
         """Begin the first segment. prompt: the task. stream: seeds the number of calls of each segment."""
         self._policy = policy
-        self._prompt = list(prompt)
         self._stream = stream
         self._tokenize = tokenize
+        self._prompt = tokenize(prompt)
         self._header = tokenize(generation_prompt())
         self._turns: list[_Turn] = []
         self._note: str | None = None
@@ -120,10 +120,10 @@ class Context:
         self.opening = self._opening()
 
     def _opening(self) -> list[int]:
-        tokens = self._tokenize(self._prompt)
+        tokens = self._prompt
         if self._note is not None:
             note = Message(role=Role.user, content=NOTE_PREFIX + self._note)
-            tokens = tokens + self._tokenize(message_pieces(note))
+            tokens = [*tokens, *self._tokenize(message_pieces(note))]
         for turn in self._turns:
             tokens = [*tokens, *self._header, *turn.tokens, *self._given(turn.given)]
         return [*tokens, *self._header]

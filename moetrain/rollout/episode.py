@@ -246,7 +246,6 @@ class Episode:
         config, context = self._config, self._context
         assert context is not None
         length = len(self.sequence.tokens)
-        reserve = 2 * config.max_turn_tokens + config.max_output_tokens  # a turn, its results and a note
         if self._num_turns >= config.max_turns:
             self._end(Ending.max_turns)
         elif config.max_sampled_tokens and self._num_sampled() >= config.max_sampled_tokens:
@@ -255,7 +254,7 @@ class Episode:
             self._end(Ending.stalled)
         elif config.max_seconds and time.monotonic() - self._started > config.max_seconds:
             self._end(Ending.max_seconds)
-        elif context.is_full or (context.can_end and length + len(after) + reserve > config.max_tokens):
+        elif context.is_full or (context.can_end and length + len(after) > self._longest_context):
             if context.asks_for_note:
                 self._extend(context.note_request)
                 self._writes_note = True
@@ -263,6 +262,12 @@ class Episode:
                 self._begin_segment("")
         else:
             self._extend(after)
+
+    @property
+    def _longest_context(self) -> int:
+        """Tokens after which a turn, its results and a note might not fit."""
+        config = self._config
+        return max(config.max_tokens - 2 * config.max_turn_tokens - config.max_output_tokens, 1)
 
     def _num_sampled(self) -> int:
         return sum(segment.num_sampled for segment in self._segments) + sum(self.sequence.is_sampled)
@@ -277,8 +282,7 @@ class Episode:
     def _begin_segment(self, note: str) -> None:
         assert self._context is not None
         self._writes_note = False
-        reserve = 2 * self._config.max_turn_tokens + self._config.max_output_tokens
-        self._context.begin_next(note, max_tokens=max(self._config.max_tokens - reserve, 1))
+        self._context.begin_next(note, max_tokens=self._longest_context)
         opening = self._context.opening
         if len(opening) >= self._config.max_tokens:
             self._end(Ending.max_tokens)

@@ -30,8 +30,8 @@ def segments(
 
     A note is the reasoning of the turn that follows it, which must therefore hold all that the turn depends on. Turns
     that a segment takes over from an earlier one are no targets. tools: those to declare. stream: seeds the number of
-    calls of each segment. Raises DataError for wrong ids of calls, and for a question
-    after the first turn that the policy would lose.
+    calls of each segment. Raises DataError for wrong ids of calls, for a question after the first turn that the policy
+    would lose, and for a turn without the reasoning that would be a note.
     """
 
     def tokenize(pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
@@ -63,6 +63,11 @@ def segments(
         if context.is_full:
             note = messages[following].reasoning
             if context.asks_for_note:
+                if not note:
+                    raise DataError(
+                        "task.context.kind=notes takes the reasoning of a demonstration's turns as notes, and a turn "
+                        "has none: let the demonstrator reason, or give another kind"
+                    )
                 written = tokenize(turn_pieces(Message(role=Role.assistant, content=note)))
                 tokens += context.note_request + written[0]
                 is_target += [False] * len(context.note_request) + written[1]

@@ -8,6 +8,7 @@ from moetrain.chat.context import NOTE_REQUEST, ContextKind, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.template import pieces_to_tokens, turn_pieces
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
 from moetrain.rollout.types import Ending, Trajectory
@@ -109,3 +110,36 @@ def test_a_note_that_calls_a_tool_ends_the_trajectory(tokenizer: Tokenizer) -> N
     )
     trajectory = _play(_episode(tokenizer, policy), iter([turn, turn]))
     assert trajectory.ending is Ending.invalid_turn and trajectory.grade.reason == "a note calls a tool"
+
+
+@pytest.mark.parametrize(
+    ("later", "reason"),
+    [
+        ([Message(role=Role.assistant, content="7")], "a turn has none: let the demonstrator reason"),
+        (
+            [Message(role=Role.user, content="and now?"), Message(role=Role.assistant, reasoning="so", content="7")],
+            "keeps the first question only, and a demonstration has a later one: give full or hide_results",
+        ),
+    ],
+)
+def test_a_demonstration_that_notes_cannot_divide_is_refused(
+    later: list[Message], reason: str, tokenizer: Tokenizer
+) -> None:
+    call = ToolCall(name="get", arguments="{}", id="functions.get:0")
+    messages = [
+        Message(role=Role.user, content="what is it?"),
+        Message(role=Role.assistant, reasoning="look", tool_calls=[call]),
+        Message(role=Role.tool, name="get", tool_call_id=call.id, content="7"),
+        *later,
+    ]
+    notes = ContextPolicy(kind=ContextKind.notes, min_calls=1, max_calls=1)
+    with pytest.raises(DataError, match=reason):
+        list(segments(messages, policy=notes, stream=0, tokenizer=tokenizer))
+    whole = list(segments(messages, policy=ContextPolicy(), stream=0, tokenizer=tokenizer))
+    assert len(whole) == 1
+
+
+@pytest.mark.parametrize("kind", ContextKind)
+def test_a_conversation_without_turns_is_one_segment(kind: ContextKind, tokenizer: Tokenizer) -> None:
+    messages = [Message(role=Role.user, content="hello")]
+    assert len(list(segments(messages, policy=ContextPolicy(kind=kind), stream=0, tokenizer=tokenizer))) == 1
