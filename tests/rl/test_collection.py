@@ -1,5 +1,6 @@
 """Groups that are begun early: each is used once, none is too old, and a run that was stopped loses none."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moetrain.rl.collection import USED, Collection
 from moetrain.rl.stage import collection_of
 from moetrain.rollout.sync import sync_weights
 from moetrain.rollout.types import Trajectory
+from tests.report.nano_run import trajectory
 from tests.rl.test_stage import _TRAIN, MODEL, _engine, _stage
 
 STEPS = 6
@@ -97,3 +99,25 @@ def test_tasks_that_a_damaged_file_does_not_name_count_as_used_in_order(
     groups, _ = again.groups(model, step=3)
     again.close()
     assert "does not name the tasks of all steps" in caplog.text and len(groups) == 4
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", ["last first", "random"])
+def test_no_group_is_used_too_late_in_whatever_order_groups_become_complete(staleness: int, order: str) -> None:
+    collection, stream = _collection(None, staleness=staleness), random.Random(staleness)
+    setting = collection._setting
+    for step in range(STEPS):
+        collection._new_requests(step)
+        waiting = [task for task in collection._begun if not collection._groups[task].finished]
+        waiting = sorted(task for task in waiting if task not in (collection._used or ()))
+        if order == "random":
+            stream.shuffle(waiting)
+        while (chosen := collection._choose(step)) is None:
+            task = waiting.pop()
+            for sample in range(8):
+                collection._add(replace(trajectory(task, success=True), sample=sample))
+        assert len(chosen) == 4 and all(setting.begun_at(task) <= step <= setting.last_use(task) for task in chosen)
+        for task in chosen:
+            collection._groups.pop(task)
+        collection._mark_used(chosen, step=step)
+    assert collection._used == set(range(4 * STEPS))
