@@ -45,8 +45,10 @@ class Mode:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """The trajectories of a mode in the order of its tasks. samples_per_turn: mean number of
-    samples that a vote on a turn took; None without votes."""
+    """The trajectories of a mode in the order of its tasks.
+
+    samples_per_turn: mean number of samples that a vote on a turn took; None without votes.
+    """
 
     trajectories: list[Trajectory]
     samples_per_turn: float | None

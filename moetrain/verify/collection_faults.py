@@ -14,7 +14,8 @@ from moetrain.errors import ConfigError
 from moetrain.runtime import python_stream
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.verify import fault_runs
-from moetrain.verify.fault_runs import COLLECTED, Attempt, FaultSetup, begin
+from moetrain.verify.fault_runs import Attempt, FaultSetup, begin
+from moetrain.verify.injection import COLLECTED
 from moetrain.verify.table import Row
 
 _TASKS, _GROUP = 4, 4

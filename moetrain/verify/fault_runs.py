@@ -25,8 +25,6 @@ CHECKPOINT_EVERY = 2
 LIFE_LIMIT_S = 300.0
 """Time limit of an attempt in seconds; an attempt that takes longer counts as hung and is killed."""
 _POLL_S = 0.002
-COLLECTED = "collected"
-"""Beginning of the names of the files with the trajectories that a rank finished."""
 _SHUTDOWN_S = 5
 
 

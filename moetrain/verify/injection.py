@@ -28,6 +28,8 @@ from moetrain.parallel.host_memory import HostMemory
 from moetrain.runtime import seed_of
 
 VARIABLE = "MOETRAIN_FAULT"
+COLLECTED = "collected"
+"""Beginning of the names of the files with the trajectories that a rank finished."""
 COLLECTIVES = (
     "all_reduce",
     "all_to_all_single",
@@ -183,7 +185,7 @@ def install() -> None:
     gate = _Gate(plan, rank)
     _watch_files(gate)
     _watch_collectives(gate, Path(plan.folder, f"place_{rank}"))
-    _watch_trajectories(gate, Path(plan.folder, f"collected_{rank}"))
+    _watch_trajectories(gate, Path(plan.folder, f"{COLLECTED}_{rank}"))
     if plan.nan_row >= 0:
         _inject_nan(plan.nan_row)
     if plan.planted != "none":
