@@ -27,12 +27,15 @@ def main(run: ChatRun) -> int:
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
     from moetrain.quant.config import QuantConfig
+    from moetrain.run.trained_context import check_context
     from moetrain.run.weights import read_weights, tokenizer_of
     from moetrain.terminal.screen import Screen
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
+    if run.task_index is not None:
+        check_context(run.task.context, origin)
     max_tokens = origin.model.max_position_embeddings
     check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     library = find_for_generation(Kernels.auto)

@@ -69,7 +69,7 @@ def _numbers(
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     if not run.eval.other_context:
-        check_context(run.task.context, origin)
+        check_context(run.task.context, origin, otherwise=", or eval.other_context=true")
     check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     masters = earlier = None  # read before the rollouts, which take longest, so that a bad folder fails early
     if run.eval.masters is not None:
