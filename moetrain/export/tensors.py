@@ -17,8 +17,6 @@ from moetrain.parallel.state import CHUNK_ELEMENTS
 
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
-_DERIVED = ".rotary_emb.inv_freq"
-"""Buffer that some folders contain although it follows from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +36,9 @@ class FolderTensors:
         """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16."""
         return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
 
-    def check(self, reader: StateReader) -> None:
-        """Raise CheckpointError when a tensor is missing, unknown, of another shape, or contains non-finite values."""
-        found = {
-            name: shape
-            for name, shape in reader.shapes().items()
-            if not name.startswith(_OPTIMIZER_PREFIX) and not name.endswith(_DERIVED)
-        }
+    def check_shapes(self, reader: StateReader) -> None:
+        """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read."""
+        found = {name: shape for name, shape in reader.shapes().items() if not name.startswith(_OPTIMIZER_PREFIX)}
         for name in sorted(self.shapes.keys() - found.keys()):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model")
         for name in sorted(found.keys() - self.shapes.keys()):
@@ -52,6 +46,11 @@ class FolderTensors:
         for name, shape in self.shapes.items():
             if tuple(found[name]) != tuple(shape):
                 raise CheckpointError(f"{name} has shape {list(found[name])}, but this model requires {list(shape)}")
+
+    def check(self, reader: StateReader) -> None:
+        """Raise CheckpointError as `check_shapes`, and when a tensor contains non-finite values."""
+        self.check_shapes(reader)
+        for name, shape in self.shapes.items():
             for first in range(0, shape.numel(), CHUNK_ELEMENTS):
                 chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
                 if not bool(torch.isfinite(chunk_P).all()):
