@@ -11,13 +11,16 @@ import torch
 
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.identity import model_of, quant_of
+from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
+from moetrain.hf.quantization import Fp8Blocks
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.masters import CodeReader
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class Origin:
     - tensors: parameters and buffers under their names in memory, each read from disk on access.
     - reader: the same tensors, with access to ranges.
     - quant: the quantisation they were trained with, None if unknown.
+    - codes: experts that are stored as codes and scales, None if there are none. `tensors` and `reader` have their
+      dequantised values.
+    - is_fp8: whether they are stored in FP8.
     - tokenizer: folder of the tokenizer, None if there is none beside the weights.
     - tokenizer_digest: digest of the tokenizer they were trained with, None if unknown.
     - make_digest: see `digest`.
@@ -49,6 +55,8 @@ class Origin:
     step: int
     tokenizer_digest: str | None = None
     checkpoint: Checkpoint | None = None
+    codes: CodeReader | None = None
+    is_fp8: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -88,6 +96,8 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
     engine.load_state(origin.reader, with_optimizer=False)
+    if isinstance(origin.reader, MastersReader):
+        origin.reader.report()
     _log.info("weights from %s (step %d)", origin.path, origin.step)
 
 
@@ -138,7 +148,9 @@ def _of_hf_folder(path: Path) -> Origin:
         tensors=tensors,
         reader=tensors,
         model=model,
-        quant=None,
+        quant=tensors.quant,
+        codes=tensors if tensors.quant is not None else None,
+        is_fp8=isinstance(tensors.quantization, Fp8Blocks),
         tokenizer=_tokenizer_in(path),
         make_digest=lambda: _digest_of_files(path),
         step=0,

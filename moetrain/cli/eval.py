@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moetrain.checkpoint.origin import Origin
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import Contestant
-    from moetrain.quant.config import QuantConfig
     from moetrain.rollout.types import Trajectory
 
 
@@ -59,7 +58,7 @@ def _numbers(
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
     from moetrain.run.trained_context import check_context
-    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, unquantized
     from moetrain.tasks import registry
 
     # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
@@ -97,8 +96,8 @@ def _numbers(
     quant, is_main = origin.quant or QuantConfig(), topology.is_main
     numbers = evaluate(
         setting,
-        export=_contestant(origin, quant=quant, rollout=run.rollout, is_main=is_main),
-        masters=_contestant(masters, quant=QuantConfig(), rollout=run.rollout, is_main=is_main) if masters else None,
+        export=_contestant(origin, rollout=run.rollout, is_main=is_main),
+        masters=_contestant(unquantized(masters), rollout=run.rollout, is_main=is_main) if masters else None,
         before=before,
     )
     if numbers is None:
@@ -108,14 +107,14 @@ def _numbers(
     return {**numbers, **_language(run, origin)}
 
 
-def _contestant(origin: "Origin", *, quant: "QuantConfig", rollout: RolloutConfig, is_main: bool) -> "Contestant":
+def _contestant(origin: "Origin", *, rollout: RolloutConfig, is_main: bool) -> "Contestant":
     """Return weights to evaluate, in the form for generation."""
     from moetrain.eval.stage import Contestant
-    from moetrain.inference.build import build_model
     from moetrain.kernels.choice import find_for_generation
+    from moetrain.run.weights import generation_model
 
     library = find_for_generation(rollout.kernels)
-    model = build_model(origin.tensors, config=origin.model, quant=quant, library=library, mode=rollout.mode)
+    model = generation_model(origin, library=library, mode=rollout.mode)
     return Contestant(model=model, digest=origin.digest if is_main else "")
 
 

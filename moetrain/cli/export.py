@@ -22,6 +22,7 @@ def main(run: ExportRun) -> int:
         origin = read_weights(run.init_from)
         report = export_model(
             origin.reader,
+            codes=origin.codes,
             folder=folder / EXPORT,
             model=origin.model,
             quant=origin.quant if origin.quant is not None and origin.quant.enabled else run.quant,

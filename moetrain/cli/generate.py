@@ -14,15 +14,13 @@ def main(run: GenerateRun) -> int:
         raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.sampling import Sampling
     from moetrain.inference.speculation import Speculation
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
-    from moetrain.quant.config import QuantConfig
-    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.runtime import seed_of
 
     origin = read_weights(run.init_from)
@@ -32,7 +30,7 @@ def main(run: GenerateRun) -> int:
     )[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     library = find_for_generation(Kernels.auto)
-    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    model = generation_model(origin, library=library)
     engine = GenerationEngine(
         model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens, speculation=Speculation.auto
     )

@@ -21,6 +21,7 @@ from moetrain.hf.quantization import Fp8Blocks, PackedGroups, Quantization, quan
 from moetrain.hf.shape import from_hf_config
 from moetrain.hf.storage import PackedMatrix, Stored, stored_tensors
 from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized
 
 _log = logging.getLogger(__name__)
@@ -114,13 +115,19 @@ class HfFolder(Mapping[str, torch.Tensor]):
             )
         return values
 
-    def packed_experts(self) -> list[str]:
-        """Return the fused tensors of experts, by name in memory, whose matrices are all stored as codes and scales."""
-        return [
-            name
+    @property
+    def quant(self) -> QuantConfig | None:
+        """Config with which packed experts can be trained further; None if the folder has none."""
+        is_packed = isinstance(self.quantization, PackedGroups) and bool(self.packed_experts())
+        return self.quantization.quant if isinstance(self.quantization, PackedGroups) and is_packed else None
+
+    def packed_experts(self) -> dict[str, int]:
+        """Return name in memory and number of experts of the fused tensors of which all matrices are packed."""
+        return {
+            name: self._shapes[name][0]
             for name, parts in self._parts.items()
-            if len(self._shapes[name]) == len(("E", "O", "I")) and all(isinstance(part, PackedMatrix) for part in parts)
-        ]
+            if len(self._shapes[name]) == 3 and all(isinstance(part, PackedMatrix) for part in parts)
+        }
 
     def codes(self, name: str, *, first: int, last: int) -> Quantized:
         """Return codes [E, O, I] and scales of the experts [first, last) of a tensor of `packed_experts`, as stored."""

@@ -100,10 +100,61 @@ def _mx_codes(quotients: Tensor) -> Tensor:
     return ((quotients / steps).round() * steps).clamp(-E2M1_HALVES[-1], E2M1_HALVES[-1])
 
 
+_FITTED_DIVISORS = (7, 8, 6, 5, 4)
+"""Codes that the largest weight of a group may have, the most usual first."""
+_ON_GRID = 0.1
+"""Distance to the codes, in steps, below which weights are codes times one scale. The rounding to bf16 causes at most
+1 / 16; if the largest code is taken for its neighbour, a weight of code 1 or -1 is at least 1 / 8 away."""
+
+
+def _fitted_scales(weight_XOGS: Tensor) -> Tensor:
+    """Return the scales that leave the smallest largest error, out of those that give the largest weight a whole code.
+
+    If all weights of a group are codes times one scale, this is the scale: least squares gives it but for the last bit,
+    and the bf16 number that gives every weight again is taken. Maxima, and sums that float64 holds exactly, do not
+    depend on the order of the weights.
+    """
+    weights = weight_XOGS.float()
+    amax_XOG = weights.abs().amax(dim=-1)
+    scales_XOG = torch.zeros_like(amax_XOG)
+    errors_XOG = torch.full_like(amax_XOG, torch.inf)
+    for divisor in _FITTED_DIVISORS:
+        steps_XOG = amax_XOG / divisor
+        quotients = weights / steps_XOG.masked_fill(steps_XOG == 0, torch.inf).unsqueeze(-1)
+        codes = _fitted_codes(quotients)
+        distances_XOG = (quotients - codes).abs().amax(dim=-1)
+        is_on_grid = distances_XOG < _ON_GRID
+        error_XOG = (distances_XOG * steps_XOG).masked_fill(is_on_grid, 0.0)
+        products, squares = (weights.double() * codes).sum(dim=-1), codes.double().square().sum(dim=-1)
+        fitted_XOG = torch.where(is_on_grid & (squares > 0), (products / squares).float(), steps_XOG)
+        is_better = error_XOG < errors_XOG
+        scales_XOG = torch.where(is_better, fitted_XOG, scales_XOG)
+        errors_XOG = torch.where(is_better, error_XOG, errors_XOG)
+    return _with_exact_scales(scales_XOG.to(torch.bfloat16), weight_XOGS, is_on_grid_XOG=errors_XOG == 0)
+
+
+def _with_exact_scales(scales_XOG: Tensor, weight_XOGS: Tensor, *, is_on_grid_XOG: Tensor) -> Tensor:
+    """Replace the scales of groups on a grid by the adjacent bf16 number where only that gives every weight again."""
+    scales_N, weight_NS = scales_XOG[is_on_grid_XOG], weight_XOGS[is_on_grid_XOG]
+    codes_NS = _fitted_codes(weight_NS / scales_N.masked_fill(scales_N == 0, torch.inf).unsqueeze(-1))
+    exact_N = scales_N
+    for step in (-1, 1, 0):
+        near_N = (scales_N.view(torch.int16) + step).view(torch.bfloat16)
+        gives_all_N = (codes_NS * near_N.unsqueeze(-1) == weight_NS).all(dim=-1)
+        exact_N = torch.where(gives_all_N, near_N, exact_N)
+    return scales_XOG.masked_scatter(is_on_grid_XOG, exact_N)
+
+
+def _fitted_codes(quotients: Tensor) -> Tensor:
+    return quotients.round().clamp(-8, 7)
+
+
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
     {
         # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes; requantisation changes nothing.
         GridName.kimi7: Grid(scales_of=_kimi7_scales, codes_of=_kimi7_codes),
+        # For codes and scales of other rules: code -8, and groups whose largest code is not 7.
+        GridName.fitted: Grid(scales_of=_fitted_scales, codes_of=_fitted_codes),
         # MXFP4: e2m1 codes, scales that are powers of two; requantisation changes nothing.
         GridName.mx: Grid(scales_of=_mx_scales, codes_of=_mx_codes),
     }

@@ -11,7 +11,7 @@ from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.parallel.topology import Topology, setup
 from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
-from moetrain.run.weights import read_weights
+from moetrain.run.weights import training_weights
 from moetrain.tasks import registry
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
@@ -23,13 +23,12 @@ from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of
 
 def train(run: DocumentRun) -> int:
     """Run a stage that trains on documents; return its exit code."""
-    weights = run.continue_from or run.init_from
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         status = train_stage(
             sections_of(run),
             folder=folder,
             metrics=metrics,
-            origin=read_weights(weights) if weights is not None else None,
+            origin=training_weights(run) if run.continue_from or run.init_from else None,
             dialogues=dialogues_of(run.data, run.task, seed=run.run.seed),
             dialogue_texts=_texts(run),
         )
