@@ -62,6 +62,10 @@ class HfFolder(Mapping[str, torch.Tensor]):
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
+        self.is_plain_or_packed = not isinstance(quantization, Fp8Blocks) and all(
+            name == on_disk for name, on_disk in used.names.items()
+        )
+        """Whether the names are those of the language model alone, and no tensor is FP8."""
         self._parts = {name: [tensor] for name, tensor in stored.items() if expert_matrix(name) is None}
         self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
         for name, matrices in fused.items():

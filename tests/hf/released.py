@@ -88,48 +88,49 @@ def wrapped_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def weights(*, layers: int = LAYERS, q_lora: int | None = Q_LORA, seed: int = 3) -> Disk:
+def weights(*, layers: int = LAYERS, q_lora: int | None = Q_LORA, seed: int = 3, hidden: int = HIDDEN) -> Disk:
     """Return the bf16 weights of a model by name on disk; the balance bias is float32, as in the released ones."""
     stream = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, mean: float = 0.0) -> Tensor:
         return (mean + 0.05 * torch.randn(*shape, generator=stream)).to(torch.bfloat16)
 
-    disk = {"model.embed_tokens.weight": draw(VOCAB, HIDDEN), "lm_head.weight": draw(VOCAB, HIDDEN)}
-    disk["model.norm.weight"] = draw(HIDDEN, mean=1.0)
+    disk = {"model.embed_tokens.weight": draw(VOCAB, hidden), "lm_head.weight": draw(VOCAB, hidden)}
+    disk["model.norm.weight"] = draw(hidden, mean=1.0)
     for layer in range(layers):
         at = f"model.layers.{layer}."
         attention = {
-            "kv_a_proj_with_mqa": (KV_LORA + ROPE, HIDDEN),
+            "kv_a_proj_with_mqa": (KV_LORA + ROPE, hidden),
             "kv_b_proj": (HEADS * (NOPE + VALUE), KV_LORA),
-            "o_proj": (HIDDEN, HEADS * VALUE),
+            "o_proj": (hidden, HEADS * VALUE),
         }
         queries = HEADS * (NOPE + ROPE)
         if q_lora is None:
-            attention["q_proj"] = (queries, HIDDEN)
+            attention["q_proj"] = (queries, hidden)
         else:
-            attention |= {"q_a_proj": (q_lora, HIDDEN), "q_b_proj": (queries, q_lora)}
+            attention |= {"q_a_proj": (q_lora, hidden), "q_b_proj": (queries, q_lora)}
             disk[f"{at}self_attn.q_a_layernorm.weight"] = draw(q_lora, mean=1.0)
         disk |= {f"{at}self_attn.{name}.weight": draw(*shape) for name, shape in attention.items()}
-        for name, size in {"self_attn.kv_a": KV_LORA, "input_": HIDDEN, "post_attention_": HIDDEN}.items():
+        for name, size in {"self_attn.kv_a": KV_LORA, "input_": hidden, "post_attention_": hidden}.items():
             suffix = "layernorm.weight" if name.endswith("_") else "_layernorm.weight"
             disk[f"{at}{name}{suffix}"] = draw(size, mean=1.0)
         if layer == 0:
-            disk |= _feed_forward(f"{at}mlp", DENSE, draw)
+            disk |= _feed_forward(f"{at}mlp", (DENSE, hidden), draw)
             continue
-        disk[f"{at}mlp.gate.weight"] = draw(EXPERTS, HIDDEN)
+        disk[f"{at}mlp.gate.weight"] = draw(EXPERTS, hidden)
         disk[f"{at}mlp.gate.e_score_correction_bias"] = draw(EXPERTS).float()
-        disk |= _feed_forward(f"{at}mlp.shared_experts", WIDTH, draw)
+        disk |= _feed_forward(f"{at}mlp.shared_experts", (WIDTH, hidden), draw)
         for expert in range(EXPERTS):
-            disk |= _feed_forward(f"{at}mlp.experts.{expert}", WIDTH, draw)
+            disk |= _feed_forward(f"{at}mlp.experts.{expert}", (WIDTH, hidden), draw)
     return disk
 
 
-def _feed_forward(at: str, width: int, draw: Callable[..., Tensor]) -> Disk:
+def _feed_forward(at: str, shape: tuple[int, int], draw: Callable[..., Tensor]) -> Disk:
+    width, hidden = shape
     return {
-        f"{at}.gate_proj.weight": draw(width, HIDDEN),
-        f"{at}.up_proj.weight": draw(width, HIDDEN),
-        f"{at}.down_proj.weight": draw(HIDDEN, width),
+        f"{at}.gate_proj.weight": draw(width, hidden),
+        f"{at}.up_proj.weight": draw(width, hidden),
+        f"{at}.down_proj.weight": draw(hidden, width),
     }
 
 
@@ -190,6 +191,7 @@ def int4(
     *,
     codes_of: Callable[[Tensor], tuple[Tensor, Tensor]] = kimi_codes,
     shape_dtype: torch.dtype = torch.int32,
+    with_values: bool = True,
 ) -> tuple[Disk, Disk]:
     """Return the tensors as Kimi K2 Thinking stores them, and their values: only routed experts are INT4."""
     stored = {name: tensor for name, tensor in disk.items() if not is_expert(name)}
@@ -201,6 +203,8 @@ def int4(
         stored[f"{module}.weight_packed"] = nibbles.sum(-1).to(torch.uint32).view(torch.int32)
         stored[f"{module}.weight_scale"] = scales
         stored[f"{module}.weight_shape"] = torch.tensor(codes.shape, dtype=shape_dtype)
+        if not with_values:
+            continue
         products = codes.unflatten(1, (-1, GROUP)) * scales.float().unsqueeze(-1)
         values[name] = products.flatten(1).bfloat16()
     return stored, values

@@ -1,8 +1,6 @@
 """Logits of released folders: ours against those of transformers, which reads the same files with its own code."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from moetrain.hf.folder import open_hf_folder
 from moetrain.model.transformer import Transformer
-from moetrain.verify.exports import transformers_logits, transformers_model
+from moetrain.verify.hf import HfFault, verify_folder
 from tests.hf import released
 
 BOUND = 2e-6
@@ -19,7 +17,7 @@ BOUND = 2e-6
 
 def ours(folder: Path, tokens_BT: Tensor) -> Tensor:
     config, tensors = open_hf_folder(folder)
-    model = Transformer(replace(config), compute_dtype=torch.float32)
+    model = Transformer(config, compute_dtype=torch.float32)
     model.load_state_dict(dict(tensors))
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     with torch.no_grad():
@@ -27,26 +25,24 @@ def ours(folder: Path, tokens_BT: Tensor) -> Tensor:
         return model.logits(output.hidden_BTD)
 
 
-def for_transformers(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a config that transformers' own class reads: it has none for kimi_k2, and no remote code is run."""
-    return {name: value for name, value in values.items() if name != "auto_map"} | {"model_type": "deepseek_v3"}
-
-
-@pytest.mark.parametrize("kind", ["bf16", "moonlight", "int4", "int4 of another rule"])
+@pytest.mark.parametrize("kind", ["bf16", "moonlight", "int4", "int4 of another rule", "wrapped"])
 def test_logits_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
     disk = released.weights(q_lora=None if kind == "moonlight" else released.Q_LORA)
     values = released.config()
     if kind == "moonlight":
-        values |= {"q_lora_rank": None, "rope_scaling": None}
+        values |= {"model_type": "deepseek_v3", "q_lora_rank": None, "rope_scaling": None}
     if kind.startswith("int4"):
-        rule = released.foreign_codes if "rule" in kind else released.kimi_codes
-        disk, _ = released.int4(disk, codes_of=rule)
+        disk, _ = released.int4(disk, codes_of=released.foreign_codes if "rule" in kind else released.kimi_codes)
         values["quantization_config"] = released.EXPERT_CONFIG
-    folder = released.write(tmp_path / "hf", disk, values=for_transformers(values), shards=2)
-    tokens_BT = torch.randint(released.VOCAB, (2, 80), generator=torch.Generator().manual_seed(0))
-    theirs_BTV = transformers_logits(transformers_model(folder, dtype=torch.float32), tokens_BT)
-    ours_BTV = ours(folder, tokens_BT)
-    assert float((ours_BTV - theirs_BTV).abs().max()) < BOUND * float(theirs_BTV.abs().max())
+    if kind == "wrapped":
+        disk = {f"language_model.{name}": tensor for name, tensor in released.int4(disk)[0].items()}
+        values = released.wrapped_config()
+    folder = released.write(tmp_path / "hf", disk, values=values, shards=2)
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (folder / name).write_text("raise RuntimeError('this code was run')")
+    row = verify_folder(folder, seed=0, num_rows=2, num_tokens=80, fault=HfFault.none)
+    assert row.value < BOUND
+    assert ("read by this package for both" in row.name) == (kind == "wrapped")
 
 
 def test_fp8_weights_and_the_same_weights_in_bf16_have_the_same_logits(tmp_path: Path) -> None:
