@@ -58,7 +58,7 @@ def _numbers(
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
     from moetrain.run.trained_context import check_context
-    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, unquantized
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, unquantized, with_codes
     from moetrain.tasks import registry
 
     # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
@@ -103,7 +103,7 @@ def _numbers(
     if numbers is None:
         return None
     if earlier is not None:
-        numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
+        numbers["code_changes"] = code_changes(with_codes(earlier), with_codes(origin), quant=quant)
     return {**numbers, **_language(run, origin)}
 
 

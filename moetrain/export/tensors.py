@@ -33,8 +33,13 @@ class FolderTensors:
     """Names of modules with a matrix, except the routed experts and the embedding."""
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16."""
-        return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
+        """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16.
+
+        One that comes in bf16, as in a released folder, stays so.
+        """
+        if name in self.float32 and tensor.dtype is not torch.bfloat16:
+            return tensor.to(torch.float32)
+        return tensor.to(torch.bfloat16)
 
     def check_shapes(self, reader: StateReader) -> None:
         """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read."""

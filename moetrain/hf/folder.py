@@ -183,9 +183,8 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
     if isinstance(folder.quantization, Fp8Blocks):
         _log.info("%s: the weights are FP8; they are read as bf16", path)
     elif isinstance(folder.quantization, PackedGroups):
-        _log.info(
-            "%s: the experts of %d tensors are %s", path, len(folder.packed_experts()), folder.quantization.format
-        )
+        packed, format = len(folder.packed_experts()), folder.quantization.format
+        _log.info("%s: %d tensors of experts are stored in %s", path, packed, format)
     return config, folder
 
 

@@ -11,13 +11,14 @@ from moetrain.checkpoint.shape import mismatched_fields
 from moetrain.config import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.read import is_export, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import user_path
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
-from moetrain.inference.weights import TensorsWithCodes
+from moetrain.inference.weights import Tensors, TensorsWithCodes
 from moetrain.kernels.build import Library
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
@@ -74,13 +75,23 @@ def training_weights(run: TrainingRun) -> Origin:
     return replace(origin, reader=MastersReader(origin.reader, origin.codes, grid=quant.grid, seed=seed))
 
 
+def warn_of_fp8(origin: Origin, export: ExportConfig) -> None:
+    """Log a warning when an export quantises experts that are stored in FP8."""
+    if origin.is_fp8 and export.format is not ExportFormat.bf16:
+        _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
+
+
 def generation_model(origin: Origin, *, library: Library | None, mode: Mode = Mode.fast) -> Model:
     """Return the model for generation. Experts that are stored as codes and scales are computed with these."""
     quant = origin.quant or QuantConfig()
-    if origin.codes is None:
-        return build_model(origin.tensors, config=origin.model, quant=quant, library=library, mode=mode)
-    tensors = TensorsWithCodes(origin.tensors, origin.codes)
-    return build_model(tensors, config=origin.model, quant=QuantConfig(), library=library, mode=mode)
+    if origin.codes is not None:
+        quant = QuantConfig()
+    return build_model(with_codes(origin), config=origin.model, quant=quant, library=library, mode=mode)
+
+
+def with_codes(origin: Origin) -> Tensors:
+    """Return the weights by name, with experts that are stored as codes and scales as such."""
+    return origin.tensors if origin.codes is None else TensorsWithCodes(origin.tensors, origin.codes)
 
 
 def unquantized(origin: Origin) -> Origin:
