@@ -100,3 +100,29 @@ def test_masters_of_mxfp4_keep_their_codes() -> None:
     assert masters.num_changed == 0
     assert _is_same(quantize(masters.weights_XOI, grid=GridName.mx, group_size=GROUP), quantized)
     assert float(_offsets(masters.weights_XOI, quantized).abs().max()) > 0.2
+
+
+def _reference(values: list[float]) -> tuple[list[int], float]:
+    """Return codes and scale of one group off any grid: of five scales the one with the smallest largest error."""
+    amax = max(map(abs, values))
+    errors = {}
+    for divisor in (7, 8, 6, 5, 4):
+        step = amax / divisor
+        errors[divisor] = max(abs(v - step * max(-8, min(7, round(v / step)))) for v in values)
+    best = min(errors, key=lambda divisor: errors[divisor])
+    scale = float(torch.tensor(amax / best).bfloat16())
+    quotients = [float(torch.tensor(v).bfloat16() / torch.tensor(scale).bfloat16()) for v in values]
+    return [max(-8, min(7, round(q))) for q in quotients], scale
+
+
+def test_codes_and_scales_of_the_fitted_grid_equal_a_scalar_reference() -> None:
+    weight = 0.02 * torch.randn(24, GROUP, generator=torch.Generator().manual_seed(6))
+    quantized = quantize(weight, grid=GridName.fitted, group_size=GROUP)
+    assert int(quantized.codes_XOI.min()) == -8 and int(quantized.codes_XOI.max()) == 7
+    many = torch.randn(512, 1024, generator=torch.Generator().manual_seed(7))
+    error = dequantize(quantize(many, grid=GridName.fitted, group_size=GROUP)) - many
+    assert 0.0915 < float(error.norm() / many.norm()) < 0.0925
+    for row in range(len(weight)):
+        codes, scale = _reference(weight[row].bfloat16().tolist())
+        assert quantized.codes_XOI[row].tolist() == codes
+        assert float(quantized.scales_XOG[row, 0]) == scale
