@@ -55,11 +55,28 @@ class FolderTensors:
     def check(self, reader: StateReader) -> None:
         """Raise CheckpointError as `check_shapes`, and when a tensor contains non-finite values."""
         self.check_shapes(reader)
+        finite = FiniteReader(reader)
         for name, shape in self.shapes.items():
             for first in range(0, shape.numel(), CHUNK_ELEMENTS):
-                chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
-                if not bool(torch.isfinite(chunk_P).all()):
-                    raise CheckpointError(f"{name} holds numbers that are not finite: use an earlier checkpoint")
+                finite.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
+
+
+class FiniteReader:
+    """Implements `StateReader` over another one and checks what it reads."""
+
+    def __init__(self, reader: StateReader) -> None:
+        self._reader = reader
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return self._reader.shapes()
+
+    def read(self, name: str, *, first: int, last: int) -> Tensor:
+        """Return the elements [first, last) of a flattened tensor. Raises CheckpointError if one is not finite."""
+        values = self._reader.read(name, first=first, last=last)
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{name} holds numbers that are not finite: use an earlier checkpoint")
+        return values
 
 
 def folder_tensors(config: ModelConfig) -> FolderTensors:

@@ -18,7 +18,7 @@ from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, wri
 from moetrain.export.gguf_file import GGUF_FILE, write_gguf
 from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
 from moetrain.export.gguf_tensors import gguf_tensors
-from moetrain.export.tensors import FolderTensors, folder_tensors
+from moetrain.export.tensors import FiniteReader, FolderTensors, folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import check_consumers, obstacles
 from moetrain.hf.names import hf_disk_tensors
@@ -93,9 +93,9 @@ def export_model(
     reasons = consumer_reasons(model, quant, format=export.format)
     check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
-    tensors.check(reader)
+    tensors.check_shapes(reader)
     _check_rows(tokenizer, model)
-    experts = ExpertCodes(reader, codes, quant=quant, shapes=tensors.shapes)
+    experts = ExpertCodes(reader := FiniteReader(reader), codes, quant=quant, shapes=tensors.shapes)
     is_packed = export.format is ExportFormat.quantized
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
