@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,9 +177,12 @@ def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
 
 
 def _digest_of_files(path: Path) -> str:
-    """Return a sha256 over the config and the weight files of a folder."""
-    digest = hashlib.sha256()
-    for file_path in [path / "config.json", *(path / file for file in weight_files(path))]:
-        with file_path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """Return a sha256 over the config and the weight files of a folder, which are read at the same time."""
+
+    def digest_of(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    files = [path / "config.json", *(path / file for file in weight_files(path))]
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest_of, files))).hexdigest()
