@@ -17,7 +17,6 @@ from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
-from moetrain.hf.quantization import Fp8Blocks
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.quant.config import QuantConfig
@@ -151,7 +150,7 @@ def _of_hf_folder(path: Path) -> Origin:
         model=model,
         quant=tensors.quant,
         codes=tensors if tensors.quant is not None else None,
-        is_fp8=isinstance(tensors.quantization, Fp8Blocks),
+        is_fp8=tensors.is_fp8,
         tokenizer=_tokenizer_in(path),
         make_digest=lambda: _digest_of_files(path),
         step=0,

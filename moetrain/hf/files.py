@@ -5,7 +5,7 @@ Nothing is interpreted here: a tensor has the name, dtype and shape that its fil
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,37 @@ class DiskTensor:
 
     def read(self, *, first: int, last: int) -> Tensor:
         """Return the elements [first, last) of the flattened tensor, in the dtype of the file."""
-        return self._read(lambda stored: flat_range(stored, first=first, last=last))
-
-    def rows(self, *, top: int, bottom: int) -> Tensor:
-        """Return the rows [top, bottom) along the first axis, in the dtype of the file."""
-        return self._read(lambda stored: stored[top:bottom])
-
-    def _read(self, take: Callable[[Any], Tensor]) -> Tensor:
         try:
             with safe_open(self.path, framework="pt") as file:
-                return take(file.get_slice(self.name))
+                return flat_range(file.get_slice(self.name), first=first, last=last)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows [top, bottom) of a tensor along its first axis."""
+
+    tensor: DiskTensor
+    top: int
+    bottom: int
+
+
+def read_rows(rows: Mapping[str, Rows]) -> dict[str, Tensor]:
+    """Return the values of `rows` under the same keys, in the dtypes of the files. Each file is opened once.
+
+    Opening a file parses its header, which takes milliseconds where it lists thousands of tensors.
+    """
+    values: dict[str, Tensor] = {}
+    for path in dict.fromkeys(part.tensor.path for part in rows.values()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key, part in rows.items():
+                    if part.tensor.path == path:
+                        values[key] = file.get_slice(part.tensor.name)[part.top : part.bottom]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return values
 
 
 def read_object(path: Path) -> dict[str, Any]:

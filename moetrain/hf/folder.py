@@ -17,9 +17,9 @@ from moetrain.hf.files import INDEX_FILE as INDEX_FILE
 from moetrain.hf.files import disk_tensors, is_floating, read_object
 from moetrain.hf.files import weight_files as weight_files
 from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names, used_names
-from moetrain.hf.quantization import Fp8Blocks, PackedGroups, Quantization, quantization_of
+from moetrain.hf.quantization import PackedGroups, Quantization, quantization_of
 from moetrain.hf.shape import from_hf_config
-from moetrain.hf.storage import PackedMatrix, Stored, stored_tensors
+from moetrain.hf.storage import Fp8Matrix, PackedMatrix, Stored, stored_tensors
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized
@@ -62,9 +62,8 @@ class HfFolder(Mapping[str, torch.Tensor]):
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
-        self.is_plain_or_packed = not isinstance(quantization, Fp8Blocks) and all(
-            name == on_disk for name, on_disk in used.names.items()
-        )
+        self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
+        self.is_plain_or_packed = not self.is_fp8 and all(name == on_disk for name, on_disk in used.names.items())
         """Whether the names are those of the language model alone, and no tensor is FP8."""
         self._parts = {name: [tensor] for name, tensor in stored.items() if expert_matrix(name) is None}
         self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
@@ -180,7 +179,7 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
     values = read_object(path / "config.json")
     config = from_hf_config(values)
     folder = HfFolder(path, config, quantization=quantization_of(values))
-    if isinstance(folder.quantization, Fp8Blocks):
+    if folder.is_fp8:
         _log.info("%s: the weights are FP8; they are read as bf16", path)
     elif isinstance(folder.quantization, PackedGroups):
         packed, format = len(folder.packed_experts()), folder.quantization.format

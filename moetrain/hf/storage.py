@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
-from moetrain.hf.files import DiskTensor, is_floating
+from moetrain.hf.files import DiskTensor, Rows, is_floating, read_rows
 from moetrain.hf.quantization import Fp8Blocks, PackedGroups, Quantization
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize
@@ -83,10 +83,14 @@ class Fp8Matrix:
         """Return the elements [first, last) in bf16; only the rows that contain them are read."""
         top, bottom = rows_of(first, last, columns=self.shape[1])
         rows, columns = self.block
-        scales = self.scales.rows(top=top // rows, bottom=math.ceil(bottom / rows)).float()
-        by_row = scales.repeat_interleave(rows, 0)[top % rows :][: bottom - top]
+        parts = {
+            "weight": Rows(tensor=self.weight, top=top, bottom=bottom),
+            "scales": Rows(tensor=self.scales, top=top // rows, bottom=math.ceil(bottom / rows)),
+        }
+        stored = read_rows(parts)
+        by_row = stored["scales"].float().repeat_interleave(rows, 0)[top % rows :][: bottom - top]
         by_element_OI = by_row.repeat_interleave(columns, 1)[:, : self.shape[1]]
-        values_OI = (self.weight.rows(top=top, bottom=bottom).float() * by_element_OI).to(torch.bfloat16)
+        values_OI = (stored["weight"].float() * by_element_OI).to(torch.bfloat16)
         return cut(values_OI, first=first, last=last, top=top)
 
 
@@ -114,15 +118,15 @@ class PackedMatrix:
 
         Raises CheckpointError when they are inconsistent, or when bf16 cannot hold a scale.
         """
-        stored: dict[str, Tensor] = {}
-        for suffix, tensor in self.tensors.items():
-            if suffix == _SHAPE_SUFFIX:
-                stated = tensor.rows(top=0, bottom=2).tolist()
-                if stated != list(self.shape):
-                    raise CheckpointError(f"{tensor.name} is {stated}, but the scales are those of {list(self.shape)}")
-                stored[suffix] = torch.tensor([bottom - top, self.shape[1]])
-            else:
-                stored[suffix] = _in_bf16(tensor.rows(top=top, bottom=bottom), name=tensor.name)
+        parts = {suffix: Rows(tensor=tensor, top=top, bottom=bottom) for suffix, tensor in self.tensors.items()}
+        if shape := self.tensors.get(_SHAPE_SUFFIX):
+            parts[_SHAPE_SUFFIX] = Rows(tensor=shape, top=0, bottom=2)
+        stored = read_rows(parts)
+        if shape and (stated := stored[_SHAPE_SUFFIX].tolist()) != list(self.shape):
+            raise CheckpointError(f"{shape.name} is {stated}, but the scales are those of {list(self.shape)}")
+        stored = {suffix: _in_bf16(tensor, name=self.tensors[suffix].name) for suffix, tensor in stored.items()}
+        if shape:
+            stored[_SHAPE_SUFFIX] = torch.tensor([bottom - top, self.shape[1]])
         try:
             quantized = FORMATS[self.groups.format].decode(stored)
         except CheckpointError as error:
