@@ -15,6 +15,7 @@ from moetrain.checkpoint.identity import model_of, quant_of
 from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
+from moetrain.data.tokenizer import holds_tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
@@ -151,7 +152,7 @@ def _of_hf_folder(path: Path) -> Origin:
         quant=tensors.quant,
         codes=tensors if tensors.quant is not None else None,
         is_fp8=tensors.is_fp8,
-        tokenizer=_tokenizer_in(path),
+        tokenizer=path if holds_tokenizer(path) else None,
         make_digest=lambda: _digest_of_files(path),
         step=0,
     )

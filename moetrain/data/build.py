@@ -18,7 +18,7 @@ from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix
 from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
 from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
-from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
 from moetrain.log import progress
 from moetrain.runtime import python_stream
@@ -118,7 +118,7 @@ def prepare_tokenizer(
     `dialogue_texts`: rendered dialogues, whose special tokens this function replaces by newlines. `build_data` takes
     dialogues as tokens, so a stage with dialogues calls this function first.
     """
-    is_there = config.tokenizer.path is not None or (folder / TOKENIZER_FILE).exists()
+    is_there = config.tokenizer.path is not None or holds_tokenizer(folder)
     texts = {} if is_there else _read_texts(config)
     return _tokenizer(config, texts, folder=folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
 
@@ -164,7 +164,7 @@ def _tokenizer(
     dialogue_texts: Iterable[str],
 ) -> Tokenizer:
     is_given = config.tokenizer.path is not None
-    if is_given or (folder / TOKENIZER_FILE).exists():
+    if is_given or holds_tokenizer(folder):
         source = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else folder
         tokenizer = Tokenizer.load(source)
         _check_size(tokenizer, config, source=source, num_rows=num_rows)

@@ -21,7 +21,9 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from moetrain.chat.jinja import JINJA
 from moetrain.chat.template import BOS, EOS, IM_END, PAD, SPECIAL_TOKENS, UNK
+from moetrain.data.byte_level import BYTES
 from moetrain.data.config import MIN_VOCAB_SIZE, NUM_BYTES
+from moetrain.data.tiktoken_file import TIKTOKEN_FILE, read_tiktoken
 from moetrain.errors import DataError
 from moetrain.files import write_text
 
@@ -37,16 +39,6 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
 """Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
-
-
-def _byte_characters() -> dict[str, int]:
-    """Return the byte of each character of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
 
 
 class SpecialIds(dict[str, int]):
@@ -146,7 +138,7 @@ class Tokenizer:
         This holds for byte-level tokenizers, as all trained here; of others it returns the text of the token alone.
         """
         name = self._byte_names.get(token)
-        return self.decode([token]).encode() if name is None else bytes(_BYTES[character] for character in name)
+        return self.decode([token]).encode() if name is None else bytes(BYTES[character] for character in name)
 
     @functools.cached_property
     def _byte_names(self) -> dict[int, str]:
@@ -157,7 +149,7 @@ class Tokenizer:
             return {}
         added = self._inner.get_added_tokens_decoder()
         vocabulary = self._inner.get_vocab(with_added_tokens=False).items()
-        return {id_: name for name, id_ in vocabulary if id_ not in added and set(name) <= _BYTES.keys()}
+        return {id_: name for name, id_ in vocabulary if id_ not in added and set(name) <= BYTES.keys()}
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads. Each file is written atomically."""
@@ -177,11 +169,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read `tokenizer.json` in `folder`, with truncation, padding and dropout switched off.
+        """Read `tokenizer.json` in `folder`, or `tiktoken.model`; truncation, padding and dropout are switched off.
 
         Raises DataError that names the path.
         """
         path = folder / TOKENIZER_FILE
+        if not path.is_file() and (folder / TIKTOKEN_FILE).is_file():
+            return cls._load_tiktoken(folder / TIKTOKEN_FILE)
         if not path.is_file():
             raise DataError(f"{path} does not exist: give the folder of a tokenizer, or null to train one")
         content = _read_json(path)
@@ -199,6 +193,27 @@ class Tokenizer:
         if switched_off:
             _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))
         return tokenizer
+
+    @classmethod
+    def _load_tiktoken(cls, path: Path) -> "Tokenizer":
+        """Convert a `tiktoken.model`, and check that each byte comes back."""
+        inner = read_tiktoken(path)
+        added = [{"content": token.content} for token in inner.get_added_tokens_decoder().values()]
+        names = _names_in(path.parent / TOKENIZER_CONFIG_FILE, {"added_tokens": added})
+        try:
+            tokenizer = cls(inner, names=names)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        text = "".join(map(chr, (*range(0x250), 0x4E2D, 0x1F642)))  # has bytes of each length of UTF-8
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise DataError(f"{path}: a text does not come back from its tokens: copy the release's files again")
+        _log.info("%s: %d tokens converted", path, tokenizer.vocab_size)
+        return tokenizer
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether `folder` has a file that `Tokenizer.load` reads."""
+    return any((folder / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

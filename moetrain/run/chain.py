@@ -22,7 +22,7 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.data.config import SourceKind
-from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import ConfigError, DataError
 from moetrain.export.config import ExportFormat
 from moetrain.files import user_path
@@ -159,7 +159,7 @@ def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> DocumentRun | Pa
     if _writer_of(path, earlier) is not None:
         return _tokenizer_of(path, earlier)
     folder = user_path(path)
-    return folder if (folder / TOKENIZER_FILE).is_file() else None
+    return folder if holds_tokenizer(folder) else None
 
 
 def _is_same(one: DocumentRun | Path, other: DocumentRun | Path) -> bool:
