@@ -1,8 +1,8 @@
 """Checks conversations of data sets in the chat-completions form, and reads them as messages.
 
 Variants with a clear meaning are accepted: content in parts, calls as `tool_calls` or the older `function_call`, ids of
-any form, results without ids, reasoning under three names, ShareGPT's `from` and `value`. Other forms and unknown keys
-raise a `DataError` that names the value and a cure.
+any form, results without ids, reasoning under three names or in `<think>` at the beginning of the content, ShareGPT's
+`from` and `value`. Other forms and unknown keys raise a `DataError` that names the value and a cure.
 """
 
 import difflib
@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
-from moetrain.chat.template import THINK_BEGIN
 from moetrain.chat.tool_schema import compact_json
 from moetrain.errors import DataError
 
@@ -22,6 +21,7 @@ _ROLES = {role.value: role for role in Role} | {
 }
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_THINK_BEGIN, _THINK_END = "<think>", "</think>"
 _CALL_KEYS = ("tool_calls", "function_call")
 _UNSUPPORTED_KEYS = ("refusal", "audio", "annotations")
 """Keys that OpenAI writes into each message; they must be empty or null."""
@@ -170,7 +170,7 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     )
     calls = _calls(item)
     if role is Role.assistant:
-        _check_content(message)
+        _take_reasoning(message)
     elif calls or message.reasoning:
         raise DataError(f"a message of the role {given} has calls or reasoning: only assistant messages may have them")
     if identity and role is not Role.tool:
@@ -195,9 +195,16 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
 
 
-def _check_content(message: Message) -> None:
-    if message.content.lstrip().startswith(THINK_BEGIN):
-        raise DataError(f"content begins with {THINK_BEGIN}: give the reasoning as reasoning_content, without markers")
+def _take_reasoning(message: Message) -> None:
+    """Move reasoning between `<think>` and `</think>` at the beginning of the content to `reasoning`."""
+    if not message.content.lstrip().startswith(_THINK_BEGIN):
+        return
+    if message.reasoning:
+        raise DataError(f"content begins with {_THINK_BEGIN} and {_REASONING_KEYS[0]} is given: give one of the two")
+    reasoning, end, content = message.content.lstrip().removeprefix(_THINK_BEGIN).partition(_THINK_END)
+    if not end:
+        raise DataError(f"content begins with {_THINK_BEGIN} without {_THINK_END}: give {_REASONING_KEYS[0]} instead")
+    message.reasoning, message.content = reasoning.strip("\n"), content.lstrip("\n")
 
 
 def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:

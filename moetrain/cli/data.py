@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.chat.template import Piece
+from moetrain.chat.pieces import Piece
+from moetrain.chat.registry import AUTO, template_named
+from moetrain.chat.template import ChatTemplate
 from moetrain.commands import DataRun
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
 from moetrain.data.sources import read_documents
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
 
 _WIDTH = 10_000
 """Maximum width of a line in characters. The terminal wraps long lines, so no name or text is truncated."""
@@ -25,9 +28,10 @@ def main(run: DataRun) -> int:
     """Print the size of each source and some of its rendered records; return the exit code."""
     console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     tokenizer = _tokenizer(run)
+    template = tokenizer.template_or_none if tokenizer else template_named(run.data.tokenizer.template)
     sizes: dict[str, SourceSize] = {}
     for name, source in run.data.sources.items():
-        documents, count = _documents(run, name, source)
+        documents, count = _documents(run, name, source, template=template)
         shown = list(islice(documents, run.records))
         sizes[name] = measure(chain(shown, documents), num_documents=count, tokenizer=tokenizer)
         for number, pieces in enumerate(shown):
@@ -43,25 +47,36 @@ def main(run: DataRun) -> int:
 
 def _tokenizer(run: DataRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
-        return Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
-    if run.init_from is None:
+        tokenizer = Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
+    elif run.init_from is None:
         return None
-    from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
+    else:
+        from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
-    return tokenizer_of(read_weights(run.init_from))
+        tokenizer = tokenizer_of(read_weights(run.init_from))
+    named = run.data.tokenizer.template
+    return tokenizer if named == AUTO else tokenizer.with_template(template_named(named))
 
 
-def _documents(run: DataRun, name: str, source: SourceConfig) -> tuple[Iterable[Iterable[Piece]], int]:
+def _documents(
+    run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None
+) -> tuple[Iterable[Iterable[Piece]], int]:
     """Return (documents, total number of documents). A source of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
         documents = read_documents(source, name=name)
-        return iter([document.pieces for document in documents]), len(documents)
+        return iter([document.rendered(template) for document in documents]), len(documents)
     from moetrain.tasks import registry
     from moetrain.tasks.dialogues import conversations  # loads torch
 
+    if template is None:
+        raise DataError(
+            f"data.sources.{name}: the tokenizer has no known chat template: name it as data.tokenizer.template"
+        )
     family = registry.build(run.task, run.run.seed)
     count = min(source.num_documents, max(_SAMPLED_DIALOGUES, run.records))
-    dialogues = conversations(family, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools)
+    dialogues = conversations(
+        family, template=template, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools
+    )
     return dialogues, source.num_documents
 
 

@@ -3,7 +3,8 @@
 import sys
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import Piece, conversation_pieces, generation_prompt, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
+from moetrain.chat.template import ChatTemplate
 from moetrain.config import GenerateRun, check_length
 from moetrain.errors import ConfigError
 
@@ -25,9 +26,8 @@ def main(run: GenerateRun) -> int:
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
-    prompt = pieces_to_tokens(
-        prompt_pieces(text, is_chat=run.chat), encode=tokenizer.encode, special_ids=tokenizer.special_ids
-    )[0]
+    pieces = chat_pieces(text, template=tokenizer.template) if run.chat else with_bos([Piece(text=text)])
+    prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     library = find_for_generation(Kernels.auto)
     model = generation_model(origin, library=library)
@@ -49,11 +49,10 @@ def main(run: GenerateRun) -> int:
     return 0
 
 
-def prompt_pieces(text: str, *, is_chat: bool) -> list[Piece]:
-    """Return the pieces of the prompt: with `is_chat` a user message and the start of the reply, else plain text."""
-    if is_chat:
-        return [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
-    return with_bos([Piece(text=text)])
+def chat_pieces(text: str, *, template: ChatTemplate) -> list[Piece]:
+    """Return the pieces of a user message and the start of the reply."""
+    message = Message(role=Role.user, content=text)
+    return [*template.conversation_pieces([message]), *template.generation_prompt(message.role)]
 
 
 def _standard_input() -> str:

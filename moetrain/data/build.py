@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.chat.template import pieces_to_tokens, with_bos
-from moetrain.data.config import DataConfig, SourceKind
+from moetrain.chat.pieces import pieces_to_text, pieces_to_tokens, with_bos
+from moetrain.chat.registry import AUTO, template_named
+from moetrain.data.config import DataConfig, SourceKind, TokenizerConfig
 from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix
 from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
@@ -166,7 +167,7 @@ def _tokenizer(
     is_given = config.tokenizer.path is not None
     if is_given or holds_tokenizer(folder):
         source = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else folder
-        tokenizer = Tokenizer.load(source)
+        tokenizer = load_tokenizer(config.tokenizer, source, num_rows=num_rows)
         _check_size(tokenizer, config, source=source, num_rows=num_rows)
         _log.info("tokenizer of %d tokens read from %s", tokenizer.vocab_size, source)
         return tokenizer
@@ -174,14 +175,23 @@ def _tokenizer(
     size = num_rows if wanted is None else wanted
     if size is None:
         raise ConfigError("data.tokenizer.vocab_size is null and there is no model: give the number of tokens to train")
+    template = template_named(config.tokenizer.template)
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
-    tokenizer = train_tokenizer(chosen, vocab_size=size)
+    tokenizer = train_tokenizer(chosen, vocab_size=size, template=template)
     if tokenizer.vocab_size < size:
         _warn_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
     tokenizer.save(folder)
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
     return tokenizer
+
+
+def load_tokenizer(config: TokenizerConfig, folder: Path, *, num_rows: int | None = None) -> Tokenizer:
+    """Return the tokenizer in `folder` with the chat template of the config. num_rows: rows of the embedding."""
+    tokenizer = Tokenizer.load(folder)
+    if config.template == AUTO:
+        return tokenizer
+    return tokenizer.with_template(template_named(config.template), num_rows=num_rows)
 
 
 def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_rows: int | None) -> None:
@@ -213,6 +223,7 @@ def _warn_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int 
 
 
 def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:
+    template = template_named(config.tokenizer.template)
     total = sum(config.sources[name].weight for name in texts)
     chosen = []
     for name, documents in texts.items():
@@ -222,18 +233,20 @@ def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) ->
         for document in sorted(training, key=lambda document: key_hash(document.key, choice=Choice.train_tokenizer)):
             if budget <= 0:
                 break
-            chosen.append(without_specials(document.text)[: int(budget) + 1])
-            budget -= len(document.text)
+            text = pieces_to_text(document.rendered(template))
+            chosen.append(without_specials(text, template=template)[: int(budget) + 1])
+            budget -= len(text)
     return chosen
 
 
 def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
+    template = template_named(config.tokenizer.template)
     budget = config.tokenizer.max_characters * _DIALOGUE_SHARE
     chosen = []
     for text in texts:
         if budget <= 0:
             break
-        chosen.append(without_specials(text))
+        chosen.append(without_specials(text, template=template))
         budget -= len(text)
     return chosen
 
@@ -241,16 +254,18 @@ def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str) -> list[TokenizedDocument]:
     """Return the documents as tokens, each starting with `[BOS]` or its own special token."""
     tokenized = []
+    template = tokenizer.template_or_none
     chunks = range(0, len(documents), _DOCUMENTS_PER_CALL)
     with progress(len(chunks), f"tokenize {name}") as advance:
         for begin in chunks:
             chunk = documents[begin : begin + _DOCUMENTS_PER_CALL]
-            texts = [piece.text for document in chunk for piece in document.pieces if not piece.is_special]
+            rendered = [document.rendered(template) for document in chunk]
+            texts = [piece.text for pieces in rendered for piece in pieces if not piece.is_special]
             encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-            for document in chunk:
+            for pieces in rendered:
                 try:
                     tokens, mask = pieces_to_tokens(
-                        with_bos(document.pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids
+                        with_bos(pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids
                     )
                 except DataError as error:
                     raise DataError(f"data.sources.{name}: {error}") from error

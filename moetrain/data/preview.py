@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from moetrain.chat.template import Piece, pieces_to_text, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import Piece, pieces_to_text, pieces_to_tokens, with_bos
 from moetrain.data.tokenizer import Tokenizer
 
 _COUNTED_CHARACTERS = 500_000

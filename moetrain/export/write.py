@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.chat.template import BOS, EOS, PAD
+from moetrain.chat.pieces import BOS, EOS, PAD
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config

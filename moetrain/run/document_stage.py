@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from moetrain.chat.registry import template_named
 from moetrain.checkpoint.origin import TOKENIZER
 from moetrain.config import DocumentRun
 from moetrain.data.build import Data, build_data
@@ -74,7 +75,11 @@ def _texts(run: DocumentRun) -> Iterable[str]:
     """Return the rendered dialogues on which a new tokenizer of this run is trained, besides the documents."""
     most = max(dialogue_counts(run.data).values(), default=0)
     return dialogue_texts(
-        registry.build(run.task, run.run.seed), count=most, seed=run.run.seed, policy=run.task.context
+        registry.build(run.task, run.run.seed),
+        template=template_named(run.data.tokenizer.template),
+        count=most,
+        seed=run.run.seed,
+        policy=run.task.context,
     )
 
 

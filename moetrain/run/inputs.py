@@ -8,6 +8,7 @@ launchers call it before they start ranks, so that a mistake is reported once in
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moetrain.chat.registry import template_named
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
@@ -99,6 +100,7 @@ def check_names(run: StageRun) -> None:
         from moetrain.rl.registry import build  # loads torch
 
         build(run.rl)
+    template_named(_data(run).tokenizer.template)
     for source in _data(run).sources.values():
         format_named(source.format)
 

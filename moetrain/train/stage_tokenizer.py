@@ -7,8 +7,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from moetrain.chat.registry import AUTO
 from moetrain.checkpoint.origin import TOKENIZER, Origin
-from moetrain.data.build import prepare_tokenizer
+from moetrain.data.build import load_tokenizer, prepare_tokenizer
 from moetrain.data.config import DataConfig, TokenizerConfig
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError
@@ -32,11 +33,11 @@ def stage_tokenizer(
         check_tokenizer(config.tokenizer, origin)
     if keeps_tokenizer and config.tokenizer.path is None and not (own_folder / TOKENIZER_FILE).is_file():
         assert origin is not None and origin.tokenizer is not None  # ensured by check_tokenizer
-        Tokenizer.load(origin.tokenizer).save(own_folder)
+        load_tokenizer(config.tokenizer, origin.tokenizer, num_rows=num_rows).save(own_folder)
     tokenizer = prepare_tokenizer(config, folder=own_folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
     if keeps_tokenizer:
         assert origin is not None
-        expected_digest = _tokenizer_digest(origin)
+        expected_digest = _expected_digest(origin, config.tokenizer, num_rows=num_rows)
         if expected_digest is None:
             _log.info("assuming that %s is the tokenizer of the weights %s", config.tokenizer.path, origin.path)
         elif tokenizer.digest != expected_digest:
@@ -47,6 +48,13 @@ def stage_tokenizer(
     if not (own_folder / TOKENIZER_FILE).is_file():
         tokenizer.save(own_folder)
     return tokenizer
+
+
+def _expected_digest(origin: Origin, config: TokenizerConfig, *, num_rows: int) -> str | None:
+    """Return the digest of the weights' tokenizer, with the tokens of a named chat template; None if unknown."""
+    if origin.tokenizer is not None:
+        return load_tokenizer(config, origin.tokenizer, num_rows=num_rows).digest
+    return origin.tokenizer_digest if config.template == AUTO else None
 
 
 def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:

@@ -42,7 +42,15 @@ def write_release(folder: Path, *, names: dict[int, str] | None = None) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     lines = [base64.b64encode(token).decode() + f" {rank}\n" for rank, token in enumerate(tokens)]
     (folder / TIKTOKEN_FILE).write_text("".join(lines))
-    at = names or {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 22: "<think>", 254: "[UNK]", 255: "[PAD]"}
+    at = names or {
+        0: "[BOS]",
+        1: "[EOS]",
+        2: "<|im_end|>",
+        16: "<|im_middle|>",
+        22: "<think>",
+        254: "[UNK]",
+        255: "[PAD]",
+    }
     decoder = {str(NUM_RANKS + slot): {"content": name, "special": False} for slot, name in at.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, "bos_token": "[BOS]"}))
     (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": NUM_RANKS + NUM_SLOTS}}))

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from moetrain.chat.grammar import Calls, turn_grammar
-from moetrain.chat.messages import Message
-from moetrain.chat.template import (
+from moetrain.chat.messages import Message, Role
+from moetrain.chat.templates.kimi_k2 import (
     CALL_ARGUMENT,
     CALL_END,
     IM_END,
+    KIMI_K2,
     SECTION_BEGIN,
     SECTION_END,
     THINK_END,
-    Role,
-    parse_turn,
 )
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer
@@ -86,7 +85,7 @@ def _turns(parts: tuple[Tokenizer, Model, Guide], grammar: str, *, number: int =
 
 
 def _parsed(tokenizer: Tokenizer, sequence: Sequence) -> Message:
-    return parse_turn(
+    return KIMI_K2.parse_turn(
         sequence.tokens[1:], decode=tokenizer.decode, special_names=tokenizer.special_names, first_index=0
     )
 
@@ -100,7 +99,7 @@ def test_every_finished_turn_parses_and_matches_its_schemas(
     tokenizer = parts[0]
     specs = {spec.name: spec for spec in (LOOK, STOP)}
     grammar = turn_grammar(
-        [LOOK, STOP], special_ids=tokenizer.special_ids, calls=calls, schema=schema, one_call=one_call
+        [LOOK, STOP], template=KIMI_K2, special_ids=tokenizer.special_ids, calls=calls, schema=schema, one_call=one_call
     )
     finished = _turns(parts, grammar)
     assert len(finished) >= 6
@@ -129,7 +128,9 @@ def test_a_turn_may_begin_after_its_reasoning_and_the_free_logprob_is_recorded(
     parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer = parts[0]
-    grammar = turn_grammar([STOP], special_ids=tokenizer.special_ids, calls=Calls.required, thinks=False)
+    grammar = turn_grammar(
+        [STOP], template=KIMI_K2, special_ids=tokenizer.special_ids, calls=Calls.required, thinks=False
+    )
     for sequence in _turns(parts, grammar, number=4):
         assert tokenizer.special_names[sequence.tokens[1]] == SECTION_BEGIN
         assert sequence.logprobs[1] == 0.0 and sequence.free_logprobs[1] < -1
@@ -151,14 +152,14 @@ def test_a_schema_that_cannot_be_held_is_refused_with_its_reason(
     parts: tuple[Tokenizer, Model, Guide], schema: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        parts[2].constraint(turn_grammar([], special_ids=parts[0].special_ids, schema=schema))
+        parts[2].constraint(turn_grammar([], template=KIMI_K2, special_ids=parts[0].special_ids, schema=schema))
 
 
 def test_a_constraint_that_met_a_wrong_token_ends_the_sequence_and_says_why(
     parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer, _, guide = parts
-    constraint = guide.constraint(turn_grammar([STOP], special_ids=tokenizer.special_ids))
+    constraint = guide.constraint(turn_grammar([STOP], template=KIMI_K2, special_ids=tokenizer.special_ids))
     assert not constraint.problem
     constraint.advance(tokenizer.special_ids[IM_END])
     assert constraint.allowed().nonzero()[0].tolist() == [tokenizer.special_ids[IM_END]]

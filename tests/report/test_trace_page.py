@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.chat.template import CALL_BEGIN, EOS, IM_END, THINK_BEGIN
+from moetrain.chat.pieces import EOS
+from moetrain.chat.templates.kimi_k2 import CALL_BEGIN, IM_END, THINK_BEGIN
 from moetrain.errors import DataError
 from moetrain.report.trace_page import blocks, pairs, read_traces, select_traces, trajectory_html
 from moetrain.rollout.traces import trace as trace_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import CALL_ARGUMENT, CALL_END, IM_END, SECTION_BEGIN, SECTION_END, THINK_END
+from moetrain.chat.templates.kimi_k2 import CALL_ARGUMENT, CALL_END, IM_END, SECTION_BEGIN, SECTION_END, THINK_END
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine

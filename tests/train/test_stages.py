@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
@@ -29,7 +29,7 @@ from moetrain.train.stages import SUMMARY, Sections, train_stage
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model
 
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 8
+VOCAB_SIZE = 256 + len(KIMI_K2.special_tokens) + 8
 
 
 WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
