@@ -1,8 +1,9 @@
 """Checks conversations of data sets in the chat-completions form, and reads them as messages.
 
 Variants with a clear meaning are accepted: content in parts, calls as `tool_calls` or the older `function_call`, ids of
-any form, results without ids, reasoning under three names or in `<think>` at the beginning of the content, ShareGPT's
-`from` and `value`. Other forms and unknown keys raise a `DataError` that names the value and a cure.
+any form, results without ids, reasoning under three names, in a part of the content or in `<think>` at its beginning,
+ShareGPT's `from` and `value` with calls and results as JSON. Other forms and unknown keys raise a `DataError` that
+names the value and a cure.
 """
 
 import difflib
@@ -19,7 +20,14 @@ _ROLES = {role.value: role for role in Role} | {
     "function": Role.tool,  # OpenAI's older name
     "ipython": Role.tool,  # Llama's name
 }
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_CALL = "function_call"
+_SHAREGPT_ROLES = {
+    **{"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{_SHAREGPT_CALL: "assistant", "observation": "tool", "function_response": "tool", "tool": "tool"},
+}
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
+"""Key of the text in a part of the content, by the type of the part."""
+_THINKING_PARTS = {"thinking": "thinking", "reasoning": "text"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"
 _CALL_KEYS = ("tool_calls", "function_call")
@@ -75,11 +83,7 @@ def read_declaration(value: object) -> str:
 
     `value` is a list of declarations in the chat-completions form, or its JSON text.
     """
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
+    value = _parsed(value)
     if not value:
         return ""
     if not isinstance(value, list):
@@ -95,6 +99,30 @@ def read_declaration(value: object) -> str:
         known = ("name", "description", "parameters", "strict")
         check_keys(function, known, place=f"the declaration of {function['name']}")
     return compact_json(value)
+
+
+def with_outer_objects(value: object) -> object:
+    """Return the declarations of a record, those that are given without the outer `type` and `function` within them.
+
+    Data sets with ShareGPT's keys declare tools in this way.
+    """
+
+    def is_bare(item: object) -> bool:
+        return isinstance(item, Mapping) and "name" in item and "function" not in item
+
+    value = _parsed(value)
+    if not isinstance(value, list):
+        return value
+    return [{"type": "function", "function": item} if is_bare(item) else item for item in value]
+
+
+def _parsed(value: object) -> object:
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
 
 
 def check_keys(item: Mapping[str, Any], known: Collection[str], *, place: str) -> None:
@@ -163,7 +191,7 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     name, identity = _string(item, "name"), _string(item, "tool_call_id")
     message = Message(
         role=role,
-        content=_content(item.get("content")),
+        content=_joined(item.get("content"), _TEXT_PARTS),
         reasoning=_reasoning(item),
         name=name,
         is_learned=_is_learned(item, role=role),
@@ -187,12 +215,26 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     role = item["from"]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise DataError(
-            f"from is {role!r}: give one of {', '.join(_SHAREGPT_ROLES)}; write calls and results of tools in the "
-            "chat-completions form (role, content, tool_calls)"
+            f"from is {role!r}: give one of {', '.join(_SHAREGPT_ROLES)}, or write the message in the chat-completions "
+            "form (role, content, tool_calls)"
         )
     check_keys(item, ("from", "value", "weight", "train"), place="the message")
     rest = {key: value for key, value in item.items() if key not in ("from", "value")}
+    if role == _SHAREGPT_CALL:
+        return {"role": "assistant", "tool_calls": _calls_in_text(item.get("value")), **rest}
     return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
+
+
+def _calls_in_text(value: object) -> list[dict[str, Any]]:
+    """Return the calls in JSON text: one object with name and arguments, or a list of them."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise DataError(f"value of a function_call holds {_shown(value)}: give JSON with name and arguments")
+    return [{"function": call} for call in calls]
 
 
 def _take_reasoning(message: Message) -> None:
@@ -225,21 +267,30 @@ def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    found = {text for text in (_string(item, key) for key in _REASONING_KEYS) if text}
+    texts = [*(_string(item, key) for key in _REASONING_KEYS), _joined(item.get("content"), _THINKING_PARTS)]
+    found = {text for text in texts if text}
     if len(found) > 1:
         raise DataError(f"{', '.join(_REASONING_KEYS)} hold different texts: give one of them")
     return found.pop() if found else ""
 
 
-def _content(value: object) -> str:
-    """Return the text of a message, given as a string, as null, or as a list of text parts, which are joined."""
+def _joined(value: object, kinds: Mapping[str, str]) -> str:
+    """Return the joined texts of the parts of some kinds; `value` is the content: a string, null, or a list of parts.
+
+    kinds: the key of the text by the type of the part. Raises DataError for a part of an unknown type.
+    """
     parts = value if isinstance(value, list) else [] if value is None else [{"type": "text", "text": value}]
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+    known = _TEXT_PARTS | _THINKING_PARTS
+    texts = []
     for part in parts:
-        check_keys(part, ("type", "text"), place="a part of content")
-    return "".join(map(str, texts))
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        key = known.get(kind) if isinstance(kind, str) else None
+        if key is None or not isinstance(part.get(key), str):
+            raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+        check_keys(part, ("type", key, "signature"), place="a part of content")
+        if kind in kinds:
+            texts.append(str(part[key]))
+    return "".join(texts)
 
 
 def _calls(item: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:

@@ -74,7 +74,8 @@ def build_data(
     """
     given = dict(dialogues or {})
     _check_dialogues(config, given)
-    texts = _read_texts(config)
+    unreadable: dict[str, list[str]] = {name: [] for name in config.sources}
+    texts = _read_texts(config, unreadable=unreadable)
     tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, num_rows=None, dialogue_texts=())
     digests = {name: digest_of(documents) for name, documents in texts.items()}
     tokenized = {name: _tokenize(documents, tokenizer, name=name) for name, documents in texts.items()}
@@ -91,6 +92,7 @@ def build_data(
         for name, documents in training.items()
     }
     for name, packed in rows.items():
+        packed.counts.num_dropped_unreadable = len(unreadable[name])
         _log_counts(name, packed)
     return Data(
         loader=Loader(
@@ -148,9 +150,10 @@ def _check_dialogues(config: DataConfig, dialogues: Mapping[str, object]) -> Non
         )
 
 
-def _read_texts(config: DataConfig) -> dict[str, list[Document]]:
+def _read_texts(config: DataConfig, *, unreadable: dict[str, list[str]] | None = None) -> dict[str, list[Document]]:
+    """Return the documents of each source of texts. unreadable: gets the errors of dropped records, by source."""
     return {
-        name: read_documents(source, name=name)
+        name: read_documents(source, name=name, unreadable=(unreadable or {}).get(name))
         for name, source in config.sources.items()
         if source.kind is not SourceKind.dialogues
     }

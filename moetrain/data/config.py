@@ -36,6 +36,13 @@ class Overlong(StrEnum):
     drop = "drop"
 
 
+class Unreadable(StrEnum):
+    """What happens to a record that its format cannot read: an error with file and line, or dropped and counted."""
+
+    refuse = "refuse"
+    drop = "drop"
+
+
 _WITH_PATH = (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
 
 
@@ -59,6 +66,9 @@ class SourceConfig:
     """Column with the text or the messages. Null uses `messages` for format=messages, else `text`."""
     format: str = "text"
     """Format of a record: text, messages (chat), or a format that a plugin registers."""
+    unreadable: Unreadable = Unreadable.refuse
+    """What happens to a record that the format cannot read: refuse ends the command with its file and line; drop leaves
+    it out, and counts it in the log and in data/<source>/num_dropped_unreadable."""
     num_documents: int = 4000
     """Number of documents to generate (kinds maths and dialogues)."""
     overlong: Overlong | None = None

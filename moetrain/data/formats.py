@@ -11,7 +11,7 @@ from typing import Any
 
 from moetrain.chat.messages import Message
 from moetrain.chat.pieces import EOS, Piece, pieces_to_text
-from moetrain.chat.records import UnknownKeyError, check_keys, read_declaration, read_messages
+from moetrain.chat.records import UnknownKeyError, check_keys, read_declaration, read_messages, with_outer_objects
 from moetrain.chat.template import ChatTemplate
 from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import ConfigError, DataError
@@ -149,7 +149,7 @@ def _messages(record: Record, column: str) -> Chat:
     """Return a conversation in the chat-completions form, after the declaration of the tools in the column `tools`."""
     try:
         check_keys(record, (column, "tools", "parallel_tool_calls"), place="the record")
-        declared = read_declaration(record.get("tools"))
+        declared = read_declaration(with_outer_objects(record.get("tools")))
         messages = read_messages(record[column])
     except UnknownKeyError as error:
         cure = "data.sources.NAME.ignore=[KEY] removes a key from records and messages"

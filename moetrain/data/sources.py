@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.config import SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import json_records, read_text
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
 from moetrain.data.maths import maths_problems
@@ -26,6 +26,9 @@ from moetrain.data.stdlib import stdlib_code, stdlib_english
 from moetrain.errors import DataError
 
 _log = logging.getLogger(__name__)
+
+Reader = Callable[[SourceConfig, list[str]], Iterator[Document]]
+"""Reads a source; adds the errors of dropped records to the list."""
 
 _ENDINGS = {
     SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
@@ -39,12 +42,17 @@ _MATHS_SEED = 0
 """Fixed, because the run's seed changes the order of a source's documents and not their content."""
 
 
-def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
+def read_documents(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> list[Document]:
     """Return the documents of one source, each text once, up to `max_characters`.
+
+    unreadable: gets the error of each record that `config.unreadable` drops.
 
     Raises DataError that names the file and line, the path or the column; or the source, when it is empty.
     """
-    documents = _distinct(_READERS[config.kind](config), name=name)
+    errors: list[str] = [] if unreadable is None else unreadable
+    documents = _distinct(_READERS[config.kind](config, errors), name=name)
+    if errors:
+        _log.warning("data.sources.%s: %d unreadable records dropped; the first is %s", name, len(errors), errors[0])
     if config.max_characters is not None:
         documents = _up_to(documents, config.max_characters)
     if not documents:
@@ -104,24 +112,24 @@ def local_files(config: SourceConfig) -> list[Path]:
     return files
 
 
-def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Callable[[SourceConfig], Iterator[Document]]:
-    def read(config: SourceConfig) -> Iterator[Document]:
+def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Reader:
+    def read(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
         return (text_document(text, key=f"stdlib:{path}") for path, text in texts().items())
 
     return read
 
 
-def _maths(config: SourceConfig) -> Iterator[Document]:
+def _maths(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     texts = maths_problems(seed=_MATHS_SEED, num_documents=config.num_documents)
     return (text_document(text) for text in texts)
 
 
-def _jsonl(config: SourceConfig) -> Iterator[Document]:
+def _jsonl(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     records = [record for path in local_files(config) for record in json_records(path)]
-    return _documents(records, config)
+    return _documents(records, config, errors)
 
 
-def _text(config: SourceConfig) -> Iterator[Document]:
+def _text(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     for path in local_files(config):
         yield from map(text_document, _cut(read_text(path)))
 
@@ -136,8 +144,8 @@ def _cut(text: str) -> Iterator[str]:
         yield text[begin:]
 
 
-def _parquet(config: SourceConfig) -> Iterator[Document]:
-    return _documents((record for path in local_files(config) for record in _rows(path)), config)
+def _parquet(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
+    return _documents((record for path in local_files(config) for record in _rows(path)), config, errors)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Record]]:
@@ -156,13 +164,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{path} cannot be read: {lines[0]}") from error
 
 
-def _hub(config: SourceConfig) -> Iterator[Document]:
+def _hub(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     assert config.path is not None  # SourceConfig checks it
     name, _, subset = config.path.partition(":")
     is_capped = config.max_characters is not None
     records = _load(name, config, name=subset or None, split=config.split, streaming=is_capped)
     num_characters = 0
-    for document in _documents(records, config):
+    for document in _documents(records, config, errors):
         num_characters += len(document.text)
         if config.max_characters is not None and num_characters > config.max_characters:
             return
@@ -200,10 +208,16 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig) -> Iterator[Document]:
+def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig, errors: list[str]) -> Iterator[Document]:
+    """Yield the record's documents; the errors of those that `config.unreadable` drops are added to `errors`."""
     format = format_named(config.format)
     for where, record in records:
-        yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
+        try:
+            yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
+        except DataError as error:
+            if config.unreadable is Unreadable.refuse:
+                raise
+            errors.append(str(error))
 
 
 def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
@@ -239,7 +253,7 @@ def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
     return [document for index, document in enumerate(documents) if index in chosen]
 
 
-_READERS: dict[SourceKind, Callable[[SourceConfig], Iterator[Document]]] = {
+_READERS: dict[SourceKind, Reader] = {
     SourceKind.stdlib_code: _from_stdlib(stdlib_code),
     SourceKind.stdlib_english: _from_stdlib(stdlib_english),
     SourceKind.maths: _maths,

@@ -1,9 +1,10 @@
+import json
 import re
 
 import pytest
 
 from moetrain.chat.messages import Role
-from moetrain.chat.records import read_declaration, read_messages
+from moetrain.chat.records import read_declaration, read_messages, with_outer_objects
 from moetrain.errors import DataError
 
 USER = {"role": "user", "content": "Q"}
@@ -84,6 +85,36 @@ def test_the_older_forms_of_openai_and_sharegpt_are_read() -> None:
     assert read_messages(sharegpt) == read_messages(chat)
 
 
+def test_calls_and_results_of_sharegpt_are_read() -> None:
+    calls = '[{"name": "get", "arguments": {"a": 1}}, {"name": "find", "arguments": "{}"}]'
+    messages = read_messages(
+        [
+            *({"from": "human", "value": "Q"}, {"from": "function_call", "value": calls}),
+            *({"from": "observation", "value": "1"}, {"from": "observation", "value": "2"}),
+            {"from": "gpt", "value": "A"},
+        ]
+    )
+    assert [call.id for call in messages[1].tool_calls] == ["functions.get:0", "functions.find:1"]
+    assert [message.tool_call_id for message in messages[2:4]] == ["functions.get:0", "functions.find:1"]
+    assert [call.arguments for call in messages[1].tool_calls] == ['{"a": 1}', "{}"]
+    bare = {"name": "get", "description": "d", "parameters": {}}
+    declared = read_declaration(with_outer_objects(json.dumps([bare])))
+    assert declared == read_declaration([{"type": "function", "function": bare}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nR\n</think>\n\nA",
+        [{"type": "thinking", "thinking": "R", "signature": "x"}, {"type": "text", "text": "A"}],
+        [{"type": "reasoning", "text": "R"}, {"type": "output_text", "text": "A"}],
+    ],
+)
+def test_reasoning_is_read_from_the_content(content: object) -> None:
+    (message,) = read_messages([{"role": "assistant", "content": content}])
+    assert (message.reasoning, message.content) == ("R", "A")
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
     assert read_messages([{**ANSWER, key: "R"}])[0].reasoning == "R"
@@ -115,7 +146,9 @@ def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
         (calls(call("f") | {"type": "custom"}), "type of a tool call is 'custom'"),
         (calls({"name": "f", "arguments": {}}), "give function.name"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, "a part of content has the unknown"),
-        ({"from": "function_call", "value": "{}"}, "from is 'function_call'"),
+        ({"from": "function_call", "value": "{}"}, "value of a function_call holds str '{}': give JSON with name"),
+        ({"from": "robot", "value": "x"}, "from is 'robot': give one of system, human, user"),
+        ({**ANSWER, "content": [{"type": "thinking", "thinking": "a"}], "reasoning": "b"}, "hold different texts"),
         ({"from": "gpt", "value": "A", "content": "B"}, "the message has the unknown key 'content'"),
     ],
 )
