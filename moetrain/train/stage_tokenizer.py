@@ -45,9 +45,14 @@ def stage_tokenizer(
                 f"{own_folder} contains another tokenizer than that of the weights {origin.path}: "
                 f"give another run.stage or run.name, or {_RETRAIN} to train the weights with it"
             )
-    if not (own_folder / TOKENIZER_FILE).is_file():
+    if not (own_folder / TOKENIZER_FILE).is_file() or _lacks_template(own_folder, tokenizer, config.tokenizer):
         tokenizer.save(own_folder)
     return tokenizer
+
+
+def _lacks_template(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) -> bool:
+    """Return whether the folder has the same tokenizer without the chat template that the config names."""
+    return config.template != AUTO and load_tokenizer(config, folder).digest == tokenizer.digest
 
 
 def _expected_digest(origin: Origin, config: TokenizerConfig, *, num_rows: int) -> str | None:
