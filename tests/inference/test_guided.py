@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from moetrain.chat.grammar import Calls, turn_grammar
-from moetrain.chat.messages import Message, Role
+from moetrain.chat.messages import Message, Role, ToolCall
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.registry import template_named, template_names
 from moetrain.chat.templates.kimi_k2 import (
     CALL_ARGUMENT,
     CALL_END,
@@ -19,7 +21,7 @@ from moetrain.chat.templates.kimi_k2 import (
     THINK_END,
 )
 from moetrain.chat.tool_schema import ToolSpec
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ConfigError
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
@@ -164,3 +166,32 @@ def test_a_constraint_that_met_a_wrong_token_ends_the_sequence_and_says_why(
     constraint.advance(tokenizer.special_ids[IM_END])
     assert constraint.allowed().nonzero()[0].tolist() == [tokenizer.special_ids[IM_END]]
     assert constraint.problem
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("content", ["yes", ""])
+@pytest.mark.parametrize("calls", [Calls.auto, Calls.required])
+def test_the_grammar_of_each_template_allows_its_own_turns(name: str, content: str, calls: Calls) -> None:
+    if content and calls is Calls.required:
+        return
+    row = template_named(name)
+    tokenizer = train_tokenizer(["look stop-it yes"], vocab_size=280, template=row)
+    guide = Guide(tokenizer, end_id=tokenizer.turn_end_id)
+    called = [
+        ToolCall(name="look", arguments='{"at": 7}', id="functions.look:0"),
+        ToolCall(name="stop-it", arguments="{}", id="functions.stop-it:1"),
+    ]
+    turn = Message(role=Role.assistant, reasoning="r", content=content, tool_calls=called)
+    begun = len(row.prefill(thinks=True, after=Role.user))
+    pieces = row.turn_pieces(turn, Role.user)[begun:]
+    tokens, _ = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
+    for one_call in (False, True):
+        grammar = turn_grammar(
+            [LOOK, STOP], template=row, special_ids=tokenizer.special_ids, calls=calls, one_call=one_call
+        )
+        constraint = guide.constraint(grammar)
+        allowed = []
+        for token in tokens:
+            allowed.append(bool(constraint.allowed()[token]))
+            constraint.advance(token)
+        assert all(allowed) != one_call  # two calls are one too many

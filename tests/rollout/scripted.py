@@ -50,7 +50,8 @@ class ScriptedGeneration:
         running = [sequence for sequence in self._turns if not sequence.is_idle]
         self.steps.append(len(running))
         for sequence in running:
-            pieces = KIMI_K2.turn_pieces(self._script(self._turns[sequence]))
+            after = Role.tool if self._turns[sequence] else Role.user
+            pieces = self._tokenizer.template.turn_pieces(self._script(self._turns[sequence]), after)
             self._turns[sequence] += 1
             for token in pieces_to_tokens(
                 pieces, encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids
