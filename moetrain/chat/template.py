@@ -86,7 +86,8 @@ class ChatTemplate(ABC):
     name: str
     syntax: TurnSyntax
     speakers: Mapping[str, str]
-    """Marker that begins a message: who speaks (system, question, result or assistant), for reports."""
+    """Marker that begins a message: who speaks (system, question, result or assistant), for reports; "" when the text
+    after the marker says it."""
     header_end: str
     """Marker or text after the name of a speaker; "" when only the marker names the speaker."""
     other_markers: Sequence[str]

@@ -71,7 +71,8 @@ def blocks(text: str) -> list[Block]:
     for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=True):
         if piece in template.speakers:
             speaker, label = template.speakers[piece], ""
-            kind = "role" if template.header_end else _kind_of(speaker)
+            is_named = not speaker or template.header_end in tokens
+            kind = "role" if is_named else _kind_of(speaker)
         elif piece == template.header_end:
             kind = _kind_of(speaker)
         elif piece == syntax.think_begin:

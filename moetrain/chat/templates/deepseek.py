@@ -175,7 +175,10 @@ def _usage(form: _Form) -> str:
 class DeepSeek(ChatTemplate):
     """The template of V3 and R1, or of V3.1."""
 
-    speakers = {USER: "question", ASSISTANT: "assistant", OUTPUT_BEGIN: "result", CALLS_BEGIN: "assistant"}
+    speakers = {
+        **{BEGIN: "system", USER: "question", ASSISTANT: "assistant"},
+        **{OUTPUT_BEGIN: "result", OUTPUT_END: "assistant"},  # no marker begins the turn after results
+    }
     header_end = ""
     other_markers = (BEGIN, USER, ASSISTANT, OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END)
     role_names = {BOS: BEGIN, EOS: END, PAD: PADDING}
