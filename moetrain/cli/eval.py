@@ -29,6 +29,8 @@ def main(run: EvalRun) -> int:
     """Run the stage; return its exit code."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the export to evaluate")
+    if not run.eval.num_tasks and not run.data.sources:
+        raise ConfigError("eval.num_tasks is 0 and data.sources is empty: give tasks or texts to evaluate on")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import EVAL
@@ -65,6 +67,8 @@ def _numbers(
     topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
     assert run.init_from is not None  # main checked it
     origin = read_weights(run.init_from)
+    if not run.eval.num_tasks:
+        return {"modes": {}, **_language(run, origin)} if topology.is_main else None
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     if not run.eval.other_context:

@@ -54,8 +54,8 @@ class SpecialIds(dict[str, int]):
         """Raise DataError, because the caller requires a token that the tokenizer lacks."""
         raise DataError(
             f"the tokenizer has no special token {name}: chats, dialogues and tool use require the tokens of the chat "
-            "template; use a tokenizer that has them, or name the template as data.tokenizer.template, which puts them "
-            "in unused rows of the vocabulary"
+            "template; use a tokenizer that has them, or train on conversations with the template named as "
+            "data.tokenizer.template, which puts them in unused rows of the vocabulary"
         )
 
 
@@ -113,9 +113,9 @@ class Tokenizer:
         """Return the chat template. Raises DataError when none is known."""
         if self.template_or_none is None:
             raise DataError(
-                "the tokenizer has no chat template that is known: chats, dialogues and tool use require one; give "
-                f"data.tokenizer.template={'|'.join(template_names())}, which puts its tokens in unused rows of the "
-                "vocabulary"
+                "the tokenizer has no chat template that is known: chats, dialogues and tool use require one; train on "
+                f"conversations with data.tokenizer.template={'|'.join(template_names())}, which puts the tokens "
+                "of the template in unused rows of the vocabulary"
             )
         return self.template_or_none
 

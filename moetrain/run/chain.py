@@ -57,7 +57,7 @@ def needs_chat(run: StageRun) -> bool:
     if isinstance(run, DocumentRun):
         sources = run.data.sources.values()
         return any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources)
-    return isinstance(run, RlRun | EvalRun | ChatRun)
+    return isinstance(run, RlRun | ChatRun) or (isinstance(run, EvalRun) and run.eval.num_tasks > 0)
 
 
 def keeps_tokenizer(run: StageRun) -> bool:
