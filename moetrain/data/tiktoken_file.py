@@ -29,6 +29,11 @@ _log = logging.getLogger(__name__)
 TIKTOKEN_FILE = "tiktoken.model"
 NUM_SLOTS = 256
 """Ids after the ranks, for special tokens."""
+_TEXTS = (
+    "The model's weights weren't read: parseHTMLNode(x_TD, 1234567) != None\r\n\t  # TODO",
+    "北京是中国的首都。MixedCase和中文 2024年、第1234567号 🙂👩\u200d🔬",
+    "ΩΜΕΓΑ naïve Привет שלום e\u0301 \u00a0 \n\n",
+)
 _CODE_FILE = "tokenization_kimi.py"
 _NOT_HAN = r"&&[^\p{Han}]"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}" + _NOT_HAN, r"\p{Ll}\p{Lm}\p{Lo}\p{M}" + _NOT_HAN
@@ -55,26 +60,47 @@ def read_tiktoken(path: Path) -> HFTokenizer:
     that is no token, for ranks with a gap, for a byte without a token, for names outside the slots, and when
     `config.json` beside the file states another size of the vocabulary.
     """
-    ranks = _ranks(path)
-    names = _names(path.parent / "tokenizer_config.json", num_ranks=len(ranks))
-    _check_vocab_size(path, num_tokens=len(ranks) + NUM_SLOTS)
-    vocabulary = {_visible(token): rank for token, rank in ranks.items()}
-    inner = HFTokenizer(models.BPE(vocab=vocabulary, merges=[*_merges(ranks)], ignore_merges=True))
-    pattern = _pattern(path.parent / _CODE_FILE)
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    slots = range(len(ranks), len(ranks) + NUM_SLOTS)
+    inner = _without_slots(path)
+    num_ranks = inner.get_vocab_size()
+    names = _names(path.parent / "tokenizer_config.json", num_ranks=num_ranks)
+    _check_vocab_size(path, num_tokens=num_ranks + NUM_SLOTS)
+    slots = range(num_ranks, num_ranks + NUM_SLOTS)
     tokens = [names.get(slot, f"<|reserved_token_{slot}|>") for slot in slots]
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     for slot, token in zip(slots, tokens, strict=True):
         if inner.token_to_id(token) != slot:
             raise DataError(f"{path}: the special token {token} gets the id {inner.token_to_id(token)}, not {slot}")
     return inner
+
+
+def _without_slots(path: Path) -> HFTokenizer:
+    """Return the tokenizer without its special tokens."""
+    ranks = _ranks(path)
+    vocabulary = {_visible(token): rank for token, rank in ranks.items()}
+    inner = HFTokenizer(models.BPE(vocab=vocabulary, merges=[*_merges(ranks)], ignore_merges=True))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_pattern(path.parent / _CODE_FILE)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def check_same(inner: HFTokenizer, path: Path) -> None:
+    """Raise DataError when `inner`, the `tokenizer.json` beside a `tiktoken.model`, encodes a text otherwise.
+
+    Some programs write such a file without the pattern of the release, so that words are split otherwise.
+    """
+    original = _without_slots(path)
+    for text in _TEXTS:
+        ids, theirs = (tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in (inner, original))
+        if ids != theirs:
+            raise DataError(
+                f"tokenizer.json gives {text[:40]!r} other tokens ({ids[:6]}) than {path.name} beside it "
+                f"({theirs[:6]}): remove the one that the weights were not trained with"
+            )
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

@@ -27,7 +27,7 @@ from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.byte_level import BYTES
 from moetrain.data.config import NUM_BYTES
 from moetrain.data.spare_tokens import with_tokens
-from moetrain.data.tiktoken_file import TIKTOKEN_FILE, read_tiktoken
+from moetrain.data.tiktoken_file import TIKTOKEN_FILE, check_same, read_tiktoken
 from moetrain.errors import DataError
 from moetrain.files import write_text
 
@@ -87,7 +87,7 @@ class Tokenizer:
         if EOS not in self.special_ids:
             raise DataError(
                 f"the tokenizer lacks {EOS}, the end of a document: add it, or name the token with this role as "
-                f"eos_token in {TOKENIZER_CONFIG_FILE}"
+                f"eos_token in {TOKENIZER_CONFIG_FILE}, or its id as eos_token_id in config.json"
             )
         self.eos_id = self.special_ids[EOS]
         self.bos_id = self.special_ids.setdefault(BOS, self.eos_id)  # as in GPT-2
@@ -231,6 +231,8 @@ class Tokenizer:
         try:
             inner = HFTokenizer.from_str(json.dumps(content))
             _check_ids(inner, content)
+            if (folder / TIKTOKEN_FILE).is_file():
+                check_same(inner, folder / TIKTOKEN_FILE)
             tokenizer = cls(inner, names=names, jinja=_jinja_in(folder))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
@@ -275,19 +277,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _end_in(folder: Path, there: Mapping[Any, Any]) -> str | None:
+    """Return the end of a document that the config of a model names by its id. there: added tokens by id."""
+    for name in ("config.json", "generation_config.json"):
+        stated = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        first = stated[0] if isinstance(stated, list) and stated else stated
+        if isinstance(first, int) and isinstance(there.get(first), str):
+            return str(there[first])
+    return None
+
+
 def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
     """Return the tokenizer's own names of `[BOS]` and so on, for those that it lacks under these names."""
-    if not path.is_file():
-        return {}
-    config = _read_json(path)
+    config = _read_json(path) if path.is_file() else {}
     added = content.get("added_tokens")
-    there = {token.get("content") for token in added if isinstance(token, dict)} if isinstance(added, list) else set()
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    there = {token.get("content") for token in tokens}
     names = {}
     for name, key in _CONFIG_KEYS.items():
         entry = config.get(key)
         own_name = entry.get("content") if isinstance(entry, dict) else entry
         if name not in there and isinstance(own_name, str):
             names[name] = own_name
+    if EOS not in there and EOS not in names:
+        end = _end_in(path.parent, {token.get("id"): token.get("content") for token in tokens})
+        names |= {EOS: end} if end else {}
     return names
 
 

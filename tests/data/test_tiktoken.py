@@ -102,6 +102,18 @@ def test_a_saved_conversion_is_the_same_tokenizer(tmp_path) -> None:
     assert not holds_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_file_that_splits_text_otherwise_than_the_original_is_refused(tmp_path) -> None:
+    write_release(tmp_path)
+    converted = Tokenizer.load(tmp_path)
+    converted.save(tmp_path)
+    assert Tokenizer.load(tmp_path).digest == converted.digest  # the file is the same tokenizer
+    content = converted.content()
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r" ?\p{L}+| ?[^\s\p{L}]+|\s+"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"other tokens .* than tiktoken.model beside it .*: remove the one"):
+        Tokenizer.load(tmp_path)
+
+
 def test_the_pattern_of_the_releases_code_is_read_and_the_code_is_not_run(tmp_path) -> None:
     write_release(tmp_path)
     write_code(tmp_path, r'"|".join([r"""\p{L}""", r"[^\p{L}]+"])')

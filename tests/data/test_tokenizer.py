@@ -222,6 +222,17 @@ def test_a_tokenizer_without_an_end_of_a_document_is_refused(tmp_path: Path, con
         Tokenizer.load(plain_tokenizer(tmp_path / "a", config=config))
 
 
+@pytest.mark.parametrize("stated", [{"eos_token_id": 260}, {"eos_token_id": [260, 3]}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_end_of_a_document_may_be_named_by_its_id(tmp_path: Path, stated: dict[str, Any], name: str) -> None:
+    folder = plain_tokenizer(tmp_path / "a")
+    (folder / name).write_text(json.dumps(stated))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>" and tokenizer.eos_id == 260
+    tokenizer.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").eos_id == 260
+
+
 def test_an_embedding_has_a_row_for_the_largest_id(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def leave_a_gap(content: dict[str, Any]) -> None:
         ids = content["model"]["vocab"]
