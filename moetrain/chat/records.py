@@ -8,6 +8,7 @@ names the value and a cure.
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -25,6 +26,12 @@ _SHAREGPT_ROLES = {
     **{"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
     **{_SHAREGPT_CALL: "assistant", "observation": "tool", "function_response": "tool", "tool": "tool"},
 }
+_CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESULTS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_ENDING_CALLS = re.compile(
+    r"(?P<content>.*?)\s*(?P<calls>(?:<tool_call>(?:(?!</?tool_call>).)*</tool_call>\s*)+)", re.DOTALL
+)
+"""An answer that ends in calls as Hermes's data sets write them."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 """Key of the text in a part of the content, by the type of the part."""
 _THINKING_PARTS = {"thinking": "thinking", "reasoning": "text"}
@@ -71,7 +78,8 @@ def read_conversation(value: object) -> list[Message]:
     numbering = _Numbering()
     for number, item in enumerate(value):
         try:
-            messages.append(_message(item, numbering=numbering))
+            for single in _single_messages(item):
+                messages.append(_message(single, numbering=numbering))
         except DataError as error:
             raise type(error)(f"message {number}: {error}") from None
     numbering.check()
@@ -178,8 +186,6 @@ class _Numbering:
 
 
 def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
-    if "from" in item and "role" not in item:
-        item = _of_sharegpt(item)
     check_keys(item, _MESSAGE_KEYS, place="the message")
     given = item.get("role")
     if not isinstance(given, str) or given not in _ROLES:
@@ -211,6 +217,16 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     return message
 
 
+def _single_messages(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a message with ShareGPT's keys in the chat-completions form; one with several results as several."""
+    if "from" not in item or "role" in item:
+        return [item]
+    message = _of_sharegpt(item)
+    text = message.get("content")
+    results = _RESULTS.findall(text) if message["role"] == "tool" and isinstance(text, str) else []
+    return [{**message, "content": result} for result in results] if results else [message]
+
+
 def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     role = item["from"]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
@@ -222,7 +238,12 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in item.items() if key not in ("from", "value")}
     if role == _SHAREGPT_CALL:
         return {"role": "assistant", "tool_calls": _calls_in_text(item.get("value")), **rest}
-    return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
+    content = item.get("value")
+    ending = _ENDING_CALLS.fullmatch(content) if role in ("gpt", "assistant") and isinstance(content, str) else None
+    if ending is None:
+        return {"role": _SHAREGPT_ROLES[role], "content": content, **rest}
+    calls = [call for text in _CALLS.findall(ending["calls"]) for call in _calls_in_text(text)]
+    return {"role": "assistant", "content": ending["content"], "tool_calls": calls, **rest}
 
 
 def _calls_in_text(value: object) -> list[dict[str, Any]]:
@@ -233,7 +254,7 @@ def _calls_in_text(value: object) -> list[dict[str, Any]]:
         found = None
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise DataError(f"value of a function_call holds {_shown(value)}: give JSON with name and arguments")
+        raise DataError(f"a function_call or <tool_call> holds {_shown(value)}: give JSON with name and arguments")
     return [{"function": call} for call in calls]
 
 

@@ -97,6 +97,17 @@ def test_calls_and_results_of_sharegpt_are_read() -> None:
     assert [call.id for call in messages[1].tool_calls] == ["functions.get:0", "functions.find:1"]
     assert [message.tool_call_id for message in messages[2:4]] == ["functions.get:0", "functions.find:1"]
     assert [call.arguments for call in messages[1].tool_calls] == ['{"a": 1}', "{}"]
+    one = json.dumps(json.loads(calls)[0])
+    hermes = [
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": f"<think>\nR\n</think>\nwait\n<tool_call>\n{one}\n</tool_call>\n"},
+        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>"},
+        {"from": "gpt", "value": "the tag <tool_call> begins a call"},
+    ]
+    found = read_messages(hermes)
+    assert (found[1].reasoning, found[1].content, found[1].tool_calls[0].arguments) == ("R", "wait", '{"a": 1}')
+    assert (found[2].content, found[2].tool_call_id) == ("1", "functions.get:0")
+    assert found[3].content == "the tag <tool_call> begins a call" and not found[3].tool_calls
     bare = {"name": "get", "description": "d", "parameters": {}}
     declared = read_declaration(with_outer_objects(json.dumps([bare])))
     assert declared == read_declaration([{"type": "function", "function": bare}])
@@ -146,7 +157,10 @@ def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
         (calls(call("f") | {"type": "custom"}), "type of a tool call is 'custom'"),
         (calls({"name": "f", "arguments": {}}), "give function.name"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, "a part of content has the unknown"),
-        ({"from": "function_call", "value": "{}"}, "value of a function_call holds str '{}': give JSON with name"),
+        (
+            {"from": "function_call", "value": "{}"},
+            "a function_call or <tool_call> holds str '{}': give JSON",
+        ),
         ({"from": "robot", "value": "x"}, "from is 'robot': give one of system, human, user"),
         ({**ANSWER, "content": [{"type": "thinking", "thinking": "a"}], "reasoning": "b"}, "hold different texts"),
         ({"from": "gpt", "value": "A", "content": "B"}, "the message has the unknown key 'content'"),
