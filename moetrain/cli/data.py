@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.chat.pieces import Piece
-from moetrain.chat.registry import AUTO, template_named
+from moetrain.chat.registry import template_named
 from moetrain.chat.template import ChatTemplate
 from moetrain.commands import DataRun
+from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
 from moetrain.data.sources import read_documents
@@ -54,8 +55,7 @@ def _tokenizer(run: DataRun) -> Tokenizer | None:
         from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
         tokenizer = tokenizer_of(read_weights(run.init_from))
-    named = run.data.tokenizer.template
-    return tokenizer if named == AUTO else tokenizer.with_template(template_named(named))
+    return with_named_template(tokenizer, run.data.tokenizer)
 
 
 def _documents(

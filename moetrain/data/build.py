@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.chat.pieces import pieces_to_text, pieces_to_tokens, with_bos
-from moetrain.chat.registry import AUTO, template_named
-from moetrain.data.config import DataConfig, SourceKind, TokenizerConfig
+from moetrain.chat.registry import template_named
+from moetrain.data.chat_tokenizer import load_tokenizer
+from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix
 from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
@@ -187,14 +188,6 @@ def _tokenizer(
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
     return tokenizer
-
-
-def load_tokenizer(config: TokenizerConfig, folder: Path, *, num_rows: int | None = None) -> Tokenizer:
-    """Return the tokenizer in `folder` with the chat template of the config. num_rows: rows of the embedding."""
-    tokenizer = Tokenizer.load(folder)
-    if config.template == AUTO:
-        return tokenizer
-    return tokenizer.with_template(template_named(config.template), num_rows=num_rows)
 
 
 def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_rows: int | None) -> None:

@@ -7,7 +7,6 @@ when they are read (`run.inputs`).
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moetrain.chat.registry import AUTO, template_named
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
@@ -22,6 +21,7 @@ from moetrain.config import (
     check_groups,
     check_length,
 )
+from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceKind
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import ConfigError, DataError
@@ -65,11 +65,11 @@ def keeps_tokenizer(run: StageRun) -> bool:
     return not isinstance(run, DocumentRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
 
 
-def with_named_template(run: StageRun, tokenizer: Tokenizer) -> Tokenizer:
+def stage_template(run: StageRun, tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer of the weights of `run` with the chat template that its config names, if it names one."""
-    if not isinstance(run, DocumentRun) or run.data.tokenizer.template == AUTO:
+    if not isinstance(run, DocumentRun):
         return tokenizer
-    return tokenizer.with_template(template_named(run.data.tokenizer.template), num_rows=run.model.vocab_size)
+    return with_named_template(tokenizer, run.data.tokenizer, num_rows=run.model.vocab_size)
 
 
 def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
@@ -145,7 +145,7 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
                     "leave data.tokenizer.vocab_size out"
                 )
     if isinstance(weights_tokenizer, Path) and needs_chat(run) and keeps_tokenizer(run):
-        with_named_template(run, Tokenizer.load(weights_tokenizer)).check_chat()
+        stage_template(run, Tokenizer.load(weights_tokenizer)).check_chat()
 
 
 def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:

@@ -29,7 +29,7 @@ from moetrain.data.sources import local_files, read_documents
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
-from moetrain.run.chain import keeps_tokenizer, needs_chat, with_named_template
+from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.runtime import num_ranks
@@ -173,7 +173,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     if origin.tokenizer is not None:
         tokenizer = tokenizer_of(origin)
         if needs_chat(run) and keeps_tokenizer(run):
-            with_named_template(run, tokenizer).check_chat()
+            stage_template(run, tokenizer).check_chat()
     for field in ("masters", "eval.masters"):
         if field in named:
             read_masters(named[field], field=field, origin=origin)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from moetrain.chat.registry import AUTO
 from moetrain.checkpoint.origin import TOKENIZER, Origin
-from moetrain.data.build import load_tokenizer, prepare_tokenizer
+from moetrain.data.build import prepare_tokenizer
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, TokenizerConfig
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError

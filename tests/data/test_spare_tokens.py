@@ -8,7 +8,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.pieces import EOS, pieces_to_tokens
 from moetrain.chat.registry import AUTO, template_named
-from moetrain.data.build import build_data, load_tokenizer
+from moetrain.data.build import build_data
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError, DataError
