@@ -15,8 +15,8 @@ from moetrain.checkpoint.identity import model_of, quant_of
 from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
-from moetrain.data.tokenizer import holds_tokenizer
-from moetrain.errors import CheckpointError
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
+from moetrain.errors import CheckpointError, DataError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
@@ -168,12 +168,20 @@ def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
     if found is not None and written is not None:
         path = found / "tokenizer.json"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != written:
+        if digest != written and _loaded_digest(found) != written:
             raise CheckpointError(
                 f"{path}: its sha256 is {digest[:12]}..., but the weights were trained with {written[:12]}...; "
                 "copy the original tokenizer there"
             )
     return found
+
+
+def _loaded_digest(folder: Path) -> str:
+    """Return the digest of a tokenizer, which has the name of its chat template, too; "" when it cannot be read."""
+    try:
+        return Tokenizer.load(folder).digest
+    except DataError:
+        return ""
 
 
 def _digest_of_files(path: Path) -> str:

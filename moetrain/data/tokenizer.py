@@ -126,8 +126,9 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Return the sha256 of the tokenizer's file."""
-        return hashlib.sha256(self._inner.to_str(pretty=True).encode()).hexdigest()
+        """Return the sha256 of the tokenizer's file, and of the name of a chat template other than the default."""
+        template = "" if self.template_or_none in (None, KIMI_K2) else self.template.name
+        return hashlib.sha256((self._inner.to_str(pretty=True) + template).encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:
         """Return the content of `tokenizer.json`: merges, vocabulary, added tokens, and how text is split."""

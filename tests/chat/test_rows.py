@@ -185,6 +185,8 @@ def test_a_tokenizers_own_template_is_recognised(row: ChatTemplate, tmp_path) ->
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.template is row and loaded.digest == tokenizer.digest and loaded.end_ids == tokenizer.end_ids
+    others = {loaded.with_template(other).digest for other in ROWS if other is not row}
+    assert len(others) == len(ROWS) - 1 and loaded.digest not in others
     assert recognised(row.special_tokens, jinja=row.jinja) is row
     loaded.check_chat()
     text = "".join(row.special_tokens)
