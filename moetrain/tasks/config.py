@@ -46,9 +46,8 @@ class DatabaseConfig:
     max_calls: int = 8
     """Largest number of tool calls that a task requires."""
     last_line: int = 17
-    """Largest number of a line of a question. The lines of a short question are numbered from a random number, and
-    dropped steps stand among them, up to this number of lines. So a model that has read short questions knows the
-    numbers and the length of long ones."""
+    """Largest number of a line of a question. Around the steps that a short question asks for stand others, up to this
+    number of lines, so that a model that has read short questions knows the numbers and the length of long ones."""
     deadline_s: float = 2.0
     """Seconds after which an SQL statement is stopped. rollout.call_deadline_s does not apply to tools that run inline,
     such as these."""

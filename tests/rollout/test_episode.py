@@ -105,7 +105,7 @@ def test_a_bad_call_becomes_an_observation(tokenizer: Tokenizer) -> None:
         ({"max_turn_tokens": 5}, Ending.turn_too_long),
         ({"max_turns": 1}, Ending.max_turns),
         ({"max_repeats": 1}, Ending.stalled),
-        ({"max_tokens": 600, "max_turn_tokens": 299}, Ending.max_tokens),
+        ({"max_tokens": 1100, "max_turn_tokens": 299}, Ending.max_tokens),
     ],
 )
 def test_a_limit_ends_the_trajectory_and_is_recorded(

@@ -1,5 +1,6 @@
 """Database tasks by number: names, rows, links, steps and phrasing are a function of (seed, split, index)."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,10 @@ from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.demonstrator import PERFECT, demonstrate
 from moetrain.tasks.database.environment import DatabaseEnvironment
-from moetrain.tasks.database.phrases import draw_lines, draw_phrases, question
+from moetrain.tasks.database.phrases import draw_lines, question
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables
+from moetrain.tasks.database.steps import Step
 from moetrain.tasks.protocol import Grade, InlineTask, Split, Task
 from moetrain.tools.sql import SQL_TOOLS
 
@@ -24,7 +26,7 @@ class DatabaseTask(InlineTask):
     tables: dict[str, Table]
     program: Program
     lines: list[str]
-    """The numbered lines of the question: each step in words, then what to report."""
+    """The numbered lines of the question that are asked for: each step in words, then what to report."""
     text: str
     config: TaskConfig
 
@@ -73,12 +75,13 @@ class DatabaseFamily:
         tables = draw_tables(stream, split)
         program = draw_program(stream, tables, num_calls=calls)
         num_free = max(0, self._config.database.last_line - 1 - calls)
-        lines = draw_lines(program.steps, first=stream.randint(1, 1 + num_free), split=split, stream=stream)
-        num_dropped = stream.randint(0, num_free)
-        other = draw_program(stream, tables, num_calls=num_dropped).steps if num_dropped else []
-        dropped = draw_phrases(other, split=split, stream=stream)
-        text = question(program.start, lines, dropped=dropped, split=split, stream=stream)
-        return DatabaseTask(tables=tables, program=program, lines=lines, text=text, config=self._config)
+        num_before = stream.randint(0, num_free)
+        num_after = stream.randint(0, num_free - num_before)
+        before, after = (_other_steps(stream, tables, num_steps=count) for count in (num_before, num_after))
+        lines = draw_lines(program.steps, before=before, after=after, split=split, stream=stream)
+        text = question(program.start, lines, first=num_before + 1, split=split, stream=stream)
+        asked = lines[num_before : num_before + calls + 1]
+        return DatabaseTask(tables=tables, program=program, lines=asked, text=text, config=self._config)
 
     def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
         """Return the demonstrator's conversation and its grade. perfect: no mistakes, and it retries failed calls."""
@@ -96,3 +99,8 @@ class DatabaseFamily:
         grade = environment.grade(messages[-1].content)
         environment.close()
         return [*task.prompt, *messages], grade
+
+
+def _other_steps(stream: random.Random, tables: dict[str, Table], *, num_steps: int) -> list[Step]:
+    """Return steps that are not asked for: those of another program over the same tables."""
+    return draw_program(stream, tables, num_calls=num_steps).steps if num_steps else []

@@ -47,7 +47,10 @@ _FRAMES: dict[str, list[str]] = {
         "<then><take>it times {number}",
         "<then>{number} times it",
     ],
-    "opening": ['<start> <at> <row>"{row}"<first>.', '<row>"{row}" is where to <start>.'],
+    "opening": [
+        '<start> <at> <row>"{row}", step {first}.',
+        '<row>"{row}", step {first} is where to <start>.',
+    ],
     "closing": ["<then><report> <the> <result>", "<then>what is <the> <result>"],
 }
 _SLOTS: dict[str, list[str]] = {
@@ -67,7 +70,6 @@ _SLOTS: dict[str, list[str]] = {
     "<start>": ["start", "begin", "go"],
     "<at>": ["at", "with", "from"],
     "<row>": ["", "row ", "the row "],
-    "<first>": ["", " first"],
     "<report>": ["report", "answer with", "give", "tell me"],
     "<the>": ["the", "your"],
     "<result>": ["result", "last value", "value"],
@@ -86,16 +88,17 @@ def draw_phrases(steps: Sequence[Step], *, split: Split, stream: random.Random) 
     return [stream.choice(frames(name, split)).format(**vars(step)) for name, step in zip(names, steps, strict=True)]
 
 
-def draw_lines(steps: Sequence[Step], *, first: int, split: Split, stream: random.Random) -> list[str]:
-    """Return the numbered lines of a question: each step, numbered from `first`, and what to report."""
-    texts = [*draw_phrases(steps, split=split, stream=stream), stream.choice(frames("closing", split))]
-    return [f"Step {number}: {text}" for number, text in enumerate(texts, first)]
+def draw_lines(
+    steps: Sequence[Step], *, before: Sequence[Step], after: Sequence[Step], split: Split, stream: random.Random
+) -> list[str]:
+    """Return the numbered lines of a question: `steps` and what to report, between steps that are not asked for."""
+    texts = draw_phrases([*before, *steps], split=split, stream=stream)
+    texts.append(stream.choice(frames("closing", split)))
+    texts += draw_phrases(after, split=split, stream=stream)
+    return [f"Step {number}: {text}" for number, text in enumerate(texts, 1)]
 
 
-def question(start: str, lines: Sequence[str], *, dropped: Sequence[str], split: Split, stream: random.Random) -> str:
-    """Return the text of a question: where to start, and its lines, with those of dropped steps anywhere among them."""
-    opening = stream.choice(frames("opening", split)).format(row=start)
-    text = [opening[0].upper() + opening[1:]]
-    is_dropped = stream.sample([True] * len(dropped) + [False] * len(lines), len(dropped) + len(lines))
-    kept, rest = iter(lines), iter(dropped)
-    return "\n".join(text + [f"Dropped: {next(rest)}" if drop else next(kept) for drop in is_dropped])
+def question(start: str, lines: Sequence[str], *, first: int, split: Split, stream: random.Random) -> str:
+    """Return the text of a question: the row and the number of the step where to start, and its lines."""
+    opening = stream.choice(frames("opening", split)).format(row=start, first=first)
+    return "\n".join([opening[0].upper() + opening[1:], *lines])

@@ -27,7 +27,7 @@ def draw_program(stream: random.Random, tables: dict[str, Table], *, num_calls: 
     num_updates = int(num_calls >= 2 and stream.random() < _UPDATE_SHARE)
     num_left = num_calls - num_updates
     ends_in_number = stream.random() >= _ID_ANSWER_SHARE
-    num_calculations = stream.randint(0, min(2, num_left - 1)) if ends_in_number else 0
+    num_calculations = stream.randint(0, min(3, num_left - 1)) if ends_in_number else 0
     num_hops = num_left - num_calculations - int(ends_in_number)
     table = stream.choice(sorted(tables))
     start = row = stream.choice(tables[table].ids)
