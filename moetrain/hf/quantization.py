@@ -91,7 +91,7 @@ def _fp8(stated: Mapping[str, Any]) -> Fp8Blocks:
 
 def _packed(stated: Mapping[str, Any]) -> PackedGroups:
     names = {row.compression: name for name, row in FORMATS.items()}
-    if stated.get("format") not in names:
+    if stated.get("format") not in list(names):  # a list, because the value may be anything
         raise CheckpointError(
             f"config.json: {KEY}.format is {stated.get('format')!r}: {', '.join(names)} are read; give the bf16 weights"
         )

@@ -145,14 +145,16 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     from moetrain.checkpoint.origin import check_fit
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
-    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, training_weights
     from moetrain.train.stage_tokenizer import check_tokenizer
     from moetrain.train.stages import document_start_point
     from moetrain.upcycle.stage import check_dense
 
-    origin = read_weights(named.get("continue_from") or named["init_from"])
     if isinstance(run, TrainingRun):
+        origin = training_weights(run)
         check_fit(origin, run.model)
+    else:
+        origin = read_weights(named["init_from"])
     if isinstance(run, DocumentRun) and (run.data.tokenizer.path is None or "data.tokenizer.path" in named):
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):

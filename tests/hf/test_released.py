@@ -198,6 +198,7 @@ def _weights(**changes: Any) -> dict[str, Any]:
         ({**released.FP8_CONFIG, "weight_block_size": None}, "weight_block_size is None: only scales of blocks"),
         ({**released.FP8_CONFIG, "fmt": "e5m2"}, "fmt is 'e5m2': only e4m3"),
         (_packed(format="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized': pack-quantized, mxfp4"),
+        (_packed(format=["pack-quantized"]), r"format is \['pack-quantized'\]: pack-quantized, mxfp4"),
         (_packed(config_groups={}), "config_groups is {}: give exactly one group"),
         (_packed(ignore=["re:("]), r"ignore: 're:\(' is no regular expression"),
         (_packed(ignore="lm_head"), "ignore is 'lm_head': give a list"),

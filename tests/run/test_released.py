@@ -21,6 +21,7 @@ from moetrain.hf.folder import open_hf_folder
 from moetrain.inference.rows import Chunk, Rows
 from moetrain.parallel.state import read_into
 from moetrain.quant.grids import dequantize
+from moetrain.run.inputs import check_weights
 from moetrain.run.weights import generation_model, read_weights, tokenizer_of, training_weights
 from tests.hf import released
 
@@ -186,4 +187,4 @@ def test_quantising_twice_is_said_and_counted(
 def test_masters_that_are_there_are_not_spread(folder_of: Callable[[str], Path]) -> None:
     run = compose("sft", [f"init_from={folder_of('bf16')}", "dither_masters=true", *DATA])
     with pytest.raises(ConfigError, match=r"^dither_masters is true, and .* holds no experts as codes"):
-        training_weights(run)
+        check_weights(run)
