@@ -12,7 +12,6 @@ and after 25,000 characters without (or of) white space; this conversion does no
 import ast
 import base64
 import binascii
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from moetrain.data.byte_level import CHARACTERS
+from moetrain.data.tokenizer_files import read_json
 from moetrain.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _names(path: Path, *, num_ranks: int) -> dict[int, str]:
         raise DataError(
             f"{path} does not exist: it names the special tokens of {TIKTOKEN_FILE}; copy it from the release"
         )
-    entries = _json(path).get("added_tokens_decoder")
+    entries = read_json(path).get("added_tokens_decoder")
     if not isinstance(entries, dict) or not entries:
         raise DataError(f"{path} has no added_tokens_decoder, which names the special tokens of {TIKTOKEN_FILE}")
     names: dict[int, str] = {}
@@ -171,7 +171,7 @@ def _check_vocab_size(path: Path, *, num_tokens: int) -> None:
     config = path.parent / "config.json"
     if not config.is_file():
         return
-    values = _json(config)
+    values = read_json(config)
     inner = values.get("text_config")
     stated = (inner if isinstance(inner, dict) else values).get("vocab_size")
     if stated is not None and stated != num_tokens:
@@ -226,13 +226,3 @@ def _constant(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__} where an object is expected")
-    return content

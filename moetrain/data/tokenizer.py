@@ -28,6 +28,16 @@ from moetrain.data.byte_level import BYTES
 from moetrain.data.config import NUM_BYTES
 from moetrain.data.spare_tokens import with_tokens
 from moetrain.data.tiktoken_file import TIKTOKEN_FILE, check_same, read_tiktoken
+from moetrain.data.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_KEYS,
+    TOKENIZER_CONFIG_FILE,
+    check_ids,
+    jinja_in,
+    names_in,
+    read_json,
+    switch_off,
+)
 from moetrain.errors import DataError
 from moetrain.files import write_text
 
@@ -37,14 +47,8 @@ SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Alternatives: letters, one digit, punctuation, trailing space, other space. None joins a quote to a letter."""
 
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
 _MARKER = re.compile(r"[<\[].*[>\]]")
 """Added tokens of this form are control tokens, also when the file does not mark them as special."""
-_CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
-"""Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
 
 
 class SpecialIds(dict[str, int]):
@@ -203,9 +207,9 @@ class Tokenizer:
         own_name = {name: self._own_names[id_] for name, id_ in self.special_ids.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{key: own_name[name] for name, key in _CONFIG_KEYS.items() if name in own_name},
+            **{key: own_name[name] for name, key in CONFIG_KEYS.items() if name in own_name},
             "additional_special_tokens": [
-                name for name in own_name if name not in (*_CONFIG_KEYS, *map(own_name.get, _CONFIG_KEYS))
+                name for name in own_name if name not in (*CONFIG_KEYS, *map(own_name.get, CONFIG_KEYS))
             ],
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
@@ -214,6 +218,14 @@ class Tokenizer:
             write_text(folder / CHAT_TEMPLATE_FILE, self.template_or_none.jinja)
         write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
+
+    def _say_template(self, folder: Path) -> None:
+        """Log which chat template is used instead of the one in `folder`, when they differ."""
+        theirs, row = jinja_in(folder), self.template_or_none
+        if theirs and row is not None and theirs != row.jinja:
+            _log.info("%s: its chat template is a form of %s, which is used (docs/templates.md)", folder, row.name)
+        elif theirs and row is None:
+            _log.info("%s: its chat template is not known; texts need none", folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -226,20 +238,21 @@ class Tokenizer:
             return cls._load_tiktoken(folder / TIKTOKEN_FILE)
         if not path.is_file():
             raise DataError(f"{path} does not exist: give the folder of a tokenizer, or null to train one")
-        content = _read_json(path)
-        names = _names_in(folder / TOKENIZER_CONFIG_FILE, content)
-        switched_off = _switch_off(content)
+        content = read_json(path)
+        names = names_in(folder / TOKENIZER_CONFIG_FILE, content)
+        switched_off = switch_off(content)
         try:
             inner = HFTokenizer.from_str(json.dumps(content))
-            _check_ids(inner, content)
+            check_ids(inner, content)
             if (folder / TIKTOKEN_FILE).is_file():
                 check_same(inner, folder / TIKTOKEN_FILE)
-            tokenizer = cls(inner, names=names, jinja=_jinja_in(folder))
+            tokenizer = cls(inner, names=names, jinja=jinja_in(folder))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         except Exception as error:  # the library raises nothing narrower for a file that is no tokenizer
             reason = " ".join(str(error).split())
             raise DataError(f"{path} holds no tokenizer ({reason}): copy the tokenizer there again") from error
+        tokenizer._say_template(folder)
         if switched_off:
             _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))
         return tokenizer
@@ -249,14 +262,15 @@ class Tokenizer:
         """Convert a `tiktoken.model`, and check that each byte comes back."""
         inner = read_tiktoken(path)
         added = [{"content": token.content} for token in inner.get_added_tokens_decoder().values()]
-        names = _names_in(path.parent / TOKENIZER_CONFIG_FILE, {"added_tokens": added})
+        names = names_in(path.parent / TOKENIZER_CONFIG_FILE, {"added_tokens": added})
         try:
-            tokenizer = cls(inner, names=names, jinja=_jinja_in(path.parent))
+            tokenizer = cls(inner, names=names, jinja=jinja_in(path.parent))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         text = "".join(map(chr, (*range(0x250), 0x4E2D, 0x1F642)))  # has bytes of each length of UTF-8
         if tokenizer.decode(tokenizer.encode(text)) != text:
             raise DataError(f"{path}: a text does not come back from its tokens: copy the release's files again")
+        tokenizer._say_template(path.parent)
         _log.info("%s: %d tokens converted", path, tokenizer.vocab_size)
         return tokenizer
 
@@ -264,78 +278,6 @@ class Tokenizer:
 def holds_tokenizer(folder: Path) -> bool:
     """Return whether `folder` has a file that `Tokenizer.load` reads."""
     return any((folder / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}: copy the tokenizer there again") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__} where an object is expected")
-    return content
-
-
-def _end_in(folder: Path, there: Mapping[Any, Any]) -> str | None:
-    """Return the end of a document that the config of a model names by its id. there: added tokens by id."""
-    for name in ("config.json", "generation_config.json"):
-        stated = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        first = stated[0] if isinstance(stated, list) and stated else stated
-        if isinstance(first, int) and isinstance(there.get(first), str):
-            return str(there[first])
-    return None
-
-
-def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tokenizer's own names of `[BOS]` and so on, for those that it lacks under these names."""
-    config = _read_json(path) if path.is_file() else {}
-    added = content.get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    there = {token.get("content") for token in tokens}
-    names = {}
-    for name, key in _CONFIG_KEYS.items():
-        entry = config.get(key)
-        own_name = entry.get("content") if isinstance(entry, dict) else entry
-        if name not in there and isinstance(own_name, str):
-            names[name] = own_name
-    if EOS not in there and EOS not in names:
-        end = _end_in(path.parent, {token.get("id"): token.get("content") for token in tokens})
-        names |= {EOS: end} if end else {}
-    return names
-
-
-def _jinja_in(folder: Path) -> str:
-    """Return the Jinja chat template beside a tokenizer, or "" when there is none."""
-    path = folder / CHAT_TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    config = folder / TOKENIZER_CONFIG_FILE
-    jinja = _read_json(config).get("chat_template") if config.is_file() else None
-    return jinja if isinstance(jinja, str) else ""
-
-
-def _check_ids(inner: HFTokenizer, content: Mapping[str, Any]) -> None:
-    """Raise DataError when the library gives an added token another id than the file, as it does after a gap."""
-    for token in content.get("added_tokens") or []:
-        read = inner.token_to_id(token["content"])
-        if read != token["id"]:
-            raise DataError(
-                f"the file gives {token['content']} the id {token['id']} and the library reads {read}: the ids of "
-                "added tokens must follow the vocabulary without a gap"
-            )
-
-
-def _switch_off(content: dict[str, Any]) -> list[str]:
-    """Remove truncation, padding and dropout from a tokenizer's content; return the names of those it had."""
-    switched_off = [key for key in ("truncation", "padding") if content.get(key)]
-    content |= dict.fromkeys(switched_off)
-    model = content.get("model")
-    if isinstance(model, dict) and model.get("dropout"):
-        model["dropout"] = None
-        switched_off.append("dropout")
-    return switched_off
 
 
 def _encoder_of(inner: HFTokenizer, names: Iterable[str]) -> HFTokenizer:

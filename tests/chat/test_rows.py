@@ -201,6 +201,14 @@ def test_a_released_jinja_template_tells_deepseek_v3_from_v31() -> None:
     assert recognised(["<|endoftext|>"]) is None
 
 
+def test_another_form_of_a_template_is_named_in_the_log(tmp_path, caplog) -> None:
+    tokenizer_of(template_named("chatml")).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    caplog.set_level("INFO")
+    assert Tokenizer.load(tmp_path).template.name == "chatml"
+    assert f"{tmp_path}: its chat template is a form of chatml, which is used" in caplog.text
+
+
 def test_an_unknown_template_and_a_name_that_is_taken_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.tokenizer.template is llama: give auto or one of chatml, deepseek_v3"):
         template_named("llama")
