@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.chat.template import Piece
-from moetrain.commands import DataRun
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
 from moetrain.data.sources import read_documents
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.data_commands import DataRun
 
 _WIDTH = 10_000
 """Maximum width of a line in characters. The terminal wraps long lines, so no name or text is truncated."""

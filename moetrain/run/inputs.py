@@ -22,9 +22,11 @@ from moetrain.config import (
     UpcycleRun,
     check_length,
 )
-from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
+from moetrain.data.store.index import check_contents, prepared_folders, read_index
+from moetrain.data_commands import PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
@@ -34,7 +36,7 @@ from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.runtime import num_ranks
 from moetrain.tasks import registry
 
-LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text, *FOREIGN_KINDS)
 """Kinds of sources that are local files."""
 _NEED_WEIGHTS: dict[type[StageRun], str] = {
     RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
@@ -78,6 +80,9 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
     for source in _data(run).sources.values():
         if source.kind in LOCAL_KINDS:
             local_files(source)
+    for folder in prepared_folders(_data(run)).values():
+        if not any(folder.is_relative_to(parent) for parent in planned):
+            read_index(folder)
 
 
 def _is_inside(value: str, folder: Path) -> bool:
@@ -108,7 +113,14 @@ def _continues(run: StageRun) -> bool:
 
 
 def check_records(run: StageRun) -> None:
-    """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid."""
+    """Read all documents of the sources that are local files, and all files of prepared sources.
+
+    `DataError` names the file and line that is invalid. What `prepare` reads is not read before.
+    """
+    for folder in prepared_folders(_data(run)).values():
+        check_contents(folder, read_index(folder))
+    if isinstance(run, PrepareRun):
+        return
     for name, source in _data(run).sources.items():
         if source.kind in LOCAL_KINDS:
             read_documents(source, name=name)
@@ -200,4 +212,4 @@ def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
 
 
 def _data(run: StageRun) -> DataConfig:
-    return run.data if isinstance(run, DocumentRun | EvalRun) else DataConfig()
+    return run.data if isinstance(run, DocumentRun | EvalRun | PrepareRun) else DataConfig()

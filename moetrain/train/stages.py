@@ -263,7 +263,7 @@ def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
 
 def _summary(sections: Sections, *, data: Data, outcome: Outcome, stage: DocumentStage, folder: Path) -> dict[str, Any]:
     """Return the content of `summary.json`: reproducible figures, and times under their own key."""
-    bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
+    bigram = bigram_baseline(data.in_memory(), data.validation, vocab_size=data.tokenizer.vocab_size)
     sources = {
         name: {
             "nats_per_character": outcome.validation[f"validation/{name}"],

@@ -1,0 +1,235 @@
+"""Writes one shard: the documents of its units as a token file, and what the later steps need to know of each.
+
+A shard depends on its units, the tokenizer and the settings only. Its files get their names when they are complete;
+`NUMBER.json` in the work folder is written last and marks the shard as done. Memory does not grow with the shard,
+except for some ten bytes per document. Does not import torch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moetrain.data.config import SourceConfig
+from moetrain.data.formats import Document
+from moetrain.data.prepare.contamination import EvaluationTexts
+from moetrain.data.prepare.inputs import Unit, unit_documents
+from moetrain.data.prepare.similar import NUM_BANDS, Bands
+from moetrain.data.sources import Choice, key_hash
+from moetrain.data.store.index import RUNS, WORK, StoredFile, TokenFile
+from moetrain.data.tokenize import tokenize
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
+from moetrain.files import read_json_or_empty, write_json
+
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
+"""Text that is tokenized per call."""
+_MAX_CHARACTERS = 1 << 20
+"""Longer texts are tokenized in parts."""
+DOCUMENTS = np.dtype([("length", "<i8"), ("characters", "<i8"), ("hold_out", "<f8")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard to write.
+
+    folder: that of the source. near_duplicates: whether MinHash keys are computed. made_of: digest of all that the
+    content of the shard depends on.
+    """
+
+    number: int
+    folder: Path
+    name: str
+    source: SourceConfig
+    units: list[Unit]
+    near_duplicates: bool
+    made_of: str
+
+    def work(self, what: str) -> Path:
+        """Return the path of a file about this shard in the work folder."""
+        return self.folder / WORK / f"{self.number:05d}{what}"
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the shard has been written, of the same input and settings."""
+        return read_json_or_empty(self.work(".json")).get("made_of") == self.made_of
+
+
+@dataclass(kw_only=True)
+class ShardCounts:
+    """Counts of the documents of a shard. num_long: documents tokenized in parts."""
+
+    num_read: int = 0
+    num_empty: int = 0
+    num_identical: int = 0
+    num_contaminated: dict[str, int] = field(default_factory=dict)
+    num_long: int = 0
+    num_documents: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """What the work folder holds of a finished shard."""
+
+    file: TokenFile
+    counts: ShardCounts
+
+
+def read_result(shard: Shard) -> ShardResult:
+    """Return the result of a finished shard."""
+    content = json.loads(shard.work(".json").read_bytes())
+    mask = content["file"]["mask"]
+    file = TokenFile(**{**content["file"], "mask": StoredFile(**mask) if mask else None})
+    return ShardResult(file=file, counts=ShardCounts(**content["counts"]))
+
+
+def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTexts) -> None:
+    """Read, tokenize and write the documents of a shard. Raises DataError that names the source, file and line."""
+    counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
+    bands = Bands() if shard.near_duplicates else None
+    documents, keys = [], []
+    seen: set[int] = set()
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    try:
+        with TokenWriter(shard.folder, number=shard.number, dtype=dtype) as writer:
+            chosen = _chosen(shard, counts=counts, seen=seen, evaluation=evaluation)
+            for batch in _batches(chosen):
+                for document, (tokens_N, mask_N) in zip(
+                    batch, tokenize(batch, tokenizer, max_characters=_MAX_CHARACTERS), strict=True
+                ):
+                    writer.append(tokens_N, mask_N)
+                    text = document.text
+                    counts.num_long += len(text) > _MAX_CHARACTERS
+                    documents.append((len(tokens_N), len(text), key_hash(document.key, choice=Choice.hold_out)))
+                    keys.append([_identity(text), *(bands.keys(text) if bands else ())])
+            file = writer.finish()
+    except DataError as error:
+        raise DataError(f"data.sources.{shard.name}: {error}") from error
+    counts.num_documents = len(documents)
+    _save(shard.work("-documents.npy"), np.array(documents, dtype=DOCUMENTS))
+    num_keys = 1 + (NUM_BANDS if bands else 0)
+    keys_KD = np.array(keys, dtype=np.uint64).reshape(-1, num_keys).T
+    order_KD = np.argsort(keys_KD, axis=1, kind="stable")
+    _save(shard.work("-keys.npy"), np.take_along_axis(keys_KD, order_KD, axis=1))
+    _save(shard.work("-positions.npy"), order_KD.astype(np.uint32))
+    write_json(shard.work(".json"), {"made_of": shard.made_of, **asdict(ShardResult(file=file, counts=counts))})
+
+
+def _chosen(shard: Shard, *, counts: ShardCounts, seen: set[int], evaluation: EvaluationTexts) -> Iterator[Document]:
+    """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
+    for unit in shard.units:
+        for document in unit_documents(shard.source, unit):
+            counts.num_read += 1
+            if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
+                counts.num_empty += 1
+                continue
+            identity = _identity(document.text)
+            if identity in seen:
+                counts.num_identical += 1
+                continue
+            seen.add(identity)
+            if (name := evaluation.found_in(document.text)) is not None:
+                counts.num_contaminated[name] += 1
+                continue
+            yield document
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += sum(len(piece.text) for piece in document.pieces)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _identity(text: str) -> int:
+    """Return 64 bits of a hash of the text. Among 10^9 documents, two have the same by chance with probability 3 %."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+class TokenWriter:
+    """Writes a token file and, where not all tokens are learned, its mask file."""
+
+    def __init__(self, folder: Path, *, number: int, dtype: np.dtype) -> None:
+        self._path = folder / f"tokens-{number:05d}.bin"
+        self._mask_path = folder / f"mask-{number:05d}.bin"
+        self._dtype = dtype
+        self._scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._sha256 = hashlib.sha256()
+        self._num_tokens = 0
+        self._runs: list[np.ndarray] = []
+        self._is_all_learned = True
+
+    def __enter__(self) -> "TokenWriter":
+        self._file: Any = self._scratch.open("wb", buffering=1 << 20)
+        return self
+
+    def append(self, tokens_N: np.ndarray, mask_N: np.ndarray) -> None:
+        """Append a document: token ids and bool mask, [N]."""
+        data = tokens_N.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._sha256.update(data)
+        learned = mask_N.copy()
+        learned[:1] = False  # nothing precedes the first token
+        self._is_all_learned &= bool(learned[1:].all())
+        edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+        self._runs.append(np.stack([edges[:, 0] + self._num_tokens, edges[:, 1] - edges[:, 0]], axis=1).astype(RUNS))
+        self._num_tokens += len(tokens_N)
+
+    def finish(self) -> TokenFile:
+        """Give the files their names; return their entry of the index."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._scratch, self._path)
+        return TokenFile(
+            name=self._path.name,
+            bytes=self._num_tokens * self._dtype.itemsize,
+            sha256=self._sha256.hexdigest(),
+            num_tokens=self._num_tokens,
+            dtype=self._dtype.str,
+            mask=None if self._is_all_learned else write_runs(self._mask_path, self._runs),
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._scratch.unlink(missing_ok=True)
+
+
+def write_runs(path: Path, runs: list[np.ndarray]) -> StoredFile:
+    """Write a mask file atomically; return its entry of the index. runs: (start, length) pairs, int64 [R, 2] each."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sha256 = hashlib.sha256()
+    size = 0
+    with scratch.open("wb") as file:
+        for each in runs:
+            data = each.astype(RUNS).tobytes()
+            file.write(data)
+            sha256.update(data)
+            size += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    return StoredFile(name=path.name, bytes=size, sha256=sha256.hexdigest())
