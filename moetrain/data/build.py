@@ -16,10 +16,11 @@ from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix, Rows
+from moetrain.data.order import ORDER_VERSION
 from moetrain.data.packing import PackedRows, TokenizedDocument, ValidationRows, pack
 from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
 from moetrain.data.store.index import TOKENIZER, Part, prepared_folders
-from moetrain.data.store.rows import prepared_sources
+from moetrain.data.store.rows import PreparedRows, prepared_sources
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
@@ -53,6 +54,10 @@ class Data:
     def in_memory(self) -> dict[str, PackedRows]:
         """Return the training rows of the sources that are not prepared."""
         return {name: rows for name, rows in self.training.items() if isinstance(rows, PackedRows)}
+
+    def order_versions(self) -> dict[str, int]:
+        """Return the version of the order of rows by source, for the sources that are prepared."""
+        return {name: ORDER_VERSION for name, rows in self.training.items() if isinstance(rows, PreparedRows)}
 
     def metrics(self) -> dict[str, float]:
         """Return the counts as metrics, `data/<source>/num_rows` and so on."""

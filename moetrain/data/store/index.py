@@ -22,7 +22,7 @@ import numpy as np
 
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.errors import DataError
-from moetrain.files import user_path, write_json
+from moetrain.files import read_json_or_empty, user_path, write_json
 
 INDEX, DOCUMENTS, SPLIT, TOKENIZER = "index.json", "documents.bin", "split.bin", "tokenizer"
 WORK = ".work"
@@ -151,6 +151,12 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     ]
     parts = {"documents": StoredFile(**content["documents"]), "split": StoredFile(**content["split"])}
     return Index(**{**content, **parts, "files": files, "counts": Counts(**content["counts"])})
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether a folder holds prepared data."""
+    path = folder / INDEX
+    return path.is_file() and read_json_or_empty(path).get("format") == FORMAT
 
 
 def index_digest(folder: Path) -> str:

@@ -132,3 +132,10 @@ def prepared_sources(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Prep
         name: PreparedSource(folder, name=name, config=config, tokenizer=tokenizer)
         for name, folder in prepared_folders(config).items()
     }
+
+
+def plan_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Write the packing plans of the prepared sources that are not there yet."""
+    for source in prepared_sources(config, tokenizer).values():
+        for part in (Part.training, Part.held_out):
+            source.rows(part)
