@@ -101,6 +101,9 @@ def local_files(config: SourceConfig) -> list[Path]:
         return files
     if path.is_file():
         return [path]
+    index = path.with_name(f"{path.name}.idx")  # Megatron names a data set without the ending
+    if config.kind is SourceKind.megatron and index.is_file():
+        return [index]
     files = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
     if not files:
         wrong = "is no regular file" if path.exists() else "does not exist"

@@ -45,6 +45,8 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
     bases = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
     with _written(folder / SPLIT) as scratch:
         parts = _new_parts(scratch, bases[-1])
+        for table, base in zip(tables, bases, strict=False):
+            parts[base : base + len(table)][table["is_left_out"]] = Part.left_out
         num_identical = mark_identical(shards, bases=bases[:-1], parts=parts)
         near = any(shard.near_duplicates for shard in shards)
         num_similar = mark_similar(shards, bases=bases[:-1], parts=parts, num_bands=NUM_BANDS) if near else 0
@@ -68,7 +70,7 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
             num_similar=num_similar,
             num_contaminated=dict(contaminated),
             num_long=sum(counts.num_long for counts in read),
-            num_left_out=num_identical + num_similar,
+            num_left_out=int((parts == Part.left_out).sum()),
             **sums,
         ),
         origin=origin,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
 from moetrain.data.files import is_compressed, json_records
 from moetrain.data.formats import Document
 from moetrain.data.sources import (
@@ -23,6 +23,8 @@ from moetrain.data.sources import (
     text_documents,
 )
 
+_TOKENS = {SourceKind.megatron: ".bin", SourceKind.datatrove: ".ds"}
+"""Ending of the token file, by kind."""
 _MAX_RECORD = 1 << 28  # bytes of a line of JSONL
 _MAX_TEXT = 1 << 24  # characters of a document of a text file
 
@@ -51,6 +53,8 @@ def units_of(config: SourceConfig, *, shard_bytes: int) -> list[Unit]:
 
 
 def _of_file(path: Path, config: SourceConfig, *, shard_bytes: int) -> list[Unit]:
+    if config.kind in FOREIGN_KINDS:
+        return [Unit(path=str(path), size=path.with_suffix(_TOKENS[config.kind]).stat().st_size)]
     size = path.stat().st_size
     if size > shard_bytes and config.kind is SourceKind.parquet:
         groups = parquet_groups(path)

@@ -22,8 +22,9 @@ def mark_identical(shards: Sequence[Shard], *, bases: Sequence[int], parts: np.n
     """
     num_marked = 0
     for _, later in _repeats(shards, key=0, bases=bases):
-        parts[later] = Part.left_out
-        num_marked += len(later)
+        new = later[parts[later] != Part.left_out]
+        parts[new] = Part.left_out
+        num_marked += len(new)
     return num_marked
 
 

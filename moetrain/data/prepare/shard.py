@@ -32,7 +32,7 @@ _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
 """Text that is tokenized per call."""
 _MAX_CHARACTERS = 1 << 20
 """Longer texts are tokenized in parts."""
-DOCUMENTS = np.dtype([("length", "<i8"), ("characters", "<i8"), ("hold_out", "<f8")])
+DOCUMENTS = np.dtype([("length", "<i8"), ("characters", "<i8"), ("hold_out", "<f8"), ("is_left_out", "?")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
     """Read, tokenize and write the documents of a shard. Raises DataError that names the source, file and line."""
     counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
     bands = Bands() if shard.near_duplicates else None
-    documents, keys = [], []
+    table = DocumentTable(shard)
     seen: set[int] = set()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     try:
@@ -106,19 +106,51 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
                     writer.append(tokens_N, mask_N)
                     text = document.text
                     counts.num_long += len(text) > _MAX_CHARACTERS
-                    documents.append((len(tokens_N), len(text), key_hash(document.key, choice=Choice.hold_out)))
-                    keys.append([_identity(text), *(bands.keys(text) if bands else ())])
+                    table.add(
+                        length=len(tokens_N),
+                        characters=len(text),
+                        hold_out=key_hash(document.key, choice=Choice.hold_out),
+                        keys=[_identity(text), *(bands.keys(text) if bands else ())],
+                    )
             file = writer.finish()
     except DataError as error:
         raise DataError(f"data.sources.{shard.name}: {error}") from error
-    counts.num_documents = len(documents)
-    _save(shard.work("-documents.npy"), np.array(documents, dtype=DOCUMENTS))
-    num_keys = 1 + (NUM_BANDS if bands else 0)
-    keys_KD = np.array(keys, dtype=np.uint64).reshape(-1, num_keys).T
-    order_KD = np.argsort(keys_KD, axis=1, kind="stable")
-    _save(shard.work("-keys.npy"), np.take_along_axis(keys_KD, order_KD, axis=1))
-    _save(shard.work("-positions.npy"), order_KD.astype(np.uint32))
+    counts.num_documents = table.num_documents
+    table.save()
     write_json(shard.work(".json"), {"made_of": shard.made_of, **asdict(ShardResult(file=file, counts=counts))})
+
+
+class DocumentTable:
+    """What later steps need to know of each document of a shard.
+
+    Saves `NUMBER-documents.npy` (dtype `DOCUMENTS`), `NUMBER-keys.npy` (uint64 [K, D], each of the K kinds of keys
+    sorted) and `NUMBER-positions.npy` (uint32 [K, D], the documents of the sorted keys). The first key is a hash of the
+    whole document; the others are those of MinHash.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._num_keys = 1 + (NUM_BANDS if shard.near_duplicates else 0)
+        self._documents: list[tuple[int, int, float, bool]] = []
+        self._keys: list[list[int]] = []
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents so far."""
+        return len(self._documents)
+
+    def add(self, *, length: int, characters: int, hold_out: float, keys: list[int], is_left_out: bool = False) -> None:
+        """Add a document. hold_out: the hash that decides about validation. is_left_out: it is never read."""
+        self._documents.append((length, characters, hold_out, is_left_out))
+        self._keys.append(keys)
+
+    def save(self) -> None:
+        """Write the files, atomically."""
+        _save(self._shard.work("-documents.npy"), np.array(self._documents, dtype=DOCUMENTS))
+        keys_KD = np.array(self._keys, dtype=np.uint64).reshape(-1, self._num_keys).T
+        order_KD = np.argsort(keys_KD, axis=1, kind="stable")
+        _save(self._shard.work("-keys.npy"), np.take_along_axis(keys_KD, order_KD, axis=1))
+        _save(self._shard.work("-positions.npy"), order_KD.astype(np.uint32))
 
 
 def _chosen(shard: Shard, *, counts: ShardCounts, seen: set[int], evaluation: EvaluationTexts) -> Iterator[Document]:
@@ -190,11 +222,8 @@ class TokenWriter:
         data = tokens_N.astype(self._dtype).tobytes()
         self._file.write(data)
         self._sha256.update(data)
-        learned = mask_N.copy()
-        learned[:1] = False  # nothing precedes the first token
-        self._is_all_learned &= bool(learned[1:].all())
-        edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
-        self._runs.append(np.stack([edges[:, 0] + self._num_tokens, edges[:, 1] - edges[:, 0]], axis=1).astype(RUNS))
+        self._is_all_learned &= bool(mask_N[1:].all())
+        self._runs.append(learned_runs(mask_N, start=self._num_tokens))
         self._num_tokens += len(tokens_N)
 
     def finish(self) -> TokenFile:
@@ -216,6 +245,17 @@ class TokenWriter:
     ) -> None:
         self._file.close()
         self._scratch.unlink(missing_ok=True)
+
+
+def learned_runs(mask_N: np.ndarray, *, start: int) -> np.ndarray:
+    """Return (start, length) of the runs of learned tokens of a document that starts at `start`, int64 [R, 2].
+
+    The first token of a document is not learned, because nothing precedes it.
+    """
+    learned = mask_N.copy()
+    learned[:1] = False
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+    return np.stack([edges[:, 0] + start, edges[:, 1] - edges[:, 0]], axis=1).astype(RUNS)
 
 
 def write_runs(path: Path, runs: list[np.ndarray]) -> StoredFile:

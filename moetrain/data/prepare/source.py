@@ -18,10 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.config import DataConfig, SourceConfig
+from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceConfig
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.contamination import EvaluationTexts
 from moetrain.data.prepare.finish import Origin, finish
+from moetrain.data.prepare.foreign import write_foreign
 from moetrain.data.prepare.inputs import Unit, shards_of, units_of
 from moetrain.data.prepare.shard import Shard, read_result, write_shard
 from moetrain.data.prepare.similar import Bands
@@ -92,7 +93,7 @@ def _prepare(name: str, folder: Path, *, units: list[Unit], preparation: Prepara
             near_duplicates=config.near_duplicates,
             made_of=_digest({**request, "inputs": [asdict(unit) for unit in of_shard]}),
         )
-        for number, of_shard in enumerate(shards_of(units, shard_bytes=config.shard_bytes))
+        for number, of_shard in enumerate(_shards(source, units, shard_bytes=config.shard_bytes))
     ]
     (folder / WORK).mkdir(parents=True, exist_ok=True)
     for left_over in [*folder.glob(".*.tmp"), *(folder / WORK).glob(".*.tmp")]:  # of a process that was killed
@@ -129,6 +130,12 @@ def _request(source: SourceConfig, units: Sequence[Unit], *, preparation: Prepar
     return read_back
 
 
+def _shards(source: SourceConfig, units: list[Unit], *, shard_bytes: int) -> list[list[Unit]]:
+    """Return the units of each shard; a token file of another program is a shard of its own."""
+    is_foreign = source.kind in FOREIGN_KINDS
+    return [[unit] for unit in units] if is_foreign else shards_of(units, shard_bytes=shard_bytes)
+
+
 def _digest(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(request).encode()).hexdigest()
 
@@ -155,7 +162,7 @@ def _write_shards(shards: Sequence[Shard], *, preparation: Preparation) -> None:
     with progress(len(shards), name, completed=len(shards) - len(left)) as advance:
         if workers <= 1:
             for shard in left:
-                write_shard(shard, tokenizer=preparation.tokenizer, evaluation=preparation.evaluation)
+                _write(shard, tokenizer=preparation.tokenizer, evaluation=preparation.evaluation)
                 advance(_note(shard))
             return
         with ProcessPoolExecutor(
@@ -199,4 +206,9 @@ def _start_worker(tokenizer_folder: Path, evaluation: EvaluationTexts, start: Ca
 
 def _work(shard: Shard) -> None:
     tokenizer, evaluation = _worker
-    write_shard(shard, tokenizer=tokenizer, evaluation=evaluation)
+    _write(shard, tokenizer=tokenizer, evaluation=evaluation)
+
+
+def _write(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTexts) -> None:
+    write = write_foreign if shard.source.kind in FOREIGN_KINDS else write_shard
+    write(shard, tokenizer=tokenizer, evaluation=evaluation)
