@@ -14,16 +14,17 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.config import SourceConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
 from moetrain.data.files import json_records, text_lines
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
 from moetrain.data.maths import maths_problems
 from moetrain.data.stdlib import stdlib_code, stdlib_english
-from moetrain.errors import DataError
+from moetrain.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _ENDINGS = {
     SourceKind.datatrove: (".ds",),
 }
 """Endings of the files that are read from a folder, by kind."""
+_PREPARE_FIRST = "run moetrain prepare on it, which copies nothing, and read its folder with kind=prepared"
 _ROWS_PER_BATCH = 256
 """Rows of a parquet file that are in memory at a time."""
 _MIN_TEXT = 4000
@@ -48,14 +50,27 @@ def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
 
     Raises DataError that names the file and line, the path or the column; or the source, when it is empty.
     """
-    documents = _distinct(all_documents(config), name=name)
+    return read_source(config, name=name).documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceDocuments:
+    """The documents of a source. num_dropped: empty ones, and those whose text an earlier one has."""
+
+    documents: list[Document]
+    num_dropped: int
+
+
+def read_source(config: SourceConfig, *, name: str) -> SourceDocuments:
+    """Return what `read_documents` returns, and the number of documents that were dropped."""
+    documents, num_dropped = _distinct(all_documents(config), name=name)
     if config.max_characters is not None:
         documents = _up_to(documents, config.max_characters)
     if not documents:
         place = f" in {config.path}" if config.path else ""
         cap = f" within max_characters={config.max_characters}" if config.max_characters is not None else ""
         raise DataError(f"data.sources.{name} has no documents{place}{cap}: give a source that contains text")
-    return documents
+    return SourceDocuments(documents=documents, num_dropped=num_dropped)
 
 
 class Choice(StrEnum):
@@ -154,7 +169,12 @@ def text_documents(path: Path, *, max_characters: int | None = None) -> Iterator
 
 
 def all_documents(config: SourceConfig) -> Iterator[Document]:
-    """Yield the documents of a source as they are read, repeated and empty ones too."""
+    """Yield the documents of a source as they are read, repeated and empty ones too.
+
+    Raises ConfigError for tokens that only `moetrain prepare` reads.
+    """
+    if config.kind in FOREIGN_KINDS:
+        raise ConfigError(f"{config.path} is of kind {config.kind}, which training does not read: {_PREPARE_FIRST}")
     return _READERS[config.kind](config)
 
 
@@ -275,8 +295,8 @@ def documents_of(records: Iterable[tuple[object, Record]], config: SourceConfig)
         yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
 
 
-def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
-    """Return the documents that contain text, each text once; log the number of dropped documents."""
+def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Document], int]:
+    """Return the documents that contain text, each text once, and the number of the others, which is logged."""
     seen: set[bytes] = set()
     unique = []
     num_empty = num_identical = 0
@@ -293,7 +313,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
     for number, what in [(num_empty, "empty"), (num_identical, "identical")]:
         if number:
             _log.info("data.sources.%s: %d %s documents dropped", name, number, what)
-    return unique
+    return unique, num_empty + num_identical
 
 
 def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
