@@ -19,7 +19,7 @@ from moetrain.config import (
     UpcycleRun,
     check_length,
 )
-from moetrain.data_commands import DataRun, PrepareRun
+from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import ConfigError
 from moetrain.generation_commands import BenchDecodeRun, BenchRolloutRun, VerifyRolloutRun
 from moetrain.gpu_commands import VerifyGpuRun
@@ -329,6 +329,7 @@ SCHEMAS: dict[str, type] = {
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
+    "bench data": BenchDataRun,
     "bench serve": BenchServeRun,
     "bench decode": BenchDecodeRun,
     "bench rollout": BenchRolloutRun,

@@ -45,7 +45,7 @@ DOORS = {
     "transformers": ["hf/", "verify/", "bench/"],
     "compressed_tensors": ["export/", "verify/", "bench/"],
     "vllm": ["bench/", "verify/vllm_worker.py"],
-    "datasets": ["data/"],
+    "datasets": ["data/", "bench/"],
     "llguidance": ["inference/guided.py"],
     "starlette": ["serve/"],
     "uvicorn": ["serve/"],

@@ -23,14 +23,16 @@ def tokenize(
     """
     texts = dict.fromkeys(piece.text for document in documents for piece in document.pieces if not piece.is_special)
     parts = {text: _parts(text, max_characters) for text in texts}
-    ids = iter(tokenizer.encode_batch([part for of_text in parts.values() for part in of_text]))
-    encoded = {text: _joined([next(ids) for _ in of_text]) for text, of_text in parts.items()}
+    of_parts = iter(tokenizer.encode_batch([part for of_text in parts.values() for part in of_text]))
+    encoded = {text: _joined([next(of_parts) for _ in of_text]) for text, of_text in parts.items()}
     for document in documents:
         if (text := _plain_text(document)) is not None:
-            ids_N = np.array([tokenizer.bos_id, *encoded[text], tokenizer.eos_id], dtype=np.int32)
-            mask_N = np.ones(len(ids_N), dtype=np.bool_)
+            ids = encoded[text]
+            tokens_N = np.empty(len(ids) + 2, dtype=np.int32)
+            tokens_N[0], tokens_N[1:-1], tokens_N[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+            mask_N = np.ones(len(tokens_N), dtype=np.bool_)
             mask_N[0] = False
-            yield ids_N, mask_N
+            yield tokens_N, mask_N
             continue
         tokens, mask = pieces_to_tokens(
             with_bos(document.pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids

@@ -94,23 +94,20 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
     counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
     bands = Bands() if shard.near_duplicates else None
     table = DocumentTable(shard)
-    seen: set[int] = set()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     try:
         with TokenWriter(shard.folder, number=shard.number, dtype=dtype) as writer:
-            chosen = _chosen(shard, counts=counts, seen=seen, evaluation=evaluation)
-            for batch in _batches(chosen):
-                for document, (tokens_N, mask_N) in zip(
-                    batch, tokenize(batch, tokenizer, max_characters=_MAX_CHARACTERS), strict=True
-                ):
+            for batch in _batches(_chosen(shard, counts=counts, evaluation=evaluation)):
+                documents = [each.document for each in batch]
+                tokenized = tokenize(documents, tokenizer, max_characters=_MAX_CHARACTERS)
+                for each, (tokens_N, mask_N) in zip(batch, tokenized, strict=True):
                     writer.append(tokens_N, mask_N)
-                    text = document.text
-                    counts.num_long += len(text) > _MAX_CHARACTERS
+                    counts.num_long += len(each.text) > _MAX_CHARACTERS
                     table.add(
                         length=len(tokens_N),
-                        characters=len(text),
-                        hold_out=key_hash(document.key, choice=Choice.hold_out),
-                        keys=[_identity(text), *(bands.keys(text) if bands else ())],
+                        characters=len(each.text),
+                        hold_out=key_hash(each.document.key, choice=Choice.hold_out),
+                        keys=[each.identity, *(bands.keys(each.text) if bands else ())],
                     )
             file = writer.finish()
     except DataError as error:
@@ -153,31 +150,42 @@ class DocumentTable:
         _save(self._shard.work("-positions.npy"), order_KD.astype(np.uint32))
 
 
-def _chosen(shard: Shard, *, counts: ShardCounts, seen: set[int], evaluation: EvaluationTexts) -> Iterator[Document]:
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """A document to tokenize, with its text and the hash of it."""
+
+    document: Document
+    text: str
+    identity: int
+
+
+def _chosen(shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts) -> Iterator[_Chosen]:
     """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
+    seen: set[int] = set()
     for unit in shard.units:
         for document in unit_documents(shard.source, unit):
             counts.num_read += 1
             if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
                 counts.num_empty += 1
                 continue
-            identity = _identity(document.text)
+            text = document.text
+            identity = _identity(text)
             if identity in seen:
                 counts.num_identical += 1
                 continue
             seen.add(identity)
-            if (name := evaluation.found_in(document.text)) is not None:
+            if (name := evaluation.found_in(text)) is not None:
                 counts.num_contaminated[name] += 1
                 continue
-            yield document
+            yield _Chosen(document=document, text=text, identity=identity)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterator[_Chosen]) -> Iterator[list[_Chosen]]:
+    batch: list[_Chosen] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += sum(len(piece.text) for piece in document.pieces)
+        size += len(document.text)
         if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
@@ -252,6 +260,8 @@ def learned_runs(mask_N: np.ndarray, *, start: int) -> np.ndarray:
 
     The first token of a document is not learned, because nothing precedes it.
     """
+    if mask_N[1:].all():
+        return np.array([[start + 1, len(mask_N) - 1]] if len(mask_N) > 1 else np.zeros((0, 2)), dtype=RUNS)
     learned = mask_N.copy()
     learned[:1] = False
     edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
