@@ -35,6 +35,8 @@ def test_a_prepared_source_is_shown_and_checked(
     assert row[:3] == ["web", "81", "1"] and row[6] == "100%"
     check = ["check", "pretrain", "model=k2_nano_test", "model.vocab_size=320", *reads, f"run.folder={tmp_path}"]
     assert main(check) == 0
+    assert main([*check, "model.vocab_size=300"]) == 2
+    assert "was prepared with a tokenizer of 320 tokens: set model.vocab_size to 320" in capsys.readouterr().err
     (folder / "split.bin").write_bytes(bytes(81))
     assert main(check) == 2
     assert "split.bin has other content than index.json states" in capsys.readouterr().err
