@@ -34,6 +34,7 @@ from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
+from moetrain.run.stage import rank
 from moetrain.runtime import num_ranks
 from moetrain.tasks import registry
 
@@ -84,7 +85,8 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
     for folder in prepared_folders(_data(run)).values():
         if not any(folder.is_relative_to(parent) for parent in planned):
             index = read_index(folder)
-            check_sizes(folder, index)
+            if rank() == 0:  # for all ranks, because the folder may have thousands of files
+                check_sizes(folder, index)
             if isinstance(run, DocumentRun) and index.vocab_size > run.model.vocab_size:
                 raise ConfigError(
                     f"model.vocab_size is {run.model.vocab_size}, and {folder} was prepared with a tokenizer of "

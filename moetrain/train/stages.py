@@ -97,7 +97,8 @@ def train_stage(
         tokenizer = stage_tokenizer(
             sections.data, folder, num_rows=sections.model.vocab_size, origin=origin, dialogue_texts=dialogue_texts
         )
-        plan_sources(sections.data, tokenizer)
+        if topology.is_main:
+            plan_sources(sections.data, tokenizer)
         return tokenizer
 
     tokenizer = main_rank_first(topology, prepared_tokenizer)

@@ -15,6 +15,7 @@ from moetrain.data.maths import maths_problems
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.run import prepare
 from moetrain.data.store.index import check_contents, read_index
+from moetrain.data.store.rows import plan_sources
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
 
@@ -128,7 +129,9 @@ def test_prepared_sources_mix_with_sources_in_memory_and_change_weights(
     kept = prepared_config(config, tmp_path / "prepared").sources["texts"]
     mixed = dataclasses.replace(config, sources={"texts": kept, "chats": sources["chats"]})
     mixes = [Mix(first_row=0, weights={"texts": 1.0, "chats": 0.0}), Mix(first_row=9, weights={"texts": 0, "chats": 1})]
-    loader = build_data(mixed, 0, tokenizer_folder=tmp_path / "stage", mixes=mixes).loader
+    data = build_data(mixed, 0, tokenizer_folder=tmp_path / "stage", mixes=mixes)
+    assert data.order_versions() == {"texts": 2} and set(data.in_memory()) == {"chats"}
+    loader = data.loader
     assert [loader.place(index).source for index in range(18)] == ["texts"] * 9 + ["chats"] * 9
     assert loader.epochs(18).keys() == {"texts", "chats"}
 
@@ -149,7 +152,7 @@ def test_a_folder_that_does_not_fit_its_index_is_named(
     config = prepared_config(config_of(sources, tokenizer_folder), tmp_path / "prepared")
     damage(tmp_path / "prepared" / "texts")
     with pytest.raises(DataError, match=message):
-        built(config, tmp_path)
+        plan_sources(config, Tokenizer.load(tokenizer_folder))
 
 
 def test_changed_contents_and_strange_tokens_and_tokenizers_are_named(
@@ -163,6 +166,11 @@ def test_changed_contents_and_strange_tokens_and_tokenizers_are_named(
     (folder / "tokens-00000.bin").write_bytes(tokens.tobytes())
     with pytest.raises(DataError, match=r"tokens-00000.bin has other content than index.json states"):
         check_contents(folder, read_index(folder))
+    whole = (folder / "tokens-00000.bin").read_bytes()
+    (folder / "tokens-00000.bin").write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=rf"tokens-00000.bin has {len(whole) - 2} bytes, and should have {len(whole)}"):
+        built(config, tmp_path)
+    (folder / "tokens-00000.bin").write_bytes(whole)
     with pytest.raises(DataError, match=r"tokens-00000.bin token 5 is 60000, and the tokenizer has 400 tokens"):
         built(config, tmp_path).loader.rows_between(0, 400)
     from moetrain.data.tokenizer import train_tokenizer

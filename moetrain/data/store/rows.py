@@ -100,16 +100,15 @@ class PreparedRows:
 
 
 class PreparedSource:
-    """A prepared folder that is opened for training."""
+    """A prepared folder that is opened for training. Files are opened, and their sizes compared, when they are read."""
 
     def __init__(self, folder: Path, *, name: str, config: DataConfig, tokenizer: Tokenizer) -> None:
         """Open the folder of the source `name`. Raises DataError when a file or the tokenizer does not fit."""
-        self._folder = folder
+        self.folder = folder
         self._seq_len = config.seq_len
         self._overlong = config.sources[name].overlong or config.overlong
         self._tokenizer = tokenizer
         self.index: Index = read_index(folder)
-        check_sizes(folder, self.index)
         if self.index.tokenizer != tokenizer.digest:
             raise DataError(
                 f"data.sources.{name}: {folder} was prepared with another tokenizer (sha256 "
@@ -122,7 +121,7 @@ class PreparedSource:
     def rows(self, part: Part) -> PreparedRows:
         """Return the rows of a part; they are planned first if they were not before."""
         request = PlanRequest(seq_len=self._seq_len, overlong=self._overlong, part=part)
-        plan = plan_of(self._folder, self.index, request=request)
+        plan = plan_of(self.folder, self.index, request=request)
         return PreparedRows(self._store, plan, seq_len=self._seq_len, tokenizer=self._tokenizer)
 
 
@@ -135,7 +134,11 @@ def prepared_sources(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Prep
 
 
 def plan_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Write the packing plans of the prepared sources that are not there yet."""
+    """Compare the sizes of all files of the prepared sources, and write the packing plans that are not there yet.
+
+    One rank does this for all. Raises DataError that names the first file that does not fit.
+    """
     for source in prepared_sources(config, tokenizer).values():
+        check_sizes(source.folder, source.index)
         for part in (Part.training, Part.held_out):
             source.rows(part)

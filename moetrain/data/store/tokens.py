@@ -4,6 +4,7 @@ Positions are counted over all token files of the folder. N tokens of a piece of
 """
 
 import mmap
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,15 +23,22 @@ class Maps:
     def __init__(self) -> None:
         self._maps: OrderedDict[Path, mmap.mmap] = OrderedDict()
 
-    def array(self, path: Path, dtype: np.dtype) -> np.ndarray:
-        """Return the content of a file as an array that is read on access. Raises DataError that names the file."""
+    def array(self, path: Path, dtype: np.dtype, *, size: int | None = None) -> np.ndarray:
+        """Return the content of a file as an array that is read on access.
+
+        size: bytes that the file should have. Raises DataError that names the file when it cannot be read, or has
+        another size.
+        """
         if path not in self._maps:
             try:
                 with path.open("rb") as file:
-                    if path.stat().st_size == 0:
+                    found = os.fstat(file.fileno()).st_size
+                    if size is not None and found != size:
+                        raise DataError(f"{path} has {found} bytes, and should have {size}: copy it again")
+                    if found == 0:
                         return np.zeros(0, dtype=dtype)
                     self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 raise DataError(f"{path} cannot be read: {error}") from error
             if len(self._maps) > _MAX_MAPS:
                 self._maps.popitem(last=False)  # unmapped once the last array on it is gone
@@ -62,7 +70,8 @@ class TokenStore:
         number = int(np.searchsorted(self._ends, start, side="right"))
         file = self._files[number]
         start -= self._begin(number)
-        tokens_N = self.maps.array(self._folder / file.name, np.dtype(file.dtype))[start : start + length]
+        tokens = self.maps.array(self._folder / file.name, np.dtype(file.dtype), size=file.bytes)
+        tokens_N = tokens[start : start + length]
         mask_N = np.ones(length, dtype=np.bool_)
         if file.mask is not None:
             mask_N[:] = False
@@ -99,7 +108,7 @@ class TokenStore:
 
     def _runs(self, file: TokenFile) -> tuple[np.ndarray, np.ndarray]:
         assert file.mask is not None
-        runs = self.maps.array(self._folder / file.mask.name, RUNS).reshape(-1, 2)
+        runs = self.maps.array(self._folder / file.mask.name, RUNS, size=file.mask.bytes).reshape(-1, 2)
         return runs[:, 0], runs[:, 1]
 
     def _learned_in(self, file: TokenFile, ends: np.ndarray) -> np.ndarray:
