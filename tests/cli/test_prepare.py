@@ -47,6 +47,9 @@ def test_a_prepared_source_is_shown_and_checked(
     [
         ("data.sources.web.max_characters=100", "max_characters is 100: a source of kind jsonl is prepared whole"),
         ("data.sources.web.kind=prepared", "web.jsonl has no index.json"),
+        ("data.tokenizer.vocab_size=9000", r"vocab_size is 9000, and \d+ characters give \d+ tokens: give a smaller"),
+        ("data.sources.tokenizer.kind=maths", "a source named tokenizer: choose a folder name"),
+        ("data.sources.web.kind=megatron", "data.sources.web is of kind megatron: give the folder of the tokenizer"),
         ("prepare.workers=0", "prepare.workers is 0"),
         ("prepare.decontaminate.test.kind=text", "prepare.decontaminate.test.path is None"),
         ("data.sources.web.field=body", "web.jsonl:1 has no column body"),

@@ -183,6 +183,9 @@ def test_a_tokenizer_is_trained_on_the_sources_where_none_is_given(tmp_path: Pat
     assert index.tokenizer == Tokenizer.load(tmp_path / "out" / "web" / "tokenizer").digest
     with pytest.raises(ConfigError, match=r"data.tokenizer.path is null: give the folder"):
         prepare(DataConfig(sources={"web": source}), PrepareConfig(workers=1), folder=tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"vocab_size is 330, and .* has a tokenizer of 320 tokens: give another"):
+        other = DataConfig(sources={"web": source}, seq_len=64, tokenizer=TokenizerConfig(vocab_size=330))
+        prepare(other, PrepareConfig(workers=1), folder=tmp_path / "out")
     with pytest.raises(DataError, match=r"two/web has no documents"):
         write(tmp_path / "a.jsonl", ["", " "])
         tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceConfig, SourceKind
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.contamination import EvaluationTexts
 from moetrain.data.prepare.inputs import Unit, unit_documents, units_of
@@ -13,7 +13,7 @@ from moetrain.data.prepare.source import Preparation, prepare_source
 from moetrain.data.sources import Choice, key_hash
 from moetrain.data.store.index import TOKENIZER, Index
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def prepare(
     if tokenizer is None:
         tokenizer = _own_tokenizer(data, sources, folder=own_folder, shard_bytes=config.shard_bytes)
     else:
+        _check_same(tokenizer, folder=folder)
         tokenizer.save(own_folder)
     preparation = Preparation(
         data=data,
@@ -67,8 +68,8 @@ def prepare(
 def _check(name: str, source: SourceConfig) -> None:
     if source.kind is SourceKind.prepared:
         raise ConfigError(f"data.sources.{name} is prepared already: name the files that it was made of, or remove it")
-    if name == TOKENIZER:
-        raise ConfigError(f"data.sources has a source named {name}: choose another name, which the tokenizer has")
+    if name == TOKENIZER or "/" in name or name.startswith("."):
+        raise ConfigError(f"data.sources has a source named {name}: choose a folder name other than {TOKENIZER}")
     if source.max_characters is not None and source.kind is not SourceKind.hub:
         raise ConfigError(
             f"data.sources.{name}.max_characters is {source.max_characters}: a source of kind {source.kind} is "
@@ -76,15 +77,36 @@ def _check(name: str, source: SourceConfig) -> None:
         )
 
 
+def _check_same(tokenizer: Tokenizer, *, folder: Path) -> None:
+    """Raise ConfigError when sources in `folder` were prepared with another tokenizer."""
+    for source in folder.glob(f"*/{TOKENIZER}/{TOKENIZER_FILE}"):
+        if Tokenizer.load(source.parent).digest != tokenizer.digest:
+            raise ConfigError(
+                f"{source.parent.parent} was prepared with another tokenizer: give another run.name, or remove it"
+            )
+
+
 def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder: Path, shard_bytes: int) -> Tokenizer:
     """Return the tokenizer that an earlier call trained in `folder`, or train it on the first texts of each unit."""
-    if (folder / TOKENIZER_FILE).is_file():
-        return Tokenizer.load(folder)
     size = data.tokenizer.vocab_size
+    for name, source in sources.items():
+        if source.kind in FOREIGN_KINDS:
+            raise ConfigError(
+                f"data.tokenizer.path is null, and data.sources.{name} is of kind {source.kind}: give the folder of "
+                "the tokenizer that its tokens were made with"
+            )
     if size is None:
         raise ConfigError(
             "data.tokenizer.path is null: give the folder of the tokenizer, or data.tokenizer.vocab_size to train one"
         )
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size != size:
+            raise ConfigError(
+                f"data.tokenizer.vocab_size is {size}, and {folder} has a tokenizer of {tokenizer.vocab_size} tokens: "
+                "give another run.name"
+            )
+        return tokenizer
     texts: list[str] = []
     for source in sources.values():
         budget = data.tokenizer.max_characters // len(sources)
@@ -94,8 +116,13 @@ def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder
             if budget <= 0:
                 break
     tokenizer = train_tokenizer(texts, vocab_size=size)
-    tokenizer.save(folder)
     num_characters = sum(map(len, texts))
+    if tokenizer.vocab_size < size:
+        raise DataError(
+            f"data.tokenizer.vocab_size is {size}, and {num_characters} characters give {tokenizer.vocab_size} tokens: "
+            "give a smaller number, or more data.tokenizer.max_characters"
+        )
+    tokenizer.save(folder)
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
     return tokenizer
 

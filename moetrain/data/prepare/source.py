@@ -43,8 +43,10 @@ _AGAIN = "give another run.name, or remove the folder to prepare it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What the sources of a preparation share. tokenizer_folder: from which worker processes load the tokenizer.
-    start_worker: called in each worker process."""
+    """What the sources of a preparation share.
+
+    tokenizer_folder: from which worker processes load the tokenizer. start_worker: called in each worker process.
+    """
 
     data: DataConfig
     config: PrepareConfig
@@ -61,7 +63,10 @@ def prepare_source(name: str, folder: Path, *, preparation: Preparation) -> Inde
     cannot be read, for a folder of other settings or files, and when the folder cannot be written.
     """
     source = preparation.data.sources[name]
-    units = units_of(source, shard_bytes=preparation.config.shard_bytes)
+    try:
+        units = units_of(source, shard_bytes=preparation.config.shard_bytes)
+    except OSError as error:
+        raise DataError(f"data.sources.{name}: {error.filename} cannot be read: {error.strerror}") from error
     try:
         if (folder / INDEX).is_file():
             _check_request(folder, _request(source, units, preparation=preparation))
@@ -70,6 +75,7 @@ def prepare_source(name: str, folder: Path, *, preparation: Preparation) -> Inde
             _log.info("data.sources.%s: %s is prepared already", name, folder)
         else:
             index = _prepare(name, folder, units=units, preparation=preparation)
+        _remove_work(folder, index)
         overlong = source.overlong or preparation.data.overlong
         for part in (Part.training, Part.held_out):
             plan_of(folder, index, request=PlanRequest(seq_len=preparation.data.seq_len, overlong=overlong, part=part))
@@ -107,13 +113,16 @@ def _prepare(name: str, folder: Path, *, units: list[Unit], preparation: Prepara
         fraction=preparation.data.validation_fraction,
         inputs={"files": len({unit.path for unit in units}), "bytes": sum(unit.size for unit in units)},
     )
-    index = finish(folder, shards, origin=origin)
+    return finish(folder, shards, origin=origin)
+
+
+def _remove_work(folder: Path, index: Index) -> None:
+    """Remove what only the preparation needed, and token files of an earlier attempt that had more shards."""
     known = {file.name for file in index.stored_files()}
-    for left_over in [*folder.glob("tokens-*.bin"), *folder.glob("mask-*.bin")]:  # of a preparation with more shards
+    for left_over in [*folder.glob("tokens-*.bin"), *folder.glob("mask-*.bin")]:
         if left_over.name not in known:
             left_over.unlink()
-    shutil.rmtree(folder / WORK)
-    return index
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def _request(source: SourceConfig, units: Sequence[Unit], *, preparation: Preparation) -> dict[str, Any]:
@@ -182,6 +191,7 @@ def _write_shards(shards: Sequence[Shard], *, preparation: Preparation) -> None:
                     "the command again to resume, with fewer prepare.workers if it happens again"
                 ) from error
             except BaseException:
+                _log.info("waiting for the shards that are being written")
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
