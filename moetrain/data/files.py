@@ -134,7 +134,8 @@ def json_records(
             position += len(line)
             if line.strip():
                 is_first = False
-                yield _object(_json(_within(line, where=where, max_bytes=max_bytes), where=where), where=where)
+                content = _within(line, where=where, max_bytes=max_bytes).removesuffix(b"\n")
+                yield _object(_json(content, where=where), where=where)
 
 
 def _seek_line(file: BinaryIO, begin: int) -> int:
