@@ -20,4 +20,5 @@ folder=runs name=k2_nano
 for word in "$@"; do
     case "$word" in name=*) name="${word#name=}" ;; folder=*) folder="${word#folder=}" ;; esac
 done
-echo "watch the agent solve a task: ${VENV:-.venv}/bin/moetrain chat init_from=$folder/$name/rl_export task_index=0"
+echo "watch the agent solve a task of 16 calls: ${VENV:-.venv}/bin/moetrain chat" \
+    "init_from=$folder/$name/rl_export task=database_notes task_index=0 num_calls=16"

@@ -101,6 +101,9 @@ class TrainingRun(StageRun):
     """Distribution of the model and the batch over ranks."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantisation-aware training of the routed experts."""
+    dither_masters: bool = False
+    """With init_from weights whose experts are stored as codes: spread the masters over the cells of their codes, drawn
+    from run.seed, instead of setting them to the centres. Codes then change after small steps too."""
     device_tflops: float | None = None
     """Matmul peak of one device in TFLOP/s for the time that dry_run prints; null measures this machine's device. Only
     dry_run reads it."""
@@ -369,6 +372,9 @@ class RecipeRun:
     results as they are."""
     dry_run: bool = False
     """Print parameters, memory, tokens and expected time of each stage without running it."""
+    dither_masters: bool = False
+    """With init_from weights whose experts are stored as codes: spread the masters over the cells of their codes, drawn
+    from run.seed, instead of setting them to the centres. Codes then change after small steps too."""
     device_tflops: float | None = None
     """Matmul peak of one device in TFLOP/s for the time that dry_run prints, for every stage; null takes each stage's
     value."""

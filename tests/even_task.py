@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ToolError
@@ -19,7 +19,7 @@ from moetrain.quant.config import QuantConfig
 from moetrain.tasks.protocol import Grade, InlineTask, Observation, Split
 from tests.train.toy import toy_model
 
-_VOCAB = 256 + len(SPECIAL_TOKENS) + 4
+_VOCAB = 256 + len(KIMI_K2.special_tokens) + 4
 MODEL = replace(
     toy_model(BalanceConfig()), vocab_size=_VOCAB, num_layers=2, intermediate_size=32, max_position_embeddings=128
 )

@@ -8,7 +8,8 @@ from functools import partial
 from itertools import groupby
 
 from moetrain.bench.engines.protocol import Episode, Turn
-from moetrain.chat.template import conversation_pieces, pieces_to_tokens
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.tool_schema import declaration
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.inference.protocol import Generation
@@ -56,13 +57,15 @@ def demonstrated_episodes(
     Raises ConfigError when the prompt and the first turn of one do not fit.
     """
     demonstrator = demonstrator_of(family)
-    tools = family.tools if declare_tools else ()
+    declared = declaration(family.tools) if declare_tools else ""
     episodes = []
     for index, sample in _places(num_episodes, group_size):
         task = family.task(Split.train, index)
         messages, _ = demonstration(demonstrator, task, stream=seed_of(seed, "bench/rollout", index, sample))
         tokens, is_target = pieces_to_tokens(
-            conversation_pieces(messages, tools), encode=tokenizer.encode, special_ids=tokenizer.special_ids
+            tokenizer.template.conversation_pieces(messages, declared),
+            encode=tokenizer.encode,
+            special_ids=tokenizer.special_ids,
         )
         episode = _cut(episode_of(tokens, is_target), max_tokens=max_tokens)
         if not episode:

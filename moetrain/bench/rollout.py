@@ -22,6 +22,7 @@ from moetrain.bench.episodes import collected_episodes, demonstrated_episodes
 from moetrain.bench.generation_weights import random_weights, write_weights
 from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread_text
+from moetrain.chat.registry import AUTO, template_named
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.export.config import ExportFormat
 from moetrain.export.read import read_export
@@ -57,7 +58,8 @@ class Weights:
 
 def drawn_weights(run: BenchRolloutRun) -> Weights:
     """Return random weights of the shape `run.model`, with a tokenizer trained on demonstrations."""
-    texts = dialogue_texts(registry.build(run.task, run.run.seed), count=_NUM_TEXTS, seed=run.run.seed)
+    family, template = registry.build(run.task, run.run.seed), template_named(AUTO)
+    texts = dialogue_texts(family, template=template, count=_NUM_TEXTS, seed=run.run.seed)
     return Weights(
         reader=random_weights(run.model, seed=run.run.seed),
         model=run.model,

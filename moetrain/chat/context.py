@@ -11,7 +11,8 @@ from enum import StrEnum
 from typing import Any
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import Piece, generation_prompt, message_pieces
+from moetrain.chat.pieces import Piece
+from moetrain.chat.template import ChatTemplate
 from moetrain.errors import ConfigError
 from moetrain.ranges import COUNT, check_ranges
 from moetrain.runtime import python_stream
@@ -96,17 +97,24 @@ class Context:
     def __init__(
         self,
         policy: ContextPolicy,
-        prompt: Sequence[Piece],
+        prompt: Sequence[Message],
         *,
+        template: ChatTemplate,
+        declaration: str = "",
         stream: int,
         tokenize: Callable[[Sequence[Piece]], list[int]],
     ) -> None:
-        """Begin the first segment. prompt: the task. stream: seeds the number of calls of each segment."""
+        """Begin the first segment.
+
+        prompt: the task. declaration: compact JSON of the tools, or "". stream: seeds the number of calls of each
+        segment.
+        """
         self._policy = policy
         self._stream = stream
         self._tokenize = tokenize
-        self._prompt = tokenize(prompt)
-        self._header = tokenize(generation_prompt())
+        self._template = template
+        self._prompt = list(prompt)
+        self._declaration = declaration
         self._turns: list[_Turn] = []
         self._note: str | None = None
         self.num_segments = 0
@@ -120,16 +128,23 @@ class Context:
         self.opening = self._opening()
 
     def _opening(self) -> list[int]:
-        tokens = self._prompt
+        prompt = list(self._prompt)
         if self._note is not None:
-            note = Message(role=Role.user, content=NOTE_PREFIX + self._note)
-            tokens = [*tokens, *self._tokenize(message_pieces(note))]
+            prompt.append(Message(role=Role.user, content=NOTE_PREFIX + self._note))
+        tokens = self._tokenize(
+            [
+                *self._template.conversation_pieces(prompt, self._declaration),
+                *self._template.generation_prompt(prompt[-1].role if prompt else None),
+            ]
+        )
         for turn in self._turns:
-            tokens = [*tokens, *self._header, *turn.tokens, *self._given(turn.given)]
-        return [*tokens, *self._header]
+            tokens = [*tokens, *turn.tokens, *self._following(turn.given)]
+        return tokens
 
-    def _given(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokenize([piece for message in messages for piece in message_pieces(message)])
+    def _following(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of the messages that follow a turn, up to where the next turn begins."""
+        after = messages[-1].role if messages else Role.assistant
+        return self._tokenize([*self._template.given_pieces(messages), *self._template.generation_prompt(after)])
 
     @property
     def next_call(self) -> int:
@@ -146,7 +161,7 @@ class Context:
         turn = _Turn(tokens=tokens, first_call=self.next_call, num_calls=num_calls, given=list(given))
         self._turns.append(turn)
         self._num_calls_left -= num_calls
-        return [*self._given(given), *self._header]
+        return self._following(given)
 
     @property
     def can_end(self) -> bool:
@@ -162,7 +177,7 @@ class Context:
     def note_request(self) -> list[int]:
         """The last given messages and the request for a note, up to where the note begins."""
         request = Message(role=Role.user, content=NOTE_REQUEST)
-        return [*self._given([*self._turns[-1].given, request]), *self._header]
+        return self._following([*self._turns[-1].given, request])
 
     def begin_next(self, note: str = "", *, max_tokens: int | None = None) -> None:
         """Begin the next segment. note: what the model wrote, under `notes`.

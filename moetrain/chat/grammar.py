@@ -8,15 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from moetrain.chat.template import (
-    CALL_ARGUMENT,
-    CALL_BEGIN,
-    CALL_END,
-    SECTION_BEGIN,
-    SECTION_END,
-    THINK_BEGIN,
-    THINK_END,
-)
+from moetrain.chat.template import ChatTemplate
 from moetrain.chat.tool_schema import ToolSpec
 
 
@@ -31,17 +23,19 @@ class Calls(StrEnum):
 def turn_grammar(
     tools: Sequence[ToolSpec],
     *,
+    template: ChatTemplate,
     special_ids: Mapping[str, int],
     calls: Calls = Calls.auto,
     one_call: bool = False,
     schema: Mapping[str, Any] | None = None,
     thinks: bool = True,
 ) -> str:
-    """Return the grammar of a turn up to its end token.
+    """Return the grammar of a turn up to its end token, after what `template.prefill` writes.
 
     tools: those that the turn may call. one_call: at most one call. schema: JSON schema of the answer; None is any
-    text. thinks: the turn begins with `<think>`; otherwise the prompt has already closed the reasoning.
+    text. thinks: the turn begins with reasoning; otherwise the prompt has already closed it.
     """
+    syntax = template.syntax
 
     def token(name: str) -> str:
         return f"<[{special_ids[name]}]>"
@@ -53,14 +47,23 @@ def turn_grammar(
         after = "section"
     elif has_calls:
         after = "answer section?" if schema is None else "(answer | section)"
-    start = f"{token(THINK_BEGIN)} TEXT {token(THINK_END)} {after}" if thinks else after
+    start = after
+    if thinks:
+        is_begun = any(piece.text == syntax.think_begin for piece in template.prefill(thinks=True))
+        begin = "" if is_begun else f"{token(syntax.think_begin)} "
+        pad = f" {json.dumps(syntax.answer_pad)}" if syntax.answer_pad else ""
+        start = f"{begin}TEXT {token(syntax.think_end)}{pad} {after}"
     lines = ["%llguidance {}", f"start: {start}", f"answer: {answer}", "TEXT: /(.|\\n)*/"]
     if has_calls:
         alternatives = " | ".join(f"call_{number}" for number in range(len(tools)))
-        repeated = "" if one_call else "+"
-        lines.append(f"section: {token(SECTION_BEGIN)} call{repeated} {token(SECTION_END)}")
-        lines.append(f"call: {token(CALL_BEGIN)} ({alternatives}) {token(CALL_END)}")
+        section = "call"
+        if not one_call:
+            between = f"{json.dumps(syntax.between_calls)} " if syntax.between_calls else ""
+            section = f"call ({between}call)*" if between else "call+"
+        if syntax.section_begin:
+            section = f"{token(syntax.section_begin)} {section} {token(syntax.section_end)}"
+        lines.append(f"section: {section}")
+        lines.append(f"call: {token(syntax.call_begin)} ({alternatives}) {token(syntax.call_end)}")
         for number, tool in enumerate(tools):
-            header = f"{json.dumps(f'functions.{tool.name}:')} /[0-9]{{1,4}}/ {token(CALL_ARGUMENT)}"
-            lines.append(f"call_{number}: {header} %json {json.dumps(tool.parameters)}")
+            lines.append(f"call_{number}: {template.call_grammar(tool, token=token)}")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,13 @@
-"""The chat template in Jinja, for programs that read `chat_template.jinja` beside a tokenizer.
+"""Parts of the templates in Jinja, for programs that read `chat_template.jinja` beside a tokenizer.
 
-It renders the same text as `chat/records.py` and `chat/template.py` for the same messages, or raises an exception,
-because a program that serves an export must not give the model text in a form that it was not trained on. It keeps the
-reasoning of every turn. It renumbers ids of calls to `functions.NAME:N`, and gives each result the new id of its call.
+The template of each row renders the same text as the row for the same messages, or raises an exception, because a
+program that serves an export must not give the model text in a form that it was not trained on. It keeps the reasoning
+of every turn. It requires `raise_exception` and a `tojson` with `separators`, which transformers, vLLM and SGLang
+provide.
 """
 
-JINJA = """{%- macro text(content) -%}
+TEXT = """\
+{%- macro text(content) -%}
 {%- if content is string -%}{{ content }}
 {%- elif content is mapping or (content is defined and content is not none and content is not iterable) -%}
 {{ raise_exception('content is neither text nor a list of text parts') }}
@@ -18,12 +20,15 @@ JINJA = """{%- macro text(content) -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
-{%- set state = namespace(count=0, ids=[], reasoning='', id='') -%}
-{%- if tools -%}
+"""
+"""Macro `text(content)`: the text of a message, given as text, as null or as a list of text parts."""
+
+TOOLS_CHECK = """\
 {%- if tools is string or tools is mapping -%}{{ raise_exception('tools must be a list of declarations') }}{%- endif -%}
-<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
-{%- endif -%}
-{%- for message in messages -%}
+"""
+"""Refuses tools that are no list."""
+
+MESSAGE_CHECKS = """\
 {%- if message.name and message.name is not string -%}
 {{ raise_exception('name of a message must be text') }}
 {%- endif -%}
@@ -40,54 +45,38 @@ or message.thinking) -%}
 {%- if message.function_call or message.refusal or message.audio or message.annotations -%}
 {{ raise_exception('function_call, refusal, audio and annotations are not supported: use tool_calls and content') }}
 {%- endif -%}
-{%- if message.role == 'system' -%}
-<|im_system|>{{ message.name or 'system' }}<|im_middle|>{{ text(message.content) }}<|im_end|>
-{%- elif message.role == 'user' -%}
-<|im_user|>{{ message.name or 'user' }}<|im_middle|>{{ text(message.content) }}<|im_end|>
-{%- elif message.role == 'tool' -%}
-{%- set state.id = '' -%}
-{%- for pair in state.ids -%}
-{%- if message.tool_call_id and pair[0] == message.tool_call_id -%}{%- set state.id = pair[1] -%}{%- endif -%}
-{%- endfor -%}
-{%- if not state.id -%}
-{{ raise_exception('the tool_call_id of a tool result must be the id of a call of the last turn with calls') }}
-{%- endif -%}
-<|im_system|>{{ message.name or 'tool' }}<|im_middle|>## Return of {{ state.id }}
-{{ text(message.content) }}<|im_end|>
-{%- else -%}
+"""
+"""Refuses a `message` that no template can render."""
+
+REASONING = """\
 {%- set state.reasoning = message.reasoning_content or message.reasoning or message.thinking or '' -%}
 {%- if state.reasoning is not string -%}{{ raise_exception('reasoning_content must be text') }}{%- endif -%}
 {%- if text(message.content).lstrip().startswith('<think>') -%}
 {{ raise_exception('content begins with <think>: give the reasoning as reasoning_content') }}
 {%- endif -%}
-<|im_assistant|>{{ message.name or 'assistant' }}<|im_middle|><think>{{ state.reasoning }}</think>
-{{- text(message.content) }}
-{%- if message.tool_calls -%}
+"""
+"""Sets `state.reasoning` of an assistant's `message`."""
+
+CALLS_CHECK = """\
 {%- if message.tool_calls is string or message.tool_calls is mapping -%}
 {{ raise_exception('tool_calls must be a list of calls') }}
 {%- endif -%}
-{%- set state.ids = [] -%}
-<|tool_calls_section_begin|>
-{%- for call in message.tool_calls -%}
+"""
+"""Refuses tool_calls that are no list."""
+
+CALL_NAME_CHECK = """\
 {%- if call.function.name is not string or ':' in call.function.name -%}
 {{ raise_exception('function.name of a call must be text without a colon') }}
 {%- endif -%}
-{%- set state.id = 'functions.' ~ call.function.name ~ ':' ~ state.count -%}
-{%- set state.count = state.count + 1 -%}
-{%- set state.ids = state.ids + [[call.id, state.id]] -%}
-<|tool_call_begin|>{{ state.id }}<|tool_call_argument_begin|>
+"""
+"""Refuses a `call` without a name."""
+
+ARGUMENTS = """\
 {%- if call.function.arguments is mapping -%}{{ call.function.arguments | tojson }}
 {%- elif call.function.arguments is string and call.function.arguments.strip().startswith('{') -%}
 {{ call.function.arguments }}
 {%- elif call.function.arguments is undefined or call.function.arguments is none or call.function.arguments == '' -%}{}
 {%- else -%}{{ raise_exception('function.arguments must be an object, or its JSON text') }}
 {%- endif -%}
-<|tool_call_end|>
-{%- endfor -%}
-<|tool_calls_section_end|>
-{%- endif -%}
-<|im_end|>
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
-"""Requires `raise_exception` and a `tojson` with `separators`, which transformers, vLLM and SGLang provide."""
+"""
+"""The arguments of a `call` as JSON text."""

@@ -1,17 +1,18 @@
 """Checks conversations of data sets in the chat-completions form, and reads them as messages.
 
 Variants with a clear meaning are accepted: content in parts, calls as `tool_calls` or the older `function_call`, ids of
-any form, results without ids, reasoning under three names, ShareGPT's `from` and `value`. Other forms and unknown keys
-raise a `DataError` that names the value and a cure.
+any form, results without ids, reasoning under three names, in a part of the content or in `<think>` at its beginning,
+ShareGPT's `from` and `value` with calls and results as JSON. Other forms and unknown keys raise a `DataError` that
+names the value and a cure.
 """
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
-from moetrain.chat.template import THINK_BEGIN
 from moetrain.chat.tool_schema import compact_json
 from moetrain.errors import DataError
 
@@ -20,8 +21,22 @@ _ROLES = {role.value: role for role in Role} | {
     "function": Role.tool,  # OpenAI's older name
     "ipython": Role.tool,  # Llama's name
 }
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHAREGPT_CALL = "function_call"
+_SHAREGPT_ROLES = {
+    **{"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{_SHAREGPT_CALL: "assistant", "observation": "tool", "function_response": "tool", "tool": "tool"},
+}
+_CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESULTS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_ENDING_CALLS = re.compile(
+    r"(?P<content>.*?)\s*(?P<calls>(?:<tool_call>(?:(?!</?tool_call>).)*</tool_call>\s*)+)", re.DOTALL
+)
+"""An answer that ends in calls as Hermes's data sets write them."""
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
+"""Key of the text in a part of the content, by the type of the part."""
+_THINKING_PARTS = {"thinking": "thinking", "reasoning": "text"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_THINK_BEGIN, _THINK_END = "<think>", "</think>"
 _CALL_KEYS = ("tool_calls", "function_call")
 _UNSUPPORTED_KEYS = ("refusal", "audio", "annotations")
 """Keys that OpenAI writes into each message; they must be empty or null."""
@@ -63,7 +78,8 @@ def read_conversation(value: object) -> list[Message]:
     numbering = _Numbering()
     for number, item in enumerate(value):
         try:
-            messages.append(_message(item, numbering=numbering))
+            for single in _single_messages(item):
+                messages.append(_message(single, numbering=numbering))
         except DataError as error:
             raise type(error)(f"message {number}: {error}") from None
     numbering.check()
@@ -75,11 +91,7 @@ def read_declaration(value: object) -> str:
 
     `value` is a list of declarations in the chat-completions form, or its JSON text.
     """
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
+    value = _parsed(value)
     if not value:
         return ""
     if not isinstance(value, list):
@@ -95,6 +107,30 @@ def read_declaration(value: object) -> str:
         known = ("name", "description", "parameters", "strict")
         check_keys(function, known, place=f"the declaration of {function['name']}")
     return compact_json(value)
+
+
+def with_outer_objects(value: object) -> object:
+    """Return the declarations of a record, those that are given without the outer `type` and `function` within them.
+
+    Data sets with ShareGPT's keys declare tools in this way.
+    """
+
+    def is_bare(item: object) -> bool:
+        return isinstance(item, Mapping) and "name" in item and "function" not in item
+
+    value = _parsed(value)
+    if not isinstance(value, list):
+        return value
+    return [{"type": "function", "function": item} if is_bare(item) else item for item in value]
+
+
+def _parsed(value: object) -> object:
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
 
 
 def check_keys(item: Mapping[str, Any], known: Collection[str], *, place: str) -> None:
@@ -150,8 +186,6 @@ class _Numbering:
 
 
 def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
-    if "from" in item and "role" not in item:
-        item = _of_sharegpt(item)
     check_keys(item, _MESSAGE_KEYS, place="the message")
     given = item.get("role")
     if not isinstance(given, str) or given not in _ROLES:
@@ -163,14 +197,14 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     name, identity = _string(item, "name"), _string(item, "tool_call_id")
     message = Message(
         role=role,
-        content=_content(item.get("content")),
+        content=_joined(item.get("content"), _TEXT_PARTS),
         reasoning=_reasoning(item),
         name=name,
         is_learned=_is_learned(item, role=role),
     )
     calls = _calls(item)
     if role is Role.assistant:
-        _check_content(message)
+        _take_reasoning(message)
     elif calls or message.reasoning:
         raise DataError(f"a message of the role {given} has calls or reasoning: only assistant messages may have them")
     if identity and role is not Role.tool:
@@ -183,21 +217,57 @@ def _message(item: Mapping[str, Any], *, numbering: _Numbering) -> Message:
     return message
 
 
+def _single_messages(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a message with ShareGPT's keys in the chat-completions form; one with several results as several."""
+    if "from" not in item or "role" in item:
+        return [item]
+    message = _of_sharegpt(item)
+    text = message.get("content")
+    results = _RESULTS.findall(text) if message["role"] == "tool" and isinstance(text, str) else []
+    return [{**message, "content": result} for result in results] if results else [message]
+
+
 def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     role = item["from"]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise DataError(
-            f"from is {role!r}: give one of {', '.join(_SHAREGPT_ROLES)}; write calls and results of tools in the "
-            "chat-completions form (role, content, tool_calls)"
+            f"from is {role!r}: give one of {', '.join(_SHAREGPT_ROLES)}, or write the message in the chat-completions "
+            "form (role, content, tool_calls)"
         )
     check_keys(item, ("from", "value", "weight", "train"), place="the message")
     rest = {key: value for key, value in item.items() if key not in ("from", "value")}
-    return {"role": _SHAREGPT_ROLES[role], "content": item.get("value"), **rest}
+    if role == _SHAREGPT_CALL:
+        return {"role": "assistant", "tool_calls": _calls_in_text(item.get("value")), **rest}
+    content = item.get("value")
+    ending = _ENDING_CALLS.fullmatch(content) if role in ("gpt", "assistant") and isinstance(content, str) else None
+    if ending is None:
+        return {"role": _SHAREGPT_ROLES[role], "content": content, **rest}
+    calls = [call for text in _CALLS.findall(ending["calls"]) for call in _calls_in_text(text)]
+    return {"role": "assistant", "content": ending["content"], "tool_calls": calls, **rest}
 
 
-def _check_content(message: Message) -> None:
-    if message.content.lstrip().startswith(THINK_BEGIN):
-        raise DataError(f"content begins with {THINK_BEGIN}: give the reasoning as reasoning_content, without markers")
+def _calls_in_text(value: object) -> list[dict[str, Any]]:
+    """Return the calls in JSON text: one object with name and arguments, or a list of them."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise DataError(f"a function_call or <tool_call> holds {_shown(value)}: give JSON with name and arguments")
+    return [{"function": call} for call in calls]
+
+
+def _take_reasoning(message: Message) -> None:
+    """Move reasoning between `<think>` and `</think>` at the beginning of the content to `reasoning`."""
+    if not message.content.lstrip().startswith(_THINK_BEGIN):
+        return
+    if message.reasoning:
+        raise DataError(f"content begins with {_THINK_BEGIN} and {_REASONING_KEYS[0]} is given: give one of the two")
+    reasoning, end, content = message.content.lstrip().removeprefix(_THINK_BEGIN).partition(_THINK_END)
+    if not end:
+        raise DataError(f"content begins with {_THINK_BEGIN} without {_THINK_END}: give {_REASONING_KEYS[0]} instead")
+    message.reasoning, message.content = reasoning.strip("\n"), content.lstrip("\n")
 
 
 def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:
@@ -218,21 +288,30 @@ def _is_learned(item: Mapping[str, Any], *, role: Role) -> bool:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    found = {text for text in (_string(item, key) for key in _REASONING_KEYS) if text}
+    texts = [*(_string(item, key) for key in _REASONING_KEYS), _joined(item.get("content"), _THINKING_PARTS)]
+    found = {text for text in texts if text}
     if len(found) > 1:
         raise DataError(f"{', '.join(_REASONING_KEYS)} hold different texts: give one of them")
     return found.pop() if found else ""
 
 
-def _content(value: object) -> str:
-    """Return the text of a message, given as a string, as null, or as a list of text parts, which are joined."""
+def _joined(value: object, kinds: Mapping[str, str]) -> str:
+    """Return the joined texts of the parts of some kinds; `value` is the content: a string, null, or a list of parts.
+
+    kinds: the key of the text by the type of the part. Raises DataError for a part of an unknown type.
+    """
     parts = value if isinstance(value, list) else [] if value is None else [{"type": "text", "text": value}]
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+    known = _TEXT_PARTS | _THINKING_PARTS
+    texts = []
     for part in parts:
-        check_keys(part, ("type", "text"), place="a part of content")
-    return "".join(map(str, texts))
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        key = known.get(kind) if isinstance(kind, str) else None
+        if key is None or not isinstance(part.get(key), str):
+            raise DataError(f"content holds {_shown(value)}: give text, or a list of parts of type text")
+        check_keys(part, ("type", key, "signature"), place="a part of content")
+        if kind in kinds:
+            texts.append(str(part[key]))
+    return "".join(texts)
 
 
 def _calls(item: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:

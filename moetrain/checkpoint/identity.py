@@ -30,7 +30,21 @@ def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
 
 def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity with the fields that older versions did not write, set to the values used at the time."""
-    return {**identity, "quant": asdict(quant_of(identity))} if "quant" in identity else dict(identity)
+    fields = dict(identity)
+    if "quant" in fields:
+        fields["quant"] = asdict(quant_of(identity))
+    if "data" in fields:
+        fields["data"] = _upgraded_data(fields["data"])
+    return fields
+
+
+def _upgraded_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(data)
+    if "tokenizer" in fields:
+        fields["tokenizer"] = {"template": "auto", **fields["tokenizer"]}
+    if "sources" in fields:
+        fields["sources"] = {name: {"unreadable": "refuse", **source} for name, source in fields["sources"].items()}
+    return fields
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = "") -> list[str]:

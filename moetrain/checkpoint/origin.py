@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.identity import model_of, quant_of
+from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
-from moetrain.errors import CheckpointError
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
+from moetrain.errors import CheckpointError, DataError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.masters import CodeReader
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,9 @@ class Origin:
     - tensors: parameters and buffers under their names in memory, each read from disk on access.
     - reader: the same tensors, with access to ranges.
     - quant: the quantisation they were trained with, None if unknown.
+    - codes: experts that are stored as codes and scales, None if there are none. `tensors` and `reader` have their
+      dequantised values.
+    - is_fp8: whether they are stored in FP8.
     - tokenizer: folder of the tokenizer, None if there is none beside the weights.
     - tokenizer_digest: digest of the tokenizer they were trained with, None if unknown.
     - make_digest: see `digest`.
@@ -49,6 +56,8 @@ class Origin:
     step: int
     tokenizer_digest: str | None = None
     checkpoint: Checkpoint | None = None
+    codes: CodeReader | None = None
+    is_fp8: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -88,6 +97,8 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
     engine.load_state(origin.reader, with_optimizer=False)
+    if isinstance(origin.reader, MastersReader):
+        origin.reader.report()
     _log.info("weights from %s (step %d)", origin.path, origin.step)
 
 
@@ -138,8 +149,10 @@ def _of_hf_folder(path: Path) -> Origin:
         tensors=tensors,
         reader=tensors,
         model=model,
-        quant=None,
-        tokenizer=_tokenizer_in(path),
+        quant=tensors.quant,
+        codes=tensors if tensors.quant is not None else None,
+        is_fp8=tensors.is_fp8,
+        tokenizer=path if holds_tokenizer(path) else None,
         make_digest=lambda: _digest_of_files(path),
         step=0,
     )
@@ -155,7 +168,7 @@ def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
     if found is not None and written is not None:
         path = found / "tokenizer.json"
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != written:
+        if digest != written and _loaded_digest(found) != written:
             raise CheckpointError(
                 f"{path}: its sha256 is {digest[:12]}..., but the weights were trained with {written[:12]}...; "
                 "copy the original tokenizer there"
@@ -163,10 +176,21 @@ def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
     return found
 
 
+def _loaded_digest(folder: Path) -> str:
+    """Return the digest of a tokenizer, which has the name of its chat template, too; "" when it cannot be read."""
+    try:
+        return Tokenizer.load(folder).digest
+    except DataError:
+        return ""
+
+
 def _digest_of_files(path: Path) -> str:
-    """Return a sha256 over the config and the weight files of a folder."""
-    digest = hashlib.sha256()
-    for file_path in [path / "config.json", *(path / file for file in weight_files(path))]:
-        with file_path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """Return a sha256 over the config and the weight files of a folder, which are read at the same time."""
+
+    def digest_of(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    files = [path / "config.json", *(path / file for file in weight_files(path))]
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest_of, files))).hexdigest()

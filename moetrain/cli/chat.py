@@ -21,22 +21,23 @@ def main(run: ChatRun) -> int:
     if run.init_from is None:
         raise ConfigError("init_from is null: give the folder of the weights to chat with")
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.speculation import Speculation
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
-    from moetrain.quant.config import QuantConfig
-    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.run.trained_context import check_context
+    from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.terminal.screen import Screen
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
+    if run.task_index is not None:
+        check_context(run.task.context, origin)
     max_tokens = origin.model.max_position_embeddings
     check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     library = find_for_generation(Kernels.auto)
-    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    model = generation_model(origin, library=library)
     engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens, speculation=Speculation.auto)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.chat.template import Piece
+from moetrain.chat.pieces import Piece
+from moetrain.chat.registry import template_named
+from moetrain.chat.template import ChatTemplate
+from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
 from moetrain.data.sources import read_source
@@ -17,6 +20,7 @@ from moetrain.data.store.describe import PreparedPreview
 from moetrain.data.store.index import TOKENIZER, prepared_folders
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.data_commands import DataRun
+from moetrain.errors import DataError
 from moetrain.files import user_path
 
 _WIDTH = 10_000
@@ -29,6 +33,7 @@ def main(run: DataRun) -> int:
     """Print the size of each source and some of its rendered records; return the exit code."""
     console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
     tokenizer = _tokenizer(run)
+    template = tokenizer.template_or_none if tokenizer else template_named(run.data.tokenizer.template)
     sizes: dict[str, SourceSize] = {}
     for name, source in run.data.sources.items():
         if source.kind is SourceKind.prepared:
@@ -37,7 +42,7 @@ def main(run: DataRun) -> int:
             sizes[name] = preview.size()
             shown: list[Iterable[Piece]] = list(islice(preview.documents(), run.records))
         else:
-            found = _documents(run, name, source)
+            found = _documents(run, name, source, template=template)
             shown = list(islice(found.documents, run.records))
             sizes[name] = measure(
                 chain(shown, found.documents),
@@ -58,13 +63,17 @@ def main(run: DataRun) -> int:
 
 def _tokenizer(run: DataRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
-        return Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
-    if run.init_from is None:
+        tokenizer = Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
+    elif run.init_from is None:
         folder = next(iter(prepared_folders(run.data).values()), None)
-        return Tokenizer.load(folder / TOKENIZER) if folder is not None else None
-    from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
+        if folder is None:
+            return None
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    else:
+        from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
-    return tokenizer_of(read_weights(run.init_from))
+        tokenizer = tokenizer_of(read_weights(run.init_from))
+    return with_named_template(tokenizer, run.data.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +85,24 @@ class _Found:
     num_dropped: int = 0
 
 
-def _documents(run: DataRun, name: str, source: SourceConfig) -> _Found:
+def _documents(run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None) -> _Found:
     """Return the documents of a source. One of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
         read = read_source(source, name=name)
-        pieces = (document.pieces for document in read.documents)
+        pieces = (document.rendered(template) for document in read.documents)
         return _Found(documents=pieces, total=len(read.documents), num_dropped=read.num_dropped)
     from moetrain.tasks import registry
     from moetrain.tasks.dialogues import conversations  # loads torch
 
+    if template is None:
+        raise DataError(
+            f"data.sources.{name}: the tokenizer has no known chat template: name it as data.tokenizer.template"
+        )
     family = registry.build(run.task, run.run.seed)
     count = min(source.num_documents, max(_SAMPLED_DIALOGUES, run.records))
-    dialogues = conversations(family, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools)
+    dialogues = conversations(
+        family, template=template, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools
+    )
     return _Found(documents=iter(dialogues), total=source.num_documents)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moetrain.checkpoint.origin import Origin
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import Contestant
-    from moetrain.quant.config import QuantConfig
     from moetrain.rollout.types import Trajectory
 
 
@@ -30,6 +29,8 @@ def main(run: EvalRun) -> int:
     """Run the stage; return its exit code."""
     if run.init_from is None:
         raise ConfigError("init_from is null: give the export to evaluate")
+    if not run.eval.num_tasks and not run.data.sources:
+        raise ConfigError("eval.num_tasks is 0 and data.sources is empty: give tasks or texts to evaluate on")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import EVAL
@@ -59,17 +60,19 @@ def _numbers(
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
     from moetrain.run.trained_context import check_context
-    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of
+    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, unquantized, with_codes
     from moetrain.tasks import registry
 
     # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
     topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
     assert run.init_from is not None  # main checked it
     origin = read_weights(run.init_from)
+    if not run.eval.num_tasks:
+        return {"modes": {}, **_language(run, origin)} if topology.is_main else None
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     if not run.eval.other_context:
-        check_context(run.task.context, origin)
+        check_context(run.task.context, origin, otherwise=", or eval.other_context=true")
     check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
     masters = earlier = None  # read before the rollouts, which take longest, so that a bad folder fails early
     if run.eval.masters is not None:
@@ -97,25 +100,25 @@ def _numbers(
     quant, is_main = origin.quant or QuantConfig(), topology.is_main
     numbers = evaluate(
         setting,
-        export=_contestant(origin, quant=quant, rollout=run.rollout, is_main=is_main),
-        masters=_contestant(masters, quant=QuantConfig(), rollout=run.rollout, is_main=is_main) if masters else None,
+        export=_contestant(origin, rollout=run.rollout, is_main=is_main),
+        masters=_contestant(unquantized(masters), rollout=run.rollout, is_main=is_main) if masters else None,
         before=before,
     )
     if numbers is None:
         return None
     if earlier is not None:
-        numbers["code_changes"] = code_changes(earlier.tensors, origin.tensors, quant=quant)
+        numbers["code_changes"] = code_changes(with_codes(earlier), with_codes(origin), quant=quant)
     return {**numbers, **_language(run, origin)}
 
 
-def _contestant(origin: "Origin", *, quant: "QuantConfig", rollout: RolloutConfig, is_main: bool) -> "Contestant":
+def _contestant(origin: "Origin", *, rollout: RolloutConfig, is_main: bool) -> "Contestant":
     """Return weights to evaluate, in the form for generation."""
     from moetrain.eval.stage import Contestant
-    from moetrain.inference.build import build_model
     from moetrain.kernels.choice import find_for_generation
+    from moetrain.run.weights import generation_model
 
     library = find_for_generation(rollout.kernels)
-    model = build_model(origin.tensors, config=origin.model, quant=quant, library=library, mode=rollout.mode)
+    model = generation_model(origin, library=library, mode=rollout.mode)
     return Contestant(model=model, digest=origin.digest if is_main else "")
 
 

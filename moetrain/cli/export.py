@@ -15,13 +15,15 @@ def main(run: ExportRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
-    from moetrain.run.weights import EXPORT, read_weights, tokenizer_of
+    from moetrain.run.weights import EXPORT, read_weights, tokenizer_of, warn_of_fp8
     from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
+        warn_of_fp8(origin, run.export)
         report = export_model(
             origin.reader,
+            codes=origin.codes,
             folder=folder / EXPORT,
             model=origin.model,
             quant=origin.quant if origin.quant is not None and origin.quant.enabled else run.quant,

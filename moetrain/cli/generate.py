@@ -3,7 +3,8 @@
 import sys
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import Piece, conversation_pieces, generation_prompt, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
+from moetrain.chat.template import ChatTemplate
 from moetrain.config import GenerateRun, check_length
 from moetrain.errors import ConfigError
 
@@ -14,25 +15,22 @@ def main(run: GenerateRun) -> int:
         raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.protocol import Sequence
     from moetrain.inference.sampling import Sampling
     from moetrain.inference.speculation import Speculation
     from moetrain.kernels.choice import find_for_generation
     from moetrain.kernels.config import Kernels
-    from moetrain.quant.config import QuantConfig
-    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.runtime import seed_of
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
-    prompt = pieces_to_tokens(
-        prompt_pieces(text, is_chat=run.chat), encode=tokenizer.encode, special_ids=tokenizer.special_ids
-    )[0]
+    pieces = chat_pieces(text, template=tokenizer.template) if run.chat else with_bos([Piece(text=text)])
+    prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     library = find_for_generation(Kernels.auto)
-    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    model = generation_model(origin, library=library)
     engine = GenerationEngine(
         model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens, speculation=Speculation.auto
     )
@@ -51,11 +49,10 @@ def main(run: GenerateRun) -> int:
     return 0
 
 
-def prompt_pieces(text: str, *, is_chat: bool) -> list[Piece]:
-    """Return the pieces of the prompt: with `is_chat` a user message and the start of the reply, else plain text."""
-    if is_chat:
-        return [*conversation_pieces([Message(role=Role.user, content=text)]), *generation_prompt()]
-    return with_bos([Piece(text=text)])
+def chat_pieces(text: str, *, template: ChatTemplate) -> list[Piece]:
+    """Return the pieces of a user message and the start of the reply."""
+    message = Message(role=Role.user, content=text)
+    return [*template.conversation_pieces([message]), *template.generation_prompt(message.role)]
 
 
 def _standard_input() -> str:

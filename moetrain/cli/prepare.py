@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moetrain.data.chat_tokenizer import load_tokenizer, with_named_template
 from moetrain.data.prepare.run import prepare
 from moetrain.data.store.index import Index
 from moetrain.data.tokenizer import Tokenizer
@@ -29,12 +30,12 @@ def _load_plugins(plugins: list[str]) -> None:
 
 def _tokenizer(run: PrepareRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
-        return Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
+        return load_tokenizer(run.data.tokenizer, Path(run.data.tokenizer.path).expanduser())
     if run.init_from is None:
         return None
     from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
-    return tokenizer_of(read_weights(run.init_from))
+    return with_named_template(tokenizer_of(read_weights(run.init_from)), run.data.tokenizer)
 
 
 def _table(indices: dict[str, Index]) -> Table:
@@ -42,6 +43,7 @@ def _table(indices: dict[str, Index]) -> Table:
     counts = [index.counts for index in indices.values()]
     rows = {
         "documents read": [each.num_read for each in counts],
+        "dropped: unreadable": [each.num_unreadable for each in counts],
         "dropped: empty": [each.num_empty for each in counts],
         "dropped: identical": [each.num_identical for each in counts],
         "dropped: nearly identical": [each.num_similar for each in counts],

@@ -31,11 +31,9 @@ def server_of(run: ServeRun) -> "Server":
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{', '.join(missing)} is not installed: install it with pip install 'moetrain[serve]'")
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.inference.build import build_model
     from moetrain.inference.engine import GenerationEngine
     from moetrain.kernels.choice import find_for_generation
-    from moetrain.quant.config import QuantConfig
-    from moetrain.run.weights import read_weights, tokenizer_of
+    from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.serve.server import Server
     from moetrain.serve.service import Served
 
@@ -44,7 +42,7 @@ def server_of(run: ServeRun) -> "Server":
     max_tokens = run.serve.max_tokens or origin.model.max_position_embeddings
     check_length(origin.model, name="serve.max_tokens", length=max_tokens)
     library = find_for_generation(run.serve.kernels)
-    model = build_model(origin.tensors, config=origin.model, quant=origin.quant or QuantConfig(), library=library)
+    model = generation_model(origin, library=library)
     served = Served(
         name=run.serve.model_name or Path(run.init_from).resolve().name,
         tokenizer=tokenizer,

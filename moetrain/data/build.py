@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.chat.pieces import pieces_to_text
+from moetrain.chat.registry import template_named
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
@@ -22,7 +25,7 @@ from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
 from moetrain.data.store.index import TOKENIZER, Part, prepared_folders
 from moetrain.data.store.rows import PreparedRows, prepared_sources
 from moetrain.data.tokenize import tokenize
-from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
 from moetrain.log import progress
 from moetrain.runtime import python_stream
@@ -85,7 +88,8 @@ def build_data(
     """
     given = dict(dialogues or {})
     _check_dialogues(config, given)
-    texts = _read_texts(config)
+    unreadable: dict[str, list[str]] = {name: [] for name in config.sources}
+    texts = _read_texts(config, unreadable=unreadable)
     tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, num_rows=None, dialogue_texts=())
     digests = {name: digest_of(documents) for name, documents in texts.items()}
     tokenized = {name: _tokenize(documents, tokenizer, name=name) for name, documents in texts.items()}
@@ -99,12 +103,10 @@ def build_data(
     training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)
     prepared = prepared_sources(config, tokenizer)
     digests |= {name: source.digest for name, source in prepared.items()}
-    rows: dict[str, Rows] = {
-        name: _packed(documents, config, name=name, seed=seed, tokenizer=tokenizer)
-        for name, documents in training.items()
-    }
+    rows = _rows(training, config, seed=seed, tokenizer=tokenizer)
     rows |= {name: source.rows(Part.training) for name, source in prepared.items()}
     for name, packed in rows.items():
+        packed.counts.num_dropped_unreadable = len(unreadable[name])
         _log_counts(name, packed.counts, seq_len=config.seq_len)
     return Data(
         loader=Loader(
@@ -116,10 +118,7 @@ def build_data(
         ),
         training=rows,
         validation=_validation(
-            {
-                name: _packed(documents, config, name=name, seed=_VALIDATION_SEED, tokenizer=tokenizer)
-                for name, documents in held_out.items()
-            }
+            _rows(held_out, config, seed=_VALIDATION_SEED, tokenizer=tokenizer)
             | {name: source.rows(Part.held_out) for name, source in prepared.items()},
             config,
             tokenizer=tokenizer,
@@ -171,9 +170,10 @@ def _check_dialogues(config: DataConfig, dialogues: Mapping[str, object]) -> Non
         )
 
 
-def _read_texts(config: DataConfig) -> dict[str, list[Document]]:
+def _read_texts(config: DataConfig, *, unreadable: dict[str, list[str]] | None = None) -> dict[str, list[Document]]:
+    """Return the documents of each source of texts. unreadable: gets the errors of dropped records, by source."""
     return {
-        name: read_documents(source, name=name)
+        name: read_documents(source, name=name, unreadable=(unreadable or {}).get(name))
         for name, source in config.sources.items()
         if source.kind not in (SourceKind.dialogues, SourceKind.prepared)
     }
@@ -189,7 +189,7 @@ def _tokenizer(
 ) -> Tokenizer:
     source = _tokenizer_folder(config, folder)
     if source is not None:
-        tokenizer = Tokenizer.load(source)
+        tokenizer = load_tokenizer(config.tokenizer, source, num_rows=num_rows)
         _check_size(tokenizer, config, source=source, num_rows=num_rows)
         _log.info("tokenizer of %d tokens read from %s", tokenizer.vocab_size, source)
         return tokenizer
@@ -197,8 +197,9 @@ def _tokenizer(
     size = num_rows if wanted is None else wanted
     if size is None:
         raise ConfigError("data.tokenizer.vocab_size is null and there is no model: give the number of tokens to train")
+    template = template_named(config.tokenizer.template)
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
-    tokenizer = train_tokenizer(chosen, vocab_size=size)
+    tokenizer = train_tokenizer(chosen, vocab_size=size, template=template)
     if tokenizer.vocab_size < size:
         _warn_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
     tokenizer.save(folder)
@@ -211,7 +212,7 @@ def _tokenizer_folder(config: DataConfig, folder: Path) -> Path | None:
     """Return the folder of the tokenizer: the configured one, else `folder`, else that of the first prepared source."""
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).expanduser()
-    if (folder / TOKENIZER_FILE).exists():
+    if holds_tokenizer(folder):
         return folder
     return next((source / TOKENIZER for source in prepared_folders(config).values()), None)
 
@@ -245,6 +246,7 @@ def _warn_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int 
 
 
 def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:
+    template = template_named(config.tokenizer.template)
     total = sum(config.sources[name].weight for name in texts)
     chosen = []
     for name, documents in texts.items():
@@ -254,18 +256,20 @@ def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) ->
         for document in sorted(training, key=lambda document: key_hash(document.key, choice=Choice.train_tokenizer)):
             if budget <= 0:
                 break
-            chosen.append(without_specials(document.text)[: int(budget) + 1])
-            budget -= len(document.text)
+            text = pieces_to_text(document.rendered(template))
+            chosen.append(without_specials(text, template=template)[: int(budget) + 1])
+            budget -= len(text)
     return chosen
 
 
 def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
+    template = template_named(config.tokenizer.template)
     budget = config.tokenizer.max_characters * _DIALOGUE_SHARE
     chosen = []
     for text in texts:
         if budget <= 0:
             break
-        chosen.append(without_specials(text))
+        chosen.append(without_specials(text, template=template))
         budget -= len(text)
     return chosen
 
@@ -313,6 +317,15 @@ def _split(
             _log.info("data.sources.%s: %d documents dropped, held out in another source", name, num_dropped)
         training[name] = kept
     return training, held_out
+
+
+def _rows(
+    documents: Mapping[str, list[TokenizedDocument]], config: DataConfig, *, seed: int, tokenizer: Tokenizer
+) -> dict[str, Rows]:
+    return {
+        name: _packed(of_source, config, name=name, seed=seed, tokenizer=tokenizer)
+        for name, of_source in documents.items()
+    }
 
 
 def _packed(

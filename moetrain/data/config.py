@@ -4,14 +4,15 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.registry import AUTO
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import ConfigError
 from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 NUM_BYTES = 256
 """Tokens for single bytes, which every byte-level vocabulary has."""
-MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
-"""Smallest vocabulary that a tokenizer can be trained to."""
+MIN_VOCAB_SIZE = NUM_BYTES + len(KIMI_K2.special_tokens)
+"""Smallest vocabulary that a tokenizer can be trained to, with the default chat template."""
 
 
 class SourceKind(StrEnum):
@@ -35,6 +36,13 @@ class Overlong(StrEnum):
 
     split = "split"  # type: ignore[assignment]  # name == value; the method of str is not used on it
     truncate = "truncate"
+    drop = "drop"
+
+
+class Unreadable(StrEnum):
+    """What happens to a record that its format cannot read: an error with file and line, or dropped and counted."""
+
+    refuse = "refuse"
     drop = "drop"
 
 
@@ -72,6 +80,9 @@ class SourceConfig:
     """Column with the text or the messages. Null uses `messages` for format=messages, else `text`."""
     format: str = "text"
     """Format of a record: text, messages (chat), or a format that a plugin registers."""
+    unreadable: Unreadable = Unreadable.refuse
+    """What happens to a record that the format cannot read: refuse ends the command with its file and line; drop leaves
+    it out, and counts it in the log and in data/<source>/num_dropped_unreadable."""
     num_documents: int = 4000
     """Number of documents to generate (kinds maths and dialogues)."""
     overlong: Overlong | None = None
@@ -112,6 +123,10 @@ class TokenizerConfig:
     retrain: bool = False
     """Allow training from weights (init_from) with another tokenizer than theirs: a newly trained one, or the one in
     `path`. The weights were not trained on its tokens."""
+    template: str = AUTO
+    """Chat template: kimi_k2, deepseek_v3, deepseek_v31, chatml, or one of a plugin. auto recognises the template of a
+    tokenizer that is read, and gives kimi_k2 to one that is trained. When a template is named, tokens that it needs and
+    the tokenizer lacks take unused rows of the vocabulary."""
     vocab_size: int | None = None
     """Tokens of a trained tokenizer, including special tokens; at most model.vocab_size. Null uses model.vocab_size, or
     fewer when the texts do not contain enough different pairs."""
@@ -125,7 +140,7 @@ class TokenizerConfig:
         if self.path is None and self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {self.vocab_size}: give at least {MIN_VOCAB_SIZE}, "
-                f"for {NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+                f"for {NUM_BYTES} bytes and {MIN_VOCAB_SIZE - NUM_BYTES} special tokens"
             )
 
 

@@ -21,6 +21,8 @@ class PackingCounts:
     """Documents dropped because they are longer than a row."""
     num_dropped_untrainable: int = 0
     """Documents, or parts of split ones, dropped because none of their tokens is predicted."""
+    num_dropped_unreadable: int = 0
+    """Records dropped because their format could not read them (`data.sources.*.unreadable=drop`)."""
     num_tokens: int = 0
     """Tokens in rows, padding excluded."""
     num_targets: int = 0

@@ -1,32 +1,66 @@
 """Formats: functions that turn a record of a data set into a document of pieces (text or special tokens).
 
 A plugin adds a format with `register_format("alpaca", function)`. The function takes a record and the name of its
-column. It returns text, or pieces when a part is not to be learned or a special token is needed.
+column. It returns text, or pieces when a part is not to be learned or a special token is needed, or a conversation,
+which the chat template of the tokenizer renders.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from moetrain.chat.records import UnknownKeyError, check_keys, read_declaration, read_messages
-from moetrain.chat.template import EOS, Piece, conversation_pieces, declare_pieces, pieces_to_text
+from moetrain.chat.messages import Message
+from moetrain.chat.pieces import EOS, Piece, pieces_to_text
+from moetrain.chat.records import UnknownKeyError, check_keys, read_declaration, read_messages, with_outer_objects
+from moetrain.chat.template import ChatTemplate
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import ConfigError, DataError
 
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation, before it is rendered. declaration: compact JSON of its tools, or ""."""
+
+    messages: Sequence[Message]
+    declaration: str = ""
+
+
 Record = Mapping[str, Any]
-Format = Callable[[Record, str], str | Sequence[Piece]]
+Format = Callable[[Record, str], str | Sequence[Piece] | Chat]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One document before tokenization. The hash of `key` decides whether it is for training or validation."""
+    """One document before tokenization. The hash of `key` decides whether it is for training or validation.
+
+    chat: the conversation that it is, if it is one; `pieces` and `key` are then those of the default chat template, so
+    that neither the split nor a source's digest depends on the template of a tokenizer. where: prints as the file and
+    line of a conversation.
+    """
 
     key: str
     pieces: tuple[Piece, ...]
+    chat: Chat | None = None
+    where: object = field(default="", compare=False)
 
     @property
     def text(self) -> str:
         """Return the text, with the names of special tokens."""
         return pieces_to_text(self.pieces)
+
+    def rendered(self, template: ChatTemplate | None) -> Sequence[Piece]:
+        """Return the pieces in a chat template. Raises DataError for a conversation that it cannot render."""
+        if self.chat is None or template is KIMI_K2:
+            return self.pieces
+        if template is None:
+            raise DataError(
+                f"{self.where} is a conversation, and the tokenizer has no chat template that is known: name one as "
+                "data.tokenizer.template"
+            )
+        try:
+            return template.conversation_pieces(self.chat.messages, self.chat.declaration)
+        except DataError as error:
+            raise DataError(f"{self.where}: {error}") from error
 
 
 def text_document(text: str, *, key: str | None = None) -> Document:
@@ -62,6 +96,9 @@ def document_of(
         raise DataError(f"{where} has no column {column}: it has {', '.join(map(str, record))}")
     try:
         result = format(_without(record, ignore, column=column), column)
+        chat = result if isinstance(result, Chat) else None
+        if isinstance(result, Chat):
+            result = KIMI_K2.conversation_pieces(result.messages, result.declaration)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (
@@ -74,7 +111,8 @@ def document_of(
         raise DataError(f"{where} does not fit its format: {type(error).__name__}: {reason}") from error
     if isinstance(result, str):
         return _encodable(text_document(result), where=where)
-    return _encodable(Document(key=pieces_to_text(result), pieces=tuple(result)), where=where)
+    document = Document(key=pieces_to_text(result), pieces=tuple(result), chat=chat, where=where)
+    return _encodable(document, where=where)
 
 
 def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
@@ -109,16 +147,16 @@ def _text(record: Record, column: str) -> str:
     return value
 
 
-def _messages(record: Record, column: str) -> list[Piece]:
+def _messages(record: Record, column: str) -> Chat:
     """Return a conversation in the chat-completions form, after the declaration of the tools in the column `tools`."""
     try:
         check_keys(record, (column, "tools", "parallel_tool_calls"), place="the record")
-        declared = read_declaration(record.get("tools"))
+        declared = read_declaration(with_outer_objects(record.get("tools")))
         messages = read_messages(record[column])
     except UnknownKeyError as error:
         cure = "data.sources.NAME.ignore=[KEY] removes a key from records and messages"
         raise DataError(f"{error} ({cure})") from None
-    return [*(declare_pieces(declared) if declared else []), *conversation_pieces(messages)]
+    return Chat(messages=messages, declaration=declared)
 
 
 _FORMATS: dict[str, Format] = {"text": _text, "messages": _messages}

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from moetrain.chat.template import Piece, pieces_to_text, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import Piece, pieces_to_text, pieces_to_tokens, with_bos
 from moetrain.data.tokenizer import Tokenizer
 
 _COUNTED_CHARACTERS = 500_000

@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import json_records, text_lines
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
 from moetrain.data.maths import maths_problems
@@ -27,6 +27,9 @@ from moetrain.data.stdlib import stdlib_code, stdlib_english
 from moetrain.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
+
+Reader = Callable[[SourceConfig, list[str]], Iterator[Document]]
+"""Reads a source; adds the errors of dropped records to the list."""
 
 _ENDINGS = {
     SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
@@ -45,12 +48,14 @@ _MATHS_SEED = 0
 """Fixed, because the run's seed changes the order of a source's documents and not their content."""
 
 
-def read_documents(config: SourceConfig, *, name: str) -> list[Document]:
+def read_documents(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> list[Document]:
     """Return the documents of one source, each text once, up to `max_characters`.
+
+    unreadable: gets the error of each record that `config.unreadable` drops.
 
     Raises DataError that names the file and line, the path or the column; or the source, when it is empty.
     """
-    return read_source(config, name=name).documents
+    return read_source(config, name=name, unreadable=unreadable).documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,12 @@ class SourceDocuments:
     num_dropped: int
 
 
-def read_source(config: SourceConfig, *, name: str) -> SourceDocuments:
+def read_source(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> SourceDocuments:
     """Return what `read_documents` returns, and the number of documents that were dropped."""
-    documents, num_dropped = _distinct(all_documents(config), name=name)
+    errors: list[str] = [] if unreadable is None else unreadable
+    documents, num_dropped = _distinct(all_documents(config, errors=errors), name=name)
+    if errors:
+        _log.warning("data.sources.%s: %d unreadable records dropped; the first is %s", name, len(errors), errors[0])
     if config.max_characters is not None:
         documents = _up_to(documents, config.max_characters)
     if not documents:
@@ -126,24 +134,24 @@ def local_files(config: SourceConfig) -> list[Path]:
     return files
 
 
-def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Callable[[SourceConfig], Iterator[Document]]:
-    def read(config: SourceConfig) -> Iterator[Document]:
+def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Reader:
+    def read(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
         return (text_document(text, key=f"stdlib:{path}") for path, text in texts().items())
 
     return read
 
 
-def _maths(config: SourceConfig) -> Iterator[Document]:
+def _maths(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     texts = maths_problems(seed=_MATHS_SEED, num_documents=config.num_documents)
     return (text_document(text) for text in texts)
 
 
-def _jsonl(config: SourceConfig) -> Iterator[Document]:
+def _jsonl(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     records = [record for path in local_files(config) for record in json_records(path)]
-    return documents_of(records, config)
+    return documents_of(records, config, errors=errors)
 
 
-def _text(config: SourceConfig) -> Iterator[Document]:
+def _text(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     for path in local_files(config):
         yield from text_documents(path)
 
@@ -168,14 +176,15 @@ def text_documents(path: Path, *, max_characters: int | None = None) -> Iterator
         yield text_document(text)
 
 
-def all_documents(config: SourceConfig) -> Iterator[Document]:
+def all_documents(config: SourceConfig, *, errors: list[str]) -> Iterator[Document]:
     """Yield the documents of a source as they are read, repeated and empty ones too.
 
-    Raises ConfigError for tokens that only `moetrain prepare` reads.
+    errors: gets the error of each record that `config.unreadable` drops. Raises ConfigError for tokens that only
+    `moetrain prepare` reads.
     """
     if config.kind in FOREIGN_KINDS:
         raise ConfigError(f"{config.path} is of kind {config.kind}, which training does not read: {_PREPARE_FIRST}")
-    return _READERS[config.kind](config)
+    return _READERS[config.kind](config, errors)
 
 
 def parquet_groups(path: Path) -> list[int]:
@@ -198,8 +207,9 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read: {lines[0]}") from error
 
 
-def _parquet(config: SourceConfig) -> Iterator[Document]:
-    return documents_of((record for path in local_files(config) for record in parquet_records(path)), config)
+def _parquet(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
+    records = (record for path in local_files(config) for record in parquet_records(path))
+    return documents_of(records, config, errors=errors)
 
 
 def parquet_records(
@@ -220,10 +230,10 @@ def parquet_records(
                 number += 1
 
 
-def _hub(config: SourceConfig) -> Iterator[Document]:
+def _hub(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     records = _records(_load(config, streaming=config.max_characters is not None), config)
     num_characters = 0
-    for document in documents_of(records, config):
+    for document in documents_of(records, config, errors=errors):
         num_characters += len(document.text)
         if config.max_characters is not None and num_characters > config.max_characters:
             return
@@ -235,10 +245,10 @@ def hub_parts(config: SourceConfig) -> int:
     return int(_load(config, streaming=True).num_shards)
 
 
-def hub_documents(config: SourceConfig, *, part: int, num_parts: int) -> Iterator[Document]:
+def hub_documents(config: SourceConfig, *, part: int, num_parts: int, errors: list[str]) -> Iterator[Document]:
     """Stream one part of a hub data set. Raises DataError that names the data set."""
     part_of = _load(config, streaming=True).shard(num_shards=num_parts, index=part)
-    return documents_of(_records(part_of, config), config)
+    return documents_of(_records(part_of, config), config, errors=errors)
 
 
 @contextmanager
@@ -288,11 +298,21 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def documents_of(records: Iterable[tuple[object, Record]], config: SourceConfig) -> Iterator[Document]:
-    """Yield the document of each (place, record), in the source's format. A DataError begins with the place."""
+def documents_of(
+    records: Iterable[tuple[object, Record]], config: SourceConfig, *, errors: list[str]
+) -> Iterator[Document]:
+    """Yield the document of each (place, record), in the source's format. A DataError begins with the place.
+
+    errors: gets the error of each record that `config.unreadable` drops.
+    """
     format = format_named(config.format)
     for where, record in records:
-        yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
+        try:
+            yield document_of(record, column=config.column, format=format, where=where, ignore=config.ignore)
+        except DataError as error:
+            if config.unreadable is Unreadable.refuse:
+                raise
+            errors.append(str(error))
 
 
 def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Document], int]:
@@ -328,7 +348,7 @@ def _up_to(documents: list[Document], max_characters: int) -> list[Document]:
     return [document for index, document in enumerate(documents) if index in chosen]
 
 
-_READERS: dict[SourceKind, Callable[[SourceConfig], Iterator[Document]]] = {
+_READERS: dict[SourceKind, Reader] = {
     SourceKind.stdlib_code: _from_stdlib(stdlib_code),
     SourceKind.stdlib_english: _from_stdlib(stdlib_english),
     SourceKind.maths: _maths,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moetrain.chat.template import EOS, Piece, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import EOS, Piece, pieces_to_tokens, with_bos
 from moetrain.data.formats import Document
 from moetrain.data.tokenizer import Tokenizer
 
@@ -21,12 +21,13 @@ def tokenize(
     line break where there is one, because the time of some tokenizers grows with the square of the length. Raises
     DataError when the tokenizer lacks a special token of a document.
     """
-    texts = dict.fromkeys(piece.text for document in documents for piece in document.pieces if not piece.is_special)
+    rendered = [document.rendered(tokenizer.template_or_none) for document in documents]
+    texts = dict.fromkeys(piece.text for pieces in rendered for piece in pieces if not piece.is_special)
     parts = {text: _parts(text, max_characters) for text in texts}
     of_parts = iter(tokenizer.encode_batch([part for of_text in parts.values() for part in of_text]))
     encoded = {text: _joined([next(of_parts) for _ in of_text]) for text, of_text in parts.items()}
-    for document in documents:
-        if (text := _plain_text(document)) is not None:
+    for pieces in rendered:
+        if (text := _plain_text(pieces)) is not None:
             ids = encoded[text]
             tokens_N = np.empty(len(ids) + 2, dtype=np.int32)
             tokens_N[0], tokens_N[1:-1], tokens_N[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
@@ -34,15 +35,13 @@ def tokenize(
             mask_N[0] = False
             yield tokens_N, mask_N
             continue
-        tokens, mask = pieces_to_tokens(
-            with_bos(document.pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids
-        )
+        tokens, mask = pieces_to_tokens(with_bos(pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids)
         yield np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
 
 
-def _plain_text(document: Document) -> str | None:
+def _plain_text(pieces: Sequence[Piece]) -> str | None:
     """Return the text of a document of text (`formats.text_document`), the common case; None for others."""
-    match document.pieces:
+    match pieces:
         case (Piece(text=text, is_special=False, is_sampled=True), Piece(text=end, is_special=True, is_sampled=True)):
             return text if end == EOS else None
     return None

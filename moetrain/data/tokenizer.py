@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from moetrain.chat.jinja import JINJA
-from moetrain.chat.template import BOS, EOS, IM_END, PAD, SPECIAL_TOKENS, UNK
-from moetrain.data.config import MIN_VOCAB_SIZE, NUM_BYTES
+from moetrain.chat.pieces import BOS, EOS, PAD, ROLES, UNK
+from moetrain.chat.registry import recognised, template_names
+from moetrain.chat.template import ChatTemplate
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
+from moetrain.data.byte_level import BYTES
+from moetrain.data.config import NUM_BYTES
+from moetrain.data.spare_tokens import with_tokens
+from moetrain.data.tiktoken_file import TIKTOKEN_FILE, check_same, read_tiktoken
 from moetrain.errors import DataError
 from moetrain.files import write_text
 
@@ -35,18 +41,10 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
+_MARKER = re.compile(r"[<\[].*[>\]]")
+"""Added tokens of this form are control tokens, also when the file does not mark them as special."""
 _CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
 """Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
-
-
-def _byte_characters() -> dict[str, int]:
-    """Return the byte of each character of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
 
 
 class SpecialIds(dict[str, int]):
@@ -56,26 +54,40 @@ class SpecialIds(dict[str, int]):
         """Raise DataError, because the caller requires a token that the tokenizer lacks."""
         raise DataError(
             f"the tokenizer has no special token {name}: chats, dialogues and tool use require the tokens of the chat "
-            "template; use a tokenizer that has them"
+            "template; use a tokenizer that has them, or train on conversations with the template named as "
+            "data.tokenizer.template, which puts them in unused rows of the vocabulary"
         )
 
 
 class Tokenizer:
     """Encodes text and decodes ids. Text never encodes to a special id; special ids decode to their names."""
 
-    def __init__(self, inner: HFTokenizer, *, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        inner: HFTokenizer,
+        *,
+        names: Mapping[str, str] | None = None,
+        template: ChatTemplate | None = None,
+        jinja: str = "",
+    ) -> None:
         """Wrap a tokenizer of the library `tokenizers`.
 
-        names: own names of the tokens in the roles of `[BOS]` and so on, where they differ. Raises DataError when there
-        is no end-of-document token, or when text can encode to a control token.
+        names: own names of the tokens in the roles of `[BOS]` and so on, where they differ. template: chat template;
+        None recognises it from the special tokens and `jinja`, the template beside the tokenizer. Raises DataError when
+        there is no end-of-document token, or when text can encode to a control token.
         """
-        own_names = {name: name for name in SPECIAL_TOKENS} | dict(names or {})
+        self._names = dict(names or {})
+        added = {token.content for token in inner.get_added_tokens_decoder().values()}
+        self.template_or_none = template or recognised(added, jinja=jinja)
+        """The chat template; None when it is not known."""
+        chat_tokens = self.template_or_none.special_tokens if self.template_or_none else []
+        own_names = {name: name for name in (*ROLES, *chat_tokens)} | self._names
         ids_by_name = {name: inner.token_to_id(own_name) for name, own_name in own_names.items()}
         self.special_ids = SpecialIds({name: id_ for name, id_ in ids_by_name.items() if id_ is not None})
         if EOS not in self.special_ids:
             raise DataError(
                 f"the tokenizer lacks {EOS}, the end of a document: add it, or name the token with this role as "
-                f"eos_token in {TOKENIZER_CONFIG_FILE}"
+                f"eos_token in {TOKENIZER_CONFIG_FILE}, or its id as eos_token_id in config.json"
             )
         self.eos_id = self.special_ids[EOS]
         self.bos_id = self.special_ids.setdefault(BOS, self.eos_id)  # as in GPT-2
@@ -85,7 +97,7 @@ class Tokenizer:
         self.special_names: dict[int, str] = {self.special_ids[name]: name for name in [*parts, *markers]}
         self._inner = inner
         self._own_names = {id_: str(inner.id_to_token(id_)) for id_ in self.special_names}
-        self._encoder = _encoder_of(inner, self._own_names.values())
+        self._encoder = _encoder_of(inner, [*self._own_names.values(), *filter(_MARKER.fullmatch, added)])
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding needs: the largest id plus one."""
         self._check_text_gives_no_control_ids()
@@ -93,12 +105,30 @@ class Tokenizer:
     @property
     def end_ids(self) -> list[int]:
         """Ids that end a generation: end of turn, if the tokenizer has it, and end of document."""
-        return [self.special_ids[name] for name in (IM_END, EOS) if name in self.special_ids]
+        ends = [EOS] if self.template_or_none is None else [self.template_or_none.syntax.end, EOS]
+        return list(dict.fromkeys(self.special_ids[name] for name in ends if name in self.special_ids))
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Return the chat template. Raises DataError when none is known."""
+        if self.template_or_none is None:
+            raise DataError(
+                "the tokenizer has no chat template that is known: chats, dialogues and tool use require one; train on "
+                f"conversations with data.tokenizer.template={'|'.join(template_names())}, which puts the tokens "
+                "of the template in unused rows of the vocabulary"
+            )
+        return self.template_or_none
+
+    @property
+    def turn_end_id(self) -> int:
+        """Return the id of the token that ends a turn of a chat."""
+        return self.special_ids[self.template.syntax.end]
 
     @property
     def digest(self) -> str:
-        """Return the sha256 of the tokenizer's file."""
-        return hashlib.sha256(self._inner.to_str(pretty=True).encode()).hexdigest()
+        """Return the sha256 of the tokenizer's file, and of the name of a chat template other than the default."""
+        template = "" if self.template_or_none in (None, KIMI_K2) else self.template.name
+        return hashlib.sha256((self._inner.to_str(pretty=True) + template).encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:
         """Return the content of `tokenizer.json`: merges, vocabulary, added tokens, and how text is split."""
@@ -107,9 +137,17 @@ class Tokenizer:
 
     def check_chat(self) -> None:
         """Raise DataError when a token of the chat template is missing."""
-        for name in SPECIAL_TOKENS:
-            if name != UNK:
-                self.special_ids[name]
+        for name in self.template.markers:
+            self.special_ids[name]
+
+    def with_template(self, template: ChatTemplate, *, num_rows: int | None = None) -> "Tokenizer":
+        """Return the tokenizer with another chat template. Tokens that it lacks take unused rows of the vocabulary.
+
+        num_rows: rows of the model's embedding; None is any number. Raises ConfigError when there are too few.
+        """
+        missing = [name for name in template.markers if self._inner.token_to_id(name) is None]
+        inner = with_tokens(self._inner, missing, num_rows=num_rows) if missing else self._inner
+        return Tokenizer(inner, names=self._names, template=template)
 
     def _check_text_gives_no_control_ids(self) -> None:
         control = {id_ for id_, name in self.special_names.items() if name != UNK}
@@ -146,7 +184,7 @@ class Tokenizer:
         This holds for byte-level tokenizers, as all trained here; of others it returns the text of the token alone.
         """
         name = self._byte_names.get(token)
-        return self.decode([token]).encode() if name is None else bytes(_BYTES[character] for character in name)
+        return self.decode([token]).encode() if name is None else bytes(BYTES[character] for character in name)
 
     @functools.cached_property
     def _byte_names(self) -> dict[int, str]:
@@ -157,7 +195,7 @@ class Tokenizer:
             return {}
         added = self._inner.get_added_tokens_decoder()
         vocabulary = self._inner.get_vocab(with_added_tokens=False).items()
-        return {id_: name for name, id_ in vocabulary if id_ not in added and set(name) <= _BYTES.keys()}
+        return {id_: name for name, id_ in vocabulary if id_ not in added and set(name) <= BYTES.keys()}
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads. Each file is written atomically."""
@@ -166,22 +204,26 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{key: own_name[name] for name, key in _CONFIG_KEYS.items() if name in own_name},
-            "additional_special_tokens": [name for name in own_name if name not in _CONFIG_KEYS],
+            "additional_special_tokens": [
+                name for name in own_name if name not in (*_CONFIG_KEYS, *map(own_name.get, _CONFIG_KEYS))
+            ],
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
         }
-        if IM_END in self.special_ids:
-            write_text(folder / CHAT_TEMPLATE_FILE, JINJA)
+        if self.template_or_none is not None and self.template_or_none.syntax.end in self.special_ids:
+            write_text(folder / CHAT_TEMPLATE_FILE, self.template_or_none.jinja)
         write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read `tokenizer.json` in `folder`, with truncation, padding and dropout switched off.
+        """Read `tokenizer.json` in `folder`, or `tiktoken.model`; truncation, padding and dropout are switched off.
 
         Raises DataError that names the path.
         """
         path = folder / TOKENIZER_FILE
+        if not path.is_file() and (folder / TIKTOKEN_FILE).is_file():
+            return cls._load_tiktoken(folder / TIKTOKEN_FILE)
         if not path.is_file():
             raise DataError(f"{path} does not exist: give the folder of a tokenizer, or null to train one")
         content = _read_json(path)
@@ -190,7 +232,9 @@ class Tokenizer:
         try:
             inner = HFTokenizer.from_str(json.dumps(content))
             _check_ids(inner, content)
-            tokenizer = cls(inner, names=names)
+            if (folder / TIKTOKEN_FILE).is_file():
+                check_same(inner, folder / TIKTOKEN_FILE)
+            tokenizer = cls(inner, names=names, jinja=_jinja_in(folder))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         except Exception as error:  # the library raises nothing narrower for a file that is no tokenizer
@@ -199,6 +243,27 @@ class Tokenizer:
         if switched_off:
             _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))
         return tokenizer
+
+    @classmethod
+    def _load_tiktoken(cls, path: Path) -> "Tokenizer":
+        """Convert a `tiktoken.model`, and check that each byte comes back."""
+        inner = read_tiktoken(path)
+        added = [{"content": token.content} for token in inner.get_added_tokens_decoder().values()]
+        names = _names_in(path.parent / TOKENIZER_CONFIG_FILE, {"added_tokens": added})
+        try:
+            tokenizer = cls(inner, names=names, jinja=_jinja_in(path.parent))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        text = "".join(map(chr, (*range(0x250), 0x4E2D, 0x1F642)))  # has bytes of each length of UTF-8
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise DataError(f"{path}: a text does not come back from its tokens: copy the release's files again")
+        _log.info("%s: %d tokens converted", path, tokenizer.vocab_size)
+        return tokenizer
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether `folder` has a file that `Tokenizer.load` reads."""
+    return any((folder / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -213,20 +278,42 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _end_in(folder: Path, there: Mapping[Any, Any]) -> str | None:
+    """Return the end of a document that the config of a model names by its id. there: added tokens by id."""
+    for name in ("config.json", "generation_config.json"):
+        stated = _read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        first = stated[0] if isinstance(stated, list) and stated else stated
+        if isinstance(first, int) and isinstance(there.get(first), str):
+            return str(there[first])
+    return None
+
+
 def _names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
     """Return the tokenizer's own names of `[BOS]` and so on, for those that it lacks under these names."""
-    if not path.is_file():
-        return {}
-    config = _read_json(path)
+    config = _read_json(path) if path.is_file() else {}
     added = content.get("added_tokens")
-    there = {token.get("content") for token in added if isinstance(token, dict)} if isinstance(added, list) else set()
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    there = {token.get("content") for token in tokens}
     names = {}
     for name, key in _CONFIG_KEYS.items():
         entry = config.get(key)
         own_name = entry.get("content") if isinstance(entry, dict) else entry
         if name not in there and isinstance(own_name, str):
             names[name] = own_name
+    if EOS not in there and EOS not in names:
+        end = _end_in(path.parent, {token.get("id"): token.get("content") for token in tokens})
+        names |= {EOS: end} if end else {}
     return names
+
+
+def _jinja_in(folder: Path) -> str:
+    """Return the Jinja chat template beside a tokenizer, or "" when there is none."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    config = folder / TOKENIZER_CONFIG_FILE
+    jinja = _read_json(config).get("chat_template") if config.is_file() else None
+    return jinja if isinstance(jinja, str) else ""
 
 
 def _check_ids(inner: HFTokenizer, content: Mapping[str, Any]) -> None:
@@ -269,17 +356,18 @@ def _encoder_of(inner: HFTokenizer, names: Iterable[str]) -> HFTokenizer:
     return encoder
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, template: ChatTemplate = KIMI_K2) -> Tokenizer:
     """Return a byte-level BPE tokenizer of `vocab_size` tokens, or fewer when the texts contain too few pairs.
 
-    The same texts give the same tokenizer file on any machine. Raises DataError when `vocab_size` is less than the
-    number of bytes and special tokens.
+    It has the special tokens of `template`. The same texts give the same tokenizer file on any machine. Raises
+    DataError when `vocab_size` is less than the number of bytes and special tokens.
     """
-    num_ordinary = vocab_size - len(SPECIAL_TOKENS)
-    if vocab_size < MIN_VOCAB_SIZE:
+    special_tokens = template.special_tokens
+    num_ordinary = vocab_size - len(special_tokens)
+    if num_ordinary < NUM_BYTES:
         raise DataError(
-            f"a tokenizer of {vocab_size} tokens has no room for the bytes: give at least {MIN_VOCAB_SIZE}, "
-            f"for {NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
+            f"a tokenizer of {vocab_size} tokens has no room for the bytes: give at least "
+            f"{NUM_BYTES + len(special_tokens)}, for {NUM_BYTES} bytes and {len(special_tokens)} special tokens"
         )
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -293,15 +381,15 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         vocab_size=num_ordinary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     inner.train_from_iterator(texts, trainer)
-    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
-    return Tokenizer(inner)
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens])
+    return Tokenizer(inner, names=template.role_names, template=template)
 
 
-def without_specials(text: str) -> str:
+def without_specials(text: str, *, template: ChatTemplate = KIMI_K2) -> str:
     """Return `text` with each special token replaced by a newline, for training a tokenizer on rendered dialogues.
 
     A space would become part of the token of the next word; a newline does not.
     """
-    for name in SPECIAL_TOKENS:
+    for name in template.special_tokens:
         text = text.replace(name, "\n")
     return text

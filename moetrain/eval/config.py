@@ -11,7 +11,8 @@ class EvalConfig:
     """Evaluation of exported weights, and of their masters if they are given."""
 
     num_tasks: int = 280
-    """Number of held-out tasks; each mode runs one trajectory per task."""
+    """Number of held-out tasks; each mode runs one trajectory per task. 0 runs none, and measures the loss on the texts
+    of `data` alone, which needs no chat template."""
     first_task: int = 0
     """Number of the first held-out task."""
     temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
@@ -44,10 +45,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        counts = ("num_tasks", "kl_tasks", "longer_calls", "vote_samples")
-        rest = ("first_task", "longer_tasks", "num_traces", "vote_lead")
+        counts = ("kl_tasks", "longer_calls", "vote_samples")
+        rest = ("num_tasks", "first_task", "longer_tasks", "num_traces", "vote_lead")
         ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures", "vote_temperature")}
         check_ranges(self, prefix="eval.", ranges=ranges)
+        compared = {"masters": self.masters, "before": self.before, "codes_before": self.codes_before}
+        for name, value in compared.items():
+            if value is not None and not self.num_tasks:
+                raise ConfigError(f"eval.{name} is {value} and eval.num_tasks is 0: give tasks to compare on")
         if self.vote_lead > self.vote_samples:
             raise ConfigError(f"eval.vote_lead is {self.vote_lead}: give at most eval.vote_samples={self.vote_samples}")
         if self.vote_lead and not (self.longer_calls and self.longer_tasks):

@@ -8,8 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from moetrain.chat.jinja import JINJA
-from moetrain.chat.template import BOS, EOS, IM_END, PAD, UNK
+from moetrain.chat.pieces import BOS, EOS, PAD, UNK
 from moetrain.data.tokenizer import SPLIT_PATTERN, Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction
@@ -114,10 +113,12 @@ def tokenizer_metadata(tokenizer: Tokenizer, *, num_rows: int) -> Metadata:
     }
     if UNK in ids:
         values["unknown_token_id"] = ids[UNK]
-    if IM_END not in ids:
+    template = tokenizer.template_or_none
+    if template is None or template.syntax.end not in ids:
         return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    values["eot_token_id"] = ids[IM_END]
-    return {f"tokenizer.ggml.{key}": value for key, value in values.items()} | {"tokenizer.chat_template": JINJA}
+    values["eot_token_id"] = ids[template.syntax.end]
+    named: Metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return named | {"tokenizer.chat_template": template.jinja}
 
 
 def _split_name(content: dict[str, Any]) -> str:

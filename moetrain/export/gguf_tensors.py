@@ -19,12 +19,12 @@ from torch import Tensor
 
 from moetrain.errors import CheckpointError
 from moetrain.export.config import GgufDtype
+from moetrain.export.experts import ExpertCodes
 from moetrain.export.tensors import FolderTensors
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import StateReader
-from moetrain.quant.config import QuantConfig
-from moetrain.quant.grids import Quantized, num_zero_groups, quantize
+from moetrain.quant.grids import Quantized
 
 BLOCK = 32
 """Weights of a Q4_0 block: a float16 scale, then 16 bytes. Byte j holds code j (low bits) and code j + 16, plus 8."""
@@ -50,15 +50,6 @@ class GgufTensor:
         """Bytes of its data."""
         size = math.prod(self.shape)
         return size // BLOCK * BLOCK_BYTES if self.type == "Q4_0" else size * _BYTES[self.type]
-
-
-@dataclass(kw_only=True)
-class GgufCounts:
-    """What has been quantised so far."""
-
-    num_quantized: int = 0
-    num_groups: int = 0
-    num_zero_groups: int = 0
 
 
 _DIRECT = {
@@ -95,11 +86,10 @@ def gguf_tensors(
     *,
     model: ModelConfig,
     tensors: FolderTensors,
-    quant: QuantConfig,
+    experts: ExpertCodes | None,
     dtype: GgufDtype,
-    counts: GgufCounts,
 ) -> Iterator[GgufTensor]:
-    """Yield every tensor of the file; each reads its values when its data is asked for, and adds to `counts`."""
+    """Yield every tensor of the file; each reads its values when its data is asked for. experts: None: plain."""
 
     def whole(name: str) -> Tensor:
         shape = tensors.shapes[name]
@@ -119,7 +109,7 @@ def gguf_tensors(
     for name, size in tensors.shapes.items():
         to, local, at = _placed(name)
         if name in tensors.experts:
-            yield from _experts(reader, name, shape=size, at=at, quant=quant, dtype=dtype, counts=counts)
+            yield from _experts(reader, name, shape=size, at=at, experts=experts, dtype=dtype)
         elif local == _KV_B:
             heads, rank = model.num_heads, model.kv_lora_rank
             keys, values = (heads, rank, model.qk_nope_head_dim), (heads, model.v_head_dim, rank)
@@ -209,26 +199,23 @@ def _experts(
     *,
     shape: torch.Size,
     at: str,
-    quant: QuantConfig,
+    experts: ExpertCodes | None,
     dtype: GgufDtype,
-    counts: GgufCounts,
 ) -> Iterator[GgufTensor]:
     """Yield the stacked experts of one or two projections; one expert beside the target is in memory at a time."""
     num_experts, rows, inputs = shape
     kinds = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
     num_rows = rows // len(kinds)
-    kind_of_data = "Q4_0" if quant.enabled else ("F32" if dtype is GgufDtype.float32 else "BF16")
+    kind_of_data = "Q4_0" if experts is not None else ("F32" if dtype is GgufDtype.float32 else "BF16")
 
     def one(expert: int, projection: int) -> Array:
-        first = (expert * rows + projection * num_rows) * inputs
+        top = projection * num_rows
+        if experts is not None:
+            quantized = experts.of(name, expert, top=top, bottom=top + num_rows)
+            return blocks_of(quantized[0], name=f"{name}[{expert}]")
+        first = (expert * rows + top) * inputs
         weight_OI = reader.read(name, first=first, last=first + num_rows * inputs).view(num_rows, inputs)
-        if not quant.enabled:
-            return _as_array(weight_OI, kind=kind_of_data)
-        quantized = quantize(weight_OI, grid=quant.grid, group_size=quant.group_size)
-        counts.num_quantized += weight_OI.numel()
-        counts.num_groups += quantized.scales_XOG.numel()
-        counts.num_zero_groups += num_zero_groups(quantized)
-        return blocks_of(quantized, name=f"{name}[{expert}]")
+        return _as_array(weight_OI, kind=kind_of_data)
 
     def data(projection: int) -> Array:
         whole: Array | None = None

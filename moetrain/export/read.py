@@ -45,6 +45,15 @@ class Export:
         """Return every tensor of the model: bf16 or fp32 as stored, quantised experts dequantised to bf16."""
         return self.dense | {name: dequantize(quantized) for name, quantized in self.experts.items()}
 
+    def packed_experts(self) -> dict[str, int]:
+        """Return name and number of experts of the tensors that are stored as codes and scales; see `CodeReader`."""
+        return {name: len(quantized.codes_XOI) for name, quantized in self.experts.items()}
+
+    def codes(self, name: str, *, first: int, last: int) -> Quantized:
+        """Return codes and scales of the experts [first, last) of a tensor; see `CodeReader`."""
+        whole = self.experts[name]
+        return Quantized(codes_XOI=whole.codes_XOI[first:last], scales_XOG=whole.scales_XOG[first:last])
+
 
 def is_export(folder: Path) -> bool:
     """Return whether `folder` contains the record of an export; its content is not checked."""

@@ -17,8 +17,6 @@ from moetrain.parallel.state import CHUNK_ELEMENTS
 
 _EMBEDDING = "model.embed_tokens.weight"
 _OPTIMIZER_PREFIX = "optimizer/"
-_DERIVED = ".rotary_emb.inv_freq"
-"""Buffer that some folders contain although it follows from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +33,17 @@ class FolderTensors:
     """Names of modules with a matrix, except the routed experts and the embedding."""
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16."""
-        return tensor.to(torch.float32 if name in self.float32 else torch.bfloat16)
+        """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16.
 
-    def check(self, reader: StateReader) -> None:
-        """Raise CheckpointError when a tensor is missing, unknown, of another shape, or contains non-finite values."""
-        found = {
-            name: shape
-            for name, shape in reader.shapes().items()
-            if not name.startswith(_OPTIMIZER_PREFIX) and not name.endswith(_DERIVED)
-        }
+        One that comes in bf16, as in a released folder, stays so.
+        """
+        if name in self.float32 and tensor.dtype is not torch.bfloat16:
+            return tensor.to(torch.float32)
+        return tensor.to(torch.bfloat16)
+
+    def check_shapes(self, reader: StateReader) -> None:
+        """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read."""
+        found = {name: shape for name, shape in reader.shapes().items() if not name.startswith(_OPTIMIZER_PREFIX)}
         for name in sorted(self.shapes.keys() - found.keys()):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model")
         for name in sorted(found.keys() - self.shapes.keys()):
@@ -52,10 +51,32 @@ class FolderTensors:
         for name, shape in self.shapes.items():
             if tuple(found[name]) != tuple(shape):
                 raise CheckpointError(f"{name} has shape {list(found[name])}, but this model requires {list(shape)}")
+
+    def check(self, reader: StateReader) -> None:
+        """Raise CheckpointError as `check_shapes`, and when a tensor contains non-finite values."""
+        self.check_shapes(reader)
+        finite = FiniteReader(reader)
+        for name, shape in self.shapes.items():
             for first in range(0, shape.numel(), CHUNK_ELEMENTS):
-                chunk_P = reader.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
-                if not bool(torch.isfinite(chunk_P).all()):
-                    raise CheckpointError(f"{name} holds numbers that are not finite: use an earlier checkpoint")
+                finite.read(name, first=first, last=min(first + CHUNK_ELEMENTS, shape.numel()))
+
+
+class FiniteReader:
+    """Implements `StateReader` over another one and checks what it reads."""
+
+    def __init__(self, reader: StateReader) -> None:
+        self._reader = reader
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return self._reader.shapes()
+
+    def read(self, name: str, *, first: int, last: int) -> Tensor:
+        """Return the elements [first, last) of a flattened tensor. Raises CheckpointError if one is not finite."""
+        values = self._reader.read(name, first=first, last=last)
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{name} holds numbers that are not finite: use an earlier checkpoint")
+        return values
 
 
 def folder_tensors(config: ModelConfig) -> FolderTensors:

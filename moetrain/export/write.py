@@ -2,22 +2,23 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moetrain.chat.template import BOS, EOS, PAD
+from moetrain.chat.pieces import BOS, EOS, PAD
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
 from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.experts import ExpertCodes
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
 from moetrain.export.gguf_file import GGUF_FILE, write_gguf
 from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
-from moetrain.export.gguf_tensors import GgufCounts, gguf_tensors
-from moetrain.export.tensors import FolderTensors, folder_tensors
+from moetrain.export.gguf_tensors import gguf_tensors
+from moetrain.export.tensors import FiniteReader, FolderTensors, folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import check_consumers, obstacles
 from moetrain.hf.names import hf_disk_tensors
@@ -27,7 +28,8 @@ from moetrain.parallel.protocol import StateReader
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.formats import FORMATS
-from moetrain.quant.grids import check_group_size, dequantize, num_zero_groups, quantize
+from moetrain.quant.grids import check_group_size, dequantize
+from moetrain.quant.masters import CodeReader
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class ExportReport:
     """Number of groups of those parameters; each has one scale."""
     num_zero_groups: int = 0
     """Number of groups whose codes are all zero, because their weights were zero or too small for a scale."""
+    num_changed_groups: int = 0
+    """Number of groups that were written as the weights had them and that the grid in the record would change."""
 
 
 CONTEXT = "context"
@@ -69,11 +73,15 @@ def export_model(
     step: int,
     sources: Mapping[str, str],
     context: Mapping[str, Any] | None = None,
+    codes: CodeReader | None = None,
 ) -> ExportReport:
     """Write the parameters and buffers of a checkpoint as the Hugging Face folder `folder`.
 
     reader: fp32 tensors by name in memory. They are streamed: one expert (or one other tensor) is read at a time, and
     at most twice `export.shard_megabytes` of tensors to write are in memory beside it.
+
+    codes: experts that the weights have as codes and scales already. They are written as they are, and the record
+    states a grid that gives them again, or most of them.
 
     Experts are quantised with `quant`'s grid and group size: in quantized and bf16_dequantized always, in gguf if
     `quant` is enabled, in bf16 never. `step`, `sources` (such as the path of the checkpoint and the digest of the data)
@@ -85,23 +93,23 @@ def export_model(
     reasons = consumer_reasons(model, quant, format=export.format)
     check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
-    tensors.check(reader)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
-            "use the tokenizer that the model was trained with"
-        )
+    tensors.check_shapes(reader)
+    _check_rows(tokenizer, model)
+    experts = ExpertCodes(reader := FiniteReader(reader), codes, quant=quant, shapes=tensors.shapes)
     is_packed = export.format is ExportFormat.quantized
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
         if export.format is ExportFormat.gguf:
             _write_gguf(
                 partial, reader, model=model, quant=quant, export=export, tokenizer=tokenizer, tensors=tensors,
-                report=report,
+                experts=experts, report=report,
             )  # fmt: skip
         else:
-            written = _disk_tensors(reader, tensors=tensors, quant=quant, format=export.format, report=report)
+            written = _disk_tensors(reader, tensors=tensors, experts=experts, format=export.format, report=report)
             report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
+        report.num_quantized, report.num_groups = experts.num_quantized, experts.num_groups
+        report.num_zero_groups, report.num_changed_groups = experts.num_zero_groups, experts.num_changed
+        quant = replace(quant, grid=experts.grid)
         config = _config(model, quant, export=export, tensors=tensors, tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
         ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
@@ -116,6 +124,14 @@ def export_model(
     return report
 
 
+def _check_rows(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {model.vocab_size} rows: "
+            "use the tokenizer that the model was trained with"
+        )
+
+
 def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer, list[str]]) -> None:
     _log.info(
         "exported %s as %s: %.1f MB (%.1f MB in bf16), %d parameters quantised, %d of %d groups zero",
@@ -127,6 +143,13 @@ def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer
         report.num_zero_groups,
         report.num_groups,
     )
+    if report.num_changed_groups:
+        _log.warning(
+            "%d of %d groups keep codes and scales that no grid gives again: this package computes with them, but "
+            "training from the export changes them",
+            report.num_changed_groups,
+            report.num_groups,
+        )
     for consumer, why in reasons.items():
         _log.info(
             "%s %s", consumer, f"may compute it differently: {'; '.join(why)}" if why else "computes it as trained"
@@ -157,17 +180,17 @@ def _write_gguf(
     export: ExportConfig,
     tokenizer: Tokenizer,
     tensors: FolderTensors,
+    experts: ExpertCodes,
     report: ExportReport,
 ) -> None:
     if quant.enabled:
         for inputs in (model.hidden_size, model.moe_intermediate_size):
             check_group_size(inputs, group_size=quant.group_size)
     metadata = model_metadata(model) | tokenizer_metadata(tokenizer, num_rows=model.vocab_size)
-    counts = GgufCounts()
-    planned = gguf_tensors(reader, model=model, tensors=tensors, quant=quant, dtype=export.gguf_dtype, counts=counts)
+    planned = gguf_tensors(
+        reader, model=model, tensors=tensors, experts=experts if quant.enabled else None, dtype=export.gguf_dtype
+    )
     report.num_bytes = write_gguf(folder / GGUF_FILE, metadata=metadata, tensors=planned)
-    report.num_quantized, report.num_groups = counts.num_quantized, counts.num_groups
-    report.num_zero_groups = counts.num_zero_groups
     report.num_bytes_bf16 = sum(
         shape.numel() * (_BYTES_PER_FP32 if name in tensors.float32 else _BYTES_PER_BF16)
         for name, shape in tensors.shapes.items()
@@ -175,7 +198,12 @@ def _write_gguf(
 
 
 def _disk_tensors(
-    reader: StateReader, *, tensors: FolderTensors, quant: QuantConfig, format: ExportFormat, report: ExportReport
+    reader: StateReader,
+    *,
+    tensors: FolderTensors,
+    experts: ExpertCodes,
+    format: ExportFormat,
+    report: ExportReport,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) for one tensor or expert after the other, and add their sizes to `report`."""
     for name, shape in tensors.shapes.items():
@@ -186,17 +214,14 @@ def _disk_tensors(
             continue
         size = shape[1:].numel()
         for expert in range(shape[0]):
-            weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
             report.num_bytes_bf16 += size * _BYTES_PER_BF16
             if format is ExportFormat.bf16:
+                weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
                 yield from hf_disk_tensors({name: tensors.stored(name, weight_1OI)}, first_expert=expert)
                 continue
-            quantized = quantize(weight_1OI, grid=quant.grid, group_size=quant.group_size)
-            report.num_quantized += size
-            report.num_groups += quantized.scales_XOG.numel()
-            report.num_zero_groups += num_zero_groups(quantized)
+            quantized = experts.of(name, expert, top=0, bottom=shape[1])
             if format is ExportFormat.quantized:
-                yield from packed_tensors(name, quantized, format=FORMATS[quant.format], first_expert=expert)
+                yield from packed_tensors(name, quantized, format=FORMATS[experts.format], first_expert=expert)
             else:
                 yield from hf_disk_tensors({name: dequantize(quantized)}, first_expert=expert)
 

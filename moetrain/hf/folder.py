@@ -1,50 +1,37 @@
 """Reads the weights of a Hugging Face folder by their names in memory, each on request.
 
 On disk each expert is three matrices, or the experts of a layer are fused as transformers has them in memory. In both
-cases values are read one matrix at a time, in the dtype of the file.
+cases values are read one matrix at a time. Plain tensors are read in the dtype of the file, quantised ones in bf16.
 """
 
-import json
+import logging
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moetrain.errors import CheckpointError
-from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names
+from moetrain.hf.files import INDEX_FILE as INDEX_FILE
+from moetrain.hf.files import disk_tensors, is_floating, read_object
+from moetrain.hf.files import weight_files as weight_files
+from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names, used_names
+from moetrain.hf.quantization import PackedGroups, Quantization, quantization_of
 from moetrain.hf.shape import from_hf_config
-from moetrain.hf.slices import flat_range
+from moetrain.hf.storage import Fp8Matrix, PackedMatrix, Stored, stored_tensors
 from moetrain.model.config import ModelConfig
+from moetrain.quant.config import QuantConfig
+from moetrain.quant.grids import Quantized
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = ("BF16", "F16", "F32", "F64")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskTensor:
-    """A tensor on disk: its name, its file, and its shape in the file."""
-
-    name: str
-    file: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The elements [first, last) of a flattened tensor on disk."""
 
-    tensor: DiskTensor
+    tensor: Stored
     first: int
     last: int
 
@@ -56,37 +43,44 @@ class HfFolder(Mapping[str, torch.Tensor]):
     matrices of its experts.
     """
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig, *, quantization: Quantization | None = None) -> None:
         """Read names and shapes of all files of the folder.
 
-        Layers beyond `config.num_layers` (the multi-token-prediction head of DeepSeek-V3) are ignored. Raises
-        CheckpointError for a missing or unreadable file, and for an expert's matrix that is missing or has another
-        shape than those of other experts.
+        quantization: what config.json states. What the folder holds beside the language model is ignored, with a line
+        in the log. Raises CheckpointError for a missing or unreadable file, a dtype that is not read, and for an
+        expert's matrix that is missing or has another shape than those of other experts.
         """
-        self._path = path
-        disk = {
-            name: tensor
-            for name, tensor in _tensors_of(path).items()
-            if (layer := _LAYER.match(name)) is None or int(layer[1]) < config.num_layers
-        }
+        self.path = path
+        self.quantization = quantization
+        disk = disk_tensors(path)
         try:
-            fused = fused_names(disk)
+            used = used_names(disk, num_layers=config.num_layers)
+            stored = stored_tensors({name: disk[on_disk] for name, on_disk in used.names.items()}, quantization)
+            fused = fused_names(stored)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        self._parts = {name: [tensor] for name, tensor in disk.items() if expert_matrix(name) is None}
+        if used.unused:
+            counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
+            _log.info("%s: not used: %s", path, counts)
+        self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
+        self.is_plain_or_packed = not self.is_fp8 and all(name == on_disk for name, on_disk in used.names.items())
+        """Whether the names are those of the language model alone, and no tensor is FP8."""
+        self._parts = {name: [tensor] for name, tensor in stored.items() if expert_matrix(name) is None}
         self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
         for name, matrices in fused.items():
-            self._fuse(name, [disk[matrix] for matrix in matrices])
+            if name in self._parts:
+                raise CheckpointError(f"{path}: {name} is there twice, fused and per expert: remove one of them")
+            self._fuse(name, [stored[matrix] for matrix in matrices])
 
-    def _fuse(self, name: str, matrices: list[DiskTensor]) -> None:
+    def _fuse(self, name: str, matrices: list[Stored]) -> None:
         first = matrices[0]
         for matrix in matrices:
             if matrix.shape != first.shape or len(matrix.shape) != 2:
                 raise CheckpointError(
-                    f"{self._path}: {matrix.name} has shape {list(matrix.shape)}, {first.name} has "
+                    f"{self.path}: {matrix.name} has shape {list(matrix.shape)}, {first.name} has "
                     f"{list(first.shape)}: both must have the same two-dimensional shape"
                 )
-        num_parts = len(FUSED_KINDS[name.rsplit(".", 1)[1]])
+        num_parts = _num_parts(name)
         rows, columns = first.shape
         self._parts[name] = matrices
         self._shapes[name] = (len(matrices) // num_parts, rows * num_parts, columns)
@@ -99,23 +93,63 @@ class HfFolder(Mapping[str, torch.Tensor]):
         """Yield the ranges on disk that make up the elements [first, last) of a flattened tensor, in order."""
         start = 0
         for tensor in self._parts[name]:
-            begin, end = max(first - start, 0), min(last - start, tensor.size)
+            size = math.prod(tensor.shape)
+            begin, end = max(first - start, 0), min(last - start, size)
             if begin < end:
                 yield Source(tensor=tensor, first=begin, last=end)
-            start += tensor.size
+            start += size
 
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
-        """Return the elements [first, last) of a flattened tensor, in the dtype of the file."""
+        """Return the elements [first, last) of a flattened tensor, in the dtype of the file or dequantised to bf16.
+
+        Raises CheckpointError when they cannot be read or are not finite.
+        """
         ranges = [self._read(source) for source in self.sources(name, first=first, last=last)]
         return ranges[0] if len(ranges) == 1 else torch.cat(ranges) if ranges else torch.empty(0)
 
     def _read(self, source: Source) -> torch.Tensor:
-        path = self._path / source.tensor.file
         try:
-            with safe_open(path, framework="pt") as file:
-                return flat_range(file.get_slice(source.tensor.name), first=source.first, last=source.last)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            values = source.tensor.read(first=source.first, last=source.last)
+        except CheckpointError as error:
+            raise _with_folder(error, self.path) from error
+        if is_floating(values) and not bool(torch.isfinite(values).all()):
+            raise CheckpointError(
+                f"{self.path}: {source.tensor.name} holds numbers that are not finite: copy the folder again"
+            )
+        return values
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        """Config with which packed experts can be trained further; None if the folder has none."""
+        is_packed = isinstance(self.quantization, PackedGroups) and bool(self.packed_experts())
+        return self.quantization.quant if isinstance(self.quantization, PackedGroups) and is_packed else None
+
+    def packed_experts(self) -> dict[str, int]:
+        """Return name in memory and number of experts of the fused tensors of which all matrices are packed."""
+        return {
+            name: self._shapes[name][0]
+            for name, parts in self._parts.items()
+            if len(self._shapes[name]) == 3 and all(isinstance(part, PackedMatrix) for part in parts)
+        }
+
+    def codes(self, name: str, *, first: int, last: int) -> Quantized:
+        """Return codes [E, O, I] and scales of the experts [first, last) of a tensor of `packed_experts`, as stored."""
+        num_parts = _num_parts(name)
+        matrices: Sequence[Stored] = self._parts[name][first * num_parts : last * num_parts]
+        experts, rows, columns = last - first, *self._shapes[name][1:]
+        codes_XOI = torch.empty(experts, rows, columns, dtype=torch.int8)
+        scales: list[torch.Tensor] = []
+        filled = codes_XOI.view(-1, columns)
+        for number, matrix in enumerate(matrices):
+            assert isinstance(matrix, PackedMatrix), f"{name} is packed"
+            height = matrix.shape[0]
+            try:
+                quantized = matrix.rows(top=0, bottom=height)
+            except CheckpointError as error:
+                raise _with_folder(error, self.path) from error
+            filled[number * height : (number + 1) * height] = quantized.codes_XOI
+            scales.append(quantized.scales_XOG)
+        return Quantized(codes_XOI=codes_XOI, scales_XOG=torch.cat(scales).view(experts, rows, -1))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return one whole tensor in float32."""
@@ -139,86 +173,26 @@ class HfFolder(Mapping[str, torch.Tensor]):
 def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
     """Return config and weights of a folder with config.json and safetensors files; weights are read on request.
 
-    Raises CheckpointError for a missing or unreadable file, and for weights that are quantised.
+    Raises CheckpointError for a missing or unreadable file, and for weights that are quantised in another way than
+    `hf.quantization` describes.
     """
-    values = _json(path / "config.json")
-    if "quantization_config" in values:
-        raise CheckpointError(
-            f"{path / 'config.json'}: the weights are quantised: give a folder of bf16 or fp32 weights"
-        )
+    values = read_object(path / "config.json")
     config = from_hf_config(values)
-    return config, HfFolder(path, config)
+    folder = HfFolder(path, config, quantization=quantization_of(values))
+    if folder.is_fp8:
+        _log.info("%s: the weights are FP8; they are read as bf16", path)
+    elif isinstance(folder.quantization, PackedGroups):
+        packed, format = len(folder.packed_experts()), folder.quantization.format
+        _log.info("%s: %d tensors of experts are stored in %s", path, packed, format)
+    return config, folder
 
 
-def _json(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): give a Hugging Face model folder") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}: give a JSON object")
-    return values
+def _num_parts(name: str) -> int:
+    """Return the number of matrices on disk per expert of a fused tensor."""
+    return len(FUSED_KINDS[name.rsplit(".", 1)[1]])
 
 
-def weight_files(path: Path) -> list[str]:
-    """Return the names of the weight files: those in the index, else `model.safetensors`, else all .safetensors files.
-
-    Raises CheckpointError when there are none, or when the index names a file that does not exist.
-    """
-    if (path / INDEX_FILE).is_file():
-        files = sorted(set(_weight_map(path).values()))
-        for file in files:
-            if not (path / file).is_file():
-                raise CheckpointError(f"{path / file}: the file is missing, and {INDEX_FILE} names it: copy it there")
-    elif (path / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    else:
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: holds no .safetensors file")
-    return files
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = _json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX_FILE}: has no weight_map from names of tensors to names of files")
-    return weight_map
-
-
-def _tensors_of(path: Path) -> dict[str, DiskTensor]:
-    """Return every tensor of a folder by its name on disk.
-
-    Raises CheckpointError when two files contain the same tensor, or when the files do not match the index.
-    """
-    tensors: dict[str, DiskTensor] = {}
-    for file in weight_files(path):
-        for tensor in _tensors_in(path, file):
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"{path}: {tensor.name} is in two files, {tensors[tensor.name].file} and {file}: "
-                    "remove the file that does not belong to these weights"
-                )
-            tensors[tensor.name] = tensor
-    if (path / INDEX_FILE).is_file():
-        for name, file in _weight_map(path).items():
-            if name not in tensors or tensors[name].file != file:
-                raise CheckpointError(
-                    f"{path / file}: {name} is missing, and {INDEX_FILE} lists it in this file: copy the folder again"
-                )
-    return tensors
-
-
-def _tensors_in(path: Path, file_name: str) -> Iterator[DiskTensor]:
-    try:
-        with safe_open(path / file_name, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping and cannot be iterated
-                stored = file.get_slice(name)
-                if stored.get_dtype() not in _DTYPES:
-                    raise CheckpointError(
-                        f"{path / file_name}: {name} has dtype {stored.get_dtype()}: give weights in "
-                        f"{', '.join(_DTYPES)}; quantised weights must be dequantised first"
-                    )
-                yield DiskTensor(name=name, file=file_name, shape=tuple(stored.get_shape()))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / file_name}: cannot be read ({error})") from error
+def _with_folder(error: CheckpointError, path: Path) -> CheckpointError:
+    """Return the error with the folder in its message, which names the file already if it comes from one."""
+    text = str(error)
+    return error if text.startswith(str(path)) else CheckpointError(f"{path}: {text}")

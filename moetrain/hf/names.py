@@ -2,9 +2,12 @@
 
 In memory transformers v5 fuses a layer's experts into `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj`
 [E, D, F]; on disk each expert is three matrices. E experts, F expert width, D hidden.
+
+A released folder may hold more than the language model; `used_names` says what of it is read.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +18,11 @@ from moetrain.errors import CheckpointError
 FUSED_KINDS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """The projections in each fused tensor of a layer's experts, in order."""
 _FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_WRAPPED = (("language_model.", ""), ("model.language_model.", "model."))
+"""Prefixes of the language model in a model with an image encoder, and what stands there without one."""
+_OTHER_PARTS = ("vision_tower", "mm_projector")
+_DERIVED = ".rotary_emb.inv_freq"
 _SINGLE = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kind>gate|up|down)_proj\.weight")
 
 
@@ -30,6 +38,49 @@ class ExpertMatrix:
     def name(self) -> str:
         """Name of the matrix on disk."""
         return f"{self.prefix}.{self.expert}.{self.kind}_proj.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsedNames:
+    """Which tensors on disk are read. names: name without a wrapper's prefix, to the name on disk.
+
+    unused: number of tensors that are not read, by what they are.
+    """
+
+    names: Mapping[str, str]
+    unused: Mapping[str, int]
+
+
+def used_names(names: Iterable[str], *, num_layers: int) -> UsedNames:
+    """Return which of the tensors named as on disk are read, for a model of `num_layers` layers.
+
+    Not read are an image encoder and its projector, layers beyond the last (the multi-token prediction of DeepSeek-V3)
+    and rotary frequencies, which follow from the config. Raises CheckpointError when two names become the same.
+    """
+    used: dict[str, str] = {}
+    unused: Counter[str] = Counter()
+    for on_disk in names:
+        name = _unwrapped(on_disk)
+        layer = _LAYER.match(name)
+        part = next((part for part in _OTHER_PARTS if f".{name}".startswith((f".{part}.", f".model.{part}."))), None)
+        if part is not None:
+            unused[part] += 1
+        elif layer is not None and int(layer[1]) >= num_layers:
+            unused[f"layers beyond {num_layers - 1} (multi-token prediction)"] += 1
+        elif name.endswith(_DERIVED):
+            unused["rotary frequencies"] += 1
+        elif name in used:
+            raise CheckpointError(f"{on_disk} and {used[name]} are the same tensor: remove one of them")
+        else:
+            used[name] = on_disk
+    return UsedNames(names=used, unused=unused)
+
+
+def _unwrapped(name: str) -> str:
+    for prefix, instead in _WRAPPED:
+        if name.startswith(prefix):
+            return instead + name.removeprefix(prefix)
+    return name
 
 
 def expert_matrix(name: str) -> ExpertMatrix | None:

@@ -40,6 +40,7 @@ _REQUIRED_VALUES = {
     "rope_interleave": True,
     "topk_method": "noaux_tc",
 }
+_ABSENT_IF_NULL = ("topk_method", "scoring_func", "rope_interleave", "num_key_value_heads")
 _YARN_NUMBERS = (
     *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim"),
@@ -48,6 +49,9 @@ _MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
 _FRACTIONS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
 _MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+_WRAPPERS = ("kimi_k25",)
+"""Model types whose config has the language model's under `text_config`, beside that of an image encoder."""
+_TEXT_CONFIG = "text_config"
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -101,12 +105,13 @@ def vllm_overrides(config: ModelConfig) -> dict[str, Any]:
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """Return the model config from a config.json of the DeepSeek-V3 family.
 
-    Both forms of rope parameters are read, those of transformers 4 and 5. Raises CheckpointError when the file names
-    another architecture, or a setting that this model does not compute.
+    Both forms of rope parameters are read, those of transformers 4 and 5, and of a model with an image encoder the
+    language model's part. `auto_map` is ignored: no code of the folder is ever run. Raises CheckpointError when the
+    file names another architecture, or a setting that this model does not compute.
     """
-    if not isinstance(values, Mapping):
-        raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
+    values = text_config(values)
     _check_architecture(values)
+    values = {name: value for name, value in values.items() if name not in _ABSENT_IF_NULL or value is not None}
     for name, required in _REQUIRED_VALUES.items():
         if values.get(name, required) != required:
             raise CheckpointError(f"config.json: {name} is {values[name]!r}: only {required!r} is supported")
@@ -150,6 +155,24 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from error
+
+
+def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language model's fields of a config.json: those under `text_config` if it is a wrapper's, else all.
+
+    Raises CheckpointError when the file holds no object, or a wrapper has no such fields.
+    """
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
+    if values.get("model_type") not in _WRAPPERS:
+        return values
+    inner = values.get(_TEXT_CONFIG)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(
+            f"config.json: {_TEXT_CONFIG} is {inner!r}: a model of model_type {values['model_type']} has the fields of "
+            "its language model there"
+        )
+    return inner
 
 
 def _check_architecture(values: Mapping[str, Any]) -> None:

@@ -12,8 +12,33 @@ from moetrain.model.config import ModelConfig
 from moetrain.quant.codec_int4 import CODE_OFFSET, pack, unpack
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized, dequantize, quantize
+from moetrain.quant.masters import CodeReader
 
 Tensors = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | Quantized]
+
+
+class TensorsWithCodes(Mapping[str, "torch.Tensor | Quantized"]):
+    """Tensors by name, in which those that are stored as codes and scales are returned as such. Nothing is cached."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], codes: CodeReader) -> None:
+        """Take codes from `codes` where it has them, and all other tensors from `tensors`."""
+        self._tensors = tensors
+        self._codes = codes
+        self._num_experts = codes.packed_experts()
+
+    def __getitem__(self, name: str) -> "torch.Tensor | Quantized":
+        """Return a tensor; a packed one as codes and scales of all its experts."""
+        if name not in self._num_experts:
+            return self._tensors[name]
+        return self._codes.codes(name, first=0, last=self._num_experts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class GridName(StrEnum):
     """Name of a row of `quant.grids.GRIDS`: how weights become codes and scales."""
 
     kimi7 = "kimi7"
+    fitted = "fitted"
     mx = "mx"
 
 
@@ -36,7 +37,7 @@ class Limits:
 
 LIMITS: Mapping[FormatName, Limits] = MappingProxyType(
     {
-        FormatName.int4: Limits(grids=(GridName.kimi7,), group_step=8),  # 8 codes fill one int32 word
+        FormatName.int4: Limits(grids=(GridName.kimi7, GridName.fitted), group_step=8),  # 8 codes fill one int32 word
         FormatName.mxfp4: Limits(grids=(GridName.mx,), group_step=32, largest_group=32),
     }
 )
@@ -53,7 +54,7 @@ class QuantConfig:
     """Storage format of codes and scales; it determines which programs can read an export."""
     grid: GridName = GridName.kimi7
     """Grid of codes and scales; the format must support it. kimi7 (INT4) is the grid of Kimi K2 Thinking, mx that of
-    MXFP4."""
+    MXFP4. fitted (INT4) fits the scale to the weights of a group, which keeps the codes of other rules."""
     group_size: int = 32
     """Number of consecutive inputs that share a scale."""
 

@@ -100,10 +100,68 @@ def _mx_codes(quotients: Tensor) -> Tensor:
     return ((quotients / steps).round() * steps).clamp(-E2M1_HALVES[-1], E2M1_HALVES[-1])
 
 
+_FITTED_DIVISORS = (7, 8, 6, 5, 4)
+"""Codes that the largest weight of a group may have, the most usual first."""
+_FITTED_AT_ONCE = 1 << 16
+"""Weights that are computed at once, so that the five tries stay in the cache."""
+_ON_GRID = 0.1
+"""Distance to the codes, in steps, below which weights are codes times one scale. The rounding to bf16 causes at most
+1 / 16; if the largest code is taken for its neighbour, a weight of code 1 or -1 is at least 1 / 8 away."""
+
+
+def _fitted_scales(weight_XOGS: Tensor) -> Tensor:
+    """Return the scales that leave the smallest largest error, out of those that give the largest weight a whole code.
+
+    If all weights of a group are codes times one scale, this is the scale: least squares gives it but for the last bit,
+    and the bf16 number that gives every weight again is taken. Maxima, and sums that float64 holds exactly, do not
+    depend on the order of the weights.
+    """
+    groups_NS = weight_XOGS.flatten(0, -2)
+    size = max(_FITTED_AT_ONCE // groups_NS.shape[-1], 1)
+    return torch.cat([_fitted_scales_of(part) for part in torch.split(groups_NS, size)]).view(weight_XOGS.shape[:-1])
+
+
+def _fitted_scales_of(groups_NS: Tensor) -> Tensor:
+    weights_NS = groups_NS.float()
+    amax_N1 = weights_NS.abs().amax(dim=-1, keepdim=True)
+    inverse_N1 = amax_N1.masked_fill(amax_N1 == 0, torch.inf).reciprocal()
+    divisors_N1 = torch.full_like(amax_N1, _FITTED_DIVISORS[0])
+    errors_N1 = torch.full_like(amax_N1, torch.inf)
+    for divisor in _FITTED_DIVISORS:
+        quotients_NS = weights_NS * (divisor * inverse_N1)
+        distances_N1 = quotients_NS.sub_(_fitted_codes(quotients_NS)).abs_().amax(dim=-1, keepdim=True)
+        error_N1 = (distances_N1 / divisor).masked_fill_(distances_N1 < _ON_GRID, 0.0)
+        divisors_N1.masked_fill_(error_N1 < errors_N1, divisor)
+        errors_N1 = torch.minimum(errors_N1, error_N1)
+    scales_N = (amax_N1 / divisors_N1).squeeze(-1)
+    is_on_grid_N = (errors_N1 == 0).squeeze(-1)
+    exact_N = _exact_scales(scales_N[is_on_grid_N], weights_NS[is_on_grid_N])
+    return scales_N.to(torch.bfloat16).masked_scatter(is_on_grid_N, exact_N)
+
+
+def _exact_scales(steps_N: Tensor, weights_NS: Tensor) -> Tensor:
+    """Return the scales, in bf16, of groups that are codes times a scale; steps_N: close to them."""
+    codes_NS = _fitted_codes(weights_NS / steps_N.masked_fill(steps_N == 0, torch.inf).unsqueeze(-1))
+    products_N, squares_N = (weights_NS.double() * codes_NS).sum(-1), codes_NS.double().square().sum(-1)
+    nearest_N = (products_N / squares_N.clamp(min=1)).to(torch.bfloat16)
+    weights_NS, exact_N = weights_NS.to(torch.bfloat16), nearest_N
+    for step in (-1, 1, 0):
+        near_N = (nearest_N.view(torch.int16) + step).view(torch.bfloat16)
+        gives_all_N = (codes_NS.to(torch.bfloat16) * near_N.unsqueeze(-1) == weights_NS).all(dim=-1)
+        exact_N = torch.where(gives_all_N, near_N, exact_N)
+    return exact_N
+
+
+def _fitted_codes(quotients: Tensor) -> Tensor:
+    return quotients.round().clamp(-8, 7)
+
+
 GRIDS: Mapping[GridName, Grid] = MappingProxyType(
     {
         # The rule of the released Kimi K2 Thinking family: 15 of the 16 codes; requantisation changes nothing.
         GridName.kimi7: Grid(scales_of=_kimi7_scales, codes_of=_kimi7_codes),
+        # For codes and scales of other rules: code -8, and groups whose largest code is not 7.
+        GridName.fitted: Grid(scales_of=_fitted_scales, codes_of=_fitted_codes),
         # MXFP4: e2m1 codes, scales that are powers of two; requantisation changes nothing.
         GridName.mx: Grid(scales_of=_mx_scales, codes_of=_mx_codes),
     }

@@ -87,9 +87,10 @@ def success_table(run: Run) -> Table | None:
     longer = [_extra_summary(stage, mode, LONGER) for stage, mode in columns]
     for calls in _calls(summary for summary in longer if summary):
         add(f"{calls}, longer", [summary["by_calls"].get(calls) if summary else None for summary in longer])
+    add("all longer", [summary["all"] if summary else None for summary in longer])
     notes = ["% of tasks right, with 95 % intervals (Wilson), on held-out tasks"]
     if len(trained) == 2:
-        notes.append(f"trained on tasks of {trained[0]} to {trained[1]} calls")
+        notes.append(f"all: tasks of {trained[0]} to {trained[1]} calls")
     notes += _grader_notes(run.evaluations[-1].evaluation)
     return Table(title="Held-out success, INT4 weights", header=header, rows=rows, notes=notes, main_rows=_MAIN)
 

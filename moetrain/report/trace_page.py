@@ -4,6 +4,7 @@ A model can write any text, including HTML, so all of it is escaped. The text is
 and shown unchanged. A turn whose markers do not nest is shown with these markers.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,28 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.chat.context import NOTE_PREFIX
-from moetrain.chat.template import (
-    CALL_ARGUMENT,
-    CALL_BEGIN,
-    CALL_END,
-    IM_ASSISTANT,
-    IM_END,
-    IM_MIDDLE,
-    IM_SYSTEM,
-    IM_USER,
-    SECTION_BEGIN,
-    SECTION_END,
-    SPECIAL_TOKENS,
-    THINK_BEGIN,
-    THINK_END,
-)
+from moetrain.chat.pieces import ROLES
+from moetrain.chat.registry import AUTO, recognised, template_named, template_names
 from moetrain.errors import DataError
 from moetrain.report.shapes import TRACE_SHAPE, validated
 
-_MARKERS = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
-_SPEAKERS = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
-_HIDDEN_MARKERS = {IM_END, IM_MIDDLE, SECTION_BEGIN, SECTION_END, CALL_END, THINK_END}
 _DECLARATION = "tool_declare"
+_SPEAKERS = {"user": "question"}
 CONTEXT_BREAK = "\f"
 """Character between the contexts of a trajectory in a trace's text."""
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -68,31 +54,51 @@ def read_traces(path: Path) -> list[dict[str, Any]]:
     return traces
 
 
+@functools.cache
+def _markers() -> re.Pattern[str]:
+    tokens = {token for name in template_names() for token in template_named(name).special_tokens}
+    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+
+
 def blocks(text: str) -> list[Block]:
     """Return the parts of a conversation, in order. text: the conversation with the names of special tokens."""
     parsed: list[Block] = []
     speaker = kind = label = ""
-    pieces = _MARKERS.split(text)
+    pieces = _markers().split(text)
+    template = recognised(set(pieces[1::2])) or template_named(AUTO)
+    syntax, tokens = template.syntax, set(template.special_tokens)
+    visible = set(ROLES) | set(template.role_names.values()) - {syntax.end}
     for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=True):
-        if piece in _SPEAKERS:
-            speaker, kind, label = _SPEAKERS[piece], "role", ""
-        elif piece == IM_MIDDLE:
-            kind = "answer" if speaker == "assistant" else speaker
-        elif piece == THINK_BEGIN:
+        if piece in template.speakers:
+            speaker, label = template.speakers[piece], ""
+            is_named = not speaker or template.header_end in tokens
+            kind = "role" if is_named else _kind_of(speaker)
+        elif piece == template.header_end:
+            kind = _kind_of(speaker)
+        elif piece == syntax.think_begin:
             kind = "thinking"
-        elif piece == CALL_BEGIN:
-            kind = "header"
-        elif piece == CALL_ARGUMENT:
+        elif piece == syntax.call_begin:
+            kind = "header" if syntax.call_argument else "call"
+        elif piece == syntax.call_argument:
             kind = "call"
-        elif piece in _HIDDEN_MARKERS:
-            kind = "answer" if speaker == "assistant" else kind
-        elif piece in SPECIAL_TOKENS:
+        elif piece in tokens and piece not in visible:
+            kind = _kind_of(speaker)
+        elif piece in tokens or piece in ROLES:
             parsed.append(Block(kind="marker", label="", text=piece))
-        elif (kind, next_piece) in (("role", IM_MIDDLE), ("header", CALL_ARGUMENT)):
+        elif kind in ("role", "header") and next_piece in (template.header_end, syntax.call_argument):
             label = piece.strip()
+        elif kind == "role" and template.header_end in piece:
+            label, _, piece = piece.partition(template.header_end)
+            speaker = _SPEAKERS.get(label, label)
+            kind = _kind_of(speaker)
+            parsed += [_block(kind, label, piece)] if piece.strip() else []
         elif piece.strip() or kind == "call":
             parsed.append(_block(kind or "answer", label, piece))
     return parsed
+
+
+def _kind_of(speaker: str) -> str:
+    return "answer" if speaker == "assistant" else speaker
 
 
 def _block(kind: str, label: str, text: str) -> Block:

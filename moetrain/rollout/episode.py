@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from moetrain.chat.context import Context, ContextPolicy
+from moetrain.chat.context import NOTE_REQUEST, Context, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import IM_END, THINK_END, Piece, conversation_pieces, parse_turn, pieces_to_tokens
+from moetrain.chat.pieces import Piece, pieces_to_tokens
+from moetrain.chat.tool_schema import declaration
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError
 from moetrain.inference.protocol import Generation, Sequence
@@ -23,16 +24,12 @@ _LONGEST_REASON = 200  # characters
 _CHARACTERS_PER_TOKEN = 64  # more than any tokenizer has on average
 
 
-def prompt_pieces(task: Task, family: TaskFamily, *, declare_tools: bool) -> list[Piece]:
-    """Return the pieces of a task's prompt, up to where the model's first turn begins."""
-    return conversation_pieces(task.prompt, family.tools if declare_tools else ())
-
-
 class Episode:
     """A task, its environment and the sequence that acts in it.
 
     Call `begin` first, and `respond` after each turn of the sequence. After each call, either `is_finished` is True, or
     the caller continues the sequence: `continue_in` passes it to the generation. A new segment has a new `sequence`.
+    `given` are the messages that the model reads next.
     """
 
     def __init__(
@@ -51,6 +48,7 @@ class Episode:
         what the model reads of a long trajectory; None is all of it.
         """
         self.observation: list[int] = []
+        self.given: list[Message] = []
         self.has_begun = False
         self.is_inline = isinstance(task, InlineTask)
         self._task = task
@@ -76,7 +74,7 @@ class Episode:
         self._grade = Grade(reward=0.0, reason="unfinished")
 
     def _sequence(self, tokens: list[int], *, stream: int) -> Sequence:
-        stop_ids = frozenset({self._tokenizer.special_ids[IM_END]})
+        stop_ids = frozenset({self._tokenizer.special_ids[self._tokenizer.template.syntax.end]})
         sampling = Sampling(temperature=self._config.temperature)
         return Sequence(tokens=tokens, stream=stream, limit=0, stop_ids=stop_ids, sampling=sampling)
 
@@ -107,7 +105,8 @@ class Episode:
 
     def _has_thought(self) -> bool:
         """Return whether the reasoning of the present turn has ended."""
-        return self._tokenizer.special_ids[THINK_END] in self.sequence.tokens[self._turn_start :]
+        think_end = self._tokenizer.special_ids[self._tokenizer.template.syntax.think_end]
+        return think_end in self.sequence.tokens[self._turn_start :]
 
     def continue_in(self, generation: Generation) -> None:
         """Let the generation continue the sequence. The sequence of an ended segment is removed from it."""
@@ -144,12 +143,18 @@ class Episode:
 
     def _new_context(self, family: TaskFamily, *, declare_tools: bool) -> Context:
         try:
-            prompt = prompt_pieces(self._task, family, declare_tools=declare_tools)
+            return Context(
+                self._policy,
+                self._task.prompt,
+                template=self._tokenizer.template,
+                declaration=declaration(family.tools) if declare_tools else "",
+                stream=self._stream,
+                tokenize=self._tokenize,
+            )
         except EnvironmentFailure:
             raise
         except Exception as error:  # a plugin's code may raise anything
             raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
-        return Context(self._policy, prompt, stream=self._stream, tokenize=self._tokenize)
 
     def _tokenize(self, pieces: Iterable[Piece]) -> list[int]:
         return pieces_to_tokens([*pieces], encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]
@@ -171,7 +176,7 @@ class Episode:
         elif len(tokens) - self._turn_start >= self._config.max_turn_tokens:
             self._end(Ending.turn_too_long)
         elif len(tokens) < self.limit:  # the reasoning has ended, within its own limit
-            self.observation = []
+            self.observation, self.given = [], []
         elif self._config.max_think_tokens and not self._has_thought():
             self._end(Ending.thought_too_long)
         else:
@@ -182,7 +187,7 @@ class Episode:
     async def _on_stop(self, tokens: list[int]) -> None:
         assert self._context is not None
         try:
-            turn = parse_turn(
+            turn = self._tokenizer.template.parse_turn(
                 tokens,
                 decode=self._tokenizer.decode,
                 special_names=self._tokenizer.special_names,
@@ -206,6 +211,7 @@ class Episode:
             self._ending = Ending.answered
             return
         results = [self._capped(await self._observe(call)) for call in turn.tool_calls]
+        self.given = results
         after = self._context.add(tokens, results, num_calls=len(turn.tool_calls))
         self._continue(after)
 
@@ -213,8 +219,7 @@ class Episode:
         if call.name:
             observation = await self._world.call(call.name, call.arguments)
         else:
-            wanted = "write functions.NAME:N, the tool's name and a number"
-            observation = Observation(text=f"error: {call.id!r} is no id of a call: {wanted}", is_error=True)
+            observation = Observation(text=self._tokenizer.template.complaint(call), is_error=True)
         self._num_calls += 1
         self._num_errors += observation.is_error
         self._num_transient += observation.is_transient
@@ -256,6 +261,7 @@ class Episode:
             self._end(Ending.max_seconds)
         elif context.is_full or (context.can_end and length + len(after) > self._longest_context):
             if context.asks_for_note:
+                self.given = [*self.given, Message(role=Role.user, content=NOTE_REQUEST)]
                 self._extend(context.note_request)
                 self._writes_note = True
             else:

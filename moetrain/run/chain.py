@@ -21,8 +21,9 @@ from moetrain.config import (
     check_groups,
     check_length,
 )
+from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceKind
-from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import ConfigError, DataError
 from moetrain.export.config import ExportFormat
 from moetrain.files import user_path
@@ -56,12 +57,19 @@ def needs_chat(run: StageRun) -> bool:
     if isinstance(run, DocumentRun):
         sources = run.data.sources.values()
         return any(source.kind is SourceKind.dialogues or source.format == "messages" for source in sources)
-    return isinstance(run, RlRun | EvalRun | ChatRun)
+    return isinstance(run, RlRun | ChatRun) or (isinstance(run, EvalRun) and run.eval.num_tasks > 0)
 
 
 def keeps_tokenizer(run: StageRun) -> bool:
     """Return whether a stage uses the tokenizer of its initial weights."""
     return not isinstance(run, DocumentRun) or (run.data.tokenizer.path is None and not run.data.tokenizer.retrain)
+
+
+def stage_template(run: StageRun, tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer of the weights of `run` with the chat template that its config names, if it names one."""
+    if not isinstance(run, DocumentRun):
+        return tokenizer
+    return with_named_template(tokenizer, run.data.tokenizer, num_rows=run.model.vocab_size)
 
 
 def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
@@ -137,7 +145,7 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
                     "leave data.tokenizer.vocab_size out"
                 )
     if isinstance(weights_tokenizer, Path) and needs_chat(run) and keeps_tokenizer(run):
-        Tokenizer.load(weights_tokenizer).check_chat()
+        stage_template(run, Tokenizer.load(weights_tokenizer)).check_chat()
 
 
 def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:
@@ -159,7 +167,7 @@ def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> DocumentRun | Pa
     if _writer_of(path, earlier) is not None:
         return _tokenizer_of(path, earlier)
     folder = user_path(path)
-    return folder if (folder / TOKENIZER_FILE).is_file() else None
+    return folder if holds_tokenizer(folder) else None
 
 
 def _is_same(one: DocumentRun | Path, other: DocumentRun | Path) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from moetrain.chat.registry import template_named
 from moetrain.checkpoint.origin import TOKENIZER
 from moetrain.config import DocumentRun
 from moetrain.data.build import Data, build_data
@@ -11,7 +12,7 @@ from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.parallel.topology import Topology, setup
 from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
-from moetrain.run.weights import read_weights
+from moetrain.run.weights import training_weights
 from moetrain.tasks import registry
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
@@ -23,13 +24,12 @@ from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of
 
 def train(run: DocumentRun) -> int:
     """Run a stage that trains on documents; return its exit code."""
-    weights = run.continue_from or run.init_from
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         status = train_stage(
             sections_of(run),
             folder=folder,
             metrics=metrics,
-            origin=read_weights(weights) if weights is not None else None,
+            origin=training_weights(run) if run.continue_from or run.init_from else None,
             dialogues=dialogues_of(run.data, run.task, seed=run.run.seed),
             dialogue_texts=_texts(run),
         )
@@ -75,7 +75,11 @@ def _texts(run: DocumentRun) -> Iterable[str]:
     """Return the rendered dialogues on which a new tokenizer of this run is trained, besides the documents."""
     most = max(dialogue_counts(run.data).values(), default=0)
     return dialogue_texts(
-        registry.build(run.task, run.run.seed), count=most, seed=run.run.seed, policy=run.task.context
+        registry.build(run.task, run.run.seed),
+        template=template_named(run.data.tokenizer.template),
+        count=most,
+        seed=run.run.seed,
+        policy=run.task.context,
     )
 
 

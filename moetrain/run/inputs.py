@@ -9,6 +9,7 @@ mistake is reported once instead of once per rank.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moetrain.chat.registry import template_named
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
 from moetrain.config import (
@@ -31,7 +32,7 @@ from moetrain.data_commands import PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
-from moetrain.run.chain import keeps_tokenizer, needs_chat
+from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.run.stage import rank
@@ -113,6 +114,7 @@ def check_names(run: StageRun) -> None:
         from moetrain.rl.registry import build  # loads torch
 
         build(run.rl)
+    template_named(_data(run).tokenizer.template)
     for source in _data(run).sources.values():
         format_named(source.format)
 
@@ -196,7 +198,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     if origin.tokenizer is not None:
         tokenizer = tokenizer_of(origin)
         if needs_chat(run) and keeps_tokenizer(run):
-            tokenizer.check_chat()
+            stage_template(run, tokenizer).check_chat()
     for field in ("masters", "eval.masters"):
         if field in named:
             read_masters(named[field], field=field, origin=origin)

@@ -24,7 +24,7 @@ from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
 from moetrain.run.resume_check import own_sections, train_of
 from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
-from moetrain.run.weights import read_weights, tokenizer_of
+from moetrain.run.weights import tokenizer_of, training_weights
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.continuation import TASKS_USED, StartPoint, start_point_of
@@ -37,10 +37,10 @@ from moetrain.train.stages import SUMMARY
 _FAST = "Give rollout.mode=fast"
 
 
-def learn(run: RlRun, *, weights: str) -> int:
-    """Run an RL stage from the folder `weights`; return its exit code."""
+def learn(run: RlRun) -> int:
+    """Run an RL stage from the weights that the config names; return its exit code."""
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
-        origin = read_weights(weights)
+        origin = training_weights(run)
         start_point = rl_start_point(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()

@@ -27,14 +27,17 @@ def trained_context(origin: Origin) -> Mapping[str, Any] | None:
     return found if is_known else None
 
 
-def check_context(policy: ContextPolicy, origin: Origin) -> None:
-    """Raise ConfigError if the weights were trained with another context policy than `policy`."""
+def check_context(policy: ContextPolicy, origin: Origin, *, otherwise: str = "") -> None:
+    """Raise ConfigError if the weights were trained with another context policy than `policy`.
+
+    otherwise: another cure than the same policy, for the message.
+    """
     trained = trained_context(origin)
     if trained is None:
         return
     changed = differences(described(trained), described(asdict(policy)))
     if changed:
         raise ConfigError(
-            f"task.context is not the one that {origin.path} was trained with ({'; '.join(changed)}): give the same, "
-            "or eval.other_context=true"
+            f"task.context is not the one that {origin.path} was trained with ({'; '.join(changed)}): give the "
+            f"same{otherwise}"
         )

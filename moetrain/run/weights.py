@@ -1,16 +1,29 @@
 """Reads weights of every kind, including exports. Loads torch, so import it after checking the input."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
+from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.origin import Origin, read_origin
 from moetrain.checkpoint.shape import EXPORT as EXPORT
 from moetrain.checkpoint.shape import mismatched_fields
+from moetrain.config import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.read import is_export, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import user_path
+from moetrain.inference.build import build_model
+from moetrain.inference.mode import Mode
+from moetrain.inference.protocol import Model
+from moetrain.inference.weights import Tensors, TensorsWithCodes
+from moetrain.kernels.build import Library
 from moetrain.parallel.state import TensorReader
+from moetrain.quant.config import QuantConfig
+
+_log = logging.getLogger(__name__)
 
 
 def read_weights(init_from: str) -> Origin:
@@ -24,6 +37,66 @@ def read_weights(init_from: str) -> Origin:
         if str(error).startswith("config.json: "):
             raise CheckpointError(f"{init_from}: {error}") from error
         raise
+
+
+def training_weights(run: TrainingRun) -> Origin:
+    """Return the weights that a stage trains further, or the checkpoint that it continues.
+
+    Where experts are stored as codes, the reader gives their masters. Raises as `read_weights`, and ConfigError for
+    `dither_masters` without codes. Logs a warning when training quantises weights that were quantised in another way.
+    """
+    if run.continue_from is not None:
+        return read_weights(run.continue_from)
+    assert run.init_from is not None, "the caller has checked that there are weights"
+    origin, quant = read_weights(run.init_from), run.quant
+    if origin.codes is None or origin.quant is None:
+        if run.dither_masters:
+            raise ConfigError(
+                f"dither_masters is true, and {origin.path} holds no experts as codes: their weights are masters "
+                "already; leave it out"
+            )
+        if quant.enabled and origin.is_fp8:
+            _log.warning(
+                "%s: the weights are FP8, and training quantises experts on quant.grid=%s: they are quantised twice",
+                origin.path, quant.grid,
+            )  # fmt: skip
+        return origin
+    stored = origin.quant
+    if not quant.enabled:
+        _log.warning("%s: the experts are %s; quant.enabled=false trains them unquantised", origin.path, stored.format)
+        quant = stored
+    elif (quant.format, quant.group_size) != (stored.format, stored.group_size):
+        _log.warning(
+            "%s: the experts are %s in groups of %d, and training takes quant.format=%s, quant.group_size=%d: they are "
+            "quantised twice", origin.path, stored.format, stored.group_size, quant.format, quant.group_size,
+        )  # fmt: skip
+        return origin
+    seed = run.run.seed if run.dither_masters else None
+    return replace(origin, reader=MastersReader(origin.reader, origin.codes, grid=quant.grid, seed=seed))
+
+
+def warn_of_fp8(origin: Origin, export: ExportConfig) -> None:
+    """Log a warning when an export quantises experts that are stored in FP8."""
+    if origin.is_fp8 and export.format is not ExportFormat.bf16:
+        _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
+
+
+def generation_model(origin: Origin, *, library: Library | None, mode: Mode = Mode.fast) -> Model:
+    """Return the model for generation. Experts that are stored as codes and scales are computed with these."""
+    quant = origin.quant or QuantConfig()
+    if origin.codes is not None:
+        quant = QuantConfig()
+    return build_model(with_codes(origin), config=origin.model, quant=quant, library=library, mode=mode)
+
+
+def with_codes(origin: Origin) -> Tensors:
+    """Return the weights by name, with experts that are stored as codes and scales as such."""
+    return origin.tensors if origin.codes is None else TensorsWithCodes(origin.tensors, origin.codes)
+
+
+def unquantized(origin: Origin) -> Origin:
+    """Return the weights to generate with as they are, without quantising experts."""
+    return replace(origin, quant=None, codes=None)
 
 
 def read_same_model(value: str, *, field: str, origin: Origin) -> Origin:
@@ -64,13 +137,17 @@ def _read(path: Path) -> Origin:
         tokenizer=path,
         make_digest=lambda: str(export.record["sources"]),
         step=export.step,
+        codes=export if export.experts else None,
     )
 
 
 def _check_foreign(origin: Origin) -> None:
-    """Check names and shapes of the tensors in a folder that another program wrote, which has no checksums."""
+    """Check names and shapes of the tensors in a folder that another program wrote.
+
+    Values are checked as they are read: a rank reads only its own share.
+    """
     try:
-        folder_tensors(origin.model).check(origin.reader)
+        folder_tensors(origin.model).check_shapes(origin.reader)
     except CheckpointError as error:
         raise CheckpointError(f"{origin.path}: {error}") from error
 

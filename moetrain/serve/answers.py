@@ -67,15 +67,24 @@ class Answer(Protocol):
 
 
 class ChatAnswer:
-    """A turn of a chat: reasoning, content and tool calls. first_call: number of calls in the conversation before."""
+    """A turn of a chat: reasoning, content and tool calls.
+
+    first_call: number of calls in the conversation before. prefilled: tokens of the turn that the prompt ends with.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, end_ids: Collection[int], stops: Sequence[str], first_call: int
+        self,
+        tokenizer: Tokenizer,
+        *,
+        end_ids: Collection[int],
+        stops: Sequence[str],
+        first_call: int,
+        prefilled: Sequence[int] = (),
     ) -> None:
         self.tokens: list[Token] = []
         self._tokenizer = tokenizer
         self._end_ids = end_ids
-        self._reader = TurnReader(tokenizer)
+        self._reader = TurnReader(tokenizer, prefilled=prefilled)
         self._stops = StopStrings(stops)
         self._first_call = first_call
         self._has_ended = False

@@ -4,16 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moetrain.chat.grammar import Calls, turn_grammar
-from moetrain.chat.template import (
-    THINK_BEGIN,
-    THINK_END,
-    Piece,
-    conversation_pieces,
-    declare_pieces,
-    generation_prompt,
-    pieces_to_tokens,
-    with_bos,
-)
+from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.serve.errors import ApiError
 from moetrain.serve.requests import ChatRequest, TextRequest
@@ -21,25 +12,28 @@ from moetrain.serve.requests import ChatRequest, TextRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The tokens of a prompt. grammar: of the answer; "" allows any. first_call: calls in the conversation."""
+    """The tokens of a prompt. grammar: of the answer; "" allows any. first_call: calls in the conversation.
+
+    prefilled: the last tokens of the prompt, which belong to the model's turn.
+    """
 
     tokens: list[int]
     grammar: str = ""
     first_call: int = 0
+    prefilled: tuple[int, ...] = ()
 
 
 def chat_prompt(request: ChatRequest, *, tokenizer: Tokenizer, declare_tools: bool) -> Prompt:
     """Return the prompt of a conversation, up to the model's turn. Without thinking, the reasoning is empty."""
-    pieces: list[Piece] = []
-    if request.declaration and declare_tools:
-        pieces += declare_pieces(request.declaration)
-    pieces += [*conversation_pieces(request.messages), *generation_prompt()]
-    if not request.thinks:
-        pieces += [Piece(text=THINK_BEGIN, is_special=True), Piece(text=THINK_END, is_special=True)]
+    template, last = tokenizer.template, request.messages[-1].role
+    pieces = template.conversation_pieces(request.messages, request.declaration if declare_tools else "")
+    pieces += template.generation_prompt(last)
+    prefilled = _tokens(template.prefill(thinks=request.thinks, after=last), tokenizer)
     grammar = ""
     if request.tools or request.schema is not None:
         grammar = turn_grammar(
             request.tools,
+            template=template,
             special_ids=tokenizer.special_ids,
             calls=request.calls if request.tools else Calls.none,
             one_call=request.one_call,
@@ -47,7 +41,8 @@ def chat_prompt(request: ChatRequest, *, tokenizer: Tokenizer, declare_tools: bo
             thinks=request.thinks,
         )
     return Prompt(
-        tokens=_tokens(pieces, tokenizer),
+        tokens=[*_tokens(pieces, tokenizer), *prefilled],
+        prefilled=tuple(prefilled),
         grammar=grammar,
         first_call=sum(len(message.tool_calls) for message in request.messages),
     )

@@ -178,7 +178,9 @@ class Service:
         tokenizer, stops = self.served.tokenizer, request.choices.stops
         if isinstance(request, TextRequest):
             return TextAnswer(tokenizer, end_ids=end_ids, stops=stops)
-        return ChatAnswer(tokenizer, end_ids=end_ids, stops=stops, first_call=prompt.first_call)
+        return ChatAnswer(
+            tokenizer, end_ids=end_ids, stops=stops, first_call=prompt.first_call, prefilled=prompt.prefilled
+        )
 
     async def parts(self, run: Run) -> AsyncGenerator[tuple[Job, list[_Json], bool], None]:
         """Yield (job, what it adds to its choice, whether it has ended) until all have ended. Raises ApiError."""

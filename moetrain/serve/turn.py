@@ -1,6 +1,6 @@
 """Reads a model's turn token by token: reasoning, content and calls as they appear, each text as soon as it is whole.
 
-Whole turns of rollouts are parsed by `chat.template.parse_turn`, which refuses markers that do not nest. A client of a
+Whole turns of rollouts are parsed by `ChatTemplate.parse_turn`, which refuses markers that do not nest. A client of a
 server has read the beginning of a turn already, so a marker in the wrong place is left out here, and counted.
 """
 
@@ -9,18 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moetrain.chat.template import (
-    CALL_ARGUMENT,
-    CALL_BEGIN,
-    CALL_END,
-    SECTION_BEGIN,
-    SECTION_END,
-    THINK_BEGIN,
-    THINK_END,
-)
+from moetrain.chat.messages import ToolCall
 from moetrain.data.tokenizer import Tokenizer
 
-_CALL_ID = re.compile(r"functions\.(?P<name>[^:\s]+):[0-9]+")
 _LONGEST_NAME = 64
 _NO_NAME = "unknown"
 
@@ -64,17 +55,6 @@ class CallEnd:
 
 Event = Reasoning | Content | CallBegin | Arguments | CallEnd
 
-_PLACES = {
-    ("content", THINK_BEGIN): "think",
-    ("think", THINK_END): "content",
-    ("think", SECTION_BEGIN): "section",  # as the released Kimi K2 Thinking may write
-    ("content", SECTION_BEGIN): "section",
-    ("section", CALL_BEGIN): "header",
-    ("header", CALL_ARGUMENT): "arguments",
-    ("arguments", CALL_END): "section",
-    ("section", SECTION_END): "closed",
-}
-
 
 class TextStream:
     """Decodes the tokens of a text one by one. An incomplete UTF-8 sequence waits for its rest."""
@@ -97,18 +77,29 @@ class TextStream:
 class TurnReader:
     """The place in a turn. Pass each token except the end token to `push`, then call `finish`.
 
+    prefilled: tokens of the turn that the prompt ends with.
+
     num_reasoning: tokens of the reasoning so far. num_stray: markers and texts in a wrong place, which were left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.num_reasoning = 0
-        self.num_stray = 0
+    def __init__(self, tokenizer: Tokenizer, *, prefilled: Sequence[int] = ()) -> None:
+        self._template = tokenizer.template
+        self._syntax = syntax = self._template.syntax
+        self._places = {key: place for key, place in syntax.places.items() if place != "end"}
+        if syntax.section_begin:
+            # As the released Kimi K2 Thinking may write.
+            self._places["think", syntax.section_begin] = "section"
+        self._leading = self._held = self._body = ""
         self._names = tokenizer.special_names
         self._text = TextStream(tokenizer)
         self._place = "content"
         self._header = ""
         self._num_calls = 0
         self._has_arguments = False
+        self.num_reasoning = self.num_stray = 0
+        for token in prefilled:
+            self.push(token)
+        self.num_reasoning = self.num_stray = 0
 
     def push(self, token: int) -> Sequence[Event]:
         """Return what the token adds."""
@@ -120,47 +111,82 @@ class TurnReader:
 
     def finish(self) -> Sequence[Event]:
         """Return the rest of the text. A call that has not ended stays without its `CallEnd`."""
-        return list(self._add(self._text.finish()))
+        return [*self._add(self._text.finish()), *self._release()]
 
     def _add(self, text: str) -> Iterator[Event]:
         if not text:
             return
-        if self._place == "think":
-            yield Reasoning(text=text)
-        elif self._place == "content":
-            yield Content(text=text)
+        if self._place in ("think", "content"):
+            yield from self._say(self._trimmed(text))
         elif self._place == "header":
             self._header += text
+        elif self._place == "arguments" and not self._syntax.streams_arguments:
+            self._body += text
         elif self._place == "arguments":
             self._has_arguments = True
             yield Arguments(number=self._num_calls, text=text)
         else:
             self.num_stray += bool(text.strip())
 
+    def _say(self, text: str) -> Iterator[Event]:
+        if text:
+            yield Reasoning(text=text) if self._place == "think" else Content(text=text)
+
+    def _trimmed(self, text: str) -> str:
+        """Return the text without what the template puts around it; what may be such an end is held back."""
+        while text and self._leading:
+            if text[0] != self._leading[0]:
+                self._leading = ""
+                break
+            text, self._leading = text[1:], self._leading[1:]
+        text, self._held = self._held + text, ""
+        pad = self._syntax.think_pad if self._place == "think" else self._syntax.call_pad
+        if pad and text.endswith(pad):
+            text, self._held = text.removesuffix(pad), pad
+        return text
+
+    def _release(self) -> Iterator[Event]:
+        held, self._held = self._held, ""
+        yield from self._say(held)
+
     def _enter(self, marker: str) -> Iterator[Event]:
-        place = _PLACES.get((self._place, marker))
+        syntax, place = self._syntax, self._places.get((self._place, marker))
         if place is None:
+            yield from self._release()
             self.num_stray += 1
             return
-        if place == "header":
-            self._header = ""
-        elif place == "arguments":
+        if marker in (syntax.think_end, syntax.section_begin, syntax.call_begin):
+            self._held = ""  # text that the template puts there
+        yield from self._release()
+        if marker in (syntax.think_begin, syntax.think_end):
+            self._leading = syntax.think_pad if place == "think" else syntax.answer_pad
+        if marker == syntax.call_begin:
+            self._header = self._body = ""
+        if place == "arguments" and syntax.streams_arguments:
             self._has_arguments = False
-            yield CallBegin(number=self._num_calls, name=self._name())
-        elif marker == CALL_END:
-            if not self._has_arguments:
-                yield Arguments(number=self._num_calls, text="{}")
-            yield CallEnd(number=self._num_calls)
-            self._num_calls += 1
+            yield CallBegin(
+                number=self._num_calls, name=self._named(self._template.read_call(self._header, "", index=0))
+            )
+        elif marker == syntax.call_end:
+            yield from self._end_call()
         self._place = place
 
-    def _name(self) -> str:
-        """Return the name of the called tool; of an id in another form, its text as a name that clients accept."""
-        header = self._header.strip()
-        if match := _CALL_ID.fullmatch(header):
-            return match["name"]
+    def _end_call(self) -> Iterator[Event]:
+        if not self._syntax.streams_arguments:
+            call = self._template.read_call(self._header, self._body, index=0)
+            yield CallBegin(number=self._num_calls, name=self._named(call))
+            yield Arguments(number=self._num_calls, text=call.arguments or "{}")
+        elif not self._has_arguments:
+            yield Arguments(number=self._num_calls, text="{}")
+        yield CallEnd(number=self._num_calls)
+        self._num_calls += 1
+
+    def _named(self, call: ToolCall) -> str:
+        """Return the name of the called tool; of a call without one, its text as a name that clients accept."""
+        if call.name:
+            return call.name
         self.num_stray += 1
-        return re.sub(r"[^A-Za-z0-9_.-]+", "_", header)[:_LONGEST_NAME] or _NO_NAME
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", self._header.strip())[:_LONGEST_NAME] or _NO_NAME
 
 
 class StopStrings:

@@ -19,14 +19,14 @@ _FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new bala
 class DemonstratorConfig:
     """Probabilities of the demonstrator's mistakes. With all 0 and `retry` 1 it makes none."""
 
-    stop_early: float = 0.03
+    stop_early: float = 0.01
     """Per step: it reports its present value and stops."""
-    skip_step: float = 0.03
+    skip_step: float = 0.0
     """Per step: it skips the step and continues with its present value."""
-    wrong_name: float = 0.03
+    wrong_name: float = 0.0
     """Per step: it uses another column of the table than the one asked for, and does not notice."""
     unknown_name: float = 0.05
-    """Per step: it misspells a column, and the tool answers with an error."""
+    """Per step: it misspells a column, and the tool answers with an error. The misspelt turn is not learned."""
     retry: float = 0.4
     """After an error, its own or the tool's: it makes the correct call. Otherwise it reports its present value."""
 
@@ -45,6 +45,10 @@ class DatabaseConfig:
     """Smallest number of tool calls that a task requires."""
     max_calls: int = 8
     """Largest number of tool calls that a task requires."""
+    last_line: int = 17
+    """Largest number of a line of a question. The lines of a short question are numbered from a random number, and
+    dropped steps stand among them, up to this number of lines. So a model that has read short questions knows the
+    numbers and the length of long ones."""
     deadline_s: float = 2.0
     """Seconds after which an SQL statement is stopped. rollout.call_deadline_s does not apply to tools that run inline,
     such as these."""
@@ -56,7 +60,7 @@ class DatabaseConfig:
         check_ranges(
             self,
             prefix="task.database.",
-            ranges={COUNT: ("min_calls", "max_calls"), POSITIVE: ("deadline_s",)},
+            ranges={COUNT: ("min_calls", "max_calls", "last_line"), POSITIVE: ("deadline_s",)},
         )
         if not 1 <= self.min_calls <= self.max_calls:
             raise ConfigError(

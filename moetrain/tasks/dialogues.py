@@ -8,7 +8,9 @@ from typing import Any
 
 from moetrain.chat.context import ContextPolicy
 from moetrain.chat.messages import Message
-from moetrain.chat.template import Piece, conversation_pieces, pieces_to_text
+from moetrain.chat.pieces import Piece, pieces_to_text
+from moetrain.chat.template import ChatTemplate
+from moetrain.chat.tool_schema import declaration
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
@@ -59,11 +61,13 @@ def demonstrations(family: TaskFamily, *, count: int, seed: int) -> Iterator[tup
         _log.warning("%d of %d demonstrations failed and are left out; last error: %s", num_failed, wanted, reason)
 
 
-def conversations(family: TaskFamily, *, count: int, seed: int, declare_tools: bool = False) -> Iterator[list[Piece]]:
+def conversations(
+    family: TaskFamily, *, template: ChatTemplate, count: int, seed: int, declare_tools: bool = False
+) -> Iterator[list[Piece]]:
     """Yield the same conversations as pieces, each whole."""
-    tools = family.tools if declare_tools else ()
+    declared = declaration(family.tools) if declare_tools else ""
     for _, messages in demonstrations(family, count=count, seed=seed):
-        yield conversation_pieces(messages, tools)
+        yield template.conversation_pieces(messages, declared)
 
 
 def dialogues(
@@ -89,8 +93,10 @@ def dialogues(
             yield TokenizedDocument(tokens=tokens, loss_mask=is_target, source=source)
 
 
-def dialogue_texts(family: TaskFamily, *, count: int, seed: int, policy: ContextPolicy | None = None) -> Iterator[str]:
+def dialogue_texts(
+    family: TaskFamily, *, template: ChatTemplate, count: int, seed: int, policy: ContextPolicy | None = None
+) -> Iterator[str]:
     """Yield the same conversations as text, with the names of special tokens, for training a tokenizer."""
-    yield from map(pieces_to_text, conversations(family, count=count, seed=seed))
+    yield from map(pieces_to_text, conversations(family, template=template, count=count, seed=seed))
     if policy is not None:
         yield from policy.texts

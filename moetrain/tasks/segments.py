@@ -2,17 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from moetrain.chat.context import Context, ContextKind, ContextPolicy
 from moetrain.chat.messages import Message, Role, call_id
-from moetrain.chat.template import (
-    Piece,
-    conversation_pieces,
-    declare_pieces,
-    message_pieces,
-    pieces_to_tokens,
-    turn_pieces,
-)
+from moetrain.chat.pieces import pieces_to_tokens
 from moetrain.chat.tool_schema import ToolSpec, declaration
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
@@ -33,26 +27,27 @@ def segments(
     calls of each segment. Raises DataError for wrong ids of calls, for a question after the first turn that the policy
     would lose, and for a turn without the reasoning that would be a note.
     """
-
-    def tokenize(pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        return pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
-
-    whole = conversation_pieces(messages, tools)
+    tokenize = partial(pieces_to_tokens, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
+    template = tokenizer.template
+    declared = declaration(tools) if tools else ""
+    whole = template.conversation_pieces(messages, declared)
     turns = [place for place, message in enumerate(messages) if message.role is Role.assistant]
     if policy.kind is ContextKind.full or not turns:
         yield tokenize(whole)
         return
-    if policy.kind is not ContextKind.hide_results and Role.user in {item.role for item in messages[turns[0] :]}:
-        raise DataError(
-            f"task.context.kind={policy.kind} keeps the first question only, and a demonstration has a later one: give "
-            "full or hide_results"
-        )
-    prompt = declare_pieces(declaration(tools)) if tools else []
-    prompt += [piece for message in messages[: turns[0]] for piece in message_pieces(message)]
-    context = Context(policy, prompt, stream=stream, tokenize=lambda pieces: tokenize(pieces)[0])
+    _check_questions(messages[turns[0] :], policy=policy)
+    context = Context(
+        policy,
+        messages[: turns[0]],
+        template=template,
+        declaration=declared,
+        stream=stream,
+        tokenize=lambda pieces: tokenize(pieces)[0],
+    )
     tokens, is_target = list(context.opening), [False] * len(context.opening)
     for place, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-        turn = tokenize(turn_pieces(_numbered(messages[place], first=context.next_call)))
+        before = messages[place - 1].role if place else None
+        turn = tokenize(template.turn_pieces(_numbered(messages[place], first=context.next_call), before))
         tokens += turn[0]
         is_target += turn[1]
         if following == len(messages):
@@ -68,7 +63,7 @@ def segments(
                         "task.context.kind=notes takes the reasoning of a demonstration's turns as notes, and a turn "
                         "has none: let the demonstrator reason, or give another kind"
                     )
-                written = tokenize(turn_pieces(Message(role=Role.assistant, content=note)))
+                written = tokenize(template.turn_pieces(Message(role=Role.assistant, content=note), Role.user))
                 tokens += context.note_request + written[0]
                 is_target += [False] * len(context.note_request) + written[1]
             yield tokens, is_target
@@ -77,6 +72,14 @@ def segments(
         tokens += after
         is_target += [False] * len(after)
     yield tokens, is_target
+
+
+def _check_questions(messages: Sequence[Message], *, policy: ContextPolicy) -> None:
+    if policy.kind is not ContextKind.hide_results and Role.user in {item.role for item in messages}:
+        raise DataError(
+            f"task.context.kind={policy.kind} keeps the first question only, and a demonstration has a later one: give "
+            "full or hide_results"
+        )
 
 
 def _numbered(message: Message, *, first: int) -> Message:

@@ -1,10 +1,9 @@
 """The model as an agent in an environment, at a terminal: the task, its turns, the results of its calls, its grade."""
 
 import asyncio
-from collections.abc import Sequence
 
-from moetrain.chat.context import NOTE_REQUEST, ContextPolicy
-from moetrain.chat.template import IM_END, IM_MIDDLE
+from moetrain.chat.context import ContextPolicy
+from moetrain.chat.messages import Role
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
@@ -36,8 +35,8 @@ def act(
         runner.run(episode.begin(family, declare_tools=declare_tools))
         while not episode.is_finished:
             if episode.has_begun:
-                for text in _texts(episode.observation, tokenizer):
-                    screen.say("user" if text == NOTE_REQUEST else "result", text)
+                for message in episode.given:
+                    screen.say("result" if message.role is Role.tool else "user", message.content)
             elif episode.num_segments > 1:
                 screen.say("note", f"context {episode.num_segments} begins")
             episode.continue_in(generation)
@@ -59,19 +58,3 @@ def _verdict(trajectory: Trajectory) -> str:
         return f"no answer: {trajectory.ending.value} ({trajectory.grade.reason}); {counts}"
     verdict = "solved" if trajectory.grade.success else "not solved"
     return f"{verdict}: reward {trajectory.reward:g} ({trajectory.grade.reason}); {counts}"
-
-
-def _texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Return the texts of the messages in an observation."""
-    texts: list[str] = []
-    run: list[int] | None = None
-    for token in tokens:
-        marker = tokenizer.special_names.get(token)
-        if marker == IM_MIDDLE:
-            run = []
-        elif marker == IM_END and run is not None:
-            texts.append(tokenizer.decode(run))
-            run = None
-        elif run is not None:
-            run.append(token)
-    return texts

@@ -6,8 +6,7 @@ The conversation is one sequence to which tokens are appended. A turn that did n
 from collections.abc import Callable, Iterator, Sequence
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import Piece, conversation_pieces, generation_prompt, message_pieces, parse_turn
-from moetrain.chat.template import pieces_to_tokens as to_tokens
+from moetrain.chat.pieces import pieces_to_tokens
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import RolloutError
 from moetrain.inference.protocol import Generation
@@ -46,7 +45,9 @@ class Conversation:
         self._max_turn_tokens = max_turn_tokens
         self._seed = seed
         first = [Message(role=Role.system, content=system)] if system else []
-        self._tokens = self._encode(conversation_pieces(first))
+        self._template = tokenizer.template
+        self._first = first
+        self._tokens: list[int] = []
         self._num_messages = self._num_calls = self._start = 0
         self._interrupts = Interrupts()
 
@@ -54,16 +55,16 @@ class Conversation:
         """Show the model's answer to a message of the person. An answer that was interrupted leaves no trace."""
         before, num_calls = list(self._tokens), self._num_calls
         self._num_messages += 1
-        end = self._rounds(message_pieces(Message(role=Role.user, content=text)))
+        end = self._rounds([Message(role=Role.user, content=text)])
         if end is not TurnEnd.whole:
             self._tokens, self._num_calls = before, num_calls
             reason = "interrupted" if end is TurnEnd.interrupted else "cut off at its limit"
             self._screen.say("note", f"the answer was {reason}: it and your message are taken back")
         return end
 
-    def _rounds(self, pieces: Sequence[Piece]) -> TurnEnd:
+    def _rounds(self, given: Sequence[Message]) -> TurnEnd:
         for number in range(_MAX_ROUNDS):
-            new = self._encode([*pieces, *generation_prompt()])
+            new = self._following(given)
             if len(self._tokens) + len(new) >= self._max_tokens:
                 self.is_full = True
                 return TurnEnd.limit
@@ -71,10 +72,19 @@ class Conversation:
             end = self._turn(number)
             if end is not TurnEnd.whole:
                 return end
-            pieces = list(self._results(self._tokens))
-            if not pieces:
+            given = list(self._results(self._tokens))
+            if not given:
                 return end
         return TurnEnd.limit
+
+    def _following(self, given: Sequence[Message]) -> list[int]:
+        """Return the tokens of given messages, up to where the model's turn begins."""
+        if self._tokens:
+            pieces = self._template.given_pieces(given)
+        else:
+            pieces = self._template.opening_pieces([*self._first, *given], "")
+        pieces += self._template.generation_prompt(given[-1].role)
+        return pieces_to_tokens(pieces, encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]
 
     def _turn(self, number: int) -> TurnEnd:
         """Generate a turn, and append it."""
@@ -100,10 +110,10 @@ class Conversation:
         self._tokens = sequence.tokens
         return end
 
-    def _results(self, tokens: list[int]) -> Iterator[Piece]:
+    def _results(self, tokens: list[int]) -> Iterator[Message]:
         """Yield the results of the calls in the last turn, each of which says that there are no tools."""
         try:
-            turn = parse_turn(
+            turn = self._template.parse_turn(
                 tokens[self._start :],
                 decode=self._tokenizer.decode,
                 special_names=self._tokenizer.special_names,
@@ -114,11 +124,8 @@ class Conversation:
             return
         for call in turn.tool_calls:
             self._screen.say("result", _NO_TOOLS)
-            yield from message_pieces(Message(role=Role.tool, name=call.name, tool_call_id=call.id, content=_NO_TOOLS))
+            yield Message(role=Role.tool, name=call.name, tool_call_id=call.id, content=_NO_TOOLS)
         self._num_calls += len(turn.tool_calls)
-
-    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
-        return to_tokens(pieces, encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]
 
 
 def converse(conversation: Conversation, read: Callable[[], str | None], *, screen: Screen) -> None:

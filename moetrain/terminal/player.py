@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from moetrain.chat.template import IM_END
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation, Sequence
 from moetrain.serve.turn import TurnReader
@@ -64,5 +63,5 @@ def play_turn(
     screen.show(reader.finish())
     screen.end_part()
     if sequence.is_idle:
-        return TurnEnd.whole if sequence.tokens[-1] == tokenizer.special_ids[IM_END] else TurnEnd.limit
+        return TurnEnd.whole if sequence.tokens[-1] == tokenizer.turn_end_id else TurnEnd.limit
     return TurnEnd.interrupted

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from moetrain.chat.registry import AUTO
 from moetrain.checkpoint.origin import TOKENIZER, Origin
 from moetrain.data.build import prepare_tokenizer
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, TokenizerConfig
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError
@@ -32,11 +34,11 @@ def stage_tokenizer(
         check_tokenizer(config.tokenizer, origin)
     if keeps_tokenizer and config.tokenizer.path is None and not (own_folder / TOKENIZER_FILE).is_file():
         assert origin is not None and origin.tokenizer is not None  # ensured by check_tokenizer
-        Tokenizer.load(origin.tokenizer).save(own_folder)
+        load_tokenizer(config.tokenizer, origin.tokenizer, num_rows=num_rows).save(own_folder)
     tokenizer = prepare_tokenizer(config, folder=own_folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
     if keeps_tokenizer:
         assert origin is not None
-        expected_digest = _tokenizer_digest(origin)
+        expected_digest = _expected_digest(origin, config.tokenizer, num_rows=num_rows)
         if expected_digest is None:
             _log.info("assuming that %s is the tokenizer of the weights %s", config.tokenizer.path, origin.path)
         elif tokenizer.digest != expected_digest:
@@ -44,9 +46,21 @@ def stage_tokenizer(
                 f"{own_folder} contains another tokenizer than that of the weights {origin.path}: "
                 f"give another run.stage or run.name, or {_RETRAIN} to train the weights with it"
             )
-    if not (own_folder / TOKENIZER_FILE).is_file():
+    if not (own_folder / TOKENIZER_FILE).is_file() or _lacks_template(own_folder, tokenizer, config.tokenizer):
         tokenizer.save(own_folder)
     return tokenizer
+
+
+def _lacks_template(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) -> bool:
+    """Return whether the folder has the same tokenizer without the chat template that the config names."""
+    return config.template != AUTO and load_tokenizer(config, folder).digest == tokenizer.digest
+
+
+def _expected_digest(origin: Origin, config: TokenizerConfig, *, num_rows: int) -> str | None:
+    """Return the digest of the weights' tokenizer, with the tokens of a named chat template; None if unknown."""
+    if origin.tokenizer is not None:
+        return load_tokenizer(config, origin.tokenizer, num_rows=num_rows).digest
+    return origin.tokenizer_digest if config.template == AUTO else None
 
 
 def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:

@@ -113,7 +113,7 @@ def _file_rows(export: Export, *, expected: Mapping[str, Tensor], quantized: Map
     yield Row(name="codes that differ from the masters'", value=codes, bound=0, note=f"of {num_codes} in the file")
     yield Row(name="scales that differ from the masters'", value=scales, bound=0, note=f"of {num_scales} in the file")
     others = [name for name in expected if name not in quantized]
-    differing = sum(not torch.equal(expected[name], export.dense[name]) for name in others)
+    differing = sum(not torch.equal(expected[name].float(), export.dense[name].float()) for name in others)
     yield Row(name="other tensors that differ", value=differing, bound=0, note=f"of {len(others)} in the file")
 
 

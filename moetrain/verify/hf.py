@@ -17,10 +17,13 @@ from torch import Tensor
 
 from moetrain.errors import ConfigError
 from moetrain.export.folder import CONFIG_FILE, write_weights
+from moetrain.export.tensors import folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import obstacles
+from moetrain.hf.files import read_object
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import hf_disk_tensors
+from moetrain.hf.quantization import KEY as QUANTIZATION
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
@@ -128,22 +131,38 @@ def _tiny_row(
 
 
 def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, fault: HfFault) -> Row:
-    """Return the row of a Hugging Face folder of bf16 or fp32 weights. Both models are in memory in float32.
+    """Return the row of a Hugging Face folder. Both models are in memory in float32.
 
-    Raises `ConfigError` for a shape that transformers does not support.
+    transformers reads plain weights and packed experts itself. It reads neither FP8 blocks with a shorter last block on
+    a CPU nor the language model of a model with an image encoder alone; there it computes with the values that this
+    package reads. No code of the folder is run. Raises `ConfigError` for a shape that transformers does not support.
     """
-    from transformers import AutoModelForCausalLM  # takes seconds to import
-
     config, reader = open_hf_folder(path)
     if reasons := obstacles(config, Consumer.transformers):
         raise ConfigError(f"init_from is {path}: transformers does not compute this model ({'; '.join(reasons)})")
+    folder_tensors(config).check_shapes(reader)
     ours = Transformer(config, compute_dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():
             read_into(tensor, reader, name=name)
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    theirs = _of_folder(path, config) if reader.is_plain_or_packed else _stock_model(config)
+    if not reader.is_plain_or_packed:
+        theirs.load_state_dict(ours.state_dict())
     tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
-    return _row(str(path), ours=ours, theirs=theirs, tokens_BT=tokens_BT, fault=fault)
+    name = str(path) if reader.is_plain_or_packed else f"{path}, read by this package for both"
+    return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
+
+
+def _of_folder(path: Path, config: ModelConfig) -> Any:
+    """Return transformers' model of a folder, read with its own classes whatever model_type config.json has."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    stated = read_object(path / CONFIG_FILE).get(QUANTIZATION)
+    theirs = DeepseekV3Config(**to_hf_config(config), **({QUANTIZATION: stated} if stated else {}))
+    model = DeepseekV3ForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32, local_files_only=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()  # unpacked experts have the dtype of their scales
+    return model
 
 
 @torch.no_grad()

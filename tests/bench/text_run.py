@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.build import prepare_tokenizer
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.model.config import ModelConfig
@@ -13,7 +13,7 @@ from moetrain.train.config import ComputeDtype, DocumentTrainConfig
 from moetrain.train.stages import Sections
 
 TEXT = Path(__file__).parents[1] / "golden" / "text.jsonl"
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
+VOCAB_SIZE = 256 + len(KIMI_K2.special_tokens) + 64
 
 
 def text_sections(tokenizer: Path, *, model: ModelConfig, optim: OptimConfig, steps: int, rows: int) -> Sections:

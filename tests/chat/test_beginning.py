@@ -3,8 +3,8 @@
 import json
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import pieces_to_tokens
-from moetrain.cli.generate import prompt_pieces
+from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
+from moetrain.cli.generate import chat_pieces
 from moetrain.data.build import build_data
 from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.rollout.config import RolloutConfig
@@ -39,7 +39,7 @@ def test_five_ways_to_a_conversation_have_one_beginning(tmp_path) -> None:
     episode = Episode(task, name="task 0", stream=0, config=RolloutConfig(), tokenizer=tokenizer)
     run_inline(episode.begin(family, declare_tools=False))
     rollout = episode.sequence.tokens
-    pieces = prompt_pieces(question.content, is_chat=True)
+    pieces = chat_pieces(question.content, template=tokenizer.template)
     generated, _ = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=names)
     exported = template().render(messages=[user], add_generation_prompt=True)
 
@@ -48,6 +48,6 @@ def test_five_ways_to_a_conversation_have_one_beginning(tmp_path) -> None:
     for tokens in (document.tolist(), list(dialogue.tokens), rollout, generated):
         assert tokens[: len(expected)] == expected
     assert tokenizer.decode(generated) == tokenizer.decode(rollout) == exported
-    text, _ = pieces_to_tokens(prompt_pieces("plain", is_chat=False), encode=tokenizer.encode, special_ids=names)
+    text, _ = pieces_to_tokens(with_bos([Piece(text="plain")]), encode=tokenizer.encode, special_ids=names)
     assert text == [tokenizer.bos_id, *tokenizer.encode("plain")]
     assert question == Message(role=Role.user, content=question.content)

@@ -4,7 +4,8 @@ import pytest
 
 from moetrain.chat.context import HIDDEN_RESULT, NOTE_PREFIX, NOTE_REQUEST, Context, ContextKind, ContextPolicy
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.template import Piece, conversation_pieces, generation_prompt, pieces_to_text
+from moetrain.chat.pieces import Piece, pieces_to_text
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import ConfigError
 
 QUESTION = Message(role=Role.user, content="count to ten")
@@ -28,7 +29,8 @@ class Words:
 def _context(words: Words, **policy: object) -> Context:
     return Context(
         ContextPolicy(**policy),  # type: ignore[arg-type]
-        conversation_pieces([QUESTION]),
+        [QUESTION],
+        template=KIMI_K2,
         stream=3,
         tokenize=words.tokenize,  # type: ignore[arg-type]
     )
@@ -41,7 +43,7 @@ def _add(context: Context, words: Words, number: int) -> None:
 
 def test_the_first_segment_begins_with_the_task_alone() -> None:
     words = Words()
-    prompt = pieces_to_text([*conversation_pieces([QUESTION]), *generation_prompt()])
+    prompt = pieces_to_text([*KIMI_K2.conversation_pieces([QUESTION]), *KIMI_K2.generation_prompt()])
     assert words.text(_context(words, kind=ContextKind.notes).opening) == prompt
 
 
@@ -64,7 +66,9 @@ def test_a_note_replaces_everything_but_the_task_and_calls_are_numbered_anew() -
     assert "result 1" in request and NOTE_REQUEST in request and "result 0" not in request
     context.begin_next("at 2")
     opening = words.text(context.opening)
-    assert opening.startswith(pieces_to_text(conversation_pieces([QUESTION]))) and NOTE_PREFIX + "at 2" in opening
+    assert (
+        opening.startswith(pieces_to_text(KIMI_K2.conversation_pieces([QUESTION]))) and NOTE_PREFIX + "at 2" in opening
+    )
     assert "turn" not in opening and "result" not in opening
     assert context.next_call == 0 and context.num_segments == 2 and not context.is_full
     for number in (2, 3):
@@ -104,6 +108,7 @@ def test_the_length_of_a_segment_is_drawn_between_its_bounds() -> None:
         context = Context(
             ContextPolicy(kind=ContextKind.discard, min_calls=2, max_calls=4),
             [],
+            template=KIMI_K2,
             stream=stream,
             tokenize=words.tokenize,  # type: ignore[arg-type]
         )

@@ -8,9 +8,9 @@ import jinja2
 import jinja2.sandbox
 import pytest
 
-from moetrain.chat.jinja import JINJA
+from moetrain.chat.pieces import pieces_to_text
 from moetrain.chat.records import read_declaration, read_messages
-from moetrain.chat.template import conversation_pieces, declare_pieces, generation_prompt, pieces_to_text
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.config import MIN_VOCAB_SIZE
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import DataError
@@ -25,7 +25,7 @@ ARGUMENTS = ["{}", '{"a": 1}', ' {"b":"é"} ', {"a": 1, "b": ["é", None, "<'>"]
 ODD_ARGUMENTS = [5, [], ["a"], False, "{'a': 1}", "[1]"]
 
 
-def template() -> jinja2.Template:
+def template(jinja: str = KIMI_K2.jinja) -> jinja2.Template:
     """Return the template as transformers compiles it."""
 
     def raise_exception(message: str) -> None:
@@ -39,13 +39,14 @@ def template() -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(JINJA)
+    return environment.from_string(jinja)
 
 
 def ours(messages: list[Any], tools: Any) -> str:
     declared = read_declaration(tools)
-    pieces = declare_pieces(declared) if declared else []
-    return pieces_to_text([*pieces, *conversation_pieces(read_messages(messages)), *generation_prompt()])
+    return pieces_to_text(
+        [*KIMI_K2.conversation_pieces(read_messages(messages), declared), *KIMI_K2.generation_prompt()]
+    )
 
 
 class Draw:
@@ -164,6 +165,8 @@ def test_transformers_renders_an_exported_conversation_as_we_do(tmp_path) -> Non
         except DataError:
             continue
         options = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+        if any(item.get("role") == "assistant" and item.get("content") == "<think>r</think>a" for item in messages):
+            continue  # the Jinja template refuses it
         assert theirs.apply_chat_template(messages, **options) == expected
         num_equal += 1
     assert num_equal > 10

@@ -1,9 +1,10 @@
+import json
 import re
 
 import pytest
 
 from moetrain.chat.messages import Role
-from moetrain.chat.records import read_declaration, read_messages
+from moetrain.chat.records import read_declaration, read_messages, with_outer_objects
 from moetrain.errors import DataError
 
 USER = {"role": "user", "content": "Q"}
@@ -84,6 +85,47 @@ def test_the_older_forms_of_openai_and_sharegpt_are_read() -> None:
     assert read_messages(sharegpt) == read_messages(chat)
 
 
+def test_calls_and_results_of_sharegpt_are_read() -> None:
+    calls = '[{"name": "get", "arguments": {"a": 1}}, {"name": "find", "arguments": "{}"}]'
+    messages = read_messages(
+        [
+            *({"from": "human", "value": "Q"}, {"from": "function_call", "value": calls}),
+            *({"from": "observation", "value": "1"}, {"from": "observation", "value": "2"}),
+            {"from": "gpt", "value": "A"},
+        ]
+    )
+    assert [call.id for call in messages[1].tool_calls] == ["functions.get:0", "functions.find:1"]
+    assert [message.tool_call_id for message in messages[2:4]] == ["functions.get:0", "functions.find:1"]
+    assert [call.arguments for call in messages[1].tool_calls] == ['{"a": 1}', "{}"]
+    one = json.dumps(json.loads(calls)[0])
+    hermes = [
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": f"<think>\nR\n</think>\nwait\n<tool_call>\n{one}\n</tool_call>\n"},
+        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>"},
+        {"from": "gpt", "value": "the tag <tool_call> begins a call"},
+    ]
+    found = read_messages(hermes)
+    assert (found[1].reasoning, found[1].content, found[1].tool_calls[0].arguments) == ("R", "wait", '{"a": 1}')
+    assert (found[2].content, found[2].tool_call_id) == ("1", "functions.get:0")
+    assert found[3].content == "the tag <tool_call> begins a call" and not found[3].tool_calls
+    bare = {"name": "get", "description": "d", "parameters": {}}
+    declared = read_declaration(with_outer_objects(json.dumps([bare])))
+    assert declared == read_declaration([{"type": "function", "function": bare}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nR\n</think>\n\nA",
+        [{"type": "thinking", "thinking": "R", "signature": "x"}, {"type": "text", "text": "A"}],
+        [{"type": "reasoning", "text": "R"}, {"type": "output_text", "text": "A"}],
+    ],
+)
+def test_reasoning_is_read_from_the_content(content: object) -> None:
+    (message,) = read_messages([{"role": "assistant", "content": content}])
+    assert (message.reasoning, message.content) == ("R", "A")
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
     assert read_messages([{**ANSWER, key: "R"}])[0].reasoning == "R"
@@ -101,7 +143,8 @@ def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
         ({**ANSWER, "refusal": "no"}, "refusal holds str 'no', which is not supported"),
         ({**ANSWER, "content": None}, "an assistant message is empty"),
         ({**ANSWER, "content": ""}, "an assistant message is empty"),
-        ({**ANSWER, "content": "<think>r</think>A"}, "content begins with <think>: give the reasoning as"),
+        ({**ANSWER, "content": "<think>r</think>A", "thinking": "r"}, "content begins with <think> and reasoning_con"),
+        ({**ANSWER, "content": "<think>r"}, "content begins with <think> without </think>: give reasoning_content"),
         ({**ANSWER, "reasoning": "a", "thinking": "b"}, "hold different texts"),
         ({**USER, "tool_calls": [call("f")]}, "has calls or reasoning: only assistant messages"),
         ({**ANSWER, "tool_call_id": "x"}, "only tool results may have one"),
@@ -114,7 +157,12 @@ def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
         (calls(call("f") | {"type": "custom"}), "type of a tool call is 'custom'"),
         (calls({"name": "f", "arguments": {}}), "give function.name"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, "a part of content has the unknown"),
-        ({"from": "function_call", "value": "{}"}, "from is 'function_call'"),
+        (
+            {"from": "function_call", "value": "{}"},
+            "a function_call or <tool_call> holds str '{}': give JSON",
+        ),
+        ({"from": "robot", "value": "x"}, "from is 'robot': give one of system, human, user"),
+        ({**ANSWER, "content": [{"type": "thinking", "thinking": "a"}], "reasoning": "b"}, "hold different texts"),
         ({"from": "gpt", "value": "A", "content": "B"}, "the message has the unknown key 'content'"),
     ],
 )

@@ -1,14 +1,24 @@
 """`moetrain eval`: an earlier evaluation that cannot be paired with is refused before anything runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from moetrain.cli.eval import main
 from moetrain.compose import compose, save_config
-from moetrain.errors import CheckpointError, DataError
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.eval.summary import summarize
+from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.write import export_model
+from moetrain.model.transformer import Transformer, initialize
+from moetrain.parallel.state import TensorReader
+from moetrain.quant.config import QuantConfig
+from tests.data.test_tokenizer import plain_tokenizer
+from tests.even_task import MODEL
 from tests.report.nano_run import trajectory
 
 MODE = summarize([trajectory(task, success=task > 0) for task in range(4)])
@@ -63,3 +73,31 @@ def test_records_that_are_read_last_are_checked_first(tmp_path: Path) -> None:
     source = [f"data.sources.x.{word}" for word in ("kind=jsonl", f"path={tmp_path / 'broken.jsonl'}")]
     with pytest.raises(DataError, match=r"broken\.jsonl:1 is not JSON"):
         main(compose("eval", [f"init_from={tmp_path}", *source, f"run.folder={tmp_path / 'runs'}"]))
+
+
+def test_texts_are_evaluated_without_tasks_and_without_a_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"plain text {n}"}) + "\n" for n in range(9)))
+    tokenizer = Tokenizer.load(plain_tokenizer(tmp_path / "plain", config={"eos_token": "<|endoftext|>"}))
+    shape = replace(MODEL, vocab_size=tokenizer.vocab_size)
+    model = Transformer(shape, compute_dtype=torch.float32)
+    initialize(model, 0)
+    export = tmp_path / "bf16"
+    export_model(
+        TensorReader({name: tensor.detach() for name, tensor in model.state_dict().items()}),
+        folder=export,
+        model=shape,
+        quant=QuantConfig(),
+        export=ExportConfig(format=ExportFormat.bf16),
+        tokenizer=tokenizer,
+        step=1,
+        sources={"weights": "0"},
+    )
+    words = [f"init_from={export}", f"run.folder={tmp_path / 'runs'}", "eval.num_tasks=0", "run.wandb.mode=disabled"]
+    source = ["data.sources.x.kind=jsonl", f"data.sources.x.path={tmp_path / 'texts.jsonl'}"]
+    assert main(compose("eval", [*words, "data=none", *source])) == 0
+    numbers = json.loads(next(tmp_path.glob("runs/**/eval.json")).read_text())
+    assert numbers["modes"] == {} and numbers["language"]["x"] > 0
+    with pytest.raises(ConfigError, match=r"eval.num_tasks is 0 and data.sources is empty"):
+        main(compose("eval", [*words, "data=none"]))
+    with pytest.raises(DataError, match="the tokenizer has no chat template that is known"):
+        main(compose("eval", [f"init_from={export}", f"run.folder={tmp_path / 'other'}", "run.wandb.mode=disabled"]))

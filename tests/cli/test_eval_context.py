@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.chat.context import ContextKind, ContextPolicy, described
+from moetrain.cli.chat import main as chat
 from moetrain.cli.eval import main
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
@@ -40,6 +41,12 @@ def test_another_context_than_that_of_training_is_refused(
     words = [f"init_from={export}", f"run.folder={tmp_path / 'runs'}", *settings]
     with pytest.raises(ConfigError, match=r"task\.context is not the one that .* was trained with \(.* -> .*\): give"):
         main(compose("eval", words))
+
+
+def test_an_agent_is_not_shown_under_another_context_than_that_of_training(tmp_path: Path) -> None:
+    export = even_export(tmp_path / "export", context=NOTES)
+    with pytest.raises(ConfigError, match=r"task\.context is not the one that .* was trained with .*: give the same$"):
+        chat(compose("chat", [f"init_from={export}", "task_index=0"]))
 
 
 def test_a_file_above_a_folder_of_another_program_is_not_read(tmp_path: Path) -> None:

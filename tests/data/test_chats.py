@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from moetrain.data.build import build_data
-from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceConfig, SourceKind, TokenizerConfig, Unreadable
 from moetrain.data.formats import Document
 from moetrain.data.sources import read_documents
 from moetrain.errors import DataError
@@ -64,6 +64,27 @@ def test_conversations_without_a_learned_turn_are_dropped_and_counted(write_json
     assert counts.num_documents > 30
     assert 10 < counts.num_dropped_untrainable <= 20
     assert counts.num_pieces == counts.num_documents - counts.num_dropped_untrainable
+
+
+def test_records_that_cannot_be_read_are_dropped_and_counted_when_asked(write_jsonl, tmp_path, caplog) -> None:
+    good = [{"messages": [USER, {"role": "assistant", "content": f"answer {number}"}]} for number in range(4)]
+    bad = [{"messages": [{"role": "robot", "content": "x"}]}, {"messages": [USER, {"role": "assistant"}]}]
+    path = write_jsonl("a.jsonl", [*good, *bad])
+    config = DataConfig(
+        seq_len=64,
+        sources={
+            "chat": SourceConfig(kind=SourceKind.jsonl, path=str(path), format="messages", unreadable=Unreadable.drop)
+        },
+        tokenizer=TokenizerConfig(vocab_size=MIN_VOCAB_SIZE),
+        validation_rows=1,
+    )
+    data = build_data(config, 0, tokenizer_folder=tmp_path / "tokenizer")
+    assert data.metrics()["data/chat/num_dropped_unreadable"] == 2
+    assert data.counts["chat"].num_documents in (3, 4)  # one may be held out
+    assert f"data.sources.chat: 2 unreadable records dropped; the first is {path}:5: message 0: the role" in caplog.text
+    config.sources["chat"].unreadable = Unreadable.refuse
+    with pytest.raises(DataError, match=r"a.jsonl:5: message 0: the role is 'robot'"):
+        build_data(config, 0, tokenizer_folder=tmp_path / "tokenizer")
 
 
 def test_chats_begin_as_rollouts_do_and_text_begins_with_bos(write_jsonl, tmp_path) -> None:

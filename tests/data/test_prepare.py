@@ -90,7 +90,7 @@ def test_every_line_is_read_by_one_unit(shard_bytes: int, tmp_path: Path) -> Non
     path = write(tmp_path / "a.jsonl", texts)
     config = SourceConfig(kind=KIND, path=str(path))
     units = units_of(config, shard_bytes=shard_bytes)
-    found = [document.key for unit in units for document in unit_documents(config, unit)]
+    found = [document.key for unit in units for document in unit_documents(config, unit, errors=[])]
     assert found == texts
     assert [unit for shard in shards_of(units, shard_bytes=shard_bytes) for unit in shard] == units
 

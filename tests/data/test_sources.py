@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.chat.template import EOS, IM_END, Piece
+from moetrain.chat.pieces import EOS, Piece
+from moetrain.chat.templates.kimi_k2 import IM_END
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.formats import format_named, register_format
 from moetrain.data.sources import digest_of, read_documents

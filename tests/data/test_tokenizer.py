@@ -9,7 +9,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from moetrain.chat.template import BOS, EOS, PAD, SPECIAL_TOKENS
+from moetrain.chat.pieces import BOS, EOS, PAD
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
 from moetrain.errors import DataError
 
@@ -36,14 +37,14 @@ def test_the_bytes_of_the_tokens_of_a_text_are_its_utf8(tokenizer: Tokenizer) ->
 
 
 def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
-    text = "".join(SPECIAL_TOKENS) + " <|im_end|> [EOS]"
+    text = "".join(KIMI_K2.special_tokens) + " <|im_end|> [EOS]"
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_names)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_special_tokens_have_the_last_ids_and_decode_to_their_names(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 400
-    assert sorted(tokenizer.special_names) == list(range(400 - len(SPECIAL_TOKENS), 400))
+    assert sorted(tokenizer.special_names) == list(range(400 - len(KIMI_K2.special_tokens), 400))
     for name, token in tokenizer.special_ids.items():
         assert tokenizer.decode([token]) == name
 
@@ -169,7 +170,7 @@ def test_text_is_text_to_a_tokenizer_whose_control_tokens_are_not_marked(tokeniz
     assert loaded.encode_batch([text]) == tokenizer.encode_batch([text])
     loaded.save(tmp_path / "b")  # as it was: other programs go by the marks
     kept = json.loads((tmp_path / "b" / TOKENIZER_FILE).read_text())["added_tokens"]
-    assert {token["content"] for token in kept if not token["special"]} == set(SPECIAL_TOKENS[4:])
+    assert {token["content"] for token in kept if not token["special"]} == set(KIMI_K2.special_tokens[4:])
 
 
 def test_a_tokenizer_whose_ordinary_words_are_control_tokens_is_refused(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template
     assert tokenizer.end_ids == [tokenizer.eos_id]
     assert tokenizer.special_names == {tokenizer.eos_id: EOS}
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
-    with pytest.raises(DataError, match=r"has no special token <\|im_end\|>: chats, dialogues and tool use require"):
+    with pytest.raises(DataError, match="has no chat template that is known: chats, dialogues and tool use require"):
         tokenizer.check_chat()
     tokenizer.save(tmp_path / "b")
     assert Tokenizer.load(tmp_path / "b").special_ids == tokenizer.special_ids
@@ -219,6 +220,17 @@ def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template
 def test_a_tokenizer_without_an_end_of_a_document_is_refused(tmp_path: Path, config: object) -> None:
     with pytest.raises(DataError, match=rf"{tmp_path}/a/{TOKENIZER_FILE}: the tokenizer lacks \[EOS\]"):
         Tokenizer.load(plain_tokenizer(tmp_path / "a", config=config))
+
+
+@pytest.mark.parametrize("stated", [{"eos_token_id": 260}, {"eos_token_id": [260, 3]}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_end_of_a_document_may_be_named_by_its_id(tmp_path: Path, stated: dict[str, Any], name: str) -> None:
+    folder = plain_tokenizer(tmp_path / "a")
+    (folder / name).write_text(json.dumps(stated))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>" and tokenizer.eos_id == 260
+    tokenizer.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").eos_id == 260
 
 
 def test_an_embedding_has_a_row_for_the_largest_id(tokenizer: Tokenizer, tmp_path: Path) -> None:

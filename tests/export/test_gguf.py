@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from moetrain.chat.jinja import JINJA
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.checkpoint.read import read_json
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
@@ -158,7 +158,7 @@ def test_the_metadata_describes_shape_tokenizer_and_template(
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": JINJA,
+        "tokenizer.chat_template": KIMI_K2.jinja,
     }
     assert {key: metadata[key] for key in expected} == expected
     content = tokenizer.content()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.kernels.config import Kernels
 from moetrain.log import JsonlMetrics, read_metrics
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 RECORD = HERE / "losses.json"
 RELATIVE_BOUND = {ComputeDtype.float32: 1e-4, ComputeDtype.bfloat16: 2e-2}
 """How far a loss may be from the record on a machine of another kind: other kernels round in another order."""
-_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 64
+_VOCAB_SIZE = 256 + len(KIMI_K2.special_tokens) + 64
 
 
 def machine_kind() -> str:

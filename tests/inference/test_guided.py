@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from moetrain.chat.grammar import Calls, turn_grammar
-from moetrain.chat.messages import Message
-from moetrain.chat.template import (
+from moetrain.chat.messages import Message, Role, ToolCall
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.registry import template_named, template_names
+from moetrain.chat.templates.kimi_k2 import (
     CALL_ARGUMENT,
     CALL_END,
     IM_END,
+    KIMI_K2,
     SECTION_BEGIN,
     SECTION_END,
     THINK_END,
-    Role,
-    parse_turn,
 )
 from moetrain.chat.tool_schema import ToolSpec
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.errors import ConfigError
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
@@ -86,7 +87,7 @@ def _turns(parts: tuple[Tokenizer, Model, Guide], grammar: str, *, number: int =
 
 
 def _parsed(tokenizer: Tokenizer, sequence: Sequence) -> Message:
-    return parse_turn(
+    return KIMI_K2.parse_turn(
         sequence.tokens[1:], decode=tokenizer.decode, special_names=tokenizer.special_names, first_index=0
     )
 
@@ -100,7 +101,7 @@ def test_every_finished_turn_parses_and_matches_its_schemas(
     tokenizer = parts[0]
     specs = {spec.name: spec for spec in (LOOK, STOP)}
     grammar = turn_grammar(
-        [LOOK, STOP], special_ids=tokenizer.special_ids, calls=calls, schema=schema, one_call=one_call
+        [LOOK, STOP], template=KIMI_K2, special_ids=tokenizer.special_ids, calls=calls, schema=schema, one_call=one_call
     )
     finished = _turns(parts, grammar)
     assert len(finished) >= 6
@@ -129,7 +130,9 @@ def test_a_turn_may_begin_after_its_reasoning_and_the_free_logprob_is_recorded(
     parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer = parts[0]
-    grammar = turn_grammar([STOP], special_ids=tokenizer.special_ids, calls=Calls.required, thinks=False)
+    grammar = turn_grammar(
+        [STOP], template=KIMI_K2, special_ids=tokenizer.special_ids, calls=Calls.required, thinks=False
+    )
     for sequence in _turns(parts, grammar, number=4):
         assert tokenizer.special_names[sequence.tokens[1]] == SECTION_BEGIN
         assert sequence.logprobs[1] == 0.0 and sequence.free_logprobs[1] < -1
@@ -151,15 +154,44 @@ def test_a_schema_that_cannot_be_held_is_refused_with_its_reason(
     parts: tuple[Tokenizer, Model, Guide], schema: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        parts[2].constraint(turn_grammar([], special_ids=parts[0].special_ids, schema=schema))
+        parts[2].constraint(turn_grammar([], template=KIMI_K2, special_ids=parts[0].special_ids, schema=schema))
 
 
 def test_a_constraint_that_met_a_wrong_token_ends_the_sequence_and_says_why(
     parts: tuple[Tokenizer, Model, Guide],
 ) -> None:
     tokenizer, _, guide = parts
-    constraint = guide.constraint(turn_grammar([STOP], special_ids=tokenizer.special_ids))
+    constraint = guide.constraint(turn_grammar([STOP], template=KIMI_K2, special_ids=tokenizer.special_ids))
     assert not constraint.problem
     constraint.advance(tokenizer.special_ids[IM_END])
     assert constraint.allowed().nonzero()[0].tolist() == [tokenizer.special_ids[IM_END]]
     assert constraint.problem
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("content", ["yes", ""])
+@pytest.mark.parametrize("calls", [Calls.auto, Calls.required])
+def test_the_grammar_of_each_template_allows_its_own_turns(name: str, content: str, calls: Calls) -> None:
+    if content and calls is Calls.required:
+        return
+    row = template_named(name)
+    tokenizer = train_tokenizer(["look stop-it yes"], vocab_size=280, template=row)
+    guide = Guide(tokenizer, end_id=tokenizer.turn_end_id)
+    called = [
+        ToolCall(name="look", arguments='{"at": 7}', id="functions.look:0"),
+        ToolCall(name="stop-it", arguments="{}", id="functions.stop-it:1"),
+    ]
+    turn = Message(role=Role.assistant, reasoning="r", content=content, tool_calls=called)
+    begun = len(row.prefill(thinks=True, after=Role.user))
+    pieces = row.turn_pieces(turn, Role.user)[begun:]
+    tokens, _ = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
+    for one_call in (False, True):
+        grammar = turn_grammar(
+            [LOOK, STOP], template=row, special_ids=tokenizer.special_ids, calls=calls, one_call=one_call
+        )
+        constraint = guide.constraint(grammar)
+        allowed = []
+        for token in tokens:
+            allowed.append(bool(constraint.allowed()[token]))
+            constraint.advance(token)
+        assert all(allowed) != one_call  # two calls are one too many

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moetrain.chat.grammar import Calls, turn_grammar
-from moetrain.chat.template import IM_END
+from moetrain.chat.templates.kimi_k2 import IM_END, KIMI_K2
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.guided import Guide
@@ -23,7 +23,9 @@ from tests.inference.test_guided import LOOK, STOP
 
 TOKENIZER = even_tokenizer()
 GUIDE = Guide(TOKENIZER, end_id=TOKENIZER.special_ids[IM_END])
-GRAMMAR = turn_grammar([LOOK, STOP], special_ids=TOKENIZER.special_ids, calls=Calls.required, thinks=False)
+GRAMMAR = turn_grammar(
+    [LOOK, STOP], template=KIMI_K2, special_ids=TOKENIZER.special_ids, calls=Calls.required, thinks=False
+)
 
 
 def _model(seed: int, *, deviation: float = 0.1) -> Model:
@@ -209,7 +211,9 @@ def test_cancelled_sequences_return_their_pages_in_the_middle_of_drafts(model: M
 
 
 def test_forced_tokens_are_fed_in_one_step_also_without_drafts(model: Model) -> None:
-    grammar = turn_grammar([STOP], special_ids=TOKENIZER.special_ids, calls=Calls.required, thinks=False)
+    grammar = turn_grammar(
+        [STOP], template=KIMI_K2, special_ids=TOKENIZER.special_ids, calls=Calls.required, thinks=False
+    )
     engine = GenerationEngine(model, num_slots=1, max_tokens=64)
     sequence = Sequence(tokens=[TOKENIZER.bos_id], stream=1, limit=40, constraint=GUIDE.constraint(grammar))
     engine.add(sequence)

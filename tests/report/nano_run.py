@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
-from moetrain.chat.template import conversation_pieces, pieces_to_text
+from moetrain.chat.pieces import pieces_to_text
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.compose import compose, save_config
 from moetrain.eval.rates import paired_difference
 from moetrain.eval.summary import summarize
@@ -59,7 +60,7 @@ def conversation(answer: str) -> str:
         Message(role=Role.tool, name="get", tool_call_id=call.id, content="blue"),
         Message(role=Role.assistant, reasoning="done", content=answer),
     ]
-    return pieces_to_text(conversation_pieces(messages))
+    return pieces_to_text(KIMI_K2.conversation_pieces(messages))
 
 
 def write_run(root: Path, *, name: str = "nano") -> Path:

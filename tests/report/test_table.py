@@ -23,7 +23,7 @@ def test_the_tables_tell_what_the_run_did(finished: Path) -> None:
     rows = {row[0]: row[1:] for row in success.rows}
     assert rows["2"] == rows["all"] == ["50.0 [25-75]", "50.0 [25-75]", "91.7 [65-99]", "91.7 [65-99]"]
     assert rows["after tool error"][3].startswith("100.0 ")
-    assert rows["9, longer"] == ["-", "0.0 [0-66]", "-", "0.0 [0-66]"]
+    assert rows["9, longer"] == rows["all longer"] == ["-", "0.0 [0-66]", "-", "0.0 [0-66]"]
     assert any("null policy 0 %, the perfect demonstrator 100 %" in note for note in success.notes)
     assert by_title["Against the earlier evaluation"].rows[0][:2] == ["rl greedy", "+41.7"]
     int4 = by_title["INT4 beside the bf16 masters"]

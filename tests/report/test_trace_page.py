@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
-from moetrain.chat.template import CALL_BEGIN, EOS, IM_END, THINK_BEGIN
+from moetrain.chat.messages import Message, Role, ToolCall
+from moetrain.chat.pieces import EOS, pieces_to_text
+from moetrain.chat.registry import template_named, template_names
+from moetrain.chat.templates.kimi_k2 import CALL_BEGIN, IM_END, THINK_BEGIN
 from moetrain.errors import DataError
 from moetrain.report.trace_page import blocks, pairs, read_traces, select_traces, trajectory_html
 from moetrain.rollout.traces import trace as trace_of
@@ -86,3 +89,25 @@ def test_the_contexts_of_a_long_trajectory_can_be_folded_and_show_their_notes() 
     assert "context 2 of 2, 1 call <code>Your note: at &lt;b&gt;7" in page
     assert "<b>7</b>" not in page
     assert '<details class="context"' not in trajectory_html(trace(3, success=True), title="", is_open=True)
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_a_conversation_in_any_template_shows_its_parts(name: str) -> None:
+    call = ToolCall(name="look", arguments='{"at": 1}', id="functions.look:0")
+    messages = [
+        Message(role=Role.system, content="be kind"),
+        Message(role=Role.user, content="what is there?"),
+        Message(role=Role.assistant, reasoning="I look", content="wait", tool_calls=[call]),
+        Message(role=Role.tool, name="look", tool_call_id=call.id, content="a stone"),
+        Message(role=Role.assistant, reasoning="a stone", content="yes"),
+        Message(role=Role.user, content="sure?"),
+        Message(role=Role.assistant, content="sure"),
+    ]
+    parts = blocks(pieces_to_text(template_named(name).conversation_pieces(messages)))
+    first, second = ["thinking", "answer", "call", "result"], ["thinking", "answer", "question", "answer"]
+    assert [part.kind for part in parts] == ["system", "question", *first, *second]
+    assert [part.text for part in parts if part.kind != "call"] == [
+        *("be kind", "what is there?", "I look", "wait", "a stone", "a stone", "yes", "sure?", "sure")
+    ]
+    (made,) = (part for part in parts if part.kind == "call")
+    assert '{"at": 1}' in made.text and "look" in made.label + made.text

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import SPECIAL_TOKENS, pieces_to_tokens, turn_pieces
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.inference.protocol import Model
@@ -49,7 +50,8 @@ class ScriptedGeneration:
         running = [sequence for sequence in self._turns if not sequence.is_idle]
         self.steps.append(len(running))
         for sequence in running:
-            pieces = turn_pieces(self._script(self._turns[sequence]))
+            after = Role.tool if self._turns[sequence] else Role.user
+            pieces = self._tokenizer.template.turn_pieces(self._script(self._turns[sequence]), after)
             self._turns[sequence] += 1
             for token in pieces_to_tokens(
                 pieces, encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids
@@ -122,7 +124,7 @@ class WorldFamily:
 
 def words_tokenizer() -> Tokenizer:
     texts = ["step retry table column value functions get find 0123456789 letters and words " * 3] * 4
-    return train_tokenizer(texts, vocab_size=len(SPECIAL_TOKENS) + 256 + 10)
+    return train_tokenizer(texts, vocab_size=len(KIMI_K2.special_tokens) + 256 + 10)
 
 
 def script_of(*turns: Message) -> Callable[[int], Message]:

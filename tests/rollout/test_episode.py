@@ -3,7 +3,8 @@ import json
 import pytest
 
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import pieces_to_text, pieces_to_tokens, turn_pieces
+from moetrain.chat.pieces import pieces_to_text, pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
@@ -32,7 +33,7 @@ def _begin(tokenizer: Tokenizer, **limits: int) -> tuple[DatabaseTask, Episode]:
 
 
 def _say(episode: Episode, message: Message, tokenizer: Tokenizer) -> None:
-    pieces = turn_pieces(message)
+    pieces = KIMI_K2.turn_pieces(message)
     _take(episode, pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0])
 
 
@@ -86,7 +87,7 @@ def test_what_the_model_said_is_never_rendered_again(tokenizer: Tokenizer) -> No
     start = len(episode.sequence.tokens)
     _say(episode, message, tokenizer)
     said = [t for t, sampled in zip(episode.sequence.tokens, episode.sequence.is_sampled, strict=True) if sampled]
-    assert tokenizer.decode(said) == pieces_to_text(turn_pieces(message))
+    assert tokenizer.decode(said) == pieces_to_text(KIMI_K2.turn_pieces(message))
     assert episode.sequence.tokens[start : start + len(said)] == said
 
 
@@ -104,7 +105,7 @@ def test_a_bad_call_becomes_an_observation(tokenizer: Tokenizer) -> None:
         ({"max_turn_tokens": 5}, Ending.turn_too_long),
         ({"max_turns": 1}, Ending.max_turns),
         ({"max_repeats": 1}, Ending.stalled),
-        ({"max_tokens": 300, "max_turn_tokens": 299}, Ending.max_tokens),
+        ({"max_tokens": 600, "max_turn_tokens": 299}, Ending.max_tokens),
     ],
 )
 def test_a_limit_ends_the_trajectory_and_is_recorded(
@@ -150,7 +151,9 @@ def test_a_lone_surrogate_in_a_call_ends_no_trajectory(key: str, tokenizer: Toke
 def test_a_thought_over_its_limit_ends_the_trajectory_and_one_within_it_goes_on(tokenizer: Tokenizer) -> None:
     call = ToolCall(name="get", arguments="{}", id="functions.get:0")
     message = Message(role=Role.assistant, reasoning="one two three four", tool_calls=[call])
-    pieces = pieces_to_tokens(turn_pieces(message), encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
+    pieces = pieces_to_tokens(KIMI_K2.turn_pieces(message), encode=tokenizer.encode, special_ids=tokenizer.special_ids)[
+        0
+    ]
     length = pieces.index(tokenizer.special_ids["</think>"]) - 1
     for limit, ending in ((length, None), (length - 1, Ending.thought_too_long)):
         _, episode = _begin(tokenizer, max_think_tokens=limit)

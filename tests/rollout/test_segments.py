@@ -6,7 +6,8 @@ import pytest
 
 from moetrain.chat.context import NOTE_REQUEST, ContextKind, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.template import pieces_to_tokens, turn_pieces
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.rollout.config import RolloutConfig
@@ -83,7 +84,7 @@ def test_a_segment_ends_early_where_the_next_turn_might_not_fit(tokenizer: Token
     episode = _episode(tokenizer, policy, max_tokens=2000, max_turn_tokens=300, max_output_tokens=200, max_repeats=50)
     call = ToolCall(name="get", arguments='{"table":"orders","id":"x","column":"text"}', id="functions.get:0")
     turn, note = (
-        pieces_to_tokens(turn_pieces(message), encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
+        pieces_to_tokens(KIMI_K2.turn_pieces(message), encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
         for message in (
             Message(role=Role.assistant, tool_calls=[call]),
             Message(role=Role.assistant, content="next x"),
@@ -104,7 +105,7 @@ def test_a_note_that_calls_a_tool_ends_the_trajectory(tokenizer: Tokenizer) -> N
     policy = ContextPolicy(kind=ContextKind.notes, min_calls=1, max_calls=1)
     call = ToolCall(name="get", arguments="{}", id="functions.get:0")
     turn, _ = pieces_to_tokens(
-        turn_pieces(Message(role=Role.assistant, tool_calls=[call])),
+        KIMI_K2.turn_pieces(Message(role=Role.assistant, tool_calls=[call])),
         encode=tokenizer.encode,
         special_ids=tokenizer.special_ids,
     )

@@ -39,7 +39,6 @@ def write(folder: Path, **changes: torch.Tensor | None) -> Path:
         ("lm_head.weight", None, r"lm_head\.weight is missing"),
         ("extra.weight", torch.zeros(3), r"extra\.weight is not a tensor of this model"),
         (NORM, torch.zeros(3), r"model\.norm\.weight has shape \[3\], but this model requires"),
-        (NORM, torch.full((TINY.hidden_size,), torch.nan), r"model\.norm\.weight holds numbers that are not finite"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named_with_its_folder(
@@ -47,6 +46,14 @@ def test_a_tensor_that_does_not_fit_is_named_with_its_folder(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}: {message}"):
         read_weights(str(write(tmp_path, **{name: tensor})))
+
+
+def test_a_number_that_is_not_finite_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    origin = read_weights(str(write(tmp_path, **{NORM: torch.full((TINY.hidden_size,), torch.nan)})))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: model\.norm\.weight holds numbers that are not finite"):
+        origin.reader.read(NORM, first=0, last=1)
+    with pytest.raises(CheckpointError, match="not finite"):
+        origin.tensors[NORM]
 
 
 def test_a_whole_folder_is_read_and_a_derived_buffer_in_it_is_nobodys_mistake(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import openai
 
 from moetrain.chat.messages import Message
-from moetrain.chat.template import pieces_to_tokens, turn_pieces
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Counts, Generation, Model
 from moetrain.inference.protocol import Sequence as TokenSequence
@@ -49,7 +50,7 @@ class Script:
         turn = self._turn(prompt)
         if isinstance(turn, Message):
             names = self._tokenizer.special_ids
-            turn = pieces_to_tokens(turn_pieces(turn), encode=self._tokenizer.encode, special_ids=names)[0]
+            turn = pieces_to_tokens(KIMI_K2.turn_pieces(turn), encode=self._tokenizer.encode, special_ids=names)[0]
         self._rest[sequence] = turn
 
     def extend(self, sequence: TokenSequence, tokens: list[int], *, limit: int) -> None:

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 import pytest
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
-from moetrain.chat.template import (
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import (
     CALL_ARGUMENT,
     CALL_BEGIN,
     CALL_END,
     IM_USER,
+    KIMI_K2,
     SECTION_BEGIN,
     SECTION_END,
     THINK_BEGIN,
     THINK_END,
-    parse_turn,
-    pieces_to_tokens,
-    turn_pieces,
 )
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.serve.turn import Arguments, CallBegin, CallEnd, Content, Event, Reasoning, StopStrings, TurnReader
@@ -67,8 +66,12 @@ def test_a_turn_read_by_tokens_is_the_turn_parsed_as_a_whole(tokenizer: Tokenize
         for number, call in enumerate(calls):
             call.id = call_id(call.name, number)
         turn = Message(role=Role.assistant, reasoning=_text(stream), content=_text(stream), tool_calls=calls)
-        tokens, _ = pieces_to_tokens(turn_pieces(turn), encode=tokenizer.encode, special_ids=tokenizer.special_ids)
-        parsed = parse_turn(tokens, decode=tokenizer.decode, special_names=tokenizer.special_names, first_index=0)
+        tokens, _ = pieces_to_tokens(
+            KIMI_K2.turn_pieces(turn), encode=tokenizer.encode, special_ids=tokenizer.special_ids
+        )
+        parsed = KIMI_K2.parse_turn(
+            tokens, decode=tokenizer.decode, special_names=tokenizer.special_names, first_index=0
+        )
         reader, events = _read(tokenizer, tokens[:-1])
         assert _message(events) == parsed and reader.num_stray == 0
         assert reader.num_reasoning == len(tokenizer.encode(turn.reasoning))

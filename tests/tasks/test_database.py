@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from moetrain.chat.messages import Role
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.tasks import registry
@@ -68,6 +69,21 @@ def test_held_out_tasks_share_no_name_and_no_phrase_with_training() -> None:
     for name in ("get", "find", "aggregate", "update", "+", "-", "*", "opening", "closing"):
         trained, held_out = (set(frames(name, split)) for split in Split)
         assert trained and held_out and not trained & held_out
+
+
+def test_short_questions_contain_every_line_number_of_long_ones() -> None:
+    family = DatabaseFamily(_SURE, 0)
+    numbers = [[int(line.split()[1][:-1]) for line in family.task(Split.train, i).lines] for i in range(300)]
+    assert all(drawn == list(range(drawn[0], drawn[0] + len(drawn))) for drawn in numbers)
+    assert {number for drawn in numbers for number in drawn} == set(range(1, 18))
+    for index in range(50):
+        task = family.task(Split.train, index)
+        lines = task.text.split("\n")[1:]
+        assert [line for line in lines if not line.startswith("Dropped: ")] == task.lines and len(lines) <= 17
+    assert any("Dropped: " in family.task(Split.train, index).text for index in range(5))
+    longest = family.task_of_length(Split.train, 0, num_calls=16)
+    assert longest.lines[0].startswith("Step 1: ") and longest.lines[-1].startswith("Step 17: ")
+    assert longest.text.endswith("\n".join(longest.lines))
 
 
 def test_the_grader_fails_a_row_that_should_not_have_changed() -> None:
@@ -151,11 +167,13 @@ def test_a_recovered_error_is_thought_of_as_a_retry() -> None:
     task = family.task(Split.train, 0, num_calls=1)
     messages, grade = family.demonstrate(task, 0)
     assert grade.success
+    start = json.dumps(task.program.start)
     assert [m.reasoning for m in messages if m.reasoning] == [
-        f"step 1: {task.phrases[0]}",
-        f"retry step 1: {task.phrases[0]}",
-        "done",
+        f"{start}\n{task.lines[0]}",
+        f"retry {start}\n{task.lines[0]}",
+        f"{messages[-1].content}\n{task.lines[1]}",
     ]
+    assert [m.is_learned for m in messages if m.role is Role.assistant] == [False, True, True]
     assert "error: no column" in messages[2].content
 
 
@@ -183,7 +201,7 @@ def test_failures_and_mistakes_are_independent_of_those_of_the_next_task() -> No
 
 def test_another_seed_demonstrates_with_other_mistakes() -> None:
     family = DatabaseFamily(TaskConfig(), 0)
-    first, again, other = (list(dialogue_texts(family, count=40, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (list(dialogue_texts(family, template=KIMI_K2, count=40, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
 
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from moetrain.chat.messages import Message, Role
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import DataError
 from moetrain.eval.runner import check_graders
 from moetrain.tasks.dialogues import demonstration, dialogue_texts
@@ -27,13 +28,13 @@ class Unreliable(EvenFamily):
 
 
 def test_demonstrations_that_fail_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    assert len(list(dialogue_texts(Unreliable(every=3), count=9, seed=0))) == 3
+    assert len(list(dialogue_texts(Unreliable(every=3), template=KIMI_K2, count=9, seed=0))) == 3
     assert "6 of 9 demonstrations failed and are left out; last error: ConnectionError: no free" in caplog.text
 
 
 def test_a_family_none_of_whose_demonstrations_can_be_made_is_refused() -> None:
     with pytest.raises(DataError, match="none of the 4 demonstrations of Unreliable could be made: ConnectionError"):
-        list(dialogue_texts(Unreliable(every=100), count=4, seed=0))
+        list(dialogue_texts(Unreliable(every=100), template=KIMI_K2, count=4, seed=0))
 
 
 class Slow(EvenFamily):
@@ -45,6 +46,6 @@ class Slow(EvenFamily):
 
 
 def test_a_demonstrator_may_be_a_coroutine() -> None:
-    assert len(list(dialogue_texts(Slow(), count=3, seed=0))) == 3
+    assert len(list(dialogue_texts(Slow(), template=KIMI_K2, count=3, seed=0))) == 3
     assert demonstration(Slow(), None, stream=0, perfect=True)[1].success
     assert check_graders(Slow(), num_tasks=2, seed=0)["perfect_demonstrator"] == 1.0

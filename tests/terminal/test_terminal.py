@@ -81,7 +81,7 @@ def test_an_agent_is_shown_turn_by_turn_with_its_grade(tokenizer: Tokenizer) -> 
     )
     assert file.getvalue() == (
         "[user] what is there?\n[thinking] look\n"
-        '[call] look {"at":1}\n[result] ## Return of functions.look:0\na stone\n'
+        '[call] look {"at":1}\n[result] a stone\n'
         "[thinking] done\nyes\n[note] solved: reward 1 (right); 1 calls, 0 of them errors, "
         f"{trajectory.num_sampled if trajectory else 0} tokens\n"
     )

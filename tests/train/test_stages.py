@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.chat.template import SPECIAL_TOKENS
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
@@ -21,15 +21,17 @@ from moetrain.log import JsonlMetrics, read_metrics
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
+from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.train.config import ComputeDtype, DocumentTrainConfig, RampConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.stages import SUMMARY, Sections, train_stage
+from tests.data.test_tokenizer import plain_tokenizer
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model
 
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + 8
+VOCAB_SIZE = 256 + len(KIMI_K2.special_tokens) + 8
 
 
 WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four"]
@@ -334,3 +336,28 @@ def test_two_ranks_that_share_the_experts_give_the_losses_of_one_process_and_it_
     shutil.rmtree(pretrained / "expert_2" / CHECKPOINTS / "step_00000003")
     run(pretrained / "expert_2", sections(pretrained / "texts"))  # the plain engine goes on from what two ranks saved
     torch.testing.assert_close(losses(pretrained / "expert_2" / "metrics.jsonl"), one, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_of_a_named_template_are_added_to_the_tokenizer_of_the_weights(tmp_path: Path) -> None:
+    folder = plain_tokenizer(tmp_path / "plain", config={"eos_token": "<|endoftext|>"})
+    plain = Tokenizer.load(folder)
+    weights = Origin(
+        path=folder,
+        tensors={},
+        reader=TensorReader({}),
+        model=toy_model(),
+        quant=None,
+        tokenizer=folder,
+        make_digest=lambda: "",
+        step=0,
+    )
+    rows = plain.vocab_size + 8
+    own = tmp_path / "sft"
+    for name in (None, "chatml"):  # the folder has the plain tokenizer when the template is named
+        config = DataConfig(tokenizer=TokenizerConfig(**({} if name is None else {"template": name})))
+        found = stage_tokenizer(config, own, num_rows=rows, origin=weights)
+        assert Tokenizer.load(own / TOKENIZER).digest == found.digest
+    assert found.vocab_size == rows and Tokenizer.load(own / TOKENIZER).template.name == "chatml"
+    assert stage_tokenizer(config, tmp_path / "new", num_rows=rows, origin=weights).digest == found.digest
+    with pytest.raises(ConfigError, match=f"set model.vocab_size to {rows} or more"):
+        stage_tokenizer(config, tmp_path / "small", num_rows=rows - 1, origin=weights)

@@ -65,6 +65,7 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
         lengths=(table["length"] for table in tables),
         counts=Counts(
             num_read=sum(counts.num_read for counts in read),
+            num_unreadable=sum(counts.num_unreadable for counts in read),
             num_empty=sum(counts.num_empty for counts in read),
             num_identical=num_identical + sum(counts.num_identical for counts in read),
             num_similar=num_similar,

@@ -95,18 +95,23 @@ def shards_of(units: list[Unit], *, shard_bytes: int) -> list[list[Unit]]:
     return shards
 
 
-def unit_documents(config: SourceConfig, unit: Unit) -> Iterator[Document]:
-    """Yield the documents of a unit, one at a time. Raises DataError that names the file and line."""
+def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> Iterator[Document]:
+    """Yield the documents of a unit, one at a time. Raises DataError that names the file and line.
+
+    errors: gets the error of each record that `config.unreadable` drops.
+    """
     if config.kind is SourceKind.hub and unit.end is not None:
-        yield from hub_documents(config, part=unit.begin, num_parts=unit.end)
+        yield from hub_documents(config, part=unit.begin, num_parts=unit.end, errors=errors)
     elif unit.path is None:
-        yield from all_documents(config)
+        yield from all_documents(config, errors=errors)
     elif config.kind is SourceKind.text:
         yield from text_documents(Path(unit.path), max_characters=_MAX_TEXT)
     elif config.kind is SourceKind.parquet:
         groups = range(unit.begin, unit.end) if unit.end is not None else None
         column = config.column if config.format == "text" else None
-        yield from documents_of(parquet_records(Path(unit.path), row_groups=groups, column=column), config)
+        yield from documents_of(
+            parquet_records(Path(unit.path), row_groups=groups, column=column), config, errors=errors
+        )
     else:
         records = json_records(Path(unit.path), begin=unit.begin, end=unit.end, max_bytes=_MAX_RECORD)
-        yield from documents_of(records, config)
+        yield from documents_of(records, config, errors=errors)

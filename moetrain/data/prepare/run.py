@@ -136,6 +136,6 @@ def _texts(source: SourceConfig, *, fraction: float, shard_bytes: int) -> Iterat
 
 
 def _unit_texts(source: SourceConfig, unit: Unit, *, fraction: float) -> Iterator[str]:
-    for document in unit_documents(source, unit):
+    for document in unit_documents(source, unit, errors=[]):
         if key_hash(document.key, choice=Choice.hold_out) >= fraction:
             yield without_specials(document.text)

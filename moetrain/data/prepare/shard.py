@@ -66,6 +66,7 @@ class ShardCounts:
     """Counts of the documents of a shard. num_long: documents tokenized in parts."""
 
     num_read: int = 0
+    num_unreadable: int = 0
     num_empty: int = 0
     num_identical: int = 0
     num_contaminated: dict[str, int] = field(default_factory=dict)
@@ -162,8 +163,9 @@ class _Chosen:
 def _chosen(shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts) -> Iterator[_Chosen]:
     """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
     seen: set[int] = set()
+    errors: list[str] = []
     for unit in shard.units:
-        for document in unit_documents(shard.source, unit):
+        for document in unit_documents(shard.source, unit, errors=errors):
             counts.num_read += 1
             if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
                 counts.num_empty += 1
@@ -178,6 +180,7 @@ def _chosen(shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts) -
                 counts.num_contaminated[name] += 1
                 continue
             yield _Chosen(document=document, text=text, identity=identity)
+    counts.num_unreadable = len(errors)
 
 
 def _batches(documents: Iterator[_Chosen]) -> Iterator[list[_Chosen]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.chat.template import Piece
+from moetrain.chat.pieces import Piece
 from moetrain.data.order import Permutation
 from moetrain.data.preview import Lengths, SourceSize
 from moetrain.data.store.index import DOCUMENTS, ENDS, SPLIT, Index, Part, check_sizes, read_index

@@ -70,6 +70,8 @@ class Counts:
 
     num_read: int = 0
     """Documents of the source."""
+    num_unreadable: int = 0
+    """Records dropped because their format could not read them; they are not among those read."""
     num_empty: int = 0
     num_identical: int = 0
     """Documents dropped because an earlier one has the same text."""

@@ -1,12 +1,18 @@
 """The demonstrator: carries out a program call by call, with mistakes at the probabilities of its config.
 
-Before each call its reasoning is the present step in the question's words (`step 3: add 7`), or a retry of it (`retry
-step 3: add 7`). A model that learns this finds its place in the question in the last reasoning, however many calls
-failed before, and finds the words of the step right before the call.
+Before each call its reasoning is the present value and the line of the question that comes next, word for word:
+
+    "k3f"
+    Step 4: take its "frump" in "toath"
+
+A repeated call begins with `retry`. The next reasoning is a function of the last one and the last result, so that a
+model can go on from a note of it alone. Everything that a call needs is in the reasoning right before it. The answer is
+the last line of the question.
 """
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
@@ -24,7 +30,7 @@ def demonstrate(
     environment: DatabaseEnvironment,
     program: Program,
     *,
-    phrases: list[str],
+    lines: Sequence[str],
     tables: dict[str, Table],
     mistakes: DemonstratorConfig,
     stream: random.Random,
@@ -32,17 +38,16 @@ def demonstrate(
     """Return the demonstrator's turns and the tools' results, up to its final answer."""
     messages: list[Message] = []
     value: str | int = program.start
-    for number, (step, phrase) in enumerate(zip(program.steps, phrases, strict=True), 1):
+    for step, line in zip(program.steps, lines, strict=False):
         if stream.random() < mistakes.stop_early:
             break
         if stream.random() < mistakes.skip_step:
             continue
-        thought = f"step {number}: {phrase}"
         result = _attempts(
             environment,
             step,
             value,
-            thought=thought,
+            thought=_thought(value, line),
             tables=tables,
             mistakes=mistakes,
             stream=stream,
@@ -51,7 +56,11 @@ def demonstrate(
         if result is None:
             break
         value = value if step.kind is StepKind.update else result
-    return [*messages, Message(role=Role.assistant, reasoning="done", content=json.dumps(value))]
+    return [*messages, Message(role=Role.assistant, reasoning=_thought(value, lines[-1]), content=json.dumps(value))]
+
+
+def _thought(value: str | int, line: str) -> str:
+    return f"{json.dumps(value)}\n{line}"
 
 
 def _attempts(
@@ -71,7 +80,8 @@ def _attempts(
         identity = call_id(name, sum(len(message.tool_calls) for message in messages))
         call = ToolCall(name=name, arguments=tried.arguments(value), id=identity)
         reasoning = f"retry {thought}" if attempt else thought
-        messages.append(Message(role=Role.assistant, reasoning=reasoning, tool_calls=[call]))
+        exists = not tried.column or tried.column in tables[tried.table].columns
+        messages.append(Message(role=Role.assistant, reasoning=reasoning, tool_calls=[call], is_learned=exists))
         observation = environment.call(name, call.arguments)
         messages.append(Message(role=Role.tool, name=name, tool_call_id=identity, content=observation.text))
         if not observation.is_error:

@@ -10,7 +10,7 @@ from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.demonstrator import PERFECT, demonstrate
 from moetrain.tasks.database.environment import DatabaseEnvironment
-from moetrain.tasks.database.phrases import phrase, question
+from moetrain.tasks.database.phrases import draw_lines, draw_phrases, question
 from moetrain.tasks.database.program import Program, draw_program
 from moetrain.tasks.database.schema import Table, draw_tables
 from moetrain.tasks.protocol import Grade, InlineTask, Split, Task
@@ -23,8 +23,8 @@ class DatabaseTask(InlineTask):
 
     tables: dict[str, Table]
     program: Program
-    phrases: list[str]
-    """Each step in words."""
+    lines: list[str]
+    """The numbered lines of the question: each step in words, then what to report."""
     text: str
     config: TaskConfig
 
@@ -72,9 +72,13 @@ class DatabaseFamily:
         calls = num_calls or low + index % (high - low + 1)
         tables = draw_tables(stream, split)
         program = draw_program(stream, tables, num_calls=calls)
-        phrases = [phrase(step, split=split, stream=stream) for step in program.steps]
-        text = question(program.start, phrases, split=split, stream=stream)
-        return DatabaseTask(tables=tables, program=program, phrases=phrases, text=text, config=self._config)
+        num_free = max(0, self._config.database.last_line - 1 - calls)
+        lines = draw_lines(program.steps, first=stream.randint(1, 1 + num_free), split=split, stream=stream)
+        num_dropped = stream.randint(0, num_free)
+        other = draw_program(stream, tables, num_calls=num_dropped).steps if num_dropped else []
+        dropped = draw_phrases(other, split=split, stream=stream)
+        text = question(program.start, lines, dropped=dropped, split=split, stream=stream)
+        return DatabaseTask(tables=tables, program=program, lines=lines, text=text, config=self._config)
 
     def demonstrate(self, task: Task, stream: int, *, perfect: bool = False) -> tuple[list[Message], Grade]:
         """Return the demonstrator's conversation and its grade. perfect: no mistakes, and it retries failed calls."""
@@ -84,7 +88,7 @@ class DatabaseFamily:
         messages = demonstrate(
             environment,
             task.program,
-            phrases=task.phrases,
+            lines=task.lines,
             tables=task.tables,
             mistakes=PERFECT if perfect else self._config.database.demonstrator,
             stream=python_stream(stream, "database/demonstrator"),

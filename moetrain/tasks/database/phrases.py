@@ -5,6 +5,7 @@ Training and held-out tasks share frames and words, but never the same combinati
 
 import functools
 import random
+from collections.abc import Sequence
 
 from moetrain.tasks.database.steps import Step, StepKind
 from moetrain.tasks.phrasing import fill
@@ -47,7 +48,7 @@ _FRAMES: dict[str, list[str]] = {
         "<then>{number} times it",
     ],
     "opening": ['<start> <at> <row>"{row}"<first>.', '<row>"{row}" is where to <start>.'],
-    "closing": ["<report> <the> <result>.", "Then <report> <the> <result>.", "What is <the> <result>?"],
+    "closing": ["<then><report> <the> <result>", "<then>what is <the> <result>"],
 }
 _SLOTS: dict[str, list[str]] = {
     "<then>": ["", "", "then ", "now ", "next "],
@@ -76,19 +77,25 @@ _SLOTS: dict[str, list[str]] = {
 @functools.cache
 def frames(name: str, split: Split) -> list[str]:
     """Return the phrasings of `name` (a tool, an operator, opening or closing) that belong to `split`."""
-    return fill(_FRAMES[name], _SLOTS, split=split, number_of=lambda text: sum(map(ord, text)))
+    return fill(_FRAMES[name], _SLOTS, split=split)
 
 
-def phrase(step: Step, *, split: Split, stream: random.Random) -> str:
-    """Return one phrasing of a step."""
-    name = step.op if step.kind is StepKind.calculate else step.kind.value
-    return stream.choice(frames(name, split)).format(**vars(step))
+def draw_phrases(steps: Sequence[Step], *, split: Split, stream: random.Random) -> list[str]:
+    """Return one phrasing of each step."""
+    names = [step.op if step.kind is StepKind.calculate else step.kind.value for step in steps]
+    return [stream.choice(frames(name, split)).format(**vars(step)) for name, step in zip(names, steps, strict=True)]
 
 
-def question(start: str, phrases: list[str], *, split: Split, stream: random.Random) -> str:
-    """Return the text of a question: where to start, the numbered steps, and what to report."""
+def draw_lines(steps: Sequence[Step], *, first: int, split: Split, stream: random.Random) -> list[str]:
+    """Return the numbered lines of a question: each step, numbered from `first`, and what to report."""
+    texts = [*draw_phrases(steps, split=split, stream=stream), stream.choice(frames("closing", split))]
+    return [f"Step {number}: {text}" for number, text in enumerate(texts, first)]
+
+
+def question(start: str, lines: Sequence[str], *, dropped: Sequence[str], split: Split, stream: random.Random) -> str:
+    """Return the text of a question: where to start, and its lines, with those of dropped steps anywhere among them."""
     opening = stream.choice(frames("opening", split)).format(row=start)
-    lines = [opening[0].upper() + opening[1:]]
-    lines += [f"Step {number}: {text}" for number, text in enumerate(phrases, 1)]
-    closing = stream.choice(frames("closing", split))
-    return "\n".join([*lines, closing[0].upper() + closing[1:]])
+    text = [opening[0].upper() + opening[1:]]
+    is_dropped = stream.sample([True] * len(dropped) + [False] * len(lines), len(dropped) + len(lines))
+    kept, rest = iter(lines), iter(dropped)
+    return "\n".join(text + [f"Dropped: {next(rest)}" if drop else next(kept) for drop in is_dropped])
