@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig, Unreadable
 from moetrain.data.files import json_records
 from moetrain.data.formats import text_document
 from moetrain.data.maths import maths_problems
@@ -174,6 +174,17 @@ def test_documents_that_contain_an_evaluation_set_are_dropped_and_counted(tokeni
     assert counts.num_training + counts.num_held_out == 31
     with pytest.raises(DataError, match=r"prepare.decontaminate.apples has no record of 40 words"):
         prepared(path, tmp_path / "no", tokenizer=tokenizer, decontaminate=sets, ngram=40)
+
+
+def test_unreadable_records_are_dropped_and_counted_where_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS[:20])
+    with path.open("a") as file:
+        file.write('{"text": 3}\n')
+    data = DataConfig(sources={"web": SourceConfig(kind=KIND, path=str(path), unreadable=Unreadable.drop)}, seq_len=64)
+    index = prepare(data, PrepareConfig(workers=1), folder=tmp_path / "out", tokenizer=tokenizer)["web"]
+    assert (index.counts.num_read, index.counts.num_unreadable) == (20, 1)
+    with pytest.raises(DataError, match=r"a.jsonl:21: column text holds int '3'"):
+        prepared(path, tmp_path / "strict", tokenizer=tokenizer)
 
 
 def test_a_tokenizer_is_trained_on_the_sources_where_none_is_given(tmp_path: Path) -> None:
