@@ -1,4 +1,4 @@
-"""All commands by name, and the configs of `verify`, `bench` and `data`. Imports neither torch nor Hydra."""
+"""All commands by name, and the configs of `verify` and `bench`. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,6 +19,7 @@ from moetrain.config import (
     UpcycleRun,
     check_length,
 )
+from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import ConfigError
 from moetrain.generation_commands import BenchDecodeRun, BenchRolloutRun, VerifyRolloutRun
 from moetrain.gpu_commands import VerifyGpuRun
@@ -216,25 +217,6 @@ class BenchOptimizersRun(DocumentRun):
                 raise ConfigError(f"{name} is {getattr(self, name)}: give a number above 0")
 
 
-@dataclass(kw_only=True)
-class DataRun(DocumentRun):
-    """Show the training data of a stage: the size of each source, and rendered records with their learned parts marked.
-
-    Accepts the overrides of `pretrain` and `sft` and ignores those that do not concern data. Learned parts are green,
-    or between ⟦ and ⟧ when the output has no colour. Writes nothing.
-    """
-
-    records: int = 1
-    """Number of records to show per source."""
-    characters: int = 4000
-    """Maximum number of characters to show per record."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        super().__post_init__()
-        check_ranges(self, prefix="", ranges={COUNT: ("records", "characters")})
-
-
 class Peer(StrEnum):
     """Other trainers of the same model in `bench train`: transformers' DeepseekV3 with a loop over experts or with
     grouped matrix products, and the same model under DeepSpeed's AutoEP."""
@@ -329,6 +311,7 @@ SCHEMAS: dict[str, type] = {
     "run": RecipeRun,
     "pretrain": PretrainRun,
     "data": DataRun,
+    "prepare": PrepareRun,
     "upcycle": UpcycleRun,
     "sft": SftRun,
     "rl": RlRun,
@@ -346,6 +329,7 @@ SCHEMAS: dict[str, type] = {
     "bench balance": BenchBalanceRun,
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
+    "bench data": BenchDataRun,
     "bench serve": BenchServeRun,
     "bench decode": BenchDecodeRun,
     "bench rollout": BenchRolloutRun,

@@ -12,7 +12,7 @@ from moetrain.compose import compose, data_folder
 from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.run import recipe, runner
-from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
+from moetrain.run.inputs import check_inputs, check_names, check_prepared, check_records, check_weights
 from moetrain.run.resume_check import check_resume
 from moetrain.run.stage import check_folder
 
@@ -53,7 +53,8 @@ def _check_line(words: list[str]) -> None:
     check_names(config)
     print("ok  names: plugins, tasks and formats")
     check_records(config)
-    print("ok  records: every document of the sources that are files")
+    check_prepared(config)
+    print("ok  records: every document of the sources that are files, and every prepared token")
     check_weights(config)
     if config.init_from is not None:
         print(f"ok  weights: {config.init_from} can be read and fits")

@@ -1,6 +1,7 @@
 """`moetrain data`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from rich.text import Text
 from moetrain.chat.pieces import Piece
 from moetrain.chat.registry import template_named
 from moetrain.chat.template import ChatTemplate
-from moetrain.commands import DataRun
 from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
-from moetrain.data.sources import read_documents
+from moetrain.data.sources import read_source
+from moetrain.data.store.describe import PreparedPreview
+from moetrain.data.store.index import TOKENIZER, prepared_folders
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.data_commands import DataRun
 from moetrain.errors import DataError
+from moetrain.files import user_path
 
 _WIDTH = 10_000
 """Maximum width of a line in characters. The terminal wraps long lines, so no name or text is truncated."""
@@ -32,9 +36,20 @@ def main(run: DataRun) -> int:
     template = tokenizer.template_or_none if tokenizer else template_named(run.data.tokenizer.template)
     sizes: dict[str, SourceSize] = {}
     for name, source in run.data.sources.items():
-        documents, count = _documents(run, name, source, template=template)
-        shown = list(islice(documents, run.records))
-        sizes[name] = measure(chain(shown, documents), num_documents=count, tokenizer=tokenizer)
+        if source.kind is SourceKind.prepared:
+            assert tokenizer is not None  # that of this source, if no other was given
+            preview = PreparedPreview(user_path(str(source.path)), tokenizer=tokenizer)
+            sizes[name] = preview.size()
+            shown: list[Iterable[Piece]] = list(islice(preview.documents(), run.records))
+        else:
+            found = _documents(run, name, source, template=template)
+            shown = list(islice(found.documents, run.records))
+            sizes[name] = measure(
+                chain(shown, found.documents),
+                num_documents=found.total,
+                num_dropped=found.num_dropped,
+                tokenizer=tokenizer,
+            )
         for number, pieces in enumerate(shown):
             console.print(Text(f"--- {name}, record {number}", style="bold"))
             console.print(_rendered(pieces, run=run, console=console))
@@ -50,7 +65,10 @@ def _tokenizer(run: DataRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
         tokenizer = Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
     elif run.init_from is None:
-        return None
+        folder = next(iter(prepared_folders(run.data).values()), None)
+        if folder is None:
+            return None
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
     else:
         from moetrain.run.weights import read_weights, tokenizer_of  # loads torch
 
@@ -58,13 +76,21 @@ def _tokenizer(run: DataRun) -> Tokenizer | None:
     return with_named_template(tokenizer, run.data.tokenizer)
 
 
-def _documents(
-    run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None
-) -> tuple[Iterable[Iterable[Piece]], int]:
-    """Return (documents, total number of documents). A source of kind dialogues yields only its first documents."""
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Documents of a source. total: their number, of which `documents` may yield only the first."""
+
+    documents: Iterator[Iterable[Piece]]
+    total: int
+    num_dropped: int = 0
+
+
+def _documents(run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None) -> _Found:
+    """Return the documents of a source. One of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
-        documents = read_documents(source, name=name)
-        return iter([document.rendered(template) for document in documents]), len(documents)
+        read = read_source(source, name=name)
+        pieces = (document.rendered(template) for document in read.documents)
+        return _Found(documents=pieces, total=len(read.documents), num_dropped=read.num_dropped)
     from moetrain.tasks import registry
     from moetrain.tasks.dialogues import conversations  # loads torch
 
@@ -77,7 +103,7 @@ def _documents(
     dialogues = conversations(
         family, template=template, count=count, seed=run.run.seed, declare_tools=run.task.declare_tools
     )
-    return dialogues, source.num_documents
+    return _Found(documents=iter(dialogues), total=source.num_documents)
 
 
 def _rendered(pieces: Iterable[Piece], *, run: DataRun, console: Console) -> Text:
@@ -92,11 +118,18 @@ def _rendered(pieces: Iterable[Piece], *, run: DataRun, console: Console) -> Tex
 
 def _table(sizes: dict[str, SourceSize]) -> Table:
     table = Table(box=None)
-    for column in ("source", "documents", "characters", "tokens", "learned"):
+    columns = ("source", "documents", "dropped", "characters", "tokens", "chars/token", "learned")
+    for column in (*columns, "median", "99 %", "longest"):
         table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     for name, size in sizes.items():
         about = "~" if size.is_sampled else ""
         tokens = "-" if size.num_tokens is None else f"{about}{size.num_tokens:,}"
-        characters = f"{about}{size.num_characters:,}"
-        table.add_row(Text(name), f"{size.num_documents:,}", characters, tokens, f"{size.learned_share:.0%}")
+        characters = f"{about}{size.num_characters:,}" if size.num_characters else "-"
+        ratio = f"{size.num_characters / size.num_tokens:.2f}" if size.num_tokens and size.num_characters else "-"
+        lengths = size.lengths
+        table.add_row(
+            *(Text(name), f"{size.num_documents:,}", f"{size.num_dropped:,}", characters, tokens, ratio),
+            f"{size.learned_share:.0%}",
+            *(["-"] * 3 if lengths is None else [f"{lengths.median:,}", f"{lengths.high:,}", f"{lengths.longest:,}"]),
+        )
     return table

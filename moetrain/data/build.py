@@ -12,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.chat.pieces import pieces_to_text, pieces_to_tokens, with_bos
+from moetrain.chat.pieces import pieces_to_text
 from moetrain.chat.registry import template_named
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
-from moetrain.data.loader import Loader, Mix
-from moetrain.data.packing import PackedRows, PackingCounts, TokenizedDocument, ValidationRows, pack
+from moetrain.data.loader import Loader, Mix, Rows
+from moetrain.data.order import ORDER_VERSION
+from moetrain.data.packing import PackedRows, TokenizedDocument, ValidationRows, pack
 from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
+from moetrain.data.store.index import TOKENIZER, Part, prepared_folders
+from moetrain.data.store.rows import PreparedRows, prepared_sources
+from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
 from moetrain.log import progress
@@ -40,7 +45,7 @@ class Data:
     """Data of a stage."""
 
     loader: Loader
-    training: dict[str, PackedRows]
+    training: dict[str, Rows]
     """Training rows of each source, including sources of weight 0."""
     validation: dict[str, ValidationRows]
     tokenizer: Tokenizer
@@ -48,6 +53,14 @@ class Data:
     """sha256 of each source's documents and of the tokenizer; every result contains them."""
     counts: dict[str, PackingCounts]
     """Counts of each source's training documents."""
+
+    def in_memory(self) -> dict[str, PackedRows]:
+        """Return the training rows of the sources that are not prepared."""
+        return {name: rows for name, rows in self.training.items() if isinstance(rows, PackedRows)}
+
+    def order_versions(self) -> dict[str, int]:
+        """Return the version of the order of rows by source, for the sources that are prepared."""
+        return {name: ORDER_VERSION for name, rows in self.training.items() if isinstance(rows, PreparedRows)}
 
     def metrics(self) -> dict[str, float]:
         """Return the counts as metrics, `data/<source>/num_rows` and so on."""
@@ -88,13 +101,13 @@ def build_data(
         keys[name] = [_identity(document) for document in tokenized[name]]
         digests[name] = hashlib.sha256("".join(keys[name]).encode()).hexdigest()
     training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)
-    rows = {
-        name: _packed(documents, config, name=name, seed=seed, tokenizer=tokenizer)
-        for name, documents in training.items()
-    }
+    prepared = prepared_sources(config, tokenizer)
+    digests |= {name: source.digest for name, source in prepared.items()}
+    rows = _rows(training, config, seed=seed, tokenizer=tokenizer)
+    rows |= {name: source.rows(Part.training) for name, source in prepared.items()}
     for name, packed in rows.items():
         packed.counts.num_dropped_unreadable = len(unreadable[name])
-        _log_counts(name, packed)
+        _log_counts(name, packed.counts, seq_len=config.seq_len)
     return Data(
         loader=Loader(
             rows,
@@ -104,7 +117,12 @@ def build_data(
             taken=taken,
         ),
         training=rows,
-        validation=_validation(held_out, config, tokenizer=tokenizer),
+        validation=_validation(
+            _rows(held_out, config, seed=_VALIDATION_SEED, tokenizer=tokenizer)
+            | {name: source.rows(Part.held_out) for name, source in prepared.items()},
+            config,
+            tokenizer=tokenizer,
+        ),
         tokenizer=tokenizer,
         digests=digests | {"tokenizer": tokenizer.digest},
         counts={name: packed.counts for name, packed in rows.items()},
@@ -114,7 +132,9 @@ def build_data(
 def prepare_tokenizer(
     config: DataConfig, *, folder: Path, num_rows: int | None = None, dialogue_texts: Iterable[str] = ()
 ) -> Tokenizer:
-    """Return the tokenizer in `config.tokenizer.path`, else the one in `folder`, else train one and save it there.
+    """Return the tokenizer in `config.tokenizer.path`, else that in `folder`, else that of a prepared source.
+
+    Without one, train one and save it in `folder`.
 
     num_rows: rows of the model's embedding, the upper limit of the vocabulary; None when there is no model.
 
@@ -122,8 +142,7 @@ def prepare_tokenizer(
     `dialogue_texts`: rendered dialogues, whose special tokens this function replaces by newlines. `build_data` takes
     dialogues as tokens, so a stage with dialogues calls this function first.
     """
-    is_there = config.tokenizer.path is not None or holds_tokenizer(folder)
-    texts = {} if is_there else _read_texts(config)
+    texts = {} if _tokenizer_folder(config, folder) else _read_texts(config)
     return _tokenizer(config, texts, folder=folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
 
 
@@ -156,7 +175,7 @@ def _read_texts(config: DataConfig, *, unreadable: dict[str, list[str]] | None =
     return {
         name: read_documents(source, name=name, unreadable=(unreadable or {}).get(name))
         for name, source in config.sources.items()
-        if source.kind is not SourceKind.dialogues
+        if source.kind not in (SourceKind.dialogues, SourceKind.prepared)
     }
 
 
@@ -168,9 +187,8 @@ def _tokenizer(
     num_rows: int | None,
     dialogue_texts: Iterable[str],
 ) -> Tokenizer:
-    is_given = config.tokenizer.path is not None
-    if is_given or holds_tokenizer(folder):
-        source = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else folder
+    source = _tokenizer_folder(config, folder)
+    if source is not None:
         tokenizer = load_tokenizer(config.tokenizer, source, num_rows=num_rows)
         _check_size(tokenizer, config, source=source, num_rows=num_rows)
         _log.info("tokenizer of %d tokens read from %s", tokenizer.vocab_size, source)
@@ -188,6 +206,15 @@ def _tokenizer(
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
     return tokenizer
+
+
+def _tokenizer_folder(config: DataConfig, folder: Path) -> Path | None:
+    """Return the folder of the tokenizer: the configured one, else `folder`, else that of the first prepared source."""
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path).expanduser()
+    if holds_tokenizer(folder):
+        return folder
+    return next((source / TOKENIZER for source in prepared_folders(config).values()), None)
 
 
 def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_rows: int | None) -> None:
@@ -250,23 +277,14 @@ def _dialogue_texts(config: DataConfig, texts: Iterable[str]) -> list[str]:
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, *, name: str) -> list[TokenizedDocument]:
     """Return the documents as tokens, each starting with `[BOS]` or its own special token."""
     tokenized = []
-    template = tokenizer.template_or_none
     chunks = range(0, len(documents), _DOCUMENTS_PER_CALL)
     with progress(len(chunks), f"tokenize {name}") as advance:
         for begin in chunks:
-            chunk = documents[begin : begin + _DOCUMENTS_PER_CALL]
-            rendered = [document.rendered(template) for document in chunk]
-            texts = [piece.text for pieces in rendered for piece in pieces if not piece.is_special]
-            encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-            for pieces in rendered:
-                try:
-                    tokens, mask = pieces_to_tokens(
-                        with_bos(pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids
-                    )
-                except DataError as error:
-                    raise DataError(f"data.sources.{name}: {error}") from error
-                tokens_N, mask_N = np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
-                tokenized.append(TokenizedDocument(tokens=tokens_N, loss_mask=mask_N, source=name))
+            try:
+                for tokens_N, mask_N in tokenize(documents[begin : begin + _DOCUMENTS_PER_CALL], tokenizer):
+                    tokenized.append(TokenizedDocument(tokens=tokens_N, loss_mask=mask_N, source=name))
+            except DataError as error:
+                raise DataError(f"data.sources.{name}: {error}") from error
             advance("")
     return tokenized
 
@@ -301,6 +319,15 @@ def _split(
     return training, held_out
 
 
+def _rows(
+    documents: Mapping[str, list[TokenizedDocument]], config: DataConfig, *, seed: int, tokenizer: Tokenizer
+) -> dict[str, Rows]:
+    return {
+        name: _packed(of_source, config, name=name, seed=seed, tokenizer=tokenizer)
+        for name, of_source in documents.items()
+    }
+
+
 def _packed(
     documents: list[TokenizedDocument], config: DataConfig, *, name: str, seed: int, tokenizer: Tokenizer
 ) -> PackedRows:
@@ -310,17 +337,15 @@ def _packed(
     return pack(order, seq_len=config.seq_len, overlong=overlong, bos_id=tokenizer.bos_id)
 
 
-def _validation(
-    held_out: Mapping[str, list[TokenizedDocument]], config: DataConfig, *, tokenizer: Tokenizer
-) -> dict[str, ValidationRows]:
+def _validation(held_out: Mapping[str, Rows], config: DataConfig, *, tokenizer: Tokenizer) -> dict[str, ValidationRows]:
     """Return the validation rows of each source whose rows contain text to predict; log the names of the others."""
     validation = {}
-    for name, documents in held_out.items():
-        if not documents:
+    for name, rows in held_out.items():
+        if not rows.counts.num_documents:
             continue
-        rows = _validation_rows(documents, config, name=name, tokenizer=tokenizer)
-        if rows.num_characters:
-            validation[name] = rows
+        chosen = _validation_rows(rows, config, tokenizer=tokenizer)
+        if chosen.num_characters:
+            validation[name] = chosen
         else:
             _log.warning(
                 "data.sources.%s is not validated, because its validation rows contain no text to predict; "
@@ -330,13 +355,8 @@ def _validation(
     return validation
 
 
-def _validation_rows(
-    documents: list[TokenizedDocument], config: DataConfig, *, name: str, tokenizer: Tokenizer
-) -> ValidationRows:
-    packed = _packed(documents, config, name=name, seed=_VALIDATION_SEED, tokenizer=tokenizer)
-    chosen = list(range(packed.num_rows))
-    python_stream(_VALIDATION_SEED, "data/validation").shuffle(chosen)
-    batch = packed.batch(sorted(chosen[: config.validation_rows]), pad_id=tokenizer.pad_id)
+def _validation_rows(rows: Rows, config: DataConfig, *, tokenizer: Tokenizer) -> ValidationRows:
+    batch = rows.batch(rows.sample(config.validation_rows, seed=_VALIDATION_SEED), pad_id=tokenizer.pad_id)
     num_characters = 0
     specials = list(tokenizer.special_names)
     for tokens, mask, segments in zip(
@@ -348,12 +368,11 @@ def _validation_rows(
     return ValidationRows(batch=batch, num_characters=num_characters)
 
 
-def _log_counts(name: str, packed: PackedRows) -> None:
-    counts = packed.counts
-    fill = counts.num_tokens / max(1, packed.num_rows * packed.seq_len)
+def _log_counts(name: str, counts: PackingCounts, *, seq_len: int) -> None:
+    fill = counts.num_tokens / max(1, counts.num_rows * seq_len)
     _log.info(
         "data.sources.%s: %d documents, %d tokens in %d rows (%.1f%% full); longer than a row: %d split, %d truncated, "
         "%d dropped; without a token to predict: %d dropped",
-        *(name, counts.num_documents, counts.num_tokens, packed.num_rows, 100 * fill),
+        *(name, counts.num_documents, counts.num_tokens, counts.num_rows, 100 * fill),
         *(counts.num_split, counts.num_truncated, counts.num_dropped, counts.num_dropped_untrainable),
     )

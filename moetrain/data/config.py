@@ -26,6 +26,9 @@ class SourceKind(StrEnum):
     jsonl = "jsonl"
     parquet = "parquet"
     text = "text"
+    prepared = "prepared"
+    megatron = "megatron"
+    datatrove = "datatrove"
 
 
 class Overlong(StrEnum):
@@ -43,7 +46,16 @@ class Unreadable(StrEnum):
     drop = "drop"
 
 
-_WITH_PATH = (SourceKind.hub, SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+FOREIGN_KINDS = (SourceKind.megatron, SourceKind.datatrove)
+"""Kinds of sources that are tokens which other programs wrote."""
+_WITH_PATH = (
+    SourceKind.hub,
+    SourceKind.jsonl,
+    SourceKind.parquet,
+    SourceKind.text,
+    SourceKind.prepared,
+    *FOREIGN_KINDS,
+)
 
 
 @dataclass(kw_only=True)
@@ -52,12 +64,14 @@ class SourceConfig:
 
     kind: SourceKind = SourceKind.stdlib_code
     """stdlib_code, stdlib_english: text of the running Python's standard library; maths: generated problems; dialogues:
-    demonstrations of the task family; hub: a data set that `datasets` loads; jsonl, parquet, text: local files."""
+    demonstrations of the task family; hub: a data set that `datasets` loads; jsonl, parquet, text: local files;
+    prepared: a folder that `moetrain prepare` wrote; megatron, datatrove: tokens of these programs, which only
+    `moetrain prepare` reads."""
     weight: float = 1.0
     """Share of the tokens in the mixture, relative to the other sources."""
     path: str | None = None
-    """Name of a hub data set, or a local file, folder or glob (kinds hub, jsonl, parquet and text). An existing path is
-    never read as a glob."""
+    """Name of a hub data set, a prepared folder, or a local file, folder or glob (all other kinds with a path). An
+    existing path is never read as a glob."""
     split: str = "train"
     """Split of a hub data set."""
     ignore: list[str] = field(default_factory=list)
@@ -81,10 +95,10 @@ class SourceConfig:
         """Name of the column that the format reads."""
         return self.field or ("messages" if self.format == "messages" else "text")
 
-    def check(self, name: str) -> None:
-        """Raise ConfigError when the settings of the source `name` do not fit its kind. Called by `DataConfig`."""
+    def check(self, name: str, *, section: str = "data.sources") -> None:
+        """Raise ConfigError when the settings of the source `name` do not fit its kind. Called by its section."""
         counts = ("num_documents", "max_characters")
-        prefix = f"data.sources.{name}."
+        prefix = f"{section}.{name}."
         check_ranges(self, prefix=prefix, ranges={COUNT: counts, NOT_NEGATIVE: ("weight",)})
         if self.kind in _WITH_PATH and not self.path:
             raise ConfigError(f"{prefix}path is {self.path}: a source of kind {self.kind} requires one")
@@ -92,6 +106,10 @@ class SourceConfig:
             raise ConfigError(
                 f"{prefix}path is {self.path}, which a source of kind {self.kind} does not read: "
                 f"set {prefix}kind to one of {', '.join(_WITH_PATH)}, or remove the path"
+            )
+        if self.kind is SourceKind.prepared and self.max_characters is not None:
+            raise ConfigError(
+                f"{prefix}max_characters is {self.max_characters}, but a prepared source is read whole: remove it"
             )
 
 
@@ -175,7 +193,8 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer."""
     validation_fraction: float = 0.02
-    """Share of the documents of each source held out for validation, chosen by a hash of the document."""
+    """Share of the documents of each source held out for validation, chosen by a hash of the document. In prepared data
+    the share is fixed."""
     validation_rows: int = 16
     """Largest number of validation rows per source."""
     overlong: Overlong = Overlong.split

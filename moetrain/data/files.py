@@ -1,23 +1,27 @@
 """Reads bytes, text and JSON records from local data files.
 
-A file may be compressed with gzip and may begin with a byte-order mark. JSONL has one object per line; a file that
-begins with `[` is read as one array of objects.
+A file may be compressed with gzip or zstd and may begin with a byte-order mark. JSONL has one object per line; a file
+that begins with `[` is read as one array of objects. Records are read one at a time, and a range of bytes of an
+uncompressed JSONL file can be read alone, so that several processes share a large file.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from moetrain.data.formats import Record
 from moetrain.errors import DataError
 
 _GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _NOT_READ = {
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it, or use gzip",
     b"BZh": "is compressed with bzip2: decompress it, or use gzip",
     b"\xfd7zXZ": "is compressed with xz: decompress it, or use gzip",
     b"PK\x03\x04": "is a zip archive: unpack it",
@@ -25,46 +29,133 @@ _NOT_READ = {
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
 }
 """Error message by the first bytes of file types that are not supported."""
+_MARK_BYTES = max(map(len, [_GZIP, _ZSTD, *_NOT_READ]))
+_BUFFER = 1 << 20  # bytes read at once
+_LONGEST_LINE = 1 << 20  # characters of a text file
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return a file's content, decompressed and without a byte-order mark. Raises DataError that names the file."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A line of a file, given by its first byte. The number of the line is counted only when a message shows it."""
+
+    path: Path
+    byte: int
+
+    def __str__(self) -> str:
+        """Return "FILE:LINE"."""
+        number, left = 1, self.byte
+        with self.path.open("rb") as file:
+            while left > 0 and (data := file.read(min(left, _BUFFER))):
+                number += data.count(b"\n")
+                left -= len(data)
+        return f"{self.path}:{number}"
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is compressed with gzip or zstd. Raises DataError when it cannot be read."""
+    with _reading(path), path.open("rb") as file:
+        return file.read(_MARK_BYTES).startswith((_GZIP, _ZSTD))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed and after its byte-order mark.
+
+    Raises DataError that names the file, also for what goes wrong while it is read.
+    """
+    with _reading(path), io.FileIO(path) as unbuffered:
+        stream = raw = io.BufferedReader(unbuffered, _BUFFER)
+        first = raw.peek(_MARK_BYTES)
+        if first.startswith(_GZIP):
+            stream = io.BufferedReader(cast("io.FileIO", gzip.GzipFile(fileobj=raw)), _BUFFER)
+        elif first.startswith(_ZSTD):
+            import pyarrow  # imported here, because only compressed files use it
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BUFFER)
+        first = stream.peek(_MARK_BYTES)
+        for mark, problem in _NOT_READ.items():
+            if first.startswith(mark):
+                raise DataError(f"{path} {problem}")
+        if first.startswith(_UTF8_MARK):
+            stream.read(len(_UTF8_MARK))
+        yield stream
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP):
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        yield
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError, as are the errors of pyarrow
         raise DataError(f"{path} cannot be read: {error}") from error
-    for first, problem in _NOT_READ.items():
-        if data.startswith(first):
-            raise DataError(f"{path} {problem}")
-    return data.removeprefix(_UTF8_MARK)
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text with `\\n` line ends. Raises DataError that names the file and the byte."""
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from error
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with `\\n` line ends; a line of more than 2^20 characters comes in parts.
+
+    Raises DataError that names the file and the line.
+    """
+    number = 0
+    with opened(path) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline=None)
+        try:
+            while line := lines.readline(_LONGEST_LINE):
+                number += line.endswith("\n")
+                yield line
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
+        lines.detach()
 
 
-def json_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield (place, record); a place is "FILE:LINE" or "FILE record NUMBER". A DataError begins with the place."""
-    data = read_bytes(path)
-    if data.lstrip().startswith(b"["):
-        records = _json(data, where=str(path))
-        for number, record in enumerate(records, start=1):
-            yield _object(record, where=f"{path} record {number}")
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _object(_json(line, where=where), where=where)
+def json_records(
+    path: Path, *, begin: int = 0, end: int | None = None, max_bytes: int | None = None
+) -> Iterator[tuple[object, Record]]:
+    """Yield (place, record); a place prints as "FILE:LINE" or "FILE record NUMBER". A DataError begins with the place.
+
+    begin, end: range of bytes of an uncompressed JSONL file; the lines that start in it are read. max_bytes: largest
+    size of a line, or of a file that is one array; DataError beyond it.
+    """
+    limit = -1 if max_bytes is None else max_bytes + 1
+    with opened(path) as file:
+        position = _seek_line(file, begin) if begin else 0
+        if begin == 0 and end is not None:
+            position = file.tell()  # after the byte-order mark
+        number = 0
+        is_first = begin == 0
+        while end is None or position < end:
+            line = file.readline(limit)
+            if not line:
+                return
+            number += 1
+            where: object = Place(path=path, byte=position) if begin else f"{path}:{number}"
+            if is_first and line.lstrip().startswith(b"["):
+                content = line + file.read(limit)
+                yield from _array(_within(content, where=path, max_bytes=max_bytes), path=path)
+                return
+            position += len(line)
+            if line.strip():
+                is_first = False
+                content = _within(line, where=where, max_bytes=max_bytes).removesuffix(b"\n")
+                yield _object(_json(content, where=where), where=where)
 
 
-def _json(data: bytes, *, where: str) -> Any:
+def _seek_line(file: BinaryIO, begin: int) -> int:
+    """Move to the first line that starts at `begin` or later; return its position."""
+    file.seek(begin - 1)
+    return begin - 1 + len(file.readline())
+
+
+def _within(data: bytes, *, where: object, max_bytes: int | None) -> bytes:
+    if max_bytes is not None and len(data) > max_bytes:
+        raise DataError(f"{where} is longer than {max_bytes >> 20} MiB: give one object per line, in shorter lines")
+    return data
+
+
+def _array(data: bytes, *, path: Path) -> Iterator[tuple[object, Record]]:
+    for number, record in enumerate(_json(data, where=path), start=1):
+        yield _object(record, where=f"{path} record {number}")
+
+
+def _json(data: bytes, *, where: object) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -77,7 +168,7 @@ def _json(data: bytes, *, where: str) -> Any:
         raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error
 
 
-def _object(record: Any, *, where: str) -> tuple[str, Record]:
+def _object(record: Any, *, where: object) -> tuple[object, Record]:
     if not isinstance(record, dict):
         raise DataError(f"{where} holds {type(record).__name__} where an object is expected")
     return where, record

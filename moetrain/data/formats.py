@@ -84,11 +84,13 @@ def format_named(name: str) -> Format:
     return _FORMATS[name]
 
 
-def document_of(record: Record, *, column: str, format: Format, where: str, ignore: Collection[str] = ()) -> Document:
+def document_of(
+    record: Record, *, column: str, format: Format, where: object, ignore: Collection[str] = ()
+) -> Document:
     """Return the record as a document.
 
-    ignore: keys that are removed from the record and from the messages in its column. where: the file and line, with
-    which a DataError begins.
+    ignore: keys that are removed from the record and from the messages in its column. where: prints as the file and
+    line, with which a DataError begins.
     """
     if column not in record:
         raise DataError(f"{where} has no column {column}: it has {', '.join(map(str, record))}")
@@ -126,7 +128,7 @@ def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
     return filtered
 
 
-def _encodable(document: Document, *, where: str) -> Document:
+def _encodable(document: Document, *, where: object) -> Document:
     """Return the document. Raises DataError when it contains a lone surrogate, which a JSON escape can produce."""
     try:
         document.text.encode("utf-8")

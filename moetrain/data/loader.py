@@ -2,21 +2,41 @@
 
 Two rules determine row i. Its source is a closed formula of i that follows the weights exactly (error diffusion, no
 sampling): after any number of rows, each source is within a few rows of its share. The row within the source comes from
-a permutation per pass, seeded by (seed, source, pass). The weights may change at given rows. Each mix then has exactly
-its own shares, and a pass over a source continues across mixes.
+a permutation per pass, seeded by (seed, source, pass): of a list for rows in memory, and computed from the number of
+the row for prepared data (`data.order`). The weights may change at given rows. Each mix then has exactly its own
+shares, and a pass over a source continues across mixes.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from moetrain.data.batch import TokenBatch, concatenated
-from moetrain.data.packing import PackedRows
+from moetrain.data.fit import PackingCounts
 from moetrain.errors import DataError
-from moetrain.runtime import python_stream
 
 _SHARE_BITS = 48  # shares are integers over 2^48, which is exact for more rows than any run has
+
+
+class Rows(Protocol):
+    """The rows of one source: in memory (`PackedRows`), or prepared (`PreparedRows`)."""
+
+    counts: PackingCounts
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+
+    def order(self, name: str, *, seed: int, epoch: int) -> Callable[[int], int]:
+        """Return the function from a place in pass `epoch` over the source `name` to the row there."""
+
+    def sample(self, count: int, *, seed: int) -> list[int]:
+        """Return the numbers of at most `count` rows, spread over all rows, sorted."""
+
+    def batch(self, rows: Sequence[int], *, pad_id: int) -> TokenBatch:
+        """Return the rows with these numbers as a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +97,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Mapping[str, PackedRows],
+        rows: Mapping[str, Rows],
         *,
         mixes: Sequence[Mix],
         seed: int,
@@ -102,7 +122,7 @@ class Loader:
         self._mixtures = [self._mixture(mix.weights) for mix in mixes]
         self._seed = seed
         self._pad_id = pad_id
-        self._order = lru_cache(maxsize=2 * len(self._rows))(self._shuffled)
+        self._order = lru_cache(maxsize=2 * len(self._rows))(self._ordered)
 
     def _mixture(self, weights: Mapping[str, float]) -> Mixture:
         # A source whose rows hold fewer tokens gets more rows, so that the weights are shares of tokens.
@@ -115,7 +135,7 @@ class Loader:
         )
 
     @property
-    def rows(self) -> Mapping[str, PackedRows]:
+    def rows(self) -> Mapping[str, Rows]:
         """Training rows of each source that is trained on."""
         return self._rows
 
@@ -130,7 +150,7 @@ class Loader:
         before += self._taken.get(name, 0)
         before += sum(rows[name] for rows in self.mix_rows(self._first_rows[mix])[:mix])
         epoch, place = divmod(before, self._rows[name].num_rows)
-        return RowPlace(source=name, epoch=epoch, row=self._order(name, epoch)[place])
+        return RowPlace(source=name, epoch=epoch, row=self._order(name, epoch)(place))
 
     def batch(self, step: int, rows: int) -> TokenBatch:
         """Return the batch of step `step` (from 0) of a run in which every step has `rows` rows."""
@@ -160,7 +180,5 @@ class Loader:
         of_mixes = self.mix_rows(num_rows)
         return {name: self._taken.get(name, 0) + sum(rows[name] for rows in of_mixes) for name in self._rows}
 
-    def _shuffled(self, name: str, epoch: int) -> list[int]:
-        order = list(range(self._rows[name].num_rows))
-        python_stream(self._seed, f"data/{name}", epoch).shuffle(order)
-        return order
+    def _ordered(self, name: str, epoch: int) -> Callable[[int], int]:
+        return self._rows[name].order(name, seed=self._seed, epoch=epoch)

@@ -7,8 +7,7 @@ documents of a row in loss, attention and positions, so the loss does not depend
 B rows of a batch, T tokens per row.
 """
 
-import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 
 from moetrain.data.batch import TokenBatch
 from moetrain.data.config import Overlong
+from moetrain.data.fit import PackingCounts, best_fit
+from moetrain.runtime import python_stream
 
 
 @dataclass(kw_only=True)
@@ -25,32 +26,6 @@ class TokenizedDocument:
     tokens: Sequence[int] | np.ndarray
     loss_mask: Sequence[bool] | np.ndarray
     source: str
-
-
-@dataclass(kw_only=True)
-class PackingCounts:
-    """Counts of a source's documents during packing."""
-
-    num_documents: int = 0
-    """Documents before packing."""
-    num_pieces: int = 0
-    """Documents in rows; each part of a split document counts."""
-    num_split: int = 0
-    """Documents split into parts."""
-    num_truncated: int = 0
-    """Documents truncated to a row."""
-    num_dropped: int = 0
-    """Documents dropped because they are longer than a row."""
-    num_dropped_untrainable: int = 0
-    """Documents, or parts of split ones, dropped because none of their tokens is predicted."""
-    num_dropped_unreadable: int = 0
-    """Records dropped because their format could not read them (`data.sources.*.unreadable=drop`)."""
-    num_tokens: int = 0
-    """Tokens in rows, padding excluded."""
-    num_targets: int = 0
-    """Tokens that are predicted."""
-    num_rows: int = 0
-    """Rows."""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +48,18 @@ class PackedRows:
     def num_rows(self) -> int:
         """Number of rows."""
         return len(self.row_ends)
+
+    def order(self, name: str, *, seed: int, epoch: int) -> Callable[[int], int]:
+        """Return the function from a place in pass `epoch` to the row there: a shuffled list."""
+        order = list(range(self.num_rows))
+        python_stream(seed, f"data/{name}", epoch).shuffle(order)
+        return order.__getitem__
+
+    def sample(self, count: int, *, seed: int) -> list[int]:
+        """Return the numbers of at most `count` rows, chosen by a shuffled list, sorted."""
+        chosen = list(range(self.num_rows))
+        python_stream(seed, "data/validation").shuffle(chosen)
+        return sorted(chosen[:count])
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield tokens and loss mask of each document."""
@@ -140,26 +127,6 @@ def pack(documents: Iterable[TokenizedDocument], *, seq_len: int, overlong: Over
     counts.num_pieces, counts.num_rows = len(pieces), len(rows)
     counts.num_tokens, counts.num_targets = len(packed.tokens), int(packed.loss_mask.sum())
     return packed
-
-
-def best_fit(lengths: Sequence[int], *, seq_len: int) -> list[list[int]]:
-    """Return the item numbers of each row. Each item, in order, goes into the fullest row that has room for it.
-
-    Ties go to the older row. An item that fits in no row opens a new one.
-    """
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
-    for index, length in enumerate(lengths):
-        position = bisect.bisect_left(open_rows, (length, -1))
-        if position < len(open_rows):
-            room, row = open_rows.pop(position)
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        if room > length:
-            bisect.insort(open_rows, (room - length, row))
-    return rows
 
 
 _Piece = tuple[np.ndarray, np.ndarray]

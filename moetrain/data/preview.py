@@ -1,8 +1,10 @@
 """Previews a source before training: its size, and its records as the model reads them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+
+import numpy as np
 
 from moetrain.chat.pieces import Piece, pieces_to_text, pieces_to_tokens, with_bos
 from moetrain.data.tokenizer import Tokenizer
@@ -12,22 +14,45 @@ _COUNTED_CHARACTERS = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of documents: of the middle one, of that at 99 %, and of the longest."""
+
+    median: int
+    high: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int] | np.ndarray) -> "Lengths":
+        """Return the figures of at least one length."""
+        median, high, longest = np.quantile(np.asarray(lengths), [0.5, 0.99, 1.0], method="lower").tolist()
+        return cls(median=median, high=high, longest=longest)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceSize:
     """Size of a source. If `is_sampled`, it is extrapolated from some of the documents or characters."""
 
     num_documents: int
+    num_dropped: int
+    """Documents left out: empty ones, and those that repeat others."""
     num_characters: int
     """Characters of text; special tokens have none."""
     num_tokens: int | None
     """None when there is no tokenizer."""
     learned_share: float
-    """Share of the characters that the model learns to predict."""
+    """Share of the characters that the model learns to predict; in prepared data, share of the tokens after
+    the first of a document."""
+    lengths: Lengths | None
+    """None when there is no tokenizer."""
     is_sampled: bool
 
 
-def measure(documents: Iterable[Iterable[Piece]], *, num_documents: int, tokenizer: Tokenizer | None) -> SourceSize:
+def measure(
+    documents: Iterable[Iterable[Piece]], *, num_documents: int, tokenizer: Tokenizer | None, num_dropped: int = 0
+) -> SourceSize:
     """Return the size of a source with `num_documents` documents, measured on `documents`: all or the first of them."""
-    num_read = num_characters = num_learned = num_counted = num_tokens = 0
+    num_read = num_characters = num_learned = num_counted = 0
+    lengths = []
     for document in documents:
         pieces = with_bos(list(document))
         texts = [piece for piece in pieces if not piece.is_special]
@@ -37,13 +62,17 @@ def measure(documents: Iterable[Iterable[Piece]], *, num_documents: int, tokeniz
         num_learned += sum(len(piece.text) for piece in texts if piece.is_sampled)
         if tokenizer is not None and num_counted < _COUNTED_CHARACTERS:
             num_counted += length
-            num_tokens += len(pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0])
+            tokens, _ = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)
+            lengths.append(len(tokens))
     scale = num_documents / max(1, num_read)
+    num_tokens = sum(lengths)
     return SourceSize(
         num_documents=num_documents,
+        num_dropped=num_dropped,
         num_characters=round(num_characters * scale),
         num_tokens=round(num_tokens * scale * num_characters / max(1, num_counted)) if tokenizer is not None else None,
         learned_share=num_learned / max(1, num_characters),
+        lengths=Lengths.of(lengths) if lengths else None,
         is_sampled=num_read < num_documents or (tokenizer is not None and num_counted < num_characters),
     )
 

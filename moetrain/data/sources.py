@@ -12,18 +12,19 @@ gain the keys of all other calls. Dialogues do not pass through this module; the
 import glob
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.config import SourceConfig, SourceKind, Unreadable
-from moetrain.data.files import json_records, read_text
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
+from moetrain.data.files import json_records, text_lines
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
 from moetrain.data.maths import maths_problems
 from moetrain.data.stdlib import stdlib_code, stdlib_english
-from moetrain.errors import DataError
+from moetrain.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +32,16 @@ Reader = Callable[[SourceConfig, list[str]], Iterator[Document]]
 """Reads a source; adds the errors of dropped records to the list."""
 
 _ENDINGS = {
-    SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
     SourceKind.parquet: (".parquet",),
-    SourceKind.text: (".txt", ".md", ".rst", ".py", ".txt.gz"),
+    SourceKind.text: (".txt", ".md", ".rst", ".py", ".txt.gz", ".txt.zst"),
+    SourceKind.megatron: (".idx",),
+    SourceKind.datatrove: (".ds",),
 }
 """Endings of the files that are read from a folder, by kind."""
+_PREPARE_FIRST = "run moetrain prepare on it, which copies nothing, and read its folder with kind=prepared"
+_ROWS_PER_BATCH = 256
+"""Rows of a parquet file that are in memory at a time."""
 _MIN_TEXT = 4000
 """Characters after which a text file is cut at the next blank line."""
 _MATHS_SEED = 0
@@ -49,8 +55,21 @@ def read_documents(config: SourceConfig, *, name: str, unreadable: list[str] | N
 
     Raises DataError that names the file and line, the path or the column; or the source, when it is empty.
     """
+    return read_source(config, name=name, unreadable=unreadable).documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceDocuments:
+    """The documents of a source. num_dropped: empty ones, and those whose text an earlier one has."""
+
+    documents: list[Document]
+    num_dropped: int
+
+
+def read_source(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> SourceDocuments:
+    """Return what `read_documents` returns, and the number of documents that were dropped."""
     errors: list[str] = [] if unreadable is None else unreadable
-    documents = _distinct(_READERS[config.kind](config, errors), name=name)
+    documents, num_dropped = _distinct(all_documents(config, errors=errors), name=name)
     if errors:
         _log.warning("data.sources.%s: %d unreadable records dropped; the first is %s", name, len(errors), errors[0])
     if config.max_characters is not None:
@@ -59,7 +78,7 @@ def read_documents(config: SourceConfig, *, name: str, unreadable: list[str] | N
         place = f" in {config.path}" if config.path else ""
         cap = f" within max_characters={config.max_characters}" if config.max_characters is not None else ""
         raise DataError(f"data.sources.{name} has no documents{place}{cap}: give a source that contains text")
-    return documents
+    return SourceDocuments(documents=documents, num_dropped=num_dropped)
 
 
 class Choice(StrEnum):
@@ -105,6 +124,9 @@ def local_files(config: SourceConfig) -> list[Path]:
         return files
     if path.is_file():
         return [path]
+    index = path.with_name(f"{path.name}.idx")  # Megatron names a data set without the ending
+    if config.kind is SourceKind.megatron and index.is_file():
+        return [index]
     files = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
     if not files:
         wrong = "is no regular file" if path.exists() else "does not exist"
@@ -126,69 +148,137 @@ def _maths(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
 
 def _jsonl(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     records = [record for path in local_files(config) for record in json_records(path)]
-    return _documents(records, config, errors)
+    return documents_of(records, config, errors=errors)
 
 
 def _text(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
     for path in local_files(config):
-        yield from map(text_document, _cut(read_text(path)))
+        yield from text_documents(path)
 
 
-def _cut(text: str) -> Iterator[str]:
-    begin = 0
-    for blank in re.finditer(r"\n\s*\n", text):
-        if blank.end() - begin >= _MIN_TEXT:
-            yield text[begin : blank.end()]
-            begin = blank.end()
-    if text[begin:].strip():
-        yield text[begin:]
+def text_documents(path: Path, *, max_characters: int | None = None) -> Iterator[Document]:
+    """Yield the documents of a text file: it is cut after blank lines, where a document has 4,000 characters or more.
+
+    The file is read line by line. max_characters: a document is cut there, whether or not a line is blank.
+    """
+    lines: list[str] = []
+    length = 0
+    is_blank = False
+    for line in text_lines(path):
+        was_blank, is_blank = is_blank, line.endswith("\n") and line.isspace()
+        is_too_long = max_characters is not None and length >= max_characters
+        if (was_blank and not is_blank and length >= _MIN_TEXT) or is_too_long:
+            yield text_document("".join(lines))
+            lines, length = [], 0
+        lines.append(line)
+        length += len(line)
+    if (text := "".join(lines)).strip():
+        yield text_document(text)
 
 
-def _parquet(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    return _documents((record for path in local_files(config) for record in _rows(path)), config, errors)
+def all_documents(config: SourceConfig, *, errors: list[str]) -> Iterator[Document]:
+    """Yield the documents of a source as they are read, repeated and empty ones too.
+
+    errors: gets the error of each record that `config.unreadable` drops. Raises ConfigError for tokens that only
+    `moetrain prepare` reads.
+    """
+    if config.kind in FOREIGN_KINDS:
+        raise ConfigError(f"{config.path} is of kind {config.kind}, which training does not read: {_PREPARE_FIRST}")
+    return _READERS[config.kind](config, errors)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Record]]:
+def parquet_groups(path: Path) -> list[int]:
+    """Return the bytes of each row group of a parquet file. Raises DataError that names the file."""
+    with _parquet_file(path) as file:
+        groups = range(file.num_row_groups)
+        return [int(file.metadata.row_group(group).total_byte_size) for group in groups]
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow  # imported here, because only parquet sources use it
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    yield f"{path} row {number}", _columns(record)
-                    number += 1
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{path} cannot be read: {lines[0]}") from error
 
 
+def _parquet(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
+    records = (record for path in local_files(config) for record in parquet_records(path))
+    return documents_of(records, config, errors=errors)
+
+
+def parquet_records(
+    path: Path, *, row_groups: range | None = None, column: str | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yield (place, record) of each row, or of the rows in `row_groups`. Raises DataError that names the file.
+
+    column: the only column that is read, if the file has it.
+    """
+    with _parquet_file(path) as file:
+        columns = [column] if column in file.schema_arrow.names else None
+        groups = range(file.num_row_groups) if row_groups is None else row_groups
+        number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+        # Small batches, because rows may be long.
+        for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=list(groups), columns=columns):
+            for record in batch.to_pylist():
+                yield f"{path} row {number}", _columns(record)
+                number += 1
+
+
 def _hub(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    assert config.path is not None  # SourceConfig checks it
-    name, _, subset = config.path.partition(":")
-    is_capped = config.max_characters is not None
-    records = _load(name, config, name=subset or None, split=config.split, streaming=is_capped)
+    records = _records(_load(config, streaming=config.max_characters is not None), config)
     num_characters = 0
-    for document in _documents(records, config, errors):
+    for document in documents_of(records, config, errors=errors):
         num_characters += len(document.text)
         if config.max_characters is not None and num_characters > config.max_characters:
             return
         yield document
 
 
-def _load(builder: str, config: SourceConfig, **options: Any) -> Iterator[tuple[str, Record]]:
+def hub_parts(config: SourceConfig) -> int:
+    """Return the number of parts in which a hub data set can be streamed. Raises DataError that names the data set."""
+    return int(_load(config, streaming=True).num_shards)
+
+
+def hub_documents(config: SourceConfig, *, part: int, num_parts: int, errors: list[str]) -> Iterator[Document]:
+    """Stream one part of a hub data set. Raises DataError that names the data set."""
+    part_of = _load(config, streaming=True).shard(num_shards=num_parts, index=part)
+    return documents_of(_records(part_of, config), config, errors=errors)
+
+
+@contextmanager
+def _loading(config: SourceConfig) -> Iterator[None]:
     import datasets  # imported here, because it takes two seconds and only hub sources use it
     import pyarrow
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below contains its messages
     datasets.disable_progress_bars()
     try:
-        for number, record in enumerate(datasets.load_dataset(builder, **options)):
-            yield f"{config.path} row {number}", _columns(record)
+        yield
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{config.path} cannot be read: {lines[0]}") from error
+
+
+def _load(config: SourceConfig, *, streaming: bool) -> Any:
+    """Return the data set of `datasets`; a name is "owner/name", or "owner/name:configuration"."""
+    assert config.path is not None  # SourceConfig checks it
+    name, _, subset = config.path.partition(":")
+    with _loading(config):
+        import datasets
+
+        return datasets.load_dataset(name, name=subset or None, split=config.split, streaming=streaming)
+
+
+def _records(records: Iterable[Record], config: SourceConfig) -> Iterator[tuple[str, Record]]:
+    with _loading(config):
+        for number, record in enumerate(records):
+            yield f"{config.path} row {number}", _columns(record)
 
 
 def _columns(record: Record) -> Record:
@@ -208,8 +298,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    """Yield the record's documents; the errors of those that `config.unreadable` drops are added to `errors`."""
+def documents_of(
+    records: Iterable[tuple[object, Record]], config: SourceConfig, *, errors: list[str]
+) -> Iterator[Document]:
+    """Yield the document of each (place, record), in the source's format. A DataError begins with the place.
+
+    errors: gets the error of each record that `config.unreadable` drops.
+    """
     format = format_named(config.format)
     for where, record in records:
         try:
@@ -220,8 +315,8 @@ def _documents(records: Iterable[tuple[str, Record]], config: SourceConfig, erro
             errors.append(str(error))
 
 
-def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
-    """Return the documents that contain text, each text once; log the number of dropped documents."""
+def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Document], int]:
+    """Return the documents that contain text, each text once, and the number of the others, which is logged."""
     seen: set[bytes] = set()
     unique = []
     num_empty = num_identical = 0
@@ -238,7 +333,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> list[Document]:
     for number, what in [(num_empty, "empty"), (num_identical, "identical")]:
         if number:
             _log.info("data.sources.%s: %d %s documents dropped", name, number, what)
-    return unique
+    return unique, num_empty + num_identical
 
 
 def _up_to(documents: list[Document], max_characters: int) -> list[Document]:

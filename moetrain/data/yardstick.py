@@ -23,7 +23,7 @@ def main() -> None:
     config = DataConfig(sources=sources, validation_rows=64, tokenizer=TokenizerConfig(vocab_size=1024))
     with tempfile.TemporaryDirectory() as folder:
         data = build_data(config, 0, tokenizer_folder=Path(folder))
-    baseline = bigram_baseline(data.loader.rows, data.validation, vocab_size=data.tokenizer.vocab_size)
+    baseline = bigram_baseline(data.in_memory(), data.validation, vocab_size=data.tokenizer.vocab_size)
     for name, source in sources.items():
         documents = read_documents(source, name=name)
         num_characters = sum(len(document.pieces[0].text) for document in documents)

@@ -1,8 +1,9 @@
 """Checks everything that a config names before a stage starts: folders, files, plugins, names, records, weights.
 
-`check_inputs` checks only paths, and every process calls it first. The other checks read more: `check_names` imports
-the plugins, `check_records` reads all records, `check_weights` loads torch. `moetrain check` runs all of them. The
-launchers call it before they start ranks, so that a mistake is reported once instead of once per rank.
+`check_inputs` checks only paths and sizes, and every process calls it first. The other checks read more: `check_names`
+imports the plugins, `check_records` reads all records, `check_prepared` all prepared tokens, `check_weights` loads
+torch. `moetrain check` runs all of them. The launchers call all but `check_prepared` before they start ranks, so that a
+mistake is reported once instead of once per rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +24,22 @@ from moetrain.config import (
     UpcycleRun,
     check_length,
 )
-from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
+from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
+from moetrain.data_commands import PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
+from moetrain.run.stage import rank
 from moetrain.runtime import num_ranks
 from moetrain.tasks import registry
 
-LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text)
+LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text, *FOREIGN_KINDS)
 """Kinds of sources that are local files."""
 _NEED_WEIGHTS: dict[type[StageRun], str] = {
     RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
@@ -79,6 +83,16 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
     for source in _data(run).sources.values():
         if source.kind in LOCAL_KINDS:
             local_files(source)
+    for folder in prepared_folders(_data(run)).values():
+        if not any(folder.is_relative_to(parent) for parent in planned):
+            index = read_index(folder)
+            if rank() == 0:  # for all ranks, because the folder may have thousands of files
+                check_sizes(folder, index)
+            if isinstance(run, DocumentRun) and index.vocab_size > run.model.vocab_size:
+                raise ConfigError(
+                    f"model.vocab_size is {run.model.vocab_size}, and {folder} was prepared with a tokenizer of "
+                    f"{index.vocab_size} tokens: set model.vocab_size to {index.vocab_size} or more"
+                )
 
 
 def _is_inside(value: str, folder: Path) -> bool:
@@ -110,10 +124,21 @@ def _continues(run: StageRun) -> bool:
 
 
 def check_records(run: StageRun) -> None:
-    """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid."""
+    """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid.
+
+    What `prepare` reads is not read before.
+    """
+    if isinstance(run, PrepareRun):
+        return
     for name, source in _data(run).sources.items():
         if source.kind in LOCAL_KINDS:
             read_documents(source, name=name)
+
+
+def check_prepared(run: StageRun) -> None:
+    """Read all files of prepared sources; `DataError` names the first with another sha256 than its index states."""
+    for folder in prepared_folders(_data(run)).values():
+        check_contents(folder, read_index(folder))
 
 
 def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
@@ -204,4 +229,4 @@ def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
 
 
 def _data(run: StageRun) -> DataConfig:
-    return run.data if isinstance(run, DocumentRun | EvalRun) else DataConfig()
+    return run.data if isinstance(run, DocumentRun | EvalRun | PrepareRun) else DataConfig()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.compose import read_yaml
+from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, write_json
 
@@ -162,6 +163,8 @@ class _Digests:
         """Return the digest of a file, or of the names and contents of all files in a folder."""
         if not path.is_dir():
             return self._of_file(path)
+        if is_prepared(path):  # the index holds the digests of the files, which may be terabytes
+            return self._of_file(path / INDEX)
         files = sorted(item for item in path.rglob("*") if item.is_file())
         return _combine([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
 

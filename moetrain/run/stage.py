@@ -21,8 +21,11 @@ INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
 CONFIG = "config.yaml"
 """File in the stage folder with the config of the stage."""
-_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html")
+_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html", "*/index.json")
 """Patterns of result files in a stage folder, which belong to its config."""
+
+_WORK = ("checkpoints", "*/.work/*.json", "*/index.json")
+"""Patterns of what a stage that failed on the user's input keeps: work that would take long to do again."""
 
 
 def rank() -> int:
@@ -118,7 +121,8 @@ def stage_folder(run: StageRun) -> Iterator[Path]:
             finally:
                 scratch.unlink(missing_ok=True)
     except MoetrainError as error:
-        if is_new and error.exit_code == ConfigError.exit_code and not (folder / "checkpoints").exists():
+        has_work = any(next(folder.glob(pattern), None) for pattern in _WORK)
+        if is_new and error.exit_code == ConfigError.exit_code and not has_work:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
                 with suppress(OSError):  # the folder is not empty

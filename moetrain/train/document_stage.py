@@ -14,7 +14,7 @@ from moetrain.train.config import DocumentTrainConfig
 from moetrain.train.continuation import StartPoint
 from moetrain.train.loop import Training
 from moetrain.train.loss import ObjectiveFor
-from moetrain.train.rows import rank_rows, split_rows
+from moetrain.train.rows import split_rows
 from moetrain.train.step import train_step
 
 
@@ -22,7 +22,8 @@ from moetrain.train.step import train_step
 class DocumentStage:
     """The functions and settings of the steps of pretraining or SFT.
 
-    batch_at: the global batch of a step of the run (from 0). learning_rate: the rate of a step. mix_at: the index of
+    batch_at: this rank's rows of a step of the run (from 0), as many on every rank. num_rows_at: the rows of a step,
+    over all ranks. learning_rate: the rate of a step. mix_at: the index of
     the data mix that a step uses. position, start_point, identity: see `Training`. validate: metrics of held-out data,
     collective. initial_metrics: metrics that are logged once when a run begins. flops_per_token: of forward and
     backward. peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip; None is off; if
@@ -32,6 +33,7 @@ class DocumentStage:
     engine: Engine
     objective_for: ObjectiveFor
     batch_at: Callable[[int], TokenBatch]
+    num_rows_at: Callable[[int], int]
     learning_rate: Callable[[int], float]
     mix_at: Callable[[int], int]
     balance: BalanceConfig
@@ -65,14 +67,11 @@ def document_training(stage: DocumentStage, config: DocumentTrainConfig) -> Trai
 def take_document_step(stage: DocumentStage, config: DocumentTrainConfig, *, step: int) -> dict[str, float]:
     """Take step `step` (from 0) and return its metrics, the same on every rank. Collective."""
     start = time.perf_counter()
-    topology = stage.engine.topology
-    batch = stage.batch_at(step)
-    rows = rank_rows(batch, rank=topology.rank, world_size=topology.world_size)
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     values = train_step(
         stage.engine,
         stage.objective_for,
-        micro_batches=split_rows(rows, rows=config.rows_per_micro_batch),
+        micro_batches=split_rows(stage.batch_at(step), rows=config.rows_per_micro_batch),
         learning_rate=stage.learning_rate(step),
         balance=balance,
         step=step,
@@ -80,7 +79,7 @@ def take_document_step(stage: DocumentStage, config: DocumentTrainConfig, *, ste
         on_nonfinite=config.on_nonfinite,
     )
     tokens_per_s = values["tokens"] / (time.perf_counter() - start)
-    values |= {"rows": len(batch.tokens_BT), "mix": stage.mix_at(step), "bias_rate": balance.bias_rate}
+    values |= {"rows": stage.num_rows_at(step), "mix": stage.mix_at(step), "bias_rate": balance.bias_rate}
     values[TIME_PREFIX + "tokens_per_s"] = tokens_per_s
     if math.isfinite(stage.peak_flops):
         values[TIME_PREFIX + "mfu"] = stage.flops_per_token * tokens_per_s / stage.peak_flops

@@ -1,5 +1,7 @@
 """How the rows of a global batch are split over ranks and micro-batches. Pure functions of sizes."""
 
+from collections.abc import Callable
+
 import torch
 
 from moetrain.data.batch import TokenBatch
@@ -17,6 +19,18 @@ def rank_rows(batch: TokenBatch, *, rank: int, world_size: int) -> TokenBatch:
     """Return the rows of one rank: consecutive, the same number on every rank, padded if they do not divide evenly."""
     rows = -(-len(batch.tokens_BT) // world_size)
     return padded(batch, rows * world_size).rows(rank * rows, (rank + 1) * rows)
+
+
+def read_rank_rows(read: Callable[[int, int], TokenBatch], rows: range, *, rank: int, world_size: int) -> TokenBatch:
+    """Return what `rank_rows` returns for the rows of a step, but read only this rank's.
+
+    read: returns rows [start, stop) of the run.
+    """
+    share = -(-len(rows) // world_size)
+    own = rows[rank * share : (rank + 1) * share]
+    if not own:  # the last ranks of a step with fewer rows than ranks have padding alone
+        return padded(read(rows.start, rows.start + 1).rows(0, 0), share)
+    return padded(read(own.start, own.stop), share)
 
 
 def split_rows(batch: TokenBatch, *, rows: int) -> list[TokenBatch]:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, continue_state, start_from
+from moetrain.data.batch import TokenBatch
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig
 from moetrain.data.loader import Mix
 from moetrain.data.packing import TokenizedDocument
+from moetrain.data.prefetch import Prefetch
+from moetrain.data.store.rows import plan_sources
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import MoetrainError
 from moetrain.files import write_json
@@ -39,6 +42,7 @@ from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
+from moetrain.train.rows import read_rank_rows
 from moetrain.train.stage_tokenizer import stage_tokenizer
 from moetrain.train.validate import validate
 
@@ -88,16 +92,16 @@ def train_stage(
         check_fit(origin, sections.model)  # before preparing the data, which takes longest
     start_point = document_start_point(sections, origin)
     topology = setup(sections.parallel)
-    tokenizer = main_rank_first(
-        topology,
-        lambda: stage_tokenizer(
-            sections.data,
-            folder,
-            num_rows=sections.model.vocab_size,
-            origin=origin,
-            dialogue_texts=dialogue_texts,
-        ),
-    )
+
+    def prepared_tokenizer() -> Tokenizer:
+        tokenizer = stage_tokenizer(
+            sections.data, folder, num_rows=sections.model.vocab_size, origin=origin, dialogue_texts=dialogue_texts
+        )
+        if topology.is_main:
+            plan_sources(sections.data, tokenizer)
+        return tokenizer
+
+    tokenizer = main_rank_first(topology, prepared_tokenizer)
     made = dialogues(tokenizer) if dialogues else None
     data = build_data(
         sections.data,
@@ -218,6 +222,8 @@ def document_stage_of(
     start_point = start_point or StartPoint()
     train, optim, balance = sections.train, sections.optim, sections.model.balance
     max_logits = MaxLogits.needed(optim.qk_clip)
+    topology = engine.topology
+    orders = {"order": versions} if (versions := data.order_versions()) else {}
 
     def measure() -> dict[str, float]:
         figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
@@ -226,10 +232,19 @@ def document_stage_of(
     def first_row(step: int) -> int:
         return rows_before(step, train, start_point=start_point)
 
+    def rows_of(step: int) -> range:
+        return range(first_row(step), first_row(step + 1))
+
+    def batch_at(step: int) -> TokenBatch:
+        return read_rank_rows(
+            data.loader.rows_between, rows_of(step), rank=topology.rank, world_size=topology.world_size
+        )
+
     return DocumentStage(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
-        batch_at=lambda step: data.loader.rows_between(first_row(step), first_row(step + 1)),
+        batch_at=Prefetch(batch_at) if orders else batch_at,
+        num_rows_at=lambda step: len(rows_of(step)),
         learning_rate=lambda step: start_point.rate(step, optim=optim, steps=train.steps),
         mix_at=lambda step: data.loader.mix_at(first_row(step)),
         position=lambda step: _position(data, rows_read=first_row(step)),
@@ -244,7 +259,7 @@ def document_stage_of(
             train=train,
             seed=sections.seed,
             origin=engine.topology.broadcast_object(origin.digest if origin and engine.topology.is_main else None),
-            others={"data": asdict(sections.data), "digests": data.digests},
+            others={"data": asdict(sections.data), "digests": data.digests, **orders},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
         peak_flops=peak_flops,
@@ -258,12 +273,15 @@ def _position(data: Data, *, rows_read: int) -> dict[str, Any]:
         name: {"rows_taken": taken, "rows": data.training[name].num_rows, "sha256": data.digests[name]}
         for name, taken in data.loader.rows_taken(rows_read).items()
     }
+    for name, version in data.order_versions().items():
+        if name in sources:
+            sources[name]["order"] = version
     return {ROWS_READ: rows_read, "sources": sources, "tokenizer": data.tokenizer.digest}
 
 
 def _summary(sections: Sections, *, data: Data, outcome: Outcome, stage: DocumentStage, folder: Path) -> dict[str, Any]:
     """Return the content of `summary.json`: reproducible figures, and times under their own key."""
-    bigram = bigram_baseline(data.training, data.validation, vocab_size=data.tokenizer.vocab_size)
+    bigram = bigram_baseline(data.in_memory(), data.validation, vocab_size=data.tokenizer.vocab_size)
     sources = {
         name: {
             "nats_per_character": outcome.validation[f"validation/{name}"],

@@ -96,9 +96,11 @@ def test_documents_characters_and_tokens_are_counted(tmp_path: Path, capsys: pyt
     train_tokenizer([], vocab_size=MIN_VOCAB_SIZE).save(tmp_path / "tokenizer")
     records = [{"messages": [USER, {"role": "assistant", "content": "x" * 100 + str(number)}]} for number in range(10)]
     words = [f"data.tokenizer.path={tmp_path / 'tokenizer'}", "characters=20"]
-    assert show(tmp_path, records, *words) == 0
+    assert show(tmp_path, [*records, records[0]], *words) == 0
     page = capsys.readouterr().out
     text = len("user" + "Rome?" + "assistant" + "x" * 101)
     row = page.splitlines()[-1].split()
-    assert row[:4] == ["mine", "10", f"{10 * text:,}", f"{10 * (text + 8):,}"]
+    assert row[:5] == ["mine", "10", "1", f"{10 * text:,}", f"{10 * (text + 8):,}"]
+    length = f"{text + 8:,}"
+    assert row[5] == f"{text / (text + 8):.2f}" and row[7:] == [length] * 3
     assert "more characters" in page and "estimated" not in page

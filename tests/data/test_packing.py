@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moetrain.data.config import Overlong
-from moetrain.data.packing import PackedRows, TokenizedDocument, best_fit, pack
+from moetrain.data.fit import best_fit
+from moetrain.data.packing import PackedRows, TokenizedDocument, pack
 
 BOS, PAD = 0, 1
 

@@ -103,6 +103,7 @@ def toy_stage(
         engine=engine,
         objective_for=lambda counts: language_model_objective(counts, balance=BalanceConfig(sequence_loss=1e-2)),
         batch_at=batch_at,
+        num_rows_at=lambda step: ROWS,
         learning_rate=lambda step: learning_rate(step, steps, lr=1e-2, schedule=schedule),
         mix_at=lambda step: 0,
         balance=BalanceConfig(),

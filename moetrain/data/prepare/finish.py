@@ -1,0 +1,164 @@
+"""Completes a source whose shards are written: repeats, the held-out documents, `documents.bin` and the index.
+
+Does not import torch.
+"""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetrain.data.prepare.repeats import mark_identical, mark_similar
+from moetrain.data.prepare.shard import Shard, read_result
+from moetrain.data.prepare.similar import NUM_BANDS
+from moetrain.data.sources import Choice
+from moetrain.data.store.index import DOCUMENTS as DOCUMENTS_FILE
+from moetrain.data.store.index import ENDS, SPLIT, Counts, Index, Part, StoredFile, TokenFile, write_index
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the index says about where its documents come from. inputs: number of files and bytes."""
+
+    tokenizer: Tokenizer
+    source: dict[str, Any]
+    fraction: float
+    inputs: dict[str, int]
+
+
+def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
+    """Write what concerns all documents of a source, and at last its index, which is returned."""
+    results = [read_result(shard) for shard in shards]
+    tables = [np.load(shard.work("-documents.npy"), mmap_mode="r") for shard in shards]
+    sizes = [len(table) for table in tables]
+    bases = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+    with _written(folder / SPLIT) as scratch:
+        parts = _new_parts(scratch, bases[-1])
+        for table, base in zip(tables, bases, strict=False):
+            parts[base : base + len(table)][table["is_left_out"]] = Part.left_out
+        num_identical = mark_identical(shards, bases=bases[:-1], parts=parts)
+        near = any(shard.near_duplicates for shard in shards)
+        num_similar = mark_similar(shards, bases=bases[:-1], parts=parts, num_bands=NUM_BANDS) if near else 0
+        hold_out(parts, (table["hold_out"] for table in tables), fraction=origin.fraction)
+        sums: Counter[str] = Counter()
+        for table, base in zip(tables, bases, strict=False):
+            sums.update(_sums(table, parts[base : base + len(table)]))
+        parts.flush()
+    read = [result.counts for result in results]
+    contaminated: Counter[str] = Counter()
+    for counts in read:
+        contaminated.update(counts.num_contaminated)
+    index = write_folder(
+        folder,
+        files=[result.file for result in results],
+        lengths=(table["length"] for table in tables),
+        counts=Counts(
+            num_read=sum(counts.num_read for counts in read),
+            num_unreadable=sum(counts.num_unreadable for counts in read),
+            num_empty=sum(counts.num_empty for counts in read),
+            num_identical=num_identical + sum(counts.num_identical for counts in read),
+            num_similar=num_similar,
+            num_contaminated=dict(contaminated),
+            num_long=sum(counts.num_long for counts in read),
+            num_left_out=int((parts == Part.left_out).sum()),
+            **sums,
+        ),
+        origin=origin,
+    )
+    return index
+
+
+def write_folder(
+    folder: Path, *, files: list[TokenFile], lengths: Iterator[np.ndarray], counts: Counts, origin: Origin
+) -> Index:
+    """Write `documents.bin` and the index of a folder that has its token files and `split.bin`; return the index."""
+    with _written(folder / DOCUMENTS_FILE) as scratch, scratch.open("wb") as file:
+        end = 0
+        for each in lengths:
+            ends = end + np.cumsum(each, dtype=np.int64)
+            file.write(ends.astype(ENDS).tobytes())
+            end = int(ends[-1]) if len(ends) else end
+    index = Index(
+        tokenizer=origin.tokenizer.digest,
+        vocab_size=origin.tokenizer.vocab_size,
+        files=files,
+        documents=_stored(folder / DOCUMENTS_FILE),
+        split=_stored(folder / SPLIT),
+        counts=counts,
+        source=origin.source,
+        split_rule={"fraction": origin.fraction, "hash": "blake2b", "salt": Choice.hold_out.value},
+        inputs=origin.inputs,
+    )
+    write_index(folder, index)
+    return index
+
+
+def hold_out(parts: np.ndarray, hashes: Iterator[np.ndarray], *, fraction: float) -> None:
+    """Mark the documents whose hash is below `fraction` as held out; without one, that of the smallest hash.
+
+    A single document is trained on. parts: uint8, changed in place. hashes: float64, in order, in several arrays.
+    """
+    base = num_kept = num_held_out = smallest = 0
+    least = np.inf
+    for each in hashes:
+        part = parts[base : base + len(each)]
+        kept = part != Part.left_out
+        part[kept & (each < fraction)] = Part.held_out
+        num_kept += int(kept.sum())
+        num_held_out += int((part == Part.held_out).sum())
+        own = np.where(kept, each, np.inf)
+        if len(own) and own.min() < least:
+            least, smallest = float(own.min()), base + int(own.argmin())
+        base += len(each)
+    if num_held_out == 0 and num_kept > 1:
+        parts[smallest] = Part.held_out
+    elif num_held_out == num_kept == 1:
+        parts[smallest] = Part.training
+
+
+def _sums(table: np.ndarray, parts: np.ndarray) -> dict[str, int]:
+    """Return the counts of a shard's documents that depend on their parts."""
+    training, held_out = parts == Part.training, parts == Part.held_out
+    return {
+        "num_training": int(training.sum()),
+        "num_held_out": int(held_out.sum()),
+        "num_tokens": int(table["length"][training].sum()),
+        "num_tokens_held_out": int(table["length"][held_out].sum()),
+        "num_characters": int(table["characters"][training | held_out].sum()),
+    }
+
+
+def _new_parts(path: Path, size: int) -> np.memmap[Any, Any]:
+    if size == 0:
+        raise DataError(f"{path.parent} has no documents: give a source that contains text")
+    return np.memmap(path, dtype=np.uint8, mode="w+", shape=(size,))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which gets the name `path` when the block ends without an error."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _stored(path: Path) -> StoredFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest)

@@ -1,0 +1,288 @@
+"""Writes one shard: the documents of its units as a token file, and what the later steps need to know of each.
+
+A shard depends on its units, the tokenizer and the settings only. Its files get their names when they are complete;
+`NUMBER.json` in the work folder is written last and marks the shard as done. Memory does not grow with the shard,
+except for some ten bytes per document. Does not import torch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moetrain.data.config import SourceConfig
+from moetrain.data.formats import Document
+from moetrain.data.prepare.contamination import EvaluationTexts
+from moetrain.data.prepare.inputs import Unit, unit_documents
+from moetrain.data.prepare.similar import NUM_BANDS, Bands
+from moetrain.data.sources import Choice, key_hash
+from moetrain.data.store.index import RUNS, WORK, StoredFile, TokenFile
+from moetrain.data.tokenize import tokenize
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
+from moetrain.files import read_json_or_empty, write_json
+
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
+"""Text that is tokenized per call."""
+_MAX_CHARACTERS = 1 << 20
+"""Longer texts are tokenized in parts."""
+DOCUMENTS = np.dtype([("length", "<i8"), ("characters", "<i8"), ("hold_out", "<f8"), ("is_left_out", "?")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A shard to write.
+
+    folder: that of the source. near_duplicates: whether MinHash keys are computed. made_of: digest of all that the
+    content of the shard depends on.
+    """
+
+    number: int
+    folder: Path
+    name: str
+    source: SourceConfig
+    units: list[Unit]
+    near_duplicates: bool
+    made_of: str
+
+    def work(self, what: str) -> Path:
+        """Return the path of a file about this shard in the work folder."""
+        return self.folder / WORK / f"{self.number:05d}{what}"
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the shard has been written, of the same input and settings."""
+        return read_json_or_empty(self.work(".json")).get("made_of") == self.made_of
+
+
+@dataclass(kw_only=True)
+class ShardCounts:
+    """Counts of the documents of a shard. num_long: documents tokenized in parts."""
+
+    num_read: int = 0
+    num_unreadable: int = 0
+    num_empty: int = 0
+    num_identical: int = 0
+    num_contaminated: dict[str, int] = field(default_factory=dict)
+    num_long: int = 0
+    num_documents: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """What the work folder holds of a finished shard."""
+
+    file: TokenFile
+    counts: ShardCounts
+
+
+def read_result(shard: Shard) -> ShardResult:
+    """Return the result of a finished shard."""
+    content = json.loads(shard.work(".json").read_bytes())
+    mask = content["file"]["mask"]
+    file = TokenFile(**{**content["file"], "mask": StoredFile(**mask) if mask else None})
+    return ShardResult(file=file, counts=ShardCounts(**content["counts"]))
+
+
+def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTexts) -> None:
+    """Read, tokenize and write the documents of a shard. Raises DataError that names the source, file and line."""
+    counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
+    bands = Bands() if shard.near_duplicates else None
+    table = DocumentTable(shard)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    try:
+        with TokenWriter(shard.folder, number=shard.number, dtype=dtype) as writer:
+            for batch in _batches(_chosen(shard, counts=counts, evaluation=evaluation)):
+                documents = [each.document for each in batch]
+                tokenized = tokenize(documents, tokenizer, max_characters=_MAX_CHARACTERS)
+                for each, (tokens_N, mask_N) in zip(batch, tokenized, strict=True):
+                    writer.append(tokens_N, mask_N)
+                    counts.num_long += len(each.text) > _MAX_CHARACTERS
+                    table.add(
+                        length=len(tokens_N),
+                        characters=len(each.text),
+                        hold_out=key_hash(each.document.key, choice=Choice.hold_out),
+                        keys=[each.identity, *(bands.keys(each.text) if bands else ())],
+                    )
+            file = writer.finish()
+    except DataError as error:
+        raise DataError(f"data.sources.{shard.name}: {error}") from error
+    counts.num_documents = table.num_documents
+    table.save()
+    write_json(shard.work(".json"), {"made_of": shard.made_of, **asdict(ShardResult(file=file, counts=counts))})
+
+
+class DocumentTable:
+    """What later steps need to know of each document of a shard.
+
+    Saves `NUMBER-documents.npy` (dtype `DOCUMENTS`), `NUMBER-keys.npy` (uint64 [K, D], each of the K kinds of keys
+    sorted) and `NUMBER-positions.npy` (uint32 [K, D], the documents of the sorted keys). The first key is a hash of the
+    whole document; the others are those of MinHash.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._num_keys = 1 + (NUM_BANDS if shard.near_duplicates else 0)
+        self._documents: list[tuple[int, int, float, bool]] = []
+        self._keys: list[list[int]] = []
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents so far."""
+        return len(self._documents)
+
+    def add(self, *, length: int, characters: int, hold_out: float, keys: list[int], is_left_out: bool = False) -> None:
+        """Add a document. hold_out: the hash that decides about validation. is_left_out: it is never read."""
+        self._documents.append((length, characters, hold_out, is_left_out))
+        self._keys.append(keys)
+
+    def save(self) -> None:
+        """Write the files, atomically."""
+        _save(self._shard.work("-documents.npy"), np.array(self._documents, dtype=DOCUMENTS))
+        keys_KD = np.array(self._keys, dtype=np.uint64).reshape(-1, self._num_keys).T
+        order_KD = np.argsort(keys_KD, axis=1, kind="stable")
+        _save(self._shard.work("-keys.npy"), np.take_along_axis(keys_KD, order_KD, axis=1))
+        _save(self._shard.work("-positions.npy"), order_KD.astype(np.uint32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """A document to tokenize, with its text and the hash of it."""
+
+    document: Document
+    text: str
+    identity: int
+
+
+def _chosen(shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts) -> Iterator[_Chosen]:
+    """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
+    seen: set[int] = set()
+    errors: list[str] = []
+    for unit in shard.units:
+        for document in unit_documents(shard.source, unit, errors=errors):
+            counts.num_read += 1
+            if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
+                counts.num_empty += 1
+                continue
+            text = document.text
+            identity = _identity(text)
+            if identity in seen:
+                counts.num_identical += 1
+                continue
+            seen.add(identity)
+            if (name := evaluation.found_in(text)) is not None:
+                counts.num_contaminated[name] += 1
+                continue
+            yield _Chosen(document=document, text=text, identity=identity)
+    counts.num_unreadable = len(errors)
+
+
+def _batches(documents: Iterator[_Chosen]) -> Iterator[list[_Chosen]]:
+    batch: list[_Chosen] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _identity(text: str) -> int:
+    """Return 64 bits of a hash of the text. Among 10^9 documents, two have the same by chance with probability 3 %."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+class TokenWriter:
+    """Writes a token file and, where not all tokens are learned, its mask file."""
+
+    def __init__(self, folder: Path, *, number: int, dtype: np.dtype) -> None:
+        self._path = folder / f"tokens-{number:05d}.bin"
+        self._mask_path = folder / f"mask-{number:05d}.bin"
+        self._dtype = dtype
+        self._scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._sha256 = hashlib.sha256()
+        self._num_tokens = 0
+        self._runs: list[np.ndarray] = []
+        self._is_all_learned = True
+
+    def __enter__(self) -> "TokenWriter":
+        self._file: Any = self._scratch.open("wb", buffering=1 << 20)
+        return self
+
+    def append(self, tokens_N: np.ndarray, mask_N: np.ndarray) -> None:
+        """Append a document: token ids and bool mask, [N]."""
+        data = tokens_N.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._sha256.update(data)
+        self._is_all_learned &= bool(mask_N[1:].all())
+        self._runs.append(learned_runs(mask_N, start=self._num_tokens))
+        self._num_tokens += len(tokens_N)
+
+    def finish(self) -> TokenFile:
+        """Give the files their names; return their entry of the index."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._scratch, self._path)
+        return TokenFile(
+            name=self._path.name,
+            bytes=self._num_tokens * self._dtype.itemsize,
+            sha256=self._sha256.hexdigest(),
+            num_tokens=self._num_tokens,
+            dtype=self._dtype.str,
+            mask=None if self._is_all_learned else write_runs(self._mask_path, self._runs),
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._scratch.unlink(missing_ok=True)
+
+
+def learned_runs(mask_N: np.ndarray, *, start: int) -> np.ndarray:
+    """Return (start, length) of the runs of learned tokens of a document that starts at `start`, int64 [R, 2].
+
+    The first token of a document is not learned, because nothing precedes it.
+    """
+    if mask_N[1:].all():
+        return np.array([[start + 1, len(mask_N) - 1]] if len(mask_N) > 1 else np.zeros((0, 2)), dtype=RUNS)
+    learned = mask_N.copy()
+    learned[:1] = False
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+    return np.stack([edges[:, 0] + start, edges[:, 1] - edges[:, 0]], axis=1).astype(RUNS)
+
+
+def write_runs(path: Path, runs: list[np.ndarray]) -> StoredFile:
+    """Write a mask file atomically; return its entry of the index. runs: (start, length) pairs, int64 [R, 2] each."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sha256 = hashlib.sha256()
+    size = 0
+    with scratch.open("wb") as file:
+        for each in runs:
+            data = each.astype(RUNS).tobytes()
+            file.write(data)
+            sha256.update(data)
+            size += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    return StoredFile(name=path.name, bytes=size, sha256=sha256.hexdigest())

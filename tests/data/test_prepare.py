@@ -1,0 +1,203 @@
+"""`moetrain prepare`: the same bytes for any number of processes and stops; what is dropped is counted."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig, Unreadable
+from moetrain.data.files import json_records
+from moetrain.data.formats import text_document
+from moetrain.data.maths import maths_problems
+from moetrain.data.prepare.config import PrepareConfig
+from moetrain.data.prepare.inputs import shards_of, unit_documents, units_of
+from moetrain.data.prepare.run import prepare
+from moetrain.data.sources import text_documents
+from moetrain.data.store.index import Index, Part
+from moetrain.data.tokenize import tokenize
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError, DataError
+
+TEXTS = [f"{number} {text}" for number, text in enumerate(maths_problems(seed=1, num_documents=120))]
+KIND = SourceKind.jsonl
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def prepared(
+    path: Path, folder: Path, *, tokenizer: Tokenizer, kind: SourceKind = KIND, fraction: float = 0.1, **options
+) -> Index:
+    data = DataConfig(
+        sources={"web": SourceConfig(kind=kind, path=str(path))}, seq_len=64, validation_fraction=fraction
+    )
+    config = PrepareConfig(**{"workers": 1, "shard_bytes": 3000, **options})
+    return prepare(data, config, folder=folder, tokenizer=tokenizer)["web"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    one = prepared(path, tmp_path / "one", tokenizer=tokenizer, workers=1)
+    two = prepared(path, tmp_path / "two", tokenizer=tokenizer, workers=2)
+    assert one == two and len(one.files) > 3
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert not [name for name in content(tmp_path / "one") if "/." in name]
+
+
+def test_a_stopped_preparation_resumes_to_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    prepared(path, tmp_path / "whole", tokenizer=tokenizer)
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + b"???")  # the last line is broken, so the last shard fails
+    with pytest.raises(DataError, match=rf"data.sources.web: .*a.jsonl:{len(TEXTS)} is not JSON"):
+        prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    folder = tmp_path / "stopped" / "web"
+    done = {name: value.stat().st_mtime_ns for name in ("tokens-00000.bin",) if (value := folder / name).exists()}
+    (folder / ".tokens-00007.bin.123.tmp").write_bytes(b"left by a killed process")
+    path.write_bytes(good)
+    prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+    assert done == {name: (folder / name).stat().st_mtime_ns for name in done} != {}
+
+
+def test_a_finished_folder_is_kept_and_one_of_other_input_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    first = prepared(path, tmp_path / "out", tokenizer=tokenizer)
+    before = content(tmp_path / "out")
+    assert prepared(path, tmp_path / "out", tokenizer=tokenizer) == first
+    with pytest.raises(DataError, match=r"out/web was prepared with another validation_fraction: give"):
+        prepared(path, tmp_path / "out", tokenizer=tokenizer, fraction=0.2)
+    write(path, TEXTS[1:])
+    with pytest.raises(DataError, match=r"out/web was prepared with another content of .*a.jsonl"):
+        prepared(path, tmp_path / "out", tokenizer=tokenizer)
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 700, 5000, 10**6])
+def test_every_line_is_read_by_one_unit(shard_bytes: int, tmp_path: Path) -> None:
+    texts = [*TEXTS[:20], "x" * 3000, "y", *TEXTS[20:30]]
+    path = write(tmp_path / "a.jsonl", texts)
+    config = SourceConfig(kind=KIND, path=str(path))
+    units = units_of(config, shard_bytes=shard_bytes)
+    found = [document.key for unit in units for document in unit_documents(config, unit, errors=[])]
+    assert found == texts
+    assert [unit for shard in shards_of(units, shard_bytes=shard_bytes) for unit in shard] == units
+
+
+def test_the_line_of_a_range_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    offset = len(path.read_bytes()) // 2
+    (place, record), *_ = json_records(path, begin=offset)
+    line = int(str(place).rpartition(":")[2])
+    assert record["text"] == TEXTS[line - 1] and line > 10
+    with pytest.raises(DataError, match=r"a.jsonl:1 is longer than 0 MiB"):
+        next(json_records(path, max_bytes=20))
+
+
+def test_compressed_and_parquet_and_text_files_give_the_same_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    half = plain.read_bytes()
+    frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (half[:500], half[500:])]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    table = pyarrow.table({"text": TEXTS, "other": list(range(len(TEXTS)))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    kinds = {"a.jsonl": KIND, "a.jsonl.gz": KIND, "a.jsonl.zst": KIND, "a.parquet": SourceKind.parquet}
+    digests = set()
+    for name, kind in kinds.items():
+        index = prepared(tmp_path / name, tmp_path / f"{name}.out", tokenizer=tokenizer, kind=kind)
+        tokens = [(tmp_path / f"{name}.out" / "web" / file.name).read_bytes() for file in index.files]
+        digests.add(b"".join(tokens))
+        assert len(index.files) > 1 or name.endswith((".gz", ".zst"))
+    assert len(digests) == 1
+    (tmp_path / "a.jsonl.zst").write_bytes(frames[0][:-9])
+    with pytest.raises(DataError, match=r"a.jsonl.zst"):
+        prepared(tmp_path / "a.jsonl.zst", tmp_path / "bad", tokenizer=tokenizer)
+
+
+def test_a_long_document_is_tokenized_in_parts_and_a_text_without_blank_lines_is_cut(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text = "some words\n" * 500 + "x" * 2500
+    ((tokens, mask),) = tokenize([text_document(text)], tokenizer, max_characters=1000)
+    assert tokenizer.decode(tokens[1:-1].tolist()) == text
+    assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and mask.sum() == len(mask) - 1
+    (tmp_path / "a.txt").write_text(text)
+    pieces = [document.key for document in text_documents(tmp_path / "a.txt", max_characters=2000)]
+    assert "".join(pieces) == text and [len(piece) // 2000 for piece in pieces] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\n  ", "\n \n\n"])
+def test_texts_are_cut_after_blank_lines(end: str, tmp_path: Path) -> None:
+    parts = ["a" * 3999 + "\n\n", "b\n \n", "c" * 5000 + "\n\t\n\n", "d\ne" + end]
+    (tmp_path / "a.txt").write_bytes("".join(parts).replace("\n", "\r\n").encode())
+    found = [document.key for document in text_documents(tmp_path / "a.txt")]
+    assert found == [parts[0], parts[1] + parts[2], parts[3]]
+
+
+def test_identical_and_similar_documents_are_dropped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    base = " ".join(f"word{number}" for number in range(80))
+    similar = base.replace("word79", "changed")
+    texts = [base, *TEXTS[:40], similar, "", *TEXTS[:3], base, *TEXTS[40:60]]
+    path = write(tmp_path / "a.jsonl", texts)
+    exact = prepared(path, tmp_path / "exact", tokenizer=tokenizer).counts
+    assert (exact.num_read, exact.num_empty, exact.num_identical) == (len(texts), 1, 4)
+    assert exact.num_training + exact.num_held_out == 62
+    near = prepared(path, tmp_path / "near", tokenizer=tokenizer, near_duplicates=True).counts
+    parts = np.fromfile(tmp_path / "near" / "web" / "split.bin", dtype=np.uint8)
+    assert near.num_similar >= 1 and parts[0] != Part.left_out and parts[41] == Part.left_out
+    assert (parts == Part.left_out).sum() == near.num_left_out
+    assert near.num_training + near.num_held_out == 62 - near.num_similar
+
+
+def test_documents_that_contain_an_evaluation_set_are_dropped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    question = "How many apples has Ann if she buys seven apples and then eats three of them?"
+    sets = {
+        "apples": SourceConfig(kind=KIND, path=str(write(tmp_path / "test.jsonl", [question, "too short"]))),
+        "other": SourceConfig(kind=KIND, path=str(write(tmp_path / "other.jsonl", [" ".join(map(str, range(20)))]))),
+    }
+    copies = [f"before, HOW many apples has Ann if she buys seven: apples and then eats. {n}" for n in range(3)]
+    path = write(tmp_path / "a.jsonl", [*TEXTS[:30], *copies, "How many apples has Ann if she buys seven pears?"])
+    counts = prepared(path, tmp_path / "out", tokenizer=tokenizer, decontaminate=sets).counts
+    assert counts.num_contaminated == {"apples": 3, "other": 0}
+    assert counts.num_training + counts.num_held_out == 31
+    with pytest.raises(DataError, match=r"prepare.decontaminate.apples has no record of 40 words"):
+        prepared(path, tmp_path / "no", tokenizer=tokenizer, decontaminate=sets, ngram=40)
+
+
+def test_unreadable_records_are_dropped_and_counted_where_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS[:20])
+    with path.open("a") as file:
+        file.write('{"text": 3}\n')
+    data = DataConfig(sources={"web": SourceConfig(kind=KIND, path=str(path), unreadable=Unreadable.drop)}, seq_len=64)
+    index = prepare(data, PrepareConfig(workers=1), folder=tmp_path / "out", tokenizer=tokenizer)["web"]
+    assert (index.counts.num_read, index.counts.num_unreadable) == (20, 1)
+    with pytest.raises(DataError, match=r"a.jsonl:21: column text holds int '3'"):
+        prepared(path, tmp_path / "strict", tokenizer=tokenizer)
+
+
+def test_a_tokenizer_is_trained_on_the_sources_where_none_is_given(tmp_path: Path) -> None:
+    source = SourceConfig(kind=KIND, path=str(write(tmp_path / "a.jsonl", TEXTS)))
+    data = DataConfig(sources={"web": source}, seq_len=64, tokenizer=TokenizerConfig(vocab_size=320))
+    (index,) = prepare(data, PrepareConfig(workers=1), folder=tmp_path / "out").values()
+    assert index.tokenizer == Tokenizer.load(tmp_path / "out" / "web" / "tokenizer").digest
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path is null: give the folder"):
+        prepare(DataConfig(sources={"web": source}), PrepareConfig(workers=1), folder=tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"vocab_size is 330, and .* has a tokenizer of 320 tokens: give another"):
+        other = DataConfig(sources={"web": source}, seq_len=64, tokenizer=TokenizerConfig(vocab_size=330))
+        prepare(other, PrepareConfig(workers=1), folder=tmp_path / "out")
+    with pytest.raises(DataError, match=r"two/web has no documents"):
+        write(tmp_path / "a.jsonl", ["", " "])
+        tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
+        prepared(tmp_path / "a.jsonl", tmp_path / "two", tokenizer=tokenizer)
