@@ -112,6 +112,8 @@ class TrainingRun(StageRun):
         """Check constraints that span sections."""
         check_ranges(self, prefix="", ranges={POSITIVE: ("device_tflops",)})
         self._check_continuation()
+        if self.dither_masters and self.init_from is None:
+            raise ConfigError("dither_masters is true and init_from is null: only weights that are stored are spread")
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(
                 f"parallel.expert is {self.parallel.expert}: it must divide model.num_experts={self.model.num_experts}"
@@ -372,9 +374,6 @@ class RecipeRun:
     results as they are."""
     dry_run: bool = False
     """Print parameters, memory, tokens and expected time of each stage without running it."""
-    dither_masters: bool = False
-    """With init_from weights whose experts are stored as codes: spread the masters over the cells of their codes, drawn
-    from run.seed, instead of setting them to the centres. Codes then change after small steps too."""
     device_tflops: float | None = None
     """Matmul peak of one device in TFLOP/s for the time that dry_run prints, for every stage; null takes each stage's
     value."""

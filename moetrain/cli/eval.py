@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from torch import Tensor
+
     from moetrain.checkpoint.origin import Origin
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import Contestant
+    from moetrain.quant.config import QuantConfig
+    from moetrain.quant.grids import Quantized
     from moetrain.rollout.types import Trajectory
 
 
@@ -96,7 +100,6 @@ def _numbers(
         on_finished=keep_traces,
         topology=topology,
     )
-
     quant, is_main = origin.quant or QuantConfig(), topology.is_main
     numbers = evaluate(
         setting,
@@ -107,8 +110,17 @@ def _numbers(
     if numbers is None:
         return None
     if earlier is not None:
-        numbers["code_changes"] = code_changes(with_codes(earlier), with_codes(origin), quant=quant)
+        numbers["code_changes"] = code_changes(_codes_like(earlier, quant), with_codes(origin), quant=quant)
     return {**numbers, **_language(run, origin)}
+
+
+def _codes_like(origin: "Origin", quant: "QuantConfig") -> "Mapping[str, Tensor | Quantized]":
+    """Return weights with their stored codes if these are codes of `quant`; else all of them as tensors."""
+    from moetrain.run.weights import with_codes
+
+    stored = origin.quant or quant
+    is_alike = (stored.format, stored.group_size) == (quant.format, quant.group_size)
+    return with_codes(origin) if is_alike else origin.tensors
 
 
 def _contestant(origin: "Origin", *, rollout: RolloutConfig, is_main: bool) -> "Contestant":

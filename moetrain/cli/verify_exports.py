@@ -21,7 +21,7 @@ def main(run: VerifyExportsRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.config import ExportFormat
     from moetrain.export.read import export_format, is_export
-    from moetrain.run.weights import read_masters, read_weights
+    from moetrain.run.weights import read_masters, read_weights, with_codes
     from moetrain.verify.bf16 import verify_bf16
     from moetrain.verify.exports import ExportFault, verify_exports
     from moetrain.verify.gguf import verify_gguf
@@ -32,10 +32,13 @@ def main(run: VerifyExportsRun) -> int:
         if not is_export(export.path):
             raise CheckpointError(f"init_from is {run.init_from}: not an export; give the folder of an export stage")
         check_length(export.model, name="num_tokens", length=run.num_tokens)
-        masters = read_masters(run.masters, field="masters", origin=export).tensors
+        origin = read_masters(run.masters, field="masters", origin=export)
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
         fault = ExportFault(run.fault)
         format = export_format(export.path)
+        # Of INT4 weights an export has the codes and scales, whatever grid gives them.
+        has_codes = export.codes is not None or format is ExportFormat.bf16_dequantized
+        masters = with_codes(origin) if has_codes else origin.tensors
         if format is ExportFormat.gguf:
             verified = verify_gguf(export.path, masters=masters, llama_python=run.llama_python, fault=fault, **sizes)
             rows, skipped = verified.rows, verified.skipped

@@ -11,7 +11,7 @@ import torch
 from moetrain.inference.protocol import Model
 from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.quant.config import QuantConfig
-from moetrain.quant.grids import Quantized, quantize
+from moetrain.quant.grids import Quantized, codes_of
 from moetrain.rollout.types import Segment, Trajectory
 
 _ROWS = 8
@@ -52,13 +52,15 @@ def code_changes(
 ) -> dict[str, float]:
     """Return the share of codes and of scales of the routed experts that differ between two sets of weights.
 
-    Weights that are not stored as codes are quantised with `quant`.
+    Weights that are not stored as codes are quantised with `quant`; codes have its format and group size.
     """
     num_codes = num_scales = codes_changed = scales_changed = 0
     for name, weights in after.items():
         if isinstance(weights, torch.Tensor) and weights.ndim < 3:  # only experts have three axes
             continue
-        first, second = (_quantized(tensors, quant) for tensors in (before[name], weights))
+        first, second = (
+            codes_of(tensors, grid=quant.grid, group_size=quant.group_size) for tensors in (before[name], weights)
+        )
         num_codes += first.codes_XOI.numel()
         num_scales += first.scales_XOG.numel()
         codes_changed += int((first.codes_XOI != second.codes_XOI).sum())
@@ -67,12 +69,6 @@ def code_changes(
         "code_flip_rate": codes_changed / max(num_codes, 1),
         "scale_change_rate": scales_changed / max(num_scales, 1),
     }
-
-
-def _quantized(weights: torch.Tensor | Quantized, quant: QuantConfig) -> Quantized:
-    if isinstance(weights, Quantized):
-        return weights
-    return quantize(weights, grid=quant.grid, group_size=quant.group_size)
 
 
 def _logprobs(model: Model, segments: Sequence[Segment]) -> torch.Tensor:

@@ -34,6 +34,10 @@ class ExpertCodes:
         self.num_groups = 0
         self.num_zero_groups = 0
 
+    def quantizes(self, name: str) -> bool:
+        """Return whether the tensor `name` is written as codes: of weights that are stored as codes, only these."""
+        return not self._packed or name in self._packed
+
     def of(self, name: str, expert: int, *, top: int, bottom: int) -> Quantized:
         """Return the rows [top, bottom) of one expert's matrix in the fused tensor `name`. [1, O, I]."""
         if name in self._packed and self._codes is not None:

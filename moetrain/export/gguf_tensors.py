@@ -206,6 +206,8 @@ def _experts(
     num_experts, rows, inputs = shape
     kinds = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
     num_rows = rows // len(kinds)
+    if experts is not None and not experts.quantizes(name):
+        experts = None
     kind_of_data = "Q4_0" if experts is not None else ("F32" if dtype is GgufDtype.float32 else "BF16")
 
     def one(expert: int, projection: int) -> Array:

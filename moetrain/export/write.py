@@ -1,6 +1,7 @@
 """Writes a checkpoint as a folder that transformers and other engines load: weights, config, tokenizer, template."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def export_model(
         report.num_quantized, report.num_groups = experts.num_quantized, experts.num_groups
         report.num_zero_groups, report.num_changed_groups = experts.num_zero_groups, experts.num_changed
         quant = replace(quant, grid=experts.grid)
-        config = _config(model, quant, export=export, tensors=tensors, tokenizer=tokenizer)
+        config = _config(model, quant, export=export, ignore=_ignored(tensors, experts), tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
         ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
         write_json(partial / "generation_config.json", ids, indent=2)
@@ -122,6 +123,12 @@ def export_model(
         )
     _log_report(folder, report, reasons=reasons)
     return report
+
+
+def _ignored(tensors: FolderTensors, experts: ExpertCodes) -> list[str]:
+    """Return what compressed-tensors must not read as quantised: other linears, and experts that are written plain."""
+    plain = {name.rpartition(".")[0] for name in tensors.experts if not experts.quantizes(name)}
+    return [*tensors.unquantized_linears, *(f"re:{re.escape(module)}\\..*" for module in plain)]
 
 
 def _check_rows(tokenizer: Tokenizer, model: ModelConfig) -> None:
@@ -215,7 +222,7 @@ def _disk_tensors(
         size = shape[1:].numel()
         for expert in range(shape[0]):
             report.num_bytes_bf16 += size * _BYTES_PER_BF16
-            if format is ExportFormat.bf16:
+            if format is ExportFormat.bf16 or not experts.quantizes(name):
                 weight_1OI = reader.read(name, first=expert * size, last=(expert + 1) * size).view(1, *shape[1:])
                 yield from hf_disk_tensors({name: tensors.stored(name, weight_1OI)}, first_expert=expert)
                 continue
@@ -227,11 +234,11 @@ def _disk_tensors(
 
 
 def _config(
-    model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, tensors: FolderTensors, tokenizer: Tokenizer
+    model: ModelConfig, quant: QuantConfig, *, export: ExportConfig, ignore: list[str], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     config = {**to_hf_config(model), "dtype": "bfloat16", **_token_ids(tokenizer)}
     if export.format is ExportFormat.quantized:
-        config["quantization_config"] = quantization_config(quant, ignore=tensors.unquantized_linears)
+        config["quantization_config"] = quantization_config(quant, ignore=ignore)
     return config
 
 

@@ -116,7 +116,7 @@ def disk_tensors(path: Path) -> dict[str, DiskTensor]:
             tensors[tensor.name] = tensor
     if (path / INDEX_FILE).is_file():
         for name, file in _weight_map(path).items():
-            if name not in tensors or tensors[name].path.name != file:
+            if name not in tensors or tensors[name].path != path / file:
                 raise CheckpointError(
                     f"{path / file}: {name} is missing, and {INDEX_FILE} lists it in this file: copy the folder again"
                 )

@@ -131,9 +131,10 @@ class PackedMatrix:
             quantized = FORMATS[self.groups.format].decode(stored)
         except CheckpointError as error:
             raise CheckpointError(f"{self.module}: {error}") from error
-        if not bool(torch.isfinite(quantized.scales_XOG).all()):
+        if not bool(torch.isfinite(16 * quantized.scales_XOG).all()):
             raise CheckpointError(
-                f"{self.module}.weight_scale holds numbers that are not finite: copy the folder again"
+                f"{self.module}.weight_scale holds numbers that are not finite, or that make such weights: copy the "
+                "folder again"
             )
         return quantized
 
@@ -189,6 +190,11 @@ def _packed(disk: Mapping[str, DiskTensor], groups: PackedGroups) -> Iterator[Pa
             raise CheckpointError(f"{module}{min(missing)} is missing: a packed matrix requires {', '.join(suffixes)}")
         if any(len(tensor.shape) != (1 if suffix == _SHAPE_SUFFIX else 2) for suffix, tensor in tensors.items()):
             raise CheckpointError(f"{module}: a packed matrix has two axes; experts that are packed fused are not read")
+        for suffix, tensor in tensors.items():
+            if tensor.dtype not in (read := FORMATS[groups.format].dtypes.get(suffix, (tensor.dtype,))):
+                raise CheckpointError(f"{module}{suffix} has dtype {tensor.dtype}: {', '.join(read)} are read")
+        if tensors[".weight_packed"].shape[0] != tensors[".weight_scale"].shape[0]:
+            raise CheckpointError(f"{module}: weight_packed and weight_scale have different numbers of rows")
         on_disk = tensors[suffixes[0]].name.removesuffix(suffixes[0])
         if groups.ignores(on_disk):
             raise CheckpointError(

@@ -18,6 +18,8 @@ from moetrain.quant.grids import Quantized
 
 CODE_OFFSET = 8
 SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
+DTYPES = dict(zip(SUFFIXES, (("I32",), ("BF16", "F16", "F32", "F64"), ("I32", "I64")), strict=True))
+"""By suffix, the dtypes that are read, as safetensors names them."""
 
 
 def pack(codes_XOI: Tensor) -> Tensor:

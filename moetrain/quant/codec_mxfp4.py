@@ -18,6 +18,8 @@ from moetrain.errors import CheckpointError
 from moetrain.quant.grids import E2M1_HALVES, Quantized
 
 SUFFIXES = (".weight_packed", ".weight_scale")
+DTYPES = dict.fromkeys(SUFFIXES, ("U8",))
+"""By suffix, the dtypes that are read, as safetensors names them."""
 _SIGN = 8
 _EXPONENT_BIAS = 127
 _NAN = 255

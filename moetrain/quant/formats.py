@@ -6,7 +6,7 @@ and which programs read them. docs/add-a-quantisation-format.md shows how to add
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +32,8 @@ class Format:
     """Display name."""
     suffixes: tuple[str, ...]
     """Suffixes of the stored tensors of one matrix; no other tensor has such a suffix."""
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By suffix, the dtypes that are read, as safetensors names them; of suffixes that are not here every dtype is."""
     encode: Callable[[Quantized], dict[str, Tensor]]
     """Maps one matrix [out, in] to its stored tensors, by suffix."""
     decode: Callable[[Mapping[str, Tensor]], Quantized]
@@ -84,6 +86,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
         FormatName.int4: Format(
             title="INT4",
             suffixes=codec_int4.SUFFIXES,
+            dtypes=codec_int4.DTYPES,
             encode=codec_int4.encode,
             decode=codec_int4.decode,
             compression="pack-quantized",
@@ -104,6 +107,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
         FormatName.mxfp4: Format(
             title="MXFP4",
             suffixes=codec_mxfp4.SUFFIXES,
+            dtypes=codec_mxfp4.DTYPES,
             encode=codec_mxfp4.encode,
             decode=codec_mxfp4.decode,
             compression="mxfp4-pack-quantized",

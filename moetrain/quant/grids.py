@@ -103,7 +103,9 @@ def _mx_codes(quotients: Tensor) -> Tensor:
 _FITTED_DIVISORS = (7, 8, 6, 5, 4)
 """Codes that the largest weight of a group may have, the most usual first."""
 _FITTED_AT_ONCE = 1 << 16
-"""Weights that are computed at once, so that the five tries stay in the cache."""
+"""Weights that a CPU computes at once, so that the five tries stay in its cache."""
+_FITTED_AT_ONCE_ON_GPU = 1 << 26
+"""Weights that a GPU computes at once, so that it is not waited for often."""
 _ON_GRID = 0.1
 """Distance to the codes, in steps, below which weights are codes times one scale. The rounding to bf16 causes at most
 1 / 16; if the largest code is taken for its neighbour, a weight of code 1 or -1 is at least 1 / 8 away."""
@@ -117,7 +119,8 @@ def _fitted_scales(weight_XOGS: Tensor) -> Tensor:
     depend on the order of the weights.
     """
     groups_NS = weight_XOGS.flatten(0, -2)
-    size = max(_FITTED_AT_ONCE // groups_NS.shape[-1], 1)
+    at_once = _FITTED_AT_ONCE if weight_XOGS.device.type == "cpu" else _FITTED_AT_ONCE_ON_GPU
+    size = max(at_once // groups_NS.shape[-1], 1)
     return torch.cat([_fitted_scales_of(part) for part in torch.split(groups_NS, size)]).view(weight_XOGS.shape[:-1])
 
 
@@ -184,6 +187,13 @@ def quantize(weight_XOI: Tensor, *, grid: GridName, group_size: int) -> Quantize
     codes_XOGS = rule.codes_of(weight_XOGS / divisors_XOG1)
     scales_XOG = raw_scales_XOG.masked_fill(is_zero_XOG, ZERO_GROUP_SCALE)
     return Quantized(codes_XOI=_ungrouped(codes_XOGS.to(torch.int8)), scales_XOG=scales_XOG)
+
+
+def codes_of(weight_XOI: Tensor | Quantized, *, grid: GridName, group_size: int) -> Quantized:
+    """Return weights that are codes and scales as they are, and others quantised."""
+    if isinstance(weight_XOI, Quantized):
+        return weight_XOI
+    return quantize(weight_XOI, grid=grid, group_size=group_size)
 
 
 def dequantize(quantized: Quantized) -> Tensor:

@@ -62,10 +62,17 @@ def training_weights(run: TrainingRun) -> Origin:
             )  # fmt: skip
         return origin
     stored = origin.quant
+    is_same = (quant.format, quant.group_size) == (stored.format, stored.group_size)
+    if run.dither_masters and not (quant.enabled and is_same):
+        raise ConfigError(
+            f"dither_masters is true, and training does not quantise the experts of {origin.path} as they are stored "
+            f"(quant.format={stored.format}, quant.group_size={stored.group_size}): spread masters would only be noisy "
+            "weights; quantise them so, or leave it out"
+        )
     if not quant.enabled:
         _log.warning("%s: the experts are %s; quant.enabled=false trains them unquantised", origin.path, stored.format)
         quant = stored
-    elif (quant.format, quant.group_size) != (stored.format, stored.group_size):
+    elif not is_same:
         _log.warning(
             "%s: the experts are %s in groups of %d, and training takes quant.format=%s, quant.group_size=%d: they are "
             "quantised twice", origin.path, stored.format, stored.group_size, quant.format, quant.group_size,

@@ -6,7 +6,7 @@ is compared with our model as it was trained. `verify.consumer` derives the boun
 noise to expect in bf16.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from moetrain.hf.consumers import obstacles
 from moetrain.hf.shape import vllm_overrides
 from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.quant.consumers import Consumer
-from moetrain.quant.grids import dequantize, quantize
+from moetrain.quant.grids import codes_of, dequantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import Verified, ask, logit_rows, logits_of
 from moetrain.verify.exports import ExportFault, agreement_row, float32_model, transformers_logits, transformers_model
+from moetrain.verify.masters import Masters, plain
 from moetrain.verify.table import Row
 from moetrain.verify.vllm_rounding import bf16_model, with_one_epsilon
 
@@ -34,7 +35,7 @@ _CACHE_GIB = 1
 def verify_bf16(
     folder: Path,
     *,
-    masters: Mapping[str, Tensor],
+    masters: Masters,
     seed: int = 0,
     num_rows: int = 4,
     num_tokens: int = 64,
@@ -82,7 +83,7 @@ def verify_bf16(
     return Verified(rows=rows, skipped=[])
 
 
-def _file_row(export: Export, *, masters: Mapping[str, Tensor]) -> Row:
+def _file_row(export: Export, *, masters: Masters) -> Row:
     """Return the number of tensors of the file that are not those of training."""
     differing = [
         name
@@ -93,12 +94,12 @@ def _file_row(export: Export, *, masters: Mapping[str, Tensor]) -> Row:
     return Row(name="tensors that differ from the masters'", value=len(differing), bound=0, note=note)
 
 
-def _expected(export: Export, masters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _expected(export: Export, masters: Masters) -> Iterator[tuple[str, Tensor]]:
     """Yield name and expected value of every tensor: the masters as stored, or the experts that training multiplied."""
     tensors, quant = folder_tensors(export.model), export.quant
     is_dequantized = export.format is ExportFormat.bf16_dequantized
     for name in tensors.shapes:
         if is_dequantized and name in tensors.experts:
-            yield name, dequantize(quantize(masters[name], grid=quant.grid, group_size=quant.group_size))
+            yield name, dequantize(codes_of(masters[name], grid=quant.grid, group_size=quant.group_size))
         else:
-            yield name, tensors.stored(name, masters[name])
+            yield name, tensors.stored(name, plain(masters, name))

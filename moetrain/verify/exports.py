@@ -25,9 +25,10 @@ from moetrain.export.tensors import folder_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer
 from moetrain.quant.formats import FORMATS
-from moetrain.quant.grids import Quantized, dequantize, quantize
+from moetrain.quant.grids import Quantized, codes_of, dequantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import logits_of
+from moetrain.verify.masters import Masters, plain
 from moetrain.verify.table import Row
 
 FP32_BOUND = 1e-5
@@ -53,7 +54,7 @@ class ExportFault(StrEnum):
 def verify_exports(
     folder: Path,
     *,
-    masters: Mapping[str, Tensor],
+    masters: Masters,
     seed: int = 0,
     num_rows: int = 4,
     num_tokens: int = 64,
@@ -71,8 +72,8 @@ def verify_exports(
             raise ConfigError(f"{folder} is an export of format {export.format}: give an export with {wanted}")
         title = FORMATS[export.quant.format].title
         quantized = {
-            name: quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
-            for name in folder_tensors(export.model).experts
+            name: codes_of(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
+            for name in export.experts
         }
         tokens_BT = torch.randint(
             export.model.vocab_size, (num_rows, num_tokens), generator=torch_stream(seed, "verify.exports")
@@ -93,13 +94,11 @@ def verify_exports(
     return rows
 
 
-def _expected_weights(
-    export: Export, *, masters: Mapping[str, Tensor], quantized: Mapping[str, Quantized]
-) -> dict[str, Tensor]:
+def _expected_weights(export: Export, *, masters: Masters, quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
     """Return the weights that training computes with, derived from the masters and not from the file."""
     tensors = folder_tensors(export.model)
     return {
-        name: dequantize(quantized[name]) if name in quantized else tensors.stored(name, masters[name])
+        name: dequantize(quantized[name]) if name in quantized else tensors.stored(name, plain(masters, name))
         for name in tensors.shapes
     }
 

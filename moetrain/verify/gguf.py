@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from moetrain.export.read import Export, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.interpreters import ForeignProgram, find_interpreter
 from moetrain.model.transformer import Transformer
-from moetrain.quant.grids import Quantized, quantize
+from moetrain.quant.grids import Quantized, codes_of
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import Verified
 from moetrain.verify.exports import NORM_FAULT, ExportFault
 from moetrain.verify.llama import ask_llama, llama_rows
 from moetrain.verify.llama_rounding import round_inputs
+from moetrain.verify.masters import Masters, plain
 from moetrain.verify.table import Row
 
 _FLOAT32_RTOL = 2.0**-22
@@ -34,7 +35,7 @@ _FIRST_EXPERTS = "ffn_gate_exps.weight"
 def verify_gguf(
     folder: Path,
     *,
-    masters: Mapping[str, Tensor],
+    masters: Masters,
     seed: int = 0,
     num_rows: int = 4,
     num_tokens: int = 64,
@@ -71,12 +72,12 @@ def verify_gguf(
     return Verified(rows=rows, skipped=[])
 
 
-def _file_rows(export: Export, *, masters: Mapping[str, Tensor]) -> Iterator[Row]:
+def _file_rows(export: Export, *, masters: Masters) -> Iterator[Row]:
     """Yield the comparison of the file's tensors with the masters'."""
     tensors = folder_tensors(export.model)
     codes = scales = num_codes = num_scales = 0
     for name, file in export.experts.items():
-        ours = quantize(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
+        ours = codes_of(masters[name], grid=export.quant.grid, group_size=export.quant.group_size)
         codes += int((ours.codes_XOI != file.codes_XOI).sum())
         scales += int((ours.scales_XOG != file.scales_XOG).sum())
         num_codes += file.codes_XOI.numel()
@@ -90,7 +91,7 @@ def _file_rows(export: Export, *, masters: Mapping[str, Tensor]) -> Iterator[Row
     differing = [
         name
         for name, found in export.dense.items()
-        if not _is_same(found, masters[name] if is_float32 else tensors.stored(name, masters[name]))
+        if not _is_same(found, plain(masters, name) if is_float32 else tensors.stored(name, plain(masters, name)))
     ]
     note = f"of {len(export.dense)} in the file" + (f"; the first: {differing[0]}" if differing else "")
     yield Row(name="other tensors that differ", value=len(differing), bound=0, note=note)

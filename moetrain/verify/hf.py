@@ -23,8 +23,7 @@ from moetrain.hf.consumers import obstacles
 from moetrain.hf.files import read_object
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import hf_disk_tensors
-from moetrain.hf.quantization import KEY as QUANTIZATION
-from moetrain.hf.shape import to_hf_config
+from moetrain.hf.shape import text_config, to_hf_config
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import read_into
@@ -145,7 +144,7 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():
             read_into(tensor, reader, name=name)
-    theirs = _of_folder(path, config) if reader.is_plain_or_packed else _stock_model(config)
+    theirs = _of_folder(path) if reader.is_plain_or_packed else _stock_model(config)
     if not reader.is_plain_or_packed:
         theirs.load_state_dict(ours.state_dict())
     tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
@@ -153,12 +152,13 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
 
 
-def _of_folder(path: Path, config: ModelConfig) -> Any:
+def _of_folder(path: Path) -> Any:
     """Return transformers' model of a folder, read with its own classes whatever model_type config.json has."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    stated = read_object(path / CONFIG_FILE).get(QUANTIZATION)
-    theirs = DeepseekV3Config(**to_hf_config(config), **({QUANTIZATION: stated} if stated else {}))
+    values = read_object(path / CONFIG_FILE)
+    stated = {**text_config(values), "model_type": DeepseekV3Config.model_type}
+    theirs = DeepseekV3Config.from_dict(stated)
     model = DeepseekV3ForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32, local_files_only=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()  # unpacked experts have the dtype of their scales

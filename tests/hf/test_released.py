@@ -133,6 +133,12 @@ GATE = "model.layers.1.mlp.experts.1.gate_proj"
         (lambda d: d | {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(1, dtype=torch.int32)},
          r"model\.layers\.0\.mlp\.up_proj\.weight_scale is missing"),
         (lambda d: d | {f"{GATE}.weight": torch.zeros(64, 160)}, rf"{GATE}\.weight is there twice, plain and packed"),
+        (lambda d: d | {f"{GATE}.weight_scale": torch.ones(64, 5).to(torch.float8_e4m3fn)},
+         rf"{GATE}\.weight_scale has dtype F8_E4M3: BF16, F16, F32, F64 are read"),
+        (lambda d: d | {f"{GATE}.weight_scale": torch.ones(64, 5, dtype=torch.int32)},
+         rf"{GATE}\.weight_scale has dtype I32: BF16, F16, F32, F64 are read"),
+        (lambda d: d | {f"{GATE}.weight_packed": torch.zeros(128, 20, dtype=torch.int32)},
+         rf"{GATE}: weight_packed and weight_scale have different numbers of rows"),
         (lambda d: d | {"lm_head.weight": torch.zeros(300, 160, dtype=torch.float8_e5m2)},
          r"lm_head\.weight has dtype F8_E5M2, which is not read here"),
     ],
@@ -150,6 +156,7 @@ def test_what_is_missing_or_unknown_is_one_line(change: Any, message: str, tmp_p
     [
         ("weight_shape", torch.tensor([64, 128]), r"weight_shape is \[64, 128\], but the scales are those of"),
         ("weight_scale", torch.full((64, 5), torch.nan).bfloat16(), "weight_scale holds numbers that are not finite"),
+        ("weight_scale", torch.full((64, 5), 3e38).bfloat16(), "weight_scale holds numbers that are not finite"),
         ("weight_scale", torch.full((64, 5), 0.0123), "weight_scale is torch.float32 and bf16 cannot hold"),
         ("weight_packed", torch.zeros(64, 19, dtype=torch.int32), r"weight_packed contains \[64, 152\] codes"),
     ],
@@ -231,3 +238,14 @@ def test_quantisation_that_is_not_read_is_refused_by_its_name(quantization: Any,
 def test_a_wrapper_without_a_language_model_that_is_computed_here_is_refused(values: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         from_hf_config(values)
+
+
+def test_files_in_a_folder_that_the_index_names_are_read(tmp_path: Path) -> None:
+    disk = released.weights()
+    folder = released.write(tmp_path, disk, values=released.config(), shards=2)
+    (folder / "parts").mkdir()
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "parts" / file.name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-0', '"parts/model-0'))
+    assert_read(folder, disk)

@@ -1,5 +1,6 @@
 """Logits of released folders: ours against those of transformers, which reads the same files with its own code."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,11 @@ def test_fp8_weights_and_the_same_weights_in_bf16_have_the_same_logits(tmp_path:
     assert torch.equal(eights, ours(released.write(tmp_path / "bf16", values, values=released.config()), tokens_BT))
     plain = ours(released.write(tmp_path / "before", released.weights(), values=released.config()), tokens_BT)
     assert not torch.equal(eights, plain)
+
+
+def test_a_config_that_is_read_wrongly_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = released.write(tmp_path, released.weights(), values=released.config())
+    config, reader = open_hf_folder(folder)
+    wrong = replace(config, routed_scaling_factor=5.0)
+    monkeypatch.setattr("moetrain.verify.hf.open_hf_folder", lambda _: (wrong, reader))
+    assert not verify_folder(folder, seed=0, num_rows=1, num_tokens=16, fault=HfFault.none).is_kept

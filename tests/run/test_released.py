@@ -188,3 +188,38 @@ def test_masters_that_are_there_are_not_spread(folder_of: Callable[[str], Path])
     run = compose("sft", [f"init_from={folder_of('bf16')}", "dither_masters=true", *DATA])
     with pytest.raises(ConfigError, match=r"^dither_masters is true, and .* holds no experts as codes"):
         check_weights(run)
+
+
+@pytest.mark.parametrize("words", [["quant.enabled=false"], ["quant.group_size=16"]])
+def test_masters_that_are_not_quantised_to_their_codes_are_not_spread(
+    words: list[str], folder_of: Callable[[str], Path]
+) -> None:
+    run = compose("sft", [f"init_from={folder_of('int4')}", "dither_masters=true", *DATA, *words])
+    with pytest.raises(ConfigError, match=r"^dither_masters is true, and training does not quantise the experts of"):
+        check_weights(run)
+
+
+def test_experts_that_are_plain_in_some_layers_leave_an_export_as_they_came(tmp_path: Path) -> None:
+    plain = {name: tensor for name, tensor in released.weights().items() if ".layers.2.mlp.experts." in name}
+    packed, _ = released.int4(released.weights())
+    disk = {name: tensor for name, tensor in packed.items() if ".layers.2.mlp.experts." not in name} | plain
+    config = released.config(quantization_config=released.EXPERT_CONFIG)
+    folder = released.write(tmp_path / "in", disk, values=config)
+    train_tokenizer([TEXT], vocab_size=290).save(folder)
+    assert main(["export", f"init_from={folder}", f"run.folder={tmp_path}", "run.name=x"]) == 0
+    assert_same(stored(tmp_path / "x" / "export" / "model"), stored(folder))
+    assert open_hf_folder(tmp_path / "x" / "export" / "model")[1].packed_experts().keys() == {
+        f"model.layers.1.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_an_export_of_codes_that_no_grid_gives_equals_its_masters(tmp_path: Path) -> None:
+    disk, _ = released.int4(released.weights())
+    module = "model.layers.1.mlp.experts.1.gate_proj"
+    disk[f"{module}.weight_packed"][0, :4] = 0x88888888 - (1 << 32)  # a group of zeros
+    disk[f"{module}.weight_scale"][0, 0] = 2.0**-7
+    folder = released.write(tmp_path / "in", disk, values=released.config(quantization_config=released.EXPERT_CONFIG))
+    train_tokenizer([TEXT], vocab_size=290).save(folder)
+    place = [f"run.folder={tmp_path}", "run.name=x"]
+    assert main(["export", f"init_from={folder}", *place]) == 0
+    assert main(["verify", "exports", f"init_from={tmp_path}/x/export", f"masters={folder}", *place]) == 0
