@@ -28,8 +28,9 @@ _SHAREGPT_ROLES = {
 }
 _CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _RESULTS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+_ONLY_RESULTS = re.compile(r"\s*(?:<tool_response>(?:(?!</?tool_response>).)*</tool_response>\s*)+", re.DOTALL)
 _ENDING_CALLS = re.compile(
-    r"(?P<content>.*?)\s*(?P<calls>(?:<tool_call>(?:(?!</?tool_call>).)*</tool_call>\s*)+)", re.DOTALL
+    r"(?P<content>.*?)(?P<calls>(?:<tool_call>(?:(?!</?tool_call>).)*</tool_call>\s*)+)", re.DOTALL
 )
 """An answer that ends in calls as Hermes's data sets write them."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
@@ -223,8 +224,9 @@ def _single_messages(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [item]
     message = _of_sharegpt(item)
     text = message.get("content")
-    results = _RESULTS.findall(text) if message["role"] == "tool" and isinstance(text, str) else []
-    return [{**message, "content": result} for result in results] if results else [message]
+    if message["role"] != "tool" or not isinstance(text, str) or _ONLY_RESULTS.fullmatch(text) is None:
+        return [message]
+    return [{**message, "content": result} for result in _RESULTS.findall(text)]
 
 
 def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
     if ending is None:
         return {"role": _SHAREGPT_ROLES[role], "content": content, **rest}
     calls = [call for text in _CALLS.findall(ending["calls"]) for call in _calls_in_text(text)]
-    return {"role": "assistant", "content": ending["content"], "tool_calls": calls, **rest}
+    return {"role": "assistant", "content": ending["content"].rstrip(), "tool_calls": calls, **rest}
 
 
 def _calls_in_text(value: object) -> list[dict[str, Any]]:

@@ -48,6 +48,8 @@ class TurnSyntax:
     """Text between two calls."""
     bare_think_end: bool = False
     """Whether a turn without reasoning begins with `think_end` alone."""
+    always_thinks: bool = False
+    """Whether each turn begins with `think_begin`."""
     places: dict[tuple[str, str], str] = field(init=False)
     """The place in a turn that follows a place and a marker."""
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from moetrain.chat.pieces import pieces_to_text
 from moetrain.chat.registry import template_named
+from moetrain.chat.template import ChatTemplate
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.fit import PackingCounts
@@ -21,7 +22,7 @@ from moetrain.data.formats import Document
 from moetrain.data.loader import Loader, Mix, Rows
 from moetrain.data.order import ORDER_VERSION
 from moetrain.data.packing import PackedRows, TokenizedDocument, ValidationRows, pack
-from moetrain.data.sources import Choice, digest_of, key_hash, read_documents
+from moetrain.data.sources import Choice, digest_of, key_hash, read_documents, renderable
 from moetrain.data.store.index import TOKENIZER, Part, prepared_folders
 from moetrain.data.store.rows import PreparedRows, prepared_sources
 from moetrain.data.tokenize import tokenize
@@ -91,6 +92,7 @@ def build_data(
     unreadable: dict[str, list[str]] = {name: [] for name in config.sources}
     texts = _read_texts(config, unreadable=unreadable)
     tokenizer = _tokenizer(config, texts, folder=tokenizer_folder, num_rows=None, dialogue_texts=())
+    texts = _renderable(texts, config, template=tokenizer.template_or_none, unreadable=unreadable)
     digests = {name: digest_of(documents) for name, documents in texts.items()}
     tokenized = {name: _tokenize(documents, tokenizer, name=name) for name, documents in texts.items()}
     keys = {name: [document.key for document in documents] for name, documents in texts.items()}
@@ -127,6 +129,20 @@ def build_data(
         digests=digests | {"tokenizer": tokenizer.digest},
         counts={name: packed.counts for name, packed in rows.items()},
     )
+
+
+def _renderable(
+    texts: Mapping[str, list[Document]],
+    config: DataConfig,
+    *,
+    template: ChatTemplate | None,
+    unreadable: Mapping[str, list[str]],
+) -> dict[str, list[Document]]:
+    """Return the documents of each source without those that the template refuses, if the source drops these."""
+    return {
+        name: [*renderable(documents, config.sources[name], template=template, errors=unreadable[name])]
+        for name, documents in texts.items()
+    }
 
 
 def prepare_tokenizer(
@@ -253,6 +269,7 @@ def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) ->
         budget = config.tokenizer.max_characters * config.sources[name].weight / total if total else 0.0
         held_out = is_held_out([document.key for document in documents], fraction=config.validation_fraction)
         training = [document for document, is_out in zip(documents, held_out, strict=True) if not is_out]
+        training = [*renderable(training, config.sources[name], template=template, errors=[])]
         for document in sorted(training, key=lambda document: key_hash(document.key, choice=Choice.train_tokenizer)):
             if budget <= 0:
                 break

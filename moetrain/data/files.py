@@ -107,12 +107,18 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def json_records(
-    path: Path, *, begin: int = 0, end: int | None = None, max_bytes: int | None = None
+    path: Path,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    max_bytes: int | None = None,
+    errors: list[str] | None = None,
 ) -> Iterator[tuple[object, Record]]:
     """Yield (place, record); a place prints as "FILE:LINE" or "FILE record NUMBER". A DataError begins with the place.
 
     begin, end: range of bytes of an uncompressed JSONL file; the lines that start in it are read. max_bytes: largest
-    size of a line, or of a file that is one array; DataError beyond it.
+    size of a line, or of a file that is one array; DataError beyond it. errors: gets the error of each line that is no
+    object, which is then left out.
     """
     limit = -1 if max_bytes is None else max_bytes + 1
     with opened(path) as file:
@@ -135,7 +141,14 @@ def json_records(
             if line.strip():
                 is_first = False
                 content = _within(line, where=where, max_bytes=max_bytes).removesuffix(b"\n")
-                yield _object(_json(content, where=where), where=where)
+                try:
+                    record = _object(_json(content, where=where), where=where)
+                except DataError as error:
+                    if errors is None:
+                        raise
+                    errors.append(str(error))
+                    continue
+                yield record
 
 
 def _seek_line(file: BinaryIO, begin: int) -> int:

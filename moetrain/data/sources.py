@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moetrain.chat.template import ChatTemplate
 from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import json_records, text_lines
 from moetrain.data.formats import Document, Record, document_of, format_named, text_document
@@ -147,7 +148,8 @@ def _maths(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
 
 
 def _jsonl(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    records = [record for path in local_files(config) for record in json_records(path)]
+    broken = errors if config.unreadable is Unreadable.drop else None
+    records = [record for path in local_files(config) for record in json_records(path, errors=broken)]
     return documents_of(records, config, errors=errors)
 
 
@@ -313,6 +315,23 @@ def documents_of(
             if config.unreadable is Unreadable.refuse:
                 raise
             errors.append(str(error))
+
+
+def renderable(
+    documents: Iterable[Document], config: SourceConfig, *, template: ChatTemplate | None, errors: list[str]
+) -> Iterator[Document]:
+    """Yield the documents without the conversations that a chat template cannot render, where these are dropped.
+
+    errors: gets the error of each document that `config.unreadable` drops.
+    """
+    for document in documents:
+        if config.unreadable is Unreadable.drop and template is not None and document.chat is not None:
+            try:
+                document.rendered(template)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+        yield document
 
 
 def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Document], int]:

@@ -198,6 +198,12 @@ def _pattern(path: Path) -> str:
                     f"{path} line {node.lineno}: pat_str is no literal, and the code is not executed; remove the file "
                     "to use the pattern of Kimi K2, if it is the same"
                 )
+            try:
+                Regex(pattern)
+            except Exception as error:  # the library raises nothing narrower
+                raise DataError(
+                    f"{path} line {node.lineno}: pat_str is no pattern ({error}): copy the file again"
+                ) from error
             return pattern
     _log.warning("%s has no pat_str: the pattern of Kimi K2 is used", path)
     return KIMI_PATTERN
@@ -224,5 +230,5 @@ def _literal(node: ast.expr) -> str | None:
 def _constant(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return None

@@ -101,7 +101,14 @@ class Tokenizer:
         self.special_names: dict[int, str] = {self.special_ids[name]: name for name in [*parts, *markers]}
         self._inner = inner
         self._own_names = {id_: str(inner.id_to_token(id_)) for id_ in self.special_names}
-        self._encoder = _encoder_of(inner, [*self._own_names.values(), *filter(_MARKER.fullmatch, added)])
+        others = sorted(
+            token.content
+            for token in inner.get_added_tokens_decoder().values()
+            if not token.special and _MARKER.fullmatch(token.content) and token.content not in self._own_names.values()
+        )
+        self._unmarked = others
+        """Tokens that text does not become, although neither the file nor the chat template says so."""
+        self._encoder = _encoder_of(inner, [*self._own_names.values(), *others])
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding needs: the largest id plus one."""
         self._check_text_gives_no_control_ids()
@@ -130,9 +137,13 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Return the sha256 of the tokenizer's file, and of the name of a chat template other than the default."""
+        """Return the sha256 of the tokenizer's file and of what else decides about tokens.
+
+        These are the name of a chat template other than the default, and control tokens that the file does not mark.
+        """
         template = "" if self.template_or_none in (None, KIMI_K2) else self.template.name
-        return hashlib.sha256((self._inner.to_str(pretty=True) + template).encode()).hexdigest()
+        content = self._inner.to_str(pretty=True) + template + "".join(self._unmarked)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:
         """Return the content of `tokenizer.json`: merges, vocabulary, added tokens, and how text is split."""

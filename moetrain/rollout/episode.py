@@ -104,9 +104,11 @@ class Episode:
         return limit
 
     def _has_thought(self) -> bool:
-        """Return whether the reasoning of the present turn has ended."""
-        think_end = self._tokenizer.special_ids[self._tokenizer.template.syntax.think_end]
-        return think_end in self.sequence.tokens[self._turn_start :]
+        """Return whether the reasoning of the present turn has ended, or the turn began without reasoning."""
+        syntax, ids = self._tokenizer.template.syntax, self._tokenizer.special_ids
+        turn = self.sequence.tokens[self._turn_start :]
+        is_without = not syntax.always_thinks and bool(turn) and turn[0] != ids[syntax.think_begin]
+        return is_without or ids[syntax.think_end] in turn
 
     def continue_in(self, generation: Generation) -> None:
         """Let the generation continue the sequence. The sequence of an ended segment is removed from it."""

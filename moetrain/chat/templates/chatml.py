@@ -10,6 +10,7 @@ Departures from the templates of single releases: the reasoning of every turn st
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, MESSAGE_CHECKS, REASONING, TEXT, TOOLS_CHECK
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
@@ -33,7 +34,7 @@ _AFTER_TOOLS = (
     '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
     CALL_END,
 )
-_CALL = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*?)\s*\}\s*', re.DOTALL)
+_CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*', re.DOTALL)
 
 _JINJA = (
     TEXT
@@ -122,6 +123,14 @@ _JINJA = (
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("'", "\\'") + "'"
+
+
+def _json(text: str) -> Any:
+    """Return the value of a JSON text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 class ChatML(ChatTemplate):
@@ -215,16 +224,16 @@ class ChatML(ChatTemplate):
 
     def read_call(self, header: str, body: str, *, index: int) -> ToolCall:
         """Return the call in a JSON object with name and arguments."""
-        name, arguments = "", body
-        if match := _CALL.fullmatch(body):
-            name, arguments = match[1], match[2]
-        try:
-            found = json.loads(name) if name else json.loads(body)
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict) and isinstance(found.get("name"), str):
-            found, arguments = found["name"], json.dumps(found.get("arguments", {}), ensure_ascii=False)
-        name = found if isinstance(found, str) else ""
+        found, given, name, arguments = _json(body), None, None, body
+        if isinstance(found, dict):
+            name, given = found.get("name"), found.get("arguments", {})
+            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        head = _CALL_HEAD.match(body)
+        rest = body[head.end() :].rstrip() if head else ""
+        # Arguments stay as they are written, also when they are not JSON.
+        if head and rest.endswith("}") and (found is None or (isinstance(given, dict) and _json(rest[:-1]) == given)):
+            name, arguments = _json(head[1]), rest[:-1].rstrip()
+        name = name if isinstance(name, str) else ""
         return ToolCall(name=name, arguments=arguments, id=call_id(name, index) if name else f"call:{index}")
 
     def complaint(self, call: ToolCall) -> str:

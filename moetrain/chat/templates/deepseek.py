@@ -28,7 +28,7 @@ OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output�
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 _OTHER_FORM = "｜DSML｜"
 _MARKERS = re.compile("(<｜[^｜]*｜>)")
-_FENCED_CALL = re.compile(r"\s*(?P<name>[^\n]*?)\s*\n```json\n(?P<arguments>.*?)\n```\s*", re.DOTALL)
+_FENCE, _FENCE_END = "\n```json\n", "\n```"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,8 +306,10 @@ class DeepSeek(ChatTemplate):
         """Return the call with the name in the header, or the name and the fenced JSON after the type."""
         name, arguments = header.strip(), body
         if not self._is_v31:
-            match = _FENCED_CALL.fullmatch(body)
-            name, arguments = (match["name"], match["arguments"]) if match else ("", body)
+            head, fence, rest = body.partition(_FENCE)
+            rest = rest.rstrip()
+            is_call = fence and rest.endswith(_FENCE_END)
+            name, arguments = (head.strip(), rest.removesuffix(_FENCE_END)) if is_call else ("", body)
         if not name or name != "".join(name.split()):
             return ToolCall(name="", arguments=arguments, id=f"call:{index}")
         return ToolCall(name=name, arguments=arguments, id=call_id(name, index))

@@ -92,6 +92,7 @@ class KimiK2(ChatTemplate):
         call_argument=CALL_ARGUMENT,
         call_end=CALL_END,
         streams_arguments=True,
+        always_thinks=True,
     )
     speakers = {IM_USER: "question", IM_SYSTEM: "result", IM_ASSISTANT: "assistant"}
     header_end = IM_MIDDLE

@@ -1,6 +1,7 @@
 """Finds documents that contain text of evaluation sets, by n-grams of words. Does not import torch.
 
-Words are runs of letters and digits in lower case. A document is contaminated when it contains n consecutive words of
+Words are runs of letters and digits in lower case; in Chinese and Japanese, which write no spaces, each character is a
+word. A document is contaminated when it contains n consecutive words of
 a record of an evaluation set (Brown et al., arXiv:2005.14165, appendix C, with 13-grams). Records of fewer than n words
 are not looked for; their number is logged.
 """
@@ -18,8 +19,14 @@ from moetrain.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_WORD = re.compile(r"\w+")
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's number is lost
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, in lower case."""
+    return _WORD.findall(text.lower())
 
 
 class EvaluationTexts:
@@ -61,7 +68,7 @@ class EvaluationTexts:
         if not self.names:
             return None
         get = self._numbers.get
-        numbers = np.array([get(word, 0) for word in _WORD.findall(text.lower())], dtype=np.uint64)
+        numbers = np.array([get(word, 0) for word in words_of(text)], dtype=np.uint64)
         if len(numbers) < self._ngram:
             return None
         unknown = np.concatenate(([0], np.cumsum(numbers == 0)))
@@ -75,7 +82,7 @@ class EvaluationTexts:
 
     def _numbered(self, text: str) -> np.ndarray:
         numbers = self._numbers
-        words = _WORD.findall(text.lower())
+        words = words_of(text)
         return np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], dtype=np.uint64)
 
     def _hashes(self, numbers: np.ndarray) -> np.ndarray:

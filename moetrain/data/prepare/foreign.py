@@ -60,8 +60,8 @@ def write_foreign(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationT
     counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
     table = DocumentTable(shard)
     bands = Bands() if shard.near_duplicates else None
-    data = np.memmap(tokens.path, dtype=tokens.dtype, mode="r") if len(tokens.ends) else np.zeros(0, tokens.dtype)
-    loss = np.memmap(tokens.loss, dtype=np.bool_, mode="r") if tokens.loss is not None else None
+    data = _mapped(tokens.path, np.dtype(tokens.dtype))
+    loss = _mapped(tokens.loss, np.dtype(np.bool_)) if tokens.loss is not None else None
     sha256 = hashlib.sha256()
     runs = []
     is_all_learned = True
@@ -101,6 +101,11 @@ def write_foreign(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationT
     )
     table.save()
     write_json(shard.work(".json"), {"made_of": shard.made_of, **asdict(ShardResult(file=file, counts=counts))})
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Return a file as an array; an empty file cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _check_range(document: np.ndarray, *, begin: int, path: Path, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import is_compressed, json_records
 from moetrain.data.formats import Document
 from moetrain.data.sources import (
@@ -38,6 +38,8 @@ class Unit:
     path: str | None = None
     begin: int = 0
     end: int | None = None
+    file_bytes: int | None = None
+    """Bytes of the whole file, for a part of it: where lines start depends on all bytes before."""
 
 
 def units_of(config: SourceConfig, *, shard_bytes: int) -> list[Unit]:
@@ -66,13 +68,15 @@ def _of_file(path: Path, config: SourceConfig, *, shard_bytes: int) -> list[Unit
                 begin=begin,
                 end=min(begin + per_unit, len(groups)),
                 size=sum(groups[begin : begin + per_unit]),
+                file_bytes=size,
             )
             for begin in starts
         ]
     if size > shard_bytes and config.kind is SourceKind.jsonl and not is_compressed(path) and not _is_array(path):
         return [
-            Unit(path=str(path), begin=begin, end=min(begin + shard_bytes, size), size=min(shard_bytes, size - begin))
+            Unit(path=str(path), begin=begin, end=end, size=end - begin, file_bytes=size)
             for begin in range(0, size, shard_bytes)
+            for end in [min(begin + shard_bytes, size)]
         ]
     return [Unit(path=str(path), size=size)]
 
@@ -113,5 +117,6 @@ def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> It
             parquet_records(Path(unit.path), row_groups=groups, column=column), config, errors=errors
         )
     else:
-        records = json_records(Path(unit.path), begin=unit.begin, end=unit.end, max_bytes=_MAX_RECORD)
+        broken = errors if config.unreadable is Unreadable.drop else None
+        records = json_records(Path(unit.path), begin=unit.begin, end=unit.end, max_bytes=_MAX_RECORD, errors=broken)
         yield from documents_of(records, config, errors=errors)

@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from moetrain.chat.pieces import pieces_to_text
+from moetrain.chat.registry import template_named
+from moetrain.chat.template import ChatTemplate
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceConfig, SourceKind
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.contamination import EvaluationTexts
@@ -100,22 +104,23 @@ def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder
             "data.tokenizer.path is null: give the folder of the tokenizer, or data.tokenizer.vocab_size to train one"
         )
     if (folder / TOKENIZER_FILE).is_file():
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_tokenizer(data.tokenizer, folder)
         if tokenizer.vocab_size != size:
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {size}, and {folder} has a tokenizer of {tokenizer.vocab_size} tokens: "
                 "give another run.name"
             )
         return tokenizer
+    template = template_named(data.tokenizer.template)
     texts: list[str] = []
     for source in sources.values():
         budget = data.tokenizer.max_characters // len(sources)
-        for text in _texts(source, fraction=data.validation_fraction, shard_bytes=shard_bytes):
+        for text in _texts(source, fraction=data.validation_fraction, shard_bytes=shard_bytes, template=template):
             texts.append(text[:budget])
             budget -= len(text)
             if budget <= 0:
                 break
-    tokenizer = train_tokenizer(texts, vocab_size=size)
+    tokenizer = train_tokenizer(texts, vocab_size=size, template=template)
     num_characters = sum(map(len, texts))
     if tokenizer.vocab_size < size:
         raise DataError(
@@ -127,15 +132,15 @@ def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder
     return tokenizer
 
 
-def _texts(source: SourceConfig, *, fraction: float, shard_bytes: int) -> Iterator[str]:
+def _texts(source: SourceConfig, *, fraction: float, shard_bytes: int, template: ChatTemplate) -> Iterator[str]:
     """Yield texts of a source that are not held out, in turn from units that are spread over it."""
     units = units_of(source, shard_bytes=shard_bytes)
     spread = units[:: max(1, -(-len(units) // _MAX_UNITS))]
-    readers = [_unit_texts(source, unit, fraction=fraction) for unit in spread]
+    readers = [_unit_texts(source, unit, fraction=fraction, template=template) for unit in spread]
     return (text for text in chain.from_iterable(zip_longest(*readers)) if text is not None)
 
 
-def _unit_texts(source: SourceConfig, unit: Unit, *, fraction: float) -> Iterator[str]:
+def _unit_texts(source: SourceConfig, unit: Unit, *, fraction: float, template: ChatTemplate) -> Iterator[str]:
     for document in unit_documents(source, unit, errors=[]):
         if key_hash(document.key, choice=Choice.hold_out) >= fraction:
-            yield without_specials(document.text)
+            yield without_specials(pieces_to_text(document.rendered(template)), template=template)

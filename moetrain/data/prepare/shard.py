@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.chat.template import ChatTemplate
 from moetrain.data.config import SourceConfig
 from moetrain.data.formats import Document
 from moetrain.data.prepare.contamination import EvaluationTexts
 from moetrain.data.prepare.inputs import Unit, unit_documents
 from moetrain.data.prepare.similar import NUM_BANDS, Bands
-from moetrain.data.sources import Choice, key_hash
+from moetrain.data.sources import Choice, key_hash, renderable
 from moetrain.data.store.index import RUNS, WORK, StoredFile, TokenFile
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer
@@ -94,11 +95,11 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
     """Read, tokenize and write the documents of a shard. Raises DataError that names the source, file and line."""
     counts = ShardCounts(num_contaminated=dict.fromkeys(evaluation.names, 0))
     bands = Bands() if shard.near_duplicates else None
-    table = DocumentTable(shard)
+    table, template = DocumentTable(shard), tokenizer.template_or_none
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     try:
         with TokenWriter(shard.folder, number=shard.number, dtype=dtype) as writer:
-            for batch in _batches(_chosen(shard, counts=counts, evaluation=evaluation)):
+            for batch in _batches(_chosen(shard, counts=counts, evaluation=evaluation, template=template)):
                 documents = [each.document for each in batch]
                 tokenized = tokenize(documents, tokenizer, max_characters=_MAX_CHARACTERS)
                 for each, (tokens_N, mask_N) in zip(batch, tokenized, strict=True):
@@ -106,7 +107,7 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
                     counts.num_long += len(each.text) > _MAX_CHARACTERS
                     table.add(
                         length=len(tokens_N),
-                        characters=len(each.text),
+                        characters=sum(len(piece.text) for piece in each.document.pieces if not piece.is_special),
                         hold_out=key_hash(each.document.key, choice=Choice.hold_out),
                         keys=[each.identity, *(bands.keys(each.text) if bands else ())],
                     )
@@ -160,12 +161,15 @@ class _Chosen:
     identity: int
 
 
-def _chosen(shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts) -> Iterator[_Chosen]:
+def _chosen(
+    shard: Shard, *, counts: ShardCounts, evaluation: EvaluationTexts, template: ChatTemplate | None
+) -> Iterator[_Chosen]:
     """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
     seen: set[int] = set()
     errors: list[str] = []
     for unit in shard.units:
-        for document in unit_documents(shard.source, unit, errors=errors):
+        documents = unit_documents(shard.source, unit, errors=errors)
+        for document in renderable(documents, shard.source, template=template, errors=errors):
             counts.num_read += 1
             if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
                 counts.num_empty += 1

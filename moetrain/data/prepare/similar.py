@@ -7,6 +7,7 @@ probability 0.92, one at 0.5 with 0.05). The MinHash values come from the librar
 
 import hashlib
 
+from moetrain.data.prepare.contamination import words_of
 from moetrain.errors import DataError
 
 NUM_BANDS = 14
@@ -31,7 +32,7 @@ class Bands:
 
     def keys(self, text: str) -> list[int]:
         """Return the key of each band, 64 bits."""
-        words = text.lower().split()
+        words = words_of(text)
         shingles = [" ".join(words[index : index + _WORDS]) for index in range(max(1, len(words) - _WORDS + 1))]
         minhash = self._new(num_perm=NUM_BANDS * _HASHES_PER_BAND, seed=_SEED)
         minhash.update(shingles)

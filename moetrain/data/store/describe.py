@@ -53,7 +53,7 @@ class PreparedPreview:
             num_characters=counts.num_characters,
             num_tokens=counts.num_tokens + counts.num_tokens_held_out,
             learned_share=float(learned.sum() / max(1, (lengths - 1).sum())),
-            lengths=Lengths.of(lengths),
+            lengths=Lengths.of(lengths) if len(lengths) else None,
             is_sampled=False,
         )
 

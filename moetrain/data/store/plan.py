@@ -11,11 +11,11 @@ Documents are packed by best fit in windows of 50,000, so memory does not grow w
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -69,12 +69,12 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
     rows, pieces = folder / f"rows-{request.name}.bin", folder / f"pieces-{request.name}.bin"
     made_of = {"version": ORDER_VERSION, "index": index_digest(folder), "window": _WINDOW}
     known = read_json_or_empty(described)
-    if {key: known.get(key) for key in made_of} != made_of:
+    counts = _counts_in(known)
+    if counts is None or {key: known.get(key) for key in made_of} != made_of:
         started = time.monotonic()
         try:
             counts = _write(folder, index, request=request, rows=rows, pieces=pieces)
-            known = {**made_of, "counts": asdict(counts)}
-            write_json(described, known)
+            write_json(described, {**made_of, "counts": asdict(counts)})
         except OSError as error:
             raise DataError(
                 f"the packing plan of {folder} for rows of {request.seq_len} tokens cannot be written: {error}; "
@@ -82,7 +82,6 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
             ) from error
         seconds = time.monotonic() - started
         _log.info("%s: %d rows of %d tokens planned in %.1f s", folder, counts.num_rows, request.seq_len, seconds)
-    counts = PackingCounts(**known["counts"])
     for path, size in (
         (rows, (counts.num_rows + 1) * ROWS.itemsize),
         (pieces, counts.num_pieces * PIECES.itemsize),
@@ -90,6 +89,13 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
         if not path.is_file() or path.stat().st_size != size:
             raise DataError(f"{path} does not have the {size} bytes of its plan: remove {described}, to plan anew")
     return Plan(rows=rows, pieces=pieces, counts=counts)
+
+
+def _counts_in(described: Mapping[str, Any]) -> PackingCounts | None:
+    try:
+        return PackingCounts(**described["counts"])
+    except (KeyError, TypeError):  # damaged: it is planned anew
+        return None
 
 
 def _write(folder: Path, index: Index, *, request: PlanRequest, rows: Path, pieces: Path) -> PackingCounts:

@@ -113,7 +113,8 @@ class PreparedSource:
             raise DataError(
                 f"data.sources.{name}: {folder} was prepared with another tokenizer (sha256 "
                 f"{self.index.tokenizer[:12]}) than that of the stage ({tokenizer.digest[:12]}): give "
-                f"data.tokenizer.path={folder / TOKENIZER}, or prepare the data with the stage's tokenizer"
+                f"data.tokenizer.path={folder / TOKENIZER} without another data.tokenizer.template, or prepare the "
+                "data with the data.tokenizer.path and data.tokenizer.template of the stage"
             )
         self.digest = index_digest(folder)
         self._store = TokenStore(folder, self.index)
