@@ -43,16 +43,6 @@ def draw_initials(stream: random.Random, *, split: Split, count: int) -> list[st
     return list(names.values())
 
 
-def draw_names(stream: random.Random, *, split: Split, count: int) -> list[str]:
-    """Return `count` different words of `split`."""
-    names: list[str] = []
-    while len(names) < count:
-        word = _draw_word(stream, split)
-        if word not in names:
-            names.append(word)
-    return names
-
-
 def draw_ids(stream: random.Random, *, count: int) -> list[str]:
     """Return `count` different row ids: letter, digit, letter."""
     letters = "abcdefghijklmnopqrstuvwxyz"

@@ -4,7 +4,7 @@ import random
 import sqlite3
 from dataclasses import dataclass
 
-from moetrain.tasks.names import draw_ids, draw_names
+from moetrain.tasks.names import draw_ids, draw_initials
 from moetrain.tasks.protocol import Split
 
 _ROWS = 6
@@ -35,8 +35,8 @@ class Table:
 
 
 def draw_tables(stream: random.Random, split: Split) -> dict[str, Table]:
-    """Return a new database of `split`, with names, rows and links drawn from `stream`."""
-    names = draw_names(stream, split=split, count=_TABLES * (1 + _LINKS + _NUMBERS))
+    """Return a new database of `split`, its names (of different first letters), rows and links drawn from `stream`."""
+    names = draw_initials(stream, split=split, count=_TABLES * (1 + _LINKS + _NUMBERS))
     tables = names[:_TABLES]
     columns = iter(names[_TABLES:])
     ids = draw_ids(stream, count=_TABLES * _ROWS)
