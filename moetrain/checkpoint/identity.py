@@ -31,6 +31,10 @@ def quant_of(identity: Mapping[str, Any]) -> QuantConfig:
 def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity with the fields that older versions did not write, set to the values used at the time."""
     fields = dict(identity)
+    if "model" in fields:
+        fields["model"] = {"num_mtp_layers": 0, **fields["model"]}
+    if "train" in fields:
+        fields["train"] = {"mtp": {"weight": 0.3, "late_weight": 0.1, "late_share": 0.324}, **fields["train"]}
     if "quant" in fields:
         fields["quant"] = asdict(quant_of(identity))
     if "data" in fields:

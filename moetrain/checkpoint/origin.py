@@ -20,6 +20,7 @@ from moetrain.errors import CheckpointError, DataError
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
+from moetrain.parallel.state import WithoutMtp
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.masters import CodeReader
 
@@ -96,7 +97,10 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     """
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
-    engine.load_state(origin.reader, with_optimizer=False)
+    reader = origin.reader
+    if model.num_mtp_layers < origin.model.num_mtp_layers:
+        reader = WithoutMtp(reader, origin.model, kept=model.num_mtp_layers)
+    engine.load_state(reader, with_optimizer=False)
     if isinstance(origin.reader, MastersReader):
         origin.reader.report()
     _log.info("weights from %s (step %d)", origin.path, origin.step)

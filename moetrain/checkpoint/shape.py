@@ -9,6 +9,7 @@ from moetrain.checkpoint.folders import CHECKPOINTS, STATE_FILE, folder_of, is_c
 from moetrain.checkpoint.identity import differences, model_of
 from moetrain.errors import CheckpointError
 from moetrain.files import user_path
+from moetrain.hf.mtp_modules import with_held_modules
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
@@ -35,7 +36,9 @@ def stored_shape(weights: str) -> ModelConfig | None:
             return _of_checkpoint(path) if path.is_dir() else None
         if all_steps := steps(path / CHECKPOINTS):
             return _of_newest(path / CHECKPOINTS, all_steps)
-        return from_hf_config(read_json(path / CONFIG_FILE)) if (path / CONFIG_FILE).is_file() else None
+        if not (path / CONFIG_FILE).is_file():
+            return None
+        return with_held_modules(from_hf_config(read_json(path / CONFIG_FILE)), path)
     except CheckpointError as error:
         if str(error).startswith(f"{CONFIG_FILE}: "):
             raise CheckpointError(f"{weights}: {error}") from error
@@ -48,8 +51,12 @@ def shape_changes(before: ModelConfig, now: ModelConfig) -> list[str]:
 
 
 def mismatched_fields(before: ModelConfig, now: ModelConfig) -> list[str]:
-    """Return the differing fields that must be equal, because the meaning of the weights depends on them."""
-    return [line for line in shape_changes(before, now) if not line.startswith(FREE_FIELDS)]
+    """Return the differing fields that must be equal, because the meaning of the weights depends on them.
+
+    Modules of multi-token prediction may be left out (model.num_mtp_layers), but not added.
+    """
+    free = FREE_FIELDS if now.num_mtp_layers > before.num_mtp_layers else (*FREE_FIELDS, "num_mtp_layers")
+    return [line for line in shape_changes(before, now) if not line.startswith(free)]
 
 
 def _of_newest(folder: Path, all_steps: list[int]) -> ModelConfig:

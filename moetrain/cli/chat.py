@@ -37,7 +37,7 @@ def main(run: ChatRun) -> int:
     max_tokens = origin.model.max_position_embeddings
     check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     library = find_for_generation(Kernels.auto)
-    model = generation_model(origin, library=library)
+    model = generation_model(origin, library=library, speculation=Speculation.auto)
     engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens, speculation=Speculation.auto)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

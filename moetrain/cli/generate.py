@@ -30,7 +30,7 @@ def main(run: GenerateRun) -> int:
     prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
     library = find_for_generation(Kernels.auto)
-    model = generation_model(origin, library=library)
+    model = generation_model(origin, library=library, speculation=Speculation.auto)
     engine = GenerationEngine(
         model, num_slots=1, max_tokens=len(prompt) + run.max_new_tokens, speculation=Speculation.auto
     )

@@ -42,7 +42,7 @@ def server_of(run: ServeRun) -> "Server":
     max_tokens = run.serve.max_tokens or origin.model.max_position_embeddings
     check_length(origin.model, name="serve.max_tokens", length=max_tokens)
     library = find_for_generation(run.serve.kernels)
-    model = generation_model(origin, library=library)
+    model = generation_model(origin, library=library, speculation=run.serve.speculation)
     served = Served(
         name=run.serve.model_name or Path(run.init_from).resolve().name,
         tokenizer=tokenizer,

@@ -15,7 +15,7 @@ from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf
 from moetrain.export.gguf_tensors import tensors_of_gguf
 from moetrain.export.tensors import folder_tensors
-from moetrain.hf.names import fused_tensors
+from moetrain.hf.names import fused_tensors, used_names
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.state import TensorReader
@@ -77,10 +77,11 @@ def read_export(folder: Path) -> Export:
         dense, experts = tensors_of_gguf(read_gguf(folder / GGUF_FILE)[1], model=model, tensors=folder_tensors(model))
     else:
         files = open_weights(folder)
+        used = used_names(files, num_layers=model.num_layers, num_mtp_layers=model.num_mtp_layers).names
         format = FORMATS[quant.format]
-        packed = {name for name in files if name.endswith(format.suffixes)}
-        experts = unpacked_experts({name: files[name] for name in files if name in packed}, format=format)
-        dense = fused_tensors({name: files[name] for name in files if name not in packed})
+        packed = {name for name in used if name.endswith(format.suffixes)}
+        experts = unpacked_experts({name: files[name] for name in used if name in packed}, format=format)
+        dense = fused_tensors({name: files[name] for name in used if name not in packed})
     export = Export(
         path=folder,
         format=stored,

@@ -4,12 +4,13 @@ Both follow from the model, built on the meta device, and not from patterns over
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
+from moetrain.hf.names import MTP_COPIES
 from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import StateReader
@@ -31,6 +32,8 @@ class FolderTensors:
     """Tensors that the forward pass uses in float32: gains of norms, router weights, balance biases."""
     unquantized_linears: list[str]
     """Names of modules with a matrix, except the routed experts and the embedding."""
+    copies: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Copies that a folder has of other tensors, by name, and of what; by the tensor before which they are written."""
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """Return an unquantised tensor in its stored dtype: fp32 if the forward pass reads it in fp32, else bf16.
@@ -87,9 +90,13 @@ def folder_tensors(config: ModelConfig) -> FolderTensors:
     experts = {f"{name}.experts.{kind}" for name, _ in model.moe_layers() for kind in ("gate_up_proj", "down_proj")}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name != _EMBEDDING]
+    modules = [f"model.layers.{config.num_layers + index}." for index in range(config.num_mtp_layers)]
+    copies = {f"{module}enorm.weight": {module + copy: of for copy, of in MTP_COPIES.items()} for module in modules}
+    matrices += [f"{module}{copy}" for module in modules for copy in MTP_COPIES if copy != "embed_tokens.weight"]
     return FolderTensors(
         shapes=shapes,
         experts=frozenset(experts),
         float32=frozenset(routers | {name for name, shape in shapes.items() if len(shape) == 1}),
         unquantized_linears=[name.removesuffix(".weight") for name in matrices],
+        copies=copies,
     )

@@ -26,6 +26,7 @@ from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import StateReader
+from moetrain.parallel.state import WithoutMtp
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.formats import FORMATS
@@ -91,6 +92,7 @@ def export_model(
     ConfigError when one of `export.consumers` would compute the model differently.
     """
     export.check_library()
+    reader, model = _without_modules(reader, model, format=export.format)
     reasons = consumer_reasons(model, quant, format=export.format)
     check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
@@ -113,8 +115,7 @@ def export_model(
         quant = replace(quant, grid=experts.grid)
         config = _config(model, quant, export=export, ignore=_ignored(tensors, experts), tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
-        ids = _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
-        write_json(partial / "generation_config.json", ids, indent=2)
+        write_json(partial / "generation_config.json", _generation_config(tokenizer), indent=2)
         tokenizer.save(partial)
         write_record(
             partial,
@@ -123,6 +124,16 @@ def export_model(
         )
     _log_report(folder, report, reasons=reasons)
     return report
+
+
+def _without_modules(
+    reader: StateReader, model: ModelConfig, *, format: ExportFormat
+) -> tuple[StateReader, ModelConfig]:
+    """Return weights and shape; for GGUF without modules of multi-token prediction, which are not written there."""
+    if format is not ExportFormat.gguf or not model.num_mtp_layers:
+        return reader, model
+    _log.info("the modules of multi-token prediction are left out: they are not written to GGUF")
+    return WithoutMtp(reader, model, kept=0), replace(model, num_mtp_layers=0)
 
 
 def _ignored(tensors: FolderTensors, experts: ExpertCodes) -> list[str]:
@@ -214,6 +225,11 @@ def _disk_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) for one tensor or expert after the other, and add their sizes to `report`."""
     for name, shape in tensors.shapes.items():
+        for copy, original in tensors.copies.get(name, {}).items():
+            whole = tensors.shapes[original]
+            stored = tensors.stored(original, reader.read(original, first=0, last=whole.numel()).view(whole))
+            report.num_bytes_bf16 += stored.nbytes
+            yield copy, stored
         if name not in tensors.experts:
             stored = tensors.stored(name, reader.read(name, first=0, last=shape.numel()).view(shape))
             report.num_bytes_bf16 += stored.nbytes
@@ -245,6 +261,10 @@ def _config(
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     ids = tokenizer.special_ids
     return {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return _token_ids(tokenizer) | {"eos_token_id": tokenizer.end_ids}
 
 
 def _record(

@@ -16,6 +16,7 @@ from moetrain.errors import CheckpointError
 from moetrain.hf.files import INDEX_FILE as INDEX_FILE
 from moetrain.hf.files import disk_tensors, is_floating, read_object
 from moetrain.hf.files import weight_files as weight_files
+from moetrain.hf.mtp_modules import with_held_modules
 from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names, used_names
 from moetrain.hf.quantization import PackedGroups, Quantization, quantization_of
 from moetrain.hf.shape import from_hf_config
@@ -54,7 +55,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
         self.quantization = quantization
         disk = disk_tensors(path)
         try:
-            used = used_names(disk, num_layers=config.num_layers)
+            used = used_names(disk, num_layers=config.num_layers, num_mtp_layers=config.num_mtp_layers)
             stored = stored_tensors({name: disk[on_disk] for name, on_disk in used.names.items()}, quantization)
             fused = fused_names(stored)
         except CheckpointError as error:
@@ -177,7 +178,7 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
     `hf.quantization` describes.
     """
     values = read_object(path / "config.json")
-    config = from_hf_config(values)
+    config = with_held_modules(from_hf_config(values), path)
     folder = HfFolder(path, config, quantization=quantization_of(values))
     if folder.is_fp8:
         _log.info("%s: the weights are FP8; they are read as bf16", path)

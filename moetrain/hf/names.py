@@ -19,6 +19,11 @@ FUSED_KINDS: Mapping[str, tuple[str, ...]] = {"gate_up_proj": ("gate", "up"), "d
 """The projections in each fused tensor of a layer's experts, in order."""
 _FUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+MTP_COPIES: Mapping[str, str] = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
+"""Tensors in a released module of multi-token prediction that are copies, and of what."""
 _WRAPPED = (("language_model.", ""), ("model.language_model.", "model."))
 """Prefixes of the language model in a model with an image encoder, and what stands there without one."""
 _OTHER_PARTS = ("vision_tower", "mm_projector")
@@ -51,11 +56,12 @@ class UsedNames:
     unused: Mapping[str, int]
 
 
-def used_names(names: Iterable[str], *, num_layers: int) -> UsedNames:
+def used_names(names: Iterable[str], *, num_layers: int, num_mtp_layers: int = 0) -> UsedNames:
     """Return which of the tensors named as on disk are read, for a model of `num_layers` layers.
 
-    Not read are an image encoder and its projector, layers beyond the last (the multi-token prediction of DeepSeek-V3)
-    and rotary frequencies, which follow from the config. Raises CheckpointError when two names become the same.
+    `num_mtp_layers`: modules of multi-token prediction, which follow as further layers. Not read are an image encoder
+    and its projector, layers beyond these, the copies of embedding and head that released modules have, and rotary
+    frequencies, which follow from the config. Raises CheckpointError when two names become the same.
     """
     used: dict[str, str] = {}
     unused: Counter[str] = Counter()
@@ -65,8 +71,10 @@ def used_names(names: Iterable[str], *, num_layers: int) -> UsedNames:
         part = next((part for part in _OTHER_PARTS if f".{name}".startswith((f".{part}.", f".model.{part}."))), None)
         if part is not None:
             unused[part] += 1
-        elif layer is not None and int(layer[1]) >= num_layers:
-            unused[f"layers beyond {num_layers - 1} (multi-token prediction)"] += 1
+        elif layer is not None and int(layer[1]) >= num_layers + num_mtp_layers:
+            unused[f"layers beyond {num_layers + num_mtp_layers - 1} (multi-token prediction)"] += 1
+        elif layer is not None and int(layer[1]) >= num_layers and name.removeprefix(layer[0]) in MTP_COPIES:
+            unused["copies of embedding and head"] += 1
         elif name.endswith(_DERIVED):
             unused["rotary frequencies"] += 1
         elif name in used:

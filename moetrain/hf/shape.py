@@ -8,11 +8,13 @@ from moetrain.errors import CheckpointError, ConfigError
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 
+_MTP = "num_nextn_predict_layers"
 _FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_dense_layers": "first_k_dense_replace",
+    "num_mtp_layers": _MTP,
     "num_heads": "num_attention_heads",
     "q_lora_rank": "q_lora_rank",
     "kv_lora_rank": "kv_lora_rank",
@@ -40,11 +42,12 @@ _REQUIRED_VALUES = {
     "rope_interleave": True,
     "topk_method": "noaux_tc",
 }
-_ABSENT_IF_NULL = ("topk_method", "scoring_func", "rope_interleave", "num_key_value_heads")
+_ABSENT_IF_NULL = ("topk_method", "scoring_func", "rope_interleave", "num_key_value_heads", _MTP)
 _YARN_NUMBERS = (
     *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim"),
 )
+_OPTIONAL = ("initializer_range", _MTP)
 _MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
 _FRACTIONS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -67,7 +70,6 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "routed_scaling_factor": routed_scaling_factor(config),
         "scoring_func": config.score_function.value,
         "rope_parameters": rope,
-        "num_nextn_predict_layers": 0,
         "aux_loss_alpha": config.balance.sequence_loss,
         "seq_aux": True,
         "attention_dropout": 0.0,
@@ -121,7 +123,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
             f"config.json: num_key_value_heads is {values['num_key_value_heads']}: only the value of "
             f"num_attention_heads ({heads}) is supported"
         )
-    missing = [name for name in _FIELDS.values() if name not in values and name != "initializer_range"]
+    missing = [name for name in _FIELDS.values() if name not in values and name not in _OPTIONAL]
     if missing:
         raise CheckpointError(
             f"config.json: {', '.join(missing)} missing: give the config.json of a model of the DeepSeek-V3 family"

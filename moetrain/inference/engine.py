@@ -45,6 +45,8 @@ class _Place:
     is_placed: bool = False
     was_placed: bool = False
     drafter: Drafter = field(default_factory=Drafter)
+    predicted: dict[int, int] = field(default_factory=dict)
+    """The draft of the model's own module: the token that may follow, by the number of tokens before it."""
 
 
 @dataclass(kw_only=True)
@@ -199,8 +201,9 @@ class GenerationEngine:
             return []
         hidden_ND = self._model.forward(Rows.of([part.chunk for part in parts], device=self._model.device), self._cache)
         draws = iter(self._draw(hidden_ND, parts))
-        for part in parts:
-            self._finish(part, [next(draws) for _ in range(part.num_drawn)])
+        fed = [self._finish(part, [next(draws) for _ in range(part.num_drawn)]) for part in parts]
+        if self._speculation is not Speculation.off and self._model.can_draft:
+            self._predict(hidden_ND, parts, fed)
         return [part.place.sequence for part in parts if part.place.sequence.is_idle]
 
     def _choose(self, running: list[_Place]) -> list[_Part]:
@@ -247,6 +250,8 @@ class GenerationEngine:
         expected = constraint.expected() if constraint is not None else []
         if not expected:
             expected = place.drafter.draft(sequence.tokens, most=num_drafted)
+        if not expected and num_drafted and len(sequence.tokens) in place.predicted:
+            expected = [place.predicted[len(sequence.tokens)]]
         expected = expected[: max(most, 0)]
         end = next((at for at, token in enumerate(expected) if token in sequence.stop_ids), len(expected))
         expected = expected[:end]
@@ -324,8 +329,11 @@ class GenerationEngine:
             library=self._model.logprob_library,
         )
 
-    def _finish(self, part: _Part, draws: list[Draw]) -> None:
-        """Give a sequence the tokens that were drawn, up to the first one that was not expected."""
+    def _finish(self, part: _Part, draws: list[Draw]) -> int:
+        """Give a sequence the tokens that were drawn, up to the first one that was not expected.
+
+        Returns the number of rows of the part that are kept.
+        """
         place, sequence = part.place, part.place.sequence
         fed = sequence.tokens[sequence.num_fed : sequence.num_fed + part.num_given]
         if part.ahead is not None:
@@ -339,6 +347,39 @@ class GenerationEngine:
             self._count(part, num_right=num_right)
         self._tree.commit(place.chain, fed)
         sequence.num_fed += len(fed)
+        return len(fed)
+
+    def _predict(self, hidden_ND: torch.Tensor, parts: list[_Part], fed: list[int]) -> None:
+        """Let the model's own module draft the token after the next one, where drafts are made.
+
+        The module reads all tokens of a sequence, and its part of a page holds what it read for the sequence that
+        filled the page. Where it has not read some, its drafts are worse; what is drawn does not depend on them.
+        """
+        if len(parts) > _SPECULATION_ROWS // 2:
+            return
+        rows: list[int] = []
+        last: list[int] = []
+        chunks: list[Chunk] = []
+        places: list[_Place] = []
+        first = 0
+        for part, count in zip(parts, fed, strict=True):
+            place, sequence = part.place, part.place.sequence
+            if place.drafter.longest >= 1:
+                start = sequence.num_fed - count
+                tokens = sequence.tokens[start + 1 : start + 1 + count]
+                chunks.append(Chunk(tokens=tokens, start=start, pages=[page.index for page in place.chain]))
+                rows += range(first, first + count)
+                if part.ahead is not None and not sequence.is_idle:
+                    places.append(place)
+                    last.append(len(rows) - 1)
+            first += part.num_given + (len(part.ahead.tokens) if part.ahead is not None else 0)
+        if not chunks:
+            return
+        read_ND = self._model.draft(hidden_ND[rows], Rows.of(chunks, device=self._model.device), cache_LPSC=self._cache)
+        if places:
+            drafted = self._model.logits(read_ND[last]).argmax(-1).tolist()
+            for place, token in zip(places, drafted, strict=True):
+                place.predicted = {len(place.sequence.tokens): token}
 
     def _count(self, part: _Part, *, num_right: int) -> None:
         assert part.ahead is not None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moetrain.inference.experts import expert_sums, swiglu
 from moetrain.inference.rows import PAGE, Rows
-from moetrain.inference.weights import InferenceWeights, LayerWeights
+from moetrain.inference.weights import InferenceWeights, LayerWeights, ModuleWeights
 from moetrain.model.attention import LATENT_NORM_EPS
 from moetrain.model.config import ModelConfig
 from moetrain.model.rope import RopeTable, apply_rope, build_rope
@@ -41,6 +41,11 @@ class PlainModel:
         return self.weights.device
 
     @property
+    def can_draft(self) -> bool:
+        """Whether it has a module of multi-token prediction."""
+        return self.weights.module is not None
+
+    @property
     def logprob_library(self) -> None:
         """None: logprobs are computed by torch."""
         return None
@@ -48,13 +53,37 @@ class PlainModel:
     def new_cache(self, num_pages: int) -> torch.Tensor:
         """Return an empty cache."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        shape = (self.config.num_layers, num_pages, PAGE, width)
+        shape = (self.config.num_layers + self.can_draft, num_pages, PAGE, width)
         return torch.zeros(shape, dtype=self.weights.dtype, device=self.device)
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
         """Return hidden states [N, D] after the last norm."""
+        x_ND = F.embedding(rows.tokens_N, self.weights.embed_VD)
+        return self._blocks(x_ND, self.weights.layers, norm_D=self.weights.norm_D, rows=rows, cache_LPSC=cache_LPSC)
+
+    def draft(self, hidden_ND: torch.Tensor, next_rows: Rows, *, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads of the module, [N, D]; see `inference.protocol.Model`."""
+        module = self.weights.module
+        assert module is not None, "the model can draft"
+        embedded_ND = F.embedding(next_rows.tokens_N, self.weights.embed_VD)
+        x_ND = F.linear(joined(module, embedded_ND, hidden_ND=hidden_ND, eps=self.config.rms_norm_eps), module.join_D2)
+        cache_1PSC = cache_LPSC[self.config.num_layers :]
+        return self._blocks(x_ND, [module.layer], norm_D=module.norm_D, rows=next_rows, cache_LPSC=cache_1PSC)
+
+    def _blocks(
+        self,
+        x_ND: torch.Tensor,
+        layers: list[LayerWeights],
+        *,
+        norm_D: torch.Tensor,
+        rows: Rows,
+        cache_LPSC: torch.Tensor,
+    ) -> torch.Tensor:
         self._rope = longer(self._rope, self.config, num_positions=rows.tables_SW.shape[1] * PAGE)
-        return forward(self.weights, rows, cache_LPSC=cache_LPSC, rope=self._rope)
+        config, batches = self.config, list(_batches(rows, self.weights.dtype))
+        for layer, cache_PSC in zip(layers, cache_LPSC, strict=False):
+            x_ND = block(x_ND, layer, config=config, rows=rows, batches=batches, cache_PSC=cache_PSC, rope=self._rope)
+        return rms_norm(x_ND, norm_D, eps=config.rms_norm_eps)
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [M, V]."""
@@ -100,17 +129,27 @@ def _batches(rows: Rows, dtype: torch.dtype) -> Iterator[_Batch]:
         yield _Batch(rows_ST=rows_ST, tables_SW=rows.tables_SW[sequences, :num_pages], bias_STP=bias_STP)
 
 
-def forward(weights: InferenceWeights, rows: Rows, *, cache_LPSC: torch.Tensor, rope: RopeTable) -> torch.Tensor:
-    """Return hidden states [N, D] after the last norm; writes the rows' positions of the cache."""
-    config = weights.config
-    batches = list(_batches(rows, weights.dtype))
-    x_ND = F.embedding(rows.tokens_N, weights.embed_VD)
-    for layer, cache_PSC in zip(weights.layers, cache_LPSC, strict=True):
-        normed_ND = rms_norm(x_ND, layer.input_norm_D, eps=config.rms_norm_eps)
-        x_ND = x_ND + _attention(layer, config, normed_ND, rows=rows, batches=batches, cache_PSC=cache_PSC, rope=rope)
-        normed_ND = rms_norm(x_ND, layer.post_norm_D, eps=config.rms_norm_eps)
-        x_ND = x_ND + _feed_forward(layer, config, normed_ND)
-    return rms_norm(x_ND, weights.norm_D, eps=config.rms_norm_eps)
+def joined(module: ModuleWeights, embedded_ND: torch.Tensor, *, hidden_ND: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return what the module's joining matrix multiplies, [N, 2D]."""
+    embedded_ND = rms_norm(embedded_ND, module.embed_norm_D, eps=eps)
+    return torch.cat([embedded_ND, rms_norm(hidden_ND, module.hidden_norm_D, eps=eps)], -1)
+
+
+def block(
+    x_ND: torch.Tensor,
+    layer: LayerWeights,
+    *,
+    config: ModelConfig,
+    rows: Rows,
+    batches: list[_Batch],
+    cache_PSC: torch.Tensor,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Return the residual stream [N, D] after a block; writes the rows' positions of its cache."""
+    normed_ND = rms_norm(x_ND, layer.input_norm_D, eps=config.rms_norm_eps)
+    x_ND = x_ND + _attention(layer, config, normed_ND, rows=rows, batches=batches, cache_PSC=cache_PSC, rope=rope)
+    normed_ND = rms_norm(x_ND, layer.post_norm_D, eps=config.rms_norm_eps)
+    return x_ND + _feed_forward(layer, config, normed_ND)
 
 
 def _attention(

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from moetrain.inference.forward import longer
+from moetrain.inference.forward import joined, longer
 from moetrain.inference.mode import Mode
 from moetrain.inference.pack import GROUP, padded
 from moetrain.inference.rows import PAGE, Rows
+from moetrain.inference.weights import ModuleWeights
 from moetrain.kernels.build import Library, Units
 from moetrain.kernels.memory import Memory
 from moetrain.model.attention import LATENT_NORM_EPS
@@ -23,6 +24,15 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.rope import build_rope
 from moetrain.model.router import KERNEL_NUMBERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeModule:
+    """The first module of multi-token prediction. join: its packed matrix [D, 2D]. block: a model of its block."""
+
+    weights: ModuleWeights
+    join: torch.Tensor
+    block: "NativeModel"
 
 
 @dataclass(kw_only=True)
@@ -37,6 +47,8 @@ class NativeModel:
     layers: list[list[torch.Tensor | int | None]]
     units: Units
     """Units of all products; those for which the matrices are packed."""
+    module: "NativeModule | None" = None
+    """Makes drafts; None for none."""
     mode: Mode = Mode.fast
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -58,13 +70,18 @@ class NativeModel:
 
     def new_cache(self, num_pages: int) -> torch.Tensor:
         """Return an empty cache: of latents and rotary keys, or of the keys and values of each head."""
-        config = self.config
+        config, num_layers = self.config, self.config.num_layers + self.can_draft
         if self.mode is Mode.deterministic:
             widths = sum(-(-width // GROUP) * GROUP for width in (config.qk_head_dim, config.v_head_dim))
-            shape = (config.num_layers, num_pages, config.num_heads, PAGE * widths)
+            shape = (num_layers, num_pages, config.num_heads, PAGE * widths)
         else:
-            shape = (config.num_layers, num_pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)
+            shape = (num_layers, num_pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)
         return Memory().zeros(*shape, dtype=torch.bfloat16)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether it has a module of multi-token prediction."""
+        return self.module is not None
 
     @property
     def logprob_library(self) -> Library | None:
@@ -73,8 +90,19 @@ class NativeModel:
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
         """Return hidden states [N, D] after the last norm."""
+        return self._blocks(F.embedding(rows.tokens_N, self.embed_VD), rows, cache_LPSC)
+
+    def draft(self, hidden_ND: torch.Tensor, next_rows: Rows, *, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads of the module, [N, D]; see `inference.protocol.Model`."""
+        assert self.module is not None, "the model can draft"
+        embedded_ND = F.embedding(next_rows.tokens_N, self.embed_VD)
+        pair_N2 = joined(self.module.weights, embedded_ND, hidden_ND=hidden_ND, eps=self.config.rms_norm_eps)
+        x_ND = self._product(pair_N2, self.module.join, num_outputs=self.config.hidden_size)
+        return self.module.block._blocks(x_ND, next_rows, cache_LPSC[self.config.num_layers :])
+
+    def _blocks(self, x_ND: torch.Tensor, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return the rows after all blocks and the last norm."""
         self._rope = longer(self._rope, self.config, num_positions=rows.tables_SW.shape[1] * PAGE)
-        x_ND = F.embedding(rows.tokens_N, self.embed_VD)
         out_ND = torch.empty_like(x_ND)
         self.library(
             "decode_rows",
@@ -99,7 +127,11 @@ class NativeModel:
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [M, V]."""
-        rows_MK = padded(hidden_MD.contiguous())
-        out = torch.empty(len(hidden_MD), self.config.vocab_size, dtype=torch.bfloat16)
-        self.library("packed_linear", self.units, rows_MK, self.head, out, *out.shape, rows_MK.shape[1])
-        return out.float()
+        return self._product(hidden_MD, self.head, num_outputs=self.config.vocab_size).float()
+
+    def _product(self, x_MK: torch.Tensor, packed: torch.Tensor, *, num_outputs: int) -> torch.Tensor:
+        """Return x times a packed matrix of `num_outputs` rows, in bfloat16."""
+        rows_MK = padded(x_MK.contiguous())
+        out = torch.empty(len(x_MK), num_outputs, dtype=torch.bfloat16)
+        self.library("packed_linear", self.units, rows_MK, packed, out, *out.shape, rows_MK.shape[1])
+        return out

@@ -123,6 +123,19 @@ class Model(Protocol):
         """
         ...
 
+    @property
+    def can_draft(self) -> bool:
+        """Whether it has a module of multi-token prediction that makes drafts."""
+        ...
+
+    def draft(self, hidden_ND: torch.Tensor, next_rows: Rows, *, cache_LPSC: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads of the module, [N, D], for drafts of the tokens after the next ones.
+
+        hidden_ND: hidden states after the last norm. next_rows: at the same positions, the tokens that follow. Writes
+        the module's part of the cache.
+        """
+        ...
+
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [M, V]."""
         ...

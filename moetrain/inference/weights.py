@@ -94,8 +94,27 @@ class LayerWeights:
 
 
 @dataclass(kw_only=True)
+class ModuleWeights:
+    """The first module of multi-token prediction; see `model.mtp`.
+
+    join_D2: [D, 2D], which multiplies the embedding, then the hidden state.
+    """
+
+    embed_norm_D: torch.Tensor
+    hidden_norm_D: torch.Tensor
+    join_D2: torch.Tensor
+    layer: LayerWeights
+    norm_D: torch.Tensor
+
+    def to(self, device: torch.device) -> "ModuleWeights":
+        """Return the module on `device`."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return ModuleWeights(**moved)
+
+
+@dataclass(kw_only=True)
 class InferenceWeights:
-    """A whole model for generation. dtype: dtype of the matrix products."""
+    """A whole model for generation. dtype: dtype of the matrix products. module: makes drafts; None for none."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -103,6 +122,7 @@ class InferenceWeights:
     norm_D: torch.Tensor
     head_VD: torch.Tensor
     layers: list[LayerWeights]
+    module: ModuleWeights | None = None
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +166,22 @@ def build_layers(
     """Yield the blocks in their order, each made when it is asked for."""
     for index in range(config.num_layers):
         yield _layer(tensors, index, config=config, quant=quant, dtype=dtype)
+
+
+def build_module(
+    tensors: Tensors, *, config: ModelConfig, quant: QuantConfig, dtype: torch.dtype
+) -> ModuleWeights | None:
+    """Return the first module of multi-token prediction; None if the model has none."""
+    if not config.num_mtp_layers:
+        return None
+    prefix = f"model.layers.{config.num_layers}."
+    return ModuleWeights(
+        embed_norm_D=_plain(tensors, f"{prefix}enorm.weight").float(),
+        hidden_norm_D=_plain(tensors, f"{prefix}hnorm.weight").float(),
+        join_D2=_plain(tensors, f"{prefix}eh_proj.weight").to(dtype),
+        layer=_layer(tensors, config.num_layers, config=config, quant=quant, dtype=dtype),
+        norm_D=_plain(tensors, f"{prefix}shared_head.norm.weight").float(),
+    )
 
 
 def build_outer(tensors: Tensors, *, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ _RANGES = {
         *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size"),
         *("num_experts", "num_groups", "max_position_embeddings"),
     ),
-    NOT_NEGATIVE: ("num_shared_experts", "initializer_range"),
+    NOT_NEGATIVE: ("num_shared_experts", "num_mtp_layers", "initializer_range"),
     POSITIVE: ("rope_theta", "rms_norm_eps", "routed_scaling_factor"),
 }
 
@@ -130,6 +130,9 @@ class ModelConfig:
     """Number of transformer blocks."""
     num_dense_layers: int = 1
     """Number of blocks, from the first, with a dense feed-forward layer instead of experts."""
+    num_mtp_layers: int = 0
+    """Modules of multi-token prediction after the last block (DeepSeek-V3, arXiv 2412.19437, section 2.2): module k
+    predicts the token after the next k tokens. Their loss is set by train.mtp."""
     num_heads: int = 4
     """Number of attention heads (H)."""
     q_lora_rank: int | None = 96

@@ -21,6 +21,10 @@ class ParameterCounts:
     """Parameters used per token, without input embedding and head."""
     active_with_head: int
     """Parameters used per token, including the head but not the input embedding."""
+    mtp: int = 0
+    """Parameters of the modules of multi-token prediction; part of `total` and, their experts, of `routed`."""
+    active_mtp: int = 0
+    """Parameters of them used per token in training, without the head, which each of them uses once more."""
 
 
 def attention_parameters(config: ModelConfig) -> int:
@@ -56,8 +60,18 @@ def num_parameters(config: ModelConfig) -> ParameterCounts:
     routed = config.num_moe_layers * config.num_experts * expert
     active = always + config.num_moe_layers * config.num_experts_per_token * expert
     head = config.vocab_size * hidden
+    # Each module joins two vectors, and has three norms beside those of its block.
+    shared = router + config.num_shared_experts * expert
+    module = 2 * hidden * hidden + 5 * hidden + attention_parameters(config) + shared
+    routed_mtp = config.num_mtp_layers * config.num_experts * expert
+    mtp = config.num_mtp_layers * module + routed_mtp
     return ParameterCounts(
-        total=always + routed + 2 * head, routed=routed, active=active, active_with_head=active + head
+        total=always + routed + 2 * head + mtp,
+        routed=routed + routed_mtp,
+        active=active,
+        active_with_head=active + head,
+        mtp=mtp,
+        active_mtp=config.num_mtp_layers * (module + config.num_experts_per_token * expert),
     )
 
 
@@ -65,11 +79,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of one token's forward and backward pass, in documents of `seq_len` tokens.
 
     6 FLOPs per active parameter (head included, input embedding excluded), plus causal attention over half the document
-    on average. Norms, softmax and rotations are excluded, as is usual for MFU.
+    on average. Modules of multi-token prediction are included. Norms, softmax and rotations are excluded, as is usual
+    for MFU.
     """
-    products = _FLOPS_PER_MULTIPLY_ADD * num_parameters(config).active_with_head
+    counts = num_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    products = _FLOPS_PER_MULTIPLY_ADD * (counts.active_with_head + counts.active_mtp + config.num_mtp_layers * head)
     attention = (
-        config.num_layers
+        (config.num_layers + config.num_mtp_layers)
         * config.num_heads
         * (config.qk_head_dim + config.v_head_dim)
         * _FLOPS_PER_MULTIPLY_ADD

@@ -5,7 +5,7 @@ tokens, D hidden, V vocabulary, L layers with routed experts, E experts, A atten
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.model.kernel_module import KernelModule, set_kernels
 from moetrain.model.layers import FeedForward, Linear, RMSNorm
 from moetrain.model.moe import Dispatcher, Documents, LocalDispatcher, MoE, RouterStatistics
+from moetrain.model.mtp import Mtp, MtpHidden, SharedHead, shifted, shifted_segments
 from moetrain.model.rope import RopeTable, Rotation, build_rope
 from moetrain.runtime import torch_stream
 
@@ -36,6 +37,7 @@ class ForwardOutput:
     tokens; 0 if its weight is 0. `required_LEB` int32: see `balance.required_biases`; has no bins (B = 0) unless the
     bias rule is quantile and gradients are enabled. `max_logits_AH`: float32, detached, largest attention logit
     (softmax input, including its scale) per layer and head over all tokens without padding; None if not measured.
+    `mtp`: modules of multi-token prediction, if they were computed; their statistics follow those of the layers.
     """
 
     hidden_BTD: torch.Tensor
@@ -46,6 +48,7 @@ class ForwardOutput:
     z_loss: torch.Tensor
     required_LEB: torch.Tensor
     max_logits_AH: torch.Tensor | None = None
+    mtp: MtpHidden = field(default_factory=MtpHidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,26 @@ class Block(nn.Module):
         return x_BTD + self.mlp(normed_BTD), BlockStatistics(router=None, max_logits_H=max_logits_H)
 
 
+class MtpBlock(Block):
+    """A module of multi-token prediction: joins hidden states and embeddings, then computes a block with experts.
+
+    Its parameters have the names of the releases of DeepSeek-V3, without copies of embedding and head.
+    """
+
+    def __init__(self, config: ModelConfig, mlp: MoE) -> None:
+        super().__init__(config, mlp)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(width, eps=eps)
+        self.hnorm = RMSNorm(width, eps=eps)
+        self.eh_proj = Linear(2 * width, width)
+        self.shared_head = SharedHead(width, eps=eps)
+
+    def join(self, embedded_BTD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return the block's input (arXiv 2412.19437, eq. 21; the released weights have the embedding first)."""
+        joined: torch.Tensor = self.eh_proj(torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1))
+        return joined
+
+
 class Embedding(nn.Module):
     """One row of fp32 weights per token id."""
 
@@ -114,7 +137,7 @@ class Head(Linear):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and last norm: the module that transformers calls `model`."""
+    """Embedding, blocks, modules of multi-token prediction and last norm: what transformers calls `model`."""
 
     def __init__(
         self, config: ModelConfig, *, compute_dtype: torch.dtype, dispatcher: Dispatcher, expert_slice: slice
@@ -129,6 +152,9 @@ class Decoder(nn.Module):
             else:
                 mlp = MoE(config, compute_dtype=compute_dtype, dispatcher=dispatcher, expert_slice=expert_slice)
             self.layers.append(Block(config, mlp))
+        for _ in range(config.num_mtp_layers):
+            mlp = MoE(config, compute_dtype=compute_dtype, dispatcher=dispatcher, expert_slice=expert_slice)
+            self.layers.append(MtpBlock(config, mlp))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -171,21 +197,39 @@ class Transformer(KernelModule):
         segments_BT: torch.Tensor,
         positions_BT: torch.Tensor,
         max_logits: MaxLogits = MaxLogits.unmeasured,
+        mtp: Mtp = Mtp.off,
     ) -> ForwardOutput:
         """Return hidden states of packed rows, given ids, segments (0 is padding) and positions in each document, all
-        int64.
+        int64. `mtp`: what to do with the modules of multi-token prediction, if the model has any.
         """
-        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        embedded_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rotation = self._rotation(positions_BT)
         widest = max(self.config.qk_head_dim, self.config.v_head_dim)
         mask = plan_attention(segments_BT, self.compute_dtype, width=widest, library=self.library)
         documents = Documents.of(segments_BT)
         measured_BT = segments_BT > 0 if max_logits is MaxLogits.measured else None
         statistics: list[BlockStatistics] = []
-        for block in self.model.layers:
+        x_BTD = embedded_BTD
+        num_layers = self.config.num_layers
+        for block in self.model.layers[:num_layers]:
             x_BTD, reported = block(x_BTD, rotation=rotation, mask=mask, documents=documents, measured_BT=measured_BT)
             statistics.append(reported)
-        return _output(self.model.norm(x_BTD), statistics, num_experts=self.config.num_experts)
+        hidden_BTD = previous_BTD = self.model.norm(x_BTD)
+        if mtp is Mtp.detached:
+            previous_BTD, embedded_BTD = previous_BTD.detach(), embedded_BTD.detach()
+        read: list[torch.Tensor] = []
+        for distance, block in enumerate([] if mtp is Mtp.off else self.model.layers[num_layers:], start=1):
+            assert isinstance(block, MtpBlock)
+            segments_BT = shifted_segments(segments_BT, 1)
+            documents = Documents.of(segments_BT)
+            measured_BT = segments_BT > 0 if max_logits is MaxLogits.measured else None
+            x_BTD = block.join(shifted(embedded_BTD, distance), previous_BTD)
+            x_BTD, reported = block(x_BTD, rotation=rotation, mask=mask, documents=documents, measured_BT=measured_BT)
+            statistics.append(reported)
+            previous_BTD = block.shared_head(x_BTD)
+            read.append(previous_BTD)
+        output = _output(hidden_BTD, statistics, num_experts=self.config.num_experts)
+        return replace(output, mtp=MtpHidden(hidden_BTD=tuple(read), is_detached=mtp is Mtp.detached))
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [N, V]; the product runs in the dtype of the hidden states."""

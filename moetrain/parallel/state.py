@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moetrain.errors import CheckpointError
+from moetrain.model.config import ModelConfig
 from moetrain.model.transformer import Transformer
 from moetrain.optim.config import OptimizerName
 from moetrain.optim.muon import parameter_rule
@@ -80,6 +81,25 @@ class TensorReader:
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
         """Return the elements [first, last) of the flattened tensor `name`."""
         return self._tensors[name].reshape(-1)[first:last]
+
+
+class WithoutMtp:
+    """Implements `StateReader` over the tensors of `model` that another one has, without modules of multi-token
+    prediction after the first `kept`.
+    """
+
+    def __init__(self, reader: StateReader, model: ModelConfig, *, kept: int) -> None:
+        self._reader = reader
+        numbers = range(model.num_layers + kept, model.num_layers + model.num_mtp_layers)
+        self._left_out = tuple(f"model.layers.{number}." for number in numbers)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        return {name: shape for name, shape in self._reader.shapes().items() if not name.startswith(self._left_out)}
+
+    def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
+        """Return the elements [first, last) of the flattened tensor `name`."""
+        return self._reader.read(name, first=first, last=last)
 
 
 def gather_pieces(pieces: Iterable[Piece], topology: Topology) -> dict[str, torch.Tensor] | None:

@@ -121,7 +121,7 @@ def _bytes_of_start(model: ModelConfig, parallel: ParallelConfig, *, local: int,
 def _largest_parameter(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Return the size of the largest parameter: an embedding, or gate and up of all local experts of a layer."""
     embedding = model.vocab_size * model.hidden_size
-    if not model.num_moe_layers:
+    if not model.num_moe_layers + model.num_mtp_layers:
         return max(embedding, model.intermediate_size * model.hidden_size)
     local_experts = model.num_experts // parallel.expert
     return max(embedding, local_experts * 2 * model.moe_intermediate_size * model.hidden_size)
@@ -132,7 +132,7 @@ def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
     units = [model.vocab_size * model.hidden_size, attention_parameters(model)]
     if model.num_dense_layers:
         units.append(feed_forward_parameters(model, model.intermediate_size))
-    if model.num_moe_layers:
+    if model.num_moe_layers + model.num_mtp_layers:
         expert = expert_parameters(model)
         units += [model.num_experts // parallel.expert * expert, model.num_shared_experts * expert]
     return max(units)
@@ -140,7 +140,8 @@ def _largest_unit(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def _activations_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Return the number of stored values per token; with recomputation, only one block at a time stores all of them."""
+    num_layers = model.num_layers + model.num_mtp_layers
     if parallel.recompute is Recompute.none:
-        return model.hidden_size * model.num_layers * _ACTIVATIONS_PER_LAYER
+        return model.hidden_size * num_layers * _ACTIVATIONS_PER_LAYER
     again = _ACTIVATIONS_PER_LAYER - _INPUTS_PER_LAYER
-    return model.hidden_size * (model.num_layers * _INPUTS_PER_LAYER + again)
+    return model.hidden_size * (num_layers * _INPUTS_PER_LAYER + again)

@@ -9,12 +9,14 @@ from moetrain.data.batch import TokenBatch
 from moetrain.errors import ConfigError
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import BalanceConfig
+from moetrain.model.mtp import Mtp
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.engine import Objective, ObjectiveResult
 from moetrain.rl.columns import LOGPROB, TEMPERATURE
 from moetrain.rl.config import BalanceLosses
 from moetrain.rl.protocol import Algorithm, TokenLoss
-from moetrain.train.loss import GlobalCounts, balance_terms, router_entropies, token_logprobs
+from moetrain.train.config import MtpConfig
+from moetrain.train.loss import GlobalCounts, balance_terms, mtp_term, router_entropies, token_logprobs
 
 SUM_PREFIX = "sum/"
 """Prefix of metrics that are sums over tokens; they are reported per trained token."""
@@ -28,9 +30,11 @@ def rl_objective(
     balance: BalanceConfig,
     balance_losses: BalanceLosses,
     max_logits: MaxLogits = MaxLogits.unmeasured,
+    mtp_weight: float = MtpConfig.weight,
 ) -> Objective:
     """Return the objective of an RL step; the sum of the token losses of all ranks is divided by `divisor`.
 
+    Modules of multi-token prediction learn the sampled tokens, whatever their advantage; no gradient leaves them.
     With `BalanceLosses.model` the losses of `balance` are added. They are means over all tokens of the step's
     trajectories, including prompts and observations, because these are routed too. The objective raises ConfigError for
     token losses that have another shape than the logprobs, or no graph.
@@ -38,10 +42,14 @@ def rl_objective(
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         output = model(
-            batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, max_logits=max_logits
+            batch.tokens_BT,
+            segments_BT=batch.segments_BT,
+            positions_BT=batch.positions_BT,
+            max_logits=max_logits,
+            mtp=Mtp.detached,
         )
         temperatures_N = batch.at_targets(TEMPERATURE)
-        predicted = token_logprobs(model, output.hidden_BTD, batch=batch, temperatures_N=temperatures_N)
+        predicted = token_logprobs(model, output.hidden_BTD, batch=batch, temperatures_N=temperatures_N, mtp=output.mtp)
         columns = {name: batch.at_targets(name) for name in batch.columns}
         loss = algorithm.token_loss(predicted.logprobs_N, columns=columns)
         _check(loss, predicted.logprobs_N, algorithm=algorithm)
@@ -58,7 +66,10 @@ def rl_objective(
                 counts=counts,
             ),
         }
-        total = (batch.target_weights() * loss.loss_N).sum() / divisor
+        ones_N = torch.ones_like(predicted.logprobs_N)
+        mtp = mtp_term(predicted, weight=mtp_weight, weights_N=ones_N, divisor=counts.targets)
+        metrics |= mtp.metrics
+        total = (batch.target_weights() * loss.loss_N).sum() / divisor + mtp.loss
         if balance_losses is BalanceLosses.model:
             terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
             total, metrics = total + terms.loss, {**metrics, **terms.metrics}

@@ -148,6 +148,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, collection: Collection,
             balance=balance,
             balance_losses=stage.rl.balance_losses,
             max_logits=MaxLogits.needed(stage.qk_clip),
+            mtp_weight=config.mtp.at(step - stage.start_point.first_step, steps=config.steps),
         ),
         micro_batches=micro_batches(
             scored.rows,

@@ -18,6 +18,7 @@ from moetrain.files import user_path
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
+from moetrain.inference.speculation import Speculation
 from moetrain.inference.weights import Tensors, TensorsWithCodes
 from moetrain.kernels.build import Library
 from moetrain.parallel.state import TensorReader
@@ -88,12 +89,20 @@ def warn_of_fp8(origin: Origin, export: ExportConfig) -> None:
         _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
 
 
-def generation_model(origin: Origin, *, library: Library | None, mode: Mode = Mode.fast) -> Model:
+def generation_model(
+    origin: Origin,
+    *,
+    library: Library | None,
+    mode: Mode = Mode.fast,
+    speculation: Speculation = Speculation.off,
+) -> Model:
     """Return the model for generation. Experts that are stored as codes and scales are computed with these."""
     quant = origin.quant or QuantConfig()
     if origin.codes is not None:
         quant = QuantConfig()
-    return build_model(with_codes(origin), config=origin.model, quant=quant, library=library, mode=mode)
+    return build_model(
+        with_codes(origin), config=origin.model, quant=quant, library=library, mode=mode, speculation=speculation
+    )
 
 
 def with_codes(origin: Origin) -> Tensors:

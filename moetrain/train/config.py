@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from moetrain.errors import ConfigError
 from moetrain.kernels.config import Kernels
-from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 
 
 class ComputeDtype(StrEnum):
@@ -51,6 +51,28 @@ class RampConfig:
 
 
 @dataclass(kw_only=True)
+class MtpConfig:
+    """The loss of multi-token prediction; it applies to models with model.num_mtp_layers above 0."""
+
+    weight: float = 0.3
+    """Weight of the mean loss of the modules (lambda of arXiv 2412.19437, eq. 25; DeepSeek-V3: 0.3). In RL the modules
+    learn the sampled tokens, and no gradient of theirs reaches the rest of the model. model.num_mtp_layers=0 leaves the
+    modules out."""
+    late_weight: float = 0.1
+    """Weight in the last part of training (DeepSeek-V3: 0.1)."""
+    late_share: float = 0.324
+    """Share of the steps, at the end of training, with late_weight (DeepSeek-V3: the last 4.8T of 14.8T tokens)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_ranges(self, prefix="train.mtp.", ranges={POSITIVE: ("weight", "late_weight"), SHARE: ("late_share",)})
+
+    def at(self, step: int, *, steps: int) -> float:
+        """Return the weight in optimizer step `step` (from 0) of `steps`."""
+        return self.weight if step < steps - round(self.late_share * steps) else self.late_weight
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """Steps, precision and checkpoints: the settings of every training stage."""
 
@@ -79,6 +101,8 @@ class TrainConfig:
     weights, momentum and balance bias unchanged, counts it in `skipped_steps`, and continues with the next batch."""
     max_skipped_in_row: int = 10
     """Maximum number of consecutive skipped steps (on_nonfinite=skip); one more ends the run."""
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    """Multi-token prediction."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -22,16 +22,16 @@ from moetrain.train.step import train_step
 class DocumentStage:
     """The functions and settings of the steps of pretraining or SFT.
 
-    batch_at: this rank's rows of a step of the run (from 0), as many on every rank. num_rows_at: the rows of a step,
-    over all ranks. learning_rate: the rate of a step. mix_at: the index of
-    the data mix that a step uses. position, start_point, identity: see `Training`. validate: metrics of held-out data,
+    objective_at: the objective of a step of the run (from 0). batch_at: this rank's rows of a step, as many on every
+    rank. num_rows_at: the rows of a step, over all ranks. learning_rate: the rate of a step. mix_at: the index of the
+    data mix that a step uses. position, start_point, identity: see `Training`. validate: metrics of held-out data,
     collective. initial_metrics: metrics that are logged once when a run begins. flops_per_token: of forward and
     backward. peak_flops: matmul peak of all ranks together, in FLOP/s. qk_clip: threshold of QK-Clip; None is off; if
     set, the objective must measure the logits.
     """
 
     engine: Engine
-    objective_for: ObjectiveFor
+    objective_at: Callable[[int], ObjectiveFor]
     batch_at: Callable[[int], TokenBatch]
     num_rows_at: Callable[[int], int]
     learning_rate: Callable[[int], float]
@@ -70,7 +70,7 @@ def take_document_step(stage: DocumentStage, config: DocumentTrainConfig, *, ste
     balance = stage.balance.at(step - stage.start_point.first_step, steps=config.steps)
     values = train_step(
         stage.engine,
-        stage.objective_for,
+        stage.objective_at(step),
         micro_batches=split_rows(stage.batch_at(step), rows=config.rows_per_micro_batch),
         learning_rate=stage.learning_rate(step),
         balance=balance,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.model.mtp import Mtp
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology
@@ -32,7 +33,7 @@ def count_loads(engine: Engine, micro_batches: Sequence[TokenBatch]) -> torch.Te
 
 
 def _counts(model: Transformer, batch: TokenBatch) -> torch.Tensor:
-    output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT)
+    output = model(batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, mtp=Mtp.joint)
     counts_LE: torch.Tensor = output.counts_LE
     return counts_LE
 

@@ -13,7 +13,7 @@ from moetrain.optim.config import OptimConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.train.config import TrainConfig
 
-_OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype", "continue_as")
+_OF_TRAIN = ("steps", "rows_per_step", "batch_ramp", "compute_dtype", "continue_as", "mtp")
 """Fields of the section `train` that change numbers; fields that a stage's schema lacks are ignored."""
 
 

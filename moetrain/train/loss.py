@@ -16,20 +16,35 @@ from moetrain.data.batch import TokenBatch
 from moetrain.model.attention import MaxLogits
 from moetrain.model.balance import global_balance_loss
 from moetrain.model.config import BalanceConfig, ModelConfig
+from moetrain.model.mtp import Mtp, MtpHidden
 from moetrain.model.transformer import ForwardOutput, Transformer
 from moetrain.ops.logprobs import chunked_logprobs
 from moetrain.parallel.protocol import Objective, ObjectiveResult
+from moetrain.train.config import MtpConfig
 
 
 @dataclass(kw_only=True)
 class TokenLogprobs:
     """Log-probabilities and entropies of the predicted tokens, in the order of `batch.loss_mask_BT.nonzero()`.
 
-    logprobs_N: float32, with gradient. entropies_N: float32, without gradient.
+    logprobs_N: float32, with gradient. entropies_N: float32, without gradient. mtp: for each module of multi-token
+    prediction that was computed, what it predicts.
     """
 
     logprobs_N: torch.Tensor
     entropies_N: torch.Tensor
+    mtp: "tuple[MtpLogprobs, ...]" = ()
+
+
+@dataclass(kw_only=True)
+class MtpLogprobs:
+    """Log-probabilities of the M <= N predicted tokens that a module of multi-token prediction reaches.
+
+    It does not reach the first tokens of a document. logprobs_M: float32, with gradient. is_reached_N: bool.
+    """
+
+    logprobs_M: torch.Tensor
+    is_reached_N: torch.Tensor
 
 
 def _only_these(counts_LE: torch.Tensor) -> torch.Tensor:
@@ -51,25 +66,76 @@ class GlobalCounts:
 
 
 def token_logprobs(
-    model: Transformer, hidden_BTD: torch.Tensor, *, batch: TokenBatch, temperatures_N: torch.Tensor | None = None
+    model: Transformer,
+    hidden_BTD: torch.Tensor,
+    *,
+    batch: TokenBatch,
+    temperatures_N: torch.Tensor | None = None,
+    mtp: MtpHidden | None = None,
 ) -> TokenLogprobs:
     """Return the float32 log-probability of each token in the loss mask, predicted from the token before it.
 
-    temperatures_N: divisor of the logits of each predicted token, float32 above 0; None means 1 everywhere.
+    temperatures_N: divisor of the logits of each predicted token, float32 above 0; None means 1 everywhere. mtp: the
+    modules of multi-token prediction, which predict the same tokens from further back, at temperature 1.
     """
+    mtp = mtp or MtpHidden()
     row_N, column_N = batch.loss_mask_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[row_N, column_N - 1]
     targets_N = batch.tokens_BT[row_N, column_N]
+    positions_N = batch.positions_BT[row_N, column_N]
+    reached = [positions_N >= distance for distance in range(2, 2 + len(mtp.hidden_BTD))]
+    further = [
+        read_BTD[row_N[is_reached_N], column_N[is_reached_N] - distance]
+        for distance, (read_BTD, is_reached_N) in enumerate(zip(mtp.hidden_BTD, reached, strict=True), start=2)
+    ]
     if temperatures_N is not None and bool((temperatures_N == 1).all()):
         temperatures_N = None  # the same numbers with less work
 
-    def read_out(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return chunked_logprobs(
+    def read_out(hidden_XD: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden_ND, *further = torch.split(hidden_XD, sizes)
+        own = chunked_logprobs(
             hidden_ND, weight_VD, targets_N=targets_N, temperatures_N=temperatures_N, library=model.library
         )
+        if mtp.is_detached:
+            weight_VD = weight_VD.detach()
+        return *own, *(
+            chunked_logprobs(hidden_MD, weight_VD, targets_N=targets_N[is_reached_N], library=model.library)[0]
+            for hidden_MD, is_reached_N in zip(further, reached, strict=True)
+        )
 
-    logprobs_N, entropies_N = model.lm_head(hidden_ND, read_out)
-    return TokenLogprobs(logprobs_N=logprobs_N, entropies_N=entropies_N)
+    sizes = [len(hidden_ND), *map(len, further)]
+    logprobs_N, entropies_N, *found = model.lm_head(
+        torch.cat([hidden_ND, *further]) if further else hidden_ND, read_out
+    )
+    return TokenLogprobs(
+        logprobs_N=logprobs_N,
+        entropies_N=entropies_N,
+        mtp=tuple(
+            MtpLogprobs(logprobs_M=logprobs_M, is_reached_N=is_reached_N)
+            for logprobs_M, is_reached_N in zip(found, reached, strict=True)
+        ),
+    )
+
+
+@dataclass(kw_only=True)
+class MtpTerm:
+    """The contribution of multi-token prediction to an objective: a loss with gradient, and metrics."""
+
+    loss: torch.Tensor | float
+    metrics: dict[str, torch.Tensor]
+
+
+def mtp_term(predicted: TokenLogprobs, *, weight: float, weights_N: torch.Tensor, divisor: float) -> MtpTerm:
+    """Return this micro-batch's share of the loss of multi-token prediction (arXiv 2412.19437, eq. 24 and 25).
+
+    weights_N: factor on the loss of each predicted token. divisor: their sum over the step. The metric
+    `mtp_cross_entropy` is the mean over modules, without `weight`.
+    """
+    if not predicted.mtp:
+        return MtpTerm(loss=0.0, metrics={})
+    losses = [-(weights_N[module.is_reached_N] * module.logprobs_M).sum() / divisor for module in predicted.mtp]
+    mean = torch.stack(losses).mean()
+    return MtpTerm(loss=weight * mean, metrics={"mtp_cross_entropy": mean.detach()})
 
 
 @dataclass(kw_only=True)
@@ -112,30 +178,40 @@ def router_entropies(
 
 
 def language_model_objective(
-    counts: GlobalCounts, *, balance: BalanceConfig, max_logits: MaxLogits = MaxLogits.unmeasured
+    counts: GlobalCounts,
+    *,
+    balance: BalanceConfig,
+    max_logits: MaxLogits = MaxLogits.unmeasured,
+    mtp_weight: float = MtpConfig.weight,
 ) -> Objective:
     """Return the objective of pretraining and SFT for a step with these global counts.
 
-    loss = -sum(weight * logprob) / global target weight + the losses of `balance`.
+    loss = -sum(weight * logprob) / global target weight + the losses of `balance` + that of multi-token prediction.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:
         output = model(
-            batch.tokens_BT, segments_BT=batch.segments_BT, positions_BT=batch.positions_BT, max_logits=max_logits
+            batch.tokens_BT,
+            segments_BT=batch.segments_BT,
+            positions_BT=batch.positions_BT,
+            max_logits=max_logits,
+            mtp=Mtp.joint,
         )
-        predicted = token_logprobs(model, output.hidden_BTD, batch=batch)
+        predicted = token_logprobs(model, output.hidden_BTD, batch=batch, mtp=output.mtp)
         weights_N = batch.target_weights()
         cross_entropy = -(weights_N * predicted.logprobs_N).sum() / counts.target_weight
         terms = balance_terms(output, counts=counts, model=model.config, balance=balance)
+        mtp = mtp_term(predicted, weight=mtp_weight, weights_N=weights_N, divisor=counts.target_weight)
         layers = [name for name, _ in model.moe_layers()]
         metrics = {
             "cross_entropy": cross_entropy.detach(),
             "entropy": predicted.entropies_N.sum() / counts.targets,
             **terms.metrics,
+            **mtp.metrics,
             **router_entropies(output, layers=layers, num_tokens=batch.num_tokens, counts=counts),
         }
         return ObjectiveResult(
-            loss=cross_entropy + terms.loss,
+            loss=cross_entropy + terms.loss + mtp.loss,
             counts_LE=output.counts_LE,
             required_LEB=output.required_LEB,
             metrics=metrics,

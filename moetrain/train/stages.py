@@ -39,7 +39,7 @@ from moetrain.train.document_stage import DocumentStage, document_training
 from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
-from moetrain.train.loss import language_model_objective
+from moetrain.train.loss import ObjectiveFor, language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
 from moetrain.train.rows import read_rank_rows
@@ -220,8 +220,7 @@ def document_stage_of(
     peak_flops: see `DocumentStage`; inf leaves out the utilisation. start_point: None is a new run.
     """
     start_point = start_point or StartPoint()
-    train, optim, balance = sections.train, sections.optim, sections.model.balance
-    max_logits = MaxLogits.needed(optim.qk_clip)
+    train, optim = sections.train, sections.optim
     topology = engine.topology
     orders = {"order": versions} if (versions := data.order_versions()) else {}
 
@@ -242,14 +241,14 @@ def document_stage_of(
 
     return DocumentStage(
         engine=engine,
-        objective_for=lambda counts: language_model_objective(counts, balance=balance, max_logits=max_logits),
+        objective_at=_objectives(sections, start_point=start_point),
         batch_at=Prefetch(batch_at) if orders else batch_at,
         num_rows_at=lambda step: len(rows_of(step)),
         learning_rate=lambda step: start_point.rate(step, optim=optim, steps=train.steps),
         mix_at=lambda step: data.loader.mix_at(first_row(step)),
         position=lambda step: _position(data, rows_read=first_row(step)),
         start_point=start_point,
-        balance=balance,
+        balance=sections.model.balance,
         validate=measure,
         initial_metrics=data.metrics(),
         identity=identity_of(
@@ -265,6 +264,20 @@ def document_stage_of(
         peak_flops=peak_flops,
         qk_clip=optim.qk_clip,
     )
+
+
+def _objectives(sections: Sections, *, start_point: StartPoint) -> Callable[[int], ObjectiveFor]:
+    """Return the objective by step of the run (from 0)."""
+    train, balance = sections.train, sections.model.balance
+    max_logits = MaxLogits.needed(sections.optim.qk_clip)
+
+    def objective_at(step: int) -> ObjectiveFor:
+        weight = train.mtp.at(step - start_point.first_step, steps=train.steps)
+        return lambda counts: language_model_objective(
+            counts, balance=balance, max_logits=max_logits, mtp_weight=weight
+        )
+
+    return objective_at
 
 
 def _position(data: Data, *, rows_read: int) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def plan_upcycling(model: ModelConfig, upcycle: UpcycleConfig) -> UpcyclePlan:
     Raises ConfigError that names the field if the sizes do not divide.
     """
     width, num_chosen = model.moe_intermediate_size, model.num_experts_per_token
+    if model.num_mtp_layers:
+        raise ConfigError(
+            f"model.num_mtp_layers is {model.num_mtp_layers}: upcycling makes no modules of multi-token prediction; "
+            "give model.num_mtp_layers=0"
+        )
     if not model.num_moe_layers:
         raise ConfigError(
             f"model.num_dense_layers is {model.num_dense_layers}: give fewer than model.num_layers={model.num_layers}, "

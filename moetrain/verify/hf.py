@@ -26,7 +26,7 @@ from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import text_config, to_hf_config
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
-from moetrain.parallel.state import read_into
+from moetrain.parallel.state import TensorReader, WithoutMtp, read_into
 from moetrain.quant.consumers import Consumer
 from moetrain.runtime import torch_stream
 from moetrain.verify.table import Row
@@ -45,8 +45,10 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     *({"num_shared_experts": number} for number in (0, 2)),
     *({"num_dense_layers": number} for number in (0, 2)),
     {"num_experts_per_token": 1},
+    {"num_mtp_layers": 2},
 )
-"""Changes to `_TINY`: every score function, several group settings, and numbers of shared experts and dense layers."""
+"""Changes to `_TINY`: every score function, several group settings, and numbers of shared experts, dense layers and
+modules of multi-token prediction, which transformers leaves out."""
 _TINY = ModelConfig(
     vocab_size=97,
     hidden_size=32,
@@ -119,12 +121,13 @@ def _tiny_row(
         if layout is ExpertLayout.fused:
             theirs = _stock_model(config)
             theirs.load_state_dict(weights)
-            returned: Mapping[str, Tensor] = weights
+            read, returned = config, dict(weights)
         else:
             theirs = _through_folder(Path(temporary) / "ours", config=config, weights=weights)
             theirs.save_pretrained(Path(temporary) / "theirs", max_shard_size=_SHARD_BYTES)
-            returned = dict(open_hf_folder(Path(temporary) / "theirs")[1])
-    ours = Transformer(config, compute_dtype=torch.float32)
+            read, folder = open_hf_folder(Path(temporary) / "theirs")
+            returned = dict(folder)
+    ours = Transformer(read, compute_dtype=torch.float32)
     ours.load_state_dict(returned)
     return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
 
@@ -146,10 +149,15 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
             read_into(tensor, reader, name=name)
     theirs = _of_folder(path) if reader.is_plain_or_packed else _stock_model(config)
     if not reader.is_plain_or_packed:
-        theirs.load_state_dict(ours.state_dict())
+        theirs.load_state_dict(_without_mtp(ours.state_dict(), config))
     tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
     name = str(path) if reader.is_plain_or_packed else f"{path}, read by this package for both"
     return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
+
+
+def _without_mtp(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    reader = WithoutMtp(TensorReader(weights), config, kept=0)
+    return {name: weights[name] for name in reader.shapes()}
 
 
 def _of_folder(path: Path) -> Any:

@@ -155,7 +155,7 @@ def _plain_run(run: VerifyLayoutsRun, layout: Layout, *, folder: Path) -> Refere
         states.append(state)
         moved.append(min(weight_gap({name: state[name]}, {name: value}) for name, value in first.items()))
     save_file(states[0], folder / f"{layout.reference}.safetensors")
-    num_layers = run.model.num_moe_layers
+    num_layers = run.model.num_moe_layers + run.model.num_mtp_layers
     gap = largest_score_gap(margins[0].scores, margins[1].scores, num_layers=num_layers) if num_layers else 0.0
     return Reference(
         trace=traces[0],

@@ -34,8 +34,8 @@ from moetrain.verify.table import Row
 
 SHAPES: dict[str, dict[str, Any]] = {
     "int4": {},
-    "int4, queries not compressed, softmax scores, groups": {
-        **{"q_lora_rank": None, "score_function": ScoreFunction.softmax, "num_groups": 2},
+    "int4, queries not compressed, softmax scores, groups, multi-token prediction": {
+        **{"q_lora_rank": None, "score_function": ScoreFunction.softmax, "num_groups": 2, "num_mtp_layers": 1},
     },
     "bf16, odd widths": {
         **{"hidden_size": 80, "num_heads": 3, "kv_lora_rank": 48, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24},
@@ -65,6 +65,8 @@ class Faulty:
         self.logprob_library = model.logprob_library
         self.new_cache = model.new_cache
         self.logits = model.logits
+        self.can_draft = model.can_draft
+        self.draft = model.draft
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:
         """Return hidden states with the fault."""
@@ -93,7 +95,15 @@ def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
         native = _source(config, quant, seed=run.run.seed, library=library)
         state, device = native.state_dict(), torch.device("cpu")
         made = {
-            mode: build_model(state, config=config, quant=quant, library=library, device=device, mode=mode)
+            mode: build_model(
+                state,
+                config=config,
+                quant=quant,
+                library=library,
+                device=device,
+                mode=mode,
+                speculation=Speculation.auto,
+            )
             for mode in Mode
         }
         prompts = _prompts(run, config.vocab_size)

@@ -134,15 +134,24 @@ def _feed_forward(at: str, shape: tuple[int, int], draw: Callable[..., Tensor]) 
     }
 
 
-def prediction_layer(seed: int = 4) -> Disk:
+def prediction_layer(disk: Mapping[str, Tensor], *, seed: int = 4) -> Disk:
     """Return layer 3 as DeepSeek-V3 has layer 61: a whole layer, copies of embedding and head, norms, a projection."""
     drawn = weights(layers=LAYERS + 1, seed=seed)
-    layer = {name: tensor for name, tensor in drawn.items() if name.startswith(f"model.layers.{LAYERS}.")}
-    own = {"enorm": (HIDDEN,), "hnorm": (HIDDEN,), "shared_head.norm": (HIDDEN,), "eh_proj": (HIDDEN, 2 * HIDDEN),
-           "embed_tokens": (VOCAB, HIDDEN), "shared_head.head": (VOCAB, HIDDEN)}  # fmt: skip
+    at = f"model.layers.{LAYERS}."
+    layer = {name: tensor for name, tensor in drawn.items() if name.startswith(at)}
+    stream = torch.Generator().manual_seed(seed)
+    for name, shape in {"enorm": (HIDDEN,), "hnorm": (HIDDEN,), "shared_head.norm": (HIDDEN,)}.items():
+        layer[f"{at}{name}.weight"] = (1 + 0.05 * torch.randn(shape, generator=stream)).bfloat16()
+    layer[f"{at}eh_proj.weight"] = (0.05 * torch.randn(HIDDEN, 2 * HIDDEN, generator=stream)).bfloat16()
     return layer | {
-        f"model.layers.{LAYERS}.{name}.weight": torch.zeros(shape).bfloat16() for name, shape in own.items()
+        f"{at}embed_tokens.weight": disk["model.embed_tokens.weight"].clone(),
+        f"{at}shared_head.head.weight": disk["lm_head.weight"].clone(),
     }
+
+
+def prediction_copies() -> tuple[str, str]:
+    """Return the names of the tensors of `prediction_layer` that are copies."""
+    return f"model.layers.{LAYERS}.embed_tokens.weight", f"model.layers.{LAYERS}.shared_head.head.weight"
 
 
 def is_expert(name: str) -> bool:

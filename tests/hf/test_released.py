@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.shape import stored_shape
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import fused_tensors
 from moetrain.hf.shape import from_hf_config
+from moetrain.run.weights import read_weights
 from tests.hf import released
 from tests.hf.released import Disk
 
@@ -81,18 +83,43 @@ def test_a_model_with_an_image_encoder_is_read_without_it_and_the_rest_is_listed
     assert f"{folder}: {line}" in caplog.text
 
 
-def test_prediction_layers_beyond_the_last_are_listed_and_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("stated", [0, 1])
+def test_a_prediction_layer_is_read_if_config_json_states_it(
+    stated: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stored, values = released.fp8(released.weights())
-    extra, _ = released.fp8(released.prediction_layer())
+    plain = released.weights()
+    stored, values = released.fp8(plain)
+    extra, of_extra = released.fp8(released.prediction_layer(plain))
     config = released.config(
-        model_type="deepseek_v3", num_nextn_predict_layers=1, quantization_config=released.FP8_CONFIG
+        model_type="deepseek_v3", num_nextn_predict_layers=stated, quantization_config=released.FP8_CONFIG
     )
     folder = released.write(tmp_path, stored | extra, values=config, shards=2)
+    read = {name: value for name, value in of_extra.items() if name not in released.prediction_copies()}
     with caplog.at_level("INFO"):
-        assert_read(folder, values)
-    assert f"layers beyond 2 (multi-token prediction): {len(extra)} tensors" in caplog.text
+        assert_read(folder, values | (read if stated else {}))
+    assert open_hf_folder(folder)[0].num_mtp_layers == stated
+    unused = f"layers beyond 2 (multi-token prediction): {len(extra)} tensors"
+    assert ("not used: copies of embedding and head: 2 tensors" if stated else unused) in caplog.text
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_prediction_layer_that_is_stated_and_not_there_is_no_error(index: bool, tmp_path: Path) -> None:
+    """Programs that do not compute it save a folder without it and keep the number in config.json."""
+    disk, config = released.weights(), released.config(num_nextn_predict_layers=1)
+    folder = released.write(tmp_path / "x", disk, values=config, shards=2 if index else 1, index=index)
+    assert_read(folder, disk)
+    assert open_hf_folder(folder)[0].num_mtp_layers == 0
+    shape = stored_shape(str(folder))
+    assert shape is not None and shape.num_mtp_layers == 0
+
+
+def test_a_damaged_prediction_layer_is_refused(tmp_path: Path) -> None:
+    plain = released.weights()
+    disk = plain | released.prediction_layer(plain)
+    del disk[f"model.layers.{released.LAYERS}.hnorm.weight"]
+    folder = released.write(tmp_path, disk, values=released.config(num_nextn_predict_layers=1))
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.{released.LAYERS}\.hnorm\.weight is missing"):
+        read_weights(str(folder))
 
 
 def test_moonlight_has_no_compressed_queries_and_fused_experts_are_read_too(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from moetrain.run.weights import generation_model, read_weights, tokenizer_of, t
 from tests.hf import released
 
 TEXT = " ".join(f"word{i} letters and {i * 7}" for i in range(40))
-KINDS = ["bf16", "moonlight", "predicting", "int4", "wrapped"]
+KINDS = ["bf16", "moonlight", "predicting", "int4", "int4_predicting", "wrapped"]
 """Kinds that are trained: `predicting` is FP8 with a layer of multi-token prediction."""
-PACKED = ["int4", "foreign", "wrapped"]
+PACKED = ["int4", "foreign", "wrapped", "int4_predicting"]
 DATA = (
     *("data=test", "data.seq_len=64", "~data.sources.english", "~data.sources.dialogues"),
     *("data.sources.maths.kind=maths", "data.sources.maths.num_documents=40"),
@@ -43,16 +43,20 @@ SMALL = (
 def make(folder: Path, kind: str) -> Path:
     """Write a folder of one kind, with a tokenizer."""
     disk, values = released.weights(q_lora=None if kind == "moonlight" else released.Q_LORA), released.config()
-    if kind in ("int4", "wrapped", "foreign"):
+    if kind in ("predicting", "int4_predicting"):
+        disk |= released.prediction_layer(disk)
+    if kind in ("int4", "wrapped", "foreign", "int4_predicting"):
         disk, _ = released.int4(disk, codes_of=released.foreign_codes if kind == "foreign" else released.kimi_codes)
-        values = released.config(quantization_config=released.EXPERT_CONFIG)
+        modules = int(kind == "int4_predicting")
+        values = released.config(quantization_config=released.EXPERT_CONFIG, num_nextn_predict_layers=modules)
     if kind == "wrapped":
         disk = {f"language_model.{name}": tensor for name, tensor in disk.items()}
         disk["vision_tower.norm.weight"] = torch.zeros(4)
         values = released.wrapped_config()
     if kind in ("fp8", "predicting"):
-        disk, _ = released.fp8(disk | (released.prediction_layer() if kind == "predicting" else {}))
-        values = released.config(quantization_config=released.FP8_CONFIG)
+        disk, _ = released.fp8(disk)
+        modules = int(kind == "predicting")
+        values = released.config(quantization_config=released.FP8_CONFIG, num_nextn_predict_layers=modules)
     if kind == "moonlight":
         values = released.config(model_type="deepseek_v3", q_lora_rank=None, rope_scaling=None)
     train_tokenizer([TEXT], vocab_size=290).save(released.write(folder, disk, values=values, shards=2))
