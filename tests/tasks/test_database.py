@@ -78,7 +78,7 @@ def test_short_questions_have_the_numbers_and_the_length_of_long_ones() -> None:
         task = family.task(Split.train, index)
         lines = task.text.split("\n")
         first = int(task.lines[0].split()[1][:-1])
-        assert f"step {first}" in lines[0] and lines[first : first + len(task.lines)] == task.lines
+        assert f"step {first:02}" in lines[0] and lines[first : first + len(task.lines)] == task.lines
         assert [int(line.split()[1][:-1]) for line in lines[1:]] == list(range(1, len(lines)))
         firsts.add(first)
         lengths.add(len(lines) - 1)

@@ -48,8 +48,8 @@ _FRAMES: dict[str, list[str]] = {
         "<then>{number} times it",
     ],
     "opening": [
-        '<start> <at> <row>"{row}", step {first}.',
-        '<row>"{row}", step {first} is where to <start>.',
+        '<start> <at> <row>"{row}", step {first:02}.',
+        '<row>"{row}", step {first:02} is where to <start>.',
     ],
     "closing": ["<then><report> <the> <result>", "<then>what is <the> <result>"],
 }
@@ -91,11 +91,15 @@ def draw_phrases(steps: Sequence[Step], *, split: Split, stream: random.Random) 
 def draw_lines(
     steps: Sequence[Step], *, before: Sequence[Step], after: Sequence[Step], split: Split, stream: random.Random
 ) -> list[str]:
-    """Return the numbered lines of a question: `steps` and what to report, between steps that are not asked for."""
+    """Return the numbered lines of a question: `steps` and what to report, between steps that are not asked for.
+
+    Numbers have two digits. Otherwise the tokens of "Step 1" would also begin "Step 12", and a small model that copies
+    the number of its first line from the question would go on with the wrong one.
+    """
     texts = draw_phrases([*before, *steps], split=split, stream=stream)
     texts.append(stream.choice(frames("closing", split)))
     texts += draw_phrases(after, split=split, stream=stream)
-    return [f"Step {number}: {text}" for number, text in enumerate(texts, 1)]
+    return [f"Step {number:02}: {text}" for number, text in enumerate(texts, 1)]
 
 
 def question(start: str, lines: Sequence[str], *, first: int, split: Split, stream: random.Random) -> str:
