@@ -274,6 +274,34 @@ class BenchTrainRun(StageRun):
 
 
 @dataclass(kw_only=True)
+class BenchCheckpointRun(StageRun):
+    """Measure writing and reading a checkpoint beside torch's distributed checkpoint, and a save during training."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model; its weights and optimizer state are written."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Engine; one rank."""
+    repetitions: int = 5
+    """Times that each is written and read, in turn."""
+    steps: int = 100
+    """Training steps from one save to the next, as train.checkpoint_every."""
+    turns: int = 3
+    """Times that `steps` steps are taken without and with a save."""
+    rows: int = 8
+    """Rows per training step."""
+    seq_len: int = 512
+    """Tokens per row."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        counts = ("repetitions", "steps", "turns", "rows", "seq_len")
+        check_ranges(self, prefix="", ranges={COUNT: counts})
+        check_length(self.model, name="seq_len", length=self.seq_len)
+
+
+@dataclass(kw_only=True)
 class VerifyFaultsRun(StageRun):
     """Kill, damage and hang real runs, and check that a resumed run is bit-identical to an undisturbed one."""
 
@@ -330,6 +358,7 @@ SCHEMAS: dict[str, type] = {
     "bench optimizers": BenchOptimizersRun,
     "bench train": BenchTrainRun,
     "bench data": BenchDataRun,
+    "bench checkpoint": BenchCheckpointRun,
     "bench serve": BenchServeRun,
     "bench decode": BenchDecodeRun,
     "bench rollout": BenchRolloutRun,

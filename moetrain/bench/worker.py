@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
+from moetrain.bench.batches import zipf_batch
 from moetrain.bench.contestant import Contestant, Kind
 from moetrain.bench.process import commands
 from moetrain.commands import BenchTrainRun
 from moetrain.compose import load_config
 from moetrain.data.batch import TokenBatch
-from moetrain.runtime import keep_freed_memory, torch_stream
+from moetrain.runtime import keep_freed_memory
 from moetrain.train.rows import rank_rows
 
 _SETTLING_STEPS = 1
@@ -36,18 +37,8 @@ class Trainee(Protocol):
 
 
 def make_batch(run: BenchTrainRun, step: int) -> TokenBatch:
-    """Return the rows of a step: random tokens with Zipf frequencies (1 / token id + 1), one document per row."""
-    shape = (run.rows, run.seq_len)
-    frequency_V = 1.0 / torch.arange(1, run.model.vocab_size + 1, dtype=torch.float64)
-    stream = torch_stream(run.run.seed, "bench/tokens", step)
-    tokens = torch.multinomial(frequency_V, run.rows * run.seq_len, replacement=True, generator=stream)
-    positions_BT = torch.arange(run.seq_len).expand(shape)
-    return TokenBatch(
-        tokens_BT=tokens.view(shape),
-        segments_BT=torch.ones(shape, dtype=torch.int64),
-        positions_BT=positions_BT,
-        loss_mask_BT=positions_BT > 0,
-    )
+    """Return the rows of a step, over all ranks."""
+    return zipf_batch(vocab_size=run.model.vocab_size, rows=run.rows, seq_len=run.seq_len, seed=run.run.seed, step=step)
 
 
 def build(run: BenchTrainRun, contestant: Contestant) -> Trainee:
