@@ -21,6 +21,7 @@ from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
 from moetrain.parallel.state import WithoutMtp
+from moetrain.parallel.topology import Topology
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.masters import CodeReader
 
@@ -40,6 +41,7 @@ class Origin:
     - codes: experts that are stored as codes and scales, None if there are none. `tensors` and `reader` have their
       dequantised values.
     - is_fp8: whether they are stored in FP8.
+    - hashed_files: the files that `digest` reads, empty if it reads none.
     - tokenizer: folder of the tokenizer, None if there is none beside the weights.
     - tokenizer_digest: digest of the tokenizer they were trained with, None if unknown.
     - make_digest: see `digest`.
@@ -59,11 +61,26 @@ class Origin:
     checkpoint: Checkpoint | None = None
     codes: CodeReader | None = None
     is_fp8: bool = False
+    hashed_files: Sequence[Path] = ()
 
     @cached_property
     def digest(self) -> str:
         """Return a sha256 that changes with the weights; for a Hugging Face folder this reads all files."""
         return self.make_digest()
+
+
+def shared_digest(origin: Origin, topology: Topology) -> str:
+    """Return the digest of `origin`, on every rank. Each rank reads its share of the files. Collective."""
+    if not origin.hashed_files:
+        return topology.broadcast_object(origin.digest if topology.is_main else "")
+    own = _digests(origin.hashed_files[topology.rank :: topology.world_size])
+    by_rank = topology.gather_objects(own)
+    digest = ""
+    if by_rank is not None:
+        number = len(origin.hashed_files)
+        in_order = [by_rank[index % len(by_rank)][index // len(by_rank)] for index in range(number)]
+        digest = _joint(in_order)
+    return topology.broadcast_object(digest)
 
 
 def read_origin(path: Path) -> Origin:
@@ -148,6 +165,7 @@ def _of_checkpoint(path: Path, *, stages: Sequence[Path]) -> Origin:
 
 def _of_hf_folder(path: Path) -> Origin:
     model, tensors = open_hf_folder(path)
+    files = [path / "config.json", *(path / file for file in weight_files(path))]
     return Origin(
         path=path,
         tensors=tensors,
@@ -157,8 +175,9 @@ def _of_hf_folder(path: Path) -> Origin:
         codes=tensors if tensors.quant is not None else None,
         is_fp8=tensors.is_fp8,
         tokenizer=path if holds_tokenizer(path) else None,
-        make_digest=lambda: _digest_of_files(path),
+        make_digest=lambda: _joint(_digests(files)),
         step=0,
+        hashed_files=files,
     )
 
 
@@ -188,13 +207,17 @@ def _loaded_digest(folder: Path) -> str:
         return ""
 
 
-def _digest_of_files(path: Path) -> str:
-    """Return a sha256 over the config and the weight files of a folder, which are read at the same time."""
+def _digests(files: Sequence[Path]) -> list[bytes]:
+    """Return the sha256 of each file; several are read at the same time."""
 
     def digest_of(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
-    files = [path / "config.json", *(path / file for file in weight_files(path))]
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest_of, files))).hexdigest()
+        return list(pool.map(digest_of, files))
+
+
+def _joint(digests: Sequence[bytes]) -> str:
+    """Return the sha256 of several, in order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetrain.checkpoint import read as checkpoint
-from moetrain.checkpoint.origin import TOKENIZER, Origin, continue_state, start_from
+from moetrain.checkpoint.origin import TOKENIZER, Origin, continue_state, shared_digest, start_from
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.config import RlRun
 from moetrain.data.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def _stage(
             optim=run.optim,
             train=run.train,
             seed=run.run.seed,
-            origin=engine.topology.broadcast_object(origin.digest if engine.topology.is_main else None),
+            origin=shared_digest(origin, engine.topology),
             others={**own_sections(run), "tokenizer": tokenizer.digest},
         ),
         seed=run.run.seed,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, continue_state, start_from
+from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, continue_state, shared_digest, start_from
 from moetrain.data.batch import TokenBatch
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data
@@ -257,7 +257,7 @@ def document_stage_of(
             optim=optim,
             train=train,
             seed=sections.seed,
-            origin=engine.topology.broadcast_object(origin.digest if origin and engine.topology.is_main else None),
+            origin=shared_digest(origin, topology) if origin else None,
             others={"data": asdict(sections.data), "digests": data.digests, **orders},
         ),
         flops_per_token=flops_per_token(sections.model, sections.data.seq_len),
