@@ -108,7 +108,8 @@ def build_data(
     rows = _rows(training, config, seed=seed, tokenizer=tokenizer)
     rows |= {name: source.rows(Part.training) for name, source in prepared.items()}
     for name, packed in rows.items():
-        packed.counts.num_dropped_unreadable = len(unreadable[name])
+        dropped = prepared[name].index.counts.num_unreadable if name in prepared else len(unreadable[name])
+        packed.counts.num_dropped_unreadable = dropped
         _log_counts(name, packed.counts, seq_len=config.seq_len)
     return Data(
         loader=Loader(

@@ -136,11 +136,23 @@ def test_prepared_sources_mix_with_sources_in_memory_and_change_weights(
     assert loader.epochs(18).keys() == {"texts", "chats"}
 
 
+def _replace(folder: Path, old: str, new: str) -> None:
+    text = (folder / "index.json").read_text()
+    assert old in text
+    (folder / "index.json").write_text(text.replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "index.json").unlink(), "texts has no index.json"),
         (lambda folder: (folder / "index.json").write_text("{"), r"index.json is damaged"),
+        (lambda folder: _replace(folder, '"num_tokens": ', '"num_tokens": "9", "": '), r"index.json is damaged"),
+        (
+            lambda folder: _replace(folder, '"vocab_size": ', '"vocab_size": -'),
+            r"index.json is damaged .*vocab_size is",
+        ),
+        (lambda folder: _replace(folder, '"num_read": ', '"num_read": 1.'), r"index.json is damaged .*num_read is 1\."),
         (lambda folder: (folder / "tokens-00000.bin").unlink(), "tokens-00000.bin is missing"),
         (lambda folder: (folder / "documents.bin").write_bytes(b"1234"), "documents.bin has 4 bytes, and .* names"),
         (lambda folder: (folder / "rows-64.bin").write_bytes(b""), "rows-64.bin does not have the .* remove .*plan-64"),

@@ -152,7 +152,14 @@ def _index_of(content: Mapping[str, Any]) -> Index:
         for file in content["files"]
     ]
     parts = {"documents": StoredFile(**content["documents"]), "split": StoredFile(**content["split"])}
-    return Index(**{**content, **parts, "files": files, "counts": Counts(**content["counts"])})
+    index = Index(**{**content, **parts, "files": files, "counts": Counts(**content["counts"])})
+    sizes = {f"bytes of {file.name}": file.bytes for file in index.stored_files()}
+    sizes |= {f"num_tokens of {file.name}": file.num_tokens for file in files}
+    sizes |= {name: value for name, value in asdict(index.counts).items() if name != "num_contaminated"}
+    for name, value in {"vocab_size": index.vocab_size, **sizes}.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    return index
 
 
 def is_prepared(folder: Path) -> bool:
