@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from moetrain.data.build import build_data
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind, TokenizerConfig, Unreadable
 from moetrain.data.files import json_records
 from moetrain.data.formats import text_document
@@ -183,6 +184,13 @@ def test_unreadable_records_are_dropped_and_counted_where_asked(tokenizer: Token
     data = DataConfig(sources={"web": SourceConfig(kind=KIND, path=str(path), unreadable=Unreadable.drop)}, seq_len=64)
     index = prepare(data, PrepareConfig(workers=1), folder=tmp_path / "out", tokenizer=tokenizer)["web"]
     assert (index.counts.num_read, index.counts.num_unreadable) == (20, 1)
+    folder = tmp_path / "out" / "web"
+    stored = DataConfig(
+        sources={"web": SourceConfig(kind=SourceKind.prepared, path=str(folder))},
+        seq_len=64,
+        tokenizer=TokenizerConfig(path=str(folder / "tokenizer")),
+    )
+    assert build_data(stored, 0, tokenizer_folder=tmp_path / "stage").counts["web"].num_dropped_unreadable == 1
     with pytest.raises(DataError, match=r"a.jsonl:21: column text holds int '3'"):
         prepared(path, tmp_path / "strict", tokenizer=tokenizer)
 

@@ -150,7 +150,7 @@ def _replace(folder: Path, old: str, new: str) -> None:
         (lambda folder: _replace(folder, '"num_tokens": ', '"num_tokens": "9", "": '), r"index.json is damaged"),
         (
             lambda folder: _replace(folder, '"vocab_size": ', '"vocab_size": -'),
-            r"index.json is damaged .*vocab_size is",
+            r"damaged .*vocab_size is",
         ),
         (lambda folder: _replace(folder, '"num_read": ', '"num_read": 1.'), r"index.json is damaged .*num_read is 1\."),
         (lambda folder: (folder / "tokens-00000.bin").unlink(), "tokens-00000.bin is missing"),
