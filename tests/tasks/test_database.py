@@ -1,6 +1,7 @@
 import json
 import random
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 
 import pytest
 
@@ -71,20 +72,23 @@ def test_held_out_tasks_share_no_name_and_no_phrase_with_training() -> None:
         assert trained and held_out and not trained & held_out
 
 
-def test_short_questions_have_the_numbers_and_the_length_of_long_ones() -> None:
+def test_short_questions_have_the_letters_and_the_length_of_long_ones() -> None:
     family = DatabaseFamily(_SURE, 0)
     firsts, lengths = set(), set()
     for index in range(300):
         task = family.task(Split.train, index)
         lines = task.text.split("\n")
-        first = int(task.lines[0].split()[1][:-1])
-        assert f"step {first:02}" in lines[0] and lines[first : first + len(task.lines)] == task.lines
-        assert [int(line.split()[1][:-1]) for line in lines[1:]] == list(range(1, len(lines)))
+        letter = task.lines[0].split()[1][:-1]
+        first = ord(letter) - ord("A") + 1
+        assert f"step {letter}" in lines[0] and lines[first : first + len(task.lines)] == task.lines
+        assert [line.split()[1] for line in lines[1:]] == [f"{each}:" for each in ascii_uppercase[: len(lines) - 1]]
         firsts.add(first)
         lengths.add(len(lines) - 1)
     assert firsts == set(range(1, 16)) and max(lengths) == 17
     longest = family.task_of_length(Split.train, 0, num_calls=16)
     assert longest.text.split("\n")[1:] == longest.lines and len(longest.lines) == 17
+    names = [line.split()[1] for line in family.task_of_length(Split.train, 0, num_calls=60).lines]
+    assert names[24:30] == ["Y:", "Z:", "AA:", "AB:", "AC:", "AD:"] and names[52] == "BA:" and len(set(names)) == 61
 
 
 def test_the_grader_fails_a_row_that_should_not_have_changed() -> None:

@@ -3,7 +3,7 @@
 Before each call its reasoning is the present value and the line of the question that comes next, word for word:
 
     "k3f"
-    Step 04: take its "frump" in "toath"
+    Step D: take its "frump" in "toath"
 
 A repeated call begins with `retry`. The next reasoning is a function of the last one and the last result, so that a
 model can go on from a note of it alone. Everything that a call needs is in the reasoning right before it. The answer is

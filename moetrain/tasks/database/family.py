@@ -26,7 +26,7 @@ class DatabaseTask(InlineTask):
     tables: dict[str, Table]
     program: Program
     lines: list[str]
-    """The numbered lines of the question that are asked for: each step in words, then what to report."""
+    """The lettered lines of the question that are asked for: each step in words, then what to report."""
     text: str
     config: TaskConfig
 
@@ -79,7 +79,7 @@ class DatabaseFamily:
         num_after = stream.randint(0, num_free - num_before)
         before, after = (_other_steps(stream, tables, num_steps=count) for count in (num_before, num_after))
         lines = draw_lines(program.steps, before=before, after=after, split=split, stream=stream)
-        text = question(program.start, lines, first=num_before + 1, split=split, stream=stream)
+        text = question(program.start, lines, first=num_before, split=split, stream=stream)
         asked = lines[num_before : num_before + calls + 1]
         return DatabaseTask(tables=tables, program=program, lines=asked, text=text, config=self._config)
 

@@ -48,8 +48,8 @@ _FRAMES: dict[str, list[str]] = {
         "<then>{number} times it",
     ],
     "opening": [
-        '<start> <at> <row>"{row}", step {first:02}.',
-        '<row>"{row}", step {first:02} is where to <start>.',
+        '<start> <at> <row>"{row}", step {first}.',
+        '<row>"{row}", step {first} is where to <start>.',
     ],
     "closing": ["<then><report> <the> <result>", "<then>what is <the> <result>"],
 }
@@ -91,18 +91,27 @@ def draw_phrases(steps: Sequence[Step], *, split: Split, stream: random.Random) 
 def draw_lines(
     steps: Sequence[Step], *, before: Sequence[Step], after: Sequence[Step], split: Split, stream: random.Random
 ) -> list[str]:
-    """Return the numbered lines of a question: `steps` and what to report, between steps that are not asked for.
-
-    Numbers have two digits. Otherwise the tokens of "Step 1" would also begin "Step 12", and a small model that copies
-    the number of its first line from the question would go on with the wrong one.
-    """
+    """Return the lettered lines of a question: `steps` and what to report, between steps that are not asked for."""
     texts = draw_phrases([*before, *steps], split=split, stream=stream)
     texts.append(stream.choice(frames("closing", split)))
     texts += draw_phrases(after, split=split, stream=stream)
-    return [f"Step {number:02}: {text}" for number, text in enumerate(texts, 1)]
+    return [f"Step {letters(number)}: {text}" for number, text in enumerate(texts)]
+
+
+def letters(number: int) -> str:
+    """Return the name of a step, from 0: A to Z, then AA, AB and so on.
+
+    Digits would be ambiguous to a model that finds a line by the tokens of its name: those of "Step 1" begin "Step 12",
+    too, and those of "Step 12" end as those of "Step 2" do.
+    """
+    name = ""
+    while number >= 0:
+        name = chr(ord("A") + number % 26) + name
+        number = number // 26 - 1
+    return name
 
 
 def question(start: str, lines: Sequence[str], *, first: int, split: Split, stream: random.Random) -> str:
-    """Return the text of a question: the row and the number of the step where to start, and its lines."""
-    opening = stream.choice(frames("opening", split)).format(row=start, first=first)
+    """Return the text of a question: the row and the step (from 0) where to start, and its lines."""
+    opening = stream.choice(frames("opening", split)).format(row=start, first=letters(first))
     return "\n".join([opening[0].upper() + opening[1:], *lines])
