@@ -129,7 +129,7 @@ class VerifyLayoutsRun(StageRun):
             raise ConfigError(f"experts is {self.experts}: give numbers from 1")
         for zero in self.zeros:
             ParallelConfig(zero=zero)
-        if self.fault is not LayoutFault.none and not self.model.num_moe_layers:
+        if self.fault is not LayoutFault.none and not self.model.num_moe_layers + self.model.num_mtp_layers:
             raise ConfigError(f"fault is {self.fault}: it needs a model with experts; give none")
         pairs = [(ranks, experts) for ranks in self.world_sizes for experts in self.experts]
         if not any(ranks % experts == 0 and self.model.num_experts % experts == 0 for ranks, experts in pairs):

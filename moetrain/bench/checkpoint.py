@@ -46,11 +46,12 @@ def bench_checkpoint(run: BenchCheckpointRun, *, folder: Path) -> dict[str, Any]
     tensors = gather_pieces(training.engine.pieces(with_optimizer=True), training.engine.topology)
     assert tensors is not None, "there is one rank"
     files = folder / "files"
-    rates = _rates(tensors, files, repetitions=run.repetitions)
-    del tensors
-    saves = _saves(run, training, files / "training")
-    shutil.rmtree(files, ignore_errors=True)
-    return {**rates, **saves}
+    try:
+        rates = _rates(tensors, files, repetitions=run.repetitions)
+        del tensors
+        return {**rates, **_saves(run, training, files / "training")}
+    finally:
+        shutil.rmtree(files, ignore_errors=True)
 
 
 def _rates(tensors: Mapping[str, torch.Tensor], folder: Path, *, repetitions: int) -> dict[str, Any]:

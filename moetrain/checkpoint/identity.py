@@ -33,8 +33,6 @@ def upgraded(identity: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(identity)
     if "model" in fields:
         fields["model"] = {"num_mtp_layers": 0, **fields["model"]}
-    if "train" in fields:
-        fields["train"] = {"mtp": {"weight": 0.3, "late_weight": 0.1, "late_share": 0.324}, **fields["train"]}
     if "quant" in fields:
         fields["quant"] = asdict(quant_of(identity))
     if "data" in fields:

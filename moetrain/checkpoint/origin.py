@@ -114,10 +114,7 @@ def start_from(engine: Engine, origin: Origin, *, model: ModelConfig) -> None:
     """
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
-    reader = origin.reader
-    if model.num_mtp_layers < origin.model.num_mtp_layers:
-        reader = WithoutMtp(reader, origin.model, kept=model.num_mtp_layers)
-    engine.load_state(reader, with_optimizer=False)
+    engine.load_state(_fitting(origin.reader, origin, model=model), with_optimizer=False)
     if isinstance(origin.reader, MastersReader):
         origin.reader.report()
     _log.info("weights from %s (step %d)", origin.path, origin.step)
@@ -128,7 +125,14 @@ def continue_state(engine: Engine, origin: Origin, *, model: ModelConfig) -> Non
     assert origin.checkpoint is not None
     for line in check_fit(origin, model):
         _log.info("model.%s (from %s)", line, origin.path)
-    engine.load_state(origin.checkpoint.tensors, with_optimizer=True)
+    engine.load_state(_fitting(origin.checkpoint.tensors, origin, model=model), with_optimizer=True)
+
+
+def _fitting(reader: StateReader, origin: Origin, *, model: ModelConfig) -> StateReader:
+    """Return a reader without the modules of multi-token prediction that `model` leaves out."""
+    if model.num_mtp_layers == origin.model.num_mtp_layers:
+        return reader
+    return WithoutMtp(reader, origin.model, kept=model.num_mtp_layers)
 
 
 def check_fit(origin: Origin, model: ModelConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """Reads an export: checks its digests, then returns its model, its weights, and its codes and scales."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf
 from moetrain.export.gguf_tensors import tensors_of_gguf
 from moetrain.export.tensors import folder_tensors
-from moetrain.hf.names import fused_tensors, used_names
+from moetrain.hf.names import copied_name, fused_tensors, used_names
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.state import TensorReader
@@ -40,6 +40,8 @@ class Export:
     """Tensors stored in bf16 or fp32; in the bf16 formats these are all tensors."""
     experts: dict[str, Quantized]
     """Codes and scales of the routed experts; empty in the bf16 formats."""
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Copies that modules of multi-token prediction have of other tensors, by the name of the copy."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the model: bf16 or fp32 as stored, quantised experts dequantised to bf16."""
@@ -72,12 +74,14 @@ def read_export(folder: Path) -> Export:
     """
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
+    copies: dict[str, Tensor] = {}
     quant, stored = _quant_of(record, folder), _format_of(record, folder)
     if stored is ExportFormat.gguf:
         dense, experts = tensors_of_gguf(read_gguf(folder / GGUF_FILE)[1], model=model, tensors=folder_tensors(model))
     else:
         files = open_weights(folder)
         used = used_names(files, num_layers=model.num_layers, num_mtp_layers=model.num_mtp_layers).names
+        copies = {name: files[name] for name in files if name not in used and copied_name(name) is not None}
         format = FORMATS[quant.format]
         packed = {name for name in used if name.endswith(format.suffixes)}
         experts = unpacked_experts({name: files[name] for name in used if name in packed}, format=format)
@@ -91,6 +95,7 @@ def read_export(folder: Path) -> Export:
         record=record,
         dense=dense,
         experts=experts,
+        copies=copies,
     )
     tensors = folder_tensors(model)
     tensors.check(TensorReader(export.weights()))

@@ -178,12 +178,13 @@ def consumer_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFo
     """Return for each consumer the reasons why it would not compute the export as trained; empty when it would."""
     reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
     is_gguf = format is ExportFormat.gguf
+    num_quantised = model.num_moe_layers + model.num_mtp_layers
     for consumer in Consumer:
         if is_gguf and consumer not in (Consumer.llama_cpp, Consumer.moetrain):
             reasons[consumer].append(f"export.format={format}: it reads safetensors")
         if not is_gguf and consumer is Consumer.llama_cpp:
             reasons[consumer].append(f"export.format={format}: it reads GGUF")
-    if (format is ExportFormat.quantized or (is_gguf and quant.enabled)) and model.num_moe_layers:
+    if (format is ExportFormat.quantized or (is_gguf and quant.enabled)) and num_quantised:
         for consumer in Consumer:
             reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)
     return reasons

@@ -14,10 +14,10 @@ import torch
 
 from moetrain.errors import CheckpointError
 from moetrain.hf.files import INDEX_FILE as INDEX_FILE
-from moetrain.hf.files import disk_tensors, is_floating, read_object
+from moetrain.hf.files import DiskTensor, disk_tensors, is_floating, read_object
 from moetrain.hf.files import weight_files as weight_files
 from moetrain.hf.mtp_modules import with_held_modules
-from moetrain.hf.names import FUSED_KINDS, expert_matrix, fused_names, used_names
+from moetrain.hf.names import FUSED_KINDS, UsedNames, copied_name, expert_matrix, fused_names, used_names
 from moetrain.hf.quantization import PackedGroups, Quantization, quantization_of
 from moetrain.hf.shape import from_hf_config
 from moetrain.hf.storage import Fp8Matrix, PackedMatrix, Stored, stored_tensors
@@ -60,6 +60,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
             fused = fused_names(stored)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        _warn_of_other_copies(path, disk, used)
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
@@ -178,7 +179,13 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
     `hf.quantization` describes.
     """
     values = read_object(path / "config.json")
-    config = with_held_modules(from_hf_config(values), path)
+    stated = from_hf_config(values)
+    config = with_held_modules(stated, path)
+    if config.num_mtp_layers < stated.num_mtp_layers:
+        _log.info(
+            "%s: config.json states %d modules of multi-token prediction, and the folder holds %d",
+            *(path, stated.num_mtp_layers, config.num_mtp_layers),
+        )
     folder = HfFolder(path, config, quantization=quantization_of(values))
     if folder.is_fp8:
         _log.info("%s: the weights are FP8; they are read as bf16", path)
@@ -186,6 +193,25 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
         packed, format = len(folder.packed_experts()), folder.quantization.format
         _log.info("%s: %d tensors of experts are stored in %s", path, packed, format)
     return config, folder
+
+
+def _warn_of_other_copies(path: Path, disk: Mapping[str, DiskTensor], used: UsedNames) -> None:
+    """Log a warning when a module of multi-token prediction has another embedding or head than the model.
+
+    Three rows of each are compared.
+    """
+    for copy in disk:
+        original = copied_name(copy)
+        if original is None or original not in used.names:
+            continue
+        ours, theirs = disk[used.names[original]], disk[copy]
+        width = ours.shape[-1]
+        is_same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        for row in (0, ours.shape[0] // 2, ours.shape[0] - 1) if is_same else ():
+            first, last = row * width, (row + 1) * width
+            is_same &= torch.equal(ours.read(first=first, last=last), theirs.read(first=first, last=last))
+        if not is_same:
+            _log.warning("%s: %s differs from %s; the module computes with the latter", path, copy, original)
 
 
 def _num_parts(name: str) -> int:

@@ -5,6 +5,7 @@ alone does not say whether they are there.
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,26 +15,23 @@ from typing import Any
 from moetrain.model.config import ModelConfig
 
 _INDEX = "model.safetensors.index.json"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LARGEST_HEADER = 1 << 27  # bytes
-_JOINS = "model.layers.{layer}.eh_proj.weight"
 
 
 def with_held_modules(model: ModelConfig, path: Path) -> ModelConfig:
     """Return the shape with the number of modules that the folder `path` holds, at most the number that `model` states.
 
-    Files that cannot be read hold nothing here; reading the weights raises the error.
+    A module of which there is any tensor is held; reading it raises an error if others are missing. Files that cannot
+    be read hold nothing here; reading the weights raises the error.
     """
     if not model.num_mtp_layers:
         return model
-    names = tuple(_names(path))
+    layers = {int(found[1]) for found in map(_LAYER.search, _names(path)) if found is not None}
     held = 0
-    while held < model.num_mtp_layers and _holds(names, _JOINS.format(layer=model.num_layers + held)):
+    while held < model.num_mtp_layers and model.num_layers + held in layers:
         held += 1
     return replace(model, num_mtp_layers=held)
-
-
-def _holds(names: tuple[str, ...], joining: str) -> bool:
-    return any(name.endswith(joining) for name in names)
 
 
 def _names(path: Path) -> Iterator[str]:

@@ -73,7 +73,7 @@ def used_names(names: Iterable[str], *, num_layers: int, num_mtp_layers: int = 0
             unused[part] += 1
         elif layer is not None and int(layer[1]) >= num_layers + num_mtp_layers:
             unused[f"layers beyond {num_layers + num_mtp_layers - 1} (multi-token prediction)"] += 1
-        elif layer is not None and int(layer[1]) >= num_layers and name.removeprefix(layer[0]) in MTP_COPIES:
+        elif layer is not None and int(layer[1]) >= num_layers and copied_name(name) is not None:
             unused["copies of embedding and head"] += 1
         elif name.endswith(_DERIVED):
             unused["rotary frequencies"] += 1
@@ -82,6 +82,12 @@ def used_names(names: Iterable[str], *, num_layers: int, num_mtp_layers: int = 0
         else:
             used[name] = on_disk
     return UsedNames(names=used, unused=unused)
+
+
+def copied_name(name: str) -> str | None:
+    """Return the name of the tensor of which a module of multi-token prediction has the copy `name`, else None."""
+    layer = _LAYER.match(name)
+    return MTP_COPIES.get(name.removeprefix(layer[0])) if layer is not None else None
 
 
 def _unwrapped(name: str) -> str:

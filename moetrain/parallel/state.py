@@ -85,7 +85,7 @@ class TensorReader:
 
 class WithoutMtp:
     """Implements `StateReader` over the tensors of `model` that another one has, without modules of multi-token
-    prediction after the first `kept`.
+    prediction after the first `kept` and without their optimizer state.
     """
 
     def __init__(self, reader: StateReader, model: ModelConfig, *, kept: int) -> None:
@@ -95,7 +95,8 @@ class WithoutMtp:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return name and shape of every tensor."""
-        return {name: shape for name, shape in self._reader.shapes().items() if not name.startswith(self._left_out)}
+        shapes = self._reader.shapes()
+        return {name: shape for name, shape in shapes.items() if not any(part in name for part in self._left_out)}
 
     def read(self, name: str, *, first: int, last: int) -> torch.Tensor:
         """Return the elements [first, last) of the flattened tensor `name`."""

@@ -56,8 +56,7 @@ class MtpConfig:
 
     weight: float = 0.3
     """Weight of the mean loss of the modules (lambda of arXiv 2412.19437, eq. 25; DeepSeek-V3: 0.3). In RL the modules
-    learn the sampled tokens, and no gradient of theirs reaches the rest of the model. model.num_mtp_layers=0 leaves the
-    modules out."""
+    learn the sampled tokens, from detached hidden states. model.num_mtp_layers=0 leaves the modules out."""
     late_weight: float = 0.1
     """Weight in the last part of training (DeepSeek-V3: 0.1)."""
     late_share: float = 0.324

@@ -33,11 +33,14 @@ def identity_of(
     Paths are excluded at every depth, because a folder may be moved; digests identify the content. Micro-batch sizes
     are excluded too. Infinity, a valid threshold that JSON cannot express, becomes the string "inf".
     """
+    of_train = {name: value for name, value in asdict(train).items() if name in _OF_TRAIN}
+    if not model.num_mtp_layers:
+        of_train.pop("mtp", None)
     sections = {
         "model": asdict(model),
         "quant": asdict(quant),
         "optim": asdict(optim),
-        "train": {name: value for name, value in asdict(train).items() if name in _OF_TRAIN},
+        "train": of_train,
         "seed": seed,
         "origin": origin,
         **others,

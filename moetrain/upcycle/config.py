@@ -16,7 +16,7 @@ from moetrain.model.gate_scale import routed_scaling_factor
 NEW_FIELDS = (
     *("num_dense_layers", "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts"),
     *("num_groups", "num_groups_per_token", "score_function", "normalize_weights", "routed_scaling_factor"),
-    *("initializer_range", "max_position_embeddings", "balance."),
+    *("initializer_range", "max_position_embeddings", "num_mtp_layers", "balance."),
 )
 """Fields of the model that may differ from the dense one: what the experts are, and what changes no output."""
 

@@ -17,13 +17,21 @@ from moetrain.export.config import ExportFormat
 from moetrain.export.read import Export, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.hf.consumers import obstacles
+from moetrain.hf.names import copied_name
 from moetrain.hf.shape import vllm_overrides
 from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import codes_of, dequantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import Verified, ask, logit_rows, logits_of
-from moetrain.verify.exports import ExportFault, agreement_row, float32_model, transformers_logits, transformers_model
+from moetrain.verify.exports import (
+    ExportFault,
+    agreement_row,
+    differing_copies,
+    float32_model,
+    transformers_logits,
+    transformers_model,
+)
 from moetrain.verify.masters import Masters, plain
 from moetrain.verify.table import Row
 from moetrain.verify.vllm_rounding import bf16_model, with_one_epsilon
@@ -90,7 +98,11 @@ def _file_row(export: Export, *, masters: Masters) -> Row:
         for name, expected in _expected(export, masters)
         if not torch.equal(expected.float(), export.dense[name].float())
     ]
-    note = f"of {len(export.dense)} in the file" + (f"; the first: {differing[0]}" if differing else "")
+    originals = {copied_name(name) for name in export.copies}
+    copied = {name: tensor for name, tensor in _expected(export, masters) if name in originals}
+    differing += ["a copy"] * differing_copies(export, copied)
+    number = len(export.dense) + len(export.copies)
+    note = f"of {number} in the file" + (f"; the first: {differing[0]}" if differing else "")
     return Row(name="tensors that differ from the masters'", value=len(differing), bound=0, note=note)
 
 

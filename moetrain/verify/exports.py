@@ -22,6 +22,7 @@ from moetrain.export.config import ExportFormat
 from moetrain.export.folder import RECORD_FILE, open_weights, read_record, write_record
 from moetrain.export.read import Export, read_export
 from moetrain.export.tensors import folder_tensors
+from moetrain.hf.names import copied_name
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer
 from moetrain.quant.formats import FORMATS
@@ -113,7 +114,18 @@ def _file_rows(export: Export, *, expected: Mapping[str, Tensor], quantized: Map
     yield Row(name="scales that differ from the masters'", value=scales, bound=0, note=f"of {num_scales} in the file")
     others = [name for name in expected if name not in quantized]
     differing = sum(not torch.equal(expected[name].float(), export.dense[name].float()) for name in others)
-    yield Row(name="other tensors that differ", value=differing, bound=0, note=f"of {len(others)} in the file")
+    differing += differing_copies(export, expected)
+    number = len(others) + len(export.copies)
+    yield Row(name="other tensors that differ", value=differing, bound=0, note=f"of {number} in the file")
+
+
+def differing_copies(export: Export, expected: Mapping[str, Tensor]) -> int:
+    """Return how many copies of tensors in modules of multi-token prediction differ from what they are copies of."""
+    originals = {name: copied_name(name) for name in export.copies}
+    return sum(
+        original is None or not torch.equal(export.copies[name].float(), expected[original].float())
+        for name, original in originals.items()
+    )
 
 
 def agreement_row(ours_BTV: Tensor, theirs_BTV: Tensor) -> Row:

@@ -142,6 +142,15 @@ def _replace(folder: Path, old: str, new: str) -> None:
     (folder / "index.json").write_text(text.replace(old, new, 1))
 
 
+def _change(folder: Path, *keys: str | int, value: object) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "index.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -153,6 +162,24 @@ def _replace(folder: Path, old: str, new: str) -> None:
             r"damaged .*vocab_size is",
         ),
         (lambda folder: _replace(folder, '"num_read": ', '"num_read": 1.'), r"index.json is damaged .*num_read is 1\."),
+        (lambda folder: _change(folder, "files", 0, "name", value=3), "index.json is damaged .*name of file 2 is 3"),
+        (
+            lambda folder: _change(folder, "documents", "name", value=None),
+            "damaged .*name of file 0 is None",
+        ),
+        (lambda folder: _change(folder, "tokenizer", value=None), "index.json is damaged .*tokenizer is None"),
+        (lambda folder: _change(folder, "files", value=[]), "index.json is damaged .*files is empty"),
+        (
+            lambda folder: _change(folder, "files", 0, "num_tokens", value=5),
+            "ends at token .* have 5 tokens",
+        ),
+        (lambda folder: _change(folder, "files", 0, "num_tokens", value=10**9), "index.json is damaged .*and it has"),
+        (lambda folder: _change(folder, "counts", "num_contaminated", value=7), "damaged .*num_contaminated is 7"),
+        (
+            lambda folder: _change(folder, "counts", "num_contaminated", value={"a": "b"}),
+            "num_contaminated of a is",
+        ),
+        (lambda folder: _change(folder, "inputs", value=None), "index.json is damaged .*inputs is None"),
         (lambda folder: (folder / "tokens-00000.bin").unlink(), "tokens-00000.bin is missing"),
         (lambda folder: (folder / "documents.bin").write_bytes(b"1234"), "documents.bin has 4 bytes, and .* names"),
         (lambda folder: (folder / "rows-64.bin").write_bytes(b""), "rows-64.bin does not have the .* remove .*plan-64"),

@@ -113,13 +113,29 @@ def test_a_prediction_layer_that_is_stated_and_not_there_is_no_error(index: bool
     assert shape is not None and shape.num_mtp_layers == 0
 
 
-def test_a_damaged_prediction_layer_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["hnorm", "eh_proj"])
+def test_a_damaged_prediction_layer_is_refused(name: str, tmp_path: Path) -> None:
     plain = released.weights()
     disk = plain | released.prediction_layer(plain)
-    del disk[f"model.layers.{released.LAYERS}.hnorm.weight"]
+    del disk[f"model.layers.{released.LAYERS}.{name}.weight"]
     folder = released.write(tmp_path, disk, values=released.config(num_nextn_predict_layers=1))
-    with pytest.raises(CheckpointError, match=rf"model\.layers\.{released.LAYERS}\.hnorm\.weight is missing"):
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.{released.LAYERS}\.{name}\.weight is missing"):
         read_weights(str(folder))
+
+
+def test_fewer_prediction_layers_than_stated_and_other_copies_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = released.weights()
+    disk = plain | released.prediction_layer(plain)
+    copy = released.prediction_copies()[1]
+    disk[copy] = disk[copy] + 1
+    folder = released.write(tmp_path, disk, values=released.config(num_nextn_predict_layers=2))
+    with caplog.at_level("INFO"):
+        assert open_hf_folder(folder)[0].num_mtp_layers == 1
+    assert f"{folder}: config.json states 2 modules of multi-token prediction, and the folder holds 1" in caplog.text
+    assert f"{copy} differs from lm_head.weight; the module computes with the latter" in caplog.text
+    assert "embed_tokens" not in caplog.text
 
 
 def test_moonlight_has_no_compressed_queries_and_fused_experts_are_read_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from moetrain.checkpoint.shape import stored_shape
 from moetrain.cli.main import main
 from moetrain.export.read import read_export
 from moetrain.run.weights import read_weights
+from moetrain.verify.exports import differing_copies
 
 DATA = (
     *("model=k2_nano_test", "data=test", "data.seq_len=64", "~data.sources.english", "~data.sources.dialogues"),
@@ -72,6 +73,32 @@ def test_modules_are_left_out_and_never_added(folder: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main([*start, "run.name=more", "model.num_mtp_layers=3"]) == 2
     assert "num_mtp_layers: 2 -> 3" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_fewer_modules(folder: Path) -> None:
+    own = [word for word in (*DATA, *SMALL) if not word.startswith("model=")]
+    words = ["model=k2_nano_test", *own, f"continue_from={folder}/pretrain", "train.continue_as=part"]
+    assert main(["pretrain", *words, "model.num_mtp_layers=1", f"run.folder={folder}", "run.name=on"]) == 0
+    assert _number(folder / "on" / "pretrain") == 1
+
+
+def test_dense_weights_with_modules_are_upcycled_without_them(tmp_path: Path) -> None:
+    place = [f"run.folder={tmp_path}", "run.name=x"]
+    dense = ["model.num_dense_layers=2", "model.num_mtp_layers=1"]
+    assert main(["pretrain", *DATA, *SMALL, *dense, *place]) == 0
+    words = [f"init_from={tmp_path}/x/pretrain", "model=k2_nano_test", "model.moe_intermediate_size=64"]
+    assert main(["upcycle", *words, *place]) == 0
+    assert _number(tmp_path / "x" / "upcycle") == 0
+
+
+def test_a_copy_that_differs_is_found(folder: Path) -> None:
+    place = [f"run.folder={folder}", "run.name=copies", "run.wandb.mode=disabled"]
+    assert main(["export", f"init_from={folder}/pretrain", "export.format=quantized", *place]) == 0
+    export = read_export(folder / "copies" / "export" / "model")
+    expected = {name: export.dense[name] for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    assert len(export.copies) == 4 and differing_copies(export, expected) == 0
+    export.copies["model.layers.3.shared_head.head.weight"] = expected["lm_head.weight"] + 1
+    assert differing_copies(export, expected) == 1
 
 
 def test_a_weight_of_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ The folder of a source holds
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
@@ -153,13 +154,36 @@ def _index_of(content: Mapping[str, Any]) -> Index:
     ]
     parts = {"documents": StoredFile(**content["documents"]), "split": StoredFile(**content["split"])}
     index = Index(**{**content, **parts, "files": files, "counts": Counts(**content["counts"])})
-    sizes = {f"bytes of {file.name}": file.bytes for file in index.stored_files()}
-    sizes |= {f"num_tokens of {file.name}": file.num_tokens for file in files}
-    sizes |= {name: value for name, value in asdict(index.counts).items() if name != "num_contaminated"}
-    for name, value in {"vocab_size": index.vocab_size, **sizes}.items():
+    _check_values(index)
+    return index
+
+
+def _check_values(index: Index) -> None:
+    """Raise ValueError for a number, a text or a mapping that is something else, and for files of another size."""
+    counts = asdict(index.counts)
+    mappings = {"num_contaminated": counts.pop("num_contaminated"), "inputs": index.inputs, "source": index.source}
+    numbers: dict[str, Any] = {"vocab_size": index.vocab_size, **counts}
+    texts: dict[str, Any] = {"tokenizer": index.tokenizer}
+    for place, file in enumerate(index.stored_files()):
+        numbers[f"bytes of file {place}"] = file.bytes
+        texts |= {f"name of file {place}": file.name, f"sha256 of file {place}": file.sha256}
+    for name, value in {**mappings, "split_rule": index.split_rule}.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}")
+    numbers |= {f"num_contaminated of {name}": value for name, value in mappings["num_contaminated"].items()}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}")
+    for file in index.files:
+        numbers[f"num_tokens of {file.name}"] = file.num_tokens
+    for name, value in numbers.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}")
-    return index
+    if not index.files:
+        raise ValueError("files is empty")
+    for file in index.files:
+        if file.num_tokens * np.dtype(file.dtype).itemsize > file.bytes:
+            raise ValueError(f"num_tokens of {file.name} is {file.num_tokens}, and it has {file.bytes} bytes")
 
 
 def is_prepared(folder: Path) -> bool:
@@ -181,6 +205,23 @@ def check_sizes(folder: Path, index: Index) -> None:
         if size != file.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise DataError(f"{path} {found}, and {folder / INDEX} names {file.bytes} bytes: copy it again, or {_CURE}")
+    num_tokens = sum(file.num_tokens for file in index.files)
+    last = _last_end(folder / index.documents.name)
+    if last != num_tokens:
+        raise DataError(
+            f"{folder / index.documents.name} ends at token {last}, and the files that {folder / INDEX} names "
+            f"have {num_tokens} tokens: copy them again, or {_CURE}"
+        )
+
+
+def _last_end(path: Path) -> int:
+    """Return the end of the last document; 0 without documents."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size:
+            return 0
+        file.seek(size - ENDS.itemsize)
+        return int(np.frombuffer(file.read(), dtype=ENDS)[0])
 
 
 def check_contents(folder: Path, index: Index) -> None:
