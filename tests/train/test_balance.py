@@ -104,7 +104,7 @@ def test_the_quantile_bias_is_float32_under_bfloat16_and_goes_on_from_a_checkpoi
         stage = replace(
             toy_stage(engine, steps=4),
             balance=ALL,
-            objective_for=lambda counts: language_model_objective(counts, balance=ALL),
+            objective_at=lambda step: lambda counts: language_model_objective(counts, balance=ALL),
         )
         config = DocumentTrainConfig(
             steps=steps,

@@ -99,9 +99,10 @@ def toy_stage(
     engine: Engine, *, steps: int, batch_at: Callable[[int], TokenBatch] = toy_batch, identity: str = "toy"
 ) -> DocumentStage:
     schedule = ScheduleConfig(warmup_steps=2)
+    balance = BalanceConfig(sequence_loss=1e-2)
     return DocumentStage(
         engine=engine,
-        objective_for=lambda counts: language_model_objective(counts, balance=BalanceConfig(sequence_loss=1e-2)),
+        objective_at=lambda step: lambda counts: language_model_objective(counts, balance=balance),
         batch_at=batch_at,
         num_rows_at=lambda step: ROWS,
         learning_rate=lambda step: learning_rate(step, steps, lr=1e-2, schedule=schedule),
