@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def bench_checkpoint(run: BenchCheckpointRun, *, folder: Path) -> dict[str, Any]
     assert tensors is not None, "there is one rank"
     files = folder / "files"
     try:
-        rates = _rates(tensors, files, repetitions=run.repetitions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's checkpoint says at each call that there is one process
+            rates = _rates(tensors, files, repetitions=run.repetitions)
         del tensors
         return {**rates, **_saves(run, training, files / "training")}
     finally:

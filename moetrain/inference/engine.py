@@ -21,7 +21,7 @@ from moetrain.inference.pages import Page, PageTree
 from moetrain.inference.protocol import Counts, Model, Sequence
 from moetrain.inference.rows import PAGE, Chunk, Rows
 from moetrain.inference.sampling import Allowed, Draw, draw, uniforms
-from moetrain.inference.speculation import Drafter, Speculation
+from moetrain.inference.speculation import Drafter, ModulePayoff, Speculation
 from moetrain.runtime import available_memory
 
 ROW_BUDGET = 256
@@ -59,6 +59,8 @@ class _Ahead:
     tokens: list[int] = field(default_factory=list)
     num_forced: int = 0
     allowed: list[Allowed | None] = field(default_factory=lambda: [None])
+    is_of_module: bool = False
+    """Whether the model's own module drafted them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ class GenerationEngine:
         self._active: dict[int, _Place] = {}
         self._waiting: deque[Sequence] = deque()
         self._speculation = speculation
+        self._payoff = ModulePayoff()
         self._counts = Counts(num_pages=num_pages)
 
     @property
@@ -199,11 +202,16 @@ class GenerationEngine:
         parts = self._choose(running)
         if not parts:
             return []
+        started = time.perf_counter()
         hidden_ND = self._model.forward(Rows.of([part.chunk for part in parts], device=self._model.device), self._cache)
         draws = iter(self._draw(hidden_ND, parts))
         fed = [self._finish(part, [next(draws) for _ in range(part.num_drawn)]) for part in parts]
         if self._speculation is not Speculation.off and self._model.can_draft:
-            self._predict(hidden_ND, parts, fed)
+            predicting = time.perf_counter()
+            self._payoff.note_step(predicting - started)
+            if self._payoff.is_due():
+                number = self._predict(hidden_ND, parts, fed)
+                self._payoff.note_prediction(time.perf_counter() - predicting, num_sequences=number)
         return [part.place.sequence for part in parts if part.place.sequence.is_idle]
 
     def _choose(self, running: list[_Place]) -> list[_Part]:
@@ -250,13 +258,14 @@ class GenerationEngine:
         expected = constraint.expected() if constraint is not None else []
         if not expected:
             expected = place.drafter.draft(sequence.tokens, most=num_drafted)
-        if not expected and num_drafted and len(sequence.tokens) in place.predicted:
+        is_of_module = not expected and num_drafted > 0 and len(sequence.tokens) in place.predicted
+        if is_of_module:
             expected = [place.predicted[len(sequence.tokens)]]
         expected = expected[: max(most, 0)]
         end = next((at for at, token in enumerate(expected) if token in sequence.stop_ids), len(expected))
         expected = expected[:end]
         if constraint is None:
-            return _Ahead(tokens=expected, allowed=[None] * (1 + len(expected)))
+            return _Ahead(tokens=expected, allowed=[None] * (1 + len(expected)), is_of_module=is_of_module)
         masks = [constraint.allowed()]
         num_forced = num_ahead = 0
         for allowed_V in constraint.allowed_after(expected):
@@ -267,7 +276,7 @@ class GenerationEngine:
             num_ahead += 1
             masks.append(allowed_V)
         self._counts.constraint_s += time.perf_counter() - started
-        return _Ahead(tokens=expected[:num_ahead], num_forced=num_forced, allowed=[*masks])
+        return _Ahead(tokens=expected[:num_ahead], num_forced=num_forced, allowed=[*masks], is_of_module=is_of_module)
 
     def _place(self, place: _Place) -> None:
         """Begin a sequence with the pages that hold its beginning; its last token is always fed, to sample after it."""
@@ -349,37 +358,34 @@ class GenerationEngine:
         sequence.num_fed += len(fed)
         return len(fed)
 
-    def _predict(self, hidden_ND: torch.Tensor, parts: list[_Part], fed: list[int]) -> None:
-        """Let the model's own module draft the token after the next one, where drafts are made.
+    def _predict(self, hidden_ND: torch.Tensor, parts: list[_Part], fed: list[int]) -> int:
+        """Let the model's own module draft the token after the next one, where drafts are made; return their number.
 
         The module reads all tokens of a sequence, and its part of a page holds what it read for the sequence that
         filled the page. Where it has not read some, its drafts are worse; what is drawn does not depend on them.
         """
-        if len(parts) > _SPECULATION_ROWS // 2:
-            return
         rows: list[int] = []
-        last: list[int] = []
         chunks: list[Chunk] = []
-        places: list[_Place] = []
+        last: dict[int, _Place] = {}
         first = 0
         for part, count in zip(parts, fed, strict=True):
             place, sequence = part.place, part.place.sequence
-            if place.drafter.longest >= 1:
+            if place.drafter.longest >= 1 and len(parts) <= _SPECULATION_ROWS // 2:
                 start = sequence.num_fed - count
                 tokens = sequence.tokens[start + 1 : start + 1 + count]
                 chunks.append(Chunk(tokens=tokens, start=start, pages=[page.index for page in place.chain]))
                 rows += range(first, first + count)
                 if part.ahead is not None and not sequence.is_idle:
-                    places.append(place)
-                    last.append(len(rows) - 1)
+                    last[len(rows) - 1] = place
             first += part.num_given + (len(part.ahead.tokens) if part.ahead is not None else 0)
         if not chunks:
-            return
+            return 0
         read_ND = self._model.draft(hidden_ND[rows], Rows.of(chunks, device=self._model.device), cache_LPSC=self._cache)
-        if places:
-            drafted = self._model.logits(read_ND[last]).argmax(-1).tolist()
-            for place, token in zip(places, drafted, strict=True):
+        if last:
+            drafted = self._model.logits(read_ND[list(last)]).argmax(-1).tolist()
+            for place, token in zip(last.values(), drafted, strict=True):
                 place.predicted = {len(place.sequence.tokens): token}
+        return len(last)
 
     def _count(self, part: _Part, *, num_right: int) -> None:
         assert part.ahead is not None
@@ -388,4 +394,6 @@ class GenerationEngine:
         self._counts.num_drafts += num_drafted > 0
         self._counts.num_drafted += num_drafted
         self._counts.num_right += max(num_right - part.ahead.num_forced, 0)
+        if part.ahead.is_of_module and num_drafted:
+            self._payoff.note_draft(is_right=num_right > part.ahead.num_forced)
         part.place.drafter.settle(num_drafted=num_drafted, num_right=max(num_right - part.ahead.num_forced, 0))

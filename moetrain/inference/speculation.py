@@ -16,6 +16,10 @@ _PRICE = 0.5
 """What a draft token costs, in sampled tokens. On a model larger than the caches, 3 draft tokens make a step 1.5 times
 as long, because their rows read other experts; on a smaller model they cost less."""
 _FIRST, _LARGEST = 4.0, 16.0  # balance at the beginning, and at most
+_ROW_PRICE = 0.4
+"""By how much the draft of a module makes a step longer, in steps: on a model larger than the caches, the second row of
+a sequence reads other experts. It is less on smaller models, and for further rows."""
+_TRIAL, _PAUSE = 64, 4096
 _RECOVERY = 1 / 32  # of the balance, for each token that is sampled without a draft
 
 
@@ -71,6 +75,50 @@ class Drafter:
             self._balance = min(self._balance + num_right - _PRICE * num_drafted, _LARGEST)
         elif self._balance < 1:
             self._balance += _RECOVERY
+
+
+class ModulePayoff:
+    """Decides whether the drafts of a model's own module pay: the steps that they save against the time they take.
+
+    A right draft saves a step of its sequence. The decision is made after each `_TRIAL` predictions; a module that did
+    not pay is tried again after `_PAUSE` steps. It changes the time of a token and never the token.
+    """
+
+    def __init__(self) -> None:
+        self._pause = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._num_predictions = self._num_sequences = self._num_steps = 0
+        self._step_s = self._prediction_s = self._saved_steps = 0.0
+
+    def is_due(self) -> bool:
+        """Return whether to predict in this step; call it once per step."""
+        if self._pause:
+            self._pause -= 1
+            return False
+        return True
+
+    def note_step(self, seconds: float) -> None:
+        """Take note of the time of a step, without prediction."""
+        self._num_steps += 1
+        self._step_s += seconds
+
+    def note_draft(self, *, is_right: bool) -> None:
+        """Take note of a draft of the module that was fed: whether its token was drawn."""
+        self._saved_steps += is_right - _ROW_PRICE
+
+    def note_prediction(self, seconds: float, *, num_sequences: int) -> None:
+        """Take note of the time that drafts for `num_sequences` took, and decide if the trial is over."""
+        self._num_predictions += 1
+        self._num_sequences += num_sequences
+        self._prediction_s += seconds
+        if self._num_predictions < _TRIAL:
+            return
+        saved_s = self._saved_steps / max(self._num_sequences, 1) * self._step_s / max(self._num_steps, 1)
+        if saved_s < self._prediction_s / self._num_predictions:
+            self._pause = _PAUSE
+        self._begin()
 
 
 def _common_ending(tokens: Sequence[int], place: int) -> int:

@@ -13,7 +13,7 @@ from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Counts, Model, Sequence
 from moetrain.inference.rows import Chunk, Rows
 from moetrain.inference.sampling import Sampling
-from moetrain.inference.speculation import Speculation
+from moetrain.inference.speculation import ModulePayoff, Speculation
 from moetrain.kernels.build import load
 from moetrain.model.config import ModelConfig
 from moetrain.model.mtp import Mtp
@@ -136,3 +136,31 @@ def test_without_speculation_the_module_is_not_built() -> None:
     assert not model.can_draft
     assert len(model.new_cache(1)) == CONFIG.num_layers
     assert len(_built(source, library=load()).new_cache(1)) == CONFIG.num_layers + 1
+
+
+@pytest.mark.parametrize(("right_of_two", "pays"), [(2, True), (1, False), (0, False)])
+def test_a_module_that_costs_more_than_it_saves_pauses(right_of_two: int, pays: bool) -> None:
+    payoff, predicted = ModulePayoff(), []
+    for step in range(5000):
+        payoff.note_step(0.010)
+        if payoff.is_due():
+            predicted.append(step)
+            payoff.note_draft(is_right=step % 2 < right_of_two)
+            payoff.note_prediction(0.003, num_sequences=1)
+    if pays:
+        assert predicted == list(range(5000))
+    else:
+        assert predicted[:64] == list(range(64)) and predicted[64] > 4000
+
+
+@pytest.mark.parametrize(("num_right", "pays"), [(4, True), (3, False)])
+def test_what_a_right_draft_saves_is_a_step_of_its_sequence(num_right: int, pays: bool) -> None:
+    """Four sequences are predicted together: right drafts save steps of each, not of one."""
+    payoff = ModulePayoff()
+    for _ in range(64):
+        payoff.note_step(0.010)
+        assert payoff.is_due()
+        for place in range(4):
+            payoff.note_draft(is_right=place < num_right)
+        payoff.note_prediction(0.004, num_sequences=4)
+    assert payoff.is_due() == pays, "0.6 and 0.35 of a step of 10 ms, less what the drafts cost, against 4 ms"
