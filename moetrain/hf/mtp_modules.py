@@ -4,19 +4,18 @@ Programs that do not compute the modules save a folder without them and leave th
 alone does not say whether they are there.
 """
 
-import json
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from moetrain.files import read_json_or_empty
 from moetrain.model.config import ModelConfig
 
 _INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_LARGEST_HEADER = 1 << 27  # bytes
 
 
 def with_held_modules(model: ModelConfig, path: Path) -> ModelConfig:
@@ -35,29 +34,13 @@ def with_held_modules(model: ModelConfig, path: Path) -> ModelConfig:
 
 
 def _names(path: Path) -> Iterator[str]:
-    index = _object(path / _INDEX)
-    if index is not None:
-        weight_map = index.get("weight_map")
-        yield from weight_map if isinstance(weight_map, dict) else ()
+    weight_map = read_json_or_empty(path / _INDEX).get("weight_map")
+    if isinstance(weight_map, dict):
+        yield from weight_map
         return
     for file in sorted(path.glob("*.safetensors")):
-        yield from _header(file)
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: eight bytes of length, then JSON; empty if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            values = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
-    except (OSError, ValueError, struct.error):
-        return {}
-    return values if isinstance(values, dict) else {}
+        try:
+            with safe_open(file, framework="np") as opened:
+                yield from opened.keys()
+        except (OSError, SafetensorError):
+            continue

@@ -86,6 +86,7 @@ def used_names(names: Iterable[str], *, num_layers: int, num_mtp_layers: int = 0
 
 def copied_name(name: str) -> str | None:
     """Return the name of the tensor of which a module of multi-token prediction has the copy `name`, else None."""
+    name = _unwrapped(name)
     layer = _LAYER.match(name)
     return MTP_COPIES.get(name.removeprefix(layer[0])) if layer is not None else None
 

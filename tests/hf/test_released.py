@@ -136,6 +136,14 @@ def test_fewer_prediction_layers_than_stated_and_other_copies_are_said(
     assert f"{folder}: config.json states 2 modules of multi-token prediction, and the folder holds 1" in caplog.text
     assert f"{copy} differs from lm_head.weight; the module computes with the latter" in caplog.text
     assert "embed_tokens" not in caplog.text
+    caplog.clear()
+    wrapped = {f"language_model.{name}": tensor for name, tensor in disk.items()}
+    values = released.wrapped_config(num_nextn_predict_layers=1)
+    open_hf_folder(released.write(tmp_path / "wrapped", wrapped, values=values))
+    assert f"{copy} differs from lm_head.weight" in caplog.text
+    caplog.clear()
+    open_hf_folder(released.write(tmp_path / "unread", disk, values=released.config()))
+    assert "differs" not in caplog.text
 
 
 def test_moonlight_has_no_compressed_queries_and_fused_experts_are_read_too(tmp_path: Path) -> None:
