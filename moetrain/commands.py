@@ -312,6 +312,10 @@ class VerifyFaultsRun(StageRun):
     in a step."""
     collection_kills: int = 20
     """Number of kills of RL runs in the middle of collecting trajectories, a third of them with several ranks."""
+    recipe: str = "marathon_test"
+    """Recipe that is killed in each of its stages, a name or a folder."""
+    recipe_kills: int = 10
+    """Number of kills of the recipe, at least one per stage if there are enough."""
     ranks: int = 2
     """Number of ranks of the multi-rank runs. 1 skips these runs, and with them collectives, hangs and elastic
     restarts."""
@@ -329,6 +333,8 @@ class VerifyFaultsRun(StageRun):
             raise ConfigError(f"kills is {self.kills}: give at least 1")
         if self.collection_kills < 0:
             raise ConfigError(f"collection_kills is {self.collection_kills}: give 0 or more")
+        if self.recipe_kills < 0:
+            raise ConfigError(f"recipe_kills is {self.recipe_kills}: give 0 or more")
         if self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks}: give at least 1")
         if self.fault not in ("none", "step", "weight"):

@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from moetrain.commands import VerifyFaultsRun
+from moetrain.run import recipe
 from moetrain.run.stage import stage_folder
 
 
@@ -11,11 +12,15 @@ def main(run: VerifyFaultsRun) -> int:
     from moetrain.verify.faults import Request, verify_faults
     from moetrain.verify.table import check_rows, render, write_rows
 
+    if run.recipe_kills:
+        recipe.load(run.recipe)  # a wrong name is reported before the runs, and not after ten minutes
     with stage_folder(run) as folder:
         request = Request(
             model=run.model,
             kills=run.kills,
             collection_kills=run.collection_kills,
+            recipe=run.recipe,
+            recipe_kills=run.recipe_kills,
             ranks=run.ranks,
             with_others=run.others,
             overrides=tuple(run.overrides),
@@ -23,7 +28,7 @@ def main(run: VerifyFaultsRun) -> int:
             seed=run.run.seed,
         )
         rows = verify_faults(folder, request)
-        names = ("model", "kills", "collection_kills", "ranks", "fault")
+        names = ("model", "kills", "collection_kills", "recipe", "recipe_kills", "ranks", "fault")
         context = {name: str(vars(run)[name]) for name in names}
         write_rows(folder / "verify.json", rows=rows, context=context)
         Console().print(render(f"faults: {run.model}, {run.kills} kills", rows=rows))

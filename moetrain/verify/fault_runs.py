@@ -89,7 +89,9 @@ class Attempt:
     def gate(self, rank: int) -> str:
         """Return what `rank` wrote when it stopped at its chosen moment, or an empty string before that."""
         path = self.report_folder / f"gate_{rank}"
-        return path.read_text(encoding="utf-8").strip() if path.exists() and _state(self.pid(rank)) == "T" else ""
+        return (
+            path.read_text(encoding="utf-8").strip() if path.exists() and process_state(self.pid(rank)) == "T" else ""
+        )
 
     def place(self, rank: int) -> str:
         """Return "in <collective>" or "out <collective>": the collective that `rank` last entered or left."""
@@ -105,14 +107,14 @@ class Attempt:
         """Send SIGKILL to one rank, and resume stopped ranks so that they notice its death."""
         os.kill(self.pid(rank), signal.SIGKILL)
         for other in range(ranks):
-            if other != rank and _state(self.pid(other)) == "T":
+            if other != rank and process_state(self.pid(other)) == "T":
                 os.kill(self.pid(other), signal.SIGCONT)
 
     def kill_all(self) -> None:
         """Send SIGKILL to the launcher and all ranks, as when a machine fails."""
         ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.report_folder.glob("pid_*")]
         for pid in [self.process.pid, *ranks]:
-            if _state(pid) not in ("", "Z"):
+            if process_state(pid) not in ("", "Z"):
                 os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> int:
@@ -120,7 +122,7 @@ class Attempt:
         while not self.is_over():
             time.sleep(_POLL_S)
         deadline = time.monotonic() + 60
-        while any(_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.report_folder.glob("pid_*")):
+        while any(process_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.report_folder.glob("pid_*")):
             if time.monotonic() > deadline:
                 self.kill_all()
             time.sleep(_POLL_S)
@@ -246,7 +248,7 @@ def _without_seconds(value: Any) -> Any:
     return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
 
 
-def _state(pid: int) -> str:
+def process_state(pid: int) -> str:
     """Return the state of a process from /proc (R, S, T, Z, ...), or an empty string if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""

@@ -23,6 +23,7 @@ from moetrain.verify import fault_runs
 from moetrain.verify.collection_faults import collection_rows
 from moetrain.verify.fault_runs import CHECKPOINT_EVERY, Attempt, FaultSetup, begin
 from moetrain.verify.other_faults import elastic_rows, full_disk_row, hang_rows, nonfinite_rows
+from moetrain.verify.recipe_faults import recipe_rows
 from moetrain.verify.table import Row
 
 _SAVE_FSYNCS = 10  # the first ten fsync calls of an attempt belong to its first two saves
@@ -55,6 +56,8 @@ class Request:
     model: str
     kills: int
     collection_kills: int
+    recipe: str
+    recipe_kills: int
     ranks: int
     with_others: bool
     overrides: tuple[str, ...]
@@ -107,7 +110,7 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
         extra += [lambda: [full_disk_row(setups[0])], lambda: nonfinite_rows(setups[-1])]
         if request.ranks > 1:
             extra += [lambda: hang_rows(setups[1]), lambda: elastic_rows(setups[1])]
-    total = request.kills + 2 * len(setups) + len(extra) + request.collection_kills
+    total = request.kills + 2 * len(setups) + len(extra) + request.collection_kills + request.recipe_kills
     with progress(total, "verify faults") as advance, ThreadPoolExecutor(max_workers=len(setups)) as pool:
         chains = [
             pool.submit(_chain, setup, order, request=request, advance=advance)
@@ -122,6 +125,10 @@ def verify_faults(folder: Path, request: Request) -> list[Row]:
         for setup, kills in zip(setups, _collection_shares(request), strict=True):
             if kills:
                 found += collection_rows(setup, kills=kills, seed=request.seed, advance=advance)
+        if kills := request.recipe_kills:
+            found += recipe_rows(
+                runs / "recipe", recipe=request.recipe, kills=kills, seed=request.seed, advance=advance
+            )
     return found
 
 
