@@ -114,7 +114,7 @@ class Collector:
         self._declare_tools = declare_tools
         self._policy = policy
         self._on_finished = on_finished
-        self._reactor = Reactor()
+        self._reactor = Reactor(end_limit_s=config.environment_deadline_s)
         self._waiting: deque[_Attempt] = deque()
         self._episodes: dict[int, tuple[_Attempt, Episode]] = {}  # the unfinished ones
         self._ready: deque[Episode] = deque()
@@ -126,7 +126,8 @@ class Collector:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the environments of the unfinished episodes."""
+        """Stop what the environments of the unfinished episodes do, and close them."""
+        self._reactor.cancel()
         for _, episode in self._episodes.values():
             self._run(episode, episode.close())
         self._reactor.__exit__(*error)
@@ -175,7 +176,7 @@ class Collector:
     def _process_ready(self) -> list[tuple[_Attempt, Episode]]:
         """Continue the episodes whose environment has finished its work; return the episodes that ended."""
         wait = not self._generation.is_busy and not self._ready
-        ready = [*self._ready, *self._reactor.finished(wait=wait)]
+        ready = [*self._ready, *self._reactor.finished(wait_for_one=wait)]
         self._ready.clear()
         ended = []
         for episode in ready:

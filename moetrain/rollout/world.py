@@ -9,7 +9,7 @@ import inspect
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Self, TypeVar
 
 from moetrain.chat.messages import Message
@@ -18,6 +18,8 @@ from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProgress, Observation, Task
 
 T = TypeVar("T")
+
+_BUSY = "the environment is still busy with a call that missed its deadline"
 
 
 class EnvironmentFailure(RolloutError):  # noqa: N818  names what failed
@@ -64,7 +66,14 @@ class EnvironmentClient:
     async def open(self) -> None:
         """Make the environment."""
         limit = self._config.environment_deadline_s
-        self._environment = await self._act(lambda: self._task.environment(self._stream), "making it", limit_s=limit)
+        self._environment = await self._act(self._make, "making it", limit_s=limit)
+
+    def _make(self) -> Environment | Awaitable[Environment]:
+        """Make the environment, and keep it even if the deadline was missed, so that `close` closes it."""
+        made: Environment | Awaitable[Environment] = self._task.environment(self._stream)
+        if not inspect.isawaitable(made):
+            self._environment = made
+        return made
 
     async def call(self, name: str, arguments: str) -> Observation:
         """Return the observation of a tool call; also for a mistake of the caller or a missed deadline."""
@@ -108,14 +117,25 @@ class EnvironmentClient:
         return share
 
     async def close(self) -> None:
-        """Close the environment. Does nothing when it was never made or is already closed."""
-        environment, self._environment = self._environment, None
+        """Close the environment. Does nothing when it was never made or is already closed.
+
+        An environment that is busy with a call that missed its deadline is closed by its thread when the call returns.
+        """
         try:
+            if self._thread is not None and self._thread.is_busy:
+                self._thread.submit(self._close_in_thread)
+                raise EnvironmentFailure(f"closing it: {_BUSY}")
+            environment, self._environment = self._environment, None
             if environment is not None:
                 await self._act(environment.close, "closing it", limit_s=self._config.environment_deadline_s)
         finally:
             if self._thread is not None:
                 self._thread.stop()
+
+    def _close_in_thread(self) -> None:
+        environment, self._environment = self._environment, None
+        if environment is not None and inspect.iscoroutine(closing := environment.close()):
+            asyncio.run(closing)  # the event loop of the collection may have ended
 
     async def _act(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
         """Return the result of `act`, awaited if necessary; call it again after a `TransientError`."""
@@ -136,7 +156,7 @@ class EnvironmentClient:
             result = act()
             return await result if inspect.isawaitable(result) else result
         if self._thread.is_busy:
-            raise EnvironmentFailure(f"{what}: the environment is still busy with a call that missed its deadline")
+            raise EnvironmentFailure(f"{what}: {_BUSY}")
         try:
             async with asyncio.timeout(limit_s) as deadline:
                 result = await asyncio.wrap_future(self._thread.submit(act))
@@ -195,9 +215,12 @@ class Reactor:
     starts with the first coroutine.
     """
 
-    def __init__(self) -> None:
-        """Create the reactor without starting its thread."""
+    def __init__(self, *, end_limit_s: float) -> None:
+        """Create the reactor without starting its thread. end_limit_s: longest time that leaving the context takes."""
+        self._end_limit_s = end_limit_s
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pending: set[Future[None]] = set()
         self._done: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
         self._num_pending = 0
 
@@ -206,31 +229,54 @@ class Reactor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the event loop, if it was started."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Wait for the coroutines that have not completed, and end the event loop and its thread."""
+        if self._loop is None or self._thread is None:
+            return
+        wait(self._pending, timeout=self._end_limit_s)
+        self.cancel()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(self._end_limit_s)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def cancel(self) -> None:
+        """Cancel the coroutines that have not completed, and return when they have ended."""
+        if self._loop is not None and self._pending:
+            ending = asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)
+            wait([ending], timeout=self._end_limit_s)
 
     def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
-        """Start a coroutine on the event loop. about: object that `finished` returns when it has completed."""
+        """Start a coroutine on the event loop. tag: object that `finished` returns when it has completed."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, daemon=True, name="environments").start()
+            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="environments")
+            self._thread.start()
         self._num_pending += 1
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._pending.add(future)
         future.add_done_callback(lambda done: self._done.put((tag, done)))
 
-    def finished(self, *, wait: bool) -> list[Any]:
+    def finished(self, *, wait_for_one: bool) -> list[Any]:
         """Return the objects of completed coroutines, and raise what a coroutine raised.
 
-        wait: if none has completed and some are pending, wait for the first.
+        wait_for_one: if none has completed and some are pending, wait for the first.
         """
         completed: list[Any] = []
-        while self._num_pending and (not self._done.empty() or (wait and not completed)):
+        while self._num_pending and (not self._done.empty() or (wait_for_one and not completed)):
             tag, future = self._done.get()
             self._num_pending -= 1
+            self._pending.discard(future)
             future.result()
             completed.append(tag)
         return completed
+
+
+async def _cancel_others() -> None:
+    """Cancel all other tasks of the running event loop, and wait until they have ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:

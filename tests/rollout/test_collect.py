@@ -3,8 +3,8 @@
 import asyncio
 import sqlite3
 import sys
+import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +12,8 @@ from moetrain.chat.messages import Message, Role
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ToolError, TransientError
 from moetrain.rl.metrics import rollout_metrics
+from moetrain.rollout.collect import Collector, RolloutRequest
+from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending
 from moetrain.rollout.world import make_task
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
@@ -21,6 +23,7 @@ from tests.rollout.scripted import (
     ScriptedGeneration,
     SlowWorld,
     World,
+    WorldFamily,
     WorldTask,
     play,
     script_of,
@@ -171,21 +174,103 @@ def test_every_environment_that_was_made_is_closed(tokenizer: Tokenizer) -> None
         assert all(world.is_closed for world in task.made)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("slow", [SlowWorld, AsyncWorld])
-def test_a_slow_tool_stops_no_other_trajectory(tokenizer: Tokenizer, slow: type[World]) -> None:
-    generation = ScriptedGeneration(script_of(CALL, CALL, ANSWER), tokenizer)
-    tasks = [*(WorldTask(make=slow) for _ in range(4)), *(WorldTask(make=World) for _ in range(2))]
-    started, order = time.monotonic(), []
+@pytest.mark.parametrize("is_coroutine", [False, True])
+def test_a_slow_tool_stops_no_other_trajectory(tokenizer: Tokenizer, is_coroutine: bool) -> None:
+    """The slow tool returns when the other trajectories are graded, which a tool that stops them would never see."""
+    graded: list[int] = []
 
-    def kind_of(make: Callable[[int], World]) -> str:
-        return "slow" if make is slow else "quick"
+    def is_done() -> bool:
+        return len(graded) == 2
 
-    trajectories = play(tasks, tokenizer, generation=generation)
-    seconds = time.monotonic() - started
+    class Slow(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            limit = time.monotonic() + 10
+            while not is_done() and time.monotonic() < limit:
+                time.sleep(0.005)
+            return Observation(text="a stone", is_error=not is_done())
+
+    class SlowCoroutine(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            limit = time.monotonic() + 10
+            while not is_done() and time.monotonic() < limit:
+                await asyncio.sleep(0.005)
+            return Observation(text="a stone", is_error=not is_done())
+
+    class Quick(World):
+        def grade(self, answer: str) -> Grade:
+            graded.append(self.stream)
+            return super().grade(answer)
+
+    slow = SlowCoroutine if is_coroutine else Slow
+    tasks = [*(WorldTask(make=slow) for _ in range(4)), *(WorldTask(make=Quick) for _ in range(2))]
+    trajectories = play(tasks, tokenizer, script=script_of(CALL, CALL, ANSWER))
     assert all(trajectory.reward == 1.0 and trajectory.num_calls == 2 for trajectory in trajectories)
-    assert seconds < 4 * 2 * 0.2 * 0.75  # eight calls of 0.2 s, one after the other, take 1.6 s
-    order = [kind_of(task.make) for task in tasks]
-    assert order.count("quick") == 2 and any(0 < count < 6 for count in generation.steps)
+    assert sum(trajectory.num_errors for trajectory in trajectories) == 0
+
+
+class SlowlyClosed(World):
+    """Takes a moment to close."""
+
+    def close(self) -> None:
+        time.sleep(0.02)
+        super().close()
+
+
+class SlowlyClosedCoroutine(World):
+    """The same, as a coroutine."""
+
+    async def close(self) -> None:  # type: ignore[override]
+        await asyncio.sleep(0.02)
+        self.is_closed = True
+
+
+class Stuck(World):
+    """Has a tool that takes longer than anybody waits."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        time.sleep(0.1)
+        return super().call(name, arguments)
+
+
+@pytest.mark.parametrize("kind", [World, SlowlyClosed, SlowlyClosedCoroutine, AsyncWorld, Stuck])
+def test_the_environments_of_unfinished_trajectories_are_closed_and_their_threads_end(
+    tokenizer: Tokenizer, kind: type[World]
+) -> None:
+    threads = set(threading.enumerate())
+    tasks = [WorldTask(make=kind) for _ in range(4)]
+    with Collector(
+        generation=ScriptedGeneration(script_of(CALL), tokenizer),
+        family=WorldFamily(kind),
+        tokenizer=tokenizer,
+        config=RolloutConfig(max_tokens=4000, max_turn_tokens=500, max_turns=1000, max_repeats=1000),
+        on_finished=lambda request, trajectory: pytest.fail("the script never answers"),
+    ) as collector:
+        collector.submit(
+            [RolloutRequest(task_index=index, task=task, sample=0, stream=index) for index, task in enumerate(tasks)]
+        )
+        looks = iter(range(8))
+        collector.run(lambda: next(looks) == 7)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    made = [world for task in tasks for world in task.made]
+    assert len(made) == 4
+    assert all(world.is_closed for world in made)  # type: ignore[attr-defined]
+
+
+def test_an_environment_that_is_made_too_late_is_closed(tokenizer: Tokenizer) -> None:
+    class Late(World):
+        def __init__(self, stream: int) -> None:
+            time.sleep(0.1)
+            super().__init__(stream)
+
+    threads = set(threading.enumerate())
+    task = WorldTask(make=Late)
+    (trajectory,) = play([task], tokenizer, environment_deadline_s=0.02, max_replacements=0)
+    assert trajectory.ending is Ending.environment_failed
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)
+    assert [world.is_closed for world in task.made] == [True]  # type: ignore[attr-defined]
 
 
 def test_results_do_not_depend_on_the_order_of_arrival(tokenizer: Tokenizer) -> None:
