@@ -146,7 +146,7 @@ class ServeFault(StrEnum):
 class VerifyServeRun(StageRun):
     """Check that `moetrain serve` loses no request, page or event under load, bad clients and a kill.
 
-    Clients send requests of every kind, leave, read slowly, and send what is no request; in the middle the server is
+    Clients send requests of every kind, leave, read slowly, and send malformed requests; in the middle the server is
     killed with SIGKILL and started again. MOETRAIN_API_KEY is its key.
     """
 

@@ -289,7 +289,17 @@ class EvalRun(StageRun):
     """Documents on whose validation split the language-model loss is measured; without sources it is not measured."""
 
     def __post_init__(self) -> None:
-        """Refuse a limit on thoughts in a vote, which compares whole turns."""
+        """Refuse settings without effect, and a limit on thoughts in a vote, which compares whole turns."""
+        if self.rollout.temperature != RolloutConfig().temperature:
+            raise ConfigError(
+                f"rollout.temperature is {self.rollout.temperature}: give eval.temperatures=[...], which replaces it"
+            )
+        tokenizer = self.data.tokenizer
+        for name in ("path", "vocab_size", "retrain"):
+            if value := getattr(tokenizer, name):
+                raise ConfigError(
+                    f"data.tokenizer.{name} is {value}: leave it out, because the tokenizer is that of init_from"
+                )
         if self.eval.vote_lead and self.rollout.max_think_tokens:
             raise ConfigError(
                 f"eval.vote_lead is {self.eval.vote_lead} with rollout.max_think_tokens: a vote compares whole turns; "

@@ -1,13 +1,16 @@
-"""Writes files atomically, and JSON that every parser accepts.
+"""Writes files and folders atomically, and JSON that every parser accepts; hashes files.
 
 A file is written under a temporary name in the same folder, synced to disk, and renamed. JSON has no NaN and no
 infinity: both become null.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,33 @@ def user_path(text: str) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically; create the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file that is synced and renamed to `path` when the block succeeds, else removed."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield scratch
+        sync(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Rename the folder `partial` to `final`, both in the same folder, in place of a folder of this name."""
+    replaced = final.with_name(f".{final.name}.replaced.tmp")
+    if final.exists():
+        if replaced.exists():  # left by a process that was killed
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    partial.rename(final)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    sync(final.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
@@ -68,6 +89,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(content: object) -> str:
+    """Return the sha256 of `content` as JSON, with keys in their order."""
+    return hashlib.sha256(to_json(content).encode()).hexdigest()
 
 
 def _finite(value: object) -> object:

@@ -28,7 +28,7 @@ LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_
 
 
 _CURE = "unset it, or start the ranks with launch/torchrun.sh"
-_MAX_PORT = 65535
+MAX_PORT = 65535
 
 
 def check_launcher() -> None:
@@ -55,9 +55,9 @@ def check_rendezvous() -> None:
         value = os.environ[named]
         raise ConfigError(f"{named} is {value} in the environment, but {', '.join(missing)} is not set: {_CURE}")
     port = os.environ["MASTER_PORT"]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT):
+    if not (port.isascii() and port.isdigit() and 0 < int(port) <= MAX_PORT):
         raise ConfigError(
-            f"MASTER_PORT is {port!r} in the environment, but must be a port from 1 to {_MAX_PORT}: {_CURE}"
+            f"MASTER_PORT is {port!r} in the environment, but must be a port from 1 to {MAX_PORT}: {_CURE}"
         )
 
 

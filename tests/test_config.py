@@ -1,10 +1,12 @@
 """Checks that span sections, and that every field tells what it is."""
 
+from pathlib import Path
+
 import pytest
 
 from moetrain.cli.help_page import field_docs
 from moetrain.commands import SCHEMAS
-from moetrain.compose import leaf_keys
+from moetrain.compose import compose, leaf_keys
 from moetrain.config import PretrainRun, RlRun, RunConfig
 from moetrain.data.config import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.errors import ConfigError
@@ -12,6 +14,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.rollout.config import RolloutConfig
+from moetrain.run.inputs import check_inputs
 
 
 def data(**values: object) -> DataConfig:
@@ -84,3 +87,24 @@ def test_every_field_of_every_command_has_a_docstring(command: str) -> None:
 
     assert not silent(SCHEMAS[command], "")
     assert list(leaf_keys(SCHEMAS[command]))
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "message"),
+    [
+        ("eval", "rollout.temperature=0.5", "give eval.temperatures"),
+        ("eval", "data.tokenizer.path=mine", "the tokenizer is that of init_from"),
+        ("eval", "data.tokenizer.vocab_size=300", "the tokenizer is that of init_from"),
+        ("rl", "task.ledger.accounts=6", "task.ledger.accounts is given, and task.name is database"),
+        ("sft", "task=marathon task.database.max_calls=3", "task.database.max_calls is given, and task.name is ledger"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(command: str, word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(command, word.split())
+
+
+def test_a_command_that_reads_no_weights_takes_none(tmp_path: Path) -> None:
+    for command in ("report", "bench decode", "verify layouts"):
+        with pytest.raises(ConfigError, match="this command reads no weights"):
+            check_inputs(compose(command, [f"init_from={tmp_path}"]))

@@ -49,7 +49,7 @@ def bench_checkpoint(run: BenchCheckpointRun, *, folder: Path) -> dict[str, Any]
     files = folder / "files"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's checkpoint says at each call that there is one process
+            warnings.simplefilter("ignore")  # torch warns at each call that only one process runs
             rates = _rates(tensors, files, repetitions=run.repetitions)
         del tensors
         return {**rates, **_saves(run, training, files / "training")}

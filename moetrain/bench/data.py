@@ -26,6 +26,7 @@ from moetrain.data.store.index import WORK
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.data_commands import BenchDataRun
 from moetrain.errors import MoetrainError
+from moetrain.files import sha256_of
 
 _LINES = (20, 120)
 """Shortest and longest line, in characters, that documents are made of."""
@@ -143,9 +144,7 @@ def _digest(folder: Path) -> str:
     """Return the sha256 over the names and contents of all files of a prepared folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from moetrain.checkpoint.read import CHECKPOINTS, Checkpoint
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import CheckpointError, DataError
+from moetrain.files import sha256_of
 from moetrain.hf.folder import open_hf_folder, weight_files
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.protocol import Engine, StateReader
@@ -194,7 +195,7 @@ def _own_tokenizer(folders: Sequence[Path], written: str | None) -> Path | None:
     found = next(filter(None, map(_tokenizer_in, folders)), None)
     if found is not None and written is not None:
         path = found / "tokenizer.json"
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         if digest != written and _loaded_digest(found) != written:
             raise CheckpointError(
                 f"{path}: its sha256 is {digest[:12]}..., but the weights were trained with {written[:12]}...; "
@@ -213,13 +214,8 @@ def _loaded_digest(folder: Path) -> str:
 
 def _digests(files: Sequence[Path]) -> list[bytes]:
     """Return the sha256 of each file; several are read at the same time."""
-
-    def digest_of(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(digest_of, files))
+        return [bytes.fromhex(digest) for digest in pool.map(sha256_of, files)]
 
 
 def _joint(digests: Sequence[bytes]) -> str:

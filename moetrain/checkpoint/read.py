@@ -30,6 +30,7 @@ from moetrain.checkpoint.folders import is_checkpoint as is_checkpoint
 from moetrain.checkpoint.folders import read_json as read_json
 from moetrain.checkpoint.folders import steps as steps
 from moetrain.errors import CheckpointError
+from moetrain.files import sha256_of
 from moetrain.hf.slices import flat_range
 
 _log = logging.getLogger(__name__)
@@ -247,8 +248,7 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Return size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def whole_tensor_files(folder: Path, file_of: Mapping[str, str]) -> TensorFiles:

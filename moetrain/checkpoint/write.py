@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ from moetrain.checkpoint.read import (
     steps,
 )
 from moetrain.errors import CheckpointError
-from moetrain.files import sync, write_text
+from moetrain.files import replace_folder, sync, write_text
 from moetrain.parallel.protocol import Piece
 
 _log = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def commit(partial: Path, step: int, *, num_parts: int, state: Mapping[str, Any]
         _part_file(partial, rank).unlink()
     sync(partial)
     final = folder_of(folder, step)
-    _move_into_place(partial, final)
+    replace_folder(partial, final)
     _retain(folder, step, retention=retention)
     return final
 
@@ -210,8 +209,7 @@ def _write_safetensors(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
                 file.write(chunk)
                 digest.update(chunk)
             size += len(block)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -239,16 +237,3 @@ def _retain(folder: Path, step: int, *, retention: Retention) -> None:
         removed = folder / f".{path.name}.removed.tmp"  # an incomplete folder must never have the name of a checkpoint
         path.rename(removed)
         shutil.rmtree(removed)
-
-
-def _move_into_place(partial: Path, final: Path) -> None:
-    if final.exists():  # a damaged one that was skipped, or the same step saved twice
-        replaced = final.with_name(f".{final.name}.replaced.tmp")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(final)
-    sync(final.parent)

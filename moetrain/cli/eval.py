@@ -109,6 +109,7 @@ def _numbers(
     )
     if numbers is None:
         return None
+    numbers["weights_format"] = quant.format.value if quant.enabled else "bf16"
     if earlier is not None:
         numbers["code_changes"] = code_changes(_codes_like(earlier, quant), with_codes(origin), quant=quant)
     return {**numbers, **_language(run, origin)}

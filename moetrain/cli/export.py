@@ -15,7 +15,7 @@ def main(run: ExportRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
-    from moetrain.run.weights import EXPORT, read_weights, tokenizer_of, warn_of_fp8
+    from moetrain.run.weights import EXPORT, quant_of_export, read_weights, tokenizer_of, warn_of_fp8
     from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
@@ -26,7 +26,7 @@ def main(run: ExportRun) -> int:
             codes=origin.codes,
             folder=folder / EXPORT,
             model=origin.model,
-            quant=origin.quant if origin.quant is not None and origin.quant.enabled else run.quant,
+            quant=quant_of_export(origin, given=run.quant),
             export=run.export,
             tokenizer=tokenizer_of(origin),
             step=origin.step,

@@ -36,7 +36,7 @@ def main(run: VerifyExportsRun) -> int:
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
         fault = ExportFault(run.fault)
         format = export_format(export.path)
-        # Of INT4 weights an export has the codes and scales, whatever grid gives them.
+        # An export of quantised weights keeps their codes and scales, whichever grid made them.
         has_codes = export.codes is not None or format is ExportFormat.bf16_dequantized
         masters = with_codes(origin) if has_codes else origin.tensors
         if format is ExportFormat.gguf:

@@ -5,7 +5,7 @@ from rich.console import Console
 from moetrain.generation_commands import VerifyRolloutRun
 from moetrain.run.stage import stage_folder
 
-_WIDTH = 130  # of the table in characters, also when the output is not a terminal
+_WIDTH = 130  # width of the table in characters, also when the output is not a terminal
 
 
 def main(run: VerifyRolloutRun) -> int:

@@ -1,4 +1,4 @@
-"""What stands in the files of a tokenizer's folder: names of special tokens, the chat template, and settings."""
+"""Reads the files of a tokenizer's folder: names of special tokens, the chat template, and settings."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def _end_in(folder: Path, there: Mapping[Any, Any]) -> str | None:
 
 
 def names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tokenizer's own names of `[BOS]` and so on, for those that it lacks under these names."""
+    """Return this tokenizer's names of `[BOS]` and other special tokens, for those that it names otherwise."""
     config = read_json(path) if path.is_file() else {}
     added = content.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []

@@ -3,11 +3,10 @@
 The key of an entry is a digest of all inputs that its numbers depend on: mode, tasks, rollout, seed and weights.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from moetrain.files import read_json_or_empty, to_json, write_json
+from moetrain.files import read_json_or_empty, sha256_of_json, write_json
 
 
 class FinishedModes:
@@ -20,17 +19,13 @@ class FinishedModes:
 
     def get(self, depends_on: Any) -> dict[str, Any] | None:
         """Return the stored result for these inputs, None if there is none."""
-        return self._found.get(_digest(depends_on))
+        return self._found.get(sha256_of_json(depends_on))
 
     def add(self, depends_on: Any, result: dict[str, Any]) -> None:
         """Store a result for these inputs."""
-        self._found[_digest(depends_on)] = result
+        self._found[sha256_of_json(depends_on)] = result
         write_json(self._path, self._found)
 
     def remove(self) -> None:
         """Remove the file, when the evaluation is complete and its results are in another file."""
         self._path.unlink(missing_ok=True)
-
-
-def _digest(depends_on: Any) -> str:
-    return hashlib.sha256(to_json(depends_on).encode()).hexdigest()

@@ -13,8 +13,7 @@ from typing import Any
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
-from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.protocol import Model
+from moetrain.inference.protocol import Generation
 from moetrain.log import progress
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
@@ -87,7 +86,7 @@ def mode_name(temperature: float) -> str:
 def run_mode(
     mode: Mode,
     *,
-    model: Model,
+    make_generation: Callable[[int], Generation],
     family_of: Callable[[TaskConfig], TaskFamily],
     task_config: TaskConfig,
     tokenizer: Tokenizer,
@@ -98,7 +97,8 @@ def run_mode(
 ) -> Played:
     """Run one trajectory per task of the mode. A collective: ranks share the tasks.
 
-    vote_samples: largest number of samples of a turn where the mode votes.
+    make_generation: returns a generation for at most this number of sequences at the same time. vote_samples: largest
+    number of samples of a turn where the mode votes.
     """
     config = task_config if mode.tools_fail else replace(task_config, tool_failure=0.0)
     family = family_of(config)
@@ -111,18 +111,12 @@ def run_mode(
         )
         for index, calls in mode.tasks[topology.rank :: topology.world_size]
     ]
-    engine = GenerationEngine(
-        model,
-        num_slots=min(rollout.num_slots, len(requests) * max(mode.vote_lead, 1)),
-        max_tokens=rollout.max_tokens,
-        cache_megabytes=rollout.cache_megabytes,
-        speculation=rollout.speculation,
-    )
-    votes = VotingGeneration(engine, lead=mode.vote_lead, max_samples=vote_samples) if mode.vote_lead else None
+    generation = make_generation(len(requests) * max(mode.vote_lead, 1))
+    votes = VotingGeneration(generation, lead=mode.vote_lead, max_samples=vote_samples) if mode.vote_lead else None
     with progress(len(requests), mode.name) as advance:
         own_trajectories = collect(
             requests,
-            generation=votes or engine,
+            generation=votes or generation,
             family=family,
             tokenizer=tokenizer,
             config=replace(rollout, temperature=mode.temperature),

@@ -18,6 +18,7 @@ from moetrain.eval.summary import paired, summarize
 from moetrain.inference.protocol import Model
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.engine import make_generation
 from moetrain.rollout.types import Trajectory
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
@@ -125,7 +126,7 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
         return saved
     played = run_mode(
         mode,
-        model=contestant.model,
+        make_generation=lambda number: make_generation(contestant.model, setting.rollout, num_sequences=number),
         family_of=setting.family_of,
         task_config=task,
         tokenizer=setting.tokenizer,

@@ -20,7 +20,7 @@ from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_
 from moetrain.checkpoint.shape import CONFIG_FILE as CONFIG_FILE
 from moetrain.checkpoint.shape import RECORD_FILE as RECORD_FILE
 from moetrain.errors import CheckpointError
-from moetrain.files import sync, write_json
+from moetrain.files import replace_folder, sync, write_json
 from moetrain.hf.folder import INDEX_FILE
 
 _FORMAT = 1
@@ -43,14 +43,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        if final.exists():
-            replaced = final.with_name(f".{final.name}.{os.getpid()}.replaced.tmp")
-            final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(final)
-        sync(final.parent)
+        replace_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -339,7 +339,7 @@ class GenerationEngine:
         )
 
     def _finish(self, part: _Part, draws: list[Draw]) -> int:
-        """Give a sequence the tokens that were drawn, up to the first one that was not expected.
+        """Append the drawn tokens to a sequence, up to and including the first that differs from the expected one.
 
         Returns the number of rows of the part that are kept.
         """

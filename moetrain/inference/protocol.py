@@ -21,13 +21,13 @@ class Sequence:
     """A sequence of tokens that only grows. A turn ends at a token in `stop_ids`, or when there are `limit` tokens.
 
     stream: seeds its sampling, which depends on (stream, position) only. constraint: limits the tokens that may follow;
-    None in RL. logprobs, is_sampled and versions have one entry per token; given tokens have logprob 0.0, and so have
-    sampled ones where the constraint allowed no other. versions: version of the weights that sampled the token, or that
-    were loaded when it was given. free_logprobs, by position: logprob without the constraint of the tokens that were
-    drawn under one. alternatives, by position: the most likely tokens and their logprobs, where `sampling` asks for
-    them. num_fed: number of tokens in the implementation's cache. num_cached: number of tokens of the prompt that the
-    implementation found in its cache at the beginning. is_idle: the turn has ended, and the sequence waits for `extend`
-    or `cancel`.
+    None in RL. logprobs, is_sampled and versions have one entry per token; given tokens have logprob 0.0, as do sampled
+    tokens that were the only ones the constraint allowed. versions: version of the weights that sampled the token, or
+    that were loaded when it was given. free_logprobs, by position: logprob without the constraint of the tokens that
+    were drawn under one. alternatives, by position: the most likely tokens and their logprobs, where `sampling` asks
+    for them. num_fed: number of tokens in the implementation's cache. num_cached: number of tokens of the prompt that
+    the implementation found in its cache at the beginning. is_idle: the turn has ended, and the sequence waits for
+    `extend` or `cancel`.
     """
 
     tokens: list[int]
@@ -113,7 +113,7 @@ class Model(Protocol):
         ...
 
     def new_cache(self, num_pages: int) -> torch.Tensor:
-        """Return an empty cache [layers, pages, ...]; what a page holds is the model's affair."""
+        """Return an empty cache [layers, pages, ...]; the model defines the content of a page."""
         ...
 
     def forward(self, rows: Rows, cache_LPSC: torch.Tensor) -> torch.Tensor:

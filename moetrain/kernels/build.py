@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from moetrain.files import sync
+
 SOURCES = Path(__file__).parent / "cpu"
 _MAIN = "kernels.cpp"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
@@ -166,8 +168,7 @@ def _compile(found: str, target: Sequence[str], path: Path) -> None:
             if result.returncode != 0:
                 said = result.stderr.strip()[-2000:] or f"exit code {result.returncode}"
                 raise UnavailableError(f"{found} cannot compile {SOURCES / _MAIN}: {said}")
-            with made.open("rb") as file:
-                os.fsync(file.fileno())  # a library truncated by a power cut would crash the process that loads it
+            sync(made)  # a library truncated by a power cut would crash the process that loads it
             try:
                 os.link(made, path)  # does not replace a file that another rank wrote first and has mapped
             except FileExistsError:

@@ -14,7 +14,7 @@ from moetrain.kernels.build import Library
 
 SIGMOID, SOFTMAX, SQRT_SOFTPLUS = range(3)
 """The kernels' numbers for the score functions."""
-_SMALLEST_SCORE = 1e-20  # a smaller one, of a logit below -92, would divide 0 by 0
+_SMALLEST_SCORE = 1e-20  # smaller scores (logits below -92) would give 0 / 0
 
 
 @dataclass(frozen=True, kw_only=True)

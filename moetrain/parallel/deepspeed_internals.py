@@ -112,11 +112,7 @@ def use_host_memory(backend: TorchBackend) -> None:
     ) -> Any:
         is_contiguous = input_tensor.is_contiguous() and output_tensor.is_contiguous()
         can_use_memory = is_contiguous and not async_op and is_large(input_tensor)
-        if (
-            can_use_memory
-            and is_large(input_tensor)
-            and (memory := shared_memory_of(group, device=input_tensor.device))
-        ):
+        if can_use_memory and (memory := shared_memory_of(group, device=input_tensor.device)):
             return memory.gather(input_tensor, out=output_tensor)
         return all_gather(output_tensor, input_tensor, group, async_op)
 

@@ -26,7 +26,7 @@ from moetrain.report.table import (
     NONE,
     Table,
     difference_table,
-    int4_table,
+    masters_table,
     rate_text,
     size_table,
     success_table,
@@ -71,7 +71,7 @@ def run_page(run: Run, *, num_trajectories: int) -> str:
             "no RL stage has begun",
         ),
         ("experts", "Expert load", _loads(run), "no stage has trained experts"),
-        ("int4", "INT4", _int4(run), "nothing was exported or evaluated"),
+        ("quantised", "Quantised weights", _quantised(run), "nothing was exported or evaluated"),
         ("trajectories", "Trajectories", _trajectories(run, num_trajectories), "no trajectory was kept"),
         ("making", "How it was made", _setup_and_cost(run), "no stage has begun"),
     ]
@@ -184,8 +184,8 @@ def _loads(run: Run) -> str:
     return "".join(f"<h3>{escape(name)}</h3>{_charts([chart])}" for name, chart in charts if chart)
 
 
-def _int4(run: Run) -> str:
-    tables = [table for table in (int4_table(run), size_table(run), _verified(run)) if table is not None]
+def _quantised(run: Run) -> str:
+    tables = [table for table in (masters_table(run), size_table(run), _verified(run)) if table is not None]
     return "".join(table_html(table) for table in tables)
 
 

@@ -93,6 +93,7 @@ EVALUATION_SHAPE: Schema = _object(
         {**dict.fromkeys(("mean_kl", "max_kl", "top1_changed"), _NUMBER_OR_NULL), "num_tokens": _INTEGER}
     ),
     digests=_object(),
+    weights_format=_TEXT,
     code_changes=_object({"code_flip_rate": _NUMBER, "scale_change_rate": _NUMBER}),
     export=_object({"bytes": _BYTES, "bf16_bytes": _BYTES}),
 )

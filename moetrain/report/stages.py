@@ -111,6 +111,12 @@ class Run:
         """Return the evaluations that have numbers."""
         return [stage for stage in self.of_kind(Kind.evaluation) if stage.evaluation]
 
+    @property
+    def weights_format(self) -> str:
+        """Return the format of the weights that were evaluated, such as `INT4`; several are joined by `and`."""
+        names = dict.fromkeys(stage.evaluation.get("weights_format", "int4") for stage in self.evaluations)
+        return " and ".join(name if name == "bf16" else name.upper() for name in names)
+
 
 def read_run(folder: Path, stages: Sequence[str]) -> Run:
     """Return the run in `folder`. stages: folders in the order to show; empty takes all that have a config.

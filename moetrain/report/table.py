@@ -38,7 +38,7 @@ class Table:
 
 def tables(run: Run) -> list[Table]:
     """Return the tables for which the run has numbers."""
-    candidates = [validation_table(run), success_table(run), difference_table(run), int4_table(run), size_table(run)]
+    candidates = [validation_table(run), success_table(run), difference_table(run), masters_table(run), size_table(run)]
     return [table for table in candidates if table is not None]
 
 
@@ -92,7 +92,9 @@ def success_table(run: Run) -> Table | None:
     if len(trained) == 2:
         notes.append(f"all: tasks of {trained[0]} to {trained[1]} calls")
     notes += _grader_notes(run.evaluations[-1].evaluation)
-    return Table(title="Held-out success, INT4 weights", header=header, rows=rows, notes=notes, main_rows=_MAIN)
+    return Table(
+        title=f"Held-out success, {run.weights_format} weights", header=header, rows=rows, notes=notes, main_rows=_MAIN
+    )
 
 
 def difference_table(run: Run) -> Table | None:
@@ -116,7 +118,7 @@ def difference_table(run: Run) -> Table | None:
     return Table(title="Against the earlier evaluation, paired by task", header=header, rows=rows) if rows else None
 
 
-def int4_table(run: Run) -> Table | None:
+def masters_table(run: Run) -> Table | None:
     """Return success of the exported weights beside that of their bf16 masters."""
     rows = [
         [
@@ -133,11 +135,12 @@ def int4_table(run: Run) -> Table | None:
         return None
     notes = []
     for stage in run.evaluations:
-        note = _divergence(stage)
+        note = _divergence(stage, name=run.weights_format)
         if note:
             notes.append(f"{stage.weights}: {note}")
-    header = ["% right", "INT4", "bf16", "INT4 after error", "bf16 after error"]
-    return Table(title="INT4 beside the bf16 masters", header=header, rows=rows, notes=notes)
+    name = run.weights_format
+    header = ["% right", name, "bf16", f"{name} after error", "bf16 after error"]
+    return Table(title=f"{name} beside the bf16 masters", header=header, rows=rows, notes=notes)
 
 
 def size_table(run: Run) -> Table | None:
@@ -241,13 +244,13 @@ def _grader_notes(evaluation: dict[str, Any]) -> list[str]:
     return [note if perfect is None else f"{note}, the perfect demonstrator {100 * perfect:g} %"]
 
 
-def _divergence(stage: Stage) -> str:
-    """Return the divergence of an export from its masters, and the share of its codes that training has changed."""
+def _divergence(stage: Stage, *, name: str) -> str:
+    """Return the divergence of an export in the format `name` from its masters, and the share of changed codes."""
     row, changes, parts = stage.evaluation.get("divergence"), stage.evaluation.get("code_changes"), []
     if row and row["mean_kl"] is None:
-        parts.append("KL(bf16 || INT4) is not finite")
+        parts.append(f"KL(bf16 || {name}) is not finite")
     elif row:
-        parts.append(f"KL(bf16 || INT4) {row['mean_kl']:.3g} nats per token on average, at most {row['max_kl']:.3g}")
+        parts.append(f"KL(bf16 || {name}) {row['mean_kl']:.3g} nats per token on average, at most {row['max_kl']:.3g}")
         parts.append(f"most likely token differs at {100 * row['top1_changed']:.2g} % of {row['num_tokens']} tokens")
     if changes:
         earlier = PurePath(stage.config["eval"].get("codes_before") or "earlier weights").name

@@ -26,9 +26,14 @@ def penalise_malformed(trajectory: Trajectory, advantages: list[list[float]], *,
     """
     if not penalty or trajectory.ending not in _MALFORMED:
         return advantages
-    *earlier, last = advantages
-    first = _start_of_last_turn(trajectory.segments[-1])
-    return [*earlier, [value - penalty * (place >= first) for place, value in enumerate(last)]]
+    penalised = list(advantages)
+    for number in reversed(range(len(penalised))):
+        segment = trajectory.segments[number]
+        first = _start_of_last_turn(segment)
+        penalised[number] = [value - penalty * (place >= first) for place, value in enumerate(penalised[number])]
+        if not number or trajectory.segments[number - 1].tokens != segment.tokens[:first]:
+            break  # else the earlier segment ends within the same turn
+    return penalised
 
 
 def _start_of_last_turn(segment: Segment) -> int:

@@ -21,13 +21,13 @@ from typing import Any
 from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.files import to_json
-from moetrain.inference.engine import GenerationEngine
-from moetrain.inference.protocol import Counts, Model
+from moetrain.inference.protocol import Counts, Generation, Model
 from moetrain.parallel.topology import Topology
 from moetrain.rl.config import RlConfig
 from moetrain.rl.metrics import generation_metrics, staleness_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.engine import make_generation
 from moetrain.rollout.journal import Journal
 from moetrain.rollout.types import Trajectory
 from moetrain.rollout.world import make_task
@@ -147,7 +147,7 @@ class Collection:
         """Prepare a collection in which nothing has begun."""
         self._setting = setting
         self._stack = ExitStack()
-        self._running: tuple[GenerationEngine, Collector] | None = None
+        self._running: tuple[Generation, Collector] | None = None
         self._groups: dict[int, _Group] = defaultdict(_Group)
         self._used: set[int] | None = None
         self._begun: set[int] = set()
@@ -183,20 +183,14 @@ class Collection:
         self._stack.close()
         self._running = None
 
-    def _prepared(self, model: Model, *, step: int, num_requests: int) -> tuple[GenerationEngine, Collector]:
+    def _prepared(self, model: Model, *, step: int, num_requests: int) -> tuple[Generation, Collector]:
         """Return the generation with the weights of this step, and the collector."""
         setting, rollout = self._setting, self._setting.rollout
         if self._running is not None:
             self._running[0].load(model, version=step)
             return self._running
-        generation = GenerationEngine(
-            model,
-            num_slots=rollout.num_slots if setting.rl.max_staleness else max(min(rollout.num_slots, num_requests), 1),
-            max_tokens=rollout.max_tokens,
-            version=step,
-            cache_megabytes=rollout.cache_megabytes,
-            speculation=rollout.speculation,
-        )
+        number = rollout.num_slots if setting.rl.max_staleness else num_requests
+        generation = make_generation(model, rollout, num_sequences=number, version=step)
         collector = Collector(
             generation=generation,
             family=setting.family,

@@ -34,7 +34,7 @@ class RlConfig:
     """Trajectories per task (G); the baseline is their mean reward."""
     max_staleness: int = 0
     """Largest number of steps between the beginning of a group and its use. 0: each step collects its groups with its
-    own weights, and runs are reproducible. Above 0, groups of later steps are begun early and go on with newer weights,
+    own weights, and runs are reproducible. Above 0, groups of later steps start early and continue with newer weights,
     so that the slowest trajectories of a step are not waited for. The cache of generation then stays allocated during
     updates, and rollout.max_seconds includes them."""
     malformed_penalty: float = 0.0

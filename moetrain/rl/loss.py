@@ -34,10 +34,10 @@ def rl_objective(
 ) -> Objective:
     """Return the objective of an RL step; the sum of the token losses of all ranks is divided by `divisor`.
 
-    Modules of multi-token prediction learn the sampled tokens, whatever their advantage; no gradient leaves them.
-    With `BalanceLosses.model` the losses of `balance` are added. They are means over all tokens of the step's
-    trajectories, including prompts and observations, because these are routed too. The objective raises ConfigError for
-    token losses that have another shape than the logprobs, or no graph.
+    Modules of multi-token prediction learn the sampled tokens, regardless of advantage; their loss sends no gradient
+    into the model's other layers. With `BalanceLosses.model` the losses of `balance` are added. They are means over all
+    tokens of the step's trajectories, including prompts and observations, because these are routed too. The objective
+    raises ConfigError for token losses that have another shape than the logprobs, or no graph.
     """
 
     def objective(model: Transformer, batch: TokenBatch) -> ObjectiveResult:

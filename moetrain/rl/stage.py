@@ -4,7 +4,6 @@ A step is a function of (weights, seed, step): tasks, sampling and tool failures
 runs the steps.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from moetrain.chat.context import ContextPolicy
 from moetrain.checkpoint.identity import as_stored
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.files import to_json
+from moetrain.files import sha256_of_json
 from moetrain.kernels.choice import find_for_generation
 from moetrain.log import TIME_PREFIX
 from moetrain.model.attention import MaxLogits
@@ -94,7 +93,7 @@ def collection_of(stage: RlStage, config: TrainConfig) -> Collection:
             tasks_before=stage.tasks_before,
             first_step=first,
             last_step=first + config.steps - 1,
-            run=hashlib.sha256(to_json(as_stored(stage.identity)).encode()).hexdigest()[:16],
+            run=sha256_of_json(as_stored(stage.identity))[:16],
             folder=stage.collection,
         )
     )

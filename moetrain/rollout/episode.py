@@ -249,7 +249,7 @@ class Episode:
         return replace(message, content=f"{head} ... {left_out} characters left out ... {tail}")
 
     def _continue(self, after: list[int]) -> None:
-        """Go on after the results of a turn, of which `after` are the tokens: in this segment or in the next one."""
+        """Continue after a turn's tool results, in this segment or the next. after: tokens of the results."""
         config, context = self._config, self._context
         assert context is not None
         length = len(self.sequence.tokens)

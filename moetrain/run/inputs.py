@@ -10,13 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moetrain.chat.registry import template_named
-from moetrain.client_commands import ChatRun
-from moetrain.commands import VerifyExportsRun
+from moetrain.client_commands import ChatRun, VerifyEndpointRun
+from moetrain.commands import (
+    BenchBalanceRun,
+    BenchCheckpointRun,
+    BenchOptimizersRun,
+    BenchTrainRun,
+    VerifyExportsRun,
+    VerifyFaultsRun,
+    VerifyLayoutsRun,
+)
 from moetrain.config import (
     DocumentRun,
     EvalRun,
     ExportRun,
     GenerateRun,
+    ReportRun,
     RlRun,
     ServeRun,
     StageRun,
@@ -28,9 +37,11 @@ from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
 from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
-from moetrain.data_commands import PrepareRun
+from moetrain.data_commands import BenchDataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
+from moetrain.generation_commands import BenchDecodeRun, VerifyRolloutRun
+from moetrain.gpu_commands import VerifyGpuRun
 from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
@@ -41,6 +52,21 @@ from moetrain.tasks import registry
 
 LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text, *FOREIGN_KINDS)
 """Kinds of sources that are local files."""
+_WITHOUT_WEIGHTS = (
+    BenchBalanceRun,
+    BenchCheckpointRun,
+    BenchDataRun,
+    BenchDecodeRun,
+    BenchOptimizersRun,
+    BenchTrainRun,
+    ReportRun,
+    VerifyEndpointRun,
+    VerifyFaultsRun,
+    VerifyGpuRun,
+    VerifyLayoutsRun,
+    VerifyRolloutRun,
+)
+"""Configs that have the field `init_from` and do not use it."""
 _NEED_WEIGHTS: dict[type[StageRun], str] = {
     RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
     ExportRun: "give the stage or checkpoint to export",
@@ -56,9 +82,11 @@ _NEED_WEIGHTS: dict[type[StageRun], str] = {
 def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int | None = None) -> None:
     """Raise `ConfigError` or `CheckpointError` for a missing folder, file or plugin, or a wrong number of ranks.
 
-    made: folders that earlier stages will write. world_size: number of ranks that will start; None takes the
+    planned: folders that earlier stages will write. world_size: number of ranks that will start; None takes the
     launcher's.
     """
+    if isinstance(run, _WITHOUT_WEIGHTS) and run.init_from is not None:
+        raise ConfigError(f"init_from is {run.init_from}: leave it out, because this command reads no weights")
     for field, value in _folders(run):
         if not value:
             raise ConfigError(f"{field} is empty: give a folder, or null")
@@ -144,7 +172,7 @@ def check_prepared(run: StageRun) -> None:
 def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
     """Read the weights and the tokenizer that a stage uses; raise an error if they are damaged or do not fit.
 
-    made: folders that earlier stages will write, which are skipped.
+    planned: folders that earlier stages will write, which are skipped.
     """
     named = {
         field: value
@@ -170,7 +198,14 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     from moetrain.checkpoint.origin import check_fit
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
-    from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, training_weights
+    from moetrain.run.weights import (
+        quant_of_export,
+        read_masters,
+        read_same_model,
+        read_weights,
+        tokenizer_of,
+        training_weights,
+    )
     from moetrain.train.stage_tokenizer import check_tokenizer
     from moetrain.train.stages import document_start_point
     from moetrain.upcycle.stage import check_dense
@@ -184,6 +219,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
         run.export.check_library()
+        quant_of_export(origin, given=run.quant)
         check_shape(origin.model, run.export.wanted)
     if isinstance(run, DocumentRun):
         document_start_point(sections_of(run), origin)

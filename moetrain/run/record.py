@@ -13,7 +13,7 @@ from typing import Any
 from moetrain.compose import read_yaml
 from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
-from moetrain.files import read_json_or_empty, write_json
+from moetrain.files import read_json_or_empty, sha256_of, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class _Digests:
         if self._known.get(name, [None])[:-1] != mark:
             if status.st_size >= _LARGE:
                 _log.info("hashing %s (%.1f GB)", path, status.st_size / 1e9)
-            self._known[name] = [*mark, _sha256_of(path)]
+            self._known[name] = [*mark, sha256_of(path)]
             self._is_new = True
         return str(self._known[name][-1])
 
@@ -183,11 +183,6 @@ class _Digests:
         """Write new digests to the run folder, if it exists."""
         if self._is_new and self._path.parent.is_dir():
             write_json(self._path, self._known)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _combine(digests: Sequence[str]) -> str:

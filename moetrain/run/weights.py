@@ -89,6 +89,26 @@ def warn_of_fp8(origin: Origin, export: ExportConfig) -> None:
         _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
 
 
+def quant_of_export(origin: Origin, *, given: QuantConfig) -> QuantConfig:
+    """Return how weights are exported: as they were trained, or as `given` if they were trained without quantisation.
+
+    Raises ConfigError if both are quantised and differ, or if `given` has settings but is not enabled.
+    """
+    trained = origin.quant
+    if trained is None or not trained.enabled:
+        if not given.enabled and given != QuantConfig():
+            raise ConfigError("quant has settings but quant.enabled is false: give quant=int4 or quant=mxfp4")
+        return given
+    for name in ("format", "grid", "group_size"):
+        default, wanted, own = getattr(QuantConfig(), name), getattr(given, name), getattr(trained, name)
+        if wanted != own and (given.enabled or wanted != default):
+            raise ConfigError(
+                f"quant.{name} is {wanted}, and the weights were trained with {own}: leave quant out, because an "
+                "export keeps the codes and scales of training"
+            )
+    return trained
+
+
 def generation_model(
     origin: Origin,
     *,

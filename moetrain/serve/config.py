@@ -8,10 +8,10 @@ from moetrain.errors import ConfigError
 from moetrain.inference.speculation import Speculation
 from moetrain.kernels.config import Kernels
 from moetrain.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
+from moetrain.runtime import MAX_PORT
 
 KEY_VARIABLE = "MOETRAIN_API_KEY"
 """Environment variable with the key, for when `serve.api_key` is null."""
-_MAX_PORT = 65535
 
 
 @dataclass(kw_only=True)
@@ -63,8 +63,8 @@ class ServeConfig:
             POSITIVE: ("max_body_s", "max_request_s", "max_drain_s"),
         }
         check_ranges(self, prefix="serve.", ranges=ranges)
-        if self.port > _MAX_PORT:
-            raise ConfigError(f"serve.port is {self.port}: give a port from 0 to {_MAX_PORT}")
+        if self.port > MAX_PORT:
+            raise ConfigError(f"serve.port is {self.port}: give a port from 0 to {MAX_PORT}")
         if self.max_choices > self.num_slots + self.max_waiting:
             raise ConfigError(
                 f"serve.max_choices is {self.max_choices}: give at most num_slots + max_waiting, "

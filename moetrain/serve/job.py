@@ -32,7 +32,7 @@ class Job:
 
     number: its place among the sequences of its request. updates: the queue of the request, on the event loop; it gets
     at most one entry per token, so the limits of the sequences bound it. num_sent: tokens whose update was sent, the
-    prompt included. begun, first, last: times at which it left the queue, of its first and of its last token.
+    prompt included. begun: time it left the queue; first, last: times of its first and last token.
     """
 
     sequence: Sequence

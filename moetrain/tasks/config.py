@@ -1,6 +1,6 @@
 """Config of the tasks: family, difficulty, and mistakes of the demonstrator. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from moetrain.chat.context import ContextPolicy
@@ -110,6 +110,10 @@ class LedgerConfig:
             raise ConfigError(f"task.ledger.accounts is {self.accounts}: give {_FEWEST_ACCOUNTS} to {_MOST_ACCOUNTS}")
 
 
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 @dataclass(kw_only=True)
 class TaskConfig:
     """Tool-use tasks for demonstrations, RL and evaluation."""
@@ -132,20 +136,13 @@ class TaskConfig:
     task.options.<field>=<value> have the same effect."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges, and that no settings of another family are given."""
         check_ranges(self, prefix="task.", ranges={BELOW_ONE: ("tool_failure",)})
-
-    @property
-    def min_calls(self) -> int:
-        """`database.min_calls`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.min_calls
-
-    @property
-    def max_calls(self) -> int:
-        """`database.max_calls`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.max_calls
-
-    @property
-    def demonstrator(self) -> DemonstratorConfig:
-        """`database.demonstrator`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.demonstrator
+        for family in ("database", "ledger"):
+            settings: DatabaseConfig | LedgerConfig = getattr(self, family)
+            given = [field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)]
+            if given and family != self.name:
+                raise ConfigError(
+                    f"task.{family}.{given[0]} is given, and task.name is {self.name}: leave it out, because the "
+                    f"settings of {family} have no effect"
+                )

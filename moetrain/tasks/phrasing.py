@@ -14,8 +14,8 @@ _HELD_OUT_EVERY = 5
 def fill(frames: Sequence[str], slots: Mapping[str, Sequence[str]], *, split: Split) -> list[str]:
     """Return the phrasings of `split`: each frame with each choice of a word for each of its `<slots>`.
 
-    A phrasing is held out if 5 divides its CRC-32. A sum of its letters would tell from all words but one which words
-    the last can be, and a model reads that instead of the word.
+    A phrasing is held out if 5 divides its CRC-32. A sum of its letters would reveal the candidates of its last word
+    from the other words, so that a model could skip reading it.
     """
     table = tuple((slot, tuple(words)) for slot, words in slots.items())
     wanted = split is Split.held_out

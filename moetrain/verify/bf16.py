@@ -92,7 +92,7 @@ def verify_bf16(
 
 
 def _file_row(export: Export, *, masters: Masters) -> Row:
-    """Return the number of tensors of the file that are not those of training."""
+    """Return the number of exported tensors that differ from the masters."""
     differing = [
         name
         for name, expected in _expected(export, masters)

@@ -5,7 +5,6 @@ the command must end by itself, or all of them, as when a machine fails. The nex
 out the stages that are done and resumes the one that was killed.
 """
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moetrain.errors import ConfigError
+from moetrain.files import sha256_of
 from moetrain.runtime import die_with_parent, python_stream
 from moetrain.verify import fault_runs
 from moetrain.verify.table import Row
@@ -200,7 +200,7 @@ def _digests(stage: Path) -> dict[str, str]:
         is_other = name.name in _MEASURED or name.name.startswith(".") or name.suffix == ".html"
         if is_other or name.parts[0] in ("checkpoints", "wandb") or name.name == "metrics.jsonl":
             continue
-        digests[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[name.as_posix()] = sha256_of(path)
     return digests
 
 

@@ -1,14 +1,18 @@
 """Modes of an evaluation: the trajectories do not depend on how many ranks share the tasks."""
 
+from functools import partial
+
 import torch
 
 from moetrain.eval.runner import Mode, run_mode
+from moetrain.inference.protocol import Generation, Model
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.engine import build_engine
 from moetrain.parallel.topology import setup
 from moetrain.quant.config import QuantConfig
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.engine import make_generation
 from moetrain.rollout.sync import sync_weights
 from moetrain.tasks.config import TaskConfig
 from tests.distributed import run_ranks
@@ -22,6 +26,10 @@ NUM_TASKS = (5, 1)
 """With two ranks, one has a task more than the other; then the other has none."""
 
 
+def _generation(model: Model, rollout: RolloutConfig, number: int) -> Generation:
+    return make_generation(model, rollout, num_sequences=number)
+
+
 def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
     """Return (task, tokens) of each trajectory that this rank is given back, for each number of tasks."""
     parallel = ParallelConfig(engine=name)
@@ -30,13 +38,15 @@ def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
     )
     seen = []
     for num_tasks in NUM_TASKS:
+        rollout = RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2)
+        model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
         played = run_mode(
             Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
-            model=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32),
+            make_generation=partial(_generation, model, rollout),
             family_of=lambda config: EvenFamily(),
             task_config=TaskConfig(),
             tokenizer=even_tokenizer(),
-            rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2),
+            rollout=rollout,
             vote_samples=1,
             seed=3,
             topology=setup(parallel),

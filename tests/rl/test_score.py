@@ -96,6 +96,20 @@ def test_a_malformed_turn_alone_is_penalised(ending: Ending) -> None:
     assert list(row.advantages) == [0.0] * 6 + [-0.5] * 2
 
 
+def test_a_malformed_turn_that_a_segment_ends_within_is_penalised_whole() -> None:
+    whole = _turns(Ending.invalid_turn)
+    (segment,) = whole.segments
+    cut = [
+        replace(
+            segment, **{name: getattr(segment, name)[:7] for name in ("tokens", "is_sampled", "logprobs", "versions")}
+        ),
+        replace(segment, is_sampled=[False] * 7 + [True]),
+    ]
+    others = [_turns(Ending.answered)]
+    rows = score([[replace(whole, segments=cut), *others]], K25(), malformed_penalty=0.5).rows
+    assert [list(row.advantages) for row in rows] == [[0.0] * 6 + [-0.5], [0.0] * 7 + [-0.5]]
+
+
 def test_another_ending_is_not_penalised() -> None:
     group = [_turns(Ending.stalled), _turns(Ending.max_turns)]
     assert score([group], K25(), malformed_penalty=0.5).rows == []

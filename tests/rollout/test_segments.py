@@ -20,7 +20,7 @@ from moetrain.tasks.protocol import Split
 from moetrain.tasks.segments import segments
 from tests.rollout.scripted import words_tokenizer
 
-FAMILY = LedgerFamily(TaskConfig(tool_failure=0.0, ledger=LedgerConfig(misspell=0.0)), 0)
+FAMILY = LedgerFamily(TaskConfig(name="ledger", tool_failure=0.0, ledger=LedgerConfig(misspell=0.0)), 0)
 POLICIES = [
     ContextPolicy(kind=ContextKind.notes, min_calls=1, max_calls=5),
     ContextPolicy(kind=ContextKind.discard, min_calls=2, max_calls=4, keep=1),

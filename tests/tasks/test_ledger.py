@@ -20,7 +20,7 @@ HORIZONS = [8, 9, 10, 11, 12, 13, 25, 50, 300]
 
 
 def _family(**settings: float) -> LedgerFamily:
-    return LedgerFamily(TaskConfig(tool_failure=0.0, ledger=LedgerConfig(**settings)), 0)  # type: ignore[arg-type]
+    return LedgerFamily(TaskConfig(name="ledger", tool_failure=0.0, ledger=LedgerConfig(**settings)), 0)  # type: ignore[arg-type]
 
 
 def _updates(task: LedgerTask) -> Iterator[dict[str, object]]:

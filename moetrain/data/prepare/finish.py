@@ -3,12 +3,9 @@
 Does not import torch.
 """
 
-import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from moetrain.data.store.index import DOCUMENTS as DOCUMENTS_FILE
 from moetrain.data.store.index import ENDS, SPLIT, Counts, Index, Part, StoredFile, TokenFile, write_index
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
+from moetrain.files import atomic_file, sha256_of
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
     tables = [np.load(shard.work("-documents.npy"), mmap_mode="r") for shard in shards]
     sizes = [len(table) for table in tables]
     bases = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
-    with _written(folder / SPLIT) as scratch:
+    with atomic_file(folder / SPLIT) as scratch:
         parts = _new_parts(scratch, bases[-1])
         for table, base in zip(tables, bases, strict=False):
             parts[base : base + len(table)][table["is_left_out"]] = Part.left_out
@@ -83,7 +81,7 @@ def write_folder(
     folder: Path, *, files: list[TokenFile], lengths: Iterator[np.ndarray], counts: Counts, origin: Origin
 ) -> Index:
     """Write `documents.bin` and the index of a folder that has its token files and `split.bin`; return the index."""
-    with _written(folder / DOCUMENTS_FILE) as scratch, scratch.open("wb") as file:
+    with atomic_file(folder / DOCUMENTS_FILE) as scratch, scratch.open("wb") as file:
         end = 0
         for each in lengths:
             ends = end + np.cumsum(each, dtype=np.int64)
@@ -145,20 +143,5 @@ def _new_parts(path: Path, size: int) -> np.memmap[Any, Any]:
     return np.memmap(path, dtype=np.uint8, mode="w+", shape=(size,))
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which gets the name `path` when the block ends without an error."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def _stored(path: Path) -> StoredFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=digest)
+    return StoredFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))

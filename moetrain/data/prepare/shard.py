@@ -7,12 +7,11 @@ except for some ten bytes per document. Does not import torch.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from moetrain.data.store.index import RUNS, WORK, StoredFile, TokenFile
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
-from moetrain.files import read_json_or_empty, write_json
+from moetrain.files import atomic_file, read_json_or_empty, write_json
 
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
 """Text that is tokenized per call."""
@@ -207,12 +206,8 @@ def _identity(text: str) -> int:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 class TokenWriter:
@@ -222,14 +217,15 @@ class TokenWriter:
         self._path = folder / f"tokens-{number:05d}.bin"
         self._mask_path = folder / f"mask-{number:05d}.bin"
         self._dtype = dtype
-        self._scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         self._sha256 = hashlib.sha256()
         self._num_tokens = 0
         self._runs: list[np.ndarray] = []
         self._is_all_learned = True
 
     def __enter__(self) -> "TokenWriter":
-        self._file: Any = self._scratch.open("wb", buffering=1 << 20)
+        self._stack = ExitStack()
+        scratch = self._stack.enter_context(atomic_file(self._path))
+        self._file = self._stack.enter_context(scratch.open("wb", buffering=1 << 20))
         return self
 
     def append(self, tokens_N: np.ndarray, mask_N: np.ndarray) -> None:
@@ -242,10 +238,7 @@ class TokenWriter:
         self._num_tokens += len(tokens_N)
 
     def finish(self) -> TokenFile:
-        """Give the files their names; return their entry of the index."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._scratch, self._path)
+        """Write the mask file; return the entry of both files in the index. The token file is complete on exit."""
         return TokenFile(
             name=self._path.name,
             bytes=self._num_tokens * self._dtype.itemsize,
@@ -258,8 +251,7 @@ class TokenWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._scratch.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
 
 
 def learned_runs(mask_N: np.ndarray, *, start: int) -> np.ndarray:
@@ -277,16 +269,12 @@ def learned_runs(mask_N: np.ndarray, *, start: int) -> np.ndarray:
 
 def write_runs(path: Path, runs: list[np.ndarray]) -> StoredFile:
     """Write a mask file atomically; return its entry of the index. runs: (start, length) pairs, int64 [R, 2] each."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     sha256 = hashlib.sha256()
     size = 0
-    with scratch.open("wb") as file:
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
         for each in runs:
             data = each.astype(RUNS).tobytes()
             file.write(data)
             sha256.update(data)
             size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
     return StoredFile(name=path.name, bytes=size, sha256=sha256.hexdigest())

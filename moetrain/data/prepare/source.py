@@ -4,13 +4,12 @@ A stopped preparation resumes with the shards that are not done, or whose input 
 the number of processes or on stops. Does not import torch.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from moetrain.data.store.index import INDEX, TOKENIZER, WORK, Index, Part, check
 from moetrain.data.store.plan import PlanRequest, plan_of
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
-from moetrain.files import read_json_or_empty, to_json, write_json
+from moetrain.files import read_json_or_empty, sha256_of_json, to_json, write_json
 from moetrain.log import progress
 from moetrain.runtime import die_with_parent
 
@@ -97,7 +96,7 @@ def _prepare(name: str, folder: Path, *, units: list[Unit], preparation: Prepara
             source=source,
             units=of_shard,
             near_duplicates=config.near_duplicates,
-            made_of=_digest({**request, "inputs": [asdict(unit) for unit in of_shard]}),
+            made_of=sha256_of_json({**request, "inputs": [asdict(unit) for unit in of_shard]}),
         )
         for number, of_shard in enumerate(_shards(source, units, shard_bytes=config.shard_bytes))
     ]
@@ -143,10 +142,6 @@ def _shards(source: SourceConfig, units: list[Unit], *, shard_bytes: int) -> lis
     """Return the units of each shard; a token file of another program is a shard of its own."""
     is_foreign = source.kind in FOREIGN_KINDS
     return [[unit] for unit in units] if is_foreign else shards_of(units, shard_bytes=shard_bytes)
-
-
-def _digest(request: Mapping[str, Any]) -> str:
-    return hashlib.sha256(to_json(request).encode()).hexdigest()
 
 
 def _check_request(folder: Path, request: dict[str, Any]) -> None:

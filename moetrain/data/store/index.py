@@ -10,7 +10,6 @@ The folder of a source holds
 - `tokenizer/`: the tokenizer.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ import numpy as np
 
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.errors import DataError
-from moetrain.files import read_json_or_empty, user_path, write_json
+from moetrain.files import read_json_or_empty, sha256_of, user_path, write_json
 
 INDEX, DOCUMENTS, SPLIT, TOKENIZER = "index.json", "documents.bin", "split.bin", "tokenizer"
 WORK = ".work"
@@ -194,7 +193,7 @@ def is_prepared(folder: Path) -> bool:
 
 def index_digest(folder: Path) -> str:
     """Return the sha256 of `index.json`, which holds the digests of all files."""
-    return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    return sha256_of(folder / INDEX)
 
 
 def check_sizes(folder: Path, index: Index) -> None:
@@ -228,9 +227,7 @@ def check_contents(folder: Path, index: Index) -> None:
     """Read all files; raise DataError that names the first whose sha256 differs from the index."""
     check_sizes(folder, index)
     for file in index.stored_files():
-        with (folder / file.name).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != file.sha256:
+        if sha256_of(folder / file.name) != file.sha256:
             raise DataError(f"{folder / file.name} has other content than {INDEX} states: copy it again, or {_CURE}")
 
 

@@ -9,7 +9,6 @@ Documents are packed by best fit in windows of 50,000, so memory does not grow w
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from moetrain.data.order import ORDER_VERSION
 from moetrain.data.store.index import DOCUMENTS, ENDS, SPLIT, Index, Part, index_digest
 from moetrain.data.store.tokens import Maps, TokenStore
 from moetrain.errors import DataError
-from moetrain.files import read_json_or_empty, write_json
+from moetrain.files import atomic_file, read_json_or_empty, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -101,22 +100,14 @@ def _counts_in(described: Mapping[str, Any]) -> PackingCounts | None:
 def _write(folder: Path, index: Index, *, request: PlanRequest, rows: Path, pieces: Path) -> PackingCounts:
     counts = PackingCounts()
     store = TokenStore(folder, index)
-    scratch = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (rows, pieces)]
-    try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(path.open("wb")) for path in scratch]
-            for starts, lengths in _windows(folder, index, part=request.part):
-                _pack_window(starts, lengths, request=request, store=store, counts=counts, files=files)
-                store.maps.release()
-            files[0].write(np.array([counts.num_pieces], dtype=ROWS).tobytes())
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for path, target in zip(scratch, (rows, pieces), strict=True):
-            os.replace(path, target)
-    finally:
-        for path in scratch:
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:  # it closes the files before they get their names
+        scratch = [stack.enter_context(atomic_file(path)) for path in (pieces, rows)]
+        pieces_file, rows_file = [stack.enter_context(path.open("wb")) for path in scratch]
+        for starts, lengths in _windows(folder, index, part=request.part):
+            files = [rows_file, pieces_file]
+            _pack_window(starts, lengths, request=request, store=store, counts=counts, files=files)
+            store.maps.release()
+        rows_file.write(np.array([counts.num_pieces], dtype=ROWS).tobytes())
     return counts
 
 

@@ -60,11 +60,6 @@ class TokenStore:
         self._ends = np.cumsum([file.num_tokens for file in index.files], dtype=np.int64)
         self.maps = Maps()
 
-    @property
-    def has_masks(self) -> bool:
-        """Return whether some tokens are not learned."""
-        return any(file.mask is not None for file in self._files)
-
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens ([N], dtype of the file) and loss mask (bool [N]) of a piece of one document."""
         number = int(np.searchsorted(self._ends, start, side="right"))
