@@ -36,6 +36,7 @@ _SEARCH_PATH = "hydra.searchpath"
 _STAGE = re.compile(r"(\$\{stage:[^{}]*\})|(?:(?!\$\{stage:[^{}]*\}).)+", re.DOTALL)
 """Matches a `${stage:NAME}`, or the text up to the next one."""
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'" + r'|"(?:[^"\\]|\\.)*"', re.DOTALL)
+_MISSING = "???"
 _Resolver = Callable[[str], str]
 ShapeReader = Callable[[str], ModelConfig | None]
 """A function from the folder of weights to their shape; None if the shape is not known."""
@@ -203,6 +204,8 @@ def _with_quoted_text(schema: type, word: str) -> str:
         return word
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{key} is {value!r}: this is not UTF-8, give it in UTF-8")
+    if _unquoted(value) == _MISSING:
+        raise ConfigError(f"{key} is {_MISSING}, which the config library takes for a missing value: give another text")
     is_nullable = is_dataclass(kinds[-2]) and get_type_hints(kinds[-2])[key.split(".")[-1]] is not str
     if value == "null" and is_nullable:
         return word

@@ -61,7 +61,7 @@ class RunConfig:
         check_ranges(self, prefix="run.", ranges={SEED: ("seed",), COUNT: ("threads",)})
         for name, value in (("name", self.name), ("stage", self.stage)):
             if not value or "/" in value or value.startswith(".") or not value.isprintable():
-                raise ConfigError(f"run.{name} is {value!r}: give the name of a folder, without a slash")
+                raise ConfigError(f"run.{name} is {value!r}: give the name of a folder, without / and line breaks")
         check_folder_name("run.folder", self.folder)
 
     @property

@@ -91,6 +91,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def previous_name(folder: Path) -> Path:
+    """Return the first of `folder`.previous, .previous.2, .previous.3 and so on that does not exist."""
+    number = 1
+    while (path := folder.with_name(f"{folder.name}.previous{f'.{number}' if number > 1 else ''}")).exists():
+        number += 1
+    return path
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with path.open("rb") as file:

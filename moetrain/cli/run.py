@@ -32,8 +32,10 @@ def main(words: Sequence[str]) -> int:
             report.print_stored_report(stage.config)
     _print_table(ran.rows, prepared.folder)
     if ran.code:
+        again = prepared.run.again_from
+        how = "run the same command" + (f" without again_from={again}" if again else "")
         print(
-            f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; run the same command to resume it",
+            f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; {how} to resume it",
             file=sys.stderr,
         )
     return ran.code

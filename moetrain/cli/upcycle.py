@@ -4,11 +4,13 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from moetrain.compose import to_mapping
 from moetrain.config import UpcycleRun
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
 from moetrain.model.flops import num_parameters
-from moetrain.run.stage import stage_folder
+from moetrain.run.record import config_changes
+from moetrain.run.stage import has_results, stage_folder
 from moetrain.upcycle.config import plan_upcycling
 from moetrain.verify.table import Row, check_rows, render, write_rows
 
@@ -31,6 +33,11 @@ def main(run: UpcycleRun) -> int:
 
     with stage_folder(run) as folder:
         check_untrained(folder)
+        if differences := has_results(folder) and config_changes(folder, to_mapping(run)):
+            raise ConfigError(
+                f"{folder} has weights of another configuration ({'; '.join(differences)}), which would be replaced: "
+                "give another run.stage or run.name"
+            )
         origin = read_weights(run.init_from)
         upcycling = upcycle(origin, model=run.model, config=run.upcycle, plan=plan, seed=run.run.seed)
         rows: list[Row] = []

@@ -6,6 +6,7 @@ sha256 of every other file, and the sha256 of its own content.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +21,10 @@ from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_
 from moetrain.checkpoint.shape import CONFIG_FILE as CONFIG_FILE
 from moetrain.checkpoint.shape import RECORD_FILE as RECORD_FILE
 from moetrain.errors import CheckpointError
-from moetrain.files import replace_folder, sync, write_json
+from moetrain.files import previous_name, replace_folder, sync, write_json
 from moetrain.hf.folder import INDEX_FILE
+
+_log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _REPAIR = "export again, or copy the folder again from an intact copy"
@@ -31,6 +34,7 @@ _REPAIR = "export again, or copy the folder again from an intact copy"
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a new folder that is renamed to `final` when the block succeeds and is removed when it fails.
 
+    An export in `final` is replaced if its record is the same; another one is kept as `final`.previous, .previous.2 ...
     Raises CheckpointError when `final` exists and is not an export.
     """
     if final.exists() and not (final / RECORD_FILE).is_file():
@@ -43,6 +47,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             sync(path)
+        if final.exists() and (final / RECORD_FILE).read_bytes() != (partial / RECORD_FILE).read_bytes():
+            kept = previous_name(final)
+            final.rename(kept)
+            _log.warning("%s had another export, which was moved to %s", final, kept)
         replace_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

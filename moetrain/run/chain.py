@@ -7,6 +7,8 @@ when they are read (`run.inputs`).
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moetrain.chat.registry import AUTO, template_named
+from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
@@ -22,8 +24,10 @@ from moetrain.config import (
     check_length,
 )
 from moetrain.data.chat_tokenizer import with_named_template
-from moetrain.data.config import SourceKind
+from moetrain.data.config import SourceKind, TokenizerConfig
+from moetrain.data.store.index import TOKENIZER as PREPARED_TOKENIZER
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
+from moetrain.data_commands import PrepareRun
 from moetrain.errors import ConfigError, DataError
 from moetrain.export.config import ExportFormat
 from moetrain.files import user_path
@@ -31,6 +35,9 @@ from moetrain.hf.consumers import check_shape
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.upcycle.config import NEW_FIELDS
+
+_Tokenizer = DocumentRun | PrepareRun | Path
+"""The stage that trains a tokenizer, or the folder with a tokenizer."""
 
 
 def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
@@ -144,11 +151,55 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
                     f"data.tokenizer.vocab_size is {own.vocab_size}: the tokenizer of {weights} has {size} tokens; "
                     "leave data.tokenizer.vocab_size out"
                 )
+        if weights_tokenizer is not None:
+            _check_prepared(run, weights, tokenizer=weights_tokenizer, earlier=earlier)
+    if isinstance(weights_tokenizer, DocumentRun | PrepareRun) and needs_chat(run) and keeps_tokenizer(run):
+        _check_template(run, weights, tokenizer=weights_tokenizer)
     if isinstance(weights_tokenizer, Path) and needs_chat(run) and keeps_tokenizer(run):
         stage_template(run, Tokenizer.load(weights_tokenizer)).check_chat()
 
 
-def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:
+def _check_prepared(run: DocumentRun, weights: str, *, tokenizer: _Tokenizer, earlier: Sequence[StageRun]) -> None:
+    """Raise ConfigError if a source was or will be prepared with another tokenizer than that of the weights."""
+    for name, source in run.data.sources.items():
+        if source.kind is SourceKind.prepared and source.path is not None:
+            prepared = _prepared_tokenizer(source.path, earlier)
+            if prepared is not None and not _is_same(prepared, tokenizer):
+                raise ConfigError(
+                    f"data.sources.{name}.path is {source.path}: it is prepared with another tokenizer than that of "
+                    f"{weights}; prepare it with init_from={weights}"
+                )
+
+
+def _check_template(run: StageRun, weights: str, *, tokenizer: DocumentRun | PrepareRun) -> None:
+    """Raise ConfigError if a tokenizer that a stage will train has no room for the tokens of another chat template."""
+    own = run.data.tokenizer if isinstance(run, DocumentRun) else TokenizerConfig()
+    trained = tokenizer.data.tokenizer
+    names = [KIMI_K2.name if name == AUTO else name for name in (own.template, trained.template)]
+    if own.template == AUTO or names[0] == names[1] or not isinstance(run, DocumentRun):
+        return
+    wanted, given = [set(template_named(name).special_tokens) for name in names]
+    num_rows = run.model.vocab_size
+    if num_rows - (trained.vocab_size or num_rows) < len(wanted - given):
+        raise ConfigError(
+            f"data.tokenizer.template is {own.template}, and the tokenizer of {weights} is trained for {names[1]}, "
+            f"with no rows left for {len(wanted - given)} more tokens: give data.tokenizer.template={own.template} to "
+            "the stage that trains the tokenizer"
+        )
+
+
+def _prepared_tokenizer(path: str, earlier: Sequence[StageRun]) -> _Tokenizer | None:
+    """Return the tokenizer of prepared data that an earlier stage writes or that is on disk; None if not known yet."""
+    writer = _writer_of(path, earlier)
+    if isinstance(writer, PrepareRun):
+        if writer.data.tokenizer.path is not None:
+            return _named_tokenizer(writer.data.tokenizer.path, earlier)
+        return _tokenizer_of(writer.init_from, earlier) if writer.init_from is not None else writer
+    folder = user_path(path) / PREPARED_TOKENIZER
+    return folder if writer is None and holds_tokenizer(folder) else None
+
+
+def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> _Tokenizer | None:
     """Return the stage that trains the tokenizer of the weights, or the tokenizer's folder; None if not known yet."""
     writer = _writer_of(weights, earlier)
     if writer is None:
@@ -158,11 +209,12 @@ def _tokenizer_of(weights: str, earlier: Sequence[StageRun]) -> DocumentRun | Pa
         if writer.data.tokenizer.path is not None:
             return _named_tokenizer(writer.data.tokenizer.path, earlier)
         if before is None or writer.data.tokenizer.retrain:
-            return writer
+            prepared = [each.path for each in writer.data.sources.values() if each.kind is SourceKind.prepared]
+            return _prepared_tokenizer(prepared[0], earlier) if prepared and prepared[0] is not None else writer
     return None if before is None else _tokenizer_of(before, earlier)
 
 
-def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> DocumentRun | Path | None:
+def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> _Tokenizer | None:
     """Return the tokenizer in the folder `path`; None if there is none, which is an error when the folder is read."""
     if _writer_of(path, earlier) is not None:
         return _tokenizer_of(path, earlier)
@@ -170,7 +222,7 @@ def _named_tokenizer(path: str, earlier: Sequence[StageRun]) -> DocumentRun | Pa
     return folder if holds_tokenizer(folder) else None
 
 
-def _is_same(one: DocumentRun | Path, other: DocumentRun | Path) -> bool:
+def _is_same(one: _Tokenizer, other: _Tokenizer) -> bool:
     if isinstance(one, Path) and isinstance(other, Path):
         return one == other or Tokenizer.load(one).digest == Tokenizer.load(other).digest
     return one is other

@@ -39,7 +39,8 @@ def plan_of(run: Any, *, world_size: int) -> StagePlan | None:
         trajectories = run.rl.tasks_per_step * run.rl.group_size
         seq_len = run.rollout.max_tokens
         tokens = (run.train.steps - _steps_taken(run)) * trajectories * seq_len
-        in_memory = run.rl.tokens_per_micro_batch
+        # A longer row is a micro-batch of its own.
+        in_memory = max(run.rl.tokens_per_micro_batch, run.rollout.max_tokens)
     else:
         assert isinstance(run, DocumentRun)
         seq_len = run.data.seq_len

@@ -3,6 +3,7 @@
 A stage is unchanged while these are equal. The record contains neither file times nor the code of moetrain.
 """
 
+import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from moetrain.compose import read_yaml
 from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
-from moetrain.files import read_json_or_empty, sha256_of, write_json
+from moetrain.files import read_json_or_empty, sha256_of, user_path, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
 _IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
+_PATH_KEYS = ("path", "plugins", "init_from", "continue_from", "masters", "before", "codes_before")
+"""Last parts of the keys that name files or folders, also without a slash."""
+_BOOKKEEPING = ("made_by.json", STARTED, DONE, "times.json", "wandb_id", "metrics.jsonl", "machine.json")
 _RUN_PLACEHOLDER = "<run>"
 _LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
 _MAX_SHOWN = 60  # characters of a value in a message
@@ -47,7 +51,7 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
     files = {}
     digests = _Digests(run_folder)
     for key, value in flat.items():
-        paths = [path for text in _strings(value) if (path := _outside(text, key=key, run_folder=run_folder))]
+        paths = [path for text in _strings(value) for path in _outside(text, key=key, run_folder=run_folder)]
         if paths:
             files[key] = _combine([digests.of(path) for path in paths])
     digests.save()
@@ -71,6 +75,17 @@ def stored_record(folder: Path) -> Record | None:
     own = config.get("run", {})
     return Record(
         config=_without_folder(config, Path(own.get("folder", "")) / own.get("name", "")), files={}, inputs={}
+    )
+
+
+def config_changes(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the differences of `config`, as plain values, to the config.yaml in a stage's folder."""
+    before = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    run_folder = folder.parent
+    return changes(
+        Record(config=_without_folder(before, run_folder), files={}, inputs={}),
+        Record(config=_without_folder(config, run_folder), files={}, inputs={}),
+        defaults=dict,
     )
 
 
@@ -139,16 +154,24 @@ def _strings(value: Any) -> Iterator[str]:
             yield item
 
 
-def _outside(text: str, *, key: str, run_folder: Path) -> Path | None:
-    """Return the file or folder outside of the run folder that a value names, or None."""
-    if key.rpartition(".")[2] not in ("path", "plugins") and "/" not in text:
-        return None
-    path = Path(text).expanduser()
+def _outside(text: str, *, key: str, run_folder: Path) -> list[Path]:
+    """Return the files and folders outside of the run folder that a value names: itself, or the matches of a glob."""
+    if key.rpartition(".")[2] not in _PATH_KEYS and "/" not in text:
+        return []
+    path = user_path(text)
     try:
-        is_outside = path.exists() and not path.resolve().is_relative_to(run_folder.resolve())
+        named = [path] if path.exists() else _matches(path) if key.endswith(".path") else []
+        return [item for item in named if not item.resolve().is_relative_to(run_folder.resolve())]
     except OSError:  # the text is not a valid path, such as one that is too long
-        return None
-    return path if is_outside else None
+        return []
+
+
+def _matches(path: Path) -> list[Path]:
+    """Return the files of a glob, or of a data set that Megatron names without the endings."""
+    megatron = [path.with_name(path.name + ending) for ending in (".bin", ".idx")]
+    if all(item.is_file() for item in megatron):
+        return megatron
+    return sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
 
 
 class _Digests:
@@ -165,7 +188,7 @@ class _Digests:
             return self._of_file(path)
         if is_prepared(path):  # the index holds the digests of the files, which may be terabytes
             return self._of_file(path / INDEX)
-        files = sorted(item for item in path.rglob("*") if item.is_file())
+        files = sorted(item for item in path.rglob("*") if item.is_file() and not _is_bookkeeping(item, of=path))
         return _combine([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
 
     def _of_file(self, path: Path) -> str:
@@ -183,6 +206,14 @@ class _Digests:
         """Write new digests to the run folder, if it exists."""
         if self._is_new and self._path.parent.is_dir():
             write_json(self._path, self._known)
+
+
+def _is_bookkeeping(path: Path, *, of: Path) -> bool:
+    """Return whether a file in the folder `of`, if that is a stage's, has times and ids of runs and no results."""
+    if not (of / CONFIG).is_file():
+        return False
+    parts = path.relative_to(of).parts
+    return path.name in _BOOKKEEPING or any(part.startswith(".") or part == "wandb" for part in parts)
 
 
 def _combine(digests: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from typing import get_type_hints
 from moetrain.compose import compose, save_config, suggestion, to_mapping
 from moetrain.config import OnChange, RecipeRun, TrainingRun
 from moetrain.errors import ConfigError
-from moetrain.files import read_json_or_empty, write_json
+from moetrain.files import previous_name, read_json_or_empty, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
@@ -42,7 +42,6 @@ _CONTINUE_ADVICE = (
     "; to train on with the new values and the optimizer state kept, leave this stage as it was and add one with "
     "continue_from=${{stage:{name}}} and train.continue_as=part or whole"
 )
-_MAX_PREVIOUS = 10_000  # earlier results of one stage
 
 
 @dataclass(kw_only=True)
@@ -154,9 +153,10 @@ def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
             break
         differences = _changes(prepared, stage) if has_results(prepared.folder / stage.name) else []
         _log_other_version(prepared.folder / stage.name, stage.name)
-        if not differences or prepared.run.on_change is OnChange.keep:
+        is_done = (prepared.folder / stage.name / DONE).is_file()
+        if not differences or (prepared.run.on_change is OnChange.keep and is_done):
             continue
-        if prepared.run.on_change is OnChange.refuse:
+        if prepared.run.on_change is not OnChange.rerun:
             raise _refusal(prepared.folder / stage.name, stage.name, differences)
         _log.info("stage %s runs again (%s)", stage.name, "; ".join(differences))
         begin = number
@@ -193,12 +193,13 @@ def _identity(folder: Path) -> str:
 
 
 def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError:
-    state = "is done" if (folder / DONE).is_file() else "has begun"
+    is_done = (folder / DONE).is_file()
+    state = "is done" if is_done else "has begun"
+    keep = "on_change=keep takes the results as they are" if is_done else "the earlier configuration resumes it"
     return ConfigError(
         f"stage {name} {state} with another configuration: {'; '.join(differences)}. Its results stay as they are. "
         f"again_from={name} runs it and the stages after it again and keeps what is there as {name}.previous; "
-        "on_change=rerun does so wherever something changed; on_change=keep takes the results as they are; "
-        "name=NEW is a run of its own"
+        f"on_change=rerun does so wherever something changed; {keep}; name=NEW is a run of its own"
         f"{_CONTINUE_ADVICE.format(name=name) if any(line.startswith(_CONTINUABLE) for line in differences) else ''}"
     )
 
@@ -285,8 +286,7 @@ def move_aside(folder: Path) -> Path | None:
     if not has_results(folder):
         shutil.rmtree(folder)
         return None
-    names = [f"{folder.name}.previous", *(f"{folder.name}.previous.{number}" for number in range(2, _MAX_PREVIOUS))]
-    new_path = next(path for name in names if not (path := folder.with_name(name)).exists())
+    new_path = previous_name(folder)
     folder.rename(new_path)
     _log.info("%s was moved to %s; the stage starts from the beginning", folder, new_path)
     return new_path

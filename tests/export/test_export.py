@@ -142,11 +142,13 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, export: Expo
         read_export(tmp_path / "int4")
 
 
-def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path, export: Exporter) -> None:
+def test_an_export_replaces_an_equal_one_and_keeps_another(tmp_path: Path, export: Exporter) -> None:
     export(tmp_path / "out", format=ExportFormat.bf16)
     export(tmp_path / "out")
+    export(tmp_path / "out")
     assert read_export(tmp_path / "out").format is ExportFormat.quantized
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_export(tmp_path / "out.previous").format is ExportFormat.bf16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.previous"]
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("x")

@@ -87,6 +87,10 @@ def test_a_shape_is_said_once_and_every_later_stage_has_it(tmp_path: Path) -> No
         ),
         (["dense.data.tokenizer.vocab_size=600", "sft.data.tokenizer.vocab_size=700"], r"stage sft: .*has 600 tokens"),
         (["sft.data.tokenizer.path=words"], r"stage sft: data.tokenizer.path is words: that is another tokenizer"),
+        (
+            ["dense.data.tokenizer.template=deepseek_v3", "sft.data.tokenizer.template=kimi_k2"],
+            r"stage sft: data.tokenizer.template is kimi_k2, and the tokenizer of .* is trained for deepseek_v3",
+        ),
     ],
 )
 def test_stages_that_do_not_fit_are_refused_before_the_first_one_runs(
@@ -115,6 +119,24 @@ def test_a_tokenizer_that_is_named_again_is_the_same_one(tmp_path: Path) -> None
     same = [f"{name}.data.tokenizer.path={tmp_path}/words" for name in ("dense", "sft")]
     assert stages(tmp_path, *same)
     assert stages(tmp_path, "sft.data.tokenizer.path=${stage:dense}/tokenizer")
+
+
+def test_prepared_data_have_the_tokenizer_of_the_weights(tmp_path: Path) -> None:
+    train_tokenizer(["some words " * 9], vocab_size=275).save(tmp_path / "words")
+    (tmp_path / "a.txt").write_text("some words")
+    source = f"data.sources.web.kind=text, data.sources.web.path={tmp_path}/a.txt"
+    reads = '"data=none", "data.sources.web.kind=prepared", "data.sources.web.path=${stage:shards}/web"'
+    text = f"""
+stages:
+  - {{name: pretrain, command: pretrain, overrides: [model=k2_nano, data=test]}}
+  - {{name: shards, command: prepare, overrides: [{source}, OTHER]}}
+  - {{name: more, command: pretrain, overrides: ["init_from=${{stage:pretrain}}", {reads}]}}
+"""
+    other = f"data.tokenizer.path={tmp_path}/words"
+    with pytest.raises(ConfigError, match=r"stage more: data.sources.web.path is .*: it is prepared with another tok"):
+        stages(tmp_path, text=text.replace("OTHER", other))
+    same = '"init_from=${stage:pretrain}"'
+    assert stages(tmp_path, text=text.replace("OTHER", same))
 
 
 def test_a_stage_that_writes_no_weights_is_no_beginning(tmp_path: Path) -> None:

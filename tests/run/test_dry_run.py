@@ -44,6 +44,21 @@ def test_the_peak_names_its_device_and_a_recipe_gives_one_for_all_stages(capsys:
     assert re.search(r"measured here, one (cpu|cuda) device\s*│ [\d,]+ GFLOP/s", capsys.readouterr().out)
 
 
+def test_the_memory_of_rl_is_that_of_one_rank_and_of_its_longest_row() -> None:
+    def bytes_per_rank(limit: int, *, world_size: int) -> int:
+        words = [f"rl.tokens_per_micro_batch={limit}", "rollout.max_tokens=512"]
+        plan = plan_of(compose("rl", words), world_size=world_size)
+        assert plan is not None
+        return plan.bytes_activations
+
+    assert (
+        bytes_per_rank(4096, world_size=1)
+        == bytes_per_rank(4096, world_size=4)
+        == 8 * bytes_per_rank(512, world_size=1)
+    )
+    assert bytes_per_rank(128, world_size=1) == bytes_per_rank(512, world_size=1)  # a long row is a micro-batch alone
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(59, "0:59"), (86_400 * 2 - 1, "47:59:59"), (86_400 * 3, "3.0 days"), (643_227 * 3600, "73.4 years")],

@@ -47,6 +47,51 @@ def test_a_file_in_a_folder_that_is_renamed_or_changed_is_a_change(tmp_path: Pat
     assert len(difference(before, record(config, run))) == 1
 
 
+@pytest.mark.parametrize("added", ["b.jsonl", "deep/b.jsonl"])
+def test_a_file_that_a_glob_finds_later_is_a_change(added: str, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "texts"
+    run.mkdir(), (folder / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_text("one")
+    config = {"data": {"sources": {"mine": {"path": f"{folder}/**/*.jsonl"}}}}
+    before = record(config, run)
+    assert difference(before, record(config, run)) == []
+    (folder / added).write_text("two")
+    assert len(difference(before, record(config, run))) == 1
+
+
+@pytest.mark.parametrize("key", ["init_from", "eval.before", "data.path"])
+def test_a_folder_without_a_slash_is_a_folder(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir(), (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a.safetensors").write_text("one")
+    before = record({key: "weights"}, tmp_path / "run")
+    (tmp_path / "weights" / "a.safetensors").write_text("two")
+    assert len(difference(before, record({key: "weights"}, tmp_path / "run"))) == 1
+
+
+def test_a_data_set_of_megatron_is_named_without_its_endings(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for ending in ("bin", "idx"):
+        (tmp_path / f"web.{ending}").write_text("one")
+    config = {"data": {"sources": {"web": {"path": f"{tmp_path}/web"}}}}
+    before = record(config, tmp_path / "run")
+    (tmp_path / "web.bin").write_text("two")
+    assert len(difference(before, record(config, tmp_path / "run"))) == 1
+
+
+def test_what_a_stage_notes_of_its_run_is_no_change_of_its_weights(tmp_path: Path) -> None:
+    run, stage = tmp_path / "run", tmp_path / "pretrain"
+    run.mkdir(), stage.mkdir()
+    for name in ("config.yaml", "model.safetensors", "made_by.json", ".lock"):
+        (stage / name).write_text("one")
+    before = record({"init_from": str(stage)}, run)
+    (stage / "made_by.json").write_text("two")
+    (stage / ".lock").write_text("two")
+    assert difference(before, record({"init_from": str(stage)}, run)) == []
+    (stage / "model.safetensors").write_text("two")
+    assert len(difference(before, record({"init_from": str(stage)}, run))) == 1
+
+
 @pytest.mark.parametrize(
     ("before", "now", "found"),
     [

@@ -119,6 +119,18 @@ def test_a_changed_config_is_shown_and_refused_and_nothing_moves(run: Path) -> N
     assert statuses(["export.export.format=bf16", "on_change=keep"], run)["export"] == "unchanged"
 
 
+def test_a_stopped_stage_keeps_its_config_whatever_is_asked_for(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    (stage / "done.json").unlink()  # as if it had been stopped after its last save
+    before = {name: (stage / name).read_bytes() for name in ("config.yaml", "started.json")}
+    words = ["run", "recipe=mine", "wandb.mode=disabled", "pretrain.train.steps=5", "on_change=keep"]
+    refused = moetrain(*words, folder=run)
+    assert refused.returncode == 2
+    assert "stage pretrain has begun with another configuration: train.steps: 3 -> 5" in refused.stderr
+    assert {name: (stage / name).read_bytes() for name in before} == before
+    assert statuses([], run)["pretrain"] == "done"
+
+
 def test_a_changed_stage_runs_again_when_it_is_told_to_and_every_earlier_result_stays(run: Path) -> None:
     """Three times over: what lies in .previous is never replaced."""
     stage = run / "runs" / "mine" / "export"

@@ -16,7 +16,7 @@ from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.cli import upcycle as command
 from moetrain.compose import compose
 from moetrain.config import RunConfig, UpcycleRun
-from moetrain.errors import BoundError, CheckpointError
+from moetrain.errors import BoundError, CheckpointError, ConfigError
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.log import read_metrics
@@ -48,10 +48,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def upcycled(trained: Path, name: str, *, init_from: Path, config: UpcycleConfig = SPLIT) -> Path:
+def upcycled(trained: Path, name: str, *, init_from: Path, config: UpcycleConfig = SPLIT, seed: int = 0) -> Path:
     model = sparse(dense(trained / "texts").model)
     settings = UpcycleRun(
-        run=RunConfig(folder=str(trained), name="runs", stage=name),
+        run=RunConfig(folder=str(trained), name="runs", stage=name, seed=seed),
         init_from=str(init_from),
         model=model,
         upcycle=config,
@@ -147,6 +147,14 @@ def test_a_folder_of_upcycled_weights_is_written_anew(trained: Path, folder: Pat
     assert upcycled(trained, "anew", init_from=trained / "dense") == first
     assert checkpoint.steps(first / CHECKPOINTS) == [0]
     assert read_origin(first).digest == read_origin(folder).digest
+
+
+def test_upcycled_weights_of_another_seed_are_not_replaced(trained: Path) -> None:
+    folder = upcycled(trained, "seeds", init_from=trained / "dense")
+    before = read_origin(folder).digest
+    with pytest.raises(ConfigError, match=r"has weights of another configuration \(run.seed: 0 -> 4\), which would be"):
+        upcycled(trained, "seeds", init_from=trained / "dense", seed=4)
+    assert read_origin(folder).digest == before
 
 
 def test_dense_weights_of_another_shape_are_refused_with_the_field(trained: Path) -> None:
