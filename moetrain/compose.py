@@ -66,7 +66,7 @@ def compose(
     schema = SCHEMAS[command]
     name = command.replace(" ", "_")
     try:
-        words = [_with_quoted_text(schema, word) for word in _with_family_options(schema, overrides)]
+        words = [_with_quoted_text(schema, _as_list(word)) for word in _with_family_options(schema, overrides)]
         parsed = OverridesParser.create().parse_overrides(words)
         direct, entries = _split(schema, parsed)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -187,6 +187,12 @@ def quoted(text: str) -> str:
     # In Hydra's quoted text a backslash is literal, except before a quote and at the end, where it must be doubled.
     escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
+
+
+def _as_list(word: str) -> str:
+    """Return `plugins=[x.py]` for `plugins=x.py`."""
+    key, _, value = word.partition("=")
+    return f"{key}=[{quoted(_unquoted(value))}]" if key == "plugins" and value and value[0] not in "[$" else word
 
 
 def _with_quoted_text(schema: type, word: str) -> str:

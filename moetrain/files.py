@@ -82,6 +82,15 @@ def to_json(value: object, *, indent: int | None = None) -> str:
         return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
+def strict_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError also for NaN and infinities, which JSON does not have."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def sync(path: Path) -> None:
     """Wait until the content of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

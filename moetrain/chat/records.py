@@ -15,6 +15,7 @@ from typing import Any
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.tool_schema import compact_json
 from moetrain.errors import DataError
+from moetrain.files import strict_json
 
 _ROLES = {role.value: role for role in Role} | {
     "developer": Role.system,  # OpenAI's newer name
@@ -129,7 +130,7 @@ def _parsed(value: object) -> object:
     if not isinstance(value, str) or not value:
         return value
     try:
-        return json.loads(value)
+        return strict_json(value)
     except ValueError as error:
         raise DataError(f"tools holds text that is not JSON: {error}; give a list of declarations") from None
 
@@ -251,7 +252,7 @@ def _of_sharegpt(item: Mapping[str, Any]) -> dict[str, Any]:
 def _calls_in_text(value: object) -> list[dict[str, Any]]:
     """Return the calls in JSON text: one object with name and arguments, or a list of them."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = strict_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         found = None
     calls = found if isinstance(found, list) else [found]
@@ -347,9 +348,12 @@ def _arguments(value: object, *, name: str) -> str:
     if value is None or value == "":
         return "{}"
     if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False)
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise DataError(f"function.arguments of {name} hold NaN or an infinity, which JSON does not have") from None
     try:
-        is_object = isinstance(value, str) and isinstance(json.loads(value), dict)
+        is_object = isinstance(value, str) and isinstance(strict_json(value), dict)
     except (ValueError, RecursionError):
         is_object = False
     if not is_object:

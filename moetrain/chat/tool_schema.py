@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetrain.chat.messages import valid_text
+from moetrain.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +31,12 @@ def declaration(tools: Sequence[ToolSpec]) -> str:
 
 
 def compact_json(value: object) -> str:
-    """Return `value` as the JSON text of a declaration: without spaces, non-ASCII characters not escaped."""
-    return valid_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False), field="tools")
+    """Return `value` as the JSON text of a declaration: without spaces, non-ASCII characters not escaped.
+
+    Raises DataError for NaN and infinities, which JSON does not have.
+    """
+    try:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise DataError("tools hold NaN or an infinity, which JSON does not have") from None
+    return valid_text(text, field="tools")

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
@@ -38,7 +41,7 @@ def main(run: EvalRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import EVAL
-    from moetrain.eval.summary import metric_values
+    from moetrain.eval.summary import check_scored, metric_values
 
     check_records(run)  # they are used after the rollouts, so an error would appear late
     before = read_before(run)
@@ -50,7 +53,25 @@ def main(run: EvalRun) -> int:
                 metrics.write(0, metric_values(numbers))
             write_json(folder / EVAL, numbers)
             finished.remove()
+            _show(numbers, folder=folder)
+            check_scored(numbers)
     return 0
+
+
+def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:
+    """Print the results: success and reward by mode, and the loss by source."""
+    table = Table("mode", "solved", "of", "%", "95 % interval", "mean reward", title=str(folder), title_justify="left")
+    for name, summary in numbers["modes"].items():
+        rate, reward = summary["all"], summary["reward"]
+        if rate["count"]:
+            solved, share = round(rate["value"] * rate["count"]), f"{100 * rate['value']:.1f}"
+            interval = f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}"
+            table.add_row(name, str(solved), str(rate["count"]), share, interval, f"{reward:.3f}")
+        else:
+            table.add_row(name, "-", "0", "-", "-", "-")
+    for source, nats in numbers["language"].items():
+        table.add_row(f"{source}, nats per character", *["-"] * 4, "-" if nats is None else f"{nats:.4f}")
+    Console().print(table)
 
 
 def _numbers(

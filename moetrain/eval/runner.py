@@ -164,6 +164,16 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
         graded = [grade.success for grade in demonstrated if grade is not None]
         if graded:
             rates["perfect_demonstrator"] = sum(graded) / len(graded)
+    if rates["null_policy"]:
+        share = 100 * rates["null_policy"]
+        _log.warning(
+            "the grader accepts an empty answer in %.3g %% of %d tasks; success means little", share, len(null)
+        )
+    if rates.get("perfect_demonstrator", 1.0) < 1.0:
+        share = 100 * rates["perfect_demonstrator"]
+        _log.warning(
+            "graders: the demonstrator without mistakes solves only %.3g %% of the tasks: mend it or the grader", share
+        )
     return rates
 
 
@@ -171,7 +181,7 @@ def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Gr
     """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
     try:
         return demonstration(family, task, stream=stream, perfect=True)[1]
-    except Exception as error:  # a plugin's code may raise anything
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
         _log.warning("graders: the demonstrator failed: %s: %s", type(error).__name__, error)
         return None
 

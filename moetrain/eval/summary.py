@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moetrain.errors import RolloutError
 from moetrain.eval.hazard import hazard
 from moetrain.eval.rates import Difference, paired_difference, rate_row, wilson
 from moetrain.rollout.types import Trajectory
@@ -26,6 +27,8 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         },
         "after_tool_error": rate_row(wilson([t.grade.success for t in trajectories if t.num_transient_errors])),
         "without_tool_error": rate_row(wilson([t.grade.success for t in trajectories if not t.num_transient_errors])),
+        "reward": _mean([t.reward for t in trajectories]),
+        "reward_parts": _parts(trajectories),
         "endings": endings,
         "unscored": num_all - len(trajectories),
         "grades": dict(sorted(Counter(t.grade.reason for t in trajectories if t.ending == "answered").items())),
@@ -35,6 +38,17 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "mean_calls": sum(t.num_calls for t in trajectories) / max(len(trajectories), 1),
         "outcomes": {f"{t.task}/{t.num_calls_needed}": t.grade.success for t in trajectories},
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the mean of each part of the rewards, over the trajectories whose grade has it."""
+    names = sorted({name for trajectory in trajectories for name in trajectory.grade.parts})
+    found = {name: [t.grade.parts[name] for t in trajectories if name in t.grade.parts] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def paired(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference | None:
@@ -60,3 +74,12 @@ def metric_values(numbers: Mapping[str, Any]) -> dict[str, float]:
     for name in ("mean_kl", "top1_changed"):
         values[f"divergence/{name}"] = numbers.get("divergence", {}).get(name)
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_scored(numbers: Mapping[str, Any]) -> None:
+    """Raise RolloutError if an evaluation ran trajectories and could score none of them."""
+    modes = numbers["modes"].values()
+    if modes and not any(summary["all"]["count"] for summary in modes):
+        endings = sum((Counter(summary["endings"]) for summary in modes), Counter[str]())
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(endings.items()))
+        raise RolloutError(f"no trajectory could be scored ({counts}): the environment failed each time; see the log")

@@ -27,7 +27,7 @@ class RlConfig:
     """Algorithm of the update: k2_5, the token-level objective of Kimi K2.5; rejection, fine-tuning on the solved
     trajectories of the same batch; or an algorithm that a plugin registers."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the algorithm by name: rl.options.ratio_low, ratio_high and tau for k2_5; rejection has none."""
+    """Options of the algorithm by name, the fields of its class, such as rl.options.tau=0.1 with k2_5."""
     tasks_per_step: int = 16
     """Tasks per optimizer step (P)."""
     group_size: int = 8

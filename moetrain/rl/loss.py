@@ -20,6 +20,8 @@ from moetrain.train.loss import GlobalCounts, balance_terms, mtp_term, router_en
 
 SUM_PREFIX = "sum/"
 """Prefix of metrics that are sums over tokens; they are reported per trained token."""
+_GAP, _ENTROPY = "logprob_gap", "entropy"
+_OWN_SUMS = (_GAP, _ENTROPY)
 
 
 def rl_objective(
@@ -56,8 +58,8 @@ def rl_objective(
         gap_N = (predicted.logprobs_N.detach() - columns[LOGPROB]).abs()
         metrics = {
             **{SUM_PREFIX + name: value.detach() for name, value in loss.sums.items()},
-            SUM_PREFIX + "logprob_gap": gap_N.sum(),
-            SUM_PREFIX + "entropy": predicted.entropies_N.sum(),
+            SUM_PREFIX + _GAP: gap_N.sum(),
+            SUM_PREFIX + _ENTROPY: predicted.entropies_N.sum(),
             "trained_tokens": torch.tensor(float(gap_N.numel()), device=gap_N.device),
             **router_entropies(
                 output,
@@ -85,8 +87,15 @@ def rl_objective(
 
 
 def _check(loss: TokenLoss, logprobs_N: torch.Tensor, *, algorithm: Algorithm) -> None:
-    """Raise ConfigError for a loss that is not one number per token with a gradient."""
+    """Raise ConfigError for a loss that is not one number per token with a gradient, and for sums that are no sums."""
     owner = f"{type(algorithm).__name__}.token_loss"
+    if not isinstance(loss, TokenLoss):
+        raise ConfigError(f"{owner} returns {type(loss).__name__}: return TokenLoss(loss_N=...)")
+    for name, value in loss.sums.items():
+        if name in _OWN_SUMS:
+            raise ConfigError(f"{owner} has a sum {name!r}, which every RL step reports: give it another name")
+        if not isinstance(value, torch.Tensor) or value.dim():
+            raise ConfigError(f"{owner} has a sum {name!r} that is no scalar tensor: return the sum over the tokens")
     if loss.loss_N.shape != logprobs_N.shape:  # a mean or a sum would be broadcast, and counted once per token
         raise ConfigError(
             f"{owner} returns loss_N of shape {list(loss.loss_N.shape)} for logprobs_N of shape "

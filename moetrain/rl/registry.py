@@ -12,14 +12,17 @@ from moetrain.rl.config import RlConfig
 from moetrain.rl.protocol import Algorithm, Normalizer
 
 _ALGORITHMS: dict[str, type[Algorithm]] = {"k2_5": K25, "rejection": Rejection}
+_OWN = frozenset(_ALGORITHMS)
 _MEMBERS = ("columns", "normalizer", "advantages", "token_loss")
 
 
 def register(name: str, algorithm: type[Algorithm]) -> None:
     """Register the dataclass `algorithm` as `rl.algorithm=name`. `rl.options.<field>=<value>` sets its fields.
 
-    Raises ConfigError if it is not a dataclass.
+    Raises ConfigError if it is not a dataclass, or if moetrain has an algorithm of this name.
     """
+    if name in _OWN:
+        raise ConfigError(f"a plugin registers the RL algorithm {name}, which moetrain has: give another name")
     if not is_dataclass(algorithm):
         raise ConfigError(f"the RL algorithm {name} is {algorithm!r}: give a class with @dataclass(kw_only=True)")
     _ALGORITHMS[name] = algorithm
@@ -42,6 +45,8 @@ def build(config: RlConfig) -> Algorithm:
             raise ConfigError(f"{owner} has no {member}: an algorithm has {', '.join(_MEMBERS)}")
     if built.normalizer not in list(Normalizer):
         raise ConfigError(f"{owner} has the normalizer {built.normalizer!r}: give one of {', '.join(Normalizer)}")
+    if isinstance(built.columns, str):
+        raise ConfigError(f"{owner} has the columns {built.columns!r}: give a tuple, such as ({built.columns!r},)")
     for column in built.columns:
         if column not in COLUMNS:
             raise ConfigError(f"{owner} requests the column {column!r}: give one of {', '.join(COLUMNS)}")

@@ -1,5 +1,6 @@
 """Selects the rows that a step trains on, and computes the divisor of their losses."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,4 +66,14 @@ def _advantages(algorithm: Algorithm, group: Sequence[Trajectory]) -> list[list[
             "trajectory, of a list per segment, of a number per token; moetrain.rl.advantage.constant returns those "
             "of one trajectory"
         )
+    numbers = [value for per_segment in advantages for per_token in per_segment for value in per_token]
+    if bad := [value for value in numbers if not _is_finite(value)]:
+        raise ConfigError(f"{type(algorithm).__name__}.advantages returns {bad[0]!r}: return finite numbers")
     return advantages
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]  # an algorithm of a plugin may return anything
+    except TypeError:
+        return False

@@ -19,6 +19,7 @@ from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProg
 
 T = TypeVar("T")
 
+_POLL_S = 0.005
 _BUSY = "the environment is still busy with a call that missed its deadline"
 
 
@@ -66,7 +67,11 @@ class EnvironmentClient:
     async def open(self) -> None:
         """Make the environment."""
         limit = self._config.environment_deadline_s
-        self._environment = await self._act(self._make, "making it", limit_s=limit)
+        environment = await self._act(self._make, "making it", limit_s=limit)
+        for name in ("call", "grade", "close"):
+            if not callable(getattr(environment, name, None)):
+                raise ConfigError(f"the environment {type(environment).__name__} has no method {name}: add it")
+        self._environment = environment
 
     def _make(self) -> Environment | Awaitable[Environment]:
         """Make the environment, and keep it even if the deadline was missed, so that `close` closes it."""
@@ -124,7 +129,7 @@ class EnvironmentClient:
         try:
             if self._thread is not None and self._thread.is_busy:
                 self._thread.submit(self._close_in_thread)
-                raise EnvironmentFailure(f"closing it: {_BUSY}")
+                return
             environment, self._environment = self._environment, None
             if environment is not None:
                 await self._act(environment.close, "closing it", limit_s=self._config.environment_deadline_s)
@@ -155,15 +160,19 @@ class EnvironmentClient:
         if self._thread is None:  # no deadline, because nothing can interrupt a plain function in this thread
             result = act()
             return await result if inspect.isawaitable(result) else result
-        if self._thread.is_busy:
-            raise EnvironmentFailure(f"{what}: {_BUSY}")
+        has_begun = False
         try:
             async with asyncio.timeout(limit_s) as deadline:
+                while self._thread.is_busy:  # with a call that missed its deadline
+                    await asyncio.sleep(_POLL_S)
+                has_begun = True
                 result = await asyncio.wrap_future(self._thread.submit(act))
                 return await result if inspect.isawaitable(result) else result
         except TimeoutError as error:
             if not deadline.expired():
                 raise
+            if not has_begun:
+                raise EnvironmentFailure(f"{what}: {_BUSY}") from error
             raise _DeadlineMissed(f"{what}: no result after {limit_s:g} s") from error
 
 

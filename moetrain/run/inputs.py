@@ -135,6 +135,7 @@ def check_names(run: StageRun) -> None:
             raise ConfigError(f"init_from is null: {needed}")
     if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun):
         family = registry.build(run.task, run.run.seed)
+        registry.check_family(family, name=run.task.name)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
         if isinstance(run, DocumentRun) and has_dialogues:
             registry.demonstrator_of(family)

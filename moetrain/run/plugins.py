@@ -57,10 +57,15 @@ def _load(plugin: str) -> ModuleType:
 
 
 def _of_file(path: Path) -> importlib.machinery.ModuleSpec | None:
-    """Return the spec of a .py file. The module gets the stem of the file, with a hash added if the name is taken."""
+    """Return the spec of a .py file, whose folder is searched for the modules that it imports.
+
+    The module gets the stem of the file, with a hash added if the name is taken.
+    """
     path = path.resolve()
     if not path.is_file():
         return None
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     name = path.stem
     other = sys.modules.get(name)
     if other is not None and (other.__spec__ is None or other.__spec__.origin != str(path)):

@@ -28,13 +28,19 @@ RL_FIRST_TASK = 1_000_000
 def demonstration(
     family: Demonstrates, task: Any, *, stream: int, perfect: bool = False
 ) -> tuple[list[Message], Grade]:
-    """Return the demonstrator's conversation and its grade; a coroutine is run to its end."""
+    """Return the demonstrator's conversation and its grade; a coroutine is run to its end.
+
+    Raises TypeError if it returns something else.
+    """
 
     async def awaited(made: Awaitable[tuple[list[Message], Grade]]) -> tuple[list[Message], Grade]:
         return await made
 
     made = family.demonstrate(task, stream, perfect=perfect)
-    return asyncio.run(awaited(made)) if inspect.isawaitable(made) else made
+    found = asyncio.run(awaited(made)) if inspect.isawaitable(made) else made
+    if not isinstance(found, tuple) or [type(part) for part in found] != [list, Grade]:
+        raise TypeError("demonstrate does not return a list of messages and a Grade")
+    return found
 
 
 def demonstrations(family: TaskFamily, *, count: int, seed: int) -> Iterator[tuple[int, list[Message]]]:

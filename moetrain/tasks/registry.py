@@ -1,14 +1,19 @@
 """Task families by name. A plugin calls `register`, and a stage calls `build`."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
+from moetrain.chat.messages import Message
+from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.ledger.family import LedgerFamily
-from moetrain.tasks.protocol import Demonstrates, TaskFamily
+from moetrain.tasks.protocol import Demonstrates, Split, TaskFamily
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,18 @@ _FAMILIES: dict[str, _Row] = {
 }
 
 
+_OWN = frozenset(_FAMILIES)
+
+
 def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, options: type | None = None) -> None:
     """Register `factory(config, seed)` as `task.name=name`.
 
     options: a dataclass of the family's own settings. `task.options.<field>` sets a field, and `config.options`
-    contains the checked values of all fields. Raises ConfigError if it is not a dataclass.
+    contains the checked values of all fields. Raises ConfigError if it is not a dataclass, or if moetrain has a family
+    of this name.
     """
+    if name in _OWN:
+        raise ConfigError(f"a plugin registers the task family {name}, which moetrain has: give another name")
     if options is not None and not is_dataclass(options):
         raise ConfigError(f"the task family {name} is registered with options={options!r}: give a dataclass")
     _FAMILIES[name] = _Row(factory=factory, options=options)
@@ -61,6 +72,42 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
     except Exception as error:  # a plugin's code may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"task.name is {config.name}: the family cannot be made: {reason}") from error
+
+
+def check_family(family: TaskFamily, *, name: str) -> None:
+    """Raise ConfigError if a family, or its first training task, lacks a member or has one of another type.
+
+    A task that cannot be made for another reason is reported by a warning, because its service may be down for a while.
+    """
+    owner = f"task.name={name}: {type(family).__name__}"
+    if not callable(getattr(family, "task", None)):
+        raise ConfigError(f"{owner} has no method task: add it")
+    tools = getattr(family, "tools", None)
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, ToolSpec) for tool in tools):
+        raise ConfigError(f"{owner}.tools is {_kind(tools)}: give a property that returns a list of ToolSpec")
+    try:
+        task = family.task(Split.train, 0)
+        prompt = task.prompt
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{owner}: its first task cannot be made: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a plugin's code may raise anything
+        _log.warning("%s: its first task cannot be made: %s: %s", owner, type(error).__name__, error)
+        return
+    made_by = f"{owner}.task returns {type(task).__name__}"
+    if not isinstance(prompt, list) or not all(isinstance(message, Message) for message in prompt):
+        raise ConfigError(f"{made_by}, whose prompt is {_kind(prompt)}: give a property that returns a list of Message")
+    if not callable(getattr(task, "environment", None)):
+        raise ConfigError(f"{made_by}, which has no method environment: add it")
+    calls = getattr(task, "num_calls", 0)
+    if not isinstance(calls, int):
+        raise ConfigError(f"{made_by}, whose num_calls is {_kind(calls)}: give a property that returns an int")
+
+
+def _kind(value: object) -> str:
+    """Return what a value is, in an error message."""
+    if callable(value):
+        return "a method"
+    return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
 
 
 def demonstrator_of(family: TaskFamily) -> Demonstrates:

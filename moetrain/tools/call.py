@@ -9,6 +9,7 @@ import jsonschema
 from moetrain.chat.messages import valid_text
 from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ToolError
+from moetrain.files import strict_json
 
 _SHOWN = 40  # characters of a bad value that an error message repeats
 
@@ -16,7 +17,7 @@ _SHOWN = 40  # characters of a bad value that an error message repeats
 def parse_arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
     """Return the arguments of a call, checked against the tool's schema. Raises ToolError with the reason."""
     try:
-        arguments = json.loads(text)
+        arguments = strict_json(text)
         if "\\u" in text:  # an escape can produce a lone surrogate, which databases and files refuse
             arguments = json.loads(valid_text(json.dumps(arguments, ensure_ascii=False), field="arguments"))
     except json.JSONDecodeError as error:

@@ -1,5 +1,7 @@
 """What a task family's own grader says of a policy that does nothing and of the demonstrator."""
 
+from typing import Any
+
 import pytest
 
 from moetrain.chat.messages import Message
@@ -44,3 +46,42 @@ class Patchy(EvenFamily):
 def test_a_task_that_cannot_be_made_is_left_out_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
     assert check_graders(Patchy(), num_tasks=6, seed=0)["num_tasks"] == 3
     assert "making the task: FileNotFoundError: question 5" in caplog.text
+
+
+def test_a_grader_that_an_empty_answer_satisfies_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    class Generous(EvenFamily):
+        def task(self, split: Split, index: int) -> EvenTask:
+            return GenerousTask()
+
+    class GenerousTask(EvenTask):
+        def environment(self, stream: int) -> Any:
+            made = super().environment(stream)
+            made.grade = lambda answer: Grade(success=True, reason="why not")  # type: ignore[method-assign]
+            return made
+
+    assert check_graders(Generous(), num_tasks=3, seed=0)["null_policy"] == 1.0
+    assert "graders: an empty answer solves 100 % of 3 tasks" in caplog.text
+
+
+class Wrong(EvenFamily):
+    """A family whose demonstrator returns a number where a grade belongs, or does not solve its tasks."""
+
+    def __init__(self, returned: Any) -> None:
+        self.returned = returned
+
+    def demonstrate(self, task: object, stream: int, *, perfect: bool = False) -> Any:
+        return self.returned
+
+
+def test_a_demonstrator_that_solves_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = Wrong(([], Grade(reward=0.0, reason="wrong")))
+    assert check_graders(wrong, num_tasks=3, seed=0)["perfect_demonstrator"] == 0.0
+    assert "graders: the demonstrator without mistakes solves only 0 %" in caplog.text
+
+
+@pytest.mark.parametrize("returned", [None, ([], 1.0), [[], Grade(reward=1.0, reason="right")]])
+def test_a_demonstrator_that_returns_no_grade_is_one_that_fails(
+    returned: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "perfect_demonstrator" not in check_graders(Wrong(returned), num_tasks=3, seed=0)
+    assert "does not return a list of messages and a Grade" in caplog.text

@@ -12,7 +12,7 @@ from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.config import RlConfig
 from moetrain.rl.protocol import Algorithm, Normalizer
-from moetrain.rl.registry import build, register
+from moetrain.rl.registry import build, register, registered
 from tests.rl.trajectories import draw_trajectory, segment_of
 
 
@@ -73,7 +73,7 @@ def test_an_algorithm_is_built_with_its_options() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RlConfig(algorithm="ppo"), r"rl\.algorithm is ppo: give one of k2_5, rejection"),
+        (RlConfig(algorithm="ppo"), r"rl\.algorithm is ppo: give one of .*k2_5, .*rejection"),
         (
             RlConfig(options={"beta": 1.0}),
             r"rl\.options\.beta: rl\.algorithm=k2_5 has the options ratio_low, ratio_high",
@@ -103,6 +103,8 @@ class _Own(Rejection):
             self.normalizer = "sequences"
         if self.width == 8:
             self.columns = ("advantage", "length")
+        if self.width == 7:
+            self.columns = "advantage"
 
 
 def test_the_options_of_a_plugins_algorithm_have_the_types_of_its_fields() -> None:
@@ -122,6 +124,7 @@ def test_the_options_of_a_plugins_algorithm_have_the_types_of_its_fields() -> No
         ({"width": 1, "columns": 3}, r"rl\.options\.columns: rl\.algorithm=own has the options width, is_soft$"),
         ({"width": 9}, r"normalizer 'sequences': give one of sampled_tokens, trained_tokens, trajectories"),
         ({"width": 8}, r"column 'length': give one of advantage"),
+        ({"width": 7}, r"has the columns 'advantage': give a tuple, such as \('advantage',\)"),
     ]:
         with pytest.raises(ConfigError, match=message):
             made(**options)
@@ -133,6 +136,12 @@ class _Half:
 
     def advantages(self) -> None:
         """Return nothing."""
+
+
+def test_an_algorithm_of_moetrain_is_not_replaced() -> None:
+    with pytest.raises(ConfigError, match="registers the RL algorithm k2_5, which moetrain has: give another name"):
+        register("k2_5", _Own)
+    assert registered()["k2_5"] is K25
 
 
 def test_a_class_that_is_no_algorithm_is_refused() -> None:

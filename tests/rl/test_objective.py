@@ -1,6 +1,8 @@
 """The objective of an RL step: invariances, balance losses, temperature."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +178,24 @@ def test_a_loss_that_is_not_one_per_token_with_a_gradient_is_refused(
     class Changed(K25):
         def token_loss(self, logprobs_N: torch.Tensor, *, columns: Mapping[str, torch.Tensor]) -> TokenLoss:
             return TokenLoss(loss_N=change(super().token_loss(logprobs_N, columns=columns).loss_N))
+
+    with pytest.raises(ConfigError, match=message):
+        _result(_model(), _two(), algorithm=Changed())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda loss: loss.loss_N, r"Changed\.token_loss returns Tensor: return TokenLoss"),
+        (lambda loss: replace(loss, sums={"mine": 3.0}), r"has a sum 'mine' that is no scalar tensor"),
+        (lambda loss: replace(loss, sums={"mine": torch.ones(2)}), r"has a sum 'mine' that is no scalar tensor"),
+        (lambda loss: replace(loss, sums={"entropy": torch.ones(())}), r"has a sum 'entropy', which every RL step rep"),
+    ],
+)
+def test_what_is_no_token_loss_is_refused(make: Callable[[TokenLoss], Any], message: str) -> None:
+    class Changed(K25):
+        def token_loss(self, logprobs_N: torch.Tensor, *, columns: Mapping[str, torch.Tensor]) -> Any:
+            return make(super().token_loss(logprobs_N, columns=columns))
 
     with pytest.raises(ConfigError, match=message):
         _result(_model(), _two(), algorithm=Changed())

@@ -1,11 +1,13 @@
 """Which trajectories of a step are trained on, and what the metrics say of the others."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from moetrain.errors import ConfigError
+from moetrain.rl.advantage import constant
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.algorithms.rejection import Rejection
 from moetrain.rl.metrics import rollout_metrics
@@ -123,3 +125,13 @@ def test_advantages_that_are_not_one_number_per_token_are_refused(advantages: An
 
     with pytest.raises(ConfigError, match=r"Wrong\.advantages does not return one number per token"):
         score([[_trajectory(1.0), _trajectory(0.0)]], Wrong())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "1", None])
+def test_advantages_that_are_no_finite_numbers_are_refused(bad: Any) -> None:
+    class Wrong(K25):
+        def advantages(self, group_G: Sequence[Trajectory]) -> Any:
+            return [constant(trajectory, bad) for trajectory in group_G]
+
+    with pytest.raises(ConfigError, match=rf"Wrong\.advantages returns {bad!r}: return finite numbers"):
+        score([[_trajectory(1.0), _trajectory(0.0)]], Wrong(), malformed_penalty=1.0)

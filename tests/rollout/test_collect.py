@@ -294,13 +294,25 @@ def test_a_call_that_misses_its_deadline_is_an_observation(tokenizer: Tokenizer)
     assert "error: timeout after 0.02 s" in tokenizer.decode(trajectory.segments[0].tokens)
 
 
+def test_a_plain_tool_that_misses_its_deadline_is_an_observation_too(tokenizer: Tokenizer) -> None:
+    trajectories = play([WorldTask(make=Stuck)], tokenizer, script=script_of(CALL, ANSWER), call_deadline_s=0.02)
+    assert [(each.ending, each.reward, each.num_transient_errors) for each in trajectories] == [
+        (Ending.answered, 1.0, 1)  # the grader waits for the call to return
+    ]
+    assert "error: timeout after 0.02 s" in tokenizer.decode(trajectories[0].segments[0].tokens)
+
+
 def test_a_plain_tool_that_never_returns_ends_its_trajectory_and_not_the_run(tokenizer: Tokenizer) -> None:
-    class Stuck(World):
+    released = threading.Event()
+
+    class Hung(World):
         def call(self, name: str, arguments: str) -> Observation:
-            time.sleep(1.0)
+            released.wait(10)
             return super().call(name, arguments)
 
-    (trajectory,) = play([WorldTask(make=Stuck)], tokenizer, call_deadline_s=0.02, max_replacements=0)
+    script = script_of(CALL, CALL, ANSWER)
+    (trajectory,) = play([WorldTask(make=Hung)], tokenizer, script=script, call_deadline_s=0.02, max_replacements=0)
+    released.set()
     assert trajectory.ending is Ending.environment_failed
     assert "still busy with a call that missed its deadline" in trajectory.grade.reason
 

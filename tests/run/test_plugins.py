@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.run.plugins import load_plugins
 
@@ -41,3 +42,16 @@ def test_what_a_plugin_raises_is_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         load_plugins([plugin])
     assert "\n" not in str(caught.value)
+
+
+def test_a_plugin_imports_the_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "own_helper_of_a_plugin.py").write_text("SIZE = 3\n")
+    (tmp_path / "own_plugin.py").write_text("from own_helper_of_a_plugin import SIZE\n")
+    load_plugins([str(tmp_path / "own_plugin.py")])
+    assert sys.modules["own_plugin"].SIZE == 3
+
+
+def test_one_plugin_needs_no_brackets() -> None:
+    for word in ("plugins=my task.py", "plugins='my task.py'", "plugins=['my task.py']"):
+        assert compose("rl", [word]).plugins == ["my task.py"]
+    assert compose("rl", ["plugins=[a.py,b.py]"]).plugins == ["a.py", "b.py"]
