@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError
 from moetrain.rollout.config import RolloutConfig
-from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProgress, Observation, Task
+from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProgress, Observation, Task, has_method
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class EnvironmentClient:
         limit = self._config.environment_deadline_s
         environment = await self._act(self._make, "making it", limit_s=limit)
         for name in ("call", "grade", "close"):
-            if not callable(getattr(environment, name, None)):
+            if not has_method(environment, name):
                 raise ConfigError(f"the environment {type(environment).__name__} has no method {name}: add it")
         self._environment = environment
 

@@ -76,6 +76,11 @@ class Grade:
         return self.reward >= self.threshold
 
 
+def has_method(value: object, name: str) -> bool:
+    """Return whether an object of a plugin has a method of this name."""
+    return name in dir(value) and callable(getattr(value, name))
+
+
 class Environment(Protocol):
     """The environment of one trajectory. Each trajectory gets a new one.
 

@@ -11,7 +11,7 @@ from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.ledger.family import LedgerFamily
-from moetrain.tasks.protocol import Demonstrates, Split, TaskFamily
+from moetrain.tasks.protocol import CountsCalls, Demonstrates, Split, TaskFamily, has_method
 
 _log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     A task that cannot be made for another reason is reported by a warning, because its service may be down for a while.
     """
     owner = f"task.name={name}: {type(family).__name__}"
-    if not callable(getattr(family, "task", None)):
+    if not has_method(family, "task"):
         raise ConfigError(f"{owner} has no method task: add it")
-    tools = getattr(family, "tools", None)
+    tools = family.tools if "tools" in dir(family) else None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, ToolSpec) for tool in tools):
         raise ConfigError(f"{owner}.tools is {_kind(tools)}: give a property that returns a list of ToolSpec")
     try:
@@ -96,11 +96,11 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     made_by = f"{owner}.task returns {type(task).__name__}"
     if not isinstance(prompt, list) or not all(isinstance(message, Message) for message in prompt):
         raise ConfigError(f"{made_by}, whose prompt is {_kind(prompt)}: give a property that returns a list of Message")
-    if not callable(getattr(task, "environment", None)):
+    if not has_method(task, "environment"):
         raise ConfigError(f"{made_by}, which has no method environment: add it")
-    calls = getattr(task, "num_calls", 0)
-    if not isinstance(calls, int):
-        raise ConfigError(f"{made_by}, whose num_calls is {_kind(calls)}: give a property that returns an int")
+    if isinstance(task, CountsCalls) and not isinstance(task.num_calls, int):
+        kind = _kind(task.num_calls)
+        raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int")
 
 
 def _kind(value: object) -> str:

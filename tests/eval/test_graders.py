@@ -49,17 +49,7 @@ def test_a_task_that_cannot_be_made_is_left_out_of_the_rate(caplog: pytest.LogCa
 
 
 def test_a_grader_that_an_empty_answer_satisfies_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    class Generous(EvenFamily):
-        def task(self, split: Split, index: int) -> EvenTask:
-            return GenerousTask()
-
-    class GenerousTask(EvenTask):
-        def environment(self, stream: int) -> Any:
-            made = super().environment(stream)
-            made.grade = lambda answer: Grade(success=True, reason="why not")  # type: ignore[method-assign]
-            return made
-
-    assert check_graders(Generous(), num_tasks=3, seed=0)["null_policy"] == 1.0
+    assert check_graders(EvenFamily(), num_tasks=3, seed=0)["null_policy"] == 1.0  # an empty answer has an even length
     assert "graders: an empty answer solves 100 % of 3 tasks" in caplog.text
 
 
