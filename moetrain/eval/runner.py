@@ -166,9 +166,7 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
             rates["perfect_demonstrator"] = sum(graded) / len(graded)
     if rates["null_policy"]:
         share = 100 * rates["null_policy"]
-        _log.warning(
-            "the grader accepts an empty answer in %.3g %% of %d tasks; success means little", share, len(null)
-        )
+        _log.warning("graders: an empty answer solves %.3g %% of %d tasks; success means little", share, len(null))
     if rates.get("perfect_demonstrator", 1.0) < 1.0:
         share = 100 * rates["perfect_demonstrator"]
         _log.warning(
