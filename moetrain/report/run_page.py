@@ -49,6 +49,7 @@ _SHOWN_SETTINGS = [
     ("quant", ("enabled", "format", "grid", "group_size")),
     ("task", ("name", "tool_failure")),
     ("task.database", ("min_calls", "max_calls")),
+    ("task.ledger", ("min_calls", "max_calls", "branching")),
     ("rollout", ("max_tokens", "max_turns", "temperature")),
     ("rl", ("algorithm", "tasks_per_step", "group_size")),
     ("eval", ("num_tasks", "temperatures")),
@@ -321,7 +322,10 @@ def _machine(stage: Stage) -> Iterator[str]:
 
 def _settings(stage: Stage) -> Iterator[str]:
     """Yield the main settings of a stage by section."""
+    task = stage.config.get("task") or {}
     for section, names in _SHOWN_SETTINGS:
+        if section.startswith("task.") and section != f"task.{task.get('name')}":
+            continue  # the settings of another family
         values: Any = stage.config
         for part in section.split("."):
             values = values.get(part) if isinstance(values, dict) else None
@@ -331,6 +335,8 @@ def _settings(stage: Stage) -> Iterator[str]:
             text = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if text:
                 yield f"{section}: {text}"
+    if task.get("options"):
+        yield f"task.options: {', '.join(f'{name}={value}' for name, value in task['options'].items())}"
 
 
 def _time(seconds: float | None) -> str:

@@ -80,8 +80,12 @@ def success_table(run: Run) -> Table | None:
     for calls in _calls(stage.evaluation["modes"][mode] for stage, mode in columns):
         add(calls, [stage.evaluation["modes"][mode]["by_calls"].get(calls) for stage, mode in columns])
     add("all", [stage.evaluation["modes"][mode]["all"] for stage, mode in columns])
-    for key in ("after_tool_error", "without_tool_error"):
-        add(key.replace("_", " "), [stage.evaluation["modes"][mode].get(key) for stage, mode in columns])
+    after_error = [stage.evaluation["modes"][mode].get("after_tool_error") for stage, mode in columns]
+    add("after tool error", after_error)
+    if any(rate and rate["count"] for rate in after_error):  # else no tool has failed, and all tasks are without one
+        add(
+            "without tool error", [stage.evaluation["modes"][mode].get("without_tool_error") for stage, mode in columns]
+        )
     extras = [_extra_summary(stage, mode, ERROR_FREE) for stage, mode in columns]
     add("tools never fail", [summary["all"] if summary else None for summary in extras])
     longer = [_extra_summary(stage, mode, LONGER) for stage, mode in columns]

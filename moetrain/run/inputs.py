@@ -6,6 +6,7 @@ torch. `moetrain check` runs all of them. The launchers call all but `check_prep
 mistake is reported once instead of once per rank.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.sources import local_files, read_documents
 from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
-from moetrain.data_commands import BenchDataRun, PrepareRun
+from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
 from moetrain.generation_commands import BenchDecodeRun, VerifyRolloutRun
@@ -47,9 +48,18 @@ from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.run.stage import rank
-from moetrain.runtime import num_ranks
+from moetrain.runtime import available_memory, num_ranks
 from moetrain.tasks import registry
 
+_log = logging.getLogger(__name__)
+
+_GB = 1e9
+_BYTES_PER_BYTE = 8
+"""Bytes of memory per byte of text while a source is read and tokenised: 7.8 measured on English and code."""
+_COMPRESSION = 4
+_COMPRESSED = (".gz", ".zst", ".parquet")
+_SURELY_TOO_LARGE, _MUCH = 2.0, 0.25
+"""Shares of the available memory from which a source is refused, and is warned of."""
 LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text, *FOREIGN_KINDS)
 """Kinds of sources that are local files."""
 _WITHOUT_WEIGHTS = (
@@ -108,9 +118,11 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
         raise ConfigError(
             f"{ranks} ranks were started, but this command runs in one process: start it without a launcher"
         )
-    for source in _data(run).sources.values():
+    for name, source in _data(run).sources.items():
         if source.kind in LOCAL_KINDS:
-            local_files(source)
+            files = local_files(source)
+            if not isinstance(run, PrepareRun | DataRun):
+                _check_memory(name, files)
     for folder in prepared_folders(_data(run)).values():
         if not any(folder.is_relative_to(parent) for parent in planned):
             index = read_index(folder)
@@ -121,6 +133,19 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
                     f"model.vocab_size is {run.model.vocab_size}, and {folder} was prepared with a tokenizer of "
                     f"{index.vocab_size} tokens: set model.vocab_size to {index.vocab_size} or more"
                 )
+
+
+def _check_memory(name: str, files: Sequence[Path]) -> None:
+    """Raise ConfigError if a source is far too large for the memory of one process; warn if it takes much of it."""
+    size = sum(path.stat().st_size * (_COMPRESSION if path.suffix in _COMPRESSED else 1) for path in files)
+    available = available_memory()
+    needed = _BYTES_PER_BYTE * size
+    cure = "moetrain prepare tokenises it once, and kind=prepared then reads it from disk (docs/data-at-scale.md)"
+    what = f"data.sources.{name} has {size / _GB:.3g} GB of text, which takes about {needed / _GB:.3g} GB of memory"
+    if needed > _SURELY_TOO_LARGE * available:
+        raise ConfigError(f"{what} in each process, and {available / _GB:.3g} GB are available: {cure}")
+    if needed > _MUCH * available and rank() == 0:
+        _log.warning("%s in each process, of %.3g GB: %s", what, available / _GB, cure)
 
 
 def _is_inside(value: str, folder: Path) -> bool:

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_the_tables_tell_what_the_run_did(finished: Path) -> None:
     assert "KL(bf16 || INT4) 0.0001" in int4.notes[0]
     assert int4.notes[1].endswith("2.5 % of the codes and 5 % of the scales differ from those of sft_export")
     assert by_title["Exported size"].rows[1] == ["rl", "int4", "0.30 MB", "1.20 MB", "0.250"]
+
+
+def test_the_titles_name_the_format_of_the_weights_and_no_row_is_of_failures_that_never_happened(own: Path) -> None:
+    for path in own.glob("*/eval.json"):
+        numbers = json.loads(path.read_text())
+        numbers["weights_format"] = "mxfp4"
+        for summary in numbers["modes"].values():
+            summary["after_tool_error"] |= {"count": 0, "value": None}
+        path.write_text(json.dumps(numbers))
+    by_title = {table.title.split(",")[0]: table for table in tables(read_run(own, []))}
+    success = by_title["Held-out success"]
+    assert success.title == "Held-out success, MXFP4 weights"
+    assert not {"after tool error", "without tool error"} & {row[0] for row in success.rows}
+    assert by_title["MXFP4 beside the bf16 masters"].header[1] == "MXFP4"
 
 
 def test_a_rate_without_tasks_is_no_rate() -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
+from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
+from moetrain.errors import ConfigError
+from moetrain.run import inputs
+from moetrain.run.inputs import check_inputs
 from tests.cli.command import ENVIRONMENT, ROOT
 
 RECIPE = """
@@ -123,3 +127,25 @@ def test_torchrun_starts_no_rank_for_bad_input(words: list[str], message: str, f
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_text_that_does_not_fit_in_memory_is_refused_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 10_000)  # 110 KB, about 880 KB in memory
+    words = ["data=none", "data.sources.web.kind=text", f"data.sources.web.path={tmp_path}/a.txt"]
+    run = compose("pretrain", words)
+    monkeypatch.setattr(inputs, "available_memory", lambda: 400_000)
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.web has 0\.00011 GB of text, .* moetrain prepare tokenises it"
+    ):
+        check_inputs(run)
+    check_inputs(compose("prepare", words))
+    assert not caplog.text
+    monkeypatch.setattr(inputs, "available_memory", lambda: 2_000_000)
+    check_inputs(run)
+    assert "data.sources.web has 0.00011 GB of text" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(inputs, "available_memory", lambda: 20_000_000)
+    check_inputs(run)
+    assert not caplog.text
