@@ -8,6 +8,7 @@
         command: pretrain
         overrides: [model=k2_nano, train.steps=300]
         processes: 1                 # optional, like `threads`: for this stage only
+        seconds: 440                 # optional: the time it takes, for the time left before it has ever finished
       - name: sft
         command: sft
         overrides: ["init_from=${stage:pretrain}"]
@@ -45,6 +46,7 @@ class RecipeStage:
     overrides: list[str]
     processes: int | None
     threads: int | None
+    seconds: int | None
 
 
 @dataclass(kw_only=True)
@@ -62,7 +64,7 @@ class Stage:
     """A stage that is ready to run.
 
     config: checked root dataclass. inputs: names of the earlier stages whose folders it uses. processes: number of
-    ranks.
+    ranks. seconds: time that the recipe states for it, on some machine.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Stage:
     config: Any
     inputs: list[str]
     processes: int
+    seconds: int | None = None
 
 
 def load(recipe: str) -> Recipe:
@@ -151,7 +154,14 @@ def _compose_stage(
     except ConfigError as error:
         raise ConfigError(f"stage {stage.name}: {error}") from None
     processes = (run.num_processes or stage.processes or 1) if isinstance(config, _OF_RANKS) else 1
-    return Stage(name=stage.name, command=stage.command, config=config, inputs=sorted(inputs), processes=processes)
+    return Stage(
+        name=stage.name,
+        command=stage.command,
+        config=config,
+        inputs=sorted(inputs),
+        processes=processes,
+        seconds=stage.seconds,
+    )
 
 
 def _of_run(recipe: Recipe, run: RecipeRun, stage: RecipeStage) -> list[str]:
@@ -173,7 +183,7 @@ def _of_run(recipe: Recipe, run: RecipeRun, stage: RecipeStage) -> list[str]:
 def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str, int | None]) -> RecipeStage:
     if not isinstance(item, dict):
         raise ConfigError(f"{where} is {item!r}: give name, command and overrides")
-    _check_keys(item, ["name", "command", "overrides", *_COUNTS], where)
+    _check_keys(item, ["name", "command", "overrides", *_COUNTS, "seconds"], where)
     command = item.get("command")
     name = item.get("name", command)
     commands = [command for command in SCHEMAS if command not in ("run", "data", "generate", "chat", "serve")]
@@ -182,7 +192,8 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN or name in earlier:
         raise ConfigError(f"{where}: name is {name!r}; give a new one of small letters, digits and _")
     counts = {key: _count(item, key, where) or of_all[key] for key in _COUNTS}
-    return RecipeStage(name=name, command=command, overrides=_strings(item, "overrides", where), **counts)
+    overrides, seconds = _strings(item, "overrides", where), _count(item, "seconds", where)
+    return RecipeStage(name=name, command=command, overrides=overrides, seconds=seconds, **counts)
 
 
 def _count(content: dict[Any, Any], key: str, where: str) -> int | None:

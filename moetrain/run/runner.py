@@ -130,10 +130,23 @@ def prepare(words: Sequence[str]) -> Prepared:
 
 
 def _time_left(prepared: Prepared, first: int) -> str:
-    """Return the time that the stages from `first` on took the last time, or `unknown` where one has never finished."""
-    seconds = [earlier_seconds(prepared.folder / stage.name) for stage in prepared.stages[first:]]
-    measured = [each for each in seconds if each is not None]
-    return f"about {duration(sum(measured))}" if len(measured) == len(seconds) else "unknown"
+    """Return the time that the stages from `first` on take, or `unknown`.
+
+    A stage takes what it took the last time. If it has never finished, it takes what the recipe states, scaled by what
+    the other stages took here.
+    """
+    took = {stage.name: earlier_seconds(prepared.folder / stage.name) for stage in prepared.stages}
+    both = [(took[stage.name] or 0.0, stage.seconds) for stage in prepared.stages if took[stage.name] and stage.seconds]
+    scale = sum(here for here, _ in both) / sum(stated for _, stated in both) if both else 1.0
+    seconds = 0.0
+    for stage in prepared.stages[first:]:
+        expected = took[stage.name]
+        if expected is None and stage.seconds is not None:
+            expected = scale * stage.seconds
+        if expected is None:
+            return "unknown"
+        seconds += expected
+    return f"about {duration(seconds)}"
 
 
 def earlier_seconds(folder: Path) -> float | None:

@@ -33,6 +33,19 @@ def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -
     )
 
 
+def test_a_stage_that_never_finished_takes_what_the_recipe_states_scaled_to_this_machine(tmp_path: Path) -> None:
+    stages = [
+        Stage(name=name, command="report", config=ReportRun(), inputs=[], processes=1, seconds=seconds)
+        for name, seconds in (("pretrain", 40), ("sft", 200), ("rl", 100))
+    ]
+    prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
+    assert _time_left(prepared, 0) == "about 5:40"
+    finish(tmp_path / "pretrain", 80, time=1)  # half as fast as the machine of the recipe
+    assert _time_left(prepared, 1) == "about 10:00"
+    finish(tmp_path / "sft", 220, time=2)
+    assert _time_left(prepared, 2) == "about 2:05"
+
+
 def test_a_refusal_says_how_to_continue_where_that_is_possible(tmp_path: Path) -> None:
     for change in ("train.steps: 3 -> 5", "optim.lr: 0.1 -> 0.2", "data.mix: [] -> [1]"):
         said = str(_refusal(tmp_path, "sft", [change]))
