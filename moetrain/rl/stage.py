@@ -14,6 +14,7 @@ from typing import Any
 from moetrain.chat.context import ContextPolicy
 from moetrain.checkpoint.identity import as_stored
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import RolloutError
 from moetrain.files import sha256_of_json
 from moetrain.kernels.choice import find_for_generation
 from moetrain.log import TIME_PREFIX
@@ -100,13 +101,31 @@ def collection_of(stage: RlStage, config: TrainConfig) -> Collection:
 
 
 def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) -> Training:
-    """Return the training of an RL stage, for `train.loop.run_training`."""
+    """Return the training of an RL stage, for `train.loop.run_training`.
+
+    Its `take_step` raises RolloutError when every environment has failed in more than `config.max_skipped_in_row`
+    consecutive steps.
+    """
     losses = stage.balance
     if stage.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
         _log.warning("rl.balance_losses is none: model.balance.global_loss and z_loss are not part of the objective")
+    num_failed = 0
+
+    def take_step(step: int) -> dict[str, float]:
+        nonlocal num_failed
+        values = take_rl_step(stage, config, collection=collection, step=step)
+        num_failed = num_failed + 1 if values["ending/environment_failed"] == 1.0 else 0
+        if num_failed > config.max_skipped_in_row:
+            raise RolloutError(
+                f"every environment failed in {num_failed} steps in a row (train.max_skipped_in_row is "
+                f"{config.max_skipped_in_row}): mend the environment, whose errors are in the log, and run the same "
+                "command again"
+            )
+        return values
+
     return Training(
         engine=stage.engine,
-        take_step=lambda step: take_rl_step(stage, config, collection=collection, step=step),
+        take_step=take_step,
         learning_rate=stage.learning_rate,
         headline="reward",
         totals=("tokens", "sampled_tokens"),

@@ -99,7 +99,8 @@ class TrainConfig:
     """What to do when a loss or gradient norm is not finite: stop ends the run; skip drops the step's gradient, leaves
     weights, momentum and balance bias unchanged, counts it in `skipped_steps`, and continues with the next batch."""
     max_skipped_in_row: int = 10
-    """Maximum number of consecutive skipped steps (on_nonfinite=skip); one more ends the run."""
+    """Maximum number of consecutive skipped steps (on_nonfinite=skip), and in RL of steps in which every environment
+    failed; one more ends the run."""
     mtp: MtpConfig = field(default_factory=MtpConfig)
     """Multi-token prediction."""
 

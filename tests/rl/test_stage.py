@@ -8,7 +8,7 @@ import torch
 
 from moetrain.checkpoint.origin import Origin, continue_state, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, RolloutError
 from moetrain.inference.mode import Mode
 from moetrain.kernels.build import Library, Units, load
 from moetrain.log import JsonlMetrics, Metrics, read_metrics
@@ -90,6 +90,35 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_trajectories_and_weights(tmp
     expected, found = whole.gather_state(with_optimizer=True), resumed.gather_state(with_optimizer=True)
     assert expected is not None and found is not None
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class _Down(EvenFamily):
+    """A family whose service is down, except for the tasks in `up`."""
+
+    def __init__(self, *up: int) -> None:
+        self.up = up
+
+    def task(self, split: Split, index: int) -> EvenTask:
+        if index not in self.up:
+            raise ConnectionError("no free container")
+        return super().task(split, index)
+
+
+def test_a_run_whose_environments_fail_in_too_many_steps_ends(tmp_path: Path) -> None:
+    def take(family: EvenFamily, folder: Path) -> list[dict[str, float]]:
+        stage = replace(_stage(_engine(EngineName.torch), []), family=family)
+        config = replace(_TRAIN, steps=4, max_skipped_in_row=2)
+        metrics = JsonlMetrics(folder / "metrics.jsonl")
+        try:
+            training = rl_training(stage, config, collection=collection_of(stage, config))
+            run_training(training, config, folder=folder, metrics=metrics)
+        finally:
+            metrics.close()
+        return read_metrics(folder / "metrics.jsonl")
+
+    with pytest.raises(RolloutError, match=r"every environment failed in 3 steps in a row \(train\.max_skipped_in_row"):
+        take(_Down(), tmp_path / "down")
+    assert len(take(_Down(9), tmp_path / "mostly")) == 4  # a task of the third of four steps can be made
 
 
 @pytest.mark.parametrize(("continue_as", "steps"), [(Continuation.part, 2), (Continuation.whole, 4)])
