@@ -21,7 +21,7 @@ from moetrain.config import (
 )
 from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import ConfigError
-from moetrain.generation_commands import BenchDecodeRun, BenchRolloutRun, VerifyRolloutRun
+from moetrain.generation_commands import BenchDecodeRun, BenchDraftsRun, BenchRolloutRun, VerifyRolloutRun
 from moetrain.gpu_commands import VerifyGpuRun
 from moetrain.kernels.config import Kernels
 from moetrain.model.config import BalanceConfig, ModelConfig, Recompute
@@ -368,6 +368,7 @@ SCHEMAS: dict[str, type] = {
     "bench serve": BenchServeRun,
     "bench decode": BenchDecodeRun,
     "bench rollout": BenchRolloutRun,
+    "bench drafts": BenchDraftsRun,
     "generate": GenerateRun,
     "chat": ChatRun,
     "serve": ServeRun,

@@ -41,7 +41,7 @@ from moetrain.data.store.index import check_contents, check_sizes, prepared_fold
 from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
-from moetrain.generation_commands import BenchDecodeRun, VerifyRolloutRun
+from moetrain.generation_commands import BenchDecodeRun, BenchDraftsRun, VerifyRolloutRun
 from moetrain.gpu_commands import VerifyGpuRun
 from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
@@ -81,6 +81,7 @@ _NEED_WEIGHTS: dict[type[StageRun], str] = {
     RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
     ExportRun: "give the stage or checkpoint to export",
     EvalRun: "give the export to evaluate",
+    BenchDraftsRun: "give the weights to generate with",
     GenerateRun: "give the folder of the weights",
     ChatRun: "give the folder of the weights to chat with",
     ServeRun: "give the folder of the weights to serve",
@@ -158,7 +159,7 @@ def check_names(run: StageRun) -> None:
     for schema, needed in _NEED_WEIGHTS.items():
         if isinstance(run, schema) and run.init_from is None and not _continues(run):
             raise ConfigError(f"init_from is null: {needed}")
-    if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun):
+    if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun | BenchDraftsRun):
         family = registry.build(run.task, run.run.seed)
         registry.check_family(family, name=run.task.name)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
