@@ -5,12 +5,13 @@ A row contains one segment. Segments of similar length share a micro-batch.
 B rows, T tokens per row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moetrain.data.batch import TokenBatch
+from moetrain.errors import ConfigError
 from moetrain.rollout.types import Segment, Trajectory
 
 _LENGTH_MULTIPLE = 128  # row lengths are rounded up to it, so that kernels get few different shapes
@@ -46,7 +47,7 @@ def _every(value: Callable[[Row], float]) -> Callable[[Row], Sequence[float]]:
     return lambda row: [value(row)] * len(row.segment.tokens)
 
 
-COLUMNS: Mapping[str, Column] = {
+COLUMNS: dict[str, Column] = {
     "advantage": Column(dtype=torch.float32, padding=0.0, values=lambda row: row.advantages),
     # Logprob with which the token was sampled, at the segment's temperature.
     LOGPROB: Column(dtype=torch.float32, padding=0.0, values=lambda row: row.segment.logprobs),
@@ -61,7 +62,15 @@ COLUMNS: Mapping[str, Column] = {
         dtype=torch.float32, padding=1.0, values=_every(lambda row: row.trajectory.num_sampled)
     ),
 }
-"""The columns that an algorithm can request, by name."""
+"""The columns that an algorithm can request, by name. `register_column` adds one."""
+_OWN = frozenset(COLUMNS)
+
+
+def register_column(name: str, column: Column) -> None:
+    """Add a column that algorithms can request. Raises ConfigError if moetrain has one of this name."""
+    if name in _OWN:
+        raise ConfigError(f"a plugin registers the RL column {name}, which moetrain has: give another name")
+    COLUMNS[name] = column
 
 
 def micro_batches(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moetrain.data.batch import TokenBatch
-from moetrain.rl.columns import COLUMNS, Row, balanced_groups, micro_batches
+from moetrain.errors import ConfigError
+from moetrain.rl.columns import COLUMNS, Column, Row, balanced_groups, micro_batches, register_column
 from tests.rl.trajectories import draw_trajectory, segment_of
 
 
@@ -83,3 +84,18 @@ def test_every_column_can_be_asked_for() -> None:
     assert batch.at_targets("trajectory").tolist() == [10] * 3 + [20] * 3
     assert batch.at_targets("trajectory_tokens").tolist() == [3.0] * 6
     assert batch.columns["version"].dtype == torch.int64
+
+
+def test_a_column_of_a_plugin_is_computed_and_none_of_moetrain_is_replaced() -> None:
+    turns = Column(
+        dtype=torch.int64, padding=-1, values=lambda row: [row.trajectory.num_turns] * len(row.segment.tokens)
+    )
+    with pytest.raises(ConfigError, match="registers the RL column advantage, which moetrain has: give another name"):
+        register_column("advantage", turns)
+    register_column("turns", turns)
+    try:
+        (batch,) = micro_batches([_row(5)], columns=["turns"], max_tokens=4096, pad_id=0, rank=0, world_size=1)
+    finally:
+        del COLUMNS["turns"]
+    values = batch.columns["turns"][0].tolist()
+    assert values[:5] == [_row(5).trajectory.num_turns] * 5 and set(values[5:]) == {-1}
