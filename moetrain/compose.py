@@ -190,9 +190,12 @@ def quoted(text: str) -> str:
 
 
 def _as_list(word: str) -> str:
-    """Return `plugins=[x.py]` for `plugins=x.py`."""
+    """Return `plugins=[x.py,y.py]` for `plugins=x.py,y.py`."""
     key, _, value = word.partition("=")
-    return f"{key}=[{quoted(_unquoted(value))}]" if key == "plugins" and value and value[0] not in "[$" else word
+    if key != "plugins" or not value or value == "null" or value[0] in "[$":
+        return word
+    names = [value] if _QUOTED.fullmatch(value) else value.split(",")
+    return f"{key}=[{','.join(quoted(_unquoted(name)) for name in names)}]"
 
 
 def _with_quoted_text(schema: type, word: str) -> str:

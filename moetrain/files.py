@@ -83,12 +83,15 @@ def to_json(value: object, *, indent: int | None = None) -> str:
 
 
 def strict_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError also for NaN and infinities, which JSON does not have."""
+    """Return the value of a JSON text. Raises ValueError also for NaN, infinities, and numbers that become one."""
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number} is no JSON" if number[-1].isalpha() else f"{number} is too large")
+        return value
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=finite, parse_float=finite)
 
 
 def sync(path: Path) -> None:

@@ -62,11 +62,13 @@ def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:
     """Print the results: success and reward by mode, and the loss by source."""
     table = Table("mode", "solved", "of", "%", "95 % interval", "mean reward", title=str(folder), title_justify="left")
     for name, summary in numbers["modes"].items():
-        rate, reward = summary["all"], summary["reward"]
+        rate, reward = summary["all"], summary.get("reward")  # an older version began the evaluation without it
         if rate["count"]:
             solved, share = round(rate["value"] * rate["count"]), f"{100 * rate['value']:.1f}"
             interval = f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}"
-            table.add_row(name, str(solved), str(rate["count"]), share, interval, f"{reward:.3f}")
+            table.add_row(
+                name, str(solved), str(rate["count"]), share, interval, "-" if reward is None else f"{reward:.3f}"
+            )
         else:
             table.add_row(name, "-", "0", "-", "-", "-")
     for source, nats in numbers["language"].items():

@@ -16,6 +16,8 @@ from moetrain.verify.table import Row, check_rows, render, write_rows
 
 RELATIVE_BOUND = 1e-5
 """Bound on the change of a layer's outputs, relative to its largest output: a few float32 rounding errors."""
+_DETERMINE = ("model.", "upcycle.", "run.seed", "init_from")
+"""Beginnings of the keys that determine the weights."""
 TIES_BOUND = 0.01
 """Bound on the share of tokens whose top-k choice splits tied copies; at random a few per million
 (docs/upcycling.md)."""
@@ -33,7 +35,7 @@ def main(run: UpcycleRun) -> int:
 
     with stage_folder(run) as folder:
         check_untrained(folder)
-        if differences := has_results(folder) and config_changes(folder, to_mapping(run)):
+        if differences := has_results(folder) and config_changes(folder, to_mapping(run), keys=_DETERMINE):
             raise ConfigError(
                 f"{folder} has weights of another configuration ({'; '.join(differences)}), which would be replaced: "
                 "give another run.stage or run.name"

@@ -18,6 +18,9 @@ from moetrain.rollout.world import Reactor, run_inline
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Task, TaskFamily
 
+_END_LIMIT_S = 10.0
+"""Longest time that leaving a collector waits for environments to stop and close."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
@@ -114,7 +117,7 @@ class Collector:
         self._declare_tools = declare_tools
         self._policy = policy
         self._on_finished = on_finished
-        self._reactor = Reactor(end_limit_s=config.environment_deadline_s)
+        self._reactor = Reactor(end_limit_s=min(config.environment_deadline_s, _END_LIMIT_S))
         self._waiting: deque[_Attempt] = deque()
         self._episodes: dict[int, tuple[_Attempt, Episode]] = {}  # the unfinished ones
         self._ready: deque[Episode] = deque()

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Self, TypeVar
@@ -70,6 +71,7 @@ class EnvironmentClient:
         environment = await self._act(self._make, "making it", limit_s=limit)
         for name in ("call", "grade", "close"):
             if not has_method(environment, name):
+                self._environment = None
                 raise ConfigError(f"the environment {type(environment).__name__} has no method {name}: add it")
         self._environment = environment
 
@@ -129,13 +131,25 @@ class EnvironmentClient:
         try:
             if self._thread is not None and self._thread.is_busy:
                 self._thread.submit(self._close_in_thread)
-                return
-            environment, self._environment = self._environment, None
-            if environment is not None:
-                await self._act(environment.close, "closing it", limit_s=self._config.environment_deadline_s)
-        finally:
-            if self._thread is not None:
                 self._thread.stop()
+                return
+            if self._environment is not None:
+                await self._close(self._environment)
+        finally:
+            if self._thread is not None and self._environment is None:  # else it was interrupted, and is closed again
+                self._thread.stop()
+
+    async def _close(self, environment: Environment) -> None:
+        def close() -> Awaitable[None] | None:
+            self._environment = None
+            return environment.close()
+
+        try:
+            await self._act(close, "closing it", limit_s=self._config.environment_deadline_s)
+        except asyncio.CancelledError:
+            if inspect.iscoroutinefunction(environment.close):  # it was interrupted; a plain function was not
+                self._environment = environment
+            raise
 
     def _close_in_thread(self) -> None:
         environment, self._environment = self._environment, None
@@ -160,19 +174,19 @@ class EnvironmentClient:
         if self._thread is None:  # no deadline, because nothing can interrupt a plain function in this thread
             result = act()
             return await result if inspect.isawaitable(result) else result
-        has_begun = False
         try:
-            async with asyncio.timeout(limit_s) as deadline:
+            async with asyncio.timeout(limit_s):
                 while self._thread.is_busy:  # with a call that missed its deadline
                     await asyncio.sleep(_POLL_S)
-                has_begun = True
+        except TimeoutError as error:
+            raise EnvironmentFailure(f"{what}: {_BUSY}") from error
+        try:
+            async with asyncio.timeout(limit_s) as deadline:
                 result = await asyncio.wrap_future(self._thread.submit(act))
                 return await result if inspect.isawaitable(result) else result
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            if not has_begun:
-                raise EnvironmentFailure(f"{what}: {_BUSY}") from error
             raise _DeadlineMissed(f"{what}: no result after {limit_s:g} s") from error
 
 
@@ -225,8 +239,9 @@ class Reactor:
     """
 
     def __init__(self, *, end_limit_s: float) -> None:
-        """Create the reactor without starting its thread. end_limit_s: longest time that leaving the context takes."""
+        """Create the reactor without starting its thread. end_limit_s: longest time that ending it takes."""
         self._end_limit_s = end_limit_s
+        self._end: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._pending: set[Future[None]] = set()
@@ -241,10 +256,10 @@ class Reactor:
         """Wait for the coroutines that have not completed, and end the event loop and its thread."""
         if self._loop is None or self._thread is None:
             return
-        wait(self._pending, timeout=self._end_limit_s)
+        wait(self._pending, timeout=self._time_left())
         self.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(self._end_limit_s)
+        self._thread.join(self._time_left())
         if not self._thread.is_alive():
             self._loop.close()
 
@@ -252,7 +267,13 @@ class Reactor:
         """Cancel the coroutines that have not completed, and return when they have ended."""
         if self._loop is not None and self._pending:
             ending = asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)
-            wait([ending], timeout=self._end_limit_s)
+            wait([ending], timeout=self._time_left())
+
+    def _time_left(self) -> float:
+        """Return the seconds that are left for ending; the first call starts the clock."""
+        if self._end is None:
+            self._end = time.monotonic() + self._end_limit_s
+        return max(self._end - time.monotonic(), 0.0)
 
     def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
         """Start a coroutine on the event loop. tag: object that `finished` returns when it has completed."""

@@ -161,8 +161,9 @@ def check_names(run: StageRun) -> None:
             raise ConfigError(f"init_from is null: {needed}")
     if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun | BenchDraftsRun):
         family = registry.build(run.task, run.run.seed)
-        registry.check_family(family, name=run.task.name)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
+        if has_dialogues or not isinstance(run, DocumentRun):
+            registry.check_family(family, name=run.task.name)
         if isinstance(run, DocumentRun) and has_dialogues:
             registry.demonstrator_of(family)
     if isinstance(run, RlRun):

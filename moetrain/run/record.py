@@ -7,7 +7,7 @@ import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode"
 _PATH_KEYS = ("path", "plugins", "init_from", "continue_from", "masters", "before", "codes_before")
 """Last parts of the keys that name files or folders, also without a slash."""
 _BOOKKEEPING = ("made_by.json", STARTED, DONE, "times.json", "wandb_id", "metrics.jsonl", "machine.json")
+_RESULTS_OF_A_STAGE = ("checkpoints", "model", "eval.json")
 _RUN_PLACEHOLDER = "<run>"
 _LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
 _MAX_SHOWN = 60  # characters of a value in a message
@@ -37,25 +38,32 @@ class Record:
     """Inputs of a stage that determine its results.
 
     config: values by dotted key, with the run's folder replaced by `<run>`. files: sha256 of the file or folder that a
-    key names, by key. inputs: id of each earlier stage whose results are used, by name.
+    key names, by key. inputs: id of each earlier stage whose results are used, by name. older: like `files`, by the
+    rule of versions that hashed all files of a stage's folder.
     """
 
     config: Mapping[str, Any]
     files: Mapping[str, str]
     inputs: Mapping[str, str]
+    older: Mapping[str, str] = field(default_factory=dict)
+
+    def stored(self) -> dict[str, Any]:
+        """Return what is written when a stage starts."""
+        return {"config": self.config, "files": self.files, "inputs": self.inputs}
 
 
 def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[str, str]) -> Record:
     """Return the record of a stage. config: its config as plain values."""
     flat = _without_folder(config, run_folder)
-    files = {}
+    files, older = {}, {}
     digests = _Digests(run_folder)
     for key, value in flat.items():
         paths = [path for text in _strings(value) for path in _outside(text, key=key, run_folder=run_folder)]
         if paths:
             files[key] = _combine([digests.of(path) for path in paths])
+            older[key] = _combine([digests.of(path, with_bookkeeping=True) for path in paths])
     digests.save()
-    return Record(config=flat, files=files, inputs=inputs)
+    return Record(config=flat, files=files, inputs=inputs, older=older)
 
 
 def stored_record(folder: Path) -> Record | None:
@@ -78,15 +86,17 @@ def stored_record(folder: Path) -> Record | None:
     )
 
 
-def config_changes(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the differences of `config`, as plain values, to the config.yaml in a stage's folder."""
-    before = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    run_folder = folder.parent
-    return changes(
-        Record(config=_without_folder(before, run_folder), files={}, inputs={}),
-        Record(config=_without_folder(config, run_folder), files={}, inputs={}),
-        defaults=dict,
-    )
+def config_changes(folder: Path, config: Mapping[str, Any], *, keys: tuple[str, ...]) -> list[str]:
+    """Return the differences of `config`, as plain values, to the config.yaml in a stage's folder.
+
+    keys: beginnings of the keys that are compared.
+    """
+    before = flattened(read_yaml(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
+    one, other = [
+        Record(config={key: value for key, value in flat.items() if key.startswith(keys)}, files={}, inputs={})
+        for flat in (before, flattened(config))
+    ]
+    return changes(one, other, defaults=dict)
 
 
 def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, Any]]) -> list[str]:
@@ -101,7 +111,7 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
     differences = []
     for key, value in now.config.items():
         if key in now.files:
-            if before.files.get(key, now.files[key]) != now.files[key]:
+            if before.files.get(key, now.files[key]) not in (now.files[key], now.older.get(key)):
                 differences.append(f"{key}: the content of {value} changed")
         elif key not in known_config:
             if not _has_section(before.config, key):
@@ -182,13 +192,18 @@ class _Digests:
         self._known = read_json_or_empty(self._path)
         self._is_new = False
 
-    def of(self, path: Path) -> str:
-        """Return the digest of a file, or of the names and contents of all files in a folder."""
+    def of(self, path: Path, *, with_bookkeeping: bool = False) -> str:
+        """Return the digest of a file, or of the names and contents of all files in a folder.
+
+        with_bookkeeping: also of the files in a stage's folder that are no results.
+        """
         if not path.is_dir():
             return self._of_file(path)
         if is_prepared(path):  # the index holds the digests of the files, which may be terabytes
             return self._of_file(path / INDEX)
-        files = sorted(item for item in path.rglob("*") if item.is_file() and not _is_bookkeeping(item, of=path))
+        files = sorted(item for item in path.rglob("*") if item.is_file())
+        if not with_bookkeeping:
+            files = [item for item in files if not _is_bookkeeping(item, of=path)]
         return _combine([f"{item.relative_to(path).as_posix()}\0{self._of_file(item)}" for item in files])
 
     def _of_file(self, path: Path) -> str:
@@ -210,7 +225,7 @@ class _Digests:
 
 def _is_bookkeeping(path: Path, *, of: Path) -> bool:
     """Return whether a file in the folder `of`, if that is a stage's, has times and ids of runs and no results."""
-    if not (of / CONFIG).is_file():
+    if not (of / CONFIG).is_file() or not any((of / name).exists() for name in _RESULTS_OF_A_STAGE):
         return False
     parts = path.relative_to(of).parts
     return path.name in _BOOKKEEPING or any(part.startswith(".") or part == "wandb" for part in parts)

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import get_type_hints
@@ -237,7 +237,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     config = folder / CONFIG
     save_config(stage.config, config)
     identity = _identity(folder) or uuid.uuid4().hex
-    write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **asdict(_record(prepared, stage))})
+    write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **_record(prepared, stage).stored()})
     words = [*stage.command.split(), "--config", str(config)]
     python = [sys.executable, "-m"]
     launcher, code = python, 0

@@ -101,7 +101,8 @@ def quant_of_export(origin: Origin, *, given: QuantConfig) -> QuantConfig:
         return given
     for name in ("format", "grid", "group_size"):
         default, wanted, own = getattr(QuantConfig(), name), getattr(given, name), getattr(trained, name)
-        if wanted != own and (given.enabled or wanted != default):
+        is_given = wanted != default or (name == "format" and given.enabled)
+        if wanted != own and is_given:
             raise ConfigError(
                 f"quant.{name} is {wanted}, and the weights were trained with {own}: leave quant out, because an "
                 "export keeps the codes and scales of training"

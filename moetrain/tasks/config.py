@@ -11,6 +11,7 @@ SHORTEST_CHAIN = 8
 """Fewest calls of a ledger task: every number of calls from here on can be drawn."""
 LONGEST_CHAIN = 5000
 """Most calls of a ledger task: there are 6,760 keys of orders."""
+_FAMILIES = ("database", "ledger")
 _MOST_ACCOUNTS = 16  # their names begin with different letters
 _FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new balances have two digits
 
@@ -138,7 +139,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that no settings of another family are given."""
         check_ranges(self, prefix="task.", ranges={BELOW_ONE: ("tool_failure",)})
-        for family in ("database", "ledger"):
+        for family in _FAMILIES if self.name in _FAMILIES else ():
             settings: DatabaseConfig | LedgerConfig = getattr(self, family)
             given = [field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)]
             if given and family != self.name:
@@ -146,3 +147,18 @@ class TaskConfig:
                     f"task.{family}.{given[0]} is given, and task.name is {self.name}: leave it out, because the "
                     f"settings of {family} have no effect"
                 )
+
+    @property
+    def min_calls(self) -> int:
+        """`database.min_calls`; task families of plugins that have no such setting of their own use it too."""
+        return self.database.min_calls
+
+    @property
+    def max_calls(self) -> int:
+        """`database.max_calls`; task families of plugins that have no such setting of their own use it too."""
+        return self.database.max_calls
+
+    @property
+    def demonstrator(self) -> DemonstratorConfig:
+        """`database.demonstrator`; task families of plugins that have no such setting of their own use it too."""
+        return self.database.demonstrator

@@ -78,7 +78,10 @@ class Grade:
 
 def has_method(value: object, name: str) -> bool:
     """Return whether an object of a plugin has a method of this name."""
-    return name in dir(value) and callable(getattr(value, name))
+    try:
+        return callable(getattr(value, name))
+    except AttributeError:
+        return False
 
 
 class Environment(Protocol):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral
 
 from moetrain.chat.messages import Message
 from moetrain.chat.tool_schema import ToolSpec
@@ -82,7 +83,10 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     owner = f"task.name={name}: {type(family).__name__}"
     if not has_method(family, "task"):
         raise ConfigError(f"{owner} has no method task: add it")
-    tools = family.tools if "tools" in dir(family) else None
+    try:
+        tools: object = family.tools
+    except AttributeError:
+        tools = None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, ToolSpec) for tool in tools):
         raise ConfigError(f"{owner}.tools is {_kind(tools)}: give a property that returns a list of ToolSpec")
     try:
@@ -90,15 +94,15 @@ def check_family(family: TaskFamily, *, name: str) -> None:
         prompt = task.prompt
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{owner}: its first task cannot be made: {type(error).__name__}: {error}") from error
-    except Exception as error:  # a plugin's code may raise anything
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
         _log.warning("%s: its first task cannot be made: %s: %s", owner, type(error).__name__, error)
         return
     made_by = f"{owner}.task returns {type(task).__name__}"
-    if not isinstance(prompt, list) or not all(isinstance(message, Message) for message in prompt):
+    if not isinstance(prompt, list | tuple) or not all(isinstance(message, Message) for message in prompt):
         raise ConfigError(f"{made_by}, whose prompt is {_kind(prompt)}: give a property that returns a list of Message")
     if not has_method(task, "environment"):
         raise ConfigError(f"{made_by}, which has no method environment: add it")
-    if isinstance(task, CountsCalls) and not isinstance(task.num_calls, int):
+    if isinstance(task, CountsCalls) and not isinstance(task.num_calls, Integral):
         kind = _kind(task.num_calls)
         raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int")
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def _planned(seconds: dict[str, float], kills: int) -> list[str]:
     """Return the stage of each kill, in the order of the stages: one each, and more in those that take more time."""
     counts = dict.fromkeys(seconds, 0)
     for _ in range(kills):
-        counts[min(seconds, key=lambda stage: (counts[stage] > 0, (1 + counts[stage]) / seconds[stage]))] += 1
+        counts[
+            min(seconds, key=lambda stage: (counts[stage] > 0, (1 + counts[stage]) / max(seconds[stage], _POLL_S)))
+        ] += 1
     return [stage for stage, count in counts.items() for _ in range(count)]
 
 
@@ -123,7 +126,7 @@ def _killed(run: _Run, stage: str, *, after_s: float, victim: str) -> None:
         run.unexpected.append(f"{log}: ended with {process.returncode} before it was killed in {stage}")
         return
     for pid in {"command": [process.pid], "stage": children, "all": [process.pid, *children]}[victim]:
-        if _is_running(pid):
+        with suppress(ProcessLookupError):  # children may end with the command
             os.kill(pid, signal.SIGKILL)
     run.landed[current] = run.landed.get(current, 0) + 1
     deadline = time.monotonic() + _ALL_ENDED_S

@@ -154,6 +154,7 @@ def test_reasoning_is_read_under_each_of_its_names(key: str) -> None:
         (calls(call("f", [])), "function.arguments of f holds list"),
         (calls(call("f", '{"a": NaN}')), "function.arguments of f holds str"),
         (calls(call("f", '{"a": [-Infinity]}')), "function.arguments of f holds str"),
+        (calls(call("f", '{"a": 1e999}')), "function.arguments of f holds str"),
         (calls(call("f", {"a": float("nan")})), "function.arguments of f hold NaN or an infinity"),
         ({"from": "function_call", "value": '{"name": "f", "arguments": {"a": NaN}}'}, "give JSON with name"),
         (calls(call("f", index=0)), "a tool call has the unknown key 'index'"),

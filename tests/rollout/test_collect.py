@@ -15,7 +15,7 @@ from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending
-from moetrain.rollout.world import make_task
+from moetrain.rollout.world import EnvironmentClient, make_task
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
 from tests.rollout.scripted import (
     ANSWER,
@@ -256,6 +256,53 @@ def test_the_environments_of_unfinished_trajectories_are_closed_and_their_thread
     made = [world for task in tasks for world in task.made]
     assert len(made) == 4
     assert all(world.is_closed for world in made)  # type: ignore[attr-defined]
+
+
+def test_a_close_that_is_interrupted_is_repeated(tokenizer: Tokenizer) -> None:
+    closings: list[str] = []
+
+    class Closing(World):
+        async def close(self) -> None:  # type: ignore[override]
+            closings.append("began")
+            await asyncio.sleep(0.05 if len(closings) == 1 else 0)
+            closings.append("ended")
+
+    async def act() -> None:
+        world = EnvironmentClient(WorldTask(make=Closing), 1, config=RolloutConfig())
+        await world.open()
+        first = asyncio.create_task(world.close())
+        await asyncio.sleep(0.02)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert closings == ["began"]
+        await world.close()
+        await world.close()
+
+    asyncio.run(act())
+    assert closings == ["began", "began", "ended"]
+
+
+def test_leaving_a_collector_does_not_wait_for_an_event_loop_that_is_blocked(tokenizer: Tokenizer) -> None:
+    released = threading.Event()
+
+    class Blocking(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            released.wait(20)  # a mistake of the plugin: it blocks all environments
+            return Observation(text="a stone")
+
+    collector = Collector(
+        generation=ScriptedGeneration(script_of(CALL), tokenizer),
+        family=WorldFamily(Blocking),
+        tokenizer=tokenizer,
+        config=RolloutConfig(max_tokens=4000, max_turn_tokens=500, environment_deadline_s=0.1),
+        on_finished=lambda request, trajectory: None,
+    )
+    with collector:
+        collector.submit([RolloutRequest(task_index=0, task=WorldTask(make=Blocking), sample=0, stream=0)])
+        looks = iter(range(3))
+        collector.run(lambda: next(looks) == 2)
+    assert not released.is_set()  # the context was left while the loop was blocked
+    released.set()
 
 
 def test_an_environment_that_is_made_too_late_is_closed(tokenizer: Tokenizer) -> None:

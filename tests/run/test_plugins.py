@@ -54,4 +54,5 @@ def test_a_plugin_imports_the_modules_beside_it(tmp_path: Path) -> None:
 def test_one_plugin_needs_no_brackets() -> None:
     for word in ("plugins=my task.py", "plugins='my task.py'", "plugins=['my task.py']"):
         assert compose("rl", [word]).plugins == ["my task.py"]
-    assert compose("rl", ["plugins=[a.py,b.py]"]).plugins == ["a.py", "b.py"]
+    for word in ("plugins=[a.py,b.py]", "plugins=a.py,b.py"):
+        assert compose("rl", [word]).plugins == ["a.py", "b.py"]

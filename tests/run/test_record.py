@@ -1,6 +1,7 @@
 """What a stage was made with: contents and values, not places, times or code."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,30 @@ def test_a_data_set_of_megatron_is_named_without_its_endings(tmp_path: Path) -> 
     assert len(difference(before, record(config, tmp_path / "run"))) == 1
 
 
+def test_a_record_of_a_version_that_hashed_all_files_of_a_stage_is_no_change(tmp_path: Path) -> None:
+    run, stage = tmp_path / "run", tmp_path / "pretrain"
+    run.mkdir(), (stage / "model").mkdir(parents=True)
+    for name in ("config.yaml", "model/a.safetensors", "made_by.json"):
+        (stage / name).write_text("one")
+    now = record({"init_from": str(stage)}, run)
+    assert now.files != now.older
+    older = replace(now, files=now.older)
+    assert difference(older, record({"init_from": str(stage)}, run)) == []
+    (stage / "model" / "a.safetensors").write_text("two")
+    assert len(difference(older, record({"init_from": str(stage)}, run))) == 1
+    assert set(now.stored()) == {"config", "files", "inputs"}
+
+
 def test_what_a_stage_notes_of_its_run_is_no_change_of_its_weights(tmp_path: Path) -> None:
     run, stage = tmp_path / "run", tmp_path / "pretrain"
-    run.mkdir(), stage.mkdir()
-    for name in ("config.yaml", "model.safetensors", "made_by.json", ".lock"):
+    run.mkdir(), (stage / "model").mkdir(parents=True)
+    for name in ("config.yaml", "model/a.safetensors", "made_by.json", ".lock"):
         (stage / name).write_text("one")
     before = record({"init_from": str(stage)}, run)
     (stage / "made_by.json").write_text("two")
     (stage / ".lock").write_text("two")
     assert difference(before, record({"init_from": str(stage)}, run)) == []
-    (stage / "model.safetensors").write_text("two")
+    (stage / "model" / "a.safetensors").write_text("two")
     assert len(difference(before, record({"init_from": str(stage)}, run))) == 1
 
 

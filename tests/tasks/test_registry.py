@@ -7,6 +7,7 @@ import pytest
 
 from moetrain.chat.messages import Message, Role
 from moetrain.errors import ConfigError
+from moetrain.tasks.protocol import InlineTask
 from moetrain.tasks.registry import check_family, register
 from tests.even_task import EvenFamily
 from tests.rollout.scripted import World, WorldFamily, WorldTask, play, words_tokenizer
@@ -57,6 +58,18 @@ def test_a_task_that_cannot_be_made_today_is_a_warning(caplog: pytest.LogCapture
     assert "task.name=own: Own: its first task cannot be made: ConnectionError: no free container" in caplog.text
 
 
+def test_an_environment_that_delegates_is_accepted() -> None:
+    class Proxy:
+        def __init__(self, stream: int) -> None:
+            self.inner = World(stream)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    (trajectory,) = play([WorldTask(make=Proxy)], words_tokenizer())
+    assert trajectory.reward == 1.0
+
+
 def test_families_that_work_are_accepted() -> None:
     check_family(EvenFamily(), name="even")
     check_family(WorldFamily(World), name="world")
@@ -66,5 +79,7 @@ def test_families_that_work_are_accepted() -> None:
 @pytest.mark.parametrize("name", ["call", "grade", "close"])
 def test_an_environment_without_a_method_is_named(name: str) -> None:
     lacking = type("Lacking", (World,), {name: None})
-    with pytest.raises(ConfigError, match=f"the environment Lacking has no method {name}: add it"):
-        play([WorldTask(make=lacking)], words_tokenizer())
+    inline = type("InlineWorldTask", (WorldTask, InlineTask), {})
+    for task in (WorldTask(make=lacking), inline(make=lacking)):
+        with pytest.raises(ConfigError, match=f"the environment Lacking has no method {name}: add it"):
+            play([task], words_tokenizer())
