@@ -15,7 +15,7 @@ from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending
-from moetrain.rollout.world import EnvironmentClient, make_task
+from moetrain.rollout.world import EnvironmentClient, Reactor, make_task
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
 from tests.rollout.scripted import (
     ANSWER,
@@ -282,27 +282,19 @@ def test_a_close_that_is_interrupted_is_repeated(tokenizer: Tokenizer) -> None:
     assert closings == ["began", "began", "ended"]
 
 
-def test_leaving_a_collector_does_not_wait_for_an_event_loop_that_is_blocked(tokenizer: Tokenizer) -> None:
-    released = threading.Event()
+def test_the_end_does_not_wait_for_an_event_loop_that_a_plugin_blocks() -> None:
+    released, ended = threading.Event(), threading.Event()
 
-    class Blocking(World):
-        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
-            released.wait(20)  # a mistake of the plugin: it blocks all environments
-            return Observation(text="a stone")
+    async def block() -> None:
+        released.wait(20)
+        ended.set()
 
-    collector = Collector(
-        generation=ScriptedGeneration(script_of(CALL), tokenizer),
-        family=WorldFamily(Blocking),
-        tokenizer=tokenizer,
-        config=RolloutConfig(max_tokens=4000, max_turn_tokens=500, environment_deadline_s=0.1),
-        on_finished=lambda request, trajectory: None,
-    )
-    with collector:
-        collector.submit([RolloutRequest(task_index=0, task=WorldTask(make=Blocking), sample=0, stream=0)])
-        looks = iter(range(3))
-        collector.run(lambda: next(looks) == 2)
-    assert not released.is_set()  # the context was left while the loop was blocked
+    with Reactor(end_limit_s=0.1) as reactor:
+        reactor.start(block(), tag="blocking")
+        reactor.cancel()
+    assert not ended.is_set()
     released.set()
+    assert ended.wait(10)
 
 
 def test_an_environment_that_is_made_too_late_is_closed(tokenizer: Tokenizer) -> None:
