@@ -1,7 +1,6 @@
 """`python -m moetrain`, the same as `moetrain`."""
 
-import sys
-
 from moetrain.cli.main import main
+from moetrain.runtime import leave
 
-sys.exit(main())
+leave(main())

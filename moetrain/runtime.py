@@ -3,6 +3,7 @@
 Every random draw is a function of (seed, name, index...), never of rank or order.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -10,7 +11,9 @@ import platform
 import random
 import signal
 import socket
-from typing import TYPE_CHECKING
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 from moetrain.errors import ConfigError
 
@@ -73,6 +76,21 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
         return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    A rank runs its exit functions and ends without taking the interpreter apart: a thread that is still inside torch's
+    C++ code would then end the process with SIGABRT, after all work is done.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def available_memory() -> int:

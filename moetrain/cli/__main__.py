@@ -1,7 +1,6 @@
 """Entry point of `python -m moetrain.cli`, the form in which torchrun and DeepSpeed's launcher start ranks."""
 
-import sys
-
 from moetrain.cli.main import main
+from moetrain.runtime import leave
 
-sys.exit(main())
+leave(main())
