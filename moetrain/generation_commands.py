@@ -7,7 +7,7 @@ from moetrain.config import StageRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
-from moetrain.ranges import COUNT, NOT_NEGATIVE, TEMPERATURE, check_ranges
+from moetrain.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.config import TaskConfig
 
@@ -149,30 +149,27 @@ class BenchRolloutRun(GenerationBenchRun):
             check_length(self.model, name="rollout.max_tokens", length=self.rollout.max_tokens)
 
 
+def _one_at_a_time() -> RolloutConfig:
+    return RolloutConfig(num_slots=1, temperature=0.0)
+
+
 @dataclass(kw_only=True)
 class BenchDraftsRun(StageRun):
     """Measure generation without drafts, with drafts of repeated tokens, and with those of the MTP module too."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     """Held-out tasks that the weights of init_from are given."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Limits of the trajectories. temperature and at_once replace rollout.temperature and rollout.num_slots."""
+    rollout: RolloutConfig = field(default_factory=_one_at_a_time)
+    """Limits and sampling of the trajectories, and how many are generated at the same time (num_slots): by default one,
+    greedy."""
     episodes: int = 32
     """Number of tasks."""
-    at_once: int = 1
-    """Trajectories that are generated at the same time."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
     repetitions: int = 5
     """Turns per kind of draft. Speed ratios are computed per turn."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(
-            self,
-            prefix="",
-            ranges={COUNT: ("episodes", "at_once", "repetitions"), TEMPERATURE: ("temperature",)},
-        )
+        check_ranges(self, prefix="", ranges={COUNT: ("episodes", "repetitions")})
 
 
 @dataclass(kw_only=True)

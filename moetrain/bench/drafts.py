@@ -6,8 +6,9 @@ counted.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -17,12 +18,13 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import BoundError
 from moetrain.generation_commands import BenchDraftsRun
 from moetrain.inference.native import NativeModel
-from moetrain.inference.protocol import Model
+from moetrain.inference.protocol import Counts, Model
 from moetrain.inference.speculation import Speculation
 from moetrain.log import progress
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.engine import make_generation
 from moetrain.rollout.types import Trajectory
+from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 
@@ -49,19 +51,27 @@ def bench_drafts(
     with progress((run.repetitions + 1) * len(contestants), "bench drafts") as advance:
         for repetition in range(run.repetitions + 1):  # the first one warms up
             for contestant in contestants:
-                play = _player(run, contestant, family=family, tokenizer=tokenizer)
+                config = replace(run.rollout, speculation=contestant.speculation)
+                generation = make_generation(contestant.model, config, num_sequences=run.episodes)
                 began = time.perf_counter()
-                trajectories, counts = play()
+                trajectories = collect(
+                    _requests(run, family),
+                    generation=generation,
+                    family=family,
+                    tokenizer=tokenizer,
+                    config=config,
+                    declare_tools=run.task.declare_tools,
+                    policy=run.task.context,
+                )
                 taken = time.perf_counter() - began
                 expected = trajectories if expected is None else expected
-                num_changed = sum(
-                    one.segments != other.segments for one, other in zip(trajectories, expected, strict=True)
-                )
+                pairs = zip(trajectories, expected, strict=True)
+                num_changed = sum(one.segments != other.segments for one, other in pairs)
                 if num_changed and isinstance(contestant.model, NativeModel):
                     raise BoundError(f"{contestant.name} generates other tokens than {contestants[0].name}")
                 if repetition:
                     seconds[contestant.name].append(taken)
-                rows[contestant.name] = {**counts, "changed": num_changed}
+                rows[contestant.name] = {**_counts(generation.counts), "changed": num_changed}
                 advance(contestant.name)
     assert expected is not None
     num_tokens = sum(trajectory.num_sampled for trajectory in expected)
@@ -80,38 +90,20 @@ def bench_drafts(
     }
 
 
-def _player(
-    run: BenchDraftsRun, contestant: Contestant, *, family: TaskFamily, tokenizer: Tokenizer
-) -> Callable[[], tuple[list[Trajectory], dict[str, int]]]:
-    """Return a function that plays the tasks, `run.at_once` at a time, and returns trajectories and counts."""
-    config = replace(
-        run.rollout, temperature=run.temperature, num_slots=run.at_once, speculation=contestant.speculation
-    )
-    generation = make_generation(contestant.model, config, num_sequences=run.at_once)
-    requests = [
+def _requests(run: BenchDraftsRun, family: TaskFamily) -> list[RolloutRequest]:
+    return [
         RolloutRequest(
             task_index=index,
-            task=family.task(Split.held_out, index),
+            task=make_task(partial(family.task, Split.held_out, index)),
             sample=0,
             stream=seed_of(run.run.seed, "bench drafts", index),
         )
         for index in range(run.episodes)
     ]
 
-    def play() -> tuple[list[Trajectory], dict[str, int]]:
-        trajectories = collect(
-            requests,
-            generation=generation,
-            family=family,
-            tokenizer=tokenizer,
-            config=config,
-            declare_tools=run.task.declare_tools,
-            policy=run.task.context,
-        )
-        counts = generation.counts
-        return trajectories, {"drafts": counts.num_drafts, "drafted": counts.num_drafted, "right": counts.num_right}
 
-    return play
+def _counts(counts: Counts) -> dict[str, int]:
+    return {"drafts": counts.num_drafts, "drafted": counts.num_drafted, "right": counts.num_right}
 
 
 def render(report: Mapping[str, Any]) -> Iterator[Table]:

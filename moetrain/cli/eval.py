@@ -9,6 +9,7 @@ from rich.table import Table
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
+from moetrain.report.table import NONE, rate_text
 from moetrain.rollout.config import RolloutConfig
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
@@ -60,19 +61,13 @@ def main(run: EvalRun) -> int:
 
 def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:
     """Print the results: success and reward by mode, and the loss by source."""
-    table = Table("mode", "solved", "of", "%", "95 % interval", "mean reward", title=str(folder), title_justify="left")
+    table = Table("mode", "% solved, 95 % interval", "tasks", "mean reward", title=str(folder), title_justify="left")
     for name, summary in numbers["modes"].items():
-        rate, reward = summary["all"], summary.get("reward")  # an older version began the evaluation without it
-        if rate["count"]:
-            solved, share = round(rate["value"] * rate["count"]), f"{100 * rate['value']:.1f}"
-            interval = f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}"
-            table.add_row(
-                name, str(solved), str(rate["count"]), share, interval, "-" if reward is None else f"{reward:.3f}"
-            )
-        else:
-            table.add_row(name, "-", "0", "-", "-", "-")
+        reward = summary.get("reward")  # an evaluation that an older version began has none
+        mean = NONE if reward is None else f"{reward:.3f}"
+        table.add_row(name, rate_text(summary["all"]), str(summary["all"]["count"]), mean)
     for source, nats in numbers["language"].items():
-        table.add_row(f"{source}, nats per character", *["-"] * 4, "-" if nats is None else f"{nats:.4f}")
+        table.add_row(f"{source}, nats per character", NONE if nats is None else f"{nats:.4f}", "", "")
     Console().print(table)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
-from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
@@ -153,10 +152,12 @@ def _check_tokenizer(run: StageRun, weights: str, earlier: Sequence[StageRun]) -
                 )
         if weights_tokenizer is not None:
             _check_prepared(run, weights, tokenizer=weights_tokenizer, earlier=earlier)
-    if isinstance(weights_tokenizer, DocumentRun | PrepareRun) and needs_chat(run) and keeps_tokenizer(run):
-        _check_template(run, weights, tokenizer=weights_tokenizer)
-    if isinstance(weights_tokenizer, Path) and needs_chat(run) and keeps_tokenizer(run):
+    if weights_tokenizer is None or not needs_chat(run) or not keeps_tokenizer(run):
+        return
+    if isinstance(weights_tokenizer, Path):
         stage_template(run, Tokenizer.load(weights_tokenizer)).check_chat()
+    elif isinstance(run, DocumentRun):
+        _check_template(run, weights, trained=weights_tokenizer.data.tokenizer)
 
 
 def _check_prepared(run: DocumentRun, weights: str, *, tokenizer: _Tokenizer, earlier: Sequence[StageRun]) -> None:
@@ -171,20 +172,17 @@ def _check_prepared(run: DocumentRun, weights: str, *, tokenizer: _Tokenizer, ea
                 )
 
 
-def _check_template(run: StageRun, weights: str, *, tokenizer: DocumentRun | PrepareRun) -> None:
+def _check_template(run: DocumentRun, weights: str, *, trained: TokenizerConfig) -> None:
     """Raise ConfigError if a tokenizer that a stage will train has no room for the tokens of another chat template."""
-    own = run.data.tokenizer if isinstance(run, DocumentRun) else TokenizerConfig()
-    trained = tokenizer.data.tokenizer
-    names = [KIMI_K2.name if name == AUTO else name for name in (own.template, trained.template)]
-    if own.template == AUTO or names[0] == names[1] or not isinstance(run, DocumentRun):
+    wanted, given = run.data.tokenizer.template, template_named(trained.template)
+    if wanted == AUTO:
         return
-    wanted, given = [set(template_named(name).special_tokens) for name in names]
+    more = set(template_named(wanted).special_tokens) - set(given.special_tokens)
     num_rows = run.model.vocab_size
-    if num_rows - (trained.vocab_size or num_rows) < len(wanted - given):
+    if num_rows - (trained.vocab_size or num_rows) < len(more):
         raise ConfigError(
-            f"data.tokenizer.template is {own.template}, and the tokenizer of {weights} is trained for {names[1]}, "
-            f"with no rows left for {len(wanted - given)} more tokens: give data.tokenizer.template={own.template} to "
-            "the stage that trains the tokenizer"
+            f"data.tokenizer.template is {wanted}, and the tokenizer of {weights} is trained for {given.name}, with no "
+            f"rows left for {len(more)} more tokens: give data.tokenizer.template={wanted} to the stage that trains it"
         )
 
 

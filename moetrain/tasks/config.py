@@ -1,6 +1,6 @@
 """Config of the tasks: family, difficulty, and mistakes of the demonstrator. Does not import torch."""
 
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from moetrain.chat.context import ContextPolicy
@@ -11,7 +11,6 @@ SHORTEST_CHAIN = 8
 """Fewest calls of a ledger task: every number of calls from here on can be drawn."""
 LONGEST_CHAIN = 5000
 """Most calls of a ledger task: there are 6,760 keys of orders."""
-_FAMILIES = ("database", "ledger")
 _MOST_ACCOUNTS = 16  # their names begin with different letters
 _FEWEST_ACCOUNTS = 4  # with fewer, an order may have no accounts whose new balances have two digits
 
@@ -111,8 +110,7 @@ class LedgerConfig:
             raise ConfigError(f"task.ledger.accounts is {self.accounts}: give {_FEWEST_ACCOUNTS} to {_MOST_ACCOUNTS}")
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+_FAMILIES = {"database": DatabaseConfig, "ledger": LedgerConfig}
 
 
 @dataclass(kw_only=True)
@@ -140,8 +138,8 @@ class TaskConfig:
         """Check ranges, and that no settings of another family are given."""
         check_ranges(self, prefix="task.", ranges={BELOW_ONE: ("tool_failure",)})
         for family in _FAMILIES if self.name in _FAMILIES else ():
-            settings: DatabaseConfig | LedgerConfig = getattr(self, family)
-            given = [field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)]
+            settings = vars(getattr(self, family))
+            given = [name for name, value in vars(_FAMILIES[family]()).items() if settings[name] != value]
             if given and family != self.name:
                 raise ConfigError(
                     f"task.{family}.{given[0]} is given, and task.name is {self.name}: leave it out, because the "

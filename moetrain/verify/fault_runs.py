@@ -151,11 +151,15 @@ def begin(
 
 def environment_of(plan: Plan) -> dict[str, str]:
     """Return the environment variables of an attempt, with `plan` as JSON."""
+    return base_environment() | {"OMP_NUM_THREADS": "1", VARIABLE: json.dumps(asdict(plan))}
+
+
+def base_environment() -> dict[str, str]:
+    """Return this process's environment variables without those of a launcher; Python finds this package."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, VARIABLE: json.dumps(asdict(plan))}
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launchers} | own
+    return {name: value for name, value in os.environ.items() if name not in launchers} | {"PYTHONPATH": path}
 
 
 def pause() -> None:

@@ -50,12 +50,10 @@ class _Run:
         words = ["run", f"recipe={self.recipe}", f"folder={self.folder / name}", "name=recipe", "wandb.mode=disabled"]
         log = self.folder / f"{name}.attempt_{self.attempts:03d}.log"
         self.attempts += 1
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "moetrain.cli", *words],
-                env={**os.environ, "PYTHONPATH": path},
+                env=fault_runs.base_environment(),
                 stdout=file,
                 stderr=file,
                 start_new_session=True,

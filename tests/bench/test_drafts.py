@@ -17,7 +17,7 @@ from moetrain.rollout.config import RolloutConfig
 from tests.even_task import MODEL, EvenFamily, even_tokenizer
 
 RUN = BenchDraftsRun(
-    episodes=3, repetitions=1, rollout=RolloutConfig(max_tokens=80, max_turn_tokens=60, max_turns=2), temperature=1.0
+    episodes=3, repetitions=1, rollout=RolloutConfig(num_slots=1, max_tokens=80, max_turn_tokens=60, max_turns=2)
 )
 
 
@@ -72,6 +72,6 @@ def test_trajectories_that_the_order_of_sums_changed_are_counted() -> None:
 
 
 def test_counts_out_of_range_are_named() -> None:
-    for name in ("episodes", "at_once", "repetitions"):
+    for name in ("episodes", "repetitions"):
         with pytest.raises(ConfigError, match=f"{name} is 0"):
             BenchDraftsRun(**{name: 0})  # type: ignore[arg-type]
