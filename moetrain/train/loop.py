@@ -119,7 +119,7 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
     if begins and training.initial_metrics:
         record(step, training.initial_metrics)
     last = start_point.first_step + config.steps
-    shown = progress(last, folder.name, completed=step) if is_main else nullcontext(_ignore)
+    shown = progress(last, str(folder), completed=step) if is_main else nullcontext(_ignore)
     retention = Retention(newest=config.keep_checkpoints, every=config.keep_every)
     saver = Saver(engine.topology, checkpoints, retention=retention)
     note = ProgressNote(headline=training.headline, device=engine.topology.device)

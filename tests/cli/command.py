@@ -9,9 +9,15 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def moetrain(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `moetrain words...` in a folder and return what it printed and its exit code."""
+def moetrain(*words: str, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `moetrain words...` in a folder and return what it printed and its exit code. variables: environment."""
     command = [sys.executable, "-m", "moetrain.cli", *words]
     return subprocess.run(
-        command, cwd=folder or ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=900
+        command,
+        cwd=folder or ROOT,
+        env=ENVIRONMENT | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )

@@ -126,6 +126,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     _assert_equal_runs(whole, stopped)
 
 
+def test_a_progress_line_names_the_folder_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        _run(tmp_path / "mine" / "sft")
+    assert caplog.messages[-1].startswith(f"{tmp_path / 'mine' / 'sft'} {STEPS}/{STEPS} loss ")
+
+
 def test_a_checkpoint_of_one_engine_is_continued_by_the_other(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     _run(whole)
