@@ -160,3 +160,20 @@ def _messages(record: Record, column: str) -> Chat:
 
 
 _FORMATS: dict[str, Format] = {"text": _text, "messages": _messages}
+
+
+def without_nulls(record: Record) -> Record:
+    """Return a row of Arrow without the keys that are null in the objects inside its columns.
+
+    Arrow fits one schema to all rows, so each object gains, as nulls, the keys of the same object in other rows. They
+    cannot be told apart from nulls that the author wrote.
+    """
+    return {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

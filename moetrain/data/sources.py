@@ -22,7 +22,8 @@ from typing import Any
 from moetrain.chat.template import ChatTemplate
 from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import json_records, text_lines
-from moetrain.data.formats import Document, Record, document_of, format_named, text_document
+from moetrain.data.formats import Document, Record, document_of, format_named, text_document, without_nulls
+from moetrain.data.hub import hub_records
 from moetrain.data.maths import maths_problems
 from moetrain.data.stdlib import stdlib_code, stdlib_english
 from moetrain.errors import ConfigError, DataError
@@ -228,76 +229,17 @@ def parquet_records(
         # Small batches, because rows may be long.
         for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=list(groups), columns=columns):
             for record in batch.to_pylist():
-                yield f"{path} row {number}", _columns(record)
+                yield f"{path} row {number}", without_nulls(record)
                 number += 1
 
 
 def _hub(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    records = _records(_load(config, streaming=config.max_characters is not None), config)
     num_characters = 0
-    for document in documents_of(records, config, errors=errors):
+    for document in documents_of(hub_records(config), config, errors=errors):
         num_characters += len(document.text)
         if config.max_characters is not None and num_characters > config.max_characters:
             return
         yield document
-
-
-def hub_parts(config: SourceConfig) -> int:
-    """Return the number of parts in which a hub data set can be streamed. Raises DataError that names the data set."""
-    return int(_load(config, streaming=True).num_shards)
-
-
-def hub_documents(config: SourceConfig, *, part: int, num_parts: int, errors: list[str]) -> Iterator[Document]:
-    """Stream one part of a hub data set. Raises DataError that names the data set."""
-    part_of = _load(config, streaming=True).shard(num_shards=num_parts, index=part)
-    return documents_of(_records(part_of, config), config, errors=errors)
-
-
-@contextmanager
-def _loading(config: SourceConfig) -> Iterator[None]:
-    import datasets  # imported here, because it takes two seconds and only hub sources use it
-    import pyarrow
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below contains its messages
-    datasets.disable_progress_bars()
-    try:
-        yield
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{config.path} cannot be read: {lines[0]}") from error
-
-
-def _load(config: SourceConfig, *, streaming: bool) -> Any:
-    """Return the data set of `datasets`; a name is "owner/name", or "owner/name:configuration"."""
-    assert config.path is not None  # SourceConfig checks it
-    name, _, subset = config.path.partition(":")
-    with _loading(config):
-        import datasets
-
-        return datasets.load_dataset(name, name=subset or None, split=config.split, streaming=streaming)
-
-
-def _records(records: Iterable[Record], config: SourceConfig) -> Iterator[tuple[str, Record]]:
-    with _loading(config):
-        for number, record in enumerate(records):
-            yield f"{config.path} row {number}", _columns(record)
-
-
-def _columns(record: Record) -> Record:
-    """Return an Arrow row without the keys that are null in the objects inside its columns.
-
-    Arrow fits one schema to all rows, so each object gains, as nulls, the keys of the same object in other rows. They
-    cannot be told apart from nulls that the author wrote.
-    """
-    return {key: _without_nulls(value) for key, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def documents_of(

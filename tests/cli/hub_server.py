@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 NAME = "owner/name"
-_REVISION = "a" * 40
+REVISION = "a" * 40
 _API, _FILES = f"/api/datasets/{NAME}/", f"/datasets/{NAME}/resolve/"
 
 
 @contextmanager
-def hub(files: Mapping[str, bytes], *, gated: bool = False) -> Iterator[tuple[str, list[str]]]:
+def hub(
+    files: Mapping[str, bytes], *, gated: bool = False, revision: str = REVISION
+) -> Iterator[tuple[str, list[str]]]:
     """Serve `files` (content by path) as the data set `owner/name`. Yields the address and the requests so far.
 
     gated: every file requires an account.
@@ -22,7 +24,7 @@ def hub(files: Mapping[str, bytes], *, gated: bool = False) -> Iterator[tuple[st
     requests: list[str] = []
 
     class Handler(_Handler):
-        content, is_gated, seen = files, gated, requests
+        content, is_gated, seen, commit = files, gated, requests, revision
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -40,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
     content: Mapping[str, bytes]
     is_gated: bool
     seen: list[str]
+    commit: str
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -57,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._tree(path.removeprefix(f"{_API}tree/").partition("/")[2])
         elif path.startswith(_API):
             siblings = [{"rfilename": name} for name in self.content]
-            self._json({"id": NAME, "sha": _REVISION, "siblings": siblings})
+            self._json({"id": NAME, "sha": self.commit, "siblings": siblings})
         elif path.startswith(_FILES):
             self._file(path.removeprefix(_FILES).partition("/")[2], with_body=with_body)
         else:
@@ -67,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = f"{folder}/" if folder else ""
         below = [name for name in self.content if name.startswith(start)]
         folders = {start + name.removeprefix(start).split("/")[0] for name in below} - set(below)
-        entries = [{"type": "directory", "path": name, "size": 0, "oid": _REVISION} for name in sorted(folders)]
+        entries = [{"type": "directory", "path": name, "size": 0, "oid": REVISION} for name in sorted(folders)]
         for name in below:
             if "/" not in name.removeprefix(start):
                 size = len(self.content[name])
@@ -81,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"x-error-code": "EntryNotFound"})
         else:
             body, code = self.content[name], 200
-            headers = {"etag": f'"{_digest(body)}"', "x-repo-commit": _REVISION, "accept-ranges": "bytes"}
+            headers = {"etag": f'"{_digest(body)}"', "x-repo-commit": self.commit, "accept-ranges": "bytes"}
             if asked := self.headers.get("range"):
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 span = range(int(first), min(int(last or len(body)), len(body) - 1) + 1)

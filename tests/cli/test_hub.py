@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moetrain.data.maths import maths_problems
 from tests.cli.command import moetrain
-from tests.cli.hub_server import hub
+from tests.cli.hub_server import REVISION, hub
 
 TEXTS = list(maths_problems(seed=1, num_documents=120))
 
@@ -37,7 +37,10 @@ def test_a_data_set_of_the_hub_is_streamed_to_the_tokens_of_its_files(tmp_path: 
     with hub(files) as (address, requests):
         run = moetrain(*words, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
     assert run.returncode == 0, run.stderr
-    assert "GET /datasets/owner/name/resolve/" + "a" * 40 + "/data/train-1.jsonl" in requests
+    assert f"GET /datasets/owner/name/resolve/{REVISION}/data/train-1.jsonl" in requests
+    with hub(files, revision="b" * 40) as (address, _):  # somebody uploaded to the data set
+        run = moetrain(*words, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
+    assert run.returncode == 2 and "was prepared with another content of the data set" in run.stderr
     words = ["prepare", "data.sources.web.kind=jsonl", "run.name=files", *_words(tmp_path, str(tmp_path / "data"))]
     assert moetrain(*words).returncode == 0
     assert _tokens(tmp_path, "hub") == _tokens(tmp_path, "files") != b""

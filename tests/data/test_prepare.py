@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,29 @@ def test_a_stopped_preparation_resumes_to_the_same_bytes(tokenizer: Tokenizer, t
     done = {name: value.stat().st_mtime_ns for name in ("tokens-00000.bin",) if (value := folder / name).exists()}
     (folder / ".tokens-00007.bin.123.tmp").write_bytes(b"left by a killed process")
     path.write_bytes(good)
+    os.utime(path, (0, 0))
     prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
     assert done == {name: (folder / name).stat().st_mtime_ns for name in done} != {}
+
+
+def test_a_file_that_was_modified_meanwhile_is_read_again(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", [*TEXTS, "last"])
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + b"???")
+    with pytest.raises(DataError, match="is not JSON"):
+        prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    path.write_bytes(good.replace(TEXTS[0][:9].encode(), b"X" * 9))  # the first shard is done, and the size is the same
+    prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    prepared(path, tmp_path / "whole", tokenizer=tokenizer)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+    assert "was modified after that" not in caplog.text
+    later = (tmp_path / "whole" / "web" / "index.json").stat().st_mtime + 1
+    os.utime(path, (later, later))
+    prepared(path, tmp_path / "whole", tokenizer=tokenizer)
+    assert f"{path} was modified after that: if its content is another one, give another run.name" in caplog.text
 
 
 def test_a_finished_folder_is_kept_and_one_of_other_input_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

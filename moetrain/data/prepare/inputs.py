@@ -12,11 +12,10 @@ from pathlib import Path
 from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind, Unreadable
 from moetrain.data.files import is_compressed, json_records
 from moetrain.data.formats import Document
+from moetrain.data.hub import HubPart, hub_parts, part_records
 from moetrain.data.sources import (
     all_documents,
     documents_of,
-    hub_documents,
-    hub_parts,
     local_files,
     parquet_groups,
     parquet_records,
@@ -40,15 +39,23 @@ class Unit:
     end: int | None = None
     file_bytes: int | None = None
     """Bytes of the whole file, for a part of it: where lines start depends on all bytes before."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+
+    def changed_after(self, written: Path) -> bool:
+        """Return whether the unit's file was modified after the file `written`."""
+        return self.path is not None and Path(self.path).stat().st_mtime_ns > written.stat().st_mtime_ns
 
 
 def units_of(config: SourceConfig, *, shard_bytes: int) -> list[Unit]:
     """Return the units of a source, in order. Raises DataError that names what cannot be read."""
     if config.kind is SourceKind.hub:
-        parts = hub_parts(config)
         if config.max_characters is not None:  # one process counts the characters
-            return [Unit(size=shard_bytes, begin=0, end=None)]
-        return [Unit(size=shard_bytes, begin=part, end=parts) for part in range(parts)]
+            return [Unit(size=shard_bytes)]
+        return [
+            Unit(size=shard_bytes, begin=part.number, end=part.num_parts, revision=part.revision)
+            for part in hub_parts(config)
+        ]
     if config.path is None:
         return [Unit(size=shard_bytes)]
     return [unit for path in local_files(config) for unit in _of_file(path, config, shard_bytes=shard_bytes)]
@@ -105,7 +112,8 @@ def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> It
     errors: gets the error of each record that `config.unreadable` drops.
     """
     if config.kind is SourceKind.hub and unit.end is not None:
-        yield from hub_documents(config, part=unit.begin, num_parts=unit.end, errors=errors)
+        part = HubPart(number=unit.begin, num_parts=unit.end, revision=unit.revision)
+        yield from documents_of(part_records(config, part), config, errors=errors)
     elif unit.path is None:
         yield from all_documents(config, errors=errors)
     elif config.kind is SourceKind.text:

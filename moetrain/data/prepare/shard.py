@@ -58,7 +58,9 @@ class Shard:
     @property
     def is_done(self) -> bool:
         """Return whether the shard has been written, of the same input and settings."""
-        return read_json_or_empty(self.work(".json")).get("made_of") == self.made_of
+        result = self.work(".json")
+        is_same = read_json_or_empty(result).get("made_of") == self.made_of
+        return is_same and not any(unit.changed_after(result) for unit in self.units)
 
 
 @dataclass(kw_only=True)

@@ -72,6 +72,8 @@ def prepare_source(name: str, folder: Path, *, preparation: Preparation) -> Inde
             index = read_index(folder)
             check_sizes(folder, index)
             _log.info("data.sources.%s: %s is prepared already", name, folder)
+            if changed := [unit.path for unit in units if unit.changed_after(folder / INDEX)]:
+                _log.warning("%s was modified after that: if its content is another one, %s", changed[0], _AGAIN)
         else:
             index = _prepare(name, folder, units=units, preparation=preparation)
         _remove_work(folder, index)
@@ -155,7 +157,8 @@ def _check_request(folder: Path, request: dict[str, Any]) -> None:
             earlier = {(unit["path"], unit["begin"]): unit for unit in before.get(key) or []}
             now = {(unit["path"], unit["begin"]): unit for unit in value}
             places = [place for place in {**earlier, **now} if earlier.get(place) != now.get(place)]
-            what = f"another content of {places[0][0]}" if places else "its files in another order"
+            content = f"another content of {places[0][0] or 'the data set'}" if places else ""
+            what = content or "its files in another order"
         raise DataError(f"{folder} was prepared with {what}: {_AGAIN}")
 
 
