@@ -3,6 +3,7 @@
 NaN, infinity and whole numbers beyond 64 bits are always rejected.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,19 @@ def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[s
             numbers = value if isinstance(value, list) else [] if value is None else [value]
             if not all(_is_representable(number) and allowed.fits(number) for number in numbers):
                 raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}")
+
+
+def check_unused(section: Any, *, prefix: str, fields: Sequence[str], reason: str) -> None:
+    """Raise `ConfigError` for the first of `fields` that differs from its default, although nothing reads it.
+
+    reason: what makes it unread, such as "optim.name is adamw".
+    """
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name in fields and value != field.default:
+            raise ConfigError(
+                f"{prefix}{field.name} is {value} and has no effect, because {reason}: remove one of them"
+            )
 
 
 def _is_representable(number: float) -> bool:

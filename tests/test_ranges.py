@@ -79,3 +79,23 @@ def test_what_is_no_single_number_is_named_too(command: str, override: str, mess
         compose(command, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "choice"),
+    [
+        ("optim.momentum=0.9", "optim.name=adamw"),
+        ("optim.newton_schulz=hybrid_8_2", "optim.name=adamw"),
+        ("optim.schedule.decay_fraction=0.2", "optim.schedule.name=cosine"),
+        ("optim.schedule.decay_shape=cosine", "optim.schedule.name=constant"),
+        ("optim.schedule.final_ratio=0.2", "optim.schedule.name=constant"),
+    ],
+)
+def test_a_setting_that_another_setting_makes_useless_is_refused(override: str, choice: str) -> None:
+    field, _, value = override.partition("=")
+    compose("pretrain", [override])
+    compose("pretrain", [choice])
+    with pytest.raises(
+        ConfigError, match=f"^{field} is {value} and has no effect, because {choice.replace('=', ' is ')}:"
+    ):
+        compose("pretrain", [override, choice])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moetrain.errors import ConfigError
-from moetrain.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
+from moetrain.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges, check_unused
 
 
 class OptimizerName(StrEnum):
@@ -58,6 +58,13 @@ class ScheduleConfig:
         """Check ranges."""
         shares = ("initial_ratio", "decay_fraction", "final_ratio")
         check_ranges(self, prefix="optim.schedule.", ranges={NOT_NEGATIVE: ("warmup_steps",), SHARE: shares})
+        unused = {
+            ScheduleName.wsd: (),
+            ScheduleName.cosine: ("decay_fraction", "decay_shape"),
+            ScheduleName.constant: ("decay_fraction", "decay_shape", "final_ratio"),
+        }[self.name]
+        reason = f"optim.schedule.name is {self.name}"
+        check_unused(self, prefix="optim.schedule.", fields=unused, reason=reason)
 
 
 @dataclass(kw_only=True)
@@ -97,6 +104,9 @@ class OptimConfig:
                 BELOW_ONE: ("momentum", "betas"),
             },
         )
+        if self.name is OptimizerName.adamw:
+            unused = ("momentum", "newton_schulz")
+            check_unused(self, prefix="optim.", fields=unused, reason=f"optim.name is {self.name}")
         if self.qk_clip is not None and not self.qk_clip > 0:
             raise ConfigError(f"optim.qk_clip is {self.qk_clip}: give a positive logit such as 100, or null (off)")
         if len(self.betas) != 2:
