@@ -91,6 +91,10 @@ def weight_files(path: Path) -> list[str]:
         for file in files:
             if not (path / file).is_file():
                 raise CheckpointError(f"{path / file}: the file is missing, and {INDEX_FILE} names it: copy it there")
+        if SINGLE_FILE not in files and (path / SINGLE_FILE).is_file():
+            raise CheckpointError(
+                f"{path}: {SINGLE_FILE} is not one of the files that {INDEX_FILE} names: remove the file or the index"
+            )
     elif (path / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     else:

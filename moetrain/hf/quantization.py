@@ -62,7 +62,10 @@ def quantization_of(values: Mapping[str, Any]) -> Quantization | None:
     values: content of config.json; the section is at its top or under `text_config`. Raises CheckpointError for a
     method or a setting that is not read.
     """
-    stated = text_config(values).get(KEY) or values.get(KEY)
+    inner, outer = text_config(values).get(KEY), values.get(KEY)
+    if inner and outer and inner != outer:
+        raise CheckpointError(f"config.json: {KEY} differs at the top and in text_config: remove one of them")
+    stated = inner or outer
     if not stated:
         return None
     if not isinstance(stated, Mapping):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.hf.rope import read_rope
 from moetrain.model.config import ModelConfig, ScoreFunction, YarnConfig
 from moetrain.model.gate_scale import routed_scaling_factor
 
@@ -43,17 +44,16 @@ _REQUIRED_VALUES = {
     "topk_method": "noaux_tc",
 }
 _ABSENT_IF_NULL = ("topk_method", "scoring_func", "rope_interleave", "num_key_value_heads", _MTP)
-_YARN_NUMBERS = (
-    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim"),
-)
 _OPTIONAL = ("initializer_range", _MTP)
-_MAY_BE_NULL = ("q_lora_rank", "routed_scaling_factor")
+_MAY_BE_NULL = ("q_lora_rank",)
+_SWITCHES = ("norm_topk_prob",)
 _FRACTIONS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
 _MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 _WRAPPERS = ("kimi_k25",)
-"""Model types whose config has the language model's under `text_config`, beside that of an image encoder."""
+"""Model types whose config must have the language model's under `text_config`, beside that of an image encoder."""
+_MOST = {"num_hidden_layers": 1024, _MTP: 1024, "n_routed_experts": 8192}
+"""Largest numbers that are read: each layer and expert has names, and a damaged number would take hours."""
 _TEXT_CONFIG = "text_config"
 
 
@@ -134,27 +134,23 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"config.json: scoring_func is {values['scoring_func']!r}: give one of {', '.join(ScoreFunction)}"
         ) from error
-    scaling = values.get("rope_scaling") or {}
-    rope = values.get("rope_parameters") or scaling
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"config.json: the rope parameters are {rope!r}: give an object with rope_theta")
-    rope = {"rope_theta": values.get("rope_theta", 10000.0), **rope}
-    numbers = {theirs: values.get(theirs) for theirs in _FIELDS.values()}
-    whole = {name for name in numbers if name not in _FRACTIONS}
-    numbers |= {name: rope.get(name) for name in ("rope_theta", *_YARN_NUMBERS)}
-    for name, value in numbers.items():
-        if not isinstance(value, int | float | None):
+    for name in _FIELDS.values():
+        value = values.get(name)
+        if name in _SWITCHES and not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {name} is {value!r}: give true or false")
+        if name not in _SWITCHES and (isinstance(value, bool) or not isinstance(value, int | float | None)):
             raise CheckpointError(f"config.json: {name} is {value!r}: give a number")
-        if isinstance(value, float) and name in whole:
+        if isinstance(value, float) and name not in _FRACTIONS:
             raise CheckpointError(f"config.json: {name} is {value!r}: give a whole number")
+        if name in _MOST and (value or 0) > _MOST[name]:
+            raise CheckpointError(f"config.json: {name} is {value}: give at most {_MOST[name]}")
     fields = {ours: values[theirs] for ours, theirs in _FIELDS.items() if theirs in values}
     nulls = [theirs for ours, theirs in _FIELDS.items() if values.get(theirs, 0) is None and ours not in _MAY_BE_NULL]
     if nulls:
         raise CheckpointError(f"config.json: {nulls[0]} is null: give a number")
+    theta, yarn = read_rope(values)
     try:
-        return ModelConfig(
-            **fields, score_function=score_function, rope_theta=float(rope["rope_theta"]), yarn=_yarn_of(rope)
-        )
+        return ModelConfig(**fields, score_function=score_function, rope_theta=theta, yarn=yarn)
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from error
 
@@ -166,9 +162,10 @@ def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json holds a {type(values).__name__}: give an object with the model's fields")
-    if values.get("model_type") not in _WRAPPERS:
-        return values
     inner = values.get(_TEXT_CONFIG)
+    is_known = isinstance(inner, Mapping) and inner.get("model_type") in _MODEL_TYPES and "hidden_size" not in values
+    if values.get("model_type") not in _WRAPPERS and not is_known:
+        return values
     if not isinstance(inner, Mapping):
         raise CheckpointError(
             f"config.json: {_TEXT_CONFIG} is {inner!r}: a model of model_type {values['model_type']} has the fields of "
@@ -180,33 +177,14 @@ def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_architecture(values: Mapping[str, Any]) -> None:
     """Raise CheckpointError when the file names an architecture that this package does not compute."""
     architectures, model_type = values.get("architectures"), values.get("model_type")
+    named, is_known = _ARCHITECTURE, True
     if architectures:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else str(architectures)
         is_known = named == _ARCHITECTURE
-    else:
+    if is_known:
         named, is_known = f"of model_type {model_type}", model_type is None or model_type in _MODEL_TYPES
     if not is_known:
         raise CheckpointError(
             f"config.json: architecture {named} is not supported; moetrain reads {_ARCHITECTURE} "
             "(DeepSeek-V3, Kimi K2, Moonlight): give a folder of such a model"
         )
-
-
-def _yarn_of(rope: Mapping[str, Any]) -> YarnConfig:
-    """Return the YaRN fields of rope parameters, with transformers' defaults where a field is missing."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return YarnConfig()
-    if kind != "yarn":
-        raise CheckpointError(f"config.json: rope_type is {kind!r}: only default and yarn are supported")
-    for name in ("mscale", "mscale_all_dim", "factor", "original_max_position_embeddings"):
-        if not rope.get(name):
-            raise CheckpointError(f"config.json: {name} of the yarn parameters is missing or 0: yarn requires it")
-    return YarnConfig(
-        factor=float(rope["factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(rope["mscale"]),
-        mscale_all_dim=float(rope["mscale_all_dim"]),
-    )

@@ -1,6 +1,7 @@
 """Folders and names of Hugging Face, both ways."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ TINY = ModelConfig(
     vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, q_lora_rank=8, kv_lora_rank=8, num_experts=4,
     qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=24, moe_intermediate_size=8,
 )  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1, "mscale_all_dim": 1}
 
 
 def make() -> Transformer:
@@ -49,6 +51,14 @@ def test_config_survives_the_way_through_config_json(config: ModelConfig) -> Non
     assert from_hf_config(DeepseekV3Config(**written).to_dict()) == expected
 
 
+def test_rope_parameters_that_say_the_same_are_read() -> None:
+    values = {**to_hf_config(TINY), "rope_scaling": {"type": "default"}, "rope_theta": int(TINY.rope_theta)}
+    assert from_hf_config(values).rope_theta == TINY.rope_theta
+    values = {**values, "rope_parameters": None, "rope_scaling": {**YARN, "attention_factor": None, "truncate": True}}
+    assert from_hf_config(values).yarn == YarnConfig(factor=4.0, original_max_position=64, beta_fast=32.0)
+    assert from_hf_config({**values, "rope_scaling": None, "rope_theta": None}).rope_theta == 10000.0
+
+
 def test_config_of_the_fourth_transformers_is_read() -> None:
     values = to_hf_config(TINY)
     del values["rope_parameters"]
@@ -65,7 +75,25 @@ def test_config_of_the_fourth_transformers_is_read() -> None:
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ({"scoring_func": "linear"}, "scoring_func is 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
-        ({"rope_parameters": "x"}, "the rope parameters are 'x': give an object with rope_theta"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x': give an object with rope_type"),
+        ({"rope_scaling": YARN}, r"rope_scaling and rope_parameters differ \({'rope_type': 'yarn', "),
+        ({"rope_theta": 5}, "rope_theta is 5 and, in rope_parameters, 50000.0: remove one of them"),
+        ({"rope_theta": math.nan}, "rope_theta is nan and, in rope_parameters, 50000.0"),
+        ({"rope_parameters": {**YARN, "type": "default"}}, "rope_type is 'yarn' and type 'default': remove one"),
+        ({"rope_parameters": {**YARN, "attention_factor": 1.3}}, r"has attention_factor \(1.3\) with rope_type yarn"),
+        ({"rope_parameters": {**YARN, "truncate": False}}, r"has truncate \(False\) with rope_type yarn, which is not"),
+        ({"rope_parameters": {"factor": 4}}, r"rope_parameters has factor \(4\) without rope_type, which is not read"),
+        ({"rope_parameters": {"full_attention": YARN}}, r"has full_attention \(.*\) without rope_type"),
+        (
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 64.5}},
+            "original_max_position_embeddings is 64.5: give a whole number",
+        ),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta is 'x': give a number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True: give a number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: give at most 1024"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1: give true or false"),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor is null: give a number"),
+        ({"model_type": "llama"}, "architecture of model_type llama is not supported"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x': give a number"),
         ({"hidden_size": "abc"}, r"^config\.json: hidden_size is 'abc': give a number"),
         ({"num_hidden_layers": [1]}, r"num_hidden_layers is \[1\]: give a number"),

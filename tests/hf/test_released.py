@@ -12,6 +12,7 @@ from moetrain.checkpoint.shape import stored_shape
 from moetrain.errors import CheckpointError
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import fused_tensors
+from moetrain.hf.quantization import Fp8Blocks, quantization_of
 from moetrain.hf.shape import from_hf_config
 from moetrain.run.weights import read_weights
 from tests.hf import released
@@ -283,12 +284,34 @@ def test_quantisation_that_is_not_read_is_refused_by_its_name(quantization: Any,
     [
         ({"model_type": "kimi_k25", "text_config": None}, "text_config is None: a model of model_type kimi_k25 has"),
         ({**released.wrapped_config(), "text_config": {"architectures": ["Qwen3ForCausalLM"]}}, "Qwen3ForCausalLM"),
-        ({**released.wrapped_config(), "model_type": "llava"}, "KimiK25ForConditionalGeneration is not supported"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "architecture of model_type llava is not"),
     ],
 )
 def test_a_wrapper_without_a_language_model_that_is_computed_here_is_refused(values: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         from_hf_config(values)
+
+
+def test_the_wrapper_of_a_later_release_is_read() -> None:
+    wrapped = released.wrapped_config()
+    later = {**wrapped, "model_type": "kimi_k26", "architectures": ["KimiK26ForConditionalGeneration"]}
+    assert from_hf_config(later) == from_hf_config(wrapped)
+
+
+def test_two_statements_of_the_quantisation_must_agree() -> None:
+    wrapped = released.wrapped_config()
+    stated = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    wrapped["text_config"]["quantization_config"] = stated
+    assert quantization_of({**wrapped, "quantization_config": dict(stated)}) == Fp8Blocks(block=(128, 128))
+    with pytest.raises(CheckpointError, match="quantization_config differs at the top and in text_config"):
+        quantization_of({**wrapped, "quantization_config": {**stated, "weight_block_size": [64, 64]}})
+
+
+def test_a_file_of_weights_beside_an_index_that_does_not_name_it_is_refused(tmp_path: Path) -> None:
+    folder = released.write(tmp_path, released.weights(), values=released.config(), shards=2)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not one of the files that"):
+        open_hf_folder(folder)
 
 
 def test_files_in_a_folder_that_the_index_names_are_read(tmp_path: Path) -> None:
