@@ -60,5 +60,5 @@ def _table(indices: dict[str, Index]) -> Table:
     for name, values in rows.items():
         table.add_row(name, *(f"{value:,}" for value in values))
     ratios = [each.num_characters / max(1, each.num_tokens + each.num_tokens_held_out) for each in counts]
-    table.add_row("characters per token", *(f"{ratio:.2f}" for ratio in ratios))
+    table.add_row("characters per token", *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios))
     return table

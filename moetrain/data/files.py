@@ -19,7 +19,8 @@ from moetrain.data.formats import Record
 from moetrain.errors import DataError
 
 _GZIP = b"\x1f\x8b"
-_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(16)))
+"""First bytes of a frame of zstd, and of a frame to skip, with which pzstd begins."""
 _UTF8_MARK = b"\xef\xbb\xbf"
 _NOT_READ = {
     b"BZh": "is compressed with bzip2: decompress it, or use gzip",
@@ -29,7 +30,7 @@ _NOT_READ = {
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
 }
 """Error message by the first bytes of file types that are not supported."""
-_MARK_BYTES = max(map(len, [_GZIP, _ZSTD, *_NOT_READ]))
+_MARK_BYTES = max(map(len, [_GZIP, *_ZSTD, *_NOT_READ]))
 _BUFFER = 1 << 20  # bytes read at once
 _LONGEST_LINE = 1 << 20  # characters of a text file
 
@@ -54,7 +55,7 @@ class Place:
 def is_compressed(path: Path) -> bool:
     """Return whether a file is compressed with gzip or zstd. Raises DataError when it cannot be read."""
     with _reading(path), path.open("rb") as file:
-        return file.read(_MARK_BYTES).startswith((_GZIP, _ZSTD))
+        return file.read(_MARK_BYTES).startswith((_GZIP, *_ZSTD))
 
 
 @contextmanager

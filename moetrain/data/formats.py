@@ -48,6 +48,11 @@ class Document:
         """Return the text, with the names of special tokens."""
         return pieces_to_text(self.pieces)
 
+    @property
+    def words(self) -> str:
+        """Return the text without special tokens, which separate what stands beside them."""
+        return "".join("\n" if piece.is_special else piece.text for piece in self.pieces)
+
     def rendered(self, template: ChatTemplate | None) -> Sequence[Piece]:
         """Return the pieces in a chat template. Raises DataError for a conversation that it cannot render."""
         if self.chat is None or template is KIMI_K2:
@@ -89,11 +94,12 @@ def document_of(
 ) -> Document:
     """Return the record as a document.
 
-    ignore: keys that are removed from the record and from the messages in its column. where: prints as the file and
-    line, with which a DataError begins.
+    ignore: keys that are removed from the record, and from the messages, calls and tools in it. where: prints as the
+    file and line, with which a DataError begins.
     """
     if column not in record:
-        raise DataError(f"{where} has no column {column}: it has {', '.join(map(str, record))}")
+        has = f"it has {', '.join(map(str, record))}: name one of them as field" if record else "it is empty"
+        raise DataError(f"{where} has no column {column}: {has}")
     try:
         result = format(_without(record, ignore, column=column), column)
         chat = result if isinstance(result, Chat) else None
@@ -116,16 +122,27 @@ def document_of(
 
 
 def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
-    """Return the record without the ignored keys, both in the record and in the messages in its column."""
+    """Return the record without the ignored keys, also in its messages, in their calls and in the declared tools."""
     if not ignore:
         return record
-    filtered = {key: value for key, value in record.items() if key not in ignore}
-    if isinstance(filtered.get(column), list):
-        filtered[column] = [
-            {key: value for key, value in item.items() if key not in ignore} if isinstance(item, Mapping) else item
-            for item in filtered[column]
-        ]
-    return filtered
+    inside = {column: _OBJECTS_INSIDE, "tools": _OBJECTS_INSIDE}
+    return {key: _filtered(value, ignore, inside=inside.get(key)) for key, value in record.items() if key not in ignore}
+
+
+_OBJECTS_INSIDE = ("tool_calls", "function")
+"""Keys of messages, calls and declarations whose objects are of the chat form too, unlike arguments and schemas."""
+
+
+def _filtered(value: Any, ignore: Collection[str], *, inside: Collection[str] | None) -> Any:
+    """Return a value without the ignored keys of its objects. inside: keys below which it goes on; None leaves it."""
+    if inside is None:
+        return value
+    if isinstance(value, list):
+        return [_filtered(item, ignore, inside=inside) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: item for key, item in value.items() if key not in ignore}
+    return {key: _filtered(item, ignore, inside=inside if key in inside else None) for key, item in kept.items()}
 
 
 def _encodable(document: Document, *, where: object) -> Document:
@@ -143,7 +160,10 @@ def _encodable(document: Document, *, where: object) -> Document:
 def _text(record: Record, column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
-        raise DataError(f"column {column} holds {type(value).__name__} {str(value)[:40]!r} where text is expected")
+        raise DataError(
+            f"column {column} holds {type(value).__name__} {str(value)[:40]!r} where text is expected: name another "
+            "field, or drop such records with data.sources.NAME.unreadable=drop"
+        )
     return value
 
 
@@ -154,7 +174,7 @@ def _messages(record: Record, column: str) -> Chat:
         declared = read_declaration(with_outer_objects(record.get("tools")))
         messages = read_messages(record[column])
     except UnknownKeyError as error:
-        cure = "data.sources.NAME.ignore=[KEY] removes a key from records and messages"
+        cure = "data.sources.NAME.ignore=[KEY] removes a key from records, messages, calls and declarations"
         raise DataError(f"{error} ({cure})") from None
     return Chat(messages=messages, declaration=declared)
 

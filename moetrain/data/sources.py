@@ -12,6 +12,7 @@ gain the keys of all other calls. Dialogues do not pass through this module; the
 import glob
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class SourceDocuments:
 def read_source(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> SourceDocuments:
     """Return what `read_documents` returns, and the number of documents that were dropped."""
     errors: list[str] = [] if unreadable is None else unreadable
+    log_files_left_out(config, name=name)
     documents, num_dropped = _distinct(all_documents(config, errors=errors), name=name)
     if errors:
         _log.warning("data.sources.%s: %d unreadable records dropped; the first is %s", name, len(errors), errors[0])
@@ -120,7 +122,7 @@ def local_files(config: SourceConfig) -> list[Path]:
     path = Path(config.path).expanduser()
     if path.is_dir():
         endings = _ENDINGS[config.kind]
-        files = sorted(item for item in path.rglob("*") if item.is_file() and item.name.endswith(endings))
+        files = [item for item in _files_in(path) if item.name.endswith(endings)]
         if not files:
             raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}")
         return files
@@ -134,6 +136,28 @@ def local_files(config: SourceConfig) -> list[Path]:
         wrong = "is no regular file" if path.exists() else "does not exist"
         raise DataError(f"{path} {wrong}: give a file, a glob or a folder of {config.kind} files")
     return files
+
+
+def files_left_out(config: SourceConfig) -> dict[str, int]:
+    """Return how many files of the folder `path` are not read, by their ending; nothing if it is no folder."""
+    path = Path(config.path or "").expanduser()
+    if config.kind not in _ENDINGS or config.kind in FOREIGN_KINDS or config.path is None or not path.is_dir():
+        return {}
+    others = [item for item in _files_in(path) if not item.name.endswith(_ENDINGS[config.kind])]
+    return dict(Counter(item.suffix or item.name for item in others).most_common())
+
+
+def log_files_left_out(config: SourceConfig, *, name: str) -> None:
+    """Log how many files of a folder are not read. name: that of the source."""
+    if others := files_left_out(config):
+        listed = ", ".join(f"{count} x {ending}" for ending, count in others.items())
+        _log.warning("data.sources.%s: %s has files that are not read: %s", name, config.path, listed)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and its folders, sorted, without hidden ones."""
+    found = (item for item in folder.rglob("*") if item.is_file())
+    return sorted(item for item in found if not any(part.startswith(".") for part in item.relative_to(folder).parts))
 
 
 def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Reader:

@@ -1,6 +1,8 @@
 """Chats as people have them: files of records in, documents or a refusal that names file and line out."""
 
+import copy
 import re
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -116,6 +118,18 @@ def test_an_unknown_key_is_refused_unless_it_is_ignored(write_jsonl) -> None:
         read(path, ignore=["source"])
     (document,) = read(path, ignore=["source", "score"])
     assert learned(document) == "<think></think>A<|im_end|>"
+
+
+def test_ignored_keys_are_left_out_of_calls_and_declarations_but_not_of_arguments(write_jsonl) -> None:
+    schema = {"type": "object", "properties": {"index": {"type": "integer"}}}
+    chat = [USER, *calling("f", '{"index": 1}', "x")]
+    plain = {"messages": chat, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+    extended: Any = copy.deepcopy(plain)
+    extended["messages"][1]["tool_calls"][0]["index"] = 0
+    extended["tools"][0]["function"]["index"] = 5
+    with pytest.raises(DataError, match=r"unknown key 'index'.*removes a key from records, messages, calls and"):
+        read(write_jsonl("a.jsonl", [extended]))
+    assert read(write_jsonl("a.jsonl", [extended]), ignore=["index"]) == read(write_jsonl("b.jsonl", [plain]))
 
 
 def test_parquet_gives_what_jsonl_gives(write_jsonl, tmp_path) -> None:

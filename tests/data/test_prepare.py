@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_compressed_and_parquet_and_text_files_give_the_same_tokens(tokenizer: T
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     half = plain.read_bytes()
     frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (half[:500], half[500:])]
+    frames.insert(0, b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd")  # a frame to skip, as pzstd writes
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     table = pyarrow.table({"text": TEXTS, "other": list(range(len(TEXTS)))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
@@ -143,7 +145,7 @@ def test_compressed_and_parquet_and_text_files_give_the_same_tokens(tokenizer: T
         digests.add(b"".join(tokens))
         assert len(index.files) > 1 or name.endswith((".gz", ".zst"))
     assert len(digests) == 1
-    (tmp_path / "a.jsonl.zst").write_bytes(frames[0][:-9])
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames[:2])[:-9])
     with pytest.raises(DataError, match=r"a.jsonl.zst"):
         prepared(tmp_path / "a.jsonl.zst", tmp_path / "bad", tokenizer=tokenizer)
 
@@ -183,6 +185,26 @@ def test_identical_and_similar_documents_are_dropped_and_counted(tokenizer: Toke
     assert near.num_training + near.num_held_out == 62 - near.num_similar
 
 
+def test_texts_of_few_words_are_near_duplicates_only_if_they_are_equal(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["!!!", "???", "\U0001f642", "-- ++", "a+b", "a-b", "A B", *TEXTS[:9]])
+    counts = prepared(path, tmp_path / "out", tokenizer=tokenizer, near_duplicates=True).counts
+    assert (counts.num_similar, counts.num_identical, counts.num_training + counts.num_held_out) == (0, 0, 16)
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "in"
+    (folder / ".cache").mkdir(parents=True)
+    write(folder / "a.jsonl", TEXTS)
+    write(folder / ".cache" / "b.jsonl", ["hidden"])
+    for name in ("c.jsonl.xz", "d.ndjson", "e.ndjson"):
+        (folder / name).write_bytes(b"")
+    counts = prepared(folder, tmp_path / "out", tokenizer=tokenizer).counts
+    assert counts.num_read == len(TEXTS)
+    assert f"{folder} has files that are not read: 2 x .ndjson, 1 x .xz" in caplog.text
+
+
 def test_documents_that_contain_an_evaluation_set_are_dropped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     question = "How many apples has Ann if she buys seven apples and then eats three of them?"
     sets = {
@@ -194,17 +216,31 @@ def test_documents_that_contain_an_evaluation_set_are_dropped_and_counted(tokeni
     counts = prepared(path, tmp_path / "out", tokenizer=tokenizer, decontaminate=sets).counts
     assert counts.num_contaminated == {"apples": 3, "other": 0}
     assert counts.num_training + counts.num_held_out == 31
+    twelve = " ".join(TEXTS[0].split()[:3] + [f"w{number}" for number in range(9)])
+    shorter = SourceConfig(
+        kind=KIND, path=str(write(tmp_path / "twelve.jsonl", [twelve, " ".join(map(str, range(13)))]))
+    )
+    path = write(tmp_path / "b.jsonl", [*TEXTS[:30], f"one two {twelve}"])  # 12 words and an end are no 13 words
+    counts = prepared(path, tmp_path / "twelve", tokenizer=tokenizer, decontaminate={"shorter": shorter}).counts
+    assert counts.num_contaminated == {"shorter": 0}
+    for kind in (SourceKind.dialogues, SourceKind.prepared, SourceKind.megatron):
+        path_or_none = None if kind is SourceKind.dialogues else str(path)
+        with pytest.raises(ConfigError, match=f"prepare.decontaminate.q.kind is {kind}, which has no text to look for"):
+            PrepareConfig(decontaminate={"q": SourceConfig(kind=kind, path=path_or_none)})
     with pytest.raises(DataError, match=r"prepare.decontaminate.apples has no record of 40 words"):
         prepared(path, tmp_path / "no", tokenizer=tokenizer, decontaminate=sets, ngram=40)
 
 
-def test_unreadable_records_are_dropped_and_counted_where_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unreadable_records_are_dropped_and_counted_where_asked(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path / "a.jsonl", TEXTS[:20])
     with path.open("a") as file:
         file.write('{"text": 3}\n')
     data = DataConfig(sources={"web": SourceConfig(kind=KIND, path=str(path), unreadable=Unreadable.drop)}, seq_len=64)
     index = prepare(data, PrepareConfig(workers=1), folder=tmp_path / "out", tokenizer=tokenizer)["web"]
     assert (index.counts.num_read, index.counts.num_unreadable) == (20, 1)
+    assert f"data.sources.web: 1 unreadable records dropped; the first is {path}:21: column text holds" in caplog.text
     folder = tmp_path / "out" / "web"
     stored = DataConfig(
         sources={"web": SourceConfig(kind=SourceKind.prepared, path=str(folder))},
@@ -212,6 +248,9 @@ def test_unreadable_records_are_dropped_and_counted_where_asked(tokenizer: Token
         tokenizer=TokenizerConfig(path=str(folder / "tokenizer")),
     )
     assert build_data(stored, 0, tokenizer_folder=tmp_path / "stage").counts["web"].num_dropped_unreadable == 1
+    other = replace(stored, validation_fraction=0.3)
+    with pytest.raises(ConfigError, match=r"validation_fraction is 0.3, and data.sources.web was prepared with 0.02:"):
+        build_data(other, 0, tokenizer_folder=tmp_path / "stage")
     with pytest.raises(DataError, match=r"a.jsonl:21: column text holds int '3'"):
         prepared(path, tmp_path / "strict", tokenizer=tokenizer)
 
@@ -226,7 +265,7 @@ def test_a_tokenizer_is_trained_on_the_sources_where_none_is_given(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"vocab_size is 330, and .* has a tokenizer of 320 tokens: give another"):
         other = DataConfig(sources={"web": source}, seq_len=64, tokenizer=TokenizerConfig(vocab_size=330))
         prepare(other, PrepareConfig(workers=1), folder=tmp_path / "out")
-    with pytest.raises(DataError, match=r"two/web has no documents"):
+    with pytest.raises(DataError, match=r"^data.sources.web has no documents that can be read: give a source"):
         write(tmp_path / "a.jsonl", ["", " "])
         tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
         prepared(tmp_path / "a.jsonl", tmp_path / "two", tokenizer=tokenizer)

@@ -3,7 +3,8 @@
 import os
 from dataclasses import dataclass, field
 
-from moetrain.data.config import SourceConfig
+from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
+from moetrain.errors import ConfigError
 from moetrain.ranges import COUNT, check_ranges
 
 
@@ -34,3 +35,8 @@ class PrepareConfig:
         check_ranges(self, prefix="prepare.", ranges={COUNT: ("workers", "shard_bytes", "ngram")})
         for name, source in self.decontaminate.items():
             source.check(name, section="prepare.decontaminate")
+            if source.kind in (SourceKind.prepared, SourceKind.dialogues, *FOREIGN_KINDS):
+                raise ConfigError(
+                    f"prepare.decontaminate.{name}.kind is {source.kind}, which has no text to look for: give the "
+                    "files of the evaluation set, as jsonl, parquet, text or hub"
+                )

@@ -1,9 +1,9 @@
 """Finds documents that contain text of evaluation sets, by n-grams of words. Does not import torch.
 
 Words are runs of letters and digits in lower case; in Chinese and Japanese, which write no spaces, each character is a
-word. A document is contaminated when it contains n consecutive words of
-a record of an evaluation set (Brown et al., arXiv:2005.14165, appendix C, with 13-grams). Records of fewer than n words
-are not looked for; their number is logged.
+word. Special tokens are none. A document is contaminated when it contains n consecutive words of a record of an
+evaluation set (Brown et al., arXiv:2005.14165, appendix C, with 13-grams). Records of fewer than n words are not looked
+for; their number is logged.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class EvaluationTexts:
         hashes, owners = [], []
         for owner, (name, source) in enumerate(sets.items()):
             try:
-                texts = [document.text for document in read_documents(source, name=name)]
+                texts = [document.words for document in read_documents(source, name=name)]
             except DataError as error:
                 raise DataError(f"prepare.decontaminate.{name}: {error}") from error
             numbers = [self._numbered(text) for text in texts]

@@ -27,8 +27,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the index says about where its documents come from. inputs: number of files and bytes."""
+    """What the index says about where its documents come from.
 
+    name: the source's in messages, such as `data.sources.web`. inputs: number of files and bytes.
+    """
+
+    name: str
     tokenizer: Tokenizer
     source: dict[str, Any]
     fraction: float
@@ -38,10 +42,17 @@ class Origin:
 def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
     """Write what concerns all documents of a source, and at last its index, which is returned."""
     results = [read_result(shard) for shard in shards]
+    read = [result.counts for result in results]
+    num_unreadable = sum(counts.num_unreadable for counts in read)
+    if num_unreadable:
+        reason = next(counts.first_unreadable for counts in read if counts.num_unreadable)
+        _log.warning("%s: %d unreadable records dropped; the first is %s", origin.name, num_unreadable, reason)
     tables = [np.load(shard.work("-documents.npy"), mmap_mode="r") for shard in shards]
     sizes = [len(table) for table in tables]
     bases = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
     with atomic_file(folder / SPLIT) as scratch:
+        if bases[-1] == 0:
+            raise DataError(f"{origin.name} has no documents that can be read: give a source that contains text")
         parts = _new_parts(scratch, bases[-1])
         for table, base in zip(tables, bases, strict=False):
             parts[base : base + len(table)][table["is_left_out"]] = Part.left_out
@@ -53,7 +64,6 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
         for table, base in zip(tables, bases, strict=False):
             sums.update(_sums(table, parts[base : base + len(table)]))
         parts.flush()
-    read = [result.counts for result in results]
     contaminated: Counter[str] = Counter()
     for counts in read:
         contaminated.update(counts.num_contaminated)
@@ -63,7 +73,7 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
         lengths=(table["length"] for table in tables),
         counts=Counts(
             num_read=sum(counts.num_read for counts in read),
-            num_unreadable=sum(counts.num_unreadable for counts in read),
+            num_unreadable=num_unreadable,
             num_empty=sum(counts.num_empty for counts in read),
             num_identical=num_identical + sum(counts.num_identical for counts in read),
             num_similar=num_similar,
@@ -138,8 +148,6 @@ def _sums(table: np.ndarray, parts: np.ndarray) -> dict[str, int]:
 
 
 def _new_parts(path: Path, size: int) -> np.memmap[Any, Any]:
-    if size == 0:
-        raise DataError(f"{path.parent} has no documents: give a source that contains text")
     return np.memmap(path, dtype=np.uint8, mode="w+", shape=(size,))
 
 

@@ -69,6 +69,7 @@ class ShardCounts:
 
     num_read: int = 0
     num_unreadable: int = 0
+    first_unreadable: str = ""
     num_empty: int = 0
     num_identical: int = 0
     num_contaminated: dict[str, int] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
                         length=len(tokens_N),
                         characters=sum(len(piece.text) for piece in each.document.pieces if not piece.is_special),
                         hold_out=key_hash(each.document.key, choice=Choice.hold_out),
-                        keys=[each.identity, *(bands.keys(each.text) if bands else ())],
+                        keys=[each.identity, *(bands.keys(each.document.words) if bands else ())],
                     )
             file = writer.finish()
     except DataError as error:
@@ -167,7 +168,7 @@ def _chosen(
 ) -> Iterator[_Chosen]:
     """Yield the documents that have text, are new in the shard, and share no n-gram with an evaluation set."""
     seen: set[int] = set()
-    errors: list[str] = []
+    errors = FirstOf()
     for unit in shard.units:
         documents = unit_documents(shard.source, unit, errors=errors)
         for document in renderable(documents, shard.source, template=template, errors=errors):
@@ -181,11 +182,26 @@ def _chosen(
                 counts.num_identical += 1
                 continue
             seen.add(identity)
-            if (name := evaluation.found_in(text)) is not None:
+            if (name := evaluation.found_in(document.words)) is not None:
                 counts.num_contaminated[name] += 1
                 continue
             yield _Chosen(document=document, text=text, identity=identity)
-    counts.num_unreadable = len(errors)
+    counts.num_unreadable = errors.num_appended
+    counts.first_unreadable = next(iter(errors), "")
+
+
+class FirstOf(list[str]):
+    """A list that keeps the first text that is appended, and counts all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_appended = 0
+
+    def append(self, text: str) -> None:
+        """Count a text, and keep it if it is the first."""
+        self.num_appended += 1
+        if not self:
+            super().append(text)
 
 
 def _batches(documents: Iterator[_Chosen]) -> Iterator[list[_Chosen]]:

@@ -31,9 +31,9 @@ class Bands:
         self._new = RMinHash
 
     def keys(self, text: str) -> list[int]:
-        """Return the key of each band, 64 bits."""
+        """Return the key of each band, 64 bits. Texts of fewer than 5 words are near duplicates if they are equal."""
         words = words_of(text)
-        shingles = [" ".join(words[index : index + _WORDS]) for index in range(max(1, len(words) - _WORDS + 1))]
+        shingles = [" ".join(words[index : index + _WORDS]) for index in range(len(words) - _WORDS + 1)] or [text]
         minhash = self._new(num_perm=NUM_BANDS * _HASHES_PER_BAND, seed=_SEED)
         minhash.update(shingles)
         values = minhash.digest()

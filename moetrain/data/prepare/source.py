@@ -25,6 +25,7 @@ from moetrain.data.prepare.foreign import write_foreign
 from moetrain.data.prepare.inputs import Unit, shards_of, units_of
 from moetrain.data.prepare.shard import Shard, read_result, write_shard
 from moetrain.data.prepare.similar import Bands
+from moetrain.data.sources import log_files_left_out
 from moetrain.data.store.index import INDEX, TOKENIZER, WORK, Index, Part, check_sizes, read_index
 from moetrain.data.store.plan import PlanRequest, plan_of
 from moetrain.data.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ def prepare_source(name: str, folder: Path, *, preparation: Preparation) -> Inde
 
 def _prepare(name: str, folder: Path, *, units: list[Unit], preparation: Preparation) -> Index:
     source, config = preparation.data.sources[name], preparation.config
+    log_files_left_out(source, name=name)
     if config.near_duplicates:
         Bands()  # raises an error before the work begins
     request = _request(source, units, preparation=preparation)
@@ -109,6 +111,7 @@ def _prepare(name: str, folder: Path, *, units: list[Unit], preparation: Prepara
     preparation.tokenizer.save(folder / TOKENIZER)
     _write_shards(shards, preparation=preparation)
     origin = Origin(
+        name=f"data.sources.{name}",
         tokenizer=preparation.tokenizer,
         source=request["source"],
         fraction=preparation.data.validation_fraction,
