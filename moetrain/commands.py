@@ -150,8 +150,8 @@ class VerifyLayoutsRun(StageRun):
 class VerifyHfRun(StageRun):
     """Compare our logits with those of transformers on the same weights, for tiny random models or for one folder.
 
-    init_from gives the folder: a Hugging Face folder, its experts plain or packed. Without it, tiny models of many
-    shapes are compared.
+    init_from gives the folder: an export, or a Hugging Face folder, its experts plain or packed. Without it, tiny
+    models of many shapes are compared.
     """
 
     num_rows: int = 4

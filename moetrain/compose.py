@@ -363,10 +363,13 @@ def _in_one_line(error: Exception, schema: type) -> str:
         return f"{key}: {cause}" if key else str(cause)
     if not key:
         return message
+    name, _, place = key.partition("[")  # such as export.consumers[0]
     try:
-        kind = _check_key(schema, key)[-1]
+        kind = _check_key(schema, name)[-1]
     except ConfigError as unknown:
         return str(unknown)
+    if place and get_origin(kind) is list:
+        kind = get_args(kind)[0]
     if isinstance(kind, type) and issubclass(kind, Enum) and config_error.value not in kind.__members__:
         return f"{key} is {str(config_error.value)!r}: {suggestion(str(config_error.value), list(kind.__members__))}"
     return f"{key}: {message}"

@@ -79,6 +79,11 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides: list[str], message:
     assert "\n" not in str(caught.value)
 
 
+def test_a_choice_in_a_list_is_named_with_its_value() -> None:
+    with pytest.raises(ConfigError, match=r"^export.consumers\[0\] is 'foo': there are llama_cpp, moetrain, transf"):
+        compose("export", ["export.consumers=[foo]"])
+
+
 def test_a_mistake_in_a_yaml_names_the_key_or_the_line(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

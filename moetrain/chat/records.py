@@ -108,6 +108,15 @@ def read_declaration(value: object) -> str:
         check_keys(item, ("type", "function"), place="a declaration in tools")
         known = ("name", "description", "parameters", "strict")
         check_keys(function, known, place=f"the declaration of {function['name']}")
+        if item.get("type", "function") != "function":
+            shown = _shown(item["type"])
+            raise DataError(f"the type of the declaration of {function['name']} is {shown}: give function")
+        if not isinstance(function.get("parameters", {}), Mapping | None):
+            shown = _shown(function["parameters"])
+            raise DataError(f"the parameters of the declaration of {function['name']} are {shown}: give a JSON schema")
+    names = [item["function"]["name"] for item in value]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"tools declares {sorted(repeated)[0]} twice: remove one of the declarations")
     return compact_json(value)
 
 

@@ -1,5 +1,7 @@
 """`moetrain eval`."""
 
+import json
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +10,15 @@ from rich.table import Table
 
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
-from moetrain.files import write_json
+from moetrain.files import previous_name, read_json_or_empty, to_json, write_json
 from moetrain.report.table import NONE, rate_text
 from moetrain.rollout.config import RolloutConfig
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
 from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
+
+_log = logging.getLogger(__name__)
 
 _FINISHED = "finished_modes.json"
 """File in the stage folder with the modes that an interrupted evaluation has finished."""
@@ -52,11 +56,20 @@ def main(run: EvalRun) -> int:
         if numbers is not None:
             with stage_metrics(run) as metrics:
                 metrics.write(0, metric_values(numbers))
+            _keep_earlier(folder / EVAL, numbers)
             write_json(folder / EVAL, numbers)
             finished.remove()
             _show(numbers, folder=folder)
             check_scored(numbers)
     return 0
+
+
+def _keep_earlier(path: "Path", numbers: "Mapping[str, Any]") -> None:
+    """Rename the results of an earlier evaluation in the same folder, if they are others."""
+    if path.is_file() and read_json_or_empty(path) != json.loads(to_json(numbers)):
+        kept = previous_name(path)
+        path.rename(kept)
+        _log.warning("%s had other results; they are kept as %s", path, kept.name)
 
 
 def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:

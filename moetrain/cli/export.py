@@ -15,12 +15,12 @@ def main(run: ExportRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
-    from moetrain.run.weights import EXPORT, quant_of_export, read_weights, tokenizer_of, warn_of_fp8
+    from moetrain.run.weights import EXPORT, check_export, quant_of_export, read_weights, tokenizer_of
     from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
         origin = read_weights(run.init_from)
-        warn_of_fp8(origin, run.export)
+        check_export(origin, run.export)
         report = export_model(
             origin.reader,
             codes=origin.codes,

@@ -21,6 +21,8 @@ def main(run: VerifyExportsRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.config import ExportFormat
     from moetrain.export.read import export_format, is_export
+    from moetrain.hf.consumers import obstacles
+    from moetrain.quant.consumers import Consumer
     from moetrain.run.weights import read_masters, read_weights, with_codes
     from moetrain.verify.bf16 import verify_bf16
     from moetrain.verify.exports import ExportFault, verify_exports
@@ -36,6 +38,12 @@ def main(run: VerifyExportsRun) -> int:
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
         fault = ExportFault(run.fault)
         format = export_format(export.path)
+        reasons = obstacles(export.model, Consumer.transformers)
+        if format is not ExportFormat.gguf and reasons:
+            raise ConfigError(
+                f"init_from is {run.init_from}: the export is compared with transformers, which does not compute this "
+                f"model ({'; '.join(reasons)})"
+            )
         # An export of quantised weights keeps their codes and scales, whichever grid made them.
         has_codes = export.codes is not None or format is ExportFormat.bf16_dequantized
         masters = with_codes(origin) if has_codes else origin.tensors

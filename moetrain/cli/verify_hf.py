@@ -11,6 +11,7 @@ from moetrain.run.stage import stage_folder
 def main(run: VerifyHfRun) -> int:
     """Compare our logits with transformers' and print the table; return 0, or raise `BoundError` for a missed bound."""
     # These imports load torch, so they wait until the input has been checked.
+    from moetrain.run.weights import EXPORT
     from moetrain.verify.hf import HfFault, verify_folder, verify_matrix
     from moetrain.verify.table import check_rows, render, write_rows
 
@@ -22,7 +23,8 @@ def main(run: VerifyHfRun) -> int:
             rows = list(verify_matrix(**sizes, fault=fault))
         else:
             subject = run.init_from
-            rows = [verify_folder(Path(run.init_from).expanduser(), **sizes, fault=fault)]
+            path = Path(run.init_from).expanduser()
+            rows = [verify_folder(path / EXPORT if (path / EXPORT).is_dir() else path, **sizes, fault=fault)]
         write_rows(folder / "verify.json", rows=rows, context={"of": subject})
         Console().print(render(f"fp32 logits, ours against transformers': {subject}", rows=rows))
     check_rows(rows)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +172,9 @@ def _array(data: bytes, *, path: Path) -> Iterator[tuple[object, Record]]:
 
 def _json(data: bytes, *, where: object) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except _RepeatedKeyError as error:
+        raise DataError(f"{where} has the key {error} twice in one object: remove one of them") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -180,6 +183,18 @@ def _json(data: bytes, *, where: object) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error
+
+
+class _RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice; the text of the error is the key."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of JSON with these keys and values. Raises _RepeatedKeyError for a key that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise _RepeatedKeyError(repr(Counter(key for key, _ in pairs).most_common(1)[0][0]))
+    return content
 
 
 def _object(record: Any, *, where: object) -> tuple[object, Record]:

@@ -24,7 +24,7 @@ class Lengths:
     @classmethod
     def of(cls, lengths: Sequence[int] | np.ndarray) -> "Lengths":
         """Return the figures of at least one length."""
-        median, high, longest = np.quantile(np.asarray(lengths), [0.5, 0.99, 1.0], method="lower").tolist()
+        median, high, longest = np.quantile(np.asarray(lengths), [0.5, 0.99, 1.0], method="inverted_cdf").tolist()
         return cls(median=median, high=high, longest=longest)
 
 

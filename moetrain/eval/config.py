@@ -18,7 +18,7 @@ class EvalConfig:
     temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
     """Sampling temperatures; 0 is greedy."""
     longer_calls: list[int] = field(default_factory=lambda: [9, 10])
-    """Numbers of tool calls, larger than in training, that are evaluated too."""
+    """Numbers of tool calls, usually larger than in training, of further tasks that are evaluated."""
     longer_tasks: int = 20
     """Held-out tasks per number of calls in longer_calls."""
     vote_lead: int = 0
@@ -49,6 +49,10 @@ class EvalConfig:
         rest = ("num_tasks", "first_task", "longer_tasks", "num_traces", "vote_lead")
         ranges = {COUNT: counts, NOT_NEGATIVE: rest, TEMPERATURE: ("temperatures", "vote_temperature")}
         check_ranges(self, prefix="eval.", ranges=ranges)
+        lists: dict[str, list[float]] = {"temperatures": self.temperatures, "longer_calls": [*self.longer_calls]}
+        for name, values in lists.items():
+            if len(set(values)) < len(values):
+                raise ConfigError(f"eval.{name} is {values}: give each number once")
         compared = {"masters": self.masters, "before": self.before, "codes_before": self.codes_before}
         for name, value in compared.items():
             if value is not None and not self.num_tasks:

@@ -65,6 +65,9 @@ class HfFolder(Mapping[str, torch.Tensor]):
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
+        plain = (tensor for tensor in stored.values() if isinstance(tensor, DiskTensor) and len(tensor.shape) > 1)
+        self.dtypes = {tensor.dtype for tensor in plain}
+        """Dtypes of the matrices that are not quantised, as safetensors names them."""
         self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
         self.is_plain_or_packed = not self.is_fp8 and all(name == on_disk for name, on_disk in used.names.items())
         """Whether the names are those of the language model alone, and no tensor is FP8."""
@@ -188,6 +191,8 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
             *(path, stated.num_mtp_layers, config.num_mtp_layers),
         )
     folder = HfFolder(path, config, quantization=quantization_of(values))
+    if rounded := folder.dtypes - {"BF16", "F8_E4M3"}:
+        _log.info("%s: weights are %s; an export rounds them to bf16", path, ", ".join(sorted(rounded)))
     if folder.is_fp8:
         _log.info("%s: the weights are FP8; they are read as bf16", path)
     elif isinstance(folder.quantization, PackedGroups):

@@ -77,7 +77,8 @@ def success_table(run: Run) -> Table | None:
         if any(rate is not None and rate["count"] for rate in rates):
             rows.append([title, *(rate_text(rate) for rate in rates)])
 
-    for calls in _calls(stage.evaluation["modes"][mode] for stage, mode in columns):
+    evaluated = _calls(stage.evaluation["modes"][mode] for stage, mode in columns)
+    for calls in evaluated:
         add(calls, [stage.evaluation["modes"][mode]["by_calls"].get(calls) for stage, mode in columns])
     add("all", [stage.evaluation["modes"][mode]["all"] for stage, mode in columns])
     after_error = [stage.evaluation["modes"][mode].get("after_tool_error") for stage, mode in columns]
@@ -89,12 +90,14 @@ def success_table(run: Run) -> Table | None:
     extras = [_extra_summary(stage, mode, ERROR_FREE) for stage, mode in columns]
     add("tools never fail", [summary["all"] if summary else None for summary in extras])
     longer = [_extra_summary(stage, mode, LONGER) for stage, mode in columns]
-    for calls in _calls(summary for summary in longer if summary):
-        add(f"{calls}, longer", [summary["by_calls"].get(calls) if summary else None for summary in longer])
-    add("all longer", [summary["all"] if summary else None for summary in longer])
+    given = _calls(summary for summary in longer if summary)
+    what = "longer" if not trained or all(int(calls) > trained[-1] for calls in given) else "of given length"
+    for calls in given:
+        add(f"{calls}, {what}", [summary["by_calls"].get(calls) if summary else None for summary in longer])
+    add(f"all {what}", [summary["all"] if summary else None for summary in longer])
     notes = ["% of tasks right, with 95 % intervals (Wilson), on held-out tasks"]
-    if len(trained) == 2:
-        notes.append(f"all: tasks of {trained[0]} to {trained[1]} calls")
+    if evaluated:
+        notes.append(f"all: tasks of {evaluated[0]} to {evaluated[-1]} calls")
     notes += _grader_notes(run.evaluations[-1].evaluation)
     return Table(
         title=f"Held-out success, {run.weights_format} weights", header=header, rows=rows, notes=notes, main_rows=_MAIN

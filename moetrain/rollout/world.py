@@ -99,6 +99,11 @@ class EnvironmentClient:
         if not isinstance(observation.text, str):
             kind = type(observation.text).__name__
             raise EnvironmentFailure(f"a call of {name[:40]} returned an Observation whose text is {kind}, not str")
+        for flag in (observation.is_error, observation.is_transient):
+            if not isinstance(flag, bool):
+                raise EnvironmentFailure(
+                    f"a call of {name[:40]} returned an Observation with {flag!r}: give True or False"
+                )
         return observation
 
     async def grade(self, answer: str) -> Grade:

@@ -208,10 +208,11 @@ def _identity(folder: Path) -> str:
 def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError:
     is_done = (folder / DONE).is_file()
     state = "is done" if is_done else "has begun"
+    kept_as = previous_name(folder).name
     keep = "on_change=keep takes the results as they are" if is_done else "the earlier configuration resumes it"
     return ConfigError(
         f"stage {name} {state} with another configuration: {'; '.join(differences)}. Its results stay as they are. "
-        f"again_from={name} runs it and the stages after it again and keeps what is there as {name}.previous; "
+        f"again_from={name} runs it and the stages after it again and keeps what is there as {kept_as}; "
         f"on_change=rerun does so wherever something changed; {keep}; name=NEW is a run of its own"
         f"{_CONTINUE_ADVICE.format(name=name) if any(line.startswith(_CONTINUABLE) for line in differences) else ''}"
     )

@@ -12,9 +12,10 @@ from moetrain.config import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.folder import RECORD_FILE
 from moetrain.export.read import is_export, read_export
 from moetrain.export.tensors import folder_tensors
-from moetrain.files import user_path
+from moetrain.files import sha256_of, user_path
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
@@ -83,8 +84,16 @@ def training_weights(run: TrainingRun) -> Origin:
     return replace(origin, reader=MastersReader(origin.reader, origin.codes, grid=quant.grid, seed=seed))
 
 
-def warn_of_fp8(origin: Origin, export: ExportConfig) -> None:
-    """Log a warning when an export quantises experts that are stored in FP8."""
+def check_export(origin: Origin, export: ExportConfig) -> None:
+    """Log a warning when an export quantises experts that are stored in FP8.
+
+    Raises ConfigError when the masters are exported and the folder has codes only.
+    """
+    if origin.codes is not None and export.format is ExportFormat.bf16:
+        raise ConfigError(
+            f"export.format is bf16, which casts float32 masters, and {origin.path} has codes only: give "
+            "export.format=bf16_dequantized, or the stage that trained them as init_from"
+        )
     if origin.is_fp8 and export.format is not ExportFormat.bf16:
         _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
 
@@ -172,7 +181,7 @@ def _read(path: Path) -> Origin:
         model=export.model,
         quant=export.quant,
         tokenizer=path,
-        make_digest=lambda: str(export.record["sources"]),
+        make_digest=lambda: sha256_of(path / RECORD_FILE),  # it has the digests of all other files
         step=export.step,
         codes=export if export.experts else None,
     )

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
-from moetrain.chat.messages import Message
+from moetrain.chat.messages import Message, valid_text
 from moetrain.chat.tool_schema import ToolSpec
+
+_LARGEST_REWARD = 1e9
 
 
 class Split(StrEnum):
@@ -54,26 +56,38 @@ class Grade:
     ) -> None:
         """Set the reward from `reward`, or from `success`: 1 if True, 0 if False.
 
-        Raises ValueError for both or neither, and for a number that is not finite, because all advantages of its group
-        would then not be finite.
+        Numbers may be of any type that `float` takes, such as those of numpy. Raises ValueError for both or neither,
+        and for a number that is not finite or beyond 1e9, because all advantages of its group would then be wrong.
         """
         if (reward is None) == (success is None):
             raise ValueError(f"reward is {reward} and success is {success}: give one of the two")
-        reward_value = float(bool(success)) if reward is None else reward
-        if not all(math.isfinite(value) for value in (reward_value, *(parts or {}).values())):
-            raise ValueError(f"reward is {reward_value} and parts are {dict(parts or {})}: give finite numbers")
-        for name, value in (
-            ("reward", reward_value),
-            ("reason", reason),
-            ("parts", parts or {}),
-            ("threshold", threshold),
-        ):
+        values = {
+            "reward": float(bool(success)) if reward is None else _number(reward, name="reward"),
+            "reason": valid_text(reason, field="reason of a Grade"),
+            "parts": {
+                valid_text(part, field="name of a part of a Grade"): _number(value, name=f"part {part}")
+                for part, value in (parts or {}).items()
+            },
+            "threshold": _number(threshold, name="threshold"),
+        }
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
     def success(self) -> bool:
         """Whether the task is solved."""
         return self.reward >= self.threshold
+
+
+def _number(value: object, *, name: str) -> float:
+    """Return a number of a Grade as a float. Raises ValueError for anything else."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is that of a tensor with several elements
+        number = math.nan
+    if not abs(number) <= _LARGEST_REWARD:
+        raise ValueError(f"{name} of a Grade is {value!r}: give a number from -1e9 to 1e9")
+    return number
 
 
 def has_method(value: object, name: str) -> bool:

@@ -98,13 +98,13 @@ def check_family(family: TaskFamily, *, name: str) -> None:
         _log.warning("%s: its first task cannot be made: %s: %s", owner, type(error).__name__, error)
         return
     made_by = f"{owner}.task returns {type(task).__name__}"
-    if not isinstance(prompt, list | tuple) or not all(isinstance(message, Message) for message in prompt):
+    if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(each, Message) for each in prompt):
         raise ConfigError(f"{made_by}, whose prompt is {_kind(prompt)}: give a property that returns a list of Message")
     if not has_method(task, "environment"):
         raise ConfigError(f"{made_by}, which has no method environment: add it")
-    if isinstance(task, CountsCalls) and not isinstance(task.num_calls, Integral):
-        kind = _kind(task.num_calls)
-        raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int")
+    if isinstance(task, CountsCalls) and (not isinstance(task.num_calls, Integral) or task.num_calls < 0):
+        kind = task.num_calls if isinstance(task.num_calls, Integral) else _kind(task.num_calls)
+        raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int of 0 or more")
 
 
 def _kind(value: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.export.folder import RECORD_FILE, read_record, write_record
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf, tensor_places
 from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
@@ -53,6 +54,9 @@ def verify_gguf(
         rows = list(_file_rows(export, masters=masters))
         rows.append(_metadata_row(export, tokenizer=tokenizer))
         python = find_interpreter(ForeignProgram.llama, llama_python)
+        if python is None and fault is ExportFault.norm:
+            cure = ForeignProgram.llama.cure
+            raise ConfigError(f"fault is {fault}, which only llama.cpp shows: give code or scale; {cure}")
         if python is None:
             why = f"llama.cpp: llama-cpp-python is not installed; {ForeignProgram.llama.cure}"
             return Verified(rows=rows, skipped=[why])

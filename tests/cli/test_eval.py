@@ -95,7 +95,13 @@ def test_texts_are_evaluated_without_tasks_and_without_a_chat_template(tmp_path:
     words = [f"init_from={export}", f"run.folder={tmp_path / 'runs'}", "eval.num_tasks=0", "run.wandb.mode=disabled"]
     source = ["data.sources.x.kind=jsonl", f"data.sources.x.path={tmp_path / 'texts.jsonl'}"]
     assert main(compose("eval", [*words, "data=none", *source])) == 0
-    numbers = json.loads(next(tmp_path.glob("runs/**/eval.json")).read_text())
+    results = next(tmp_path.glob("runs/**/eval.json"))
+    numbers = json.loads(results.read_text())
+    assert main(compose("eval", [*words, "data=none", *source])) == 0
+    assert [path.name for path in results.parent.glob("eval.json*")] == ["eval.json"]  # the same results
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"other words {n}"}) + "\n" for n in range(9)))
+    assert main(compose("eval", [*words, "data=none", *source])) == 0
+    assert json.loads((results.parent / "eval.json.previous").read_text()) == numbers != json.loads(results.read_text())
     assert numbers["modes"] == {} and numbers["language"]["x"] > 0
     with pytest.raises(ConfigError, match=r"eval.num_tasks is 0 and data.sources is empty"):
         main(compose("eval", [*words, "data=none"]))

@@ -238,6 +238,7 @@ def test_the_digest_depends_on_texts_and_their_order(write_jsonl) -> None:
     [
         ('{"text": ' + "[" * 200_000, r"mine\.jsonl:1 cannot be read: RecursionError"),
         ('{"text": ' + "1" * 5000 + "}", r"mine\.jsonl:1 cannot be read: ValueError: Exceeds the limit"),
+        ('{"text": "a", "text": "b"}', r"mine\.jsonl:1 has the key 'text' twice in one object: remove one of them"),
         (r'{"text": "a\ud800b"}', r"mine\.jsonl:1 holds U\+D800, half of a surrogate pair"),
     ],
 )

@@ -111,6 +111,27 @@ class Counting(World):
         return Observation(text=5)  # type: ignore[arg-type]
 
 
+class Saying(World):
+    """Says in words whether a call failed."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        return Observation(text="a stone", is_error="no")  # type: ignore[arg-type]
+
+
+class Infinite(World):
+    """Gives a reward whose group would have no finite advantage."""
+
+    def grade(self, answer: str) -> Grade:
+        return Grade(reward=1e300, reason="right")
+
+
+class Explaining(World):
+    """Gives its reasons as a list."""
+
+    def grade(self, answer: str) -> Grade:
+        return Grade(reward=1.0, reason=["right"])  # type: ignore[arg-type]
+
+
 def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
     tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +156,9 @@ def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
         (Exiting, "a call of look: "),
         (Mistyped, "a call of look returned str, not Observation"),
         (Counting, "a call of look returned an Observation whose text is int, not str"),
+        (Saying, "a call of look returned an Observation with 'no', not a bool"),
+        (Infinite, "grading: ValueError: reward of a Grade is 1e+300: give a number from -1e9 to 1e9"),
+        (Explaining, "grading: DataError: reason of a Grade is list"),
     ],
 )
 def test_an_environment_that_fails_is_not_scored_and_ends_nothing_else(

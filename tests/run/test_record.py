@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moetrain.run.record import Record, changes, record_of
+from moetrain.run.record import Record, changes, record_of, stored_record
 
 
 def record(config: dict[str, Any], folder: Path) -> Record:
@@ -121,6 +121,17 @@ def test_what_a_stage_notes_of_its_run_is_no_change_of_its_weights(tmp_path: Pat
 )
 def test_what_changed_is_named(before: dict[str, Any], now: dict[str, Any], found: list[str], tmp_path: Path) -> None:
     assert difference(record(before, tmp_path), record(now, tmp_path), **{"train.new": 7}) == found
+
+
+def test_a_damaged_record_is_read_from_the_config(tmp_path: Path) -> None:
+    assert stored_record(tmp_path) is None
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}\nrun: {folder: runs, name: mine}\n")
+    for damaged in ("{", "[]", '{"config": {}}'):
+        (tmp_path / "started.json").write_text(damaged)
+        before = stored_record(tmp_path)
+        assert before is not None
+        now = record({"train": {"steps": 4}, "run": {"folder": "runs", "name": "mine"}}, Path("runs/mine"))
+        assert difference(before, now) == ["train.steps: 3 -> 4"]
 
 
 def test_an_input_that_was_made_again_is_a_change(tmp_path: Path) -> None:

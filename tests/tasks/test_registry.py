@@ -23,6 +23,18 @@ class _Task(WorldTask):
         return [{"role": "user", "content": "x"}]
 
 
+class _Silent(WorldTask):
+    @property
+    def prompt(self) -> Any:
+        return []
+
+
+class _Negative(WorldTask):
+    @property
+    def num_calls(self) -> int:
+        return -1
+
+
 class _CountingTask(WorldTask):
     def num_calls(self) -> int:
         return 3
@@ -40,6 +52,8 @@ def _family(**members: Any) -> Any:
         (lambda: _family(tools=[{"name": "look"}]), "Own.tools is a list of dict: give a property"),
         (lambda: _family(task=lambda self: None), "Own: its first task cannot be made: TypeError: .*positional"),
         (lambda: _family(task=lambda self, split, index: _Task(make=World)), "whose prompt is a list of dict: give a"),
+        (lambda: _family(task=lambda self, split, index: _Silent(make=World)), "whose prompt is list: give a"),
+        (lambda: _family(task=lambda self, split, index: _Negative(make=World)), "whose num_calls is -1: give a"),
         (lambda: _family(task=lambda self, split, index: object()), "AttributeError: 'object' object has no attribute"),
         (lambda: _family(task=lambda self, split, index: _CountingTask(make=World)), "whose num_calls is a method"),
     ],
