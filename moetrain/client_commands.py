@@ -27,8 +27,8 @@ class EndpointFault(StrEnum):
 class ChatRun(StageRun):
     """Chat with a model at a terminal. Thinking, calls and results are shown as they happen.
 
-    Each line of standard input is a message. Ctrl-C ends a turn, a second one ends the chat. With task_index the model
-    acts as an agent in the environment of that task, and its grade is shown.
+    Each line of standard input is a message. Ctrl-C ends a turn, a second one ends the chat. With task=NAME or
+    task_index=N the model acts as an agent in the environment of a task, and its grade is shown.
     """
 
     system: str = ""
@@ -38,11 +38,11 @@ class ChatRun(StageRun):
     max_turn_tokens: int = 512
     """Largest number of tokens of a turn."""
     task_index: int | None = None
-    """Number of a held-out task to act in, from 0; null is a chat."""
+    """Number of a held-out task to act in, from 0; null is a chat. A command line with task= takes the first."""
     num_calls: int | None = None
     """Number of tool calls that the task requires; null is the family's choice."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """Family and settings of the task; only used with task_index."""
+    """Family and settings of the task."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

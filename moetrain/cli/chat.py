@@ -40,7 +40,8 @@ def main(run: ChatRun) -> int:
     model = generation_model(origin, library=library, speculation=Speculation.auto)
     engine = GenerationEngine(model, num_slots=1, max_tokens=max_tokens, speculation=Speculation.auto)
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if stream is not None:  # as it is when it was closed at the start
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     play = _chat if run.task_index is None else _act
     play(run, engine, tokenizer=tokenizer, screen=Screen(), max_tokens=max_tokens)
     return 0
@@ -70,6 +71,10 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
     from moetrain.terminal.agent import act
 
     assert run.task_index is not None
+    if run.max_turn_tokens >= max_tokens:
+        raise ConfigError(
+            f"max_turn_tokens is {run.max_turn_tokens}: give less than {max_tokens}, the model's positions"
+        )
     family = registry.build(run.task, run.run.seed)
     if run.num_calls is None:
         task = family.task(Split.held_out, run.task_index)
@@ -98,6 +103,8 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
 
 def _read() -> str | None:
     """Return the next line of standard input, or None at its end. On a terminal it shows a prompt and can be edited."""
+    if sys.stdin is None:  # it was closed at the start
+        return None
     if sys.stdin.isatty():
         import readline  # noqa: F401  makes `input` editable
 

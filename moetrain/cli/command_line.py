@@ -27,4 +27,11 @@ def composed(command: str, words: Sequence[str]) -> Any:
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: unknown option; write key=value, or --config FILE directly after the command")
-    return compose(command, words)
+    return compose(command, [*words, *_implied(command, words)])
+
+
+def _implied(command: str, words: Sequence[str]) -> list[str]:
+    """Return what the words of a command line imply: a chat about a task acts in one."""
+    keys = [word.partition("=")[0] for word in words]
+    names_a_task = any(key == "task" or key.startswith("task.") for key in keys)
+    return ["task_index=0"] if command == "chat" and names_a_task and "task_index" not in keys else []

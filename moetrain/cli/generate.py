@@ -57,6 +57,8 @@ def chat_pieces(text: str, *, template: ChatTemplate) -> list[Piece]:
 
 def _standard_input() -> str:
     """Return the text on standard input without its final newline. Raises `ConfigError` if it is empty or not UTF-8."""
+    if sys.stdin is None:  # it was closed when the process started
+        raise ConfigError("prompt=-: standard input is closed: give the prompt there, as in prompt=- < prompt.txt")
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

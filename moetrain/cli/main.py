@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print(f"moetrain: {where}{error.strerror}: make room, and run the same command again", file=sys.stderr)
+            return MoetrainError.exit_code
         if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
         print(f"moetrain: {str(error.filename)[:200]}: {error.strerror}; give another path", file=sys.stderr)

@@ -98,6 +98,8 @@ class GuidedConstraint:
 
 
 def _reason(text: str) -> str:
-    """Return the first line of an error of llguidance, without the place in the grammar."""
-    line = text.strip().split("\n")[0]
-    return line.split("failed to compile JSON schema: ")[-1][:_LONGEST_REASON]
+    """Return an error of llguidance in one line, without the place in the grammar."""
+    line = " ".join(text.split())
+    if "panic" in line:
+        return "it is too large, or it has a part that is not supported"
+    return line.split("failed to compile JSON schema: ")[-1].split(" <state>")[0][:_LONGEST_REASON]

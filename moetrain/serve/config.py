@@ -70,16 +70,22 @@ class ServeConfig:
                 f"serve.max_choices is {self.max_choices}: give at most num_slots + max_waiting, "
                 f"{self.num_slots + self.max_waiting}"
             )
-        if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
-            raise ConfigError(f"serve.api_key, or {KEY_VARIABLE}, is no key: give visible ASCII characters")
+        if self.api_key is not None and not _is_key(self.api_key):
+            raise ConfigError("serve.api_key is no key: give visible ASCII characters, or null for none")
+        if not self.host:
+            raise ConfigError("serve.host is '': give an address such as 127.0.0.1")
+        if self.model_name == "":
+            raise ConfigError("serve.model_name is '': give a name, or null for that of the folder of the weights")
 
     @property
     def key(self) -> str | None:
-        """The key that requests must have; None when no key is required."""
-        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
+        """The key that requests must have; None when no key is required. An empty variable gives no key."""
+        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE) or None
 
     def check_exposure(self) -> None:
-        """Raise ConfigError when other machines could use the server without a key."""
+        """Raise ConfigError when the variable holds no key, and when other machines could do without one."""
+        if self.key is not None and not _is_key(self.key):
+            raise ConfigError(f"{KEY_VARIABLE} is no key: give visible ASCII characters, or leave it out")
         try:
             is_own = ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -89,3 +95,7 @@ class ServeConfig:
                 f"serve.host is {self.host}, which other machines can reach, and no key is set: set {KEY_VARIABLE}, or "
                 "give serve.host=127.0.0.1"
             )
+
+
+def _is_key(text: str) -> bool:
+    return bool(text) and text.isascii() and text.isprintable()

@@ -35,6 +35,6 @@ class ApiError(Exception):
 def _type(status: int) -> str:
     if status == 401:
         return "authentication_error"
-    if status in (404, 405):
+    if status == 404:
         return "not_found_error"
     return "invalid_request_error" if status < 500 else "server_error"

@@ -66,7 +66,8 @@ class Fields:
     def neutral(self, name: str, *values: object) -> None:
         """Accept a field that is not supported where its value changes nothing; refuse other values."""
         value = self.take(name)
-        if value is not None and value not in values:
+        is_same = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+        if value is not None and not is_same:
             raise self.refusal(
                 name, value, cure="this field is not supported; leave it out", code="unsupported_parameter"
             )

@@ -155,7 +155,9 @@ def _sampling(fields: Fields, *, top_logprobs: int) -> Sampling:
     biases = []
     for token in bias or {}:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise ApiError(f"logit_bias has the key {token[:20]!r}: give token ids", param="logit_bias")
+            raise ApiError(
+                f"logit_bias has the key {token[:20]!r}: give token ids", param="logit_bias", code="invalid_value"
+            )
         biases.append((int(token), of_tokens.number(token, low=-100, high=100, default=0.0)))
     try:
         return Sampling(
@@ -172,7 +174,7 @@ def _sampling(fields: Fields, *, top_logprobs: int) -> Sampling:
 
 def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise fields.refusal("stop", value, cure="give a string, or a list of strings, none of them empty")
     if len(stops) > _MAX_STOPS:
@@ -211,7 +213,7 @@ def _without_indices(item: Any) -> Any:
 
 def _tools(fields: Fields) -> tuple[list[ToolSpec], str]:
     value = fields.take("tools")
-    if isinstance(value, str):
+    if value is not None and not isinstance(value, list):
         raise fields.refusal("tools", value, cure="give a list of declarations")
     try:
         declaration = read_declaration(value)
@@ -220,9 +222,10 @@ def _tools(fields: Fields) -> tuple[list[ToolSpec], str]:
     tools = []
     for item in value or []:
         function = item["function"]
-        parameters = function.get("parameters") or {}
-        if item.get("type", "function") != "function":
-            raise ApiError(f"type of a tool is {item['type']!r}: give function", param="tools", code="invalid_value")
+        parameters = {} if function.get("parameters") is None else function["parameters"]
+        own = Fields(function, prefix=f"the declaration of {function['name'][:80]}: ")
+        own.text("description")
+        own.flag("strict")
         if not _TOOL_NAME.fullmatch(function["name"]):
             cure = "give 1 to 64 letters, digits, _, . or -"
             raise ApiError(
@@ -233,9 +236,6 @@ def _tools(fields: Fields) -> tuple[list[ToolSpec], str]:
             raise ApiError(message, param="tools", code="invalid_value")
         schema = {"type": "object", **parameters}
         tools.append(ToolSpec(name=function["name"], description=function.get("description") or "", parameters=schema))
-    names = [tool.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise ApiError(f"two tools have the same name: {', '.join(names)}", param="tools", code="invalid_value")
     return tools, declaration
 
 
@@ -270,8 +270,9 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
         found = inner.take("schema") if inner else None
         if inner is None or not isinstance(found, dict):
             raise ApiError("response_format.json_schema has no schema", param="response_format", code="invalid_value")
-        for name in ("name", "description", "strict"):
-            inner.take(name)
+        inner.text("name")
+        inner.text("description")
+        inner.flag("strict")
         inner.check()
         schema = found
     elif kind != "text":

@@ -1,6 +1,6 @@
 """Runs the application: a listening socket, the event loop in a thread of its own, and the end on signals.
 
-The main thread only waits for signals. The first one stops accepting requests and lets running ones finish; the second
+The main thread only waits for signals. After the first one, new requests get 503 and running ones finish; the second
 one ends at once.
 """
 
@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 30
 _POLL_S = 0.5
+_DRAIN_POLL_S = 0.02
+_CLOSING_S = 2
+"""Seconds that the responses of the last requests have to reach their clients."""
 _FORCED_S = 2.0
 
 
@@ -49,8 +53,9 @@ class Server:
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(config.max_drain_s + 1),
+            timeout_graceful_shutdown=_CLOSING_S,
         )
+        self._max_drain_s = config.max_drain_s
         self._server = uvicorn.Server(settings)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True, name="server")
@@ -66,14 +71,13 @@ class Server:
         self._started.wait()
 
     def drain(self) -> None:
-        """Stop accepting requests; running ones may finish."""
+        """Refuse new requests with 503; when the running ones have finished, close the socket and end."""
         self._service.is_draining = True
-        self._server.should_exit = True
 
     def stop(self) -> None:
         """End at once, with running requests unanswered."""
         self.drain()
-        self._server.force_exit = True
+        self._server.should_exit = self._server.force_exit = True
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the server has ended."""
@@ -86,10 +90,20 @@ class Server:
             while not self._server.started and not serving.done():
                 await asyncio.sleep(0.005)
             self._started.set()
+            await self._drained(serving)
+            self._server.should_exit = True
             await serving
         finally:
             self._started.set()
             self._engine.stop()
+
+    async def _drained(self, serving: "asyncio.Future[None]") -> None:
+        """Wait until the server was told to drain and no request runs, or `max_drain_s` later; or until it ended."""
+        while not (self._service.is_draining or serving.done()):
+            await asyncio.sleep(_DRAIN_POLL_S)
+        end = time.monotonic() + self._max_drain_s
+        while self._service.num_jobs and time.monotonic() < end and not serving.done():
+            await asyncio.sleep(_DRAIN_POLL_S)
 
 
 def run_until_signal(server: Server) -> int:

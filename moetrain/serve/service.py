@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from moetrain.serve.prompt import Prompt, chat_prompt, text_prompts
 from moetrain.serve.requests import ChatRequest, Choices, TextRequest
 
 _Json = dict[str, Any]
+_OPTIONS_KEY = "x-guidance"
+"""Key of a JSON schema that llguidance would read, and with which parts of the schema could be ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class Service:
         self._guide = Guide(served.tokenizer, end_id=served.tokenizer.end_ids[0])
 
     @property
+    def num_jobs(self) -> int:
+        """Number of sequences of the requests that run."""
+        return self._num_jobs
+
+    @property
     def is_healthy(self) -> bool:
         """Whether new requests are answered."""
         return self._engine.is_alive and not self.is_draining
@@ -85,7 +92,7 @@ class Service:
                 message = f"logit_bias has the token id {token}: the largest is {self.served.vocab_size - 1}"
                 raise ApiError(message, param="logit_bias", code="invalid_value")
         for prompt in prompts:
-            self._check_length(len(prompt.tokens), request.choices.max_tokens)
+            self._check_length(len(prompt.tokens), request)
         return prompts
 
     def _prompts(self, request: ChatRequest | TextRequest) -> list[Prompt]:
@@ -97,22 +104,25 @@ class Service:
         except DataError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
         if prompt.grammar:
-            if '"x-guidance"' in prompt.grammar:  # llguidance would read it, and could ignore parts of the schema
-                raise ApiError("a JSON schema has the key x-guidance: leave it out", code="invalid_schema")
+            param = "tools" if request.schema is None else "response_format"
+            schemas = [request.schema, *(tool.parameters for tool in request.tools)]
+            if any(_has_key(schema, _OPTIONS_KEY) for schema in schemas):
+                message = f"a JSON schema has the key {_OPTIONS_KEY}: leave it out"
+                raise ApiError(message, param=param, code="invalid_schema")
             try:
                 self._guide.constraint(prompt.grammar)
             except ConfigError as error:
-                param = "tools" if request.schema is None else "response_format"
                 message = f"a JSON schema cannot be used: {error}"
                 raise ApiError(message, param=param, code="invalid_schema") from None
         return [prompt]
 
-    def _check_length(self, length: int, max_tokens: int | None) -> None:
-        longest = self.served.max_tokens
+    def _check_length(self, length: int, request: ChatRequest | TextRequest) -> None:
+        longest, max_tokens = self.served.max_tokens, request.choices.max_tokens
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
         if length + (max_tokens or 1) > longest:
             asked = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
             message = f"the prompt has {length} tokens{asked}: together at most {longest} are allowed"
-            raise ApiError(message, param="messages", code="context_length_exceeded")
+            raise ApiError(message, param=param, code="context_length_exceeded")
         if length == 0:
             raise ApiError("the prompt is empty", param="prompt", code="invalid_value")
 
@@ -151,10 +161,10 @@ class Service:
             limit = self.served.max_tokens
             if choices.max_tokens is not None:
                 limit = len(prompt.tokens) + choices.max_tokens
-            for _ in range(choices.number):
+            for choice in range(choices.number):
                 sequence = TokenSequence(
                     tokens=list(prompt.tokens),
-                    stream=seed_of(seed, "serve", len(jobs)),
+                    stream=seed_of(seed, "serve", choice),
                     limit=limit,
                     stop_ids=end_ids,
                     sampling=choices.sampling,
@@ -221,10 +231,11 @@ class Service:
                     "logprobs": answer.logprobs(answer.tokens) if run.choices.top_logprobs is not None else None,
                     "finish_reason": answer.finish_reason,
                     **({"token_ids": [token.id for token in answer.tokens]} if run.choices.returns_token_ids else {}),
+                    **({} if run.is_chat else _prompt_ids(run, number)),
                 }
             )
         body = {**self._head(run, is_chunk=False), "choices": choices, "usage": usage(run)}
-        return body | _prompt_ids(run)
+        return body | (_prompt_ids(run, 0) if run.is_chat else {})
 
     async def chunks(self, run: Run) -> AsyncGenerator[_Json, None]:
         """Yield the chunks of a stream."""
@@ -234,7 +245,7 @@ class Service:
             answer, number = run.answers[job.number], job.number
             if run.is_chat and number not in has_begun:
                 yield self._chunk(run, number, {"delta": {"role": "assistant", "content": ""}}) | (
-                    _prompt_ids(run) if not has_begun else {}
+                    _prompt_ids(run, 0) if not has_begun else {}
                 )
                 has_begun.add(number)
             nothing: _Json = {"delta": {}} if run.is_chat else {"text": ""}
@@ -247,11 +258,10 @@ class Service:
                     part["logprobs"] = answer.logprobs(new)
                 if run.choices.returns_token_ids:
                     part["token_ids"] = [token.id for token in new]
-                chunk = self._chunk(run, number, part)
-                if not run.is_chat and not has_begun:
-                    chunk |= _prompt_ids(run)
+                if not run.is_chat and number not in has_begun:
+                    part |= _prompt_ids(run, number)
                     has_begun.add(number)
-                yield chunk
+                yield self._chunk(run, number, part)
         if run.choices.includes_usage:
             yield self._head(run, is_chunk=True) | {"choices": [], "usage": usage(run)}
 
@@ -292,7 +302,14 @@ def _problem(job: Job) -> str:
     return "" if constraint is None else constraint.problem
 
 
-def _prompt_ids(run: Run) -> _Json:
-    if not run.choices.returns_token_ids:
-        return {}
-    return {"prompt_token_ids": run.jobs[0].sequence.tokens[: run.jobs[0].num_prompt]}
+def _prompt_ids(run: Run, number: int) -> _Json:
+    """Return the token ids of the prompt of answer `number`, if the request asks for ids."""
+    job = run.jobs[number]
+    return {"prompt_token_ids": job.sequence.tokens[: job.num_prompt]} if run.choices.returns_token_ids else {}
+
+
+def _has_key(value: Any, key: str) -> bool:
+    """Return whether an object in a JSON value has this key."""
+    if isinstance(value, Mapping):
+        return key in value or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, list) and any(_has_key(item, key) for item in value)

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import openai
 import pytest
 
 from moetrain.cli import chat, serve
+from moetrain.cli.command_line import composed
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.runtime import free_port
+from tests.cli.command import ENVIRONMENT, ROOT
 from tests.even_task import even_export
 
 
@@ -58,6 +61,9 @@ def test_an_export_is_served_until_a_signal(export: Path) -> None:
     ("words", "message"),
     [
         (["serve.host=0.0.0.0"], "serve.host is 0.0.0.0, which other machines can reach"),
+        (["serve.host="], "serve.host is '': give an address such as 127.0.0.1"),
+        (["serve.model_name="], "serve.model_name is '': give a name"),
+        (["serve.api_key="], "serve.api_key is no key: give visible ASCII characters, or null for none"),
         (["serve.cache_megabytes=0"], "serve.cache_megabytes is 0"),
         (["serve.max_tokens=4096"], "serve.max_tokens is 4096: give at most model.max_position_embeddings=128"),
     ],
@@ -65,6 +71,15 @@ def test_an_export_is_served_until_a_signal(export: Path) -> None:
 def test_a_server_that_cannot_start_is_refused_in_one_line(export: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         serve.main(compose("serve", [f"init_from={export}", *words]))
+
+
+def test_an_empty_variable_is_no_key_and_another_one_is_checked(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETRAIN_API_KEY", "")
+    assert compose("serve", [f"init_from={export}"]).serve.key is None
+    monkeypatch.setenv("MOETRAIN_API_KEY", "kéy")
+    run = compose("serve", [f"init_from={export}"])
+    with pytest.raises(ConfigError, match="MOETRAIN_API_KEY is no key"):
+        serve.main(run)
 
 
 def test_missing_packages_are_named_with_the_cure(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,3 +109,20 @@ def test_a_task_is_played_to_its_verdict(
     sys.stdout.flush()
     shown = raw.getvalue().decode()
     assert shown.startswith("[user] ") and "\n[note] " in shown
+
+
+def test_a_task_without_a_number_is_the_first_one() -> None:
+    assert composed("chat", ["init_from=x"]).task_index is None
+    for word in ("task=marathon", "task=database", "task.database.max_calls=3"):
+        assert composed("chat", ["init_from=x", word]).task_index == 0
+    assert composed("chat", ["init_from=x", "task=marathon", "task_index=3"]).task_index == 3
+
+
+@pytest.mark.parametrize("words", [["generate", "prompt=-"], ["chat", "max_turn_tokens=12"]])
+def test_a_closed_standard_input_is_no_traceback(export: Path, words: list[str]) -> None:
+    close = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", close, "-m", "moetrain.cli", *words, f"init_from={export}"]
+    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == (2 if words[0] == "generate" else 0)
+    assert "Traceback" not in run.stderr
+    assert words[0] == "chat" or "prompt=-: standard input is closed" in run.stderr

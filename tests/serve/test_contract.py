@@ -148,6 +148,26 @@ def test_text_is_split_neither_inside_a_character_nor_inside_a_stop_string(token
             assert whole.message.content == expected and whole.finish_reason == "stop"
 
 
+def test_each_answer_to_several_prompts_has_its_prompt_and_does_not_depend_on_the_others(tiny: Server) -> None:
+    prompts = ["alpha beta gamma", "beta"]
+    body = {"seed": 5, "max_tokens": 6, "return_token_ids": True}
+    both = post(tiny, "/v1/completions", body | {"prompt": prompts, "n": 2})[2]["choices"]
+    for place, prompt in enumerate(prompts):
+        alone = post(tiny, "/v1/completions", body | {"prompt": prompt})[2]["choices"][0]
+        answer = both[2 * place]
+        assert (answer["token_ids"], answer["prompt_token_ids"]) == (alone["token_ids"], alone["prompt_token_ids"])
+        assert both[2 * place + 1]["prompt_token_ids"] == alone["prompt_token_ids"]
+        assert both[2 * place + 1]["token_ids"] != alone["token_ids"]
+    assert both[0]["prompt_token_ids"] != both[2]["prompt_token_ids"]
+    found: dict[int, list[int]] = {}
+    for event in _events(tiny, body | {"prompt": prompts, "n": 2, "stream": True}, path="/v1/completions"):
+        for choice in event["choices"]:
+            if "prompt_token_ids" in choice:
+                assert choice["index"] not in found
+                found[choice["index"]] = choice["prompt_token_ids"]
+    assert found == {choice["index"]: choice["prompt_token_ids"] for choice in both}
+
+
 def test_a_seed_repeats_an_answer_and_a_stream_says_the_same(tiny: Server) -> None:
     body: dict[str, Any] = {
         "messages": [USER], "seed": 5, "n": 3, "max_tokens": 20, "logprobs": True, "top_logprobs": 2,
@@ -200,8 +220,8 @@ def _near(value: Any) -> Any:
     return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
 
 
-def _events(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    text = post(server, "/v1/chat/completions", body)[2]
+def _events(server: Server, body: dict[str, Any], *, path: str = "/v1/chat/completions") -> Iterator[dict[str, Any]]:
+    text = post(server, path, body)[2]
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     for line in lines[:-1]:

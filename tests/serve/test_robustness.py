@@ -98,7 +98,29 @@ def _tool(**fields: Any) -> list[Any]:
         (CHAT, BODY | {"tools": "[]"}, 400, "tools is '[]'"),
         (CHAT, BODY | {"tools": [{"name": "f"}]}, 400, "a declaration in tools is dict"),
         (CHAT, BODY | {"tools": _tool(name="a b")}, 400, "a tool has the name 'a b'"),
-        (CHAT, BODY | {"tools": _tool() * 2}, 400, "two tools have the same name"),
+        (CHAT, BODY | {"tools": _tool() * 2}, 400, "tools declares f twice"),
+        (CHAT, BODY | {"tools": {}}, 400, "tools is dict: give a list of declarations"),
+        (CHAT, BODY | {"tools": 0}, 400, "tools is 0: give a list of declarations"),
+        (CHAT, BODY | {"tools": _tool(parameters=[])}, 400, "the parameters of the declaration of f are"),
+        (CHAT, BODY | {"tools": _tool(description=5)}, 400, "the declaration of f: description is 5: give a string"),
+        (CHAT, BODY | {"tools": _tool(strict="yes")}, 400, "the declaration of f: strict is 'yes': give true or"),
+        (CHAT, BODY | {"stop": False}, 400, "stop is False: give a string"),
+        (CHAT, BODY | {"stop": {}}, 400, "stop is dict: give a string"),
+        (CHAT, BODY | {"frequency_penalty": False}, 400, "frequency_penalty is False: this field is not supported"),
+        ("/v1/completions", {"prompt": "x", "best_of": True}, 400, "best_of is True: this field is not supported"),
+        ("/v1/completions", {"prompt": "x", "echo": 0}, 400, "echo is 0: this field is not supported"),
+        (
+            CHAT,
+            BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}}},
+            400,
+            "response_format.json_schema.name is 5: give a string",
+        ),
+        (
+            CHAT,
+            BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "("}}}},
+            400,
+            "unclosed group",
+        ),
         (CHAT, BODY | {"tools": _tool(parameters={"type": "string"})}, 400, "not a JSON schema of type object"),
         (CHAT, BODY | {"tools": _tool(parameters={"not": {}})}, 400, 'cannot be used: Unimplemented keys: ["not"]'),
         (CHAT, BODY | {"tools": _tool(parameters={"x-guidance": {"lenient": True}})}, 400, "has the key x-guidance"),
@@ -269,6 +291,9 @@ def test_a_stopping_server_finishes_what_runs_and_refuses_what_comes(tokenizer: 
             thread.start()
         until(lambda: len(script.prompts) == 3)
         server.drain()
+        assert get(server, "/health")[0] == 503  # on a new connection
+        status, headers, content = post(server, CHAT, BODY)
+        assert (status, content["error"]["code"], headers["retry-after"]) == (503, "stopping", "1")
         server.wait(20)
         assert not server.is_running
         for thread in threads:
