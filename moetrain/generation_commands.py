@@ -25,6 +25,12 @@ class GenerationPeer(StrEnum):
     """The same, with torch.compile."""
 
 
+_MOST_TOKENS = 2048
+"""Tokens of a sequence of `verify rollout`; more take hours."""
+_FAULT_PROMPT, _FAULT_NEW = 32, 2
+"""Least sizes at which each fault changes a result."""
+
+
 @dataclass(kw_only=True)
 class GenerationBenchRun(StageRun):
     """Fields of the commands that compare the generation of moetrain with that of other programs."""
@@ -189,6 +195,15 @@ class VerifyRolloutRun(StageRun):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="", ranges={COUNT: ("prompt_tokens", "new_tokens")})
+        if self.prompt_tokens + self.new_tokens > _MOST_TOKENS:
+            raise ConfigError(
+                f"prompt_tokens + new_tokens is {self.prompt_tokens + self.new_tokens}: give at most {_MOST_TOKENS}"
+            )
+        if self.fault != "none" and (self.prompt_tokens < _FAULT_PROMPT or self.new_tokens < _FAULT_NEW):
+            raise ConfigError(
+                f"fault is {self.fault}, prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens}: give at "
+                f"least {_FAULT_PROMPT} and {_FAULT_NEW} tokens, or the fault may change nothing"
+            )
         if self.fault not in ("none", "stale_page", "wrong_position", "other_row", "fast_attention"):
             raise ConfigError(
                 f"fault is {self.fault!r}: give none, stale_page, wrong_position, other_row or fast_attention"

@@ -45,7 +45,9 @@ def check_ranges(section: Any, *, prefix: str, ranges: Mapping[Range, Sequence[s
         for field in fields:
             value = getattr(section, field)
             numbers = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(_is_representable(number) and allowed.fits(number) for number in numbers):
+            if not all(_is_representable(number) for number in numbers):
+                raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}, at most 2^63 - 1 and finite")
+            if not all(allowed.fits(number) for number in numbers):
                 raise ConfigError(f"{prefix}{field} is {value}: {allowed.cure}")
 
 

@@ -82,4 +82,10 @@ def check_scored(numbers: Mapping[str, Any]) -> None:
     if modes and not any(summary["all"]["count"] for summary in modes):
         endings = sum((Counter(summary["endings"]) for summary in modes), Counter[str]())
         counts = ", ".join(f"{name} {count}" for name, count in sorted(endings.items()))
-        raise RolloutError(f"no trajectory could be scored ({counts}): the environment failed each time; see the log")
+        is_too_long = endings["prompt_too_long"] > endings["environment_failed"]
+        reason = (
+            "the prompts leave no room for a turn within rollout.max_tokens: raise it, or lower rollout.max_turn_tokens"
+            if is_too_long
+            else "the environment failed each time; see the log"
+        )
+        raise RolloutError(f"no trajectory could be scored ({counts}): {reason}")

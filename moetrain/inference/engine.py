@@ -120,8 +120,8 @@ class GenerationEngine:
         num_pages = min(max(num_slots, 1) * longest, int(budget / size))
         if num_pages < longest:
             raise ConfigError(
-                f"a cache of {budget / (1 << 20):.0f} MiB has no room for a sequence of {max_tokens} tokens: it takes "
-                f"{longest * size / (1 << 20):.0f} MiB; give a smaller max_tokens or a larger cache_megabytes"
+                f"a cache of {budget / (1 << 20):.1f} MiB has no room for a sequence of {max_tokens} tokens: it takes "
+                f"{longest * size / (1 << 20):.1f} MiB; give a smaller max_tokens or a larger cache_megabytes"
             )
         self._cache = model.new_cache(num_pages)
         self._tree = PageTree(num_pages, copy=self._copy_page)

@@ -26,6 +26,7 @@ from moetrain.report.table import (
     NONE,
     Table,
     difference_table,
+    length_table,
     masters_table,
     rate_text,
     size_table,
@@ -153,7 +154,7 @@ def _success(run: Run) -> str:
     if table is None:
         return ""
     change = difference_table(run)
-    beside = table_html(change) if change else ""
+    beside = "".join(table_html(found) for found in (change, length_table(run)) if found)
     return table_html(table) + beside + _charts([success_charts(run), hazard_chart(run)]) + _endings(run)
 
 

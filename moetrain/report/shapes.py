@@ -50,6 +50,7 @@ _MODE = _object(
     },
     mean_segments=_NUMBER,
     mean_sampled_tokens=_NUMBER,
+    mean_calls=_NUMBER,
 )
 _PARAMETERS = _object({"total": _INTEGER, "active_with_head": _INTEGER, "routed": _INTEGER})
 _EXPORT_SIZES = {"num_bytes": _BYTES, "num_bytes_bf16": _BYTES}

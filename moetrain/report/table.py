@@ -104,6 +104,19 @@ def success_table(run: Run) -> Table | None:
     )
 
 
+def length_table(run: Run) -> Table | None:
+    """Return the average number of tool calls, contexts and sampled tokens of a trajectory, by evaluation and mode."""
+    names = ("mean_calls", "mean_segments", "mean_sampled_tokens")
+    rows = [
+        [f"{stage.weights} {mode_title(mode)}", *(f"{summary[name]:,.1f}" for name in names)]
+        for stage in run.evaluations
+        for mode, summary in stage.evaluation["modes"].items()
+        if summary["all"]["count"] and all(name in summary for name in names)
+    ]
+    header = ["average per trajectory", "tool calls", "contexts", "sampled tokens"]
+    return Table(title="Length of trajectories", header=header, rows=rows) if rows else None
+
+
 def difference_table(run: Run) -> Table | None:
     """Return the paired differences of success to an earlier evaluation of the same tasks."""
     rows = [

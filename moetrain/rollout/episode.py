@@ -296,7 +296,7 @@ class Episode:
             self._end(Ending.max_tokens)
             return
         self._segments.append(_segment_of(self.sequence))
-        self._retired, self.has_begun = self.sequence, False
+        self._retired, self.has_begun, self.given = self.sequence, False, []
         stream = seed_of(self._stream, "segment", self._context.num_segments)
         self.sequence = self._sequence([], stream=stream)
         self._read(opening)

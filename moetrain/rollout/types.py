@@ -55,7 +55,7 @@ class Segment:
 class Trajectory:
     """One finished trajectory. Its segments share its reward.
 
-    num_calls_needed: tool calls of the shortest solution; None when the task does not provide it. num_cut_outputs: tool
+    num_calls_needed: tool calls of the known solution; None when the task does not provide it. num_cut_outputs: tool
     results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces, because
     their environment failed or they reached `rollout.max_seconds`. progress: share of the solution before the first
     error; None where the environment does not measure it.

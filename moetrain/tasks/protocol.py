@@ -152,11 +152,11 @@ class InlineTask:
 
 @runtime_checkable
 class CountsCalls(Protocol):
-    """A task whose shortest solution has a known length. Success is then also reported by number of calls."""
+    """A task whose solution has a known length. Success is then also reported by number of calls."""
 
     @property
     def num_calls(self) -> int:
-        """Tool calls of the shortest right solution."""
+        """Tool calls of the known solution, as a demonstrator carries it out; there may be shorter ones."""
         ...
 
 

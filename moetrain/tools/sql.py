@@ -144,13 +144,14 @@ def calculate(expression: str) -> int | float:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and abs(node.value) <= _MAX_NUMBER:
-        return node.value
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER:
+        return value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_evaluate(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        value = _OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-        if abs(value) > _MAX_NUMBER:
+        result: int | float = _OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
+        if abs(result) > _MAX_NUMBER:
             raise ToolError("the result is too large")
-        return value  # type: ignore[no-any-return]
+        return result
     raise ToolError("only numbers with + - * can be calculated")

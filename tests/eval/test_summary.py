@@ -37,3 +37,6 @@ def test_an_evaluation_without_a_scored_trajectory_is_an_error() -> None:
     check_scored({"modes": {"greedy": summarize([failed]), "sampled": summarize([right])}})
     with pytest.raises(RolloutError, match=r"no trajectory could be scored \(environment_failed 2\)"):
         check_scored({"modes": {"greedy": summarize([failed]), "sampled": summarize([failed])}})
+    long = replace(right, ending=Ending.prompt_too_long)
+    with pytest.raises(RolloutError, match=r"\(prompt_too_long 1\): the prompts leave no room .* rollout.max_tokens"):
+        check_scored({"modes": {"greedy": summarize([long])}})

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moetrain.report.stages import read_run
-from moetrain.report.table import markdown, rate_text, show, tables, validation_table
+from moetrain.report.table import length_table, markdown, rate_text, show, tables, validation_table
 
 
 def test_the_tables_tell_what_the_run_did(finished: Path) -> None:
@@ -31,6 +31,8 @@ def test_the_tables_tell_what_the_run_did(finished: Path) -> None:
     assert int4.rows[3][:3] == ["rl greedy", "91.7 [65-99]", "91.7 [65-99]"]
     assert "KL(bf16 || INT4) 0.0001" in int4.notes[0]
     assert int4.notes[1].endswith("2.5 % of the codes and 5 % of the scales differ from those of sft_export")
+    lengths = length_table(read_run(finished, []))
+    assert lengths is not None and lengths.rows[0][0] == "sft sampled T=1" and len(lengths.rows[0]) == 4
     assert by_title["Exported size"].rows[1] == ["rl", "int4", "0.30 MB", "1.20 MB", "0.250"]
 
 

@@ -61,6 +61,8 @@ def test_calculations_are_exact_and_bounded() -> None:
     assert calculate("34 + 7 * -2") == 20
     with pytest.raises(ToolError, match="too large"):
         calculate("999999999999 * 999999999999")
+    with pytest.raises(ToolError, match="only numbers with"):
+        calculate("True + 1")
 
 
 def test_a_statement_that_takes_too_long_is_stopped() -> None:

@@ -33,6 +33,23 @@ def test_a_planted_fault_is_found(fault: str, row: str, tmp_path: Path, capsys: 
     assert row in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prompt_tokens=100000"], "prompt_tokens + new_tokens is 100003: give at most 2048"),
+        (
+            ["prompt_tokens=1", "fault=wrong_position"],
+            "fault is wrong_position, prompt_tokens 1 and new_tokens 3: give",
+        ),
+    ],
+)
+def test_sizes_that_take_hours_or_show_no_fault_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*WORDS, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "fault=page"]) == 2
     assert "give none, stale_page, wrong_position, other_row or fast_attention" in capsys.readouterr().err
