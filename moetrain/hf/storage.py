@@ -6,6 +6,7 @@ O rows, I columns, G groups of columns.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -225,7 +226,11 @@ def _in_bf16(tensor: Tensor, *, name: str) -> Tensor:
 
 
 def _unknown(tensor: DiskTensor, quantization: Quantization | None) -> str:
-    stated = "states no quantization_config" if quantization is None else f"states {quantization}"
+    stated = {
+        NoneType: "states no quantization_config",
+        Fp8Blocks: "states FP8 in blocks",
+        PackedGroups: "states packed experts",
+    }[type(quantization)]
     return (
         f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, which is not read here ({', '.join(_PLAIN)}; "
         f"{_FP8} with its {_SCALE_SUFFIX}; packed experts), and config.json {stated}: give the bf16 weights"

@@ -20,7 +20,7 @@ from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.inputs import shards_of, unit_documents, units_of
 from moetrain.data.prepare.run import prepare
 from moetrain.data.sources import text_documents
-from moetrain.data.store.index import Index, Part
+from moetrain.data.store.index import Index, Part, read_index
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError, DataError
@@ -105,6 +105,19 @@ def test_a_finished_folder_is_kept_and_one_of_other_input_is_refused(tokenizer: 
     with pytest.raises(DataError, match=r"out/web was prepared with another content of .*a.jsonl"):
         prepared(path, tmp_path / "out", tokenizer=tokenizer)
     assert content(tmp_path / "out") == before
+
+
+def test_a_folder_that_is_no_prepared_source_is_refused_with_the_cure(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    prepared(write(tmp_path / "a.jsonl", TEXTS), tmp_path / "out", tokenizer=tokenizer)
+    for folder, message in [
+        ("out", rf"out has no index.json: give the folder of one source, such as {tmp_path}/out/web"),
+        ("nowhere", r"nowhere does not exist: give the folder of a source"),
+        (".", r"has no index.json: prepare the data again"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read_index(tmp_path / folder)
+    with pytest.raises(ConfigError, match=r"prepare.shard_bytes is 1: give at least 1000"):
+        PrepareConfig(shard_bytes=1)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 700, 5000, 10**6])

@@ -39,7 +39,7 @@ def test_a_planted_fault_is_found(fault: str, row: str, tmp_path: Path, capsys: 
         (["prompt_tokens=100000"], "prompt_tokens + new_tokens is 100003: give at most 2048"),
         (
             ["prompt_tokens=1", "fault=wrong_position"],
-            "fault is wrong_position, prompt_tokens 1 and new_tokens 3: give",
+            "fault is wrong_position, prompt_tokens 1 and new_tokens 3",
         ),
     ],
 )

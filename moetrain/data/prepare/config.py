@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from moetrain.data.config import FOREIGN_KINDS, SourceConfig, SourceKind
 from moetrain.errors import ConfigError
-from moetrain.ranges import COUNT, check_ranges
+from moetrain.ranges import COUNT, Range, check_ranges
+
+_SHARD = Range(fits=lambda value: value >= 1000, cure="give at least 1000; each shard is at least one file")
 
 
 @dataclass(kw_only=True)
@@ -32,7 +34,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_ranges(self, prefix="prepare.", ranges={COUNT: ("workers", "shard_bytes", "ngram")})
+        check_ranges(self, prefix="prepare.", ranges={COUNT: ("workers", "ngram"), _SHARD: ("shard_bytes",)})
         for name, source in self.decontaminate.items():
             source.check(name, section="prepare.decontaminate")
             if source.kind in (SourceKind.prepared, SourceKind.dialogues, *FOREIGN_KINDS):

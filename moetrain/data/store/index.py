@@ -127,8 +127,16 @@ def read_index(folder: Path) -> Index:
     """Return the index of a folder. Raises DataError that names the folder when it is missing, damaged or newer."""
     path = folder / INDEX
     if not path.is_file():
-        problem = "holds a preparation that has not finished: run its command again"
-        raise DataError(f"{folder} {problem if (folder / WORK).is_dir() else f'has no {INDEX}: {_CURE}'}")
+        sources = sorted(item.parent for item in folder.glob(f"*/{INDEX}"))
+        if (folder / WORK).is_dir():
+            problem = "holds a preparation that has not finished: run its command again"
+        elif sources:
+            problem = f"has no {INDEX}: give the folder of one source, such as {sources[0]}"
+        elif not folder.exists():
+            problem = "does not exist: give the folder of a source that moetrain prepare wrote"
+        else:
+            problem = f"has no {INDEX}: {_CURE}"
+        raise DataError(f"{folder} {problem}")
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT or content["version"] != VERSION:
