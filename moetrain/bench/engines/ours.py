@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moetrain.bench.engines.protocol import EngineSettings, Episode, Prompt, length
+from moetrain.export.config import ExportFormat
 from moetrain.export.read import read_export
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
@@ -13,6 +14,7 @@ from moetrain.inference.native import NativeModel
 from moetrain.inference.protocol import Sequence as Generated
 from moetrain.kernels.choice import find_for_generation
 from moetrain.kernels.config import Kernels
+from moetrain.quant.config import QuantConfig
 
 
 class Ours:
@@ -23,7 +25,9 @@ class Ours:
         torch.set_num_threads(settings.threads)
         export = read_export(weights)
         library = find_for_generation(Kernels.auto)
-        self._model = build_model(export.weights(), config=export.model, quant=export.quant, library=library)
+        # An export in bf16 states how its experts were trained, and would be quantised again.
+        quant = QuantConfig() if export.format is ExportFormat.bf16_dequantized else export.quant
+        self._model = build_model(export.weights(), config=export.model, quant=quant, library=library)
         is_native = isinstance(self._model, NativeModel)
         self.setting = "native kernels" if is_native else f"torch on {self._model.device.type}"
 

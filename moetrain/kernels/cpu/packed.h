@@ -12,6 +12,7 @@
 constexpr int64_t GROUP = 32;        // inputs that share a scale
 constexpr int64_t PAIRS = GROUP / 2;
 constexpr int64_t MOST_ROWS = 8;     // rows whose sums stay in registers
+constexpr int64_t FEW_ROWS = 4;      // rows that take no longer than reading the weights
 
 // Two consecutive inputs of LANES columns, as the products of P read them.
 template <class P>
@@ -75,6 +76,7 @@ struct DensePanel {
 // + 8. Shifting both blocks by 4j brings two consecutive inputs of a column into neighbouring lanes.
 struct Int4Panel {
   static constexpr int64_t CODE_BYTES = GROUP * PANEL / 2, BYTES = CODE_BYTES + PANEL * 2;  // of a group
+  static constexpr int64_t AHEAD = 8;  // groups between the one that is multiplied and the one that is fetched
   const uint8_t* from;
   const uint8_t* group(int64_t g) const { return from + g * BYTES; }
 
@@ -156,14 +158,20 @@ __attribute__((noinline)) void rows_times_panel(const bf16* x, int64_t ldx, int6
     for (int64_t r = 0; r < R; r++) sums[r][0] = sums[r][1] = floats{};
     for (int64_t g = start; g < std::min(start + GROUPS, k / GROUP); g++) {
       const uint8_t* group = panel.group(g);
-#pragma GCC unroll 2
-      for (int64_t h = 0; h < 2; h++) {
-        typename Panel::template Half<P> half(group, h);
+      if constexpr (std::is_same_v<Panel, Int4Panel>) {  // the processor alone fetches too late
 #pragma GCC unroll 16
-        for (int64_t pair = 0; pair < PAIRS; pair++) {
-          const Pair<P> weights = half.at(pair);
+        for (int64_t at = 0; at < Panel::BYTES; at += 64) __builtin_prefetch(group + Panel::AHEAD * Panel::BYTES + at);
+      }
+      // A sum waits for the one before it, so both halves are added side by side.
+      typename Panel::template Half<P> left(group, 0), right(group, 1);
+#pragma GCC unroll 16
+      for (int64_t pair = 0; pair < PAIRS; pair++) {
+        const Pair<P> of_left = left.at(pair), of_right = right.at(pair);
 #pragma GCC unroll 8
-          for (int64_t r = 0; r < R; r++) sums[r][h] = add_pair(sums[r][h], x + r * ldx + g * GROUP + 2 * pair, weights);
+        for (int64_t r = 0; r < R; r++) {
+          const bf16* row = x + r * ldx + g * GROUP + 2 * pair;
+          sums[r][0] = add_pair(sums[r][0], row, of_left);
+          sums[r][1] = add_pair(sums[r][1], row, of_right);
         }
       }
     }
@@ -284,17 +292,26 @@ void team_experts(const bf16* x, const int64_t* ends, const PackedExperts<Panel>
   const int64_t padded = experts.padded, hidden = experts.hidden, width = experts.width, ld = experts.inner();
   const int64_t wide = up_to(width, PANEL) / PANEL, tall = up_to(hidden, PANEL) / PANEL;
   Scratch<int64_t> chosen(experts.num);
-  int64_t num_chosen = 0;
+  int64_t num_chosen = 0, most_rows = 0;
   const auto first_row = [&](int64_t e) { return e == 0 ? 0 : ends[e - 1]; };
   for (int64_t e = 0; e < experts.num; e++)
-    if (ends[e] > first_row(e)) chosen[num_chosen++] = e;
-#pragma omp for schedule(static, 1)
+    if (const int64_t rows = ends[e] - first_row(e)) {
+      chosen[num_chosen++] = e;
+      most_rows = std::max(most_rows, rows);
+    }
+  // Few rows take the time of reading, so a thread reads panels that follow each other. More rows take the time of
+  // multiplying, which differs between experts, so the threads share the panels of each.
+  const auto run = [&](int64_t tasks) {
+    const int64_t threads = omp_get_num_threads();
+    return int(most_rows <= FEW_ROWS ? std::max<int64_t>((tasks + threads - 1) / threads, 1) : 1);
+  };
+#pragma omp for schedule(static, run(num_chosen * wide))
   for (int64_t task = 0; task < num_chosen * wide; task++) {
     const int64_t e = chosen[task / wide], j = task % wide * PANEL, first = first_row(e);
     swiglu_panel<P>(x + first * padded, padded, ends[e] - first, padded, experts.gate(e, j / PANEL), experts.up(e, j / PANEL),
                     std::min(PANEL, width - j), inner + first * ld + j, ld);
   }
-#pragma omp for schedule(static, 1) nowait
+#pragma omp for schedule(static, run(num_chosen * tall)) nowait
   for (int64_t task = 0; task < num_chosen * tall; task++) {
     const int64_t e = chosen[task / tall], j = task % tall * PANEL, first = first_row(e);
     panel_product<P>(inner + first * ld, ld, ends[e] - first, ld, experts.out(e, j / PANEL), y + first * hidden + j, hidden,
