@@ -68,6 +68,11 @@ class NativeModel:
         self._factors = torch.tensor(factors, dtype=torch.float32)
         self._rope = build_rope(config, 1)
 
+    @property
+    def has_int4_experts(self) -> bool:
+        """Whether routed experts are multiplied from their INT4 codes."""
+        return any(layer[-1] for layer in self.layers)
+
     def new_cache(self, num_pages: int) -> torch.Tensor:
         """Return an empty cache: of latents and rotary keys, or of the keys and values of each head."""
         config, num_layers = self.config, self.config.num_layers + self.can_draft

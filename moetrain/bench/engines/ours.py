@@ -28,8 +28,9 @@ class Ours:
         # An export in bf16 states how its experts were trained, and would be quantised again.
         quant = QuantConfig() if export.format is ExportFormat.bf16_dequantized else export.quant
         self._model = build_model(export.weights(), config=export.model, quant=quant, library=library)
-        is_native = isinstance(self._model, NativeModel)
-        self.setting = "native kernels" if is_native else f"torch on {self._model.device.type}"
+        self.setting = f"torch on {self._model.device.type}"
+        if isinstance(self._model, NativeModel):
+            self.setting = f"native kernels, experts in {'INT4' if self._model.has_int4_experts else 'bf16'}"
 
     def choose(self, prompts: Sequence[Prompt], *, limit: int) -> None:
         """Do nothing: there is one setting."""
