@@ -30,7 +30,7 @@ class Ours:
         self._model = build_model(export.weights(), config=export.model, quant=quant, library=library)
         self.setting = f"torch on {self._model.device.type}"
         if isinstance(self._model, NativeModel):
-            self.setting = f"native kernels, experts in {'INT4' if self._model.has_int4_experts else 'bf16'}"
+            self.setting = f"native, {'INT4' if self._model.has_int4_experts else 'bf16'} experts"
 
     def choose(self, prompts: Sequence[Prompt], *, limit: int) -> None:
         """Do nothing: there is one setting."""

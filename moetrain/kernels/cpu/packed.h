@@ -2,7 +2,7 @@
 //
 // A weight matrix [columns][k] is cut into panels of PANEL columns, and a panel into groups of GROUP inputs, which follow
 // each other in memory. The matrix is packed once. A panel is multiplied with up to MOST_ROWS rows at a time while its
-// sums stay in registers; for more rows an INT4 panel is first unpacked into the panel of `products.h`. Each sum adds its
+// sums stay in registers; for many rows a panel is first unpacked into the panel of `products.h`. Each sum adds its
 // products in the order of `tile`, so that both give the same bits, for any number of rows and threads.
 #pragma once
 
@@ -12,6 +12,7 @@
 constexpr int64_t GROUP = 32;        // inputs that share a scale
 constexpr int64_t PAIRS = GROUP / 2;
 constexpr int64_t MOST_ROWS = 8;     // rows whose sums stay in registers
+constexpr int64_t MOST_PASSES = 4;   // times that a panel is read again; for more rows it is unpacked once
 constexpr int64_t FEW_ROWS = 4;      // rows that take no longer than reading the weights
 
 // Two consecutive inputs of LANES columns, as the products of P read them.
@@ -230,9 +231,12 @@ void panel_product(const bf16* x, int64_t ldx, int64_t rows, int64_t k, Panel pa
       finish(i, now);
     }
 #endif
-  } else if (rows <= MOST_ROWS) {
-    few_rows_times_panel<P>(x, ldx, rows, k, panel, sums);
-    finish(0, rows);
+  } else if (rows <= MOST_PASSES * MOST_ROWS) {
+    for (int64_t i = 0; i < rows; i += MOST_ROWS) {
+      const int64_t now = std::min(MOST_ROWS, rows - i);
+      few_rows_times_panel<P>(x + i * ldx, ldx, now, k, panel, sums);
+      finish(i, now);
+    }
   } else {
     Scratch<float> unpacked(units<P>(k) * PANEL), left(CHUNK * ROW_STRIDE);
     unpack<P>(panel, k, unpacked.get());
