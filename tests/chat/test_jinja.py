@@ -100,7 +100,8 @@ class Draw:
     def tools(self) -> Any:
         parameters = {"type": "object", "properties": {"é": {"type": "string", "default": None}}}
         one = {"type": "function", "function": {"name": "get", "description": "<d>", "parameters": parameters}}
-        return self._pick([None, [], [one], [one, one]], [json.dumps([one]), one])
+        other = {"type": "function", "function": {"name": "set", "parameters": parameters}}
+        return self._pick([None, [], [one], [one, other]], [json.dumps([one]), one, [one, one]])
 
 
 @pytest.mark.parametrize("oddness", [0.02, 0.2])
