@@ -156,7 +156,7 @@ def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
         (Exiting, "a call of look: "),
         (Mistyped, "a call of look returned str, not Observation"),
         (Counting, "a call of look returned an Observation whose text is int, not str"),
-        (Saying, "a call of look returned an Observation with 'no', not a bool"),
+        (Saying, "a call of look returned an Observation with 'no': give True or False"),
         (Infinite, "grading: ValueError: reward of a Grade is 1e+300: give a number from -1e9 to 1e9"),
         (Explaining, "grading: DataError: reason of a Grade is list"),
     ],
