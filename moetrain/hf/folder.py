@@ -20,12 +20,15 @@ from moetrain.hf.mtp_modules import with_held_modules
 from moetrain.hf.names import FUSED_KINDS, UsedNames, copied_name, expert_matrix, fused_names, used_names
 from moetrain.hf.quantization import PackedGroups, Quantization, quantization_of
 from moetrain.hf.shape import from_hf_config
-from moetrain.hf.storage import Fp8Matrix, PackedMatrix, Stored, stored_tensors
+from moetrain.hf.storage import Fp8Matrix, PackedMatrix, Plain, Stored, stored_tensors
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.grids import Quantized
 
 _log = logging.getLogger(__name__)
+
+_ROUTER = ".gate.weight"
+"""End of the name of a router's matrix, which stays in float32 in an export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,12 @@ class HfFolder(Mapping[str, torch.Tensor]):
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
-        plain = (tensor for tensor in stored.values() if isinstance(tensor, DiskTensor) and len(tensor.shape) > 1)
-        self.dtypes = {tensor.dtype for tensor in plain}
-        """Dtypes of the matrices that are not quantised, as safetensors names them."""
+        self.dtypes = {
+            tensor.tensor.dtype
+            for name, tensor in stored.items()
+            if isinstance(tensor, Plain) and len(tensor.shape) > 1 and not name.endswith(_ROUTER)
+        }
+        """Dtypes of the matrices that are not quantised, except routers, as safetensors names them."""
         self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
         self.is_plain_or_packed = not self.is_fp8 and all(name == on_disk for name, on_disk in used.names.items())
         """Whether the names are those of the language model alone, and no tensor is FP8."""
@@ -192,7 +198,7 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
         )
     folder = HfFolder(path, config, quantization=quantization_of(values))
     if rounded := folder.dtypes - {"BF16", "F8_E4M3"}:
-        _log.info("%s: weights are %s; an export rounds them to bf16", path, ", ".join(sorted(rounded)))
+        _log.info("%s: weights are stored in %s; an export rounds them to bf16", path, ", ".join(sorted(rounded)))
     if folder.is_fp8:
         _log.info("%s: the weights are FP8; they are read as bf16", path)
     elif isinstance(folder.quantization, PackedGroups):

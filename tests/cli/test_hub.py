@@ -51,7 +51,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line(tmp_path: Path) -> No
     for name, gated, reason in [
         ("owner/name", True, "Dataset 'owner/name' is a gated dataset on the Hub"),
         ("owner/other", False, "owner/other cannot be read: Dataset 'owner/other' doesn't exist on the Hub"),
-        ("owner/name:part", False, "part"),
+        ("owner/name:part", False, "owner/name:part cannot be read: "),
     ]:
         words = ["prepare", "data.sources.web.kind=hub", *_words(tmp_path, name)]
         with hub(files, gated=gated) as (address, _):

@@ -1,5 +1,6 @@
 """Folders as models are released, each kind written by `released` and read to the values that its writer states."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,24 @@ def test_the_wrapper_of_a_later_release_is_read() -> None:
     wrapped = released.wrapped_config()
     later = {**wrapped, "model_type": "kimi_k26", "architectures": ["KimiK26ForConditionalGeneration"]}
     assert from_hf_config(later) == from_hf_config(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("end", "dtype", "said"),
+    [
+        (".o_proj.weight", torch.float16, "weights are stored in F16; an export rounds them to bf16"),
+        (".o_proj.weight", torch.float32, "weights are stored in F32; an export rounds them to bf16"),
+        (".gate.weight", torch.float32, ""),
+    ],
+)
+def test_weights_that_an_export_rounds_are_named(
+    end: str, dtype: torch.dtype, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = released.weights()
+    disk = {name: tensor.to(dtype if name.endswith(end) else torch.bfloat16) for name, tensor in weights.items()}
+    with caplog.at_level(logging.INFO):
+        open_hf_folder(released.write(tmp_path, disk, values=released.config()))
+    assert (said in caplog.text) if said else ("rounds them" not in caplog.text)
 
 
 def test_two_statements_of_the_quantisation_must_agree() -> None:
