@@ -113,7 +113,11 @@ class TrainingRun(StageRun):
         check_ranges(self, prefix="", ranges={POSITIVE: ("device_tflops",)})
         self._check_continuation()
         if self.dither_masters and self.init_from is None:
-            raise ConfigError("dither_masters is true and init_from is null: only weights that are stored are spread")
+            raise ConfigError(
+                "dither_masters is true and init_from is null: dither_masters spreads the masters of stored codes; "
+                "give "
+                "init_from"
+            )
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(
                 f"parallel.expert is {self.parallel.expert}: it must divide model.num_experts={self.model.num_experts}"
@@ -204,7 +208,7 @@ class PretrainRun(DocumentRun):
 
 @dataclass(kw_only=True)
 class SftRun(DocumentRun):
-    """Supervised fine-tuning on dialogues, with INT4 quantisation-aware training."""
+    """Supervised fine-tuning on chats, demonstrations and text; quantisation-aware where `quant.enabled`."""
 
 
 @dataclass(kw_only=True)

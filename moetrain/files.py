@@ -16,7 +16,7 @@ from typing import Any
 
 
 def user_path(text: str) -> Path:
-    """Return a path that a user typed, with `~` and `~name` replaced; those that name no user are text."""
+    """Return a path that a user typed, with `~` and `~name` replaced; unchanged if there is no such user."""
     return Path(os.path.expanduser(text))
 
 

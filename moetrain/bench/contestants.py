@@ -225,7 +225,7 @@ def notes(rows: Iterable[Mapping[str, Any]], *, absent: Mapping[str, str]) -> It
 def summary(
     contestants: Sequence[Contestant], seconds: Mapping[str, Sequence[float]], *, amount: float
 ) -> list[dict[str, Any]]:
-    """Return one row per contestant: its times, its rate, and how many times as long as ours it took, turn by turn.
+    """Return one row per contestant: its times, its rate, and its time divided by that of moetrain, per turn.
 
     amount: what one turn makes, such as a number of tokens. Raises `MoetrainError` when the first contestant, moetrain,
     failed.

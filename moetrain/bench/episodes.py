@@ -98,7 +98,7 @@ def collected_episodes(
     seed: int,
     declare_tools: bool,
 ) -> list[Episode]:
-    """Return the trajectories that the model of `generation` makes in RL's first tasks.
+    """Return trajectories on the first RL training tasks, sampled by `generation`.
 
     Raises ConfigError when none could begin.
     """

@@ -81,7 +81,10 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
     elif isinstance(family, MakesLongerTasks):
         task = family.task_of_length(Split.held_out, run.task_index, num_calls=run.num_calls)
     else:
-        raise ConfigError(f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length")
+        raise ConfigError(
+            f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length; leave "
+            "num_calls out"
+        )
     act(
         task,
         family,

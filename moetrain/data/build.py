@@ -99,7 +99,7 @@ def build_data(
     for name, documents in given.items():
         tokenized[name] = _distinct(documents)
         if not tokenized[name]:
-            raise DataError(f"data.sources.{name} has no dialogues")
+            raise DataError(f"data.sources.{name} has no dialogues: give it more num_documents, or weight 0")
         keys[name] = [_identity(document) for document in tokenized[name]]
         digests[name] = hashlib.sha256("".join(keys[name]).encode()).hexdigest()
     training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)

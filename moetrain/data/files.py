@@ -176,7 +176,9 @@ def _json(data: bytes, *, where: object) -> Any:
     except _RepeatedKeyError as error:
         raise DataError(f"{where} has the key {error} twice in one object: remove one of them") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 at byte {error.start}") from error
+        raise DataError(
+            f"{where} is not UTF-8 at byte {error.start}: convert it, for example with iconv -t UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not JSON: {error.msg} at column {error.colno}; give one object per line, or one array of them"
@@ -199,5 +201,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _object(record: Any, *, where: object) -> tuple[object, Record]:
     if not isinstance(record, dict):
-        raise DataError(f"{where} holds {type(record).__name__} where an object is expected")
+        raise DataError(
+            f"{where} holds {type(record).__name__} where an object is expected: give one object per line, or one "
+            "array of objects"
+        )
     return where, record

@@ -23,9 +23,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: copy the tokenizer there again") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}") from error
+        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}; copy the file again") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__} where an object is expected")
+        raise DataError(f"{path} holds {type(content).__name__} where an object is expected; copy the file again")
     return content
 
 

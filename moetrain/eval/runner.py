@@ -170,7 +170,7 @@ def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str,
     if rates.get("perfect_demonstrator", 1.0) < 1.0:
         share = 100 * rates["perfect_demonstrator"]
         _log.warning(
-            "graders: the demonstrator without mistakes solves only %.3g %% of the tasks: mend it or the grader", share
+            "graders: the demonstrator without mistakes solves only %.3g %% of the tasks: fix it or the grader", share
         )
     return rates
 

@@ -57,7 +57,7 @@ class ExpertCodes:
 
     @property
     def grid(self) -> GridName:
-        """The grid that gives the codes and scales that were returned, or the one that gives the most of them."""
+        """The grid that reproduces all codes and scales that were returned, or else the one that reproduces most."""
         if not any(self._num_changed.values()):
             return self._quant.grid
         return min(self._num_changed, key=lambda grid: self._num_changed[grid])

@@ -124,7 +124,7 @@ def gguf_tensors(
 def tensors_of_gguf(
     arrays: Mapping[str, Tensor | Quantized], *, model: ModelConfig, tensors: FolderTensors
 ) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
-    """Return the tensors and the quantised experts by name in memory, from those of a file: the inverse of the above.
+    """Return tensors and quantised experts by name in memory, from those of a file: the inverse of `gguf_tensors`.
 
     Raises CheckpointError when a tensor is missing or unknown.
     """
@@ -138,7 +138,7 @@ def tensors_of_gguf(
     def plain(name: str) -> Tensor:
         value = take(name)
         if isinstance(value, Quantized):
-            raise CheckpointError(f"{name} is stored as Q4_0: only routed experts are, export again")
+            raise CheckpointError(f"{name} is stored as Q4_0, which only routed experts may be: export again")
         return value
 
     dense: dict[str, Tensor] = {}

@@ -102,7 +102,8 @@ def read_export(folder: Path) -> Export:
     for name, quantized in experts.items():
         if name not in tensors.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(
-                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} states another size"
+                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} states another "
+                "size, export again"
             )
     return export
 
@@ -116,7 +117,7 @@ def _quant_of(record: Mapping[str, Any], folder: Path) -> QuantConfig:
     try:
         return quant_config(fields)
     except ValueError as error:
-        raise CheckpointError(f"{folder / RECORD_FILE}: {error}; this version cannot read it") from error
+        raise CheckpointError(f"{folder / RECORD_FILE}: {error}; export again with this version") from error
 
 
 def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
@@ -127,4 +128,6 @@ def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
     try:
         return ExportFormat(stored)
     except ValueError as error:
-        raise CheckpointError(f"{folder / RECORD_FILE}: format is {stored!r}; this version cannot read it") from error
+        raise CheckpointError(
+            f"{folder / RECORD_FILE}: format is {stored!r}, which this version does not read; export again"
+        ) from error

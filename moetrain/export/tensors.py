@@ -48,9 +48,11 @@ class FolderTensors:
         """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read."""
         found = {name: shape for name, shape in reader.shapes().items() if not name.startswith(_OPTIMIZER_PREFIX)}
         for name in sorted(self.shapes.keys() - found.keys()):
-            raise CheckpointError(f"{name} is missing: the weights do not fit this model")
+            raise CheckpointError(f"{name} is missing: the weights do not fit this model, copy or export them again")
         for name in sorted(found.keys() - self.shapes.keys()):
-            raise CheckpointError(f"{name} is not a tensor of this model: the weights do not fit it")
+            raise CheckpointError(
+                f"{name} is not a tensor of this model: the weights do not fit it, copy or export them again"
+            )
         for name, shape in self.shapes.items():
             if tuple(found[name]) != tuple(shape):
                 raise CheckpointError(f"{name} has shape {list(found[name])}, but this model requires {list(shape)}")

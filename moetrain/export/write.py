@@ -57,7 +57,8 @@ class ExportReport:
     num_zero_groups: int = 0
     """Number of groups whose codes are all zero, because their weights were zero or too small for a scale."""
     num_changed_groups: int = 0
-    """Number of groups that were written as the weights had them and that the grid in the record would change."""
+    """Number of groups that were exported with their original codes and scales, and that quantising again with the grid
+    in the record would change."""
 
 
 CONTEXT = "context"
@@ -163,8 +164,8 @@ def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer
     )
     if report.num_changed_groups:
         _log.warning(
-            "%d of %d groups keep codes and scales that no grid gives again: this package computes with them, but "
-            "training from the export changes them",
+            "%d of %d groups keep codes and scales that no grid reproduces: the export is exact, but training from it "
+            "changes them",
             report.num_changed_groups,
             report.num_groups,
         )

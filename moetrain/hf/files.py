@@ -41,7 +41,7 @@ class DiskTensor:
             with safe_open(self.path, framework="pt") as file:
                 return flat_range(file.get_slice(self.name), first=first, last=last)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error})") from error
+            raise CheckpointError(f"{self.path}: cannot be read ({error}); copy the file again") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def read_rows(rows: Mapping[str, Rows]) -> dict[str, Tensor]:
                     if part.tensor.path == path:
                         values[key] = file.get_slice(part.tensor.name)[part.top : part.bottom]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            raise CheckpointError(f"{path}: cannot be read ({error}); copy the file again") from error
     return values
 
 
@@ -100,7 +100,7 @@ def weight_files(path: Path) -> list[str]:
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path}: holds no .safetensors file")
+        raise CheckpointError(f"{path}: holds no .safetensors file; give a folder with weights")
     return files
 
 
@@ -130,7 +130,9 @@ def disk_tensors(path: Path) -> dict[str, DiskTensor]:
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_object(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX_FILE}: has no weight_map from names of tensors to names of files")
+        raise CheckpointError(
+            f"{path / INDEX_FILE}: has no weight_map from names of tensors to names of files; copy the file again"
+        )
     return weight_map
 
 
@@ -141,7 +143,7 @@ def _tensors_in(path: Path) -> Iterator[DiskTensor]:
                 stored = file.get_slice(name)
                 yield DiskTensor(name=name, path=path, shape=tuple(stored.get_shape()), dtype=stored.get_dtype())
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy the file again") from error
 
 
 def is_floating(tensor: Tensor) -> bool:

@@ -101,13 +101,18 @@ def _packed(stated: Mapping[str, Any]) -> PackedGroups:
     name = names[stated["format"]]
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if stated.get(key):
-            raise CheckpointError(f"config.json: {KEY}.{key} is set: only quantised weights are read")
+            raise CheckpointError(
+                f"config.json: {KEY}.{key} is set: only quantisation of weights is supported; give the bf16 weights"
+            )
     groups = stated.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, Mapping) and len(groups) == 1 else None
     if not isinstance(group, Mapping):
         raise CheckpointError(f"config.json: {KEY}.config_groups is {groups!r}: give exactly one group")
     if group.get("input_activations") or group.get("output_activations"):
-        raise CheckpointError(f"config.json: {KEY} quantises activations: only quantised weights are read")
+        raise CheckpointError(
+            f"config.json: {KEY} quantises activations: only quantisation of weights is supported; give the bf16 "
+            "weights"
+        )
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"config.json: {KEY}: weights is {weights!r}: give an object")

@@ -165,7 +165,10 @@ def stored_tensors(disk: Mapping[str, DiskTensor], quantization: Quantization | 
     for name in [name for name in left if name.endswith(_WEIGHT + _SCALE_SUFFIX)]:
         weight_name = name.removesuffix(_SCALE_SUFFIX)
         if not isinstance(quantization, Fp8Blocks):
-            raise CheckpointError(f"{name} is a scale of FP8, and config.json states no quantization_config of FP8")
+            raise CheckpointError(
+                f"{name} is a scale of FP8, and config.json states no quantization_config of FP8: copy config.json "
+                "again"
+            )
         if weight_name not in left:
             raise CheckpointError(f"{weight_name} is missing, and its scales {name} are there: copy the folder again")
         weight, scales = left.pop(weight_name), left.pop(name)

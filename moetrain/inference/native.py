@@ -74,7 +74,7 @@ class NativeModel:
         return any(layer[-1] for layer in self.layers)
 
     def new_cache(self, num_pages: int) -> torch.Tensor:
-        """Return an empty cache: of latents and rotary keys, or of the keys and values of each head."""
+        """Return an empty cache: of latents and rotary keys; in deterministic mode, of the keys and values of heads."""
         config, num_layers = self.config, self.config.num_layers + self.can_draft
         if self.mode is Mode.deterministic:
             widths = sum(-(-width // GROUP) * GROUP for width in (config.qk_head_dim, config.v_head_dim))

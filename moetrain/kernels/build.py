@@ -35,7 +35,7 @@ this."""
 
 
 class Units(IntEnum):
-    """What a product reads at a time, in the kernels' numbers."""
+    """Instructions of a matrix product; the values are those of the enum in the C++ kernels."""
 
     widened = 0
     """A bfloat16 number widened to float32."""

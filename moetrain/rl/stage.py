@@ -118,7 +118,7 @@ def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) 
         if num_failed > config.max_skipped_in_row:
             raise RolloutError(
                 f"every environment failed in {num_failed} steps in a row (train.max_skipped_in_row is "
-                f"{config.max_skipped_in_row}): mend the environment, whose errors are in the log, and run the same "
+                f"{config.max_skipped_in_row}): fix the environment, whose errors are in the log, and run the same "
                 "command again"
             )
         return values

@@ -1,4 +1,5 @@
-"""Loads plugins: modules of the user or of installed packages that register tasks, tools or data formats."""
+"""Loads plugins: modules of the user or of installed packages that register task families, RL algorithms and columns,
+chat templates or data formats."""
 
 import hashlib
 import importlib
@@ -16,7 +17,7 @@ from moetrain.errors import ConfigError
 
 T = TypeVar("T")
 PLUGINS = "moetrain.plugins"
-"""Entry-point group with which an installed package registers tasks, tools or formats."""
+"""Entry-point group with which an installed package registers plugins."""
 
 
 def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:

@@ -87,7 +87,7 @@ def load(recipe: str) -> Recipe:
         raise ConfigError(f"recipe is {recipe!r}: no folder with a recipe.yaml; {suggestion(recipe, names)}")
     content = read_yaml(path)
     if not isinstance(content.get("stages"), list) or not content["stages"]:
-        raise ConfigError(f"{path} has no list of stages")
+        raise ConfigError(f"{path} has no list of stages: give stages: [...] (docs/commands.md)")
     _check_keys(content, ["plugins", *_COUNTS, "stages"], str(path))
     of_all = {key: _count(content, key, str(path)) for key in _COUNTS}
     stages: list[RecipeStage] = []
@@ -199,7 +199,7 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str
 def _count(content: dict[Any, Any], key: str, where: str) -> int | None:
     value = content.get(key)
     if value is not None and (type(value) is not int or value < 1):  # True is an int of Python's, not of YAML's
-        raise ConfigError(f"{where}: {key} is {value!r}: give a whole number from 1")
+        raise ConfigError(f"{where}: {key} is {value!r}: give a whole number of at least 1")
     return value
 
 

@@ -137,7 +137,7 @@ class _Endpoint:
             async with asyncio.timeout(self._door.config.max_request_s + _SEND_GRACE_S):
                 await self._answer(request, send)
         except ClientDisconnect:
-            _log.info("a client has gone before its request was read")
+            _log.info("a client disconnected before its request was read")
         except TimeoutError:
             _log.warning("a client did not read its response in time: its connection is closed")
 

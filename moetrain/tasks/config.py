@@ -78,7 +78,7 @@ class LedgerConfig:
     accounts: int = 8
     """Number of accounts, whose names begin with different letters."""
     branching: float = 0.0
-    """Probability that an order names two orders to follow, and the balance just written decides between them."""
+    """Probability that an order names two next orders, of which the balance just written selects one."""
     misspell: float = 0.03
     """Per call that names a row: the demonstrator misspells its id, reads the error and repeats the call. The misspelt
     turn is not learned."""

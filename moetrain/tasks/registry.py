@@ -52,7 +52,7 @@ def register(name: str, factory: Callable[[TaskConfig, int], TaskFamily], *, opt
 
 
 def option_schemas() -> dict[str, type]:
-    """Return the dataclasses of the families' own settings, by family; without those of this package."""
+    """Return the option dataclasses of the families that plugins registered, by name of the family."""
     return {name: row.options for name, row in _FAMILIES.items() if row.options is not None}
 
 

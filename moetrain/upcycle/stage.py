@@ -136,9 +136,11 @@ def _check_tensors(origin: Origin) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(origin.model).state_dict().items()}
     if missing := sorted(shapes.keys() - origin.tensors.keys()):
-        raise CheckpointError(f"{origin.path}: {missing[0]} is missing, but its config requires it")
+        raise CheckpointError(
+            f"{origin.path}: {missing[0]} is missing, but its config requires it: copy the folder again"
+        )
     if left_over := sorted(origin.tensors.keys() - shapes.keys()):
-        raise CheckpointError(f"{origin.path}: {left_over[0]} is not a tensor of its model")
+        raise CheckpointError(f"{origin.path}: {left_over[0]} is not a tensor of its model: copy the folder again")
     for name, shape in shapes.items():
         tensor = origin.tensors[name]
         if tensor.shape != shape:

@@ -40,7 +40,7 @@ def round_q8_0(x: Tensor) -> Tensor:
 
 
 def round_inputs(model: Transformer, export: Export) -> Transformer:
-    """Make `model` round the inputs of its products by the types of the file's matrices, and return it."""
+    """Add hooks that round the inputs of each product as llama.cpp does for the type of its matrix; return `model`."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and export.dense[f"{name}.weight"].dtype is torch.bfloat16:
             module.register_forward_pre_hook(_round_first)

@@ -76,7 +76,7 @@ class Transformers:
         del self._cache
 
     def choose_for_replay(self, episodes: Sequence[Episode]) -> None:
-        """Choose by a few tokens of the first turn of all episodes."""
+        """Choose the fastest setting, by the time of a few tokens of the first turn of all episodes."""
         first = [list(episode[0].given) for episode in episodes]
         self._generate(first, 1)  # warms up
         self._choose(lambda: self._generate(first, _TRIED_STEPS))

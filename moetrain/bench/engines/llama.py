@@ -36,7 +36,7 @@ class LlamaCpp:
         parameters.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(weights / "model.gguf").encode(), parameters)
         if self._model is None:
-            raise RuntimeError(f"{weights}: llama.cpp does not load the file")
+            raise RuntimeError(f"{weights}: llama.cpp cannot load the file")
         self._num_tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._thread_counts = settings.thread_counts
         self._threads = settings.threads
@@ -129,7 +129,7 @@ class LlamaCpp:
         parameters.flash_attn_type = _FLASH[self._flash]
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if self._context is None:
-            raise RuntimeError(f"llama.cpp makes no context for {num_sequences} sequences of {limit} tokens")
+            raise RuntimeError(f"llama.cpp cannot allocate a context for {num_sequences} sequences of {limit} tokens")
         self._lengths = [0] * num_sequences
 
     def _feed(self, pending: Mapping[int, Sequence[int]]) -> dict[int, int]:

@@ -132,7 +132,9 @@ def _megatron(path: Path) -> ForeignTokens:
         raise DataError(f"{path} is no index of Megatron: it does not begin with {_MAGIC[:7].decode()}")
     _, version, code, num_sequences, num_bounds = _HEAD.unpack_from(data)
     if version != 1 or code not in _DTYPES:
-        raise DataError(f"{path} has version {version} and dtype code {code}: version 1 and integers are read")
+        raise DataError(
+            f"{path} has version {version} and dtype code {code}: only version 1 with integers is supported; convert it"
+        )
     needed = _HEAD.size + 12 * num_sequences + 8 * num_bounds
     if len(data) < needed:
         raise DataError(f"{path} has {len(data)} bytes, and its {num_sequences} sequences need {needed}: copy it again")
@@ -143,7 +145,9 @@ def _megatron(path: Path) -> ForeignTokens:
     ends = np.concatenate(([0], np.cumsum(lengths)))
     is_ordered = (starts == ends[:-1] * itemsize).all() and (np.diff(bounds) >= 0).all()
     if not is_ordered or bounds[:1].tolist() != [0] or bounds[-1] != num_sequences:
-        raise DataError(f"{path} has sequences that do not follow each other: files in the order of writing are read")
+        raise DataError(
+            f"{path} has sequences that are not contiguous: write the data set again with Megatron's builder"
+        )
     _check_size(tokens, int(ends[-1]) * itemsize, index=path)
     return ForeignTokens(path=tokens, dtype=_DTYPES[code], ends=ends[bounds][1:])
 

@@ -26,7 +26,11 @@ class PreparedPreview:
         self._index: Index = read_index(folder)
         check_sizes(folder, self._index)
         if self._index.tokenizer != tokenizer.digest:
-            raise DataError(f"{folder} was prepared with another tokenizer than the one given")
+            raise DataError(
+                f"{folder} was prepared with another tokenizer than that of data.tokenizer.path: leave "
+                "data.tokenizer.path "
+                "out, or prepare again with it"
+            )
         self._tokenizer = tokenizer
         self._store = TokenStore(folder, self._index)
         maps = Maps()

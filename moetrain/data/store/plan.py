@@ -86,7 +86,9 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
         (pieces, counts.num_pieces * PIECES.itemsize),
     ):
         if not path.is_file() or path.stat().st_size != size:
-            raise DataError(f"{path} does not have the {size} bytes of its plan: remove {described}, to plan anew")
+            raise DataError(
+                f"{path} does not have the {size} bytes of its plan: remove {described}, and a new plan is made"
+            )
     return Plan(rows=rows, pieces=pieces, counts=counts)
 
 

@@ -52,7 +52,7 @@ class Tiles:
 
 
 def tiles_of(expert_ids_NK: torch.Tensor, *, num_experts: int, rows_per_tile: int) -> Tiles:
-    """Return the tiles of the chosen experts; as many as there can be at most, because their number is not known."""
+    """Return the tiles of the chosen experts, as many as there can be: the host does not wait for their number."""
     device = expert_ids_NK.device
     ids_S, order_S = expert_ids_NK.flatten().sort(stable=True)
     bounds = torch.searchsorted(ids_S, torch.arange(num_experts + 1, device=device))
