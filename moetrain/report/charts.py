@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from moetrain.report.numbers import LONGER, VOTED, main_modes, mode_title
-from moetrain.report.plots import NUM_COLORS, Line, Rates, grid_chart, line_chart, moving_average, rate_chart
+from moetrain.report.plots import (
+    NUM_COLORS,
+    PER_1000_CALLS,
+    Line,
+    Rates,
+    grid_chart,
+    line_chart,
+    moving_average,
+    rate_chart,
+)
 from moetrain.report.stages import Run, Stage
 
 _WINDOW = 8
@@ -12,6 +21,8 @@ _WINDOW = 8
 _VALIDATION = "validation/"
 _MAXVIO = "maxvio/"
 _CALLS = "success/calls_"
+_ERROR = "error"
+"""Category of tasks in which a tool failed without a fault of the model."""
 
 
 def learning_charts(stage: Stage) -> str:
@@ -167,26 +178,34 @@ def success_charts(run: Run) -> str:
             Rates(name=f"after {stage.weights}", rates=_rates(stage.evaluation["modes"].get(mode)), color=number)
             for number, stage in enumerate(run.evaluations)
         ]
-        charts.append(rate_chart(f"Held-out success, {mode_title(mode)}", series, x_name="tool calls needed"))
+        has_errors = any(_ERROR in one.rates for one in series)
+        x_name = "tool calls needed" + ("; error: tasks in which a tool failed" if has_errors else "")
+        charts.append(rate_chart(f"Held-out success, {mode_title(mode)}", series, x_name=x_name))
     return "".join(charts)
 
 
 def hazard_chart(run: Run) -> str:
-    """Return the rate of first errors by call, of all evaluations that measure progress; empty when there is none."""
-    modes = [(stage, name) for stage in run.evaluations for name in stage.evaluation["modes"]]
-    lines: list[Line] = []
-    for stage, name in modes:
-        rows = [row for row in stage.evaluation["modes"][name].get("hazard", []) if row["to"] is not None]
-        points = [((row["from"] + row["to"]) / 2, 1000 * row["value"]) for row in rows]
-        lines.append(Line(name=f"{stage.weights}, {mode_title(name)}", points=points, color=len(lines) % NUM_COLORS))
-    return line_chart("First errors by call", lines, x_name="call", y_name="errors per 1,000 calls", from_zero=True)
+    """Return one chart per mode: first errors per call by range of calls, of evaluations that measure progress."""
+    charts = []
+    for mode in dict.fromkeys(mode for stage in run.evaluations for mode in stage.evaluation["modes"]):
+        series = [
+            Rates(name=f"after {stage.weights}", rates=_hazards(stage.evaluation["modes"].get(mode)), color=number)
+            for number, stage in enumerate(run.evaluations)
+        ]
+        charts.append(rate_chart(f"First errors, {mode_title(mode)}", series, x_name="call", unit=PER_1000_CALLS))
+    return "".join(charts)
+
+
+def _hazards(summary: dict[str, Any] | None) -> dict[str, tuple[float, float, float]]:
+    rows = [] if summary is None else [row for row in summary.get("hazard", []) if row["to"] is not None]
+    return {f"{row['from']}-{row['to']}": (row["value"], row["low"], row["high"]) for row in rows}
 
 
 def _rates(summary: dict[str, Any] | None) -> dict[str, tuple[float, float, float]]:
     if summary is None:
         return {}
     rows = sorted(summary["by_calls"].items(), key=lambda row: int(row[0]))
-    rows += [("after error", summary["after_tool_error"])] if "after_tool_error" in summary else []
+    rows += [(_ERROR, summary["after_tool_error"])] if "after_tool_error" in summary else []
     return {calls: (rate["value"], rate["low"], rate["high"]) for calls, rate in rows if rate["count"]}
 
 

@@ -76,28 +76,44 @@ def line_chart(title: str, lines: Sequence[Line], *, x_name: str, y_name: str, f
     return _figure(title, parts, keys=keys, x_name=x_name, y_name=y_name)
 
 
-def rate_chart(title: str, series: Sequence[Rates], *, x_name: str) -> str:
-    """Return rates in percent with their intervals, side by side in each category; empty when there are none."""
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What a chart of rates counts. factor: of a rate of 1. top: the end of the axis; None chooses it by the values."""
+
+    name: str
+    short: str
+    factor: float
+    top: float | None = None
+
+
+PERCENT = Unit(name="% right", short="%", factor=100, top=100)
+PER_1000_CALLS = Unit(name="errors per 1,000 calls", short="per 1,000", factor=1000)
+
+
+def rate_chart(title: str, series: Sequence[Rates], *, x_name: str, unit: Unit = PERCENT) -> str:
+    """Return rates with their intervals, side by side in each category; empty when there are none."""
     categories = list(dict.fromkeys(name for one in series for name in one.rates))
     if not categories:
         return ""
-    y = _Scale(low=0.0, high=100.0, start=HEIGHT - _BOTTOM, end=_TOP)
+    most = unit.top or unit.factor * max(high for one in series for _, _, high in one.rates.values())
+    marks = ticks(0.0, most)
+    y = _Scale(low=0.0, high=marks[-1], start=HEIGHT - _BOTTOM, end=_TOP)
     slot = (WIDTH - _LEFT - _RIGHT) / len(categories)
     apart = min(14.0, slot * 0.7 / max(len(series), 1))
-    parts = _y_axis(y, [0, 20, 40, 60, 80, 100])
+    parts = _y_axis(y, marks)
     for place, category in enumerate(categories):
         centre = _LEFT + (place + 0.5) * slot
         parts.append(_text(centre, HEIGHT - _BOTTOM + 16, category, anchor="middle"))
         for number, one in enumerate(series):
             if category not in one.rates:
                 continue
-            value, low, high = (100 * share for share in one.rates[category])
+            value, low, high = (unit.factor * share for share in one.rates[category])
             at = centre + (number - (len(series) - 1) / 2) * apart
-            tooltip = f"{one.name}, {category}: {value:.1f} % [{low:.1f}, {high:.1f}]"
+            tooltip = f"{one.name}, {category}: {value:.3g} {unit.short} [{low:.3g}, {high:.3g}]"
             parts.append(f'<path class="s{one.color} bar" d="M{at:.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>')
             parts.append(_dot(at, y.at(value), color=one.color, tooltip=tooltip))
     keys = [(one.color, one.name) for one in series if one.rates]
-    return _figure(title, parts, keys=keys, x_name=x_name, y_name="% right")
+    return _figure(title, parts, keys=keys, x_name=x_name, y_name=unit.name)
 
 
 def grid_chart(

@@ -7,6 +7,7 @@ import pytest
 
 from moetrain.report.plots import (
     MAX_POINTS,
+    PER_1000_CALLS,
     Line,
     Rates,
     grid_chart,
@@ -61,6 +62,18 @@ def test_an_interval_is_drawn_from_its_low_to_its_high_end() -> None:
     rules = [float(e.attrib["d"].split(" ")[1].split("H")[0]) for e in figure.iter("path") if e.get("class") == "rule"]
     assert high == rules[-1]  # 100 %
     assert math.isclose((rules[0] - low) / (rules[0] - rules[-1]), 0.25, abs_tol=1e-3)
+
+
+def test_small_rates_have_an_axis_of_their_own() -> None:
+    rates = Rates(name="a", rates={"0-10": (0.0004, 0.0001, 0.0012)}, color=0)
+    figure = parsed(rate_chart("t", [rates], x_name="call", unit=PER_1000_CALLS))
+    labels = [element.text for element in figure.iter("text")]
+    assert labels[0] == "0" and float(str(labels[labels.index("0-10") - 1])) >= 1.2
+    dot = next(figure.iter("circle"))
+    assert "0.4 per 1,000 [0.1, 1.2]" in "".join(dot.itertext())
+    bar = next(element for element in figure.iter("path") if "bar" in element.get("class", ""))
+    low, high = (float(text) for text in bar.attrib["d"].split(" ")[1].split("V"))
+    assert 10 <= high < float(dot.attrib["cy"]) < low
 
 
 def test_names_cannot_leave_their_place() -> None:
