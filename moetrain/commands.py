@@ -275,7 +275,7 @@ class BenchTrainRun(StageRun):
 
 @dataclass(kw_only=True)
 class BenchCheckpointRun(StageRun):
-    """Measure writing and reading a checkpoint beside torch's distributed checkpoint, and a save during training."""
+    """Compare writing and reading a checkpoint with torch's distributed checkpoint, and a save during training."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model; its weights and optimizer state are written."""

@@ -44,7 +44,7 @@ class PrepareRun(StageRun):
 
 @dataclass(kw_only=True)
 class BenchDataRun(StageRun):
-    """Measure preparing tokens beside `datasets.map`, compare bytes after kills, and measure the loader."""
+    """Compare preparing tokens with `datasets.map`, compare bytes after kills, and measure the loader."""
 
     megabytes: int = 100
     """Size of the synthetic JSONL that is prepared, in 10^6 bytes."""
