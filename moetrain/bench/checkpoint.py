@@ -1,4 +1,4 @@
-"""`moetrain bench checkpoint`: write and read rates compared with torch's distributed checkpoint, and what a save costs.
+"""`moetrain bench checkpoint`: rates compared with torch's distributed checkpoint, and what a save costs.
 
 Both write the same tensors (weights and optimizer state) to the same disk and sync them. Before a read on Linux, the
 files are dropped from the page cache. Ours hashes what it writes and checks every file before it reads; torch's checks

@@ -1,4 +1,4 @@
-"""`moetrain bench data`: the speed of preparing and reading tokens compared with `datasets.map`, and equality of the bytes.
+"""`moetrain bench data`: the speed of preparing tokens, compared with `datasets.map`, and of reading them.
 
 The corpus is synthetic: documents of lines of the standard library, in random order, as JSONL. Each contestant is a
 process of its own (`bench.data_worker`) that measures its time, its processor time and its resident memory. The

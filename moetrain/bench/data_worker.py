@@ -117,13 +117,13 @@ def _write_random(folder: Path, *, tokenizer: Tokenizer, num_tokens: int) -> Non
         lengths.append(np.append(kept, size - kept.sum()))
     num_documents = sum(map(len, lengths))
     parts = np.zeros(num_documents, dtype=np.uint8)
-    hold_out(parts, iter([stream.random(num_documents)]), fraction=0.001)
+    lone = hold_out(parts, iter([stream.random(num_documents)]), fraction=0.001)
     (folder / SPLIT).write_bytes(parts.tobytes())
     origin = Origin(
         name="random", tokenizer=tokenizer, source={"kind": "random"}, fraction=0.001, inputs={"files": 0, "bytes": 0}
     )
     counts = Counts(num_read=num_documents, num_training=num_documents, num_tokens=num_tokens)
-    write_folder(folder, files=files, lengths=iter(lengths), counts=counts, origin=origin)
+    write_folder(folder, files=files, lengths=iter(lengths), counts=counts, origin=origin, lone=lone)
 
 
 def _cpu_seconds() -> float:

@@ -19,6 +19,7 @@ from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
+from moetrain.data.hold_out import HoldOut, hold_out_of
 from moetrain.data.loader import Loader, Mix, Rows
 from moetrain.data.order import ORDER_VERSION
 from moetrain.data.packing import PackedRows, TokenizedDocument, ValidationRows, pack
@@ -102,7 +103,7 @@ def build_data(
             raise DataError(f"data.sources.{name} has no dialogues: give it more num_documents, or weight 0")
         keys[name] = [_identity(document) for document in tokenized[name]]
         digests[name] = hashlib.sha256("".join(keys[name]).encode()).hexdigest()
-    training, held_out = _split(tokenized, keys, fraction=config.validation_fraction)
+    training, held_out = _split(tokenized, keys, rule=hold_out_of(config))
     prepared = prepared_sources(config, tokenizer)
     digests |= {name: source.digest for name, source in prepared.items()}
     rows = _rows(training, config, seed=seed, tokenizer=tokenizer)
@@ -161,19 +162,6 @@ def prepare_tokenizer(
     """
     texts = {} if _tokenizer_folder(config, folder) else _read_texts(config)
     return _tokenizer(config, texts, folder=folder, num_rows=num_rows, dialogue_texts=dialogue_texts)
-
-
-def is_held_out(keys: Sequence[str], *, fraction: float) -> list[bool]:
-    """Return for each document whether it is held out for validation: whether the hash of its key is below `fraction`.
-
-    The document with the smallest hash is always held out, so that a small source has validation rows too. A single
-    document is used for training.
-    """
-    hashes = [key_hash(key, choice=Choice.hold_out) for key in keys]
-    if len(hashes) == 1:
-        return [False]
-    smallest = min(hashes)
-    return [value < fraction or value == smallest for value in hashes]
 
 
 def _check_dialogues(config: DataConfig, dialogues: Mapping[str, object]) -> None:
@@ -264,12 +252,12 @@ def _warn_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int 
 
 def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:
     template = template_named(config.tokenizer.template)
-    total = sum(config.sources[name].weight for name in texts)
+    total, rule = sum(config.sources[name].weight for name in texts), hold_out_of(config)
     chosen = []
     for name, documents in texts.items():
         budget = config.tokenizer.max_characters * config.sources[name].weight / total if total else 0.0
-        held_out = is_held_out([document.key for document in documents], fraction=config.validation_fraction)
-        training = [document for document, is_out in zip(documents, held_out, strict=True) if not is_out]
+        parts = rule.parts([document.key for document in documents])
+        training = [document for document, part in zip(documents, parts, strict=True) if part is Part.training]
         training = [*renderable(training, config.sources[name], template=template, errors=[])]
         for document in sorted(training, key=lambda document: key_hash(document.key, choice=Choice.train_tokenizer)):
             if budget <= 0:
@@ -316,15 +304,15 @@ def _distinct(documents: Iterable[TokenizedDocument]) -> list[TokenizedDocument]
 
 
 def _split(
-    tokenized: Mapping[str, list[TokenizedDocument]], keys: Mapping[str, list[str]], *, fraction: float
+    tokenized: Mapping[str, list[TokenizedDocument]], keys: Mapping[str, list[str]], *, rule: HoldOut
 ) -> tuple[dict[str, list[TokenizedDocument]], dict[str, list[TokenizedDocument]]]:
     """Return training and validation documents. Documents held out in one source are excluded from training in all."""
     held_out: dict[str, list[TokenizedDocument]] = {}
     training: dict[str, list[TokenizedDocument]] = {}
     for name, documents in tokenized.items():
-        is_out = is_held_out(keys[name], fraction=fraction)
-        held_out[name] = [document for document, out in zip(documents, is_out, strict=True) if out]
-        training[name] = [document for document, out in zip(documents, is_out, strict=True) if not out]
+        parts = rule.parts(keys[name])
+        held_out[name] = [document for document, part in zip(documents, parts, strict=True) if part is Part.held_out]
+        training[name] = [document for document, part in zip(documents, parts, strict=True) if part is Part.training]
         if not held_out[name]:
             _log.warning("data.sources.%s has a single document: it is trained on, and none is held out", name)
     out_of_any = {_identity(document) for documents in held_out.values() for document in documents}

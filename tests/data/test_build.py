@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.data.build import Data, build_data, is_held_out, prepare_tokenizer
+from moetrain.data.build import Data, build_data, prepare_tokenizer
 from moetrain.data.config import DataConfig, Overlong, SourceConfig, SourceKind, TokenizerConfig
+from moetrain.data.hold_out import HoldOut
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.sources import read_documents
+from moetrain.data.store.index import Part
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError, DataError
 
@@ -187,6 +189,10 @@ def test_overlong_documents_are_counted_by_policy(tmp_path, write_jsonl) -> None
         assert set(data.validation) == ({"one"} if policy is Overlong.split else set())
 
 
+def held_out_of(keys: list[str], *, fraction: float) -> list[bool]:
+    return [part is Part.held_out for part in HoldOut(fraction=fraction).parts(keys)]
+
+
 @pytest.mark.parametrize("max_characters", [None, 3_000_000, 1_000_000, 600_000, 200_000])
 def test_a_limit_of_characters_leaves_the_share_of_held_out_documents_as_stated(
     write_jsonl, max_characters: int | None
@@ -194,7 +200,7 @@ def test_a_limit_of_characters_leaves_the_share_of_held_out_documents_as_stated(
     path = write_jsonl("many.jsonl", [{"text": f"document {number} " * 20} for number in range(12_000)])
     source = SourceConfig(kind=SourceKind.jsonl, path=str(path), max_characters=max_characters)
     documents = read_documents(source, name="many")
-    held_out = is_held_out([document.key for document in documents], fraction=0.02)
+    held_out = held_out_of([document.key for document in documents], fraction=0.02)
     expected = 0.02 * len(documents)
     assert abs(sum(held_out) - expected) < 4 * expected**0.5  # four standard deviations of a fair draw
 
@@ -210,11 +216,11 @@ def test_data_built_under_a_limit_of_characters_trains_on_nearly_all_of_it(tmp_p
 
 def test_the_split_holds_out_about_the_fraction_and_at_least_one() -> None:
     keys = [f"document {index}" for index in range(4000)]
-    held_out = is_held_out(keys, fraction=0.05)
+    held_out = held_out_of(keys, fraction=0.05)
     assert 140 < sum(held_out) < 260
     assert [flag for key, flag in zip(keys, held_out, strict=True) if key in keys[:50]] == held_out[:50]
-    assert sum(is_held_out(keys[:5], fraction=1e-9)) == 1
-    assert is_held_out(["alone"], fraction=0.99) == [False]
+    assert sum(held_out_of(keys[:5], fraction=1e-9)) == 1
+    assert held_out_of(["alone"], fraction=0.99) == [False]
 
 
 def test_the_tokenizer_of_a_stage_loads_from_its_folder(tmp_path) -> None:

@@ -59,7 +59,7 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
         num_identical = mark_identical(shards, bases=bases[:-1], parts=parts)
         near = any(shard.near_duplicates for shard in shards)
         num_similar = mark_similar(shards, bases=bases[:-1], parts=parts, num_bands=NUM_BANDS) if near else 0
-        hold_out(parts, (table["hold_out"] for table in tables), fraction=origin.fraction)
+        lone = hold_out(parts, (table["hold_out"] for table in tables), fraction=origin.fraction)
         sums: Counter[str] = Counter()
         for table, base in zip(tables, bases, strict=False):
             sums.update(_sums(table, parts[base : base + len(table)]))
@@ -83,14 +83,24 @@ def finish(folder: Path, shards: Sequence[Shard], *, origin: Origin) -> Index:
             **sums,
         ),
         origin=origin,
+        lone=lone,
     )
     return index
 
 
 def write_folder(
-    folder: Path, *, files: list[TokenFile], lengths: Iterator[np.ndarray], counts: Counts, origin: Origin
+    folder: Path,
+    *,
+    files: list[TokenFile],
+    lengths: Iterator[np.ndarray],
+    counts: Counts,
+    origin: Origin,
+    lone: float | None,
 ) -> Index:
-    """Write `documents.bin` and the index of a folder that has its token files and `split.bin`; return the index."""
+    """Write `documents.bin` and the index of a folder that has its token files and `split.bin`; return the index.
+
+    lone: see `hold_out`.
+    """
     with atomic_file(folder / DOCUMENTS_FILE) as scratch, scratch.open("wb") as file:
         end = 0
         for each in lengths:
@@ -105,17 +115,18 @@ def write_folder(
         split=_stored(folder / SPLIT),
         counts=counts,
         source=origin.source,
-        split_rule={"fraction": origin.fraction, "hash": "blake2b", "salt": Choice.hold_out.value},
+        split_rule={"fraction": origin.fraction, "lone": lone, "hash": "blake2b", "salt": Choice.hold_out.value},
         inputs=origin.inputs,
     )
     write_index(folder, index)
     return index
 
 
-def hold_out(parts: np.ndarray, hashes: Iterator[np.ndarray], *, fraction: float) -> None:
+def hold_out(parts: np.ndarray, hashes: Iterator[np.ndarray], *, fraction: float) -> float | None:
     """Mark the documents whose hash is below `fraction` as held out; without one, that of the smallest hash.
 
     A single document is trained on. parts: uint8, changed in place. hashes: float64, in order, in several arrays.
+    Returns the hash of a document that is held out although it is not below `fraction`, else None.
     """
     base = num_kept = num_held_out = smallest = 0
     least = np.inf
@@ -131,8 +142,10 @@ def hold_out(parts: np.ndarray, hashes: Iterator[np.ndarray], *, fraction: float
         base += len(each)
     if num_held_out == 0 and num_kept > 1:
         parts[smallest] = Part.held_out
-    elif num_held_out == num_kept == 1:
+        return least
+    if num_held_out == num_kept == 1:
         parts[smallest] = Part.training
+    return None
 
 
 def _sums(table: np.ndarray, parts: np.ndarray) -> dict[str, int]:

@@ -25,7 +25,7 @@ from moetrain.data.store.index import (
 from moetrain.data.store.plan import PIECES, ROWS, Plan, PlanRequest, plan_of
 from moetrain.data.store.tokens import TokenStore
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import ConfigError, DataError
+from moetrain.errors import DataError
 from moetrain.runtime import seed_of
 
 
@@ -50,6 +50,8 @@ class PreparedRows:
 
     def sample(self, count: int, *, seed: int) -> list[int]:
         """Return the numbers of at most `count` rows, spread over all rows, sorted."""
+        if self.num_rows == 0:
+            return []
         order = self.order("validation", seed=seed, epoch=0)
         return sorted(order(place) for place in range(min(count, self.num_rows)))
 
@@ -127,23 +129,11 @@ class PreparedSource:
 
 
 def prepared_sources(config: DataConfig, tokenizer: Tokenizer) -> dict[str, PreparedSource]:
-    """Open the prepared sources.
-
-    Raises DataError that names the first file or tokenizer that does not fit, and ConfigError for another share of
-    held-out documents than they were prepared with.
-    """
-    sources = {
+    """Open the prepared sources. Raises DataError that names the first file or tokenizer that does not fit."""
+    return {
         name: PreparedSource(folder, name=name, config=config, tokenizer=tokenizer)
         for name, folder in prepared_folders(config).items()
     }
-    for name, source in sources.items():
-        prepared_with = source.index.split_rule.get("fraction")
-        if config.validation_fraction not in (prepared_with, DataConfig().validation_fraction):
-            raise ConfigError(
-                f"data.validation_fraction is {config.validation_fraction}, and data.sources.{name} was prepared with "
-                f"{prepared_with}: leave it out, or prepare the source again"
-            )
-    return sources
 
 
 def plan_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
