@@ -114,9 +114,7 @@ class TrainingRun(StageRun):
         self._check_continuation()
         if self.dither_masters and self.init_from is None:
             raise ConfigError(
-                "dither_masters is true and init_from is null: dither_masters spreads the masters of stored codes; "
-                "give "
-                "init_from"
+                "dither_masters is true and init_from is null: give weights with stored codes, or leave it out"
             )
         if self.model.num_experts % self.parallel.expert:
             raise ConfigError(

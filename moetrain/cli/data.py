@@ -1,5 +1,6 @@
 """`moetrain data`."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -15,13 +16,15 @@ from moetrain.chat.template import ChatTemplate
 from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
-from moetrain.data.sources import read_source
+from moetrain.data.sources import read_source, renderable
 from moetrain.data.store.describe import PreparedPreview
 from moetrain.data.store.index import TOKENIZER, prepared_folders
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.data_commands import DataRun
 from moetrain.errors import DataError
 from moetrain.files import user_path
+
+_log = logging.getLogger(__name__)
 
 _WIDTH = 10_000
 """Maximum width of a line in characters. The terminal wraps long lines, so no name or text is truncated."""
@@ -88,9 +91,13 @@ class _Found:
 def _documents(run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None) -> _Found:
     """Return the documents of a source. One of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
+        errors: list[str] = []
         read = read_source(source, name=name)
-        pieces = (document.rendered(template) for document in read.documents)
-        return _Found(documents=pieces, total=len(read.documents), num_dropped=read.num_dropped)
+        kept = [*renderable(read.documents, source, template=template, errors=errors)]
+        if errors:
+            _log.warning("data.sources.%s: %d conversations dropped; the first is %s", name, len(errors), errors[0])
+        pieces = (document.rendered(template) for document in kept)
+        return _Found(documents=pieces, total=len(kept), num_dropped=read.num_dropped + len(errors))
     from moetrain.tasks import registry
     from moetrain.tasks.dialogues import conversations  # loads torch
 

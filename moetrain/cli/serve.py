@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.config import ServeRun, check_length
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from moetrain.serve.server import Server
@@ -39,6 +39,10 @@ def server_of(run: ServeRun) -> "Server":
 
     origin = read_weights(run.init_from)
     tokenizer = tokenizer_of(origin)
+    try:
+        tokenizer.check_chat()
+    except DataError as error:
+        _log.warning("chat completions are refused, and completions are served: %s", error)
     max_tokens = run.serve.max_tokens or origin.model.max_position_embeddings
     check_length(origin.model, name="serve.max_tokens", length=max_tokens)
     library = find_for_generation(run.serve.kernels)

@@ -5,6 +5,7 @@ that begins with `[` is read as one array of objects. Records are read one at a 
 uncompressed JSONL file can be read alone, so that several processes share a large file.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -33,7 +34,7 @@ _NOT_READ = {
 """Error message by the first bytes of file types that are not supported."""
 _MARK_BYTES = max(map(len, [_GZIP, *_ZSTD, *_NOT_READ]))
 _BUFFER = 1 << 20  # bytes read at once
-_LONGEST_LINE = 1 << 20  # characters of a text file
+_LONGEST_LINE = 1 << 20  # bytes of a part of a line of a text file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def is_compressed(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator["io.BufferedReader[Any]"]:
     """Open a file for reading, decompressed and after its byte-order mark.
 
     Raises DataError that names the file, also for what goes wrong while it is read.
@@ -91,21 +92,43 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with `\\n` line ends; a line of more than 2^20 characters comes in parts.
+def text_lines(path: Path, *, errors: list[str] | None = None) -> Iterator[str]:
+    """Yield the lines of a text file with `\\n` line ends; a line of more than 2^20 bytes comes in parts.
 
-    Raises DataError that names the file and the line.
+    errors: gets the error of each line that is not UTF-8, which is then left out. Raises DataError that names the file
+    and the line.
     """
-    number = 0
     with opened(path) as file:
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline=None)
-        try:
-            while line := lines.readline(_LONGEST_LINE):
-                number += line.endswith("\n")
-                yield line
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
-        lines.detach()
+        number = 1
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        while part := file.readline(_LONGEST_LINE):
+            if part.endswith(b"\r"):
+                part += file.readline(1)
+            is_end = part.endswith(b"\n") or not file.peek(1)
+            try:
+                text = decoder.decode(part, final=is_end)
+            except UnicodeDecodeError as error:
+                problem = f"{path}:{number} is not UTF-8: {error.reason}"
+                if errors is None:
+                    raise DataError(problem) from error
+                errors.append(problem)
+                decoder.reset()
+                text, is_end = "", True
+                _skip_rest(file, part)
+            *lines, rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+            yield from (f"{line}\n" for line in lines)
+            if rest:
+                yield rest
+            number += is_end
+
+
+def _skip_rest(file: BinaryIO, line: bytes) -> int:
+    """Read up to the end of the line of which `line` is the beginning; return the number of bytes."""
+    num_skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = file.readline(_BUFFER)
+        num_skipped += len(line)
+    return num_skipped
 
 
 def json_records(
@@ -119,8 +142,8 @@ def json_records(
     """Yield (place, record); a place prints as "FILE:LINE" or "FILE record NUMBER". A DataError begins with the place.
 
     begin, end: range of bytes of an uncompressed JSONL file; the lines that start in it are read. max_bytes: largest
-    size of a line, or of a file that is one array; DataError beyond it. errors: gets the error of each line that is no
-    object, which is then left out.
+    size of a line, or of a file that is one array; DataError beyond it. errors: gets the error of each line, or record
+    of an array, that is no object, which is then left out.
     """
     limit = -1 if max_bytes is None else max_bytes + 1
     with opened(path) as file:
@@ -137,20 +160,22 @@ def json_records(
             where: object = Place(path=path, byte=position) if begin else f"{path}:{number}"
             if is_first and line.lstrip().startswith(b"["):
                 content = line + file.read(limit)
-                yield from _array(_within(content, where=path, max_bytes=max_bytes), path=path)
+                yield from _array(_within(content, where=path, max_bytes=max_bytes), path=path, errors=errors)
                 return
             position += len(line)
-            if line.strip():
-                is_first = False
+            if not line.strip():
+                continue
+            is_first = False
+            try:
                 content = _within(line, where=where, max_bytes=max_bytes).removesuffix(b"\n")
-                try:
-                    record = _object(_json(content, where=where), where=where)
-                except DataError as error:
-                    if errors is None:
-                        raise
-                    errors.append(str(error))
-                    continue
-                yield record
+                record = _object(_json(content, where=where), where=where)
+            except DataError as error:
+                if errors is None:
+                    raise
+                errors.append(str(error))
+                position += _skip_rest(file, line)
+                continue
+            yield record
 
 
 def _seek_line(file: BinaryIO, begin: int) -> int:
@@ -165,9 +190,13 @@ def _within(data: bytes, *, where: object, max_bytes: int | None) -> bytes:
     return data
 
 
-def _array(data: bytes, *, path: Path) -> Iterator[tuple[object, Record]]:
+def _array(data: bytes, *, path: Path, errors: list[str] | None) -> Iterator[tuple[object, Record]]:
     for number, record in enumerate(_json(data, where=path), start=1):
-        yield _object(record, where=f"{path} record {number}")
+        where = f"{path} record {number}"
+        if errors is not None and not isinstance(record, dict):
+            errors.append(f"{where} holds {type(record).__name__} where an object is expected")
+            continue
+        yield _object(record, where=where)
 
 
 def _json(data: bytes, *, where: object) -> Any:

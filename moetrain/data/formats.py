@@ -49,6 +49,12 @@ class Document:
         return pieces_to_text(self.pieces)
 
     @property
+    def identity(self) -> str:
+        """Return what two documents that are identical share: the text, and what of it is learned."""
+        learned = "".join("01"[piece.is_sampled] for piece in self.pieces)
+        return self.text if "0" not in learned else f"{self.text}\0{learned}"
+
+    @property
     def words(self) -> str:
         """Return the text without special tokens, which separate what stands beside them."""
         return "".join("\n" if piece.is_special else piece.text for piece in self.pieces)
@@ -129,7 +135,7 @@ def _without(record: Record, ignore: Collection[str], *, column: str) -> Record:
     return {key: _filtered(value, ignore, inside=inside.get(key)) for key, value in record.items() if key not in ignore}
 
 
-_OBJECTS_INSIDE = ("tool_calls", "function")
+_OBJECTS_INSIDE = ("content", "tool_calls", "function")
 """Keys of messages, calls and declarations whose objects are of the chat form too, unlike arguments and schemas."""
 
 

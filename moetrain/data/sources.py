@@ -155,9 +155,26 @@ def log_files_left_out(config: SourceConfig, *, name: str) -> None:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Return the files in a folder and its folders, sorted, without hidden ones."""
-    found = (item for item in folder.rglob("*") if item.is_file())
-    return sorted(item for item in found if not any(part.startswith(".") for part in item.relative_to(folder).parts))
+    """Return the files in a folder and its folders, sorted, without hidden ones. Links are followed.
+
+    Raises DataError for a link that leads nowhere, and for a folder that cannot be read.
+    """
+    return sorted(_files_below(folder, above=frozenset()))
+
+
+def _files_below(folder: Path, *, above: frozenset[Path]) -> Iterator[Path]:
+    """Yield the files below a folder. above: folders that it is in, to which a link does not return."""
+    try:
+        place, items = folder.resolve(), [item for item in folder.iterdir() if not item.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    for item in items if place not in above else ():
+        if item.is_dir():
+            yield from _files_below(item, above=above | {place})
+        elif item.is_file():
+            yield item
+        elif item.is_symlink():
+            raise DataError(f"{item} is a link to a file that does not exist: remove the link, or restore the file")
 
 
 def _from_stdlib(texts: Callable[[], dict[str, str]]) -> Reader:
@@ -179,19 +196,23 @@ def _jsonl(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
 
 
 def _text(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
+    broken = errors if config.unreadable is Unreadable.drop else None
     for path in local_files(config):
-        yield from text_documents(path)
+        yield from text_documents(path, errors=broken)
 
 
-def text_documents(path: Path, *, max_characters: int | None = None) -> Iterator[Document]:
+def text_documents(
+    path: Path, *, max_characters: int | None = None, errors: list[str] | None = None
+) -> Iterator[Document]:
     """Yield the documents of a text file: it is cut after blank lines, where a document has 4,000 characters or more.
 
     The file is read line by line. max_characters: a document is cut there, whether or not a line is blank.
+    errors: see `text_lines`.
     """
     lines: list[str] = []
     length = 0
     is_blank = False
-    for line in text_lines(path):
+    for line in text_lines(path, errors=errors):
         was_blank, is_blank = is_blank, line.endswith("\n") and line.isspace()
         is_too_long = max_characters is not None and length >= max_characters
         if (was_blank and not is_blank and length >= _MIN_TEXT) or is_too_long:
@@ -309,7 +330,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Documen
         if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
             num_empty += 1
             continue
-        identity = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        identity = hashlib.blake2b(document.identity.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if identity in seen:
             num_identical += 1
             continue

@@ -23,19 +23,27 @@ def tokenize(
     """
     rendered = [document.rendered(tokenizer.template_or_none) for document in documents]
     texts = dict.fromkeys(piece.text for pieces in rendered for piece in pieces if not piece.is_special)
-    parts = {text: _parts(text, max_characters) for text in texts}
-    of_parts = iter(tokenizer.encode_batch([part for of_text in parts.values() for part in of_text]))
-    encoded = {text: _joined([next(of_parts) for _ in of_text]) for text, of_text in parts.items()}
+    short = [text for text in texts if max_characters is None or len(text) <= max_characters]
+    encoded = dict(zip(short, tokenizer.encode_batch(short), strict=True))
+
+    def ids_of(text: str) -> Sequence[int] | np.ndarray:
+        if text in encoded:
+            return encoded[text]
+        parts = _parts(text, max_characters or len(text))  # one at a time: ids as a list take much memory
+        return np.concatenate([np.array(tokenizer.encode(part), dtype=np.int32) for part in parts])
+
     for pieces in rendered:
         if (text := _plain_text(pieces)) is not None:
-            ids = encoded[text]
+            ids = ids_of(text)
             tokens_N = np.empty(len(ids) + 2, dtype=np.int32)
             tokens_N[0], tokens_N[1:-1], tokens_N[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
             mask_N = np.ones(len(tokens_N), dtype=np.bool_)
             mask_N[0] = False
             yield tokens_N, mask_N
             continue
-        tokens, mask = pieces_to_tokens(with_bos(pieces), encode=encoded.__getitem__, special_ids=tokenizer.special_ids)
+        tokens, mask = pieces_to_tokens(
+            with_bos(pieces), encode=lambda text: list(ids_of(text)), special_ids=tokenizer.special_ids
+        )
         yield np.asarray(tokens, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
 
 
@@ -47,9 +55,7 @@ def _plain_text(pieces: Sequence[Piece]) -> str | None:
     return None
 
 
-def _parts(text: str, max_characters: int | None) -> list[str]:
-    if max_characters is None or len(text) <= max_characters:
-        return [text]
+def _parts(text: str, max_characters: int) -> list[str]:
     parts = []
     begin = 0
     while len(text) - begin > max_characters:
@@ -58,7 +64,3 @@ def _parts(text: str, max_characters: int | None) -> list[str]:
         parts.append(text[begin:end])
         begin = end
     return [*parts, text[begin:]]
-
-
-def _joined(ids: list[list[int]]) -> list[int]:
-    return ids[0] if len(ids) == 1 else [one for part in ids for one in part]

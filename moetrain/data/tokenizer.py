@@ -80,7 +80,7 @@ class Tokenizer:
         None recognises it from the special tokens and `jinja`, the template beside the tokenizer. Raises DataError when
         there is no end-of-document token, or when text can encode to a control token.
         """
-        self._names = dict(names or {})
+        self._names, self._jinja_read = dict(names or {}), jinja
         added = {token.content for token in inner.get_added_tokens_decoder().values()}
         self.template_or_none = template or recognised(added, jinja=jinja)
         """The chat template; None when it is not known."""
@@ -112,6 +112,16 @@ class Tokenizer:
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """Rows that an embedding needs: the largest id plus one."""
         self._check_text_gives_no_control_ids()
+
+    @property
+    def jinja(self) -> str:
+        """The Jinja chat template beside the tokenizer, in files; "" for none.
+
+        It is that of the chat template if the tokenizer has all of its tokens, else the one that was read.
+        """
+        row = self.template_or_none
+        has_all = row is not None and all(name in self.special_ids for name in row.markers)
+        return row.jinja if row is not None and has_all else self._jinja_read
 
     @property
     def end_ids(self) -> list[int]:
@@ -225,15 +235,22 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e9),
         }
-        if self.template_or_none is not None and self.template_or_none.syntax.end in self.special_ids:
-            write_text(folder / CHAT_TEMPLATE_FILE, self.template_or_none.jinja)
+        if self.jinja:
+            write_text(folder / CHAT_TEMPLATE_FILE, self.jinja)
         write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
 
     def _say_template(self, folder: Path) -> None:
         """Log which chat template is used instead of the one in `folder`, when they differ."""
         theirs, row = jinja_in(folder), self.template_or_none
-        if theirs and row is not None and theirs != row.jinja:
+        if theirs and row is not None and self.jinja == theirs != row.jinja:
+            missing = next(name for name in row.markers if name not in self.special_ids)
+            _log.warning(
+                "%s: its chat template is kept in exports. It is a form of %s, but %s is no token, so chats are "
+                "refused (docs/templates.md)",
+                *(folder, row.name, missing),
+            )
+        elif theirs and row is not None and theirs != row.jinja:
             _log.info("%s: its chat template is a form of %s, which is used (docs/templates.md)", folder, row.name)
         elif theirs and row is None:
             _log.info("%s: its chat template is not known; texts need none", folder)

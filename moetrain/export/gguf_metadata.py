@@ -114,11 +114,10 @@ def tokenizer_metadata(tokenizer: Tokenizer, *, num_rows: int) -> Metadata:
     if UNK in ids:
         values["unknown_token_id"] = ids[UNK]
     template = tokenizer.template_or_none
-    if template is None or template.syntax.end not in ids:
-        return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    values["eot_token_id"] = ids[template.syntax.end]
+    if template is not None and template.syntax.end in ids:
+        values["eot_token_id"] = ids[template.syntax.end]
     named: Metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return named | {"tokenizer.chat_template": template.jinja}
+    return named | ({"tokenizer.chat_template": tokenizer.jinja} if tokenizer.jinja else {})
 
 
 def _split_name(content: dict[str, Any]) -> str:

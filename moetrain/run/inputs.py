@@ -10,7 +10,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moetrain.chat.registry import template_named
+from moetrain.chat.registry import AUTO, template_named
+from moetrain.chat.template import ChatTemplate
 from moetrain.client_commands import ChatRun, VerifyEndpointRun
 from moetrain.commands import (
     BenchBalanceRun,
@@ -34,9 +35,10 @@ from moetrain.config import (
     UpcycleRun,
     check_length,
 )
+from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
-from moetrain.data.sources import local_files, read_documents
+from moetrain.data.sources import local_files, read_documents, renderable
 from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
 from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
@@ -182,13 +184,27 @@ def _continues(run: StageRun) -> bool:
 def check_records(run: StageRun) -> None:
     """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid.
 
-    What `prepare` reads is not read before.
+    What `prepare` reads is not read before. Conversations are rendered, unless the tokenizer is that of `init_from`.
     """
     if isinstance(run, PrepareRun):
         return
+    template = _named_template(run)
     for name, source in _data(run).sources.items():
         if source.kind in LOCAL_KINDS:
-            read_documents(source, name=name)
+            for document in renderable(read_documents(source, name=name), source, template=template, errors=[]):
+                if template is not None:
+                    document.rendered(template)
+
+
+def _named_template(run: StageRun) -> ChatTemplate | None:
+    """Return the chat template that the config alone determines; None if the weights of `init_from` do."""
+    if not isinstance(run, DocumentRun):
+        return None
+    tokenizer = run.data.tokenizer
+    if tokenizer.path is not None:
+        return load_tokenizer(tokenizer, Path(tokenizer.path).expanduser()).template_or_none
+    has_weights = run.init_from is not None or run.continue_from is not None
+    return None if has_weights and tokenizer.template == AUTO else template_named(tokenizer.template)
 
 
 def check_prepared(run: StageRun) -> None:

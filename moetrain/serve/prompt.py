@@ -25,6 +25,7 @@ class Prompt:
 
 def chat_prompt(request: ChatRequest, *, tokenizer: Tokenizer, declare_tools: bool) -> Prompt:
     """Return the prompt of a conversation, up to the model's turn. Without thinking, the reasoning is empty."""
+    tokenizer.check_chat()
     template, last = tokenizer.template, request.messages[-1].role
     pieces = template.conversation_pieces(request.messages, request.declaration if declare_tools else "")
     pieces += template.generation_prompt(last)

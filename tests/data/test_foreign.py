@@ -1,5 +1,7 @@
 """Token files of Megatron and datatrove, written here from the public descriptions of the formats."""
 
+import json
+import random
 import struct
 from pathlib import Path
 
@@ -118,3 +120,19 @@ def test_tokens_of_another_tokenizer_and_cut_files_are_named(
     (tmp_path / "a.ds").write_bytes(b"123")
     with pytest.raises(DataError, match=r"a.ds has 3 bytes, and a.ds.index names"):
         prepared(SourceKind.datatrove, tmp_path / "a.ds", tokenizer=tokenizer, tmp_path=tmp_path)
+
+
+def test_a_near_duplicate_of_a_contaminated_document_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    stream = random.Random(0)
+    words = [f"w{number}" for number in range(3000)]
+    asked, rest = stream.choices(words, k=13), stream.choices(words, k=400)
+    other = [*asked[:6], "changed", *asked[7:]]
+    texts = [" ".join([*rest[:200], *middle, *rest[200:]]) for middle in (asked, other)]
+    texts += [" ".join(stream.choices(words, k=100)) for _ in range(20)]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"text": " ".join(asked)}) + "\n")
+    sets = {"asked": SourceConfig(kind=SourceKind.jsonl, path=str(tmp_path / "asked.jsonl"))}
+    write_datatrove(tmp_path / "a.ds", [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts])
+    options = {"tokenizer": tokenizer, "tmp_path": tmp_path, "near_duplicates": True}
+    index = prepared(SourceKind.datatrove, tmp_path / "a.ds", decontaminate=sets, **options)
+    assert (index.counts.num_contaminated, index.counts.num_similar) == ({"asked": 1}, 0)
+    assert index.counts.num_training + index.counts.num_held_out == len(texts) - 1

@@ -216,6 +216,26 @@ def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template
     assert not (tmp_path / "b" / "chat_template.jinja").exists()
 
 
+def test_a_template_whose_tokens_are_missing_is_not_written(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tokenizer.save(tmp_path / "a")
+    released = "{{ messages[0].content }} in the form of the release"
+    (tmp_path / "a" / "chat_template.jinja").write_text(released)
+    Tokenizer.load(tmp_path / "a").save(tmp_path / "b")
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == KIMI_K2.jinja
+    for name in (TOKENIZER_FILE, "tokenizer_config.json"):  # as Kimi K2 Instruct, which does not think
+        path = tmp_path / "a" / name
+        path.write_text(path.read_text().replace("<think>", "<other>"))
+    loaded = Tokenizer.load(tmp_path / "a")
+    assert "its chat template is kept in exports. It is a form of kimi_k2, but <think> is no token" in caplog.text
+    loaded.save(tmp_path / "c")
+    assert (tmp_path / "c" / "chat_template.jinja").read_text() == released
+    with pytest.raises(DataError, match="<think>"):
+        Tokenizer.load(tmp_path / "c").check_chat()
+
+
 @pytest.mark.parametrize("config", [None, {}, {"eos_token": "<|elsewhere|>"}])
 def test_a_tokenizer_without_an_end_of_a_document_is_refused(tmp_path: Path, config: object) -> None:
     with pytest.raises(DataError, match=rf"{tmp_path}/a/{TOKENIZER_FILE}: the tokenizer lacks \[EOS\]"):

@@ -71,6 +71,8 @@ def write_foreign(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationT
         sha256.update(document.tobytes())
         _check_range(document, begin=begin, path=tokens.path, vocab_size=tokenizer.vocab_size)
         key = hashlib.sha256(document.astype(np.int64).tobytes())
+        learned = np.array(loss[begin:end]) if loss is not None else None
+        identity = hashlib.sha256(key.digest() + (learned.tobytes() if learned is not None else b""))
         text = tokenizer.decode(document.tolist()) if bands or evaluation.names else ""
         counts.num_read += 1
         counts.num_empty += begin == end
@@ -81,11 +83,10 @@ def write_foreign(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationT
             length=end - begin,
             characters=len(text),
             hold_out=key_hash(key.hexdigest(), choice=Choice.hold_out),
-            keys=[int.from_bytes(key.digest()[:8], "little"), *(bands.keys(text) if bands else ())],
+            keys=[int.from_bytes(identity.digest()[:8], "little"), *(bands.keys(text) if bands else ())],
             is_left_out=name is not None or begin == end,
         )
-        if loss is not None:
-            learned = np.array(loss[begin:end])
+        if learned is not None:
             is_all_learned &= bool(learned[1:].all())
             runs.append(learned_runs(learned, start=begin))
         begin = end

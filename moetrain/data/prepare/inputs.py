@@ -111,13 +111,14 @@ def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> It
 
     errors: gets the error of each record that `config.unreadable` drops.
     """
+    broken = errors if config.unreadable is Unreadable.drop else None
     if config.kind is SourceKind.hub and unit.end is not None:
         part = HubPart(number=unit.begin, num_parts=unit.end, revision=unit.revision)
         yield from documents_of(part_records(config, part), config, errors=errors)
     elif unit.path is None:
         yield from all_documents(config, errors=errors)
     elif config.kind is SourceKind.text:
-        yield from text_documents(Path(unit.path), max_characters=_MAX_TEXT)
+        yield from text_documents(Path(unit.path), max_characters=_MAX_TEXT, errors=broken)
     elif config.kind is SourceKind.parquet:
         groups = range(unit.begin, unit.end) if unit.end is not None else None
         column = config.column if config.format == "text" else None
@@ -125,6 +126,5 @@ def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> It
             parquet_records(Path(unit.path), row_groups=groups, column=column), config, errors=errors
         )
     else:
-        broken = errors if config.unreadable is Unreadable.drop else None
         records = json_records(Path(unit.path), begin=unit.begin, end=unit.end, max_bytes=_MAX_RECORD, errors=broken)
         yield from documents_of(records, config, errors=errors)

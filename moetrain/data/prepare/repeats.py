@@ -21,10 +21,9 @@ def mark_identical(shards: Sequence[Shard], *, bases: Sequence[int], parts: np.n
     bases: number of documents before each shard. parts: uint8, `Part` of each document.
     """
     num_marked = 0
-    for _, later in _repeats(shards, key=0, bases=bases):
-        new = later[parts[later] != Part.left_out]
-        parts[new] = Part.left_out
-        num_marked += len(new)
+    for _, later in _repeats(shards, key=0, bases=bases, parts=parts):
+        parts[later] = Part.left_out
+        num_marked += len(later)
     return num_marked
 
 
@@ -42,20 +41,25 @@ def mark_similar(shards: Sequence[Shard], *, bases: Sequence[int], parts: np.nda
         return number
 
     for band in range(num_bands):
-        for firsts, later in _repeats(shards, key=1 + band, bases=bases):
+        for firsts, later in _repeats(shards, key=1 + band, bases=bases, parts=parts):
             for one, other in zip(firsts.tolist(), later.tolist(), strict=True):
                 low, high = sorted((root_of(one), root_of(other)))
                 parents[high] = low
     num_marked = 0
     for number in parents:
-        if root_of(number) != number and parts[number] != Part.left_out:
+        if root_of(number) != number:
             parts[number] = Part.left_out
             num_marked += 1
     return num_marked
 
 
-def _repeats(shards: Sequence[Shard], *, key: int, bases: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (number of the first document with a key, number of a later one) for all that share a key."""
+def _repeats(
+    shards: Sequence[Shard], *, key: int, bases: Sequence[int], parts: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (number of the first document with a key, number of a later one) for all that share a key.
+
+    Documents that are left out do not count.
+    """
     keys = [np.load(shard.work("-keys.npy"), mmap_mode="r")[key] for shard in shards]
     positions = [np.load(shard.work("-positions.npy"), mmap_mode="r")[key] for shard in shards]
     num_ranges = max(1, -(-sum(map(len, keys)) // _KEYS_AT_ONCE))
@@ -68,6 +72,7 @@ def _repeats(shards: Sequence[Shard], *, key: int, bases: Sequence[int]) -> Iter
             [base + each[span].astype(np.int64) for each, span, base in zip(positions, spans, bases, strict=True)]
         )
         order = np.lexsort((documents, found))
+        order = order[parts[documents[order]] != Part.left_out]
         found, documents = found[order], documents[order]
         is_first = np.append(True, found[1:] != found[:-1])[: len(found)]
         firsts = documents[np.maximum.accumulate(np.where(is_first, np.arange(len(found)), 0))]

@@ -14,7 +14,7 @@ from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.contamination import EvaluationTexts
 from moetrain.data.prepare.inputs import Unit, unit_documents, units_of
 from moetrain.data.prepare.source import Preparation, prepare_source
-from moetrain.data.sources import Choice, key_hash
+from moetrain.data.sources import Choice, key_hash, renderable
 from moetrain.data.store.index import TOKENIZER, Index
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
@@ -141,6 +141,6 @@ def _texts(source: SourceConfig, *, fraction: float, shard_bytes: int, template:
 
 
 def _unit_texts(source: SourceConfig, unit: Unit, *, fraction: float, template: ChatTemplate) -> Iterator[str]:
-    for document in unit_documents(source, unit, errors=[]):
+    for document in renderable(unit_documents(source, unit, errors=[]), source, template=template, errors=[]):
         if key_hash(document.key, choice=Choice.hold_out) >= fraction:
             yield without_specials(pieces_to_text(document.rendered(template)), template=template)

@@ -177,7 +177,7 @@ def _chosen(
                 counts.num_empty += 1
                 continue
             text = document.text
-            identity = _identity(text)
+            identity = _identity(document.identity)
             if identity in seen:
                 counts.num_identical += 1
                 continue
