@@ -196,10 +196,12 @@ def take_turns(
     *,
     repetitions: int,
     before_turn: Callable[[], None] = lambda: None,
+    advance: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Give one command to all contestants, one after the other, `repetitions` times; return their seconds by name.
 
-    The first contestant of a turn is another one each time. before_turn: called before each turn.
+    The first contestant of a turn is another one each time. before_turn: called before each turn. advance: called with
+    the name of each contestant that has finished.
     """
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for turn in range(repetitions):
@@ -210,6 +212,7 @@ def take_turns(
             answer = contestant.ask(**command)
             if answer is not None:
                 seconds[contestant.name].append(answer)
+            advance(contestant.name)
     return seconds
 
 

@@ -8,7 +8,7 @@ the same call.
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from moetrain.data.tokenizer import train_tokenizer
 from moetrain.export.config import ExportFormat
 from moetrain.generation_commands import BenchDecodeRun, DecodeCase
 from moetrain.kernels.memory import Memory
+from moetrain.log import progress
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import expert_parameters, num_parameters
 from moetrain.runtime import default_device
@@ -37,6 +38,7 @@ _BYTES_BF16 = 2
 _BYTES_INT4 = 4.5 / 8  # codes, and one scale of 16 bits per 32; in Q4_0 too
 _BANDWIDTH_BYTES = 1 << 29
 _BANDWIDTH_TRIES = 5
+_OTHER_TURNS = 4  # of a case beside the measured ones: choose a setting, read the prompts, refill caches, end
 
 
 def bytes_per_step(model: ModelConfig, case: DecodeCase, *, expert_bytes: float) -> float:
@@ -108,7 +110,11 @@ def bench_decode(run: BenchDecodeRun, *, folder: Path) -> dict[str, Any]:
     )
     with started(found, folder=folder, weights=weights, settings=settings) as contestants:
         packed = {entry.name for entry in found if entry.format is not ExportFormat.bf16_dequantized}
-        cases = [_case(run, case, contestants, packed=packed, threads=threads) for case in run.cases]
+        turns = len(run.cases) * (_OTHER_TURNS + run.repetitions)
+        with progress(turns * len(contestants), "bench decode") as advance:
+            cases = [
+                _case(run, case, contestants, packed=packed, threads=threads, advance=advance) for case in run.cases
+            ]
     return {
         "parameters": asdict(num_parameters(run.model)),
         "threads": threads,
@@ -125,24 +131,36 @@ def random_prompts(batch: int, context: int, *, vocab_size: int, seed: int) -> l
 
 
 def _case(
-    run: BenchDecodeRun, case: DecodeCase, contestants: Sequence[Contestant], *, packed: set[str], threads: int
+    run: BenchDecodeRun,
+    case: DecodeCase,
+    contestants: Sequence[Contestant],
+    *,
+    packed: set[str],
+    threads: int,
+    advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure one case on all contestants, in turn. packed: names of the contestants whose experts have 4.5 bits."""
+
+    def note(name: str) -> None:
+        advance(f"{case.batch} x {case.context} tokens, {name}")
+
     prompts = random_prompts(case.batch, case.context, vocab_size=run.model.vocab_size, seed=run.run.seed)
     limit = run.limit(case)
     for contestant in contestants:
         contestant.ask(do="choose", prompts=prompts, limit=limit)
-    begun = take_turns(contestants, {"do": "begin", "prompts": prompts, "limit": limit}, repetitions=1)
+        note(contestant.name)
+    begun = take_turns(contestants, {"do": "begin", "prompts": prompts, "limit": limit}, repetitions=1, advance=note)
     decode = {"do": "decode", "steps": run.steps}
-    take_turns(contestants, decode, repetitions=1)  # refills the caches that the others used
+    take_turns(contestants, decode, repetitions=1, advance=note)  # refills the caches that the others used
     bandwidths: list[float] = []
     seconds = take_turns(
         contestants,
         decode,
         repetitions=run.repetitions,
         before_turn=lambda: bandwidths.append(measure_bandwidth(default_device(), threads=threads)),
+        advance=note,
     )
-    take_turns(contestants, {"do": "end"}, repetitions=1)
+    take_turns(contestants, {"do": "end"}, repetitions=1, advance=note)
     bandwidth = max(bandwidths)
     rows = summary(contestants, seconds, amount=case.batch * run.steps)
     for row in rows:

@@ -32,6 +32,7 @@ from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.protocol import Model
 from moetrain.kernels.choice import find_for_generation
+from moetrain.log import progress
 from moetrain.model.config import ModelConfig
 from moetrain.model.flops import num_parameters
 from moetrain.parallel.protocol import StateReader
@@ -101,8 +102,10 @@ def bench_rollout(run: BenchRolloutRun, *, weights: Weights, folder: Path) -> di
     others = _written(weights, folder, formats)
     path = str(folder / "episodes.json")
     with started(found, folder=folder, weights=own | others, settings=settings) as contestants:
-        take_turns(contestants, {"do": "choose_for_replay", "episodes": path}, repetitions=1)
-        seconds = take_turns(contestants, {"do": "replay", "episodes": path}, repetitions=run.repetitions)
+        with progress(len(contestants) * (1 + run.repetitions), "bench rollout") as advance:
+            take_turns(contestants, {"do": "choose_for_replay", "episodes": path}, repetitions=1, advance=advance)
+            replay = {"do": "replay", "episodes": path}
+            seconds = take_turns(contestants, replay, repetitions=run.repetitions, advance=advance)
         rows = summary(contestants, seconds, amount=len(episodes))
     return {
         "parameters": asdict(num_parameters(weights.model)),
