@@ -209,8 +209,9 @@ def _json(data: bytes, *, where: object) -> Any:
             f"{where} is not UTF-8 at byte {error.start}: convert it, for example with iconv -t UTF-8"
         ) from error
     except json.JSONDecodeError as error:
+        problem = "it begins with a byte-order mark" if data.startswith(_UTF8_MARK) else error.msg
         raise DataError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}; give one object per line, or one array of them"
+            f"{where} is not JSON: {problem} at column {error.colno}; give one object per line, or one array of them"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error

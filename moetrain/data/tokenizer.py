@@ -63,6 +63,16 @@ class SpecialIds(dict[str, int]):
         )
 
 
+_TEXTS = (
+    "Hello, world: 42 times",
+    "for i in x:\n\treturn  i",
+    "\u043f\u0440\u0438\u0432\u0435\u0442",
+    "\u4f60\u597d",
+    "\U0001f642",
+)
+"""Texts that a tokenizer that is read must encode: English, code, Cyrillic, Chinese, an emoji."""
+
+
 class Tokenizer:
     """Encodes text and decodes ids. Text never encodes to a special id; special ids decode to their names."""
 
@@ -240,6 +250,21 @@ class Tokenizer:
         write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
 
+    def _check_texts(self, path: Path) -> None:
+        """Raise DataError when a text gives no token; warn when one does not come back from its tokens."""
+        changed: list[str] = []
+        for text in _TEXTS:
+            ids = self.encode(text)
+            if not ids:
+                raise DataError(
+                    f"{path}: the text {text!r} gives no token, so text would be lost: copy the tokenizer again, or "
+                    "use one with a byte-level pre_tokenizer, byte fallback or an unk_token"
+                )
+            changed += [text] if self.decode(ids) != text else []
+        if changed:
+            found = self.decode(self.encode(changed[0]))
+            _log.warning("%s: the text %r comes back from its tokens as %r", path, changed[0], found)
+
     def _say_template(self, folder: Path) -> None:
         """Log which chat template is used instead of the one in `folder`, when they differ."""
         theirs, row = jinja_in(folder), self.template_or_none
@@ -280,6 +305,7 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower for a file that is no tokenizer
             reason = " ".join(str(error).split())
             raise DataError(f"{path} holds no tokenizer ({reason}): copy the tokenizer there again") from error
+        tokenizer._check_texts(path)
         tokenizer._say_template(folder)
         if switched_off:
             _log.info("%s sets %s: switched off, so that all text is encoded", path, " and ".join(switched_off))

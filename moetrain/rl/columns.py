@@ -143,5 +143,11 @@ def _batch(rows: Sequence[Row], *, columns: Sequence[str], pad_id: int) -> Token
         batch.positions_BT[index, :length] = torch.arange(length)
         batch.loss_mask_BT[index, :length] = torch.tensor(row.segment.is_sampled)
         for name in columns:
-            batch.columns[name][index, :length] = torch.tensor(COLUMNS[name].values(row), dtype=COLUMNS[name].dtype)
+            values_T = torch.tensor(COLUMNS[name].values(row), dtype=COLUMNS[name].dtype)
+            if values_T.shape != (length,):  # one number would be broadcast
+                raise ConfigError(
+                    f"the RL column {name} has values of shape {list(values_T.shape)} for a segment of {length} "
+                    "tokens: return one number per token"
+                )
+            batch.columns[name][index, :length] = values_T
     return batch

@@ -14,7 +14,7 @@ from typing import Any
 from moetrain.chat.context import ContextPolicy
 from moetrain.checkpoint.identity import as_stored
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError
+from moetrain.errors import ConfigError, RolloutError
 from moetrain.files import sha256_of_json
 from moetrain.kernels.choice import find_for_generation
 from moetrain.log import TIME_PREFIX
@@ -183,10 +183,13 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, collection: Collection,
         on_nonfinite=config.on_nonfinite,
     )
     trained = max(updated.pop("trained_tokens"), 1.0)
-    updated = {
-        name.removeprefix(SUM_PREFIX): value / trained if name.startswith(SUM_PREFIX) else value
-        for name, value in updated.items()
+    sums = {
+        name.removeprefix(SUM_PREFIX): updated.pop(name) / trained for name in [*updated] if name.startswith(SUM_PREFIX)
     }
+    if taken := sorted(sums.keys() & {*updated, *values, "step", "lr", "trained_tokens"}):
+        raise ConfigError(
+            f"rl.algorithm={stage.rl.algorithm} has a sum {taken[0]!r}, the name of a metric of every step: rename it"
+        )
     finished = time.perf_counter()
     times = {TIME_PREFIX + "rollout_s": collected - started, TIME_PREFIX + "update_s": finished - collected}
-    return {**updated, **values, "trained_tokens": trained, **times}
+    return {**updated, **sums, **values, "trained_tokens": trained, **times}

@@ -155,7 +155,7 @@ class Episode:
             )
         except EnvironmentFailure:
             raise
-        except Exception as error:  # a plugin's code may raise anything
+        except (Exception, SystemExit) as error:  # a plugin's code may raise anything
             raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
 
     def _tokenize(self, pieces: Iterable[Piece]) -> list[int]:

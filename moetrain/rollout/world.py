@@ -50,7 +50,7 @@ def make_task(make: Callable[[], Task]) -> Task:
         return make()
     except ConfigError:
         raise
-    except Exception as error:  # a plugin's code may raise anything
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
         return FailedTask(f"making the task: {type(error).__name__}: {error}")
 
 
@@ -171,7 +171,9 @@ class EnvironmentClient:
                     raise EnvironmentFailure(f"{what}: {error} ({attempt + 1} attempts)") from error
             except EnvironmentFailure:
                 raise
-            except (Exception, SystemExit) as error:  # a plugin's code may raise anything
+            except BaseException as error:  # a plugin's code may raise anything
+                if isinstance(error, KeyboardInterrupt | GeneratorExit) or _is_cancelled():
+                    raise
                 raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
@@ -193,6 +195,15 @@ class EnvironmentClient:
             if not deadline.expired():
                 raise
             raise _DeadlineMissed(f"{what}: no result after {limit_s:g} s") from error
+
+
+def _is_cancelled() -> bool:
+    """Return whether the present asyncio task was asked to end, and not only one that it awaits."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop: `run_inline`
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 class _DeadlineMissed(EnvironmentFailure):
@@ -230,9 +241,9 @@ class _Thread:
                 continue  # the caller no longer waits
             if error is None:
                 future.set_result(result)
-            elif isinstance(error, Exception):
+            elif isinstance(error, Exception) and not isinstance(error, StopIteration):
                 future.set_exception(error)
-            else:  # SystemExit and KeyboardInterrupt would end the event loop
+            else:  # SystemExit and KeyboardInterrupt would end the event loop; its futures refuse StopIteration
                 future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
@@ -287,7 +298,7 @@ class Reactor:
             self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="environments")
             self._thread.start()
         self._num_pending += 1
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(_contained(coroutine), self._loop)
         self._pending.add(future)
         future.add_done_callback(lambda done: self._done.put((tag, done)))
 
@@ -304,6 +315,14 @@ class Reactor:
             future.result()
             completed.append(tag)
         return completed
+
+
+async def _contained(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Await a coroutine, and raise RolloutError for what would end the event loop."""
+    try:
+        await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RolloutError(f"a plugin raised {type(error).__name__}: {error}") from error
 
 
 async def _cancel_others() -> None:

@@ -38,6 +38,11 @@ _log = logging.getLogger(__name__)
 
 _CONTINUABLE = ("train.steps:", "optim.", "data.mix")
 """Changes with which a stage that trained can be continued in another stage."""
+_CHANGES_NO_RESULT = (
+    *("run.threads:", "train.log_every:", "train.checkpoint_every:", "train.keep_checkpoints:", "train.keep_every:"),
+    *("train.rows_per_micro_batch:", "rl.tokens_per_micro_batch:", "parallel."),
+)
+"""Changes with which a stopped stage resumes: they change its numbers by rounding at most."""
 _CONTINUE_ADVICE = (
     "; to train on with the new values and the optimizer state kept, leave this stage as it was and add one with "
     "continue_from=${{stage:{name}}} and train.continue_as=part or whole"
@@ -168,6 +173,9 @@ def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
         _log_other_version(prepared.folder / stage.name, stage.name)
         is_done = (prepared.folder / stage.name / DONE).is_file()
         if not differences or (prepared.run.on_change is OnChange.keep and is_done):
+            continue
+        if not is_done and all(line.startswith(_CHANGES_NO_RESULT) for line in differences):
+            _log.info("stage %s resumes with %s", stage.name, "; ".join(differences))
             continue
         if prepared.run.on_change is not OnChange.rerun:
             raise _refusal(prepared.folder / stage.name, stage.name, differences)

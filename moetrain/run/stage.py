@@ -21,7 +21,10 @@ INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
 CONFIG = "config.yaml"
 """File in the stage folder with the config of the stage."""
-_RESULTS = ("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html", "*/index.json")
+_RESULTS = (
+    *("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html", "*/index.json"),
+    *("finished_modes.json", "traces/*", "collection/*"),  # of an evaluation or a collection that was stopped
+)
 """Patterns of result files in a stage folder, which belong to its config."""
 
 _WORK = ("checkpoints", "*/.work/*.json", "*/index.json")

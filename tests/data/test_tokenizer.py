@@ -183,6 +183,19 @@ def test_a_tokenizer_whose_ordinary_words_are_control_tokens_is_refused(tmp_path
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_loses_text_is_refused_and_one_that_changes_it_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = plain_tokenizer(tmp_path / "a", config={"eos_token": "<|endoftext|>"}) / TOKENIZER_FILE
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "normalizer": {"type": "Lowercase"}}))
+    Tokenizer.load(tmp_path / "a")
+    assert "the text 'Hello, world: 42 times' comes back from its tokens as 'hello, world: 42 times'" in caplog.text
+    path.write_text(json.dumps({**content, "pre_tokenizer": None}))  # without bytes, only some letters have tokens
+    with pytest.raises(DataError, match=r"gives no token, so text would be lost: copy the tokenizer again"):
+        Tokenizer.load(tmp_path / "a")
+
+
 def plain_tokenizer(folder: Path, *, config: object = None) -> Path:
     """Write a byte-level tokenizer in the manner of GPT-2: one special token, of a name of its own."""
     folder.mkdir()

@@ -1,5 +1,7 @@
 """Trajectories as columns, and how micro-batches are shared out over ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,9 @@ def test_a_column_of_a_plugin_is_computed_and_none_of_moetrain_is_replaced() -> 
     register_column("turns", turns)
     try:
         (batch,) = micro_batches([_row(5)], columns=["turns"], max_tokens=4096, pad_id=0, rank=0, world_size=1)
+        register_column("turns", replace(turns, values=lambda row: [row.trajectory.num_turns]))
+        with pytest.raises(ConfigError, match=r"column turns has values of shape \[1\] for a segment of 5 tokens"):
+            micro_batches([_row(5)], columns=["turns"], max_tokens=4096, pad_id=0, rank=0, world_size=1)
     finally:
         del COLUMNS["turns"]
     values = batch.columns["turns"][0].tolist()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moetrain.parallel.protocol import Engine
 from moetrain.quant.config import QuantConfig
 from moetrain.rl.algorithms.k2_5 import K25
 from moetrain.rl.config import BalanceLosses, RlConfig
+from moetrain.rl.protocol import TokenLoss
 from moetrain.rl.stage import RlStage, collection_of, rl_training, take_rl_step
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.sync import sync_weights
@@ -184,6 +186,17 @@ def test_an_rl_step_changes_the_weights_and_the_next_rollouts_use_them(tmp_path:
     assert before is not None and after is not None
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert {version for t in seen for segment in t.segments for version in segment.versions} == {0, 1}
+
+
+def test_a_sum_with_the_name_of_a_metric_is_refused(tmp_path: Path) -> None:
+    class Counting(K25):
+        def token_loss(self, *args: Any, **options: Any) -> TokenLoss:
+            made = super().token_loss(*args, **options)
+            return replace(made, sums={"reward": made.loss_N.detach().sum()})
+
+    stage = replace(_stage(_engine(EngineName.torch), []), algorithm=Counting())
+    with pytest.raises(ConfigError, match="has a sum 'reward', the name of a metric of every step: rename it"):
+        _take_steps(stage, tmp_path, steps=1, metrics=JsonlMetrics(tmp_path / "metrics.jsonl"))
 
 
 def test_a_step_without_an_update_names_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

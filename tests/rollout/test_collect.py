@@ -97,6 +97,40 @@ class Exiting(World):
         sys.exit(1)
 
 
+class Searching(World):
+    """Looks for what is not there."""
+
+    def call(self, name: str, arguments: str) -> Observation:
+        return next(Observation(text=each) for each in ("stone", "sand") if each == name)
+
+
+class Lost(World):
+    """Awaits a connection that the other side has closed."""
+
+    async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+        raise asyncio.CancelledError("connection closed")
+
+
+class Panic(BaseException):
+    """As of a library that is written in Rust."""
+
+
+class Panicking(World):
+    """Has a library that panics."""
+
+    async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+        raise Panic("index out of bounds")
+
+
+class PromptThatExits(WorldTask):
+    """Ends the process while its prompt is made."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Exit."""
+        sys.exit(3)
+
+
 class Mistyped(World):
     """Returns text where an observation is asked for."""
 
@@ -142,6 +176,30 @@ def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
     assert good.is_scored and good.reward == 1.0
     assert broken.ending is Ending.environment_failed and not broken.is_scored
     assert "making the task: FileNotFoundError: question 1" in caplog.text
+
+
+def test_a_prompt_that_exits_ends_nothing_else(tokenizer: Tokenizer) -> None:
+    good, broken = play([WorldTask(make=World), PromptThatExits(make=World)], tokenizer, max_replacements=0)
+    assert good.is_scored and broken.ending is Ending.environment_failed
+    assert broken.grade.reason == "making the prompt: SystemExit: 3"
+
+
+@pytest.mark.parametrize(
+    ("world", "reason"),
+    [
+        (Searching, "a call of look: RuntimeError: StopIteration"),
+        (Lost, "a call of look: CancelledError: connection closed"),
+        (Panicking, "a call of look: Panic: index out of bounds"),
+    ],
+)
+def test_a_tool_that_raises_what_ends_coroutines_fails_at_once(
+    tokenizer: Tokenizer, world: type[World], reason: str
+) -> None:
+    started = time.perf_counter()
+    good, broken = play([WorldTask(make=World), WorldTask(make=world)], tokenizer, max_replacements=0)
+    assert time.perf_counter() - started < 10  # and not after its deadline
+    assert good.is_scored and broken.ending is Ending.environment_failed
+    assert broken.grade.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("kind", [WorldTask, InlineWorldTask])

@@ -99,7 +99,7 @@ def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
     assert path.read_text() != text
     refused = moetrain("check", "export", f"init_from={stage}", folder=run)
     assert refused.returncode == 2
-    assert f"{path}: its sha256 is " in refused.stderr and refused.stderr.count("\n") == 1
+    assert f"{path}: its sha256 is " in refused.stderr and refused.stderr.count("moetrain: ") == 1
 
 
 def weights_of(stage: Path) -> dict[str, bytes]:
@@ -129,6 +129,26 @@ def test_a_stopped_stage_keeps_its_config_whatever_is_asked_for(run: Path) -> No
     assert "stage pretrain has begun with another configuration: train.steps: 3 -> 5" in refused.stderr
     assert {name: (stage / name).read_bytes() for name in before} == before
     assert statuses([], run)["pretrain"] == "done"
+
+
+def test_a_stopped_stage_resumes_with_what_changes_no_number(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    (stage / "done.json").unlink()
+    words = ["train.log_every=2", "train.checkpoint_every=3", "train.rows_per_micro_batch=1", "run.threads=2"]
+    again = moetrain("run", "recipe=mine", "wandb.mode=disabled", *(f"pretrain.{word}" for word in words), folder=run)
+    assert again.returncode == 0, again.stderr
+    assert "stage pretrain resumes with" in again.stderr and "train.log_every: 1 -> 2" in again.stderr
+    assert not stage.with_name("pretrain.previous").exists()
+
+
+def test_what_an_evaluation_has_finished_is_a_result(run: Path) -> None:
+    stage = run / "runs" / "mine" / "export"
+    for path in (*stage.glob("model/*"), stage / "done.json", stage / "summary.json"):
+        path.unlink(missing_ok=True)
+    (stage / "finished_modes.json").write_text("{}")
+    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
+    assert refused.returncode == 2 and "stage export has begun with another configuration" in refused.stderr
+    assert (stage / "finished_modes.json").is_file()
 
 
 def test_a_changed_stage_runs_again_when_it_is_told_to_and_every_earlier_result_stays(run: Path) -> None:
