@@ -200,6 +200,7 @@ def _as_list(word: str) -> str:
 
 def _with_quoted_text(schema: type, word: str) -> str:
     """Quote the value of an override if its key has type `str`, so that Hydra's grammar does not interpret the text.
+    Also quote the items of a list of text, and what the grammar refuses as the value of a plugin's option.
 
     The value is everything after the first `=`. There are three special forms. A value that is one quoted string means
     the text inside the quotes; `null` is null if the key allows it; `${stage:NAME}` is the folder of a recipe's stage.
@@ -209,16 +210,32 @@ def _with_quoted_text(schema: type, word: str) -> str:
         kinds = _check_key(schema, key)
     except ConfigError:
         return word  # a config group, Hydra's own syntax, or an unknown key, which is reported later
-    if not equals or kinds[-1] is not str:
+    is_list = get_args(kinds[-1]) == (str,) and value[:1] == "[" and value[-1:] == "]"
+    if not equals or not (kinds[-1] is str or is_list or (kinds[-1] is Any and not _is_parsed(word))):
         return word
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{key} is {value!r}: this is not UTF-8, give it in UTF-8")
     if _unquoted(value) == _MISSING:
         raise ConfigError(f"{key} is {_MISSING}, which the config library takes for a missing value: give another text")
+    if is_list:
+        items = re.findall(rf"(?:\s*(?:{_QUOTED.pattern})\s*|[^,]+)(?=,|\Z)", value[1:-1], re.DOTALL)
+        return f"{key}=[{','.join(_text(item.strip()) for item in items if item.strip())}]"
     is_nullable = is_dataclass(kinds[-2]) and get_type_hints(kinds[-2])[key.split(".")[-1]] is not str
     if value == "null" and is_nullable:
         return word
-    return f"{key}={quoted(_STAGE.sub(lambda match: match[1] or _escape(match[0]), _unquoted(value)))}"
+    return f"{key}={_text(value)}"
+
+
+def _text(value: str) -> str:
+    return quoted(_STAGE.sub(lambda match: match[1] or _escape(match[0]), _unquoted(value)))
+
+
+def _is_parsed(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _unquoted(value: str) -> str:

@@ -1,12 +1,13 @@
 """From YAML and a command line to a checked dataclass; what is wrong becomes one line that names the key."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moetrain.commands import SCHEMAS
 from moetrain.compose import compose, load_config, quoted, save_config, to_mapping
-from moetrain.config import PretrainRun
+from moetrain.config import PretrainRun, TrainingRun
 from moetrain.data.config import Overlong, SourceKind
 from moetrain.errors import ConfigError
 
@@ -178,3 +179,32 @@ def test_settings_of_a_family_of_a_plugin_are_given_under_its_name() -> None:
     assert compose("eval", words).task.options == {"max_calls": 7, "min_calls": 2}
     with pytest.raises(ConfigError, match=r"task\.other\.max_calls: there is no 'other' in task"):
         compose("eval", ["task.name=chase", "task.other.max_calls=7"])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[a.py,b.py]", ["a.py", "b.py"]),
+        ("[a.py, b.py ]", ["a.py", "b.py"]),
+        ("['a,b.py',\"c d.py\"]", ["a,b.py", "c d.py"]),
+        ("[你好.py]", ["你好.py"]),
+        ("[a(1).py,it's.py]", ["a(1).py", "it's.py"]),
+        ("[x=1,${y},#2]", ["x=1", "${y}", "#2"]),
+        ("[]", []),
+    ],
+)
+def test_items_of_a_list_of_text_are_text(value: str, expected: list[str]) -> None:
+    run: TrainingRun = compose("pretrain", [f"plugins={value}"])
+    assert run.plugins == expected
+
+
+def test_options_of_plugins_are_given_as_people_type_them() -> None:
+    words = [
+        "task.options.a=it's",
+        "task.options.b=你好",
+        "task.options.c=3",
+        "task.options.d=[1,2]",
+        "task.options.e=x y",
+    ]
+    run: Any = compose("rl", words)
+    assert run.task.options == {"a": "it's", "b": "你好", "c": 3, "d": [1, 2], "e": "x y"}

@@ -114,7 +114,7 @@ def mode_title(mode: str) -> str:
     if mode.startswith("sampled_t"):
         return f"sampled T={mode.removeprefix('sampled_t')}"
     titles = {
-        ERROR_FREE: "greedy, tools never fail",
+        ERROR_FREE: "greedy, task.tool_failure=0",
         LONGER: "greedy, longer chains",
         VOTED: "each turn voted on, longer chains",
     }

@@ -88,7 +88,7 @@ def success_table(run: Run) -> Table | None:
             "without tool error", [stage.evaluation["modes"][mode].get("without_tool_error") for stage, mode in columns]
         )
     extras = [_extra_summary(stage, mode, ERROR_FREE) for stage, mode in columns]
-    add("tools never fail", [summary["all"] if summary else None for summary in extras])
+    add("task.tool_failure=0", [summary["all"] if summary else None for summary in extras])
     longer = [_extra_summary(stage, mode, LONGER) for stage, mode in columns]
     given = _calls(summary for summary in longer if summary)
     what = "longer" if not trained or all(int(calls) > trained[-1] for calls in given) else "of given length"

@@ -1,6 +1,7 @@
 """Loads plugins: modules of the user or of installed packages that register task families, RL algorithms and columns,
 chat templates or data formats."""
 
+import ast
 import hashlib
 import importlib
 import importlib.machinery
@@ -98,3 +99,24 @@ def _run_plugin_code(plugin: str, function: Callable[[], T]) -> T:
     except (Exception, SystemExit) as error:  # a plugin's own code
         reason = " ".join(str(error).split())
         raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {reason}") from error
+
+
+def local_imports(plugin: Path) -> list[Path]:
+    """Return the files that a plugin imports from its own folder, directly or through each other, sorted."""
+    found: set[Path] = set()
+    waiting = [plugin]
+    while waiting:
+        path = waiting.pop()
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (OSError, ValueError, SyntaxError):  # reported when it is imported
+            continue
+        modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        modules += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        for name in dict.fromkeys(module.partition(".")[0] for module in modules):
+            package = plugin.parent / name
+            files = [*package.rglob("*.py")] if (package / "__init__.py").is_file() else [package.with_suffix(".py")]
+            new = [file for file in files if file.is_file() and file not in found and file != plugin]
+            found.update(new)
+            waiting += new
+    return sorted(found)

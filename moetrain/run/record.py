@@ -15,6 +15,7 @@ from moetrain.compose import read_yaml
 from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, sha256_of, user_path, write_json
+from moetrain.run.plugins import local_imports
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class Record:
     """Inputs of a stage that determine its results.
 
     config: values by dotted key, with the run's folder replaced by `<run>`. files: sha256 of the file or folder that a
-    key names, by key. inputs: id of each earlier stage whose results are used, by name. older: like `files`, by the
-    rule of versions that hashed all files of a stage's folder.
+    key names, by key, with what plugins import from their folders. inputs: id of each earlier stage whose results are
+    used, by name. older: like `files`, by the rule of versions that hashed all files of a stage's folder.
     """
 
     config: Mapping[str, Any]
@@ -60,7 +61,8 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
     for key, value in flat.items():
         paths = [path for text in _strings(value) for path in _outside(text, key=key, run_folder=run_folder)]
         if paths:
-            files[key] = _combine([digests.of(path) for path in paths])
+            helpers = [helper for path in paths for helper in local_imports(path)] if key == "plugins" else []
+            files[key] = _combine([digests.of(path) for path in [*paths, *helpers]])
             older[key] = _combine([digests.of(path, with_bookkeeping=True) for path in paths])
     digests.save()
     return Record(config=flat, files=files, inputs=inputs, older=older)

@@ -7,7 +7,8 @@ import pytest
 
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.run.plugins import load_plugins
+from moetrain.run.plugins import load_plugins, local_imports
+from moetrain.run.record import record_of
 
 
 def test_a_plugin_with_the_name_of_a_module_is_run_too_and_once(tmp_path: Path) -> None:
@@ -56,3 +57,26 @@ def test_one_plugin_needs_no_brackets() -> None:
         assert compose("rl", [word]).plugins == ["my task.py"]
     for word in ("plugins=[a.py,b.py]", "plugins=a.py,b.py"):
         assert compose("rl", [word]).plugins == ["a.py", "b.py"]
+
+
+def test_what_a_plugin_imports_from_its_folder_is_part_of_the_record(tmp_path: Path) -> None:
+    plugin, helper, inner = (tmp_path / name for name in ("task.py", "helper.py", "parts/inner.py"))
+    inner.parent.mkdir()
+    for path, text in [
+        (plugin, "import json\nfrom helper import reward\n"),
+        (helper, "from parts import inner\nimport task\n"),
+        (inner, "VALUE = 1\n"),
+        (inner.with_name("__init__.py"), ""),
+        (tmp_path / "other.py", "VALUE = 2\n"),
+    ]:
+        path.write_text(text)
+    assert local_imports(plugin) == [helper, inner.with_name("__init__.py"), inner]
+
+    def digest() -> str:
+        return record_of({"plugins": [str(plugin)]}, run_folder=tmp_path / "run", inputs={}).files["plugins"]
+
+    before = digest()
+    (tmp_path / "other.py").write_text("VALUE = 3\n")
+    assert digest() == before
+    inner.write_text("VALUE = 2000\n")
+    assert digest() != before
