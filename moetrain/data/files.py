@@ -95,12 +95,13 @@ def _reading(path: Path) -> Iterator[None]:
 def text_lines(path: Path, *, errors: list[str] | None = None) -> Iterator[str]:
     """Yield the lines of a text file with `\\n` line ends; a line of more than 2^20 bytes comes in parts.
 
-    errors: gets the error of each line that is not UTF-8, which is then left out. Raises DataError that names the file
-    and the line.
+    errors: gets the error of each line that is not UTF-8, which is then left out, from the part on that is not. Raises
+    DataError that names the file and the line.
     """
     with opened(path) as file:
         number = 1
         decoder = codecs.getincrementaldecoder("utf-8")()
+        is_begun = False  # whether a part of the present line was returned
         while part := file.readline(_LONGEST_LINE):
             if part.endswith(b"\r"):
                 part += file.readline(1)
@@ -113,13 +114,14 @@ def text_lines(path: Path, *, errors: list[str] | None = None) -> Iterator[str]:
                     raise DataError(problem) from error
                 errors.append(problem)
                 decoder.reset()
-                text, is_end = "", True
+                text, is_end = "\n" if is_begun else "", True
                 _skip_rest(file, part)
             *lines, rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
             yield from (f"{line}\n" for line in lines)
             if rest:
                 yield rest
             number += is_end
+            is_begun = not is_end
 
 
 def _skip_rest(file: BinaryIO, line: bytes) -> int:

@@ -38,8 +38,10 @@ from moetrain.config import (
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
+from moetrain.data.hold_out import hold_out_of
 from moetrain.data.sources import local_files, read_documents, renderable
 from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
+from moetrain.data.tokenizer import holds_tokenizer
 from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
@@ -126,8 +128,12 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
             files = local_files(source)
             if not isinstance(run, PrepareRun | DataRun):
                 _check_memory(name, files)
-    for folder in prepared_folders(_data(run)).values():
-        if not any(folder.is_relative_to(parent) for parent in planned):
+    folders = [*prepared_folders(_data(run)).values()]
+    written = [folder for folder in folders if not any(folder.is_relative_to(parent) for parent in planned)]
+    if len(written) == len(folders):
+        hold_out_of(_data(run))
+    for folder in folders:
+        if folder in written:
             index = read_index(folder)
             if rank() == 0:  # for all ranks, because the folder may have thousands of files
                 check_sizes(folder, index)
@@ -202,7 +208,8 @@ def _named_template(run: StageRun) -> ChatTemplate | None:
         return None
     tokenizer = run.data.tokenizer
     if tokenizer.path is not None:
-        return load_tokenizer(tokenizer, Path(tokenizer.path).expanduser()).template_or_none
+        folder = user_path(tokenizer.path)  # an earlier stage of the recipe may write it
+        return load_tokenizer(tokenizer, folder).template_or_none if holds_tokenizer(folder) else None
     has_weights = run.init_from is not None or run.continue_from is not None
     return None if has_weights and tokenizer.template == AUTO else template_named(tokenizer.template)
 

@@ -102,7 +102,10 @@ def _run_plugin_code(plugin: str, function: Callable[[], T]) -> T:
 
 
 def local_imports(plugin: Path) -> list[Path]:
-    """Return the files that a plugin imports from its own folder, directly or through each other, sorted."""
+    """Return the files that a plugin imports from its own folder, directly or through each other, sorted.
+
+    This package is not among them: its code does not make a finished stage run again.
+    """
     found: set[Path] = set()
     waiting = [plugin]
     while waiting:
@@ -113,7 +116,7 @@ def local_imports(plugin: Path) -> list[Path]:
             continue
         modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         modules += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-        for name in dict.fromkeys(module.partition(".")[0] for module in modules):
+        for name in {module.partition(".")[0] for module in modules} - {__name__.partition(".")[0]}:
             package = plugin.parent / name
             files = [*package.rglob("*.py")] if (package / "__init__.py").is_file() else [package.with_suffix(".py")]
             new = [file for file in files if file.is_file() and file not in found and file != plugin]

@@ -50,6 +50,14 @@ def test_a_line_of_text_that_is_not_utf8_is_named_or_left_out(tmp_path: Path, en
     assert dropped == errors and len(errors) == 1
 
 
+def test_a_long_line_that_turns_bad_does_not_run_into_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * (1 << 20) + b"\xff\nnext\n")
+    errors: list[str] = []
+    assert "".join(text_lines(path, errors=errors)) == "x" * (1 << 20) + "\nnext\n"
+    assert len(errors) == 1
+
+
 def test_a_text_file_is_read_as_python_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for seed in range(20):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.compose import compose
 from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig, Overlong, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.data.maths import maths_problems
@@ -13,6 +14,7 @@ from moetrain.data.prepare.run import prepare
 from moetrain.data.sources import Choice, key_hash
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.run.inputs import check_inputs
 
 TEXTS = [f"{number} {text}" for number, text in enumerate(maths_problems(seed=2, num_documents=60))]
 
@@ -80,3 +82,14 @@ def test_held_out_documents_that_give_no_row_are_not_validated(
     data = built(tokenizer, tmp_path, web=web, own=write(tmp_path / "own.jsonl", TEXTS))
     assert "web" not in data.validation and "data.sources.web is not validated" in caplog.text
     assert data.training["web"].num_rows > 0
+
+
+def test_different_shares_are_refused_before_a_stage_starts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    words = ["model.vocab_size=400", "data=none"]
+    for name, fraction in (("one", 0.1), ("two", 0.2)):
+        folder = stored(tmp_path / name, TEXTS, tokenizer=tokenizer, fraction=fraction).path
+        words += [f"data.sources.{name}.kind=prepared", f"data.sources.{name}.path={folder}"]
+    run = compose("pretrain", words)
+    with pytest.raises(ConfigError, match=r"were prepared with data.validation_fraction 0.1 and 0.2"):
+        check_inputs(run)
+    check_inputs(run, planned=[tmp_path / "two"])  # an earlier stage writes it

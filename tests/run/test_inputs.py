@@ -1,5 +1,6 @@
 """What a command line names is checked before anything starts: by itself, in a recipe, and before ranks start."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from moetrain.cli.main import main
 from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, DataError
 from moetrain.run import inputs
 from moetrain.run.inputs import check_inputs
 from tests.cli.command import ENVIRONMENT, ROOT
@@ -149,3 +150,24 @@ def test_text_that_does_not_fit_in_memory_is_refused_with_the_cure(
     monkeypatch.setattr(inputs, "available_memory", lambda: 20_000_000)
     check_inputs(run)
     assert not caplog.text
+
+
+def chats(path: Path) -> list[str]:
+    turns = [{"role": "user", "name": "ann", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    source = ["data=none", "data.sources.s.kind=jsonl", f"data.sources.s.path={path}", "data.sources.s.format=messages"]
+    return ["model=k2_nano_test", *source]
+
+
+def test_records_that_the_chat_template_refuses_are_found_before_training(tmp_path: Path) -> None:
+    words = chats(tmp_path / "a.jsonl")
+    inputs.check_records(compose("pretrain", words))  # the default template has names
+    with pytest.raises(DataError, match=r"a.jsonl:1: .*name"):
+        inputs.check_records(compose("pretrain", [*words, "data.tokenizer.template=chatml"]))
+    dropping = [*words, "data.tokenizer.template=chatml", "data.sources.s.unreadable=drop"]
+    inputs.check_records(compose("pretrain", dropping))
+
+
+def test_a_tokenizer_that_an_earlier_stage_will_write_is_not_read(tmp_path: Path) -> None:
+    words = [*chats(tmp_path / "a.jsonl"), f"data.tokenizer.path={tmp_path / 'later' / 'tokenizer'}"]
+    inputs.check_records(compose("pretrain", words))

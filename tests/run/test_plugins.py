@@ -62,9 +62,11 @@ def test_one_plugin_needs_no_brackets() -> None:
 def test_what_a_plugin_imports_from_its_folder_is_part_of_the_record(tmp_path: Path) -> None:
     plugin, helper, inner = (tmp_path / name for name in ("task.py", "helper.py", "parts/inner.py"))
     inner.parent.mkdir()
+    (tmp_path / "moetrain").mkdir()
     for path, text in [
         (plugin, "import json\nfrom helper import reward\n"),
-        (helper, "from parts import inner\nimport task\n"),
+        (helper, "from parts import inner\nimport task\nimport moetrain.errors\n"),
+        (tmp_path / "moetrain/__init__.py", ""),  # a plugin in a clone of this repository
         (inner, "VALUE = 1\n"),
         (inner.with_name("__init__.py"), ""),
         (tmp_path / "other.py", "VALUE = 2\n"),

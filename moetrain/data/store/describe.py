@@ -27,9 +27,8 @@ class PreparedPreview:
         check_sizes(folder, self._index)
         if self._index.tokenizer != tokenizer.digest:
             raise DataError(
-                f"{folder} was prepared with another tokenizer than that of data.tokenizer.path: leave "
-                "data.tokenizer.path "
-                "out, or prepare again with it"
+                f"{folder} was prepared with another tokenizer than that of data.tokenizer.path: leave the key out, or "
+                "prepare again with it"
             )
         self._tokenizer = tokenizer
         self._store = TokenStore(folder, self._index)
