@@ -5,9 +5,11 @@ when they are read (`run.inputs`).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
+from moetrain.checkpoint.identity import as_stored
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
 from moetrain.client_commands import ChatRun
 from moetrain.commands import VerifyExportsRun
@@ -33,6 +35,8 @@ from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
+from moetrain.train.config import Continuation
+from moetrain.train.continuation import length_problem, other_command, settings_problem, sources_problem
 from moetrain.upcycle.config import NEW_FIELDS
 
 _Tokenizer = DocumentRun | PrepareRun | Path
@@ -85,6 +89,8 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
     model = shape_of(weights, earlier)
     if model is None:
         raise ConfigError(f"init_from is {weights}: that stage writes no weights; name one that trains or exports")
+    if isinstance(run, TrainingRun) and run.continue_from is not None:
+        _check_continued(run, run.continue_from, earlier)
     if isinstance(run, UpcycleRun):
         _check_dense(model, run, weights)
     if isinstance(run, ExportRun):
@@ -100,6 +106,34 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
         if other is not None and (mismatches := mismatched_fields(model, other)):
             raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(mismatches)})")
     _check_tokenizer(run, weights, earlier)
+
+
+def _check_continued(run: TrainingRun, origin: str, earlier: Sequence[StageRun]) -> None:
+    """Raise ConfigError if a stage cannot continue the stage of `origin` that is before it."""
+    before = _writer_of(origin, earlier)
+    if not isinstance(before, TrainingRun):
+        raise ConfigError(f"continue_from is {origin}: that stage does not train, so it has no run to continue")
+    if isinstance(run, RlRun) != isinstance(before, RlRun):
+        raise ConfigError(other_command(origin))
+    steps = _steps_at(origin, before, earlier)
+    problem = settings_problem(before.optim.name, before.run.seed, path=origin, optim=run.optim, seed=run.run.seed) or (
+        None if steps is None else length_problem(steps, path=origin, train=run.train)
+    )
+    if problem is None and isinstance(run, DocumentRun) and isinstance(before, DocumentRun):
+        problem = sources_problem(as_stored(asdict(before.data)), as_stored(asdict(run.data)), path=origin)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _steps_at(origin: str, run: TrainingRun, earlier: Sequence[StageRun]) -> int | None:
+    """Return how many steps the run of `run` has taken at its end; None for one of its checkpoints or if not known."""
+    if user_path(origin) != user_path(str(run.run.path)):
+        return None
+    if run.train.continue_as is not Continuation.part or run.continue_from is None:
+        return run.train.steps
+    before = _writer_of(run.continue_from, earlier)
+    taken = _steps_at(run.continue_from, before, earlier) if isinstance(before, TrainingRun) else None
+    return None if taken is None else taken + run.train.steps
 
 
 def _check_dense(dense: ModelConfig, run: UpcycleRun, weights: str) -> None:

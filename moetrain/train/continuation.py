@@ -13,14 +13,16 @@ Step numbers continue in metrics, checkpoints and random streams. The continued 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint.identity import as_stored, differences
-from moetrain.checkpoint.origin import Origin
 from moetrain.errors import CheckpointError
 from moetrain.optim.config import OptimConfig
 from moetrain.optim.schedule import learning_rate
 from moetrain.train.config import Continuation, TrainConfig
+
+if TYPE_CHECKING:
+    from moetrain.checkpoint.origin import Origin  # loads torch, which a check of configs does without
 
 ROWS_READ, TASKS_USED = "rows_read", "tasks_used"
 """Keys of the data position in a checkpoint: rows read, by stages that read documents, and tasks used, by RL."""
@@ -77,7 +79,7 @@ class StartPoint:
 
 
 def start_point_of(
-    origin: Origin | None, *, counted: str, optim: OptimConfig, train: TrainConfig, seed: int
+    origin: "Origin | None", *, counted: str, optim: OptimConfig, train: TrainConfig, seed: int
 ) -> StartPoint:
     """Return where a stage with these config sections begins; `counted` is the key of its data position.
 
@@ -99,22 +101,12 @@ def start_point_of(
             "start from its weights with init_from"
         )
     if counted not in loaded.state["data"]:
-        raise CheckpointError(
-            f"continue_from is {origin.path}, a stage of another command: RL can continue only RL, and a stage that "
-            "reads documents only such a stage. Start from its weights with init_from"
-        )
-    for name, before, now in (
-        ("optim.name", identity["optim"]["name"], optim.name),
-        ("run.seed", identity["seed"], seed),
-    ):
-        if before != now:
-            raise CheckpointError(f"{name} is {now}, but the run of {loaded.path} has {before}: set {name}={before}")
+        raise CheckpointError(other_command(origin.path))
+    if problem := settings_problem(
+        identity["optim"]["name"], identity["seed"], path=loaded.path, optim=optim, seed=seed
+    ) or length_problem(loaded.step, path=loaded.path, train=train):
+        raise CheckpointError(problem)
     is_part = train.continue_as is Continuation.part
-    if not is_part and train.steps <= loaded.step:
-        raise CheckpointError(
-            f"train.steps is {train.steps}, but {loaded.path} has taken {loaded.step} steps already: give more "
-            "(train.continue_as=whole counts steps from the beginning of the run)"
-        )
     return StartPoint(
         step=loaded.step,
         first_step=loaded.step if is_part else 0,
@@ -125,30 +117,64 @@ def start_point_of(
     )
 
 
-def check_same_sources(origin: Origin, data: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if the section `data` changes more than the mix of the run that is continued.
+def other_command(path: object) -> str:
+    """Return the error message for `continue_from` if `path` is a stage of another command."""
+    return (
+        f"continue_from is {path}, a stage of another command: RL can continue only RL, and a stage that reads "
+        "documents only such a stage. Start from its weights with init_from"
+    )
+
+
+def settings_problem(optimizer: str, run_seed: int, *, path: object, optim: OptimConfig, seed: int) -> str | None:
+    """Return what forbids to continue the run of `path`, with that optimizer and seed, with these settings, or None."""
+    for name, before, now in (("optim.name", optimizer, optim.name), ("run.seed", run_seed, seed)):
+        if before != now:
+            return f"{name} is {now}, but the run of {path} has {before}: set {name}={before}"
+    return None
+
+
+def length_problem(steps: int, *, path: object, train: TrainConfig) -> str | None:
+    """Return what forbids to continue a run that has taken `steps` steps with the steps of `train`, or None."""
+    if train.continue_as is not Continuation.whole or train.steps > steps:
+        return None
+    return (
+        f"train.steps is {train.steps}, but {path} has taken {steps} steps already: give more "
+        "(train.continue_as=whole counts steps from the beginning of the run)"
+    )
+
+
+def sources_problem(read: Mapping[str, Any], data: Mapping[str, Any], *, path: object) -> str | None:
+    """Return what the section `data` changes besides the mix of the run of `path`, whose section is `read`, or None.
 
     Weights and `mix` may change, and sources may be added; the rows of an existing source may not change.
     """
+    before = _without_mix(read)
+    changed = differences(before, _common_keys(_without_mix(data), before))
+    if not changed:
+        return None
+    return (
+        f"{path}: it read other rows than this config ({'; '.join(f'data.{line}' for line in changed)}). Change the "
+        "config back (to stop reading a source, keep its settings and give it weight 0), or start from the weights "
+        "with init_from"
+    )
+
+
+def check_same_sources(origin: "Origin", data: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if the section `data` changes more than the mix of the run that is continued."""
     assert origin.checkpoint is not None
-    identity = origin.checkpoint.state["identity"]
-    before = _without_mix(identity["data"])
-    changed = differences(before, _common_keys(_without_mix(as_stored(data)), before))
-    if changed:
-        raise CheckpointError(
-            f"{origin.path}: it read other rows than this config ({'; '.join(f'data.{line}' for line in changed)}). "
-            "Change the config back (to stop reading a source, keep its settings and give it weight 0), or start from "
-            "the weights with init_from"
-        )
+    read = origin.checkpoint.state["identity"]["data"]
+    if problem := sources_problem(read, as_stored(data), path=origin.path):
+        raise CheckpointError(problem)
 
 
 def _without_mix(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section `data` without the settings of how much of each source is read."""
+    """Return a section `data` without how much of each source is read, and without whether its tokenizer was new."""
     sources = {
         name: {key: value for key, value in source.items() if key != "weight"}
         for name, source in data["sources"].items()
     }
-    return {**{key: value for key, value in data.items() if key != "mix"}, "sources": sources}
+    tokenizer = {key: value for key, value in data.get("tokenizer", {}).items() if key != "retrain"}
+    return {**{key: value for key, value in data.items() if key != "mix"}, "sources": sources, "tokenizer": tokenizer}
 
 
 def _common_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,29 @@ def test_a_shape_is_said_once_and_every_later_stage_has_it(tmp_path: Path) -> No
         ),
         (["solved.eval.masters=${stage:dense}"], r"stage solved: eval.masters is .*/dense: that is another model"),
         (
+            ["more.optim.name=muon"],
+            r"stage more: optim.name is muon, but the run of \S+/sft/\S+ has adamw: set optim.n",
+        ),
+        (["more.run.seed=3"], r"stage more: run.seed is 3, but the run of .* has 0: set run.seed=0"),
+        (["more.continue_from=${stage:sparse}"], r"stage more: continue_from is \S+/sparse: that stage does not train"),
+        (
+            [
+                "more.continue_from=${stage:sft}",
+                "more.train.continue_as=whole",
+                "more.train.steps=20",
+                "sft.train.steps=20",
+            ],
+            r"stage more: train.steps is 20, but \S+/sft has taken 20 steps already",
+        ),
+        (
+            ["more.data.seq_len=128"],
+            r"stage more: \S+: it read other rows than this config \(data.seq_len: \d+ -> 128\)",
+        ),
+        (
+            ["rl.init_from=null", "rl.continue_from=${stage:more}", "rl.train.continue_as=part"],
+            r"stage rl: continue_from is \S+/more, a stage of another command: RL can continue only RL",
+        ),
+        (
             ["solved.init_from=${stage:out}", "again.init_from=${stage:solved}"],
             r"\$\{stage:solved\} is no earlier stage",
         ),
