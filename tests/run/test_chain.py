@@ -82,8 +82,8 @@ def test_a_shape_is_said_once_and_every_later_stage_has_it(tmp_path: Path) -> No
         ),
         (["solved.eval.masters=${stage:dense}"], r"stage solved: eval.masters is .*/dense: that is another model"),
         (
-            ["more.optim.name=muon"],
-            r"stage more: optim.name is muon, but the run of \S+/sft/\S+ has adamw: set optim.n",
+            ["more.optim.name=adamw"],
+            r"stage more: optim.name is adamw, but the run of \S+/sft/\S+ has muon: set optim",
         ),
         (["more.run.seed=3"], r"stage more: run.seed is 3, but the run of .* has 0: set run.seed=0"),
         (["more.continue_from=${stage:sparse}"], r"stage more: continue_from is \S+/sparse: that stage does not train"),
