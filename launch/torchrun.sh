@@ -57,6 +57,5 @@ else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Ranks have this long to save after SIGTERM; torchrun's own default is 30 s.
-exec python -m torch.distributed.run "${place[@]}" --max-restarts "${MAX_RESTARTS:-0}" \
-    --shutdown-timeout "${SAVE_SECONDS:-110}" --nproc-per-node "$ranks" -m moetrain.cli "$@"
+exec python -m moetrain.run.torchrun "${place[@]}" --max-restarts "${MAX_RESTARTS:-0}" \
+    --nproc-per-node "$ranks" -m moetrain.cli "$@"

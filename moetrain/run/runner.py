@@ -252,7 +252,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     launcher, code = python, 0
     start = time.monotonic()
     if stage.processes > 1:
-        torchrun = f"torch.distributed.run --standalone --nproc-per-node {stage.processes} -m".split()
+        torchrun = f"moetrain.run.torchrun --standalone --nproc-per-node {stage.processes} -m".split()
         launcher = ["env", f"OMP_NUM_THREADS={stage.config.run.threads or 1}", *python, *torchrun]
         # A mistake that only reading the weights reveals is reported once here instead of once per rank.
         code = _wait(["env", f"WORLD_SIZE={stage.processes}", *python, "moetrain.cli", "check", *words])

@@ -254,6 +254,58 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_numbers(run: Path
     assert found == wanted
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_ranks_that_are_stopped_save_and_end_with_one_line(number: signal.Signals, run: Path) -> None:
+    """A terminal sends Ctrl-C to all processes; a scheduler sends SIGTERM to the first one."""
+    name = f"stopped_{number.name}"
+    command = [
+        sys.executable,
+        "-m",
+        "moetrain.cli",
+        "run",
+        "recipe=mine",
+        f"name={name}",
+        "num_processes=2",
+        "threads=1",
+    ]
+    command += ["wandb.mode=disabled", "pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]
+    runner = subprocess.Popen(
+        command, cwd=run, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    assert runner.stderr is not None
+    for line in runner.stderr:
+        if b"metrics and checkpoints are in" in line:
+            break
+    os.killpg(runner.pid, number) if number == signal.SIGINT else os.kill(runner.pid, number)
+    said = runner.stderr.read().decode()
+    assert runner.wait() == 143, said
+    assert f"the ranks were stopped by {number.name}" in said and "Traceback" not in said
+    assert list((run / "runs" / name / "pretrain" / "checkpoints").glob("step_*"))
+
+
+def test_the_exit_code_of_ranks_that_refuse_their_input_is_passed_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "moetrain.run.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moetrain.cli",
+    ]
+    done = subprocess.run(
+        [*command, "pretrain", "train.stesp=3"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "ended with exit code 2, and with it all ranks ended" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_stage_on_two_ranks_ends_with_the_run_that_started_it(run: Path) -> None:
     words = ["recipe=mine", "name=killed", "num_processes=2", "threads=1", "wandb.mode=disabled"]
     words += ["pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]
