@@ -48,6 +48,31 @@ or message.thinking) -%}
 """
 """Refuses a `message` that no template can render."""
 
+SYSTEM = (
+    """\
+{%- if tools -%}
+"""
+    + TOOLS_CHECK
+    + """\
+{%- endif -%}
+{%- for message in messages -%}
+"""
+    + MESSAGE_CHECKS
+    + """\
+{%- if message.role != 'tool' and message.name -%}
+{{- raise_exception('only a tool result may have a name') -}}
+{%- endif -%}
+{%- if message.role != 'system' -%}{%- set state.begun = true -%}
+{%- elif state.begun -%}{{- raise_exception('system messages must stand before all others') -}}
+{%- elif text(message.content) -%}
+{%- set state.system = state.system ~ ('\\n\\n' if state.system else '') ~ text(message.content) -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+)
+"""Checks tools and messages, and sets `state.system` to the text of all system messages, which must come first. Needs
+`state.begun` and `state.system`. Refuses names of messages other than tool results."""
+
 REASONING = """\
 {%- set state.reasoning = message.reasoning_content or message.reasoning or message.thinking or '' -%}
 {%- if state.reasoning is not string -%}{{ raise_exception('reasoning_content must be text') }}{%- endif -%}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, MESSAGE_CHECKS, REASONING, TEXT, TOOLS_CHECK
+from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.pieces import Piece, sampled, special
 from moetrain.chat.template import ChatTemplate, TurnSyntax, check_no_system, split_system
@@ -40,24 +40,9 @@ _JINJA = (
     TEXT
     + """\
 {%- set state = namespace(ids=[], reasoning='', system='', in_results=false, begun=false) -%}
-{%- if tools -%}
 """
-    + TOOLS_CHECK
+    + SYSTEM
     + """\
-{%- endif -%}
-{%- for message in messages -%}
-"""
-    + MESSAGE_CHECKS
-    + """\
-{%- if message.role != 'tool' and message.name -%}
-{{- raise_exception('only a tool result may have a name') -}}
-{%- endif -%}
-{%- if message.role != 'system' -%}{%- set state.begun = true -%}
-{%- elif state.begun -%}{{- raise_exception('system messages must stand before all others') -}}
-{%- elif text(message.content) -%}
-{%- set state.system = state.system ~ ('\\n\\n' if state.system else '') ~ text(message.content) -%}
-{%- endif -%}
-{%- endfor -%}
 {%- if state.system or tools -%}
 {{- '<|im_start|>system\\n' ~ state.system -}}
 {%- if tools -%}

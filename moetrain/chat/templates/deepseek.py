@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, MESSAGE_CHECKS, REASONING, TEXT, TOOLS_CHECK
+from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.pieces import BOS, EOS, PAD, Piece, sampled, special
 from moetrain.chat.template import ChatTemplate, TurnSyntax, check_no_system, split_system
@@ -70,24 +70,9 @@ _JINJA = (
     TEXT
     + """\
 {%- set state = namespace(ids=[], reasoning='', system='', in_results=false, begun=false, after='') -%}
-{%- if tools -%}
 """
-    + TOOLS_CHECK
+    + SYSTEM
     + """\
-{%- endif -%}
-{%- for message in messages -%}
-"""
-    + MESSAGE_CHECKS
-    + """\
-{%- if message.role != 'tool' and message.name -%}
-{{- raise_exception('only a tool result may have a name') -}}
-{%- endif -%}
-{%- if message.role != 'system' -%}{%- set state.begun = true -%}
-{%- elif state.begun -%}{{- raise_exception('system messages must stand before all others') -}}
-{%- elif text(message.content) -%}
-{%- set state.system = state.system ~ ('\\n\\n' if state.system else '') ~ text(message.content) -%}
-{%- endif -%}
-{%- endfor -%}
 {{- '<｜begin▁of▁sentence｜>' ~ state.system -}}
 {%- if tools -%}
 {{- ('\\n\\n' if state.system else '') ~ '## Tools\\nYou have access to the following tools:\\n' -}}
