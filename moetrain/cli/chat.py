@@ -119,4 +119,4 @@ def _read() -> str | None:
                 return None
             raise
     line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    return line.rstrip("\r\n") if line else None

@@ -47,6 +47,7 @@ SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Alternatives: letters, one digit, punctuation, trailing space, other space. None joins a quote to a letter."""
 
 TOKENIZER_FILE = "tokenizer.json"
+_LONG_TEXT = 20_000
 _MARKER = re.compile(r"[<\[].*[>\]]")
 """Added tokens of this form are control tokens, also when the file does not mark them as special."""
 
@@ -198,6 +199,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them special."""
+        if len(text) > _LONG_TEXT:  # other threads of this process wait for a single call, not for a batch
+            return self.encode_batch([text])[0]
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
         return ids
 

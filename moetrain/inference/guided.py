@@ -4,7 +4,9 @@ A constraint allows the tokens after which the text can still match the grammar,
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,10 @@ from moetrain.inference.sampling import Allowed
 
 _NUM_KEPT = 64  # compiled grammars
 _LONGEST_REASON = 300  # characters
+_BEGINNING = '{"'
+"""What is tried of a schema before it is used: some fail only where an object or a key begins."""
+_LISTING = re.compile(r" \d+ \| %llguidance .*")
+"""The grammar with line numbers, in an error of llguidance."""
 
 
 class Guide:
@@ -33,11 +39,23 @@ class Guide:
         self._end_id = end_id
         self._vocab_size = tokenizer.vocab_size
         self._tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=end_id)
+        self._begin = tokenizer.encode_batch(list(_BEGINNING))
         self._compiled = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
 
     def constraint(self, grammar: str) -> "GuidedConstraint":
         """Return a constraint at its beginning. Raises ConfigError with the reason when the grammar cannot be used."""
         return GuidedConstraint(self._compiled(grammar).deep_copy(), vocab_size=self._vocab_size, end_id=self._end_id)
+
+    def check_schema(self, schema: Mapping[str, Any]) -> None:
+        """Raise ConfigError with the reason when a JSON schema cannot be used."""
+        matcher = self._compiled(f"%llguidance {{}}\nstart: %json {json.dumps(schema)}\n").deep_copy()
+        for character_ids in [*self._begin, []]:
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                raise ConfigError(_reason(matcher.get_error()))
+            if matcher.validate_tokens(character_ids) < max(1, len(character_ids)):
+                return
+            matcher.consume_tokens(character_ids)
 
     def _compile(self, grammar: str) -> Any:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
@@ -102,4 +120,5 @@ def _reason(text: str) -> str:
     line = " ".join(text.split())
     if "panic" in line:
         return "it is too large, or it has a part that is not supported"
-    return line.split("failed to compile JSON schema: ")[-1].split(" <state>")[0][:_LONGEST_REASON]
+    reason = line.split("failed to compile JSON schema: ")[-1].split(" <state>")[0]
+    return _LISTING.sub("", reason)[:_LONGEST_REASON]

@@ -3,6 +3,7 @@
 The whole answer is the sum of its deltas, so a stream and a plain response of the same tokens say the same.
 """
 
+import codecs
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -110,6 +111,8 @@ class ChatAnswer:
     @property
     def finish_reason(self) -> str:
         """Why the answer ended."""
+        if len(self._calls) > self._num_whole_calls:
+            return "length"  # inside of a call, which a stream has begun to send
         if self._stops.is_found:
             return "stop"
         if not self._has_ended:
@@ -192,6 +195,7 @@ class TextAnswer:
         self._has_ended = False
         self._text = ""
         self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     @property
     def is_done(self) -> bool:
@@ -225,15 +229,20 @@ class TextAnswer:
         return {"text": self._text}
 
     def logprobs(self, tokens: Sequence[Token]) -> _Json:
-        """Return the logprobs of tokens. Offsets count the characters of the tokens before, also where a stop cut."""
-        texts = [_text(token.id, self._tokenizer) for token in tokens]
-        offsets = []
-        for text in texts:
+        """Return the logprobs of tokens. Offsets count the whole characters before, also where a stop cut.
+
+        A token of a part of a character is `bytes:\\xe2`. Of alternatives with the same text, the likeliest is kept.
+        """
+        offsets, best = [], []
+        for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(text)
-        best = [{_text(id_, self._tokenizer): logprob for id_, logprob in token.alternatives} for token in tokens]
+            self._offset += len(self._decoder.decode(self._tokenizer.bytes_of(token.id)))
+            of_text: dict[str, float] = {}
+            for id_, logprob in token.alternatives:  # the likeliest first
+                of_text.setdefault(_key(id_, self._tokenizer), logprob)
+            best.append(of_text)
         return {
-            "tokens": texts,
+            "tokens": [_key(token.id, self._tokenizer) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": best,
             "text_offset": offsets,
@@ -272,8 +281,13 @@ def _joined(first: _Json, second: _Json) -> _Json:
     return {"tool_calls": [{"index": one["index"], "function": {"arguments": arguments}}]}
 
 
-def _text(token: int, tokenizer: Tokenizer) -> str:
-    return tokenizer.bytes_of(token).decode(errors="replace")
+def _key(token: int, tokenizer: Tokenizer) -> str:
+    """Return the text of a token; `bytes:` and its bytes if they are not whole characters."""
+    raw = tokenizer.bytes_of(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _chat_logprob(token: Token, tokenizer: Tokenizer) -> _Json:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from moetrain.files import to_json
 from moetrain.serve.config import ServeConfig
@@ -62,9 +62,11 @@ def build_app(service: Service, config: ServeConfig) -> Starlette:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return door.refusal(
+        refusal = door.refusal(
             ApiError(f"{request.method} {request.url.path[:80]}: {error.detail}", status=error.status_code)
         )
+        refusal.headers.update(error.headers or {})  # which methods are allowed
+        return refusal
 
     return Starlette(routes=routes, exception_handlers={ApiError: on_api_error, HTTPException: on_http_error})
 
@@ -133,9 +135,21 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
+        has_begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
             async with asyncio.timeout(self._door.config.max_request_s + _SEND_GRACE_S):
-                await self._answer(request, send)
+                await self._answer(request, send_noted)
+        except asyncio.CancelledError:  # the server ends, and the request is still being read
+            if not self._door.service.is_draining or has_begun:
+                raise
+            stopping = ApiError("the server has stopped", status=503, code="stopping", may_retry=True)
+            await self._door.refusal(stopping)(scope, receive, send)
         except ClientDisconnect:
             _log.info("a client disconnected before its request was read")
         except TimeoutError:

@@ -27,9 +27,15 @@ class Endpoint:
     """An endpoint at a base URL such as http://127.0.0.1:8000/v1. Thread-safe: each request has its own connection."""
 
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 600.0) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets, or a port that is no number up to 65535
+            is_address = False
+        if not is_address or not url.isascii():
             raise ConfigError(f"{url!r} is no address of an endpoint: give one such as http://127.0.0.1:8000/v1")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ConfigError("the key of the endpoint has characters other than printable ASCII: give another one")
         self.url = url
         self._parts = parts
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})

@@ -28,7 +28,8 @@ class _Command:
 class EngineThread:
     """Steps a generation while it has jobs, and waits otherwise. Jobs are submitted and cancelled from one event loop.
 
-    When a step fails, all jobs end with a problem, and `make` builds a new generation for later ones.
+    When a step fails, all jobs end with a problem, and `make` builds a new generation for later ones. When that fails
+    too, the thread ends.
     """
 
     def __init__(self, make: Callable[[], Generation], *, metrics: ServeMetrics) -> None:
@@ -36,14 +37,15 @@ class EngineThread:
         self._metrics = metrics
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._jobs: dict[Sequence, Job] = {}
-        self._generation = make()
+        self._generation: Generation | None = make()
+        self._is_broken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs, and has not failed."""
+        return self._thread.is_alive() and not self._is_broken
 
     def start(self) -> None:
         """Start the thread, and send updates to the running event loop."""
@@ -65,45 +67,64 @@ class EngineThread:
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            while self._generation.is_busy is False or not self._commands.empty():
+        while self._generation is not None:
+            while not self._generation.is_busy or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     return
-                self._apply(command)
-                self._report_load()
+                self._apply(command, self._generation)
+                self._report_load(self._generation)
             try:
-                self._step()
+                self._step(self._generation)
             except Exception:  # whatever a step raises, the server goes on with a new generation
                 _log.exception("a generation step failed: all running requests end with an error")
-                jobs, self._jobs = list(self._jobs.values()), {}
-                self._send([(job, Update(is_ended=True, problem="the engine failed")) for job in jobs])
-                self._generation = self._make()
-            self._report_load()
+                self._generation = None  # frees its cache before another one is made
+            if self._generation is None:
+                self._fail_jobs()
+                self._generation = self._made_again()
+            if self._generation is not None:
+                self._report_load(self._generation)
 
-    def _report_load(self) -> None:
+    def _made_again(self) -> Generation | None:
+        try:
+            return self._make()
+        except Exception:  # such as too little memory
+            _log.exception("the engine cannot be built again: restart the server")
+        self._is_broken = True
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None and command.act == "add":
+                self._jobs[command.job.sequence] = command.job
+        self._fail_jobs()
+        return None
+
+    def _fail_jobs(self) -> None:
+        jobs, self._jobs = list(self._jobs.values()), {}
+        self._send([(job, Update(is_ended=True, problem="the engine failed")) for job in jobs])
+
+    def _report_load(self, generation: Generation) -> None:
         num_running = sum(job.begun is not None for job in self._jobs.values())
         self._metrics.set_load(running=num_running, waiting=len(self._jobs) - num_running)
-        self._metrics.observe_engine(self._generation.counts)
+        self._metrics.observe_engine(generation.counts)
 
-    def _apply(self, command: _Command) -> None:
+    def _apply(self, command: _Command, generation: Generation) -> None:
         job = command.job
         if command.act == "cancel":
             if self._jobs.pop(job.sequence, None) is not None:
-                self._generation.cancel(job.sequence)
+                generation.cancel(job.sequence)
                 self._metrics.observe_end(job, now=time.monotonic())
             return
         try:
-            self._generation.add(job.sequence)
+            generation.add(job.sequence)
         except Exception as error:  # one bad sequence must not end the others
             _log.exception("a sequence was not accepted")
             self._send([(job, Update(is_ended=True, problem=f"not accepted: {error}"))])
             return
         self._jobs[job.sequence] = job
 
-    def _step(self) -> None:
+    def _step(self, generation: Generation) -> None:
         start = time.monotonic()
-        ended = self._generation.step()
+        ended = generation.step()
         now = time.monotonic()
         updates = []
         num_new = 0
@@ -119,7 +140,7 @@ class EngineThread:
                 self._metrics.observe_tokens(job, number=len(update.tokens), now=now)
                 updates.append((job, update))
             if is_ended:
-                self._generation.cancel(sequence)
+                generation.cancel(sequence)
                 del self._jobs[sequence]
                 self._metrics.observe_end(job, now=now)
         self._metrics.observe_step(num_new)

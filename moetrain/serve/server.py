@@ -104,6 +104,7 @@ class Server:
         end = time.monotonic() + self._max_drain_s
         while self._service.num_jobs and time.monotonic() < end and not serving.done():
             await asyncio.sleep(_DRAIN_POLL_S)
+        self._service.abort()
 
 
 def run_until_signal(server: Server) -> int:

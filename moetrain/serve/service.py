@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,12 @@ from moetrain.serve.job import Job, Update
 from moetrain.serve.metrics import ServeMetrics
 from moetrain.serve.prompt import Prompt, chat_prompt, text_prompts
 from moetrain.serve.requests import ChatRequest, Choices, TextRequest
+from moetrain.serve.schemas import schema_problem
 
 _Json = dict[str, Any]
-_OPTIONS_KEY = "x-guidance"
-"""Key of a JSON schema that llguidance would read, and with which parts of the schema could be ignored."""
+_COMPILERS = 2
+"""Threads that compile schemas, apart from those that tokenise, so that requests without a schema do not wait."""
+_STOPPED = "the server has stopped"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class Service:
         self._config = config
         self._engine = engine
         self._num_jobs = 0
+        self._runs: dict[str, Run] = {}
+        self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="schemas")
         self._guide = Guide(served.tokenizer, end_id=served.tokenizer.end_ids[0])
 
     @property
@@ -83,6 +88,8 @@ class Service:
             message = f"the model {name[:80]!r} does not exist: this server has {self.served.name!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
         prompts = await asyncio.to_thread(self._prompts, request)
+        if isinstance(request, ChatRequest) and any(prompt.grammar for prompt in prompts):
+            await asyncio.get_running_loop().run_in_executor(self._compilers, self._check_grammars, request, prompts)
         number = len(prompts) * request.choices.number
         if number > self._config.max_choices:
             message = f"the request asks for {number} answers: at most {self._config.max_choices} are allowed"
@@ -99,22 +106,24 @@ class Service:
         tokenizer = self.served.tokenizer
         if isinstance(request, TextRequest):
             return text_prompts(request, tokenizer=tokenizer, vocab_size=self.served.vocab_size)
+        if problem := schema_problem([request.schema, *(tool.parameters for tool in request.tools)]):
+            raise ApiError(problem, param=_schema_param(request), code="invalid_schema")
         try:
-            prompt = chat_prompt(request, tokenizer=tokenizer, declare_tools=self._config.declare_tools)
+            return [chat_prompt(request, tokenizer=tokenizer, declare_tools=self._config.declare_tools)]
         except DataError as error:
             raise ApiError(str(error), param="messages", code="invalid_value") from None
-        if prompt.grammar:
-            param = "tools" if request.schema is None else "response_format"
-            schemas = [request.schema, *(tool.parameters for tool in request.tools)]
-            if any(_has_key(schema, _OPTIONS_KEY) for schema in schemas):
-                message = f"a JSON schema has the key {_OPTIONS_KEY}: leave it out"
-                raise ApiError(message, param=param, code="invalid_schema")
-            try:
+
+    def _check_grammars(self, request: ChatRequest, prompts: Sequence[Prompt]) -> None:
+        """Compile the grammars of prompts. Raises ApiError when a schema cannot be used."""
+        try:
+            for schema in [request.schema, *(tool.parameters for tool in request.tools)]:
+                if schema is not None:
+                    self._guide.check_schema(schema)
+            for prompt in prompts:
                 self._guide.constraint(prompt.grammar)
-            except ConfigError as error:
-                message = f"a JSON schema cannot be used: {error}"
-                raise ApiError(message, param=param, code="invalid_schema") from None
-        return [prompt]
+        except ConfigError as error:
+            message = f"a JSON schema cannot be used: {error}"
+            raise ApiError(message, param=_schema_param(request), code="invalid_schema") from None
 
     def _check_length(self, length: int, request: ChatRequest | TextRequest) -> None:
         longest, max_tokens = self.served.max_tokens, request.choices.max_tokens
@@ -133,18 +142,28 @@ class Service:
         self._check_room(number)  # again, because others may have come while the prompt was made
         self._num_jobs += number
         run = self._start(request, prompts)
+        self._runs[run.id] = run
         try:
             for job in run.jobs:
                 self._engine.submit(job)
             yield run
         finally:
+            del self._runs[run.id]
             self._num_jobs -= number
             for job in run.unfinished:
                 self._engine.cancel(job)
                 self.metrics.count_end("abort")
             self.metrics.count_stray(sum(answer.num_stray for answer in run.answers))
 
+    def abort(self) -> None:
+        """End all running requests with an error."""
+        for run in self._runs.values():
+            for job in run.unfinished:
+                run.updates.put_nowait((job, Update(is_ended=True, problem=_STOPPED)))
+
     def _check_room(self, number: int) -> None:
+        if not self._engine.is_alive:
+            raise ApiError("the engine has failed: restart the server", status=503, code="engine_error")
         if self.is_draining:
             raise ApiError("the server is stopping", status=503, code="stopping", may_retry=True)
         if self._num_jobs + min(number, self._config.max_choices) > self._config.num_slots + self._config.max_waiting:
@@ -210,6 +229,9 @@ class Service:
                 yield job, parts, False
                 continue
             run.unfinished.remove(job)
+            if update.problem == _STOPPED:
+                self._engine.cancel(job)
+                raise ApiError(_STOPPED, status=503, code="stopping", may_retry=True)
             if problem := update.problem or (update.is_ended and _problem(job)):
                 raise ApiError(f"the answer could not be generated: {problem}", status=500, code="engine_error")
             if not update.is_ended:
@@ -308,8 +330,5 @@ def _prompt_ids(run: Run, number: int) -> _Json:
     return {"prompt_token_ids": job.sequence.tokens[: job.num_prompt]} if run.choices.returns_token_ids else {}
 
 
-def _has_key(value: Any, key: str) -> bool:
-    """Return whether an object in a JSON value has this key."""
-    if isinstance(value, Mapping):
-        return key in value or any(_has_key(item, key) for item in value.values())
-    return isinstance(value, list) and any(_has_key(item, key) for item in value)
+def _schema_param(request: ChatRequest) -> str:
+    return "tools" if request.schema is None else "response_format"

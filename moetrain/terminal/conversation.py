@@ -6,9 +6,9 @@ The conversation is one sequence to which tokens are appended. A turn that did n
 from collections.abc import Callable, Iterator, Sequence
 
 from moetrain.chat.messages import Message, Role
-from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.pieces import Piece, pieces_to_tokens
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError
+from moetrain.errors import ConfigError, RolloutError
 from moetrain.inference.protocol import Generation
 from moetrain.inference.protocol import Sequence as TokenSequence
 from moetrain.inference.sampling import Sampling
@@ -35,7 +35,7 @@ class Conversation:
         seed: int,
         system: str = "",
     ) -> None:
-        """Begin with a system message, if it is not empty."""
+        """Begin with a system message, if it is not empty. Raises ConfigError if it is too long for the model."""
         self.is_full = False
         self._generation = generation
         self._tokenizer = tokenizer
@@ -50,10 +50,20 @@ class Conversation:
         self._tokens: list[int] = []
         self._num_messages = self._num_calls = self._start = 0
         self._interrupts = Interrupts()
+        empty = Message(role=Role.user, content="")
+        if system and (length := len(self._opening([*first, empty]))) >= max_tokens:
+            raise ConfigError(f"system has {length} tokens: the model takes {max_tokens - 1}, with the conversation")
 
     def answer(self, text: str) -> TurnEnd:
-        """Show the model's answer to a message of the person. An answer that was interrupted leaves no trace."""
+        """Show the model's answer to a message of the person. An answer that was interrupted leaves no trace.
+
+        A message that is too long even for a new conversation is left out.
+        """
         before, num_calls = list(self._tokens), self._num_calls
+        first = [*self._first, Message(role=Role.user, content=text)]
+        if (length := len(self._opening(first))) >= self._max_tokens:
+            self._screen.say("note", f"the message has {length} tokens, and the model takes {self._max_tokens - 1}")
+            return TurnEnd.limit
         self._num_messages += 1
         end = self._rounds([Message(role=Role.user, content=text)])
         if end is not TurnEnd.whole:
@@ -79,11 +89,16 @@ class Conversation:
 
     def _following(self, given: Sequence[Message]) -> list[int]:
         """Return the tokens of given messages, up to where the model's turn begins."""
-        if self._tokens:
-            pieces = self._template.given_pieces(given)
-        else:
-            pieces = self._template.opening_pieces([*self._first, *given], "")
-        pieces += self._template.generation_prompt(given[-1].role)
+        if not self._tokens:
+            return self._opening([*self._first, *given])
+        return self._encoded([*self._template.given_pieces(given), *self._template.generation_prompt(given[-1].role)])
+
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a new conversation, up to where the model's turn begins."""
+        pieces = self._template.opening_pieces(messages, "")
+        return self._encoded([*pieces, *self._template.generation_prompt(messages[-1].role)])
+
+    def _encoded(self, pieces: Sequence[Piece]) -> list[int]:
         return pieces_to_tokens(pieces, encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]
 
     def _turn(self, number: int) -> TurnEnd:

@@ -50,7 +50,7 @@ def requests_of(path: Path) -> list[dict[str, Any]]:
     """Return the bodies of chat completions in a JSONL file. Raises DataError that names the line."""
     requests = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON text may contain other separators of lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"requests is {path}: it cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -84,10 +84,12 @@ def compare(
     pairs = list(zip(found, expected, strict=True))
     hits = sum(_calls(one) and _calls(two) for one, two in pairs)
     wrong = sum(_calls(one) != _calls(two) for one, two in pairs)
-    f1 = 2 * hits / (2 * hits + wrong) if hits or wrong else 1.0
+    has_tools = any(body.get("tools") for body in requests)
+    f1 = 2 * hits / (2 * hits + wrong) if hits or wrong else float(not has_tools)
     invalid = sum(_calls(one) and not one.is_valid for one in found)
     num_calls = sum(map(_calls, found))
-    failed = sum(one.finish_reason == "error" for one in found)
+    failed = sum(_failed(one) for one in found)
+    num_silent = sum(map(_failed, expected))
     accepted = _accepted_malformed(endpoint, requests[0], name=run.model)
     counted = [pair for pair in pairs if None not in (pair[0].prompt_tokens, pair[1].prompt_tokens)]
     other_prompts = sum(one.prompt_tokens != two.prompt_tokens for one, two in counted)
@@ -96,7 +98,8 @@ def compare(
             name="1 - F1 of tool calls",
             value=1 - f1,
             bound=1 - run.min_f1,
-            note=f"{hits} both, {wrong} only one, of {len(pairs)} requests",
+            note=f"{hits} both, {wrong} only one, of {len(pairs)} requests"
+            + ("; no call was compared" if has_tools and not hits + wrong else ""),
         ),
         Row(
             name="1 - schema accuracy",
@@ -105,10 +108,11 @@ def compare(
             note=f"{invalid} of {num_calls} responses with calls",
         ),
         Row(name="failed requests", value=failed, bound=0, note=f"of {len(found)}"),
+        Row(name="failed requests of the other", value=num_silent, bound=0, note=f"of {len(expected)}"),
         Row(name="malformed requests accepted", value=len(accepted), bound=0, note="; ".join(accepted)),
         Row(
             name="prompts of another length",
-            value=other_prompts,
+            value=other_prompts + (len(pairs) - len(counted) if run.same_prompts else 0),
             bound=0 if run.same_prompts else len(pairs),
             note=f"of {len(counted)} whose prompt_tokens both endpoints state",
         ),
@@ -122,6 +126,10 @@ def compare(
 
 def _calls(outcome: Outcome) -> bool:
     return outcome.finish_reason == "tool_calls"
+
+
+def _failed(outcome: Outcome) -> bool:
+    return outcome.finish_reason == "error"
 
 
 def _ask(

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from moetrain.chat.messages import Message, Role, ToolCall
-from moetrain.chat.templates.kimi_k2 import CALL_ARGUMENT, CALL_END, IM_END, SECTION_BEGIN, SECTION_END, THINK_END
+from moetrain.chat.pieces import pieces_to_tokens
+from moetrain.chat.templates.kimi_k2 import (
+    CALL_ARGUMENT,
+    CALL_END,
+    IM_END,
+    KIMI_K2,
+    SECTION_BEGIN,
+    SECTION_END,
+    THINK_END,
+)
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
@@ -19,6 +28,8 @@ from moetrain.inference.protocol import Model
 from moetrain.inference.speculation import Speculation
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.quant.config import QuantConfig
+from moetrain.serve.answers import TextAnswer
+from moetrain.serve.job import Token
 from moetrain.serve.server import Server
 from tests.even_task import MODEL, even_tokenizer
 from tests.serve.servers import Script, client, declared, get, joined, post, serving
@@ -128,6 +139,43 @@ def test_a_turn_that_is_cut_off_is_no_complete_call(tokenizer: Tokenizer) -> Non
             assert choice.finish_reason == "length"
             for call in choice.message.tool_calls or []:
                 json.loads(call.function.arguments)  # type: ignore[union-attr]
+
+
+def test_a_turn_that_ends_inside_of_a_call_says_so_in_both_forms(tokenizer: Tokenizer) -> None:
+    """A stream has sent the beginning of the call already."""
+    call = KIMI_K2.turn_pieces(
+        Message(role=Role.assistant, tool_calls=[ToolCall(name="look", arguments="{}", id="functions.look:0")])
+    )
+    ids = tokenizer.special_ids
+    tokens = pieces_to_tokens(call, encode=tokenizer.encode, special_ids=ids)[0]
+    cut = [*tokens[: tokens.index(ids[KIMI_K2.syntax.call_end])], ids[KIMI_K2.syntax.end]]
+    with serving(tokenizer, lambda: Script(lambda _: list(cut), tokenizer)) as server:
+        message, reason = _whole(client(server), [USER])
+        assert reason == "length" and "tool_calls" not in message
+        chunks = list(client(server).chat.completions.create(model="tiny", messages=[USER], stream=True))  # type: ignore[list-item]
+        assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_tokens_of_parts_of_characters_have_keys_of_their_own_and_offsets_count_characters(
+    tokenizer: Tokenizer,
+) -> None:
+    text = "a🙂é b"
+    answer = TextAnswer(tokenizer, end_ids=tokenizer.end_ids, stops=[])
+    ids = [token for character in text for token in _bytes_as_tokens(character, tokenizer)]
+    alternatives = ((ids[1], -0.1), (ids[2], -0.2), (ids[0], -0.3))
+    tokens = [Token(id=id_, logprob=-1.0, free_logprob=None, alternatives=alternatives) for id_ in ids]
+    found = answer.logprobs(tokens[:3]), answer.logprobs(tokens[3:])
+    offsets = [offset for part in found for offset in part["text_offset"]]
+    names = [name for part in found for name in part["tokens"]]
+    assert names == ["a", *(f"bytes:\\x{byte:02x}" for byte in "🙂é".encode()), " ", "b"]
+    assert offsets == [0, 1, 1, 1, 1, 2, 2, 3, 4]
+    first, second = "🙂".encode()[:2]
+    assert found[0]["top_logprobs"][0] == {f"bytes:\\x{first:02x}": -0.1, f"bytes:\\x{second:02x}": -0.2, "a": -0.3}
+
+
+def _bytes_as_tokens(character: str, tokenizer: Tokenizer) -> list[int]:
+    by_bytes = {tokenizer.bytes_of(id_): id_ for id_ in range(tokenizer.vocab_size)}
+    return [by_bytes[bytes([byte])] for byte in character.encode()]
 
 
 def test_text_is_split_neither_inside_a_character_nor_inside_a_stop_string(tokenizer: Tokenizer) -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +51,7 @@ def _echo(prompt: str) -> Message:
 
 @pytest.fixture(scope="module")
 def echo(tokenizer: Tokenizer) -> Iterator[Server]:
-    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_body_bytes=20_000, max_choices=4) as server:
+    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_body_bytes=400_000, max_choices=4) as server:
         yield server
 
 
@@ -57,6 +59,17 @@ def _tool(**fields: Any) -> list[Any]:
     found = declared("f")
     found["function"] |= fields
     return [found]
+
+
+def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,19 @@ def _tool(**fields: Any) -> list[Any]:
         (CHAT, BODY | {"tools": _tool(parameters={"not": {}})}, 400, 'cannot be used: Unimplemented keys: ["not"]'),
         (CHAT, BODY | {"tools": _tool(parameters={"x-guidance": {"lenient": True}})}, 400, "has the key x-guidance"),
         (CHAT, BODY | {"tools": _tool(parameters={"properties": 3})}, 400, "a JSON schema cannot be used"),
+        (CHAT, BODY | _schema({"const": 2**53 + 1}), 400, "has the number 9007199254740993: numbers above 2^53"),
+        (CHAT, BODY | _schema({"type": "integer", "multipleOf": 400_009}), 400, "has multipleOf 400009: give at most"),
+        (CHAT, BODY | _schema({"type": "number", "multipleOf": 0.400009}), 400, "has multipleOf 0.400009: give at"),
+        (CHAT, BODY | _schema(_nested(150)), 400, "nested more than 100 levels deep"),
+        (CHAT, BODY | {"tools": _tool(parameters=_nested(150))}, 400, "nested more than 100 levels deep"),
+        (CHAT, BODY | _schema({"enum": [*range(20_000)]}), 400, "more than 20000 values together"),
+        (CHAT, BODY | _schema({"$ref": "#"}), 400, "a JSON schema cannot be used: NoExtensionBias"),
+        (
+            CHAT,
+            BODY | _schema({"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(3000)}}),
+            400,
+            "a JSON schema cannot be used: Parser Error: Current row has",
+        ),
         (CHAT, BODY | {"tool_choice": "required"}, 400, "it requires tools"),
         (CHAT, BODY | {"tools": _tool(), "tool_choice": {"type": "function"}}, 400, "tools: f"),
         (CHAT, BODY | {"response_format": {"type": "xml"}}, 400, "response_format.type is 'xml'"),
@@ -147,14 +173,19 @@ def test_a_bad_request_gets_an_error_in_the_form_of_the_api(
 
 
 def test_a_wrong_method_is_refused_in_the_form_of_the_api(echo: Server) -> None:
-    status, _, content = get(echo, CHAT)
-    assert status == 405 and "Method Not Allowed" in content["error"]["message"]
+    status, headers, content = get(echo, CHAT)
+    assert status == 405 and "Method Not Allowed" in content["error"]["message"] and headers["allow"] == "POST"
+
+
+def test_a_reason_does_not_show_the_grammar(echo: Server) -> None:
+    message = post(echo, CHAT, BODY | _schema({"not": {}}))[2]["error"]["message"]
+    assert message == 'a JSON schema cannot be used: Unimplemented keys: ["not"]'
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(echo: Server) -> None:
-    assert post(echo, CHAT, b"x" * 20_001)[0] == 413
+    assert post(echo, CHAT, b"x" * 400_001)[0] == 413
     connection = http.client.HTTPConnection(echo.url.removeprefix("http://"), timeout=20)
-    parts = (b"x" * 1000 for _ in range(50))  # without a content-length
+    parts = (b"x" * 10_000 for _ in range(50))  # without a content-length
     connection.request("POST", CHAT, body=parts, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
     response = connection.getresponse()
     assert response.status == 413 and json.loads(response.read())["error"]["code"] == "body_too_large"
@@ -281,6 +312,25 @@ def test_a_step_that_fails_ends_the_running_requests_and_no_later_one(tokenizer:
         assert post(server, CHAT, BODY)[0] == 200 and len(made) == 2
 
 
+def test_a_server_whose_engine_cannot_be_built_again_says_so(tokenizer: Tokenizer) -> None:
+    made: list[weakref.ref[Script]] = []
+
+    def make() -> Script:
+        assert not any(each() is not None for each in made), "an earlier generation still holds its memory"
+        if made:
+            raise MemoryError
+        script = Script(_echo, tokenizer)
+        script.is_broken = True
+        made.append(weakref.ref(script))
+        return script
+
+    with serving(tokenizer, make) as server:
+        assert post(server, CHAT, BODY)[2]["error"]["code"] == "engine_error"
+        until(lambda: get(server, "/health")[0] == 503)
+        status, _, content = post(server, CHAT, BODY)
+        assert status == 503 and "the engine has failed" in content["error"]["message"]
+
+
 def test_a_stopping_server_finishes_what_runs_and_refuses_what_comes(tokenizer: Tokenizer) -> None:
     script = Script(_long, tokenizer)
     script.step_s = 0.002
@@ -304,23 +354,37 @@ def test_a_stopping_server_finishes_what_runs_and_refuses_what_comes(tokenizer: 
             post(server, CHAT, BODY)
 
 
-def test_a_drain_ends_in_its_time(tokenizer: Tokenizer) -> None:
+def _stream_text(server: Server, body: dict[str, Any]) -> str:
+    request = urllib.request.Request(f"{server.url}{CHAT}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return str(response.read().decode())
+
+
+def test_a_drain_ends_in_its_time(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     script = Script(_very_long, tokenizer)
     script.step_s = 0.02
     with serving(tokenizer, lambda: script, max_drain_s=0.1) as server:
-
-        def ask() -> None:
-            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-                post(server, CHAT, BODY | {"stream": True})
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        until(lambda: script.num_steps > 3)
+        found: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(post(server, CHAT, BODY))),
+            threading.Thread(target=lambda: found.append(_stream_text(server, BODY | {"stream": True}))),
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(script.prompts) == 2 and script.num_steps > 3)
+        half = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         server.drain()
         server.wait(10)
         assert not server.is_running and script.num_steps < 500
-        thread.join(10)
-        assert not thread.is_alive()
+        for thread in threads:
+            thread.join(10)
+        (plain,) = (each for each in found if isinstance(each, tuple))
+        (events,) = (each for each in found if isinstance(each, str))
+        assert plain[0] == 503 and plain[2]["error"]["code"] == "stopping"
+        assert '"code": "stopping"' in events.splitlines()[-2]
+        assert half.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_sixty_four_clients_at_once_each_get_their_own_answer(tokenizer: Tokenizer) -> None:

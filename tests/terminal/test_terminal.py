@@ -8,6 +8,7 @@ import pytest
 
 from moetrain.chat.messages import Message, Role
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.inference.protocol import Sequence
 from moetrain.rollout.config import RolloutConfig
 from moetrain.terminal.agent import act
@@ -134,8 +135,19 @@ def test_a_second_interrupt_ends_the_chat(
 
 
 def test_a_full_conversation_ends_the_chat(tokenizer: Tokenizer) -> None:
-    shown = _chat(Script(_say("fine"), tokenizer), tokenizer, ["one", "two " * 100], max_tokens=150)
+    shown = _chat(Script(_say("fine"), tokenizer), tokenizer, ["one", "two " * 30], max_tokens=150)
     assert shown.endswith("[note] the conversation has reached the largest number of tokens of the model\n")
+
+
+def test_a_message_that_is_too_long_is_left_out_and_the_chat_goes_on(tokenizer: Tokenizer) -> None:
+    said = _chat(Script(_say("yes"), tokenizer), tokenizer, ["x y " * 1000, "hi", None])
+    assert "the message has" in said and "and the model takes 599" in said
+    assert said.endswith("yes\n") and "taken back" not in said
+
+
+def test_a_system_message_that_is_too_long_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"system has .* tokens: the model takes 5, with the conversation"):
+        _chat(Script(_say("yes"), tokenizer), tokenizer, [None], max_tokens=6)
 
 
 def test_a_model_cannot_steer_the_terminal(tokenizer: Tokenizer) -> None:

@@ -50,7 +50,7 @@ def test_agreement_schemas_and_refusals_are_counted_and_faults_are_detected(
         found = {row.name: row for row in rows}
         assert found["1 - F1 of tool calls"].value == pytest.approx(1 - 2 * 2 / (2 * 2 + 3))
         assert not found["1 - F1 of tool calls"].is_kept
-        assert [row.value for row in rows[1:]] == [0, 0, 0, 0] and all(row.is_kept for row in rows[1:])
+        assert [row.value for row in rows[1:]] == [0, 0, 0, 0, 0] and all(row.is_kept for row in rows[1:])
         assert counted["finish_reasons"]["endpoint"] == {"tool_calls": 3, "stop": 5}
         path = tmp_path / "requests.jsonl"
         path.write_text("\n".join(map(json.dumps, REQUESTS)) + "\n\n")
@@ -63,7 +63,21 @@ def test_agreement_schemas_and_refusals_are_counted_and_faults_are_detected(
                 verify_endpoint.main(compose("verify endpoint", [*words, f"fault={fault}"]))
         broken = replace(run, other=run.url)
         rows, _ = compare(endpoints[0], endpoints[0], requests=[{"messages": [{"role": "robot"}]}], run=broken)
-        assert {row.name for row in rows if not row.is_kept} == {"failed requests"}
+        assert {row.name for row in rows if not row.is_kept} == {
+            "failed requests",
+            "failed requests of the other",
+            "prompts of another length",
+        }
+
+
+def test_a_comparison_that_saw_no_call_or_no_answer_of_the_other_endpoint_is_not_passed(tokenizer: Tokenizer) -> None:
+    with serving(tokenizer, lambda: Script(_calling(), tokenizer)) as one:
+        run = VerifyEndpointRun(url=f"{one.url}/v1", other=f"{one.url}/v1", other_model="nope")
+        rows, _ = compare(Endpoint(run.url), Endpoint(run.other), requests=REQUESTS, run=run)
+        assert {row.name for row in rows if not row.is_kept} == {"1 - F1 of tool calls", "failed requests of the other"}
+        plain = [{"messages": [{"role": "user", "content": "a\u2028b"}]}]
+        rows, _ = compare(Endpoint(run.url), Endpoint(run.url), requests=plain, run=replace(run, other_model=None))
+        assert all(row.is_kept for row in rows)
 
 
 def test_a_response_that_is_no_chat_completion_is_an_error() -> None:
@@ -86,6 +100,8 @@ def test_requests_are_made_from_held_out_tasks_or_read_from_a_file(tmp_path: Pat
         path.write_text(content)
         with pytest.raises(DataError, match=said):
             requests_of(path)
+    path.write_text('{"messages": [{"role": "user", "content": "a\u2028b\x85c"}]}\r\n')
+    assert requests_of(path)[0]["messages"][0]["content"] == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +109,9 @@ def test_requests_are_made_from_held_out_tasks_or_read_from_a_file(tmp_path: Pat
     [
         ([], "give url="),
         (["url=localhost", "other=http://x/v1"], "'localhost' is no address of an endpoint"),
+        (["url=http://127.0.0.1:abc/v1", "other=http://x/v1"], "127.0.0.1:abc/v1' is no address of an endpoint"),
+        (["url=http://127.0.0.1:99999/v1", "other=http://x/v1"], "127.0.0.1:99999/v1' is no address of an endpoint"),
+        (["url='http://[::1/v1'", "other=http://x/v1"], "is no address of an endpoint"),
         (["url=http://127.0.0.1:9/v1", "other=http://127.0.0.1:9/v1"], "start the endpoint, or give another address"),
     ],
 )
