@@ -26,6 +26,8 @@ _SEED_BITS = 63  # seeds that torch, numpy and random all accept
 
 RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables by which ranks find each other; a launcher sets them beside WORLD_SIZE."""
+LAUNCHER_PID = "MOETRAIN_LAUNCHER_PID"
+"""Environment variable in which `run.torchrun` gives its process id to the ranks."""
 LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", *RENDEZVOUS)
 """All environment variables in which a launcher gives a process its rank and the number of ranks."""
 
@@ -139,10 +141,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_BLOCK = 1 << 30
 
 
-def die_with_parent() -> None:
-    """Make Linux kill this process when its parent ends; does nothing on other systems."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Make Linux kill this process when its parent ends; does nothing on other systems.
+
+    parent: id of the process that started this one. If it has ended already, this one ends at once.
+    """
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def keep_freed_memory() -> None:

@@ -11,10 +11,12 @@ from rich.table import Table
 from moetrain.config import EvalRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.files import previous_name, read_json_or_empty, to_json, write_json
+from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.report.table import NONE, rate_text
 from moetrain.rollout.config import RolloutConfig
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.inputs import check_records
+from moetrain.run.plugins import plugins_digest
 from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
 
@@ -90,7 +92,6 @@ def _numbers(
     """Run the evaluation and write traces into `folder`. Returns the content of `eval.json` on rank 0, else None."""
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import Setting, evaluate
-    from moetrain.parallel.config import EngineName, ParallelConfig
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
     from moetrain.rollout.traces import write_traces
@@ -127,6 +128,7 @@ def _numbers(
         tokenizer=tokenizer,
         rollout=run.rollout,
         seed=run.run.seed,
+        plugins=plugins_digest(run.plugins),
         finished=finished,
         on_finished=keep_traces,
         topology=topology,

@@ -18,7 +18,15 @@ from moetrain.log import setup_logging
 from moetrain.run import dry_run
 from moetrain.run.inputs import check_inputs, check_names
 from moetrain.run.stage import check_folder, rank
-from moetrain.runtime import LAUNCHER, check_launcher, check_rendezvous, die_with_parent, keep_freed_memory, num_ranks
+from moetrain.runtime import (
+    LAUNCHER,
+    LAUNCHER_PID,
+    check_launcher,
+    check_rendezvous,
+    die_with_parent,
+    keep_freed_memory,
+    num_ranks,
+)
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """Error codes of a bad path from the user, reported in one line wherever the path is opened."""
@@ -32,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()
     keep_freed_memory()
+    launcher = os.environ.pop(LAUNCHER_PID, None)  # processes that this one starts have another parent
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # a rank that outlives its launcher keeps the run folder locked and waits for other ranks
+        die_with_parent(
+            None if launcher is None else int(launcher)
+        )  # a rank that outlives its launcher keeps the run folder locked and waits for other ranks
     try:
         if words[:1] == ["run"]:  # a recipe starts the ranks of its stages itself
             for name in LAUNCHER:

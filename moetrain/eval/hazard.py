@@ -11,7 +11,8 @@ _EDGES = (0, 10, 25, 50, 100, 200, 300, 500, 1000)
 
 
 _CENSORED = frozenset({Ending.max_turns, Ending.max_tokens, Ending.max_sampled_tokens})
-"""Endings at a limit, which are no error: such a trajectory counts with the calls that it made without one."""
+"""Endings at a limit, which are no error. Such a trajectory counts with the calls that it made without one, unless its
+environment says that it had erred before."""
 
 
 def hazard(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
@@ -26,7 +27,7 @@ def hazard(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
         needed, progress = trajectory.num_calls_needed, trajectory.progress
         if trajectory.is_scored and progress is not None and needed:
             right = needed if trajectory.grade.success else min(progress * needed, needed - 1)
-            has_error = not trajectory.grade.success and trajectory.ending not in _CENSORED
+            has_error = not trajectory.grade.success and (trajectory.has_erred or trajectory.ending not in _CENSORED)
             lives.append((right, has_error, right + has_error))
     rows = []
     for low, high in zip(_EDGES, [*_EDGES[1:], float("inf")], strict=True):

@@ -129,8 +129,12 @@ def run_mode(
     assert by_rank is not None
     num_samples, num_turns = sum(part[1] for part in by_rank), sum(part[2] for part in by_rank)
     size = topology.world_size
+    trajectories = [by_rank[position % size][0][position // size] for position in range(len(mode.tasks))]
     return Played(
-        trajectories=[by_rank[position % size][0][position // size] for position in range(len(mode.tasks))],
+        trajectories=[
+            replace(trajectory, num_calls_needed=calls) if trajectory.num_calls_needed is None else trajectory
+            for trajectory, (_, calls) in zip(trajectories, mode.tasks, strict=True)
+        ],
         samples_per_turn=num_samples / num_turns if num_turns else None,
     )
 

@@ -42,8 +42,8 @@ class Contestant:
 class Setting:
     """Inputs that all modes of an evaluation share.
 
-    finished: stores the result of each mode when it ends. on_finished: called on the main rank with the name and the
-    trajectories of each mode that was run on the export.
+    plugins: digest of the code of plugins. finished: stores the result of each mode when it ends. on_finished: called
+    on the main rank with the name and the trajectories of each mode that was run on the export.
     """
 
     config: EvalConfig
@@ -52,6 +52,7 @@ class Setting:
     tokenizer: Tokenizer
     rollout: RolloutConfig
     seed: int
+    plugins: str
     finished: FinishedModes
     on_finished: Callable[[str, list[Trajectory]], None]
     topology: Topology
@@ -118,6 +119,8 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
         contestant.digest,
         config.vote_samples,
     ]
+    if setting.plugins:
+        depends_on.append(setting.plugins)
     if export is not None and masters is not None:
         depends_on += [masters.digest, config.kl_tasks]
     saved = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)

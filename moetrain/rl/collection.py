@@ -20,6 +20,7 @@ from typing import Any
 
 from moetrain.chat.context import ContextPolicy
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.files import to_json
 from moetrain.inference.protocol import Counts, Generation, Model
 from moetrain.parallel.topology import Topology
@@ -66,13 +67,28 @@ class CollectionSetting:
 
     def own_tasks(self, step: int) -> list[int]:
         """Return the tasks of this rank that have been begun when step `step` collects, in earlier steps or now."""
-        first, end = self._first, min(step + self.rl.max_staleness, self.last_step) + 1
-        return self._own(range(first, self.first_task + self.tasks_before(end)))
+        return self._tasks_of(self.topology.rank, self._begun(step))
 
-    def num_own(self, step: int) -> int:
-        """Return the number of groups of this rank that step `step` uses."""
+    def num_own(self, step: int, *, rank: int | None = None) -> int:
+        """Return the number of groups that step `step` uses of a rank, by default of this one."""
         before, after = (self.first_task + self.tasks_before(number) for number in (step, step + 1))
-        return len(self._own(range(before, after)))
+        return len(self._tasks_of(self.topology.rank if rank is None else rank, range(before, after)))
+
+    def check_room(self, used: set[int], *, step: int) -> None:
+        """Raise ConfigError if a rank holds more groups than its steps from `step` on can use before they are too old.
+
+        used: the tasks that earlier steps used, on another number of ranks. All ranks find the same.
+        """
+        for rank in range(self.topology.world_size):
+            due = [self.last_use(task) for task in self._tasks_of(rank, self._begun(step)) if task not in used]
+            room = 0
+            for number in range(step, min(step + self.rl.max_staleness, self.last_step) + 1):
+                room += self.num_own(number, rank=rank)
+                if sum(last_use <= number for last_use in due) > room:
+                    raise ConfigError(
+                        f"with rl.max_staleness={self.rl.max_staleness}, the groups that were in progress cannot be "
+                        f"divided over {self.topology.world_size} ranks: start this stage on as many ranks as before"
+                    )
 
     def last_use(self, task: int) -> int:
         """Return the last step that may use a task's group."""
@@ -87,8 +103,12 @@ class CollectionSetting:
     def _first(self) -> int:
         return self.first_task + self.tasks_before(self.first_step)
 
-    def _own(self, tasks: range) -> list[int]:
-        return [task for task in tasks if task % self.topology.world_size == self.topology.rank]
+    def _begun(self, step: int) -> range:
+        end = min(step + self.rl.max_staleness, self.last_step) + 1
+        return range(self._first, self.first_task + self.tasks_before(end))
+
+    def _tasks_of(self, rank: int, tasks: range) -> list[int]:
+        return [task for task in tasks if task % self.topology.world_size == rank]
 
     def requests(self, task_index: int) -> list[RolloutRequest]:
         """Return the requests of a task's group."""
@@ -208,6 +228,7 @@ class Collection:
         setting = self._setting
         if self._used is None:
             self._used = setting.used_before(step)
+            setting.check_room(self._used, step=step)
             self._begun = set(self._used)
         tasks = [task for task in setting.own_tasks(step) if task not in self._begun]
         self._begun.update(tasks)

@@ -48,7 +48,8 @@ class RlStage:
     first_task: number of the first task, after those of SFT. learning_rate: learning rate by step. identity and
     start_point: see `train.loop.Training`. collection: folder in which trajectories are kept as they finish, until a
     checkpoint contains their step; None keeps none. on_trajectories: called with each step's number and trajectories.
-    qk_clip: threshold of QK-Clip; None is off. context: what the model reads of a long trajectory.
+    qk_clip: threshold of QK-Clip; None is off. context: what the model reads of a long trajectory. plugins: digest of
+    the code of plugins.
     """
 
     engine: Engine
@@ -69,6 +70,7 @@ class RlStage:
     qk_clip: float | None = None
     collection: Path | None = None
     context: ContextPolicy = field(default_factory=ContextPolicy)
+    plugins: str = ""
     start_point: StartPoint = field(default_factory=StartPoint)
 
     def tasks_before(self, step: int) -> int:
@@ -94,7 +96,7 @@ def collection_of(stage: RlStage, config: TrainConfig) -> Collection:
             tasks_before=stage.tasks_before,
             first_step=first,
             last_step=first + config.steps - 1,
-            run=sha256_of_json(as_stored(stage.identity))[:16],
+            run=sha256_of_json(as_stored(stage.identity) | ({"plugins": stage.plugins} if stage.plugins else {}))[:16],
             folder=stage.collection,
         )
     )

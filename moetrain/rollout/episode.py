@@ -15,9 +15,9 @@ from moetrain.inference.protocol import Generation, Sequence
 from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.types import Ending, Segment, Trajectory
-from moetrain.rollout.world import EnvironmentClient, EnvironmentFailure
+from moetrain.rollout.world import EnvironmentClient, EnvironmentFailure, calls_needed
 from moetrain.runtime import seed_of
-from moetrain.tasks.protocol import CountsCalls, Grade, InlineTask, Observation, Task, TaskFamily
+from moetrain.tasks.protocol import Grade, InlineTask, Observation, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
 _LONGEST_REASON = 200  # characters
@@ -71,6 +71,8 @@ class Episode:
         self._last_call = ("", "")
         self._ending: Ending | None = None
         self._progress: float | None = None
+        self._has_erred = False
+        self._num_calls_needed: int | None = None
         self._grade = Grade(reward=0.0, reason="unfinished")
 
     def _sequence(self, tokens: list[int], *, stream: int) -> Sequence:
@@ -129,6 +131,7 @@ class Episode:
     async def begin(self, family: TaskFamily, *, declare_tools: bool) -> None:
         """Make the environment, and append the prompt to the sequence."""
         try:
+            self._num_calls_needed = calls_needed(self._task)
             self._context = self._new_context(family, declare_tools=declare_tools)
             prompt = self._context.opening
             if len(prompt) >= self._config.max_tokens:
@@ -306,6 +309,7 @@ class Episode:
         try:
             if self.is_finished and self._ending is not Ending.environment_failed:
                 self._progress = await self._world.progress()
+                self._has_erred = await self._world.has_erred()
         except EnvironmentFailure as error:  # the grade stands
             _log.warning("%s: progress is unknown: %s", self._name, error)
         try:
@@ -326,7 +330,7 @@ class Episode:
         return Trajectory(
             task=task,
             sample=sample,
-            num_calls_needed=self._task.num_calls if isinstance(self._task, CountsCalls) else None,
+            num_calls_needed=self._num_calls_needed,
             segments=[*self._segments, *([_segment_of(self.sequence)] if self.has_begun else [])],
             grade=self._grade,
             ending=self.ending,
@@ -336,6 +340,7 @@ class Episode:
             num_transient_errors=self._num_transient,
             num_cut_outputs=self._num_cut,
             progress=self._progress,
+            has_erred=self._has_erred,
             num_replaced=num_replaced,
         )
 

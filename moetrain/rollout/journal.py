@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moetrain.errors import DataError
 from moetrain.files import to_json
 from moetrain.rollout.collect import RolloutRequest
 from moetrain.rollout.types import REPLACED, Ending, Segment, Trajectory
@@ -34,6 +35,8 @@ class Journal:
         self._run = run
         self._path = _path(folder, step, rank)
         self._found: dict[str, Trajectory] = {}
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder} is a file, and trajectories are kept in a folder of this name: remove it")
         for path in sorted(folder.glob(f"step_{step:08d}.rank_*.jsonl")):
             self._found |= dict(_read(path))
         if self._found:

@@ -58,7 +58,8 @@ class Trajectory:
     num_calls_needed: tool calls of the known solution; None when the task does not provide it. num_cut_outputs: tool
     results that were cut to `rollout.max_output_tokens`. num_replaced: earlier attempts that this one replaces, because
     their environment failed or they reached `rollout.max_seconds`. progress: share of the solution before the first
-    error; None where the environment does not measure it.
+    error; None where the environment does not measure it. has_erred: whether there was an error, as far as the
+    environment says.
     """
 
     task: int
@@ -74,6 +75,7 @@ class Trajectory:
     num_cut_outputs: int = 0
     num_replaced: int = 0
     progress: float | None = None
+    has_erred: bool = False
 
     @property
     def reward(self) -> float:

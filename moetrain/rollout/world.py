@@ -11,12 +11,23 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, wait
+from numbers import Integral
 from typing import Any, Self, TypeVar
 
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError
 from moetrain.rollout.config import RolloutConfig
-from moetrain.tasks.protocol import Environment, Grade, InlineTask, MeasuresProgress, Observation, Task, has_method
+from moetrain.tasks.protocol import (
+    CountsCalls,
+    Environment,
+    Grade,
+    InlineTask,
+    MeasuresProgress,
+    NoticesErrors,
+    Observation,
+    Task,
+    has_method,
+)
 
 T = TypeVar("T")
 
@@ -52,6 +63,17 @@ def make_task(make: Callable[[], Task]) -> Task:
         raise
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
         return FailedTask(f"making the task: {type(error).__name__}: {error}")
+
+
+def calls_needed(task: Task) -> int | None:
+    """Return the number of calls that a task states, or None. Raises EnvironmentFailure if it is no whole number."""
+    try:
+        value = task.num_calls if isinstance(task, CountsCalls) else None
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
+        raise EnvironmentFailure(f"num_calls of the task: {type(error).__name__}: {error}") from error
+    if value is None or (isinstance(value, Integral) and value >= 0):
+        return None if value is None else int(value)
+    raise EnvironmentFailure(f"num_calls of the task is {value!r}: return a whole number of 0 or more")
 
 
 class EnvironmentClient:
@@ -117,9 +139,9 @@ class EnvironmentClient:
 
     async def progress(self) -> float | None:
         """Return how far the trajectory came, from 0 to 1; None where the environment does not measure it."""
-        if not isinstance(self._environment, MeasuresProgress) or not callable(self._environment.progress):
+        value = await self._asked("progress", MeasuresProgress)
+        if value is None:
             return None
-        value = await self._act(self._environment.progress, "measuring progress", limit_s=self._config.call_deadline_s)
         try:
             share = float(value)
         except (TypeError, ValueError):
@@ -127,6 +149,21 @@ class EnvironmentClient:
         if not 0 <= share <= 1:
             raise EnvironmentFailure(f"progress returned {value!r}: return a number from 0 to 1")
         return share
+
+    async def has_erred(self) -> bool:
+        """Return whether the trajectory left the right solution; False where the environment does not know."""
+        value = await self._asked("has_erred", NoticesErrors)
+        if value not in (None, True, False):
+            raise EnvironmentFailure(f"has_erred returned {value!r}: return True or False")
+        return bool(value)
+
+    async def _asked(self, name: str, protocol: type) -> Any:
+        """Return what an optional method returns; None if the environment lacks it."""
+        try:
+            method = getattr(self._environment, name) if isinstance(self._environment, protocol) else None
+        except (Exception, SystemExit) as error:  # a property of a plugin may raise anything
+            raise EnvironmentFailure(f"{name}: {type(error).__name__}: {error}") from error
+        return await self._act(method, name, limit_s=self._config.call_deadline_s) if callable(method) else None
 
     async def close(self) -> None:
         """Close the environment. Does nothing when it was never made or is already closed.

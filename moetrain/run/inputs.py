@@ -54,6 +54,7 @@ from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.run.stage import rank
 from moetrain.runtime import available_memory, num_ranks
 from moetrain.tasks import registry
+from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +175,8 @@ def check_names(run: StageRun) -> None:
             registry.check_family(family, name=run.task.name)
         if isinstance(run, DocumentRun) and has_dialogues:
             registry.demonstrator_of(family)
+        if isinstance(run, RlRun | EvalRun):
+            _compare_turns(run, family)
     if isinstance(run, RlRun):
         from moetrain.rl.registry import build  # loads torch
 
@@ -181,6 +184,21 @@ def check_names(run: StageRun) -> None:
     template_named(_data(run).tokenizer.template)
     for source in _data(run).sources.values():
         format_named(source.format)
+
+
+def _compare_turns(run: RlRun | EvalRun, family: TaskFamily) -> None:
+    """Warn if rollout.max_turns ends a task before the demonstrator, who makes one call per turn, would solve it."""
+    if not isinstance(family, MakesLongerTasks) or rank() != 0:
+        return
+    longer = run.eval.longer_calls if isinstance(run, EvalRun) and run.eval.longer_tasks else []
+    is_asked = not isinstance(run, EvalRun) or run.eval.num_tasks > 0
+    calls = max([family.trained_calls[1] if is_asked else 0, *(longer if is_asked else [])])
+    if run.rollout.max_turns <= calls:
+        _log.warning(
+            "rollout.max_turns is %d, and tasks of %d calls need %d turns with one call per turn: they end as "
+            "max_turns. Give rollout.max_turns=%d, which leaves room for calls that fail",
+            *(run.rollout.max_turns, calls, calls + 1, 2 * calls),
+        )
 
 
 def _continues(run: StageRun) -> bool:

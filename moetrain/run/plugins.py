@@ -101,6 +101,21 @@ def _run_plugin_code(plugin: str, function: Callable[[], T]) -> T:
         raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {reason}") from error
 
 
+def plugins_digest(plugins: Sequence[str]) -> str:
+    """Return a digest of the files of plugins and of what they import from their folders; "" without plugins.
+
+    Results of an unfinished stage that another version of its environment gave are not used together with new ones.
+    """
+    if not plugins:
+        return ""
+    found = hashlib.sha256()
+    for origin in (plugin_spec(plugin).origin for plugin in plugins):
+        path = Path(origin or "")
+        for file in [path, *local_imports(path)] if path.is_file() else []:
+            found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
+
+
 def local_imports(plugin: Path) -> list[Path]:
     """Return the files that a plugin imports from its own folder, directly or through each other, sorted.
 

@@ -1,5 +1,6 @@
 """RL: passes a run's config to `rl.stage`. Loads torch, so import it after checking the input."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,8 +23,10 @@ from moetrain.rl.stage import RlStage, collection_of, rl_training
 from moetrain.rollout.journal import COLLECTION, remove_before
 from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
+from moetrain.run.plugins import plugins_digest
 from moetrain.run.resume_check import own_sections, train_of
-from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
+from moetrain.run.stage import INTERRUPTED, rank, stage_folder, stage_metrics
+from moetrain.run.trained_context import check_context
 from moetrain.run.weights import tokenizer_of, training_weights
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
@@ -34,6 +37,7 @@ from moetrain.train.loop import run_training
 from moetrain.train.precision import DTYPES, resolve_precision
 from moetrain.train.stages import SUMMARY
 
+_log = logging.getLogger(__name__)
 _FAST = "Give rollout.mode=fast"
 
 
@@ -44,6 +48,7 @@ def learn(run: RlRun) -> int:
         start_point = rl_start_point(run, origin)
         tokenizer = tokenizer_of(origin)
         tokenizer.check_chat()
+        _compare_context(run, origin)
         topology, is_exact = setup(run.parallel), run.rollout.mode is Mode.deterministic
         cure = _FAST if is_exact else None
         precision = resolve_precision(train_of(run), folder=folder, topology=topology, cure=cure)
@@ -78,6 +83,15 @@ def learn(run: RlRun) -> int:
             summary = {"stage": folder.name, "steps": outcome.step, **kernels_and_dtype}
             write_json(folder / SUMMARY, summary | outcome.counters.totals | start_point.record())
     return 0
+
+
+def _compare_context(run: RlRun, origin: Origin) -> None:
+    """Warn on the main rank if the weights were trained with another context policy."""
+    try:
+        check_context(run.task.context, origin)
+    except ConfigError as difference:
+        if rank() == 0:
+            _log.warning("%s, unless RL is meant to teach another one", difference)
 
 
 def check_kernels(library: Library | None, topology: Topology) -> None:
@@ -124,6 +138,7 @@ def _stage(
         rollout=run.rollout,
         declare_tools=run.task.declare_tools,
         context=run.task.context,
+        plugins=plugins_digest(run.plugins),
         learning_rate=lambda step: start_point.rate(step, optim=run.optim, steps=run.train.steps),
         identity=identity_of(
             model=run.model,

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from moetrain.run.stage import INTERRUPTED
+from moetrain.runtime import LAUNCHER_PID
 
 _log = logging.getLogger("moetrain.torchrun")
 _SAVE_SECONDS = "110"
@@ -23,6 +24,7 @@ def main(words: Sequence[str]) -> int:
     """Start ranks with the arguments of torchrun, wait for them, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch").setLevel(logging.WARNING)
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     timeout = ["--shutdown-timeout", os.environ.get("SAVE_SECONDS") or _SAVE_SECONDS]
     try:
         run(parse_args([*timeout, *words]))  # type: ignore[no-untyped-call]

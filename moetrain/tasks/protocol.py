@@ -129,6 +129,18 @@ class MeasuresProgress(Protocol):
         ...
 
 
+@runtime_checkable
+class NoticesErrors(Protocol):
+    """An environment that knows whether a trajectory has left the right solution. It is asked together with progress.
+
+    Without it, a trajectory that a limit ends counts as one without an error in the hazard of an evaluation.
+    """
+
+    def has_erred(self) -> bool:
+        """Return whether something was done that is not part of the right solution."""
+        ...
+
+
 class Task(Protocol):
     """One question."""
 

@@ -1,6 +1,7 @@
 """Task families by name. A plugin calls `register`, and a stage calls `build`."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Integral
@@ -12,9 +13,11 @@ from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.ledger.family import LedgerFamily
-from moetrain.tasks.protocol import CountsCalls, Demonstrates, Split, TaskFamily, has_method
+from moetrain.tasks.protocol import CountsCalls, Demonstrates, MakesLongerTasks, Split, TaskFamily, has_method
 
 _log = logging.getLogger(__name__)
+_TOOL_NAME = re.compile(r"[^:\s]+")
+"""What the ids of calls can hold: `functions.NAME:N`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,14 @@ def check_family(family: TaskFamily, *, name: str) -> None:
         tools = None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, ToolSpec) for tool in tools):
         raise ConfigError(f"{owner}.tools is {_kind(tools)}: give a property that returns a list of ToolSpec")
+    names = [tool.name for tool in tools]
+    for name_of_tool in names:
+        if not isinstance(name_of_tool, str) or not _TOOL_NAME.fullmatch(name_of_tool):
+            raise ConfigError(f"{owner}.tools has the name {name_of_tool!r}: give text without spaces and colons")
+        if names.count(name_of_tool) > 1:
+            raise ConfigError(f"{owner}.tools has the name {name_of_tool} twice: give each tool its own")
+    if isinstance(family, MakesLongerTasks):
+        _check_range(family, owner=owner)
     try:
         task = family.task(Split.train, 0)
         prompt = task.prompt
@@ -105,6 +116,17 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     if isinstance(task, CountsCalls) and (not isinstance(task.num_calls, Integral) or task.num_calls < 0):
         kind = task.num_calls if isinstance(task.num_calls, Integral) else _kind(task.num_calls)
         raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int of 0 or more")
+
+
+def _check_range(family: MakesLongerTasks, *, owner: str) -> None:
+    """Raise ConfigError unless `trained_calls` of a family with longer tasks is a pair of numbers."""
+    calls: object = family.trained_calls
+    is_pair = isinstance(calls, tuple | list) and len(calls) == 2 and all(isinstance(each, Integral) for each in calls)
+    if not is_pair:
+        raise ConfigError(
+            f"{owner}.trained_calls is {_kind(calls)}: give a property that returns the smallest and the largest "
+            "number of calls"
+        )
 
 
 def _kind(value: object) -> str:

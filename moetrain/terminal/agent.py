@@ -5,6 +5,7 @@ import asyncio
 from moetrain.chat.context import ContextPolicy
 from moetrain.chat.messages import Role
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import RolloutError
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
@@ -27,7 +28,11 @@ def act(
     screen: Screen,
 ) -> Trajectory | None:
     """Return the trajectory of the model in a new environment, which is shown as it happens; None after Ctrl-C."""
-    for message in task.prompt:
+    try:
+        prompt = list(task.prompt)
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
+        raise RolloutError(f"the prompt of the task cannot be made: {type(error).__name__}: {error}") from error
+    for message in prompt:
         screen.say("user", message.content)
     episode = Episode(task, name="the task", stream=stream, config=config, tokenizer=tokenizer, policy=policy)
     interrupts = Interrupts()

@@ -56,3 +56,5 @@ def test_the_rate_is_that_of_independent_errors() -> None:
 def test_an_end_at_a_limit_is_no_error(ending: Ending) -> None:
     (row,) = hazard([replace(_life(16, 0.5), ending=ending)] * 3)
     assert (row["successes"], row["count"]) == (0, 24)
+    erred = replace(_life(16, 0.5), ending=ending, has_erred=True)
+    assert sum(row["successes"] for row in hazard([erred] * 3)) == 3

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from moetrain.eval.runner import Mode, run_mode
+from moetrain.eval.summary import summarize
 from moetrain.inference.protocol import Generation, Model
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
@@ -15,8 +16,9 @@ from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.engine import make_generation
 from moetrain.rollout.sync import sync_weights
 from moetrain.tasks.config import TaskConfig
+from moetrain.tasks.protocol import Split
 from tests.distributed import run_ranks
-from tests.even_task import MODEL, EvenFamily, even_tokenizer
+from tests.even_task import MODEL, EvenFamily, EvenTask, even_tokenizer
 from tests.threads import num_threads
 
 _QUANT = QuantConfig(enabled=True)
@@ -61,3 +63,40 @@ def test_ranks_that_share_the_tasks_give_the_trajectories_of_one_process() -> No
     first, second = run_ranks(_trajectories, 2, name=EngineName.deepspeed)
     assert [[task for task, _ in mode] for mode in alone] == [list(range(7, 7 + number)) for number in NUM_TASKS]
     assert first == second == alone
+
+
+class _UncountedTask(EvenTask):
+    num_calls = None  # type: ignore[assignment]
+
+
+class _LongerFamily(EvenFamily):
+    trained_calls = (1, 1)
+
+    def task_of_length(self, split: Split, index: int, *, num_calls: int) -> _UncountedTask:
+        return _UncountedTask(index=index)
+
+
+def test_tasks_of_a_given_length_that_state_none_are_told_apart_by_it() -> None:
+    engine = build_engine(
+        MODEL,
+        ParallelConfig(engine=EngineName.torch),
+        optim_config=OptimConfig(),
+        quant_config=_QUANT,
+        compute_dtype=torch.float32,
+        seed=0,
+    )
+    rollout = RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2)
+    played = run_mode(
+        Mode(name="greedy_longer", temperature=0.0, tasks=[(0, 3), (0, 5)]),
+        make_generation=partial(
+            _generation, sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), rollout
+        ),
+        family_of=lambda config: _LongerFamily(),
+        task_config=TaskConfig(),
+        tokenizer=even_tokenizer(),
+        rollout=rollout,
+        vote_samples=1,
+        seed=3,
+        topology=setup(ParallelConfig(engine=EngineName.torch)),
+    )
+    assert summarize(played.trajectories)["outcomes"].keys() == {"0/3", "0/5"}

@@ -53,6 +53,7 @@ def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Pat
         tokenizer=even_tokenizer(),
         rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=40, max_turns=2),
         seed=3,
+        plugins="",
         finished=FinishedModes(path),
         on_finished=on_finished,
         topology=setup(_PARALLEL),
@@ -74,3 +75,9 @@ def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Pat
     other = replace(export, digest="another")
     evaluate(replace(setting, finished=FinishedModes(path)), export=other, masters=None, before=None)
     assert ran == ["sampled_t1", "greedy", "greedy_error_free"]
+    ran.clear()
+    stop_at.append("greedy")
+    edited = replace(setting, plugins="an edited plugin")
+    with pytest.raises(_StopError):
+        evaluate(replace(edited, finished=FinishedModes(path)), export=other, masters=None, before=None)
+    assert ran == ["sampled_t1"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.errors import ConfigError
 from moetrain.inference.protocol import Model
 from moetrain.parallel.config import EngineName
 from moetrain.quant.config import QuantConfig
@@ -121,3 +122,15 @@ def test_no_group_is_used_too_late_in_whatever_order_groups_become_complete(stal
             collection._groups.pop(task)
         collection._mark_used(chosen, step=step)
     assert collection._used == set(range(4 * STEPS))
+
+
+def test_groups_in_progress_that_other_ranks_cannot_use_in_time_are_refused_on_every_rank() -> None:
+    """Tasks go to ranks by their number. One rank used the even tasks first, so rank 1 of 2 holds too many."""
+    setting = _collection(None, staleness=1)._setting
+    used = {0, 2, 4, 6}
+    setting.check_room(used, step=1)
+    for rank in range(2):
+        topology = replace(setting.topology, rank=rank, world_size=2)
+        with pytest.raises(ConfigError, match=r"with rl.max_staleness=1, .* over 2 ranks: start .* on as many ranks"):
+            replace(setting, topology=topology).check_room(used, step=1)
+        replace(setting, topology=topology).check_room({0, 1, 2, 3}, step=1)

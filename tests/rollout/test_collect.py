@@ -5,6 +5,7 @@ import sqlite3
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -540,3 +541,31 @@ def test_an_error_of_ours_is_not_hidden_and_closes_the_environments(tokenizer: T
     with pytest.raises(ZeroDivisionError, match="in the generation"):
         play([task], tokenizer, script=broken)
     assert [world.is_closed for world in task.made] == [True]  # type: ignore[attr-defined]
+
+
+class _RaisingTask(WorldTask):
+    @property
+    def num_calls(self) -> int:
+        raise KeyError("no such row")
+
+
+class _TextTask(WorldTask):
+    num_calls = "3"
+
+
+class _RaisingProgress(World):
+    @property
+    def progress(self) -> Any:
+        raise ValueError("not yet")
+
+
+def test_a_number_of_calls_that_cannot_be_read_ends_its_trajectory_alone(tokenizer: Tokenizer) -> None:
+    tasks = [WorldTask(make=World), _RaisingTask(make=World), _TextTask(make=World)]
+    endings = [trajectory.ending for trajectory in play(tasks, tokenizer)]
+    assert endings == [Ending.answered, Ending.environment_failed, Ending.environment_failed]
+
+
+def test_progress_that_cannot_be_asked_leaves_the_grade(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    (trajectory,) = play([WorldTask(make=_RaisingProgress)], tokenizer)
+    assert (trajectory.ending, trajectory.progress) == (Ending.answered, None)
+    assert "progress is unknown: progress: ValueError: not yet" in caplog.text

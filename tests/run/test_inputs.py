@@ -12,7 +12,7 @@ from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import ConfigError, DataError
 from moetrain.run import inputs
-from moetrain.run.inputs import check_inputs
+from moetrain.run.inputs import check_inputs, check_names
 from tests.cli.command import ENVIRONMENT, ROOT
 
 RECIPE = """
@@ -171,3 +171,22 @@ def test_records_that_the_chat_template_refuses_are_found_before_training(tmp_pa
 def test_a_tokenizer_that_an_earlier_stage_will_write_is_not_read(tmp_path: Path) -> None:
     words = [*chats(tmp_path / "a.jsonl"), f"data.tokenizer.path={tmp_path / 'later' / 'tokenizer'}"]
     inputs.check_records(compose("pretrain", words))
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "calls"),
+    [
+        ("eval", ["eval.longer_calls=[50,300]"], 300),
+        ("eval", ["eval.longer_tasks=0"], 16),
+        ("rl", [], 16),
+        ("eval", ["eval.longer_calls=[50,300]", "rollout.max_turns=600"], None),
+        ("eval", ["eval.num_tasks=0", "data=language"], None),
+    ],
+)
+def test_too_few_turns_for_the_tasks_are_a_warning(
+    command: str, words: list[str], calls: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_names(compose(command, ["task=marathon", "init_from=x", *words]))
+    said = [record.message for record in caplog.records if "rollout.max_turns" in record.message]
+    assert len(said) == (calls is not None)
+    assert not said or f"rollout.max_turns is 16, and tasks of {calls} calls need {calls + 1} turns" in said[0]  # type: ignore[operator]

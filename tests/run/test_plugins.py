@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.run.plugins import load_plugins, local_imports
+from moetrain.run.plugins import load_plugins, local_imports, plugins_digest
 from moetrain.run.record import record_of
 
 
@@ -82,3 +82,12 @@ def test_what_a_plugin_imports_from_its_folder_is_part_of_the_record(tmp_path: P
     assert digest() == before
     inner.write_text("VALUE = 2000\n")
     assert digest() != before
+
+
+def test_the_digest_of_plugins_is_that_of_their_code_and_of_what_they_import(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import helper_of_own")
+    (tmp_path / "helper_of_own.py").write_text("N = 2")
+    first = plugins_digest([str(tmp_path / "own.py")])
+    assert first == plugins_digest([str(tmp_path / "own.py")]) != "" == plugins_digest([])
+    (tmp_path / "helper_of_own.py").write_text("N = 7")
+    assert plugins_digest([str(tmp_path / "own.py")]) != first

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from moetrain.chat.tool_schema import ToolSpec
 from moetrain.errors import ConfigError
 from moetrain.tasks.protocol import InlineTask
 from moetrain.tasks.registry import check_family, register
@@ -40,6 +41,10 @@ class _CountingTask(WorldTask):
         return 3
 
 
+def _tool(name: str) -> ToolSpec:
+    return ToolSpec(name=name, description="", parameters={"type": "object"})
+
+
 def _family(**members: Any) -> Any:
     return type("Own", (WorldFamily,), members)(World)
 
@@ -50,6 +55,17 @@ def _family(**members: Any) -> Any:
         (lambda: _family(task=None), "Own has no method task: add it"),
         (lambda: _family(tools=lambda self: []), "Own.tools is a method: give a property that returns a list of"),
         (lambda: _family(tools=[{"name": "look"}]), "Own.tools is a list of dict: give a property"),
+        (lambda: _family(tools=[_tool("search web")]), "Own.tools has the name 'search web': give text without spaces"),
+        (lambda: _family(tools=[_tool("ns:search")]), "Own.tools has the name 'ns:search': give text without spaces"),
+        (lambda: _family(tools=[_tool("")]), "Own.tools has the name '': give text without spaces and colons"),
+        (
+            lambda: _family(tools=[_tool("find"), _tool("find")]),
+            "Own.tools has the name find twice: give each tool its",
+        ),
+        (
+            lambda: _family(task_of_length=lambda self, split, index: None, trained_calls=7),
+            "Own.trained_calls is int: give a property that returns",
+        ),
         (lambda: _family(task=lambda self: None), "Own: its first task cannot be made: TypeError: .*positional"),
         (lambda: _family(task=lambda self, split, index: _Task(make=World)), "whose prompt is a list of dict: give a"),
         (lambda: _family(task=lambda self, split, index: _Silent(make=World)), "whose prompt is list: give a"),

@@ -101,6 +101,10 @@ class LedgerEnvironment:
         """Return the share of the chain's postings that were made before a balance was wrong for the first time."""
         return self._num_right / max(len(self._postings), 1)
 
+    def has_erred(self) -> bool:
+        """Return whether a balance was wrong."""
+        return self._is_off
+
     def close(self) -> None:
         """Close the database."""
         self._connection.close()
