@@ -215,6 +215,7 @@ def _layer(
     has_q_lora = config.q_lora_rank is not None
     is_dense = index < config.num_dense_layers
     feed_forward = "mlp" if is_dense else "mlp.shared_experts"
+    has_feed_forward = is_dense or config.num_shared_experts > 0
     layer = LayerWeights(
         input_norm_D=vector("input_layernorm"),
         post_norm_D=vector("post_attention_layernorm"),
@@ -226,8 +227,12 @@ def _layer(
         up_k_HNC=kv_b[:, :nope].contiguous(),
         up_v_HCV=kv_b[:, nope:].transpose(1, 2).contiguous(),
         o_proj=matrix("self_attn.o_proj"),
-        dense_gate_up=torch.cat([matrix(f"{feed_forward}.gate_proj"), matrix(f"{feed_forward}.up_proj")]),
-        dense_down=matrix(f"{feed_forward}.down_proj"),
+        dense_gate_up=torch.cat([matrix(f"{feed_forward}.gate_proj"), matrix(f"{feed_forward}.up_proj")])
+        if has_feed_forward
+        else torch.zeros(0, config.hidden_size, dtype=dtype),
+        dense_down=matrix(f"{feed_forward}.down_proj")
+        if has_feed_forward
+        else torch.zeros(config.hidden_size, 0, dtype=dtype),
     )
     if not is_dense:
         experts = f"{prefix}mlp.experts."

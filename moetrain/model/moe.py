@@ -213,14 +213,17 @@ class MoE(nn.Module):
         num_local = len(range(*expert_slice.indices(config.num_experts)))
         self.gate = Router(config)
         self.experts = Experts(config, num_local=num_local, compute_dtype=compute_dtype)
-        self.shared_experts = FeedForward(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+        width = config.moe_intermediate_size * config.num_shared_experts
+        self.shared_experts = FeedForward(config.hidden_size, width) if width else None
         self.dispatcher = dispatcher
 
     def forward(self, x_BTD: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, RouterStatistics]:
         """Return the layer's output [B, T, D] and its router statistics."""
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
-        y_BTD = self._routed(x_ND, routing, documents.tokens_n).view_as(x_BTD) + self.shared_experts(x_BTD)
+        y_BTD = self._routed(x_ND, routing, documents.tokens_n).view_as(x_BTD)
+        if self.shared_experts is not None:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
         return y_BTD, _statistics(routing, documents, gate=self.gate)
 
     def _routed(self, x_ND: torch.Tensor, routing: Routing, tokens_n: torch.Tensor | None) -> torch.Tensor:

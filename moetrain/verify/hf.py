@@ -128,7 +128,8 @@ def _tiny_row(
             read, folder = open_hf_folder(Path(temporary) / "theirs")
             returned = dict(folder)
     ours = Transformer(read, compute_dtype=torch.float32)
-    ours.load_state_dict(returned)
+    # Of layers without shared experts, transformers has matrices of size 0.
+    ours.load_state_dict({name: tensor for name, tensor in returned.items() if tensor.numel()})
     return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
 
 

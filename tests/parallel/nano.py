@@ -20,8 +20,9 @@ VOCAB, ROWS, LENGTH = 48, 4, 12
 LEARNING_RATE = 0.02
 
 
-def model_config() -> ModelConfig:
+def model_config(*, num_shared_experts: int = 1) -> ModelConfig:
     return ModelConfig(
+        num_shared_experts=num_shared_experts,
         vocab_size=VOCAB,
         hidden_size=32,
         num_layers=2,
@@ -56,9 +57,10 @@ def build(
     seed: int = 1,
     compute_dtype: torch.dtype = torch.float32,
     library: Library | None = None,
+    num_shared_experts: int = 1,
 ) -> Engine:
     return build_engine(
-        model_config(),
+        model_config(num_shared_experts=num_shared_experts),
         ParallelConfig(
             engine=engine, zero=zero, expert=expert, recompute=recompute, expert_rows=expert_rows, timeout_s=120
         ),

@@ -47,6 +47,14 @@ def test_deepspeed_in_one_process_gives_the_numbers_of_the_plain_loop(optimizer:
     assert largest_gap(_state(sharded), _state(plain)) < bound
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_model_without_shared_experts_trains_in_every_engine(zero: int) -> None:
+    plain = build(EngineName.torch, quantize=True, num_shared_experts=0)
+    sharded = build(EngineName.deepspeed, quantize=True, num_shared_experts=0, zero=zero)
+    assert not [name for name in _state(plain) if "shared_experts" in name]
+    assert difference(train(sharded, range(3)), train(plain, range(3))) < FP32_ROUNDING
+
+
 @pytest.mark.parametrize("engine", list(EngineName))
 def test_the_number_of_micro_batches_may_change_from_step_to_step_and_changes_nothing(engine: EngineName) -> None:
     once, varied = build(engine), build(engine)
