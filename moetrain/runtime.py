@@ -144,12 +144,20 @@ _LARGEST_BLOCK = 1 << 30
 def die_with_parent(parent: int | None = None) -> None:
     """Make Linux kill this process when its parent ends; does nothing on other systems.
 
-    parent: id of the process that started this one. If it has ended already, this one ends at once.
+    parent: id of the process that started this one, or of one above it. If it has ended already, this one ends at once.
     """
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent:
+        if parent is not None and os.getppid() != parent and _has_ended(parent):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] in b"ZX"
+    except OSError:
+        return True
 
 
 def keep_freed_memory() -> None:

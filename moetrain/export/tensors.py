@@ -45,8 +45,15 @@ class FolderTensors:
         return tensor.to(torch.bfloat16)
 
     def check_shapes(self, reader: StateReader) -> None:
-        """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read."""
-        found = {name: shape for name, shape in reader.shapes().items() if not name.startswith(_OPTIMIZER_PREFIX)}
+        """Raise CheckpointError when a tensor is missing, unknown or of another shape. No values are read.
+
+        Ignored are optimizer state, and tensors without elements: see `parallel.state.check`.
+        """
+        found = {
+            name: shape
+            for name, shape in reader.shapes().items()
+            if not name.startswith(_OPTIMIZER_PREFIX) and 0 not in shape
+        }
         for name in sorted(self.shapes.keys() - found.keys()):
             raise CheckpointError(f"{name} is missing: the weights do not fit this model, copy or export them again")
         for name in sorted(found.keys() - self.shapes.keys()):

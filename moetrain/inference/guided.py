@@ -16,6 +16,7 @@ from moetrain.errors import ConfigError
 from moetrain.inference.sampling import Allowed
 
 _NUM_KEPT = 64  # compiled grammars
+_NUM_CHECKED = 1024  # verdicts on schemas
 _LONGEST_REASON = 300  # characters
 _BEGINNING = '{"'
 """What is tried of a schema before it is used: some fail only where an object or a key begins."""
@@ -41,6 +42,7 @@ class Guide:
         self._tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=end_id)
         self._begin = tokenizer.encode_batch(list(_BEGINNING))
         self._compiled = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
+        self._checked = functools.lru_cache(maxsize=_NUM_CHECKED)(self._check)
 
     def constraint(self, grammar: str) -> "GuidedConstraint":
         """Return a constraint at its beginning. Raises ConfigError with the reason when the grammar cannot be used."""
@@ -48,14 +50,21 @@ class Guide:
 
     def check_schema(self, schema: Mapping[str, Any]) -> None:
         """Raise ConfigError with the reason when a JSON schema cannot be used."""
-        matcher = self._compiled(f"%llguidance {{}}\nstart: %json {json.dumps(schema)}\n").deep_copy()
+        if problem := self._checked(json.dumps(schema)):
+            raise ConfigError(problem)
+
+    def _check(self, schema: str) -> str:
+        """Return why a JSON schema cannot be used, or ""."""
+        matcher = self._library.LLMatcher(self._tokenizer, f"%llguidance {{}}\nstart: %json {schema}\n", log_level=0)
         for character_ids in [*self._begin, []]:
-            matcher.compute_bitmask()
+            if not matcher.is_error():
+                matcher.compute_bitmask()
             if matcher.is_error():
-                raise ConfigError(_reason(matcher.get_error()))
+                return _reason(matcher.get_error())
             if matcher.validate_tokens(character_ids) < max(1, len(character_ids)):
-                return
+                break
             matcher.consume_tokens(character_ids)
+        return ""
 
     def _compile(self, grammar: str) -> Any:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)

@@ -136,14 +136,19 @@ def gather_pieces(pieces: Iterable[Piece], topology: Topology) -> dict[str, torc
 def check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `found` has the same names and shapes as `shapes`.
 
-    Optimizer state in `found` is ignored if `shapes` contains none.
+    Ignored in `found` are optimizer state if `shapes` contains none, and tensors without elements, such as other
+    programs write for the shared experts of a model that has none.
     """
     missing = sorted(name for name in shapes if name not in found)
     if missing:
         raise CheckpointError(
             f"{missing[0]}{_and_others(missing)} is missing: the checkpoint belongs to another model or optimizer"
         )
-    extra = sorted(name for name in found if name not in shapes and not _is_unwanted_optimizer_state(name, shapes))
+    extra = sorted(
+        name
+        for name, shape in found.items()
+        if name not in shapes and 0 not in shape and not _is_unwanted_optimizer_state(name, shapes)
+    )
     if extra:
         raise CheckpointError(
             f"{extra[0]}{_and_others(extra)} is not in this model or optimizer: the checkpoint belongs to another one"

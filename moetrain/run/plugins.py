@@ -130,7 +130,9 @@ def local_imports(plugin: Path) -> list[Path]:
         except (OSError, ValueError, SyntaxError):  # reported when it is imported
             continue
         modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        modules += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):  # `from . import x` has no module
+                modules += [node.module] if node.module else [alias.name for alias in node.names]
         for name in {module.partition(".")[0] for module in modules} - {__name__.partition(".")[0]}:
             package = plugin.parent / name
             files = [*package.rglob("*.py")] if (package / "__init__.py").is_file() else [package.with_suffix(".py")]

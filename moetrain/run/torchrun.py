@@ -6,8 +6,9 @@ exits with the code of the ranks. Ranks get `SAVE_SECONDS` seconds to save after
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -25,20 +26,31 @@ def main(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch").setLevel(logging.WARNING)
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    timeout = ["--shutdown-timeout", os.environ.get("SAVE_SECONDS") or _SAVE_SECONDS]
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # the last one is Slurm's warning
+    timeout = ["--signals-to-handle", signals, "--shutdown-timeout", os.environ.get("SAVE_SECONDS") or _SAVE_SECONDS]
     try:
         run(parse_args([*timeout, *words]))  # type: ignore[no-untyped-call]
     except SignalException as stopped:
         return _interrupted(stopped.sigval.name)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
+        codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        code = cause(codes.values())
         if code == INTERRUPTED:
             return _interrupted("a signal")
-        how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
-        _log.error("rank %d %s, and with it all ranks ended", rank, how)
+        for rank, own in codes.items():
+            how = f"ended with exit code {own}" if own > 0 else f"was killed by signal {-own}"
+            if own == code or own not in (-signal.SIGTERM, INTERRUPTED):
+                _log.error("rank %d %s", rank, how)
         return code if code > 0 else 128 - code
     return 0
+
+
+def cause(codes: Collection[int]) -> int:
+    """Return the exit code, negative for a signal, of the rank that made the others end.
+
+    torch ends the others by SIGTERM. One that was killed is the cause of errors of those that lose it.
+    """
+    return min(codes, key=lambda code: (code in (-signal.SIGTERM, INTERRUPTED), code > 0))
 
 
 def _interrupted(what: str) -> int:

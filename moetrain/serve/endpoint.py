@@ -32,7 +32,7 @@ class Endpoint:
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:  # brackets, or a port that is no number up to 65535
             is_address = False
-        if not is_address or not url.isascii():
+        if not is_address or not parts.path.isascii():
             raise ConfigError(f"{url!r} is no address of an endpoint: give one such as http://127.0.0.1:8000/v1")
         if key is not None and not (key.isascii() and key.isprintable()):
             raise ConfigError("the key of the endpoint has characters other than printable ASCII: give another one")

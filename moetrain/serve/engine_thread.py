@@ -17,6 +17,7 @@ from moetrain.serve.job import Job, Token, Update
 from moetrain.serve.metrics import ServeMetrics
 
 _log = logging.getLogger(__name__)
+_FAILED = "the engine failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class EngineThread:
     def submit(self, job: Job) -> None:
         """Add a job."""
         self._commands.put(_Command(act="add", job=job))
+        if self._is_broken:  # nobody may read the command any more; a second problem of a job is ignored
+            self._send([(job, Update(is_ended=True, problem=_FAILED))])
 
     def cancel(self, job: Job) -> None:
         """End a job. Does nothing if it has ended."""
@@ -96,11 +99,12 @@ class EngineThread:
             if command is not None and command.act == "add":
                 self._jobs[command.job.sequence] = command.job
         self._fail_jobs()
+        self._metrics.set_load(running=0, waiting=0)
         return None
 
     def _fail_jobs(self) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}
-        self._send([(job, Update(is_ended=True, problem="the engine failed")) for job in jobs])
+        self._send([(job, Update(is_ended=True, problem=_FAILED)) for job in jobs])
 
     def _report_load(self, generation: Generation) -> None:
         num_running = sum(job.begun is not None for job in self._jobs.values())

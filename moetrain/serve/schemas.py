@@ -6,45 +6,56 @@ from typing import Any
 
 _OPTIONS_KEY = "x-guidance"
 """Key of a schema that llguidance would read, and with which parts of the schema could be ignored."""
-_MOST_VALUES = 20_000
-"""Values in all schemas of a request, for which compiling takes seconds."""
+_MOST_VALUES = 10_000
+"""Values in all schemas of a request: compiling more takes seconds."""
+_ANNOTATIONS = ("default", "examples", "example", "title", "description", "$comment", "deprecated")
+"""Keys whose values constrain nothing."""
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+"""Keys whose numbers may be rounded: a bound of an int64 is common, and a model does not write its last digits."""
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keys of objects whose keys are names and not words of JSON Schema."""
 _DEEPEST = 100
 _LARGEST_INTEGER = 2**53
 """llguidance reads numbers as float64."""
-_LARGEST_MULTIPLE = 100_000
-"""Of multipleOf without its decimal point: llguidance makes an automaton of as many states."""
+_MOST_STATES = 100_000
+"""Sum of all multipleOf, without decimal points: llguidance makes automata of as many states."""
 
 
-def schema_problem(schemas: Iterable[Mapping[str, Any] | None]) -> str | None:
+def schema_problem(schemas: Iterable[Mapping[str, Any]]) -> str | None:
     """Return why JSON schemas cannot be used, or None if they are within the bounds."""
-    left: list[tuple[Any, int]] = [(schema, 0) for schema in schemas]
-    num_values = 0
+    left: list[tuple[Any, int, bool]] = [(schema, 0, False) for schema in schemas]
+    num_values = num_states = 0
     while left:
-        value, depth = left.pop()
+        value, depth, has_names = left.pop()
         num_values += 1
         if num_values > _MOST_VALUES:
             return f"the JSON schemas have more than {_MOST_VALUES} values together: give smaller ones"
         if depth > _DEEPEST:
             return f"a JSON schema is nested more than {_DEEPEST} levels deep"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and has_names:
+            left += [(inner, depth + 1, False) for inner in value.values()]
+        elif isinstance(value, Mapping):
             if _OPTIONS_KEY in value:
                 return f"a JSON schema has the key {_OPTIONS_KEY}: leave it out"
-            if _is_large_multiple(value.get("multipleOf")):
+            num_states += _states(value.get("multipleOf"))
+            if num_states > _MOST_STATES:
                 return (
-                    f"a JSON schema has multipleOf {value['multipleOf']}: give at most {_LARGEST_MULTIPLE}, counted "
-                    "without the decimal point"
+                    f"the JSON schemas have multipleOf of more than {_MOST_STATES} together, counted without decimal "
+                    "points: give smaller numbers"
                 )
-            left += [(inner, depth + 1) for inner in value.values()]
+            skipped = (*_ANNOTATIONS, *_BOUNDS)
+            left += [(inner, depth + 1, key in _OF_NAMES) for key, inner in value.items() if key not in skipped]
         elif isinstance(value, list):
-            left += [(inner, depth + 1) for inner in value]
+            left += [(inner, depth + 1, False) for inner in value]
         elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
             return f"a JSON schema has the number {str(value)[:40]}: numbers above 2^53 are not held exactly, give text"
     return None
 
 
-def _is_large_multiple(value: Any) -> bool:
+def _states(value: Any) -> int:
+    """Return the states of the automaton of a multipleOf; 0 where there is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
+        return 0
     number = Decimal(str(value)).normalize()
     exponent = number.as_tuple().exponent
-    return abs(number.scaleb(-exponent) if isinstance(exponent, int) and exponent < 0 else number) > _LARGEST_MULTIPLE
+    return int(abs(number.scaleb(-exponent) if isinstance(exponent, int) and exponent < 0 else number))

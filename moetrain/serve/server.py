@@ -95,6 +95,7 @@ class Server:
             await serving
         finally:
             self._started.set()
+            self._service.close()
             self._engine.stop()
 
     async def _drained(self, serving: "asyncio.Future[None]") -> None:

@@ -3,12 +3,13 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetrain.chat.grammar import Calls
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError, DataError
 from moetrain.inference.guided import Guide
@@ -27,6 +28,8 @@ from moetrain.serve.schemas import schema_problem
 _Json = dict[str, Any]
 _COMPILERS = 2
 """Threads that compile schemas, apart from those that tokenise, so that requests without a schema do not wait."""
+_MOST_COMPILING = 16
+"""Requests whose schemas may wait for these threads."""
 _STOPPED = "the server has stopped"
 
 
@@ -67,6 +70,7 @@ class Service:
         self._engine = engine
         self._num_jobs = 0
         self._runs: dict[str, Run] = {}
+        self._num_compiling = 0
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="schemas")
         self._guide = Guide(served.tokenizer, end_id=served.tokenizer.end_ids[0])
 
@@ -89,7 +93,7 @@ class Service:
             raise ApiError(message, status=404, param="model", code="model_not_found")
         prompts = await asyncio.to_thread(self._prompts, request)
         if isinstance(request, ChatRequest) and any(prompt.grammar for prompt in prompts):
-            await asyncio.get_running_loop().run_in_executor(self._compilers, self._check_grammars, request, prompts)
+            await self._compile(request, prompts)
         number = len(prompts) * request.choices.number
         if number > self._config.max_choices:
             message = f"the request asks for {number} answers: at most {self._config.max_choices} are allowed"
@@ -102,11 +106,22 @@ class Service:
             self._check_length(len(prompt.tokens), request)
         return prompts
 
+    async def _compile(self, request: ChatRequest, prompts: Sequence[Prompt]) -> None:
+        if self._num_compiling >= _MOST_COMPILING:
+            raise ApiError("too many schemas wait: try again later", status=503, code="busy", may_retry=True)
+        self._num_compiling += 1
+        work = asyncio.get_running_loop().run_in_executor(self._compilers, self._check_grammars, request, prompts)
+        work.add_done_callback(self._has_compiled)  # a client that leaves does not stop the work
+        await work
+
+    def _has_compiled(self, _: object) -> None:
+        self._num_compiling -= 1
+
     def _prompts(self, request: ChatRequest | TextRequest) -> list[Prompt]:
         tokenizer = self.served.tokenizer
         if isinstance(request, TextRequest):
             return text_prompts(request, tokenizer=tokenizer, vocab_size=self.served.vocab_size)
-        if problem := schema_problem([request.schema, *(tool.parameters for tool in request.tools)]):
+        if problem := schema_problem(_schemas(request)):
             raise ApiError(problem, param=_schema_param(request), code="invalid_schema")
         try:
             return [chat_prompt(request, tokenizer=tokenizer, declare_tools=self._config.declare_tools)]
@@ -116,9 +131,8 @@ class Service:
     def _check_grammars(self, request: ChatRequest, prompts: Sequence[Prompt]) -> None:
         """Compile the grammars of prompts. Raises ApiError when a schema cannot be used."""
         try:
-            for schema in [request.schema, *(tool.parameters for tool in request.tools)]:
-                if schema is not None:
-                    self._guide.check_schema(schema)
+            for schema in _schemas(request):
+                self._guide.check_schema(schema)
             for prompt in prompts:
                 self._guide.constraint(prompt.grammar)
         except ConfigError as error:
@@ -154,6 +168,10 @@ class Service:
                 self._engine.cancel(job)
                 self.metrics.count_end("abort")
             self.metrics.count_stray(sum(answer.num_stray for answer in run.answers))
+
+    def close(self) -> None:
+        """End the threads that compile, after what they compile now."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def abort(self) -> None:
         """End all running requests with an error."""
@@ -228,10 +246,9 @@ class Service:
             if not (update.is_ended or answer.is_done):
                 yield job, parts, False
                 continue
+            if update.problem == _STOPPED:  # `run` cancels and counts what has not ended
+                raise ApiError(_STOPPED, status=503, code="stopping")
             run.unfinished.remove(job)
-            if update.problem == _STOPPED:
-                self._engine.cancel(job)
-                raise ApiError(_STOPPED, status=503, code="stopping", may_retry=True)
             if problem := update.problem or (update.is_ended and _problem(job)):
                 raise ApiError(f"the answer could not be generated: {problem}", status=500, code="engine_error")
             if not update.is_ended:
@@ -328,6 +345,12 @@ def _prompt_ids(run: Run, number: int) -> _Json:
     """Return the token ids of the prompt of answer `number`, if the request asks for ids."""
     job = run.jobs[number]
     return {"prompt_token_ids": job.sequence.tokens[: job.num_prompt]} if run.choices.returns_token_ids else {}
+
+
+def _schemas(request: ChatRequest) -> list[Mapping[str, Any]]:
+    """Return the JSON schemas that the answer must match."""
+    tools = [] if request.calls is Calls.none else [tool.parameters for tool in request.tools]
+    return [*([] if request.schema is None else [request.schema]), *tools]
 
 
 def _schema_param(request: ChatRequest) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Integral
+from typing import Any
 
 from moetrain.chat.messages import Message
 from moetrain.chat.tool_schema import ToolSpec
@@ -98,7 +99,11 @@ def check_family(family: TaskFamily, *, name: str) -> None:
             raise ConfigError(f"{owner}.tools has the name {name_of_tool!r}: give text without spaces and colons")
         if names.count(name_of_tool) > 1:
             raise ConfigError(f"{owner}.tools has the name {name_of_tool} twice: give each tool its own")
-    if isinstance(family, MakesLongerTasks):
+    try:
+        makes_longer = isinstance(family, MakesLongerTasks)
+    except (Exception, SystemExit) as error:  # a property of a plugin may raise anything
+        raise ConfigError(f"{owner}.trained_calls fails: {type(error).__name__}: {error}") from error
+    if makes_longer:
         _check_range(family, owner=owner)
     try:
         task = family.task(Split.train, 0)
@@ -118,7 +123,7 @@ def check_family(family: TaskFamily, *, name: str) -> None:
         raise ConfigError(f"{made_by}, whose num_calls is {kind}: give a property that returns an int of 0 or more")
 
 
-def _check_range(family: MakesLongerTasks, *, owner: str) -> None:
+def _check_range(family: Any, *, owner: str) -> None:
     """Raise ConfigError unless `trained_calls` of a family with longer tasks is a pair of numbers."""
     calls: object = family.trained_calls
     is_pair = isinstance(calls, tuple | list) and len(calls) == 2 and all(isinstance(each, Integral) for each in calls)

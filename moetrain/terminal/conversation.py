@@ -62,7 +62,9 @@ class Conversation:
         before, num_calls = list(self._tokens), self._num_calls
         first = [*self._first, Message(role=Role.user, content=text)]
         if (length := len(self._opening(first))) >= self._max_tokens:
-            self._screen.say("note", f"the message has {length} tokens, and the model takes {self._max_tokens - 1}")
+            self._screen.say(
+                "note", f"the message is too long: {length} tokens with its markers, of {self._max_tokens - 1}"
+            )
             return TurnEnd.limit
         self._num_messages += 1
         end = self._rounds([Message(role=Role.user, content=text)])

@@ -120,7 +120,9 @@ def layer_change(
     experts.load_state_dict({name: sparse[f"{prefix}mlp.experts.{name}"] for name in experts.state_dict()})
     routing = router(x_ND)
     routed_ND = LocalDispatcher()(x_ND, routing.expert_ids_NK, routing.weights_NK, experts)
-    found_ND = routed_ND + _feed_forward(x_ND, sparse, prefix=f"{prefix}mlp.shared_experts")
+    found_ND = routed_ND
+    if model.num_shared_experts:
+        found_ND = found_ND + _feed_forward(x_ND, sparse, prefix=f"{prefix}mlp.shared_experts")
     copies_NK = routing.expert_ids_NK // plan.num_shards
     counts_NC = torch.zeros(num_tokens, plan.num_copies, dtype=torch.int64)
     counts_NC.scatter_add_(1, copies_NK, torch.ones_like(copies_NK))

@@ -114,7 +114,7 @@ def compare(
             name="prompts of another length",
             value=other_prompts + (len(pairs) - len(counted) if run.same_prompts else 0),
             bound=0 if run.same_prompts else len(pairs),
-            note=f"of {len(counted)} whose prompt_tokens both endpoints state",
+            note=f"of {len(pairs)}, of which {len(counted)} have prompt_tokens of both endpoints",
         ),
     ]
     reasons = {

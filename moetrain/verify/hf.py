@@ -126,6 +126,7 @@ def _tiny_row(
             theirs = _through_folder(Path(temporary) / "ours", config=config, weights=weights)
             theirs.save_pretrained(Path(temporary) / "theirs", max_shard_size=_SHARD_BYTES)
             read, folder = open_hf_folder(Path(temporary) / "theirs")
+            folder_tensors(read).check_shapes(folder)
             returned = dict(folder)
     ours = Transformer(read, compute_dtype=torch.float32)
     # Of layers without shared experts, transformers has matrices of size 0.

@@ -14,7 +14,7 @@ from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.deepspeed_engine import DeepSpeedEngine
 from moetrain.parallel.engine import Engine, ObjectiveResult
-from moetrain.parallel.state import TensorReader
+from moetrain.parallel.state import TensorReader, check
 from tests.parallel.nano import LEARNING_RATE, batch_of, build, difference, identical, largest_gap, objective_for, train
 
 FP32_ROUNDING = 1e-6  # relative, on loss, gradient norm and clip factor
@@ -53,6 +53,12 @@ def test_a_model_without_shared_experts_trains_in_every_engine(zero: int) -> Non
     sharded = build(EngineName.deepspeed, quantize=True, num_shared_experts=0, zero=zero)
     assert not [name for name in _state(plain) if "shared_experts" in name]
     assert difference(train(sharded, range(3)), train(plain, range(3))) < FP32_ROUNDING
+
+
+def test_tensors_without_elements_are_no_part_of_a_checkpoint() -> None:
+    check({"a": (2,), "shared.weight": (0, 4), "optimizer/muon/shared.weight": (4, 0)}, {"a": (2,)})
+    with pytest.raises(CheckpointError, match="b is not in this model"):
+        check({"a": (2,), "b": (1, 4)}, {"a": (2,)})
 
 
 @pytest.mark.parametrize("engine", list(EngineName))

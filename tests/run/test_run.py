@@ -15,6 +15,7 @@ import pytest
 from moetrain.errors import ConfigError
 from moetrain.log import read_metrics
 from moetrain.run.stage import lock
+from moetrain.run.torchrun import cause
 from tests.cli.command import ENVIRONMENT, moetrain
 
 RECIPE = """
@@ -254,56 +255,49 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_numbers(run: Path
     assert found == wanted
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_two_ranks_that_are_stopped_save_and_end_with_one_line(number: signal.Signals, run: Path) -> None:
-    """A terminal sends Ctrl-C to all processes; a scheduler sends SIGTERM to the first one."""
+    """A terminal sends Ctrl-C to all processes; a scheduler sends its signals to the first one."""
     name = f"stopped_{number.name}"
-    command = [
-        sys.executable,
-        "-m",
-        "moetrain.cli",
-        "run",
-        "recipe=mine",
-        f"name={name}",
-        "num_processes=2",
-        "threads=1",
-    ]
-    command += ["wandb.mode=disabled", "pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]
-    runner = subprocess.Popen(
-        command, cwd=run, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    assert runner.stderr is not None
-    for line in runner.stderr:
-        if b"metrics and checkpoints are in" in line:
-            break
-    os.killpg(runner.pid, number) if number == signal.SIGINT else os.kill(runner.pid, number)
-    said = runner.stderr.read().decode()
-    assert runner.wait() == 143, said
+    words = ["recipe=mine", f"name={name}", "num_processes=2", "threads=1", "wandb.mode=disabled"]
+    words += ["pretrain.train.steps=100000", "pretrain.parallel.engine=deepspeed"]
+    command = [sys.executable, "-m", "moetrain.cli", "run", *words]
+    checkpoints = run / "runs" / name / "pretrain" / "checkpoints"
+    with (run / f"{name}.log").open("w") as log:
+        runner = subprocess.Popen(
+            command, cwd=run, env=ENVIRONMENT, stderr=log, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        while not list(checkpoints.glob("step_*")) and runner.poll() is None:  # both ranks train
+            time.sleep(0.05)
+        os.killpg(runner.pid, number) if number == signal.SIGINT else os.kill(runner.pid, number)
+        code = runner.wait()
+    said = (run / f"{name}.log").read_text()
+    assert code == 143, said
     assert f"the ranks were stopped by {number.name}" in said and "Traceback" not in said
-    assert list((run / "runs" / name / "pretrain" / "checkpoints").glob("step_*"))
 
 
 def test_the_exit_code_of_ranks_that_refuse_their_input_is_passed_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "moetrain.run.torchrun",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "moetrain.cli",
-    ]
-    done = subprocess.run(
-        [*command, "pretrain", "train.stesp=3"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launcher = [sys.executable, "-m", "moetrain.run.torchrun", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "moetrain.cli", "pretrain", "train.stesp=3"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "ended with exit code 2, and with it all ranks ended" in done.stderr and "Traceback" not in done.stderr
+    assert "ended with exit code 2" in done.stderr and "Traceback" not in done.stderr
+    assert "signal 15" not in done.stderr
+
+
+def test_a_rank_that_is_killed_is_named_and_its_signal_is_the_exit_code(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text("import os, time\ntime.sleep(30) if os.environ['RANK'] == '0' else os.kill(os.getpid(), 9)\n")
+    launcher = [sys.executable, "-m", "moetrain.run.torchrun", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(script)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 was killed by signal 9" in done.stderr and "signal 15" not in done.stderr
+
+
+def test_the_cause_of_an_end_is_neither_a_lost_connection_nor_what_torch_ended() -> None:
+    assert cause([1, -9]) == cause([-9, 1]) == cause([-15, -9, 143]) == -9
+    assert cause([-15, 2]) == cause([143, 2, -15]) == 2
+    assert cause([143, 143]) == 143
 
 
 def test_a_stage_on_two_ranks_ends_with_the_run_that_started_it(run: Path) -> None:

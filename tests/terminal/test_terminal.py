@@ -141,7 +141,7 @@ def test_a_full_conversation_ends_the_chat(tokenizer: Tokenizer) -> None:
 
 def test_a_message_that_is_too_long_is_left_out_and_the_chat_goes_on(tokenizer: Tokenizer) -> None:
     said = _chat(Script(_say("yes"), tokenizer), tokenizer, ["x y " * 1000, "hi", None])
-    assert "the message has" in said and "and the model takes 599" in said
+    assert "the message is too long: " in said and " tokens with its markers, of 599" in said
     assert said.endswith("yes\n") and "taken back" not in said
 
 

@@ -25,6 +25,10 @@ def shape(*, num_dense_layers: int = 3, **fields: object) -> ModelConfig:
 
 CASES: dict[str, tuple[dict[str, object], UpcycleConfig]] = {
     "copies": ({"moe_intermediate_size": 48, "num_experts": 8}, UpcycleConfig()),
+    "copies without a shared expert": (
+        {"moe_intermediate_size": 48, "num_experts": 8, "num_shared_experts": 0},
+        UpcycleConfig(),
+    ),
     "copies of all layers": ({"moe_intermediate_size": 48, "num_dense_layers": 0}, UpcycleConfig()),
     "copies beside a shared part": (
         {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_token": 3},
