@@ -148,16 +148,17 @@ def die_with_parent(parent: int | None = None) -> None:
     """
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent and _has_ended(parent):
+        if parent is not None and os.getppid() != parent and process_state(parent) in ("", "Z", "X"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _has_ended(process: int) -> bool:
+def process_state(process: int) -> str:
+    """Return the state of a process from /proc (R, S, T, Z, ...), or an empty string if it does not exist."""
     try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] in b"ZX"
-    except OSError:
-        return True
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def keep_freed_memory() -> None:

@@ -40,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()
     keep_freed_memory()
-    launcher = os.environ.pop(LAUNCHER_PID, None)  # processes that this one starts have another parent
+    launcher = os.environ.pop(LAUNCHER_PID, "")  # processes that this one starts have another parent
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(
-            None if launcher is None else int(launcher)
-        )  # a rank that outlives its launcher keeps the run folder locked and waits for other ranks
+        # A rank that outlives its launcher keeps the run folder locked and waits for other ranks.
+        die_with_parent(int(launcher) if launcher.isdecimal() else None)
     try:
         if words[:1] == ["run"]:  # a recipe starts the ranks of its stages itself
             for name in LAUNCHER:

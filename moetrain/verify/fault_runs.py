@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.log import read_metrics
-from moetrain.runtime import die_with_parent
+from moetrain.runtime import die_with_parent, process_state
 from moetrain.verify.injection import VARIABLE, Plan
 from moetrain.verify.table import Row
 
@@ -250,11 +250,3 @@ def _without_seconds(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
-
-
-def process_state(pid: int) -> str:
-    """Return the state of a process from /proc (R, S, T, Z, ...), or an empty string if it does not exist."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
