@@ -190,9 +190,10 @@ def _compare_turns(run: RlRun | EvalRun, family: TaskFamily) -> None:
     """Warn if rollout.max_turns ends a task before the demonstrator, who makes one call per turn, would solve it."""
     if not isinstance(family, MakesLongerTasks) or rank() != 0:
         return
+    if isinstance(run, EvalRun) and not run.eval.num_tasks:
+        return  # it evaluates texts only
     longer = run.eval.longer_calls if isinstance(run, EvalRun) and run.eval.longer_tasks else []
-    is_asked = not isinstance(run, EvalRun) or run.eval.num_tasks > 0
-    calls = max([family.trained_calls[1] if is_asked else 0, *(longer if is_asked else [])])
+    calls = max([family.trained_calls[1], *longer])
     if run.rollout.max_turns <= calls:
         _log.warning(
             "rollout.max_turns is %d, and tasks of %d calls need %d turns with one call per turn: they end as "

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from moetrain.errors import ConfigError
 from moetrain.run.stage import INTERRUPTED
 from moetrain.runtime import LAUNCHER_PID
 
@@ -23,13 +24,16 @@ _SAVE_SECONDS = "110"
 
 def main(words: Sequence[str]) -> int:
     """Start ranks with the arguments of torchrun, wait for them, and return the exit code."""
+    seconds = os.environ.get("SAVE_SECONDS") or _SAVE_SECONDS
+    if not seconds.isdecimal():
+        print(f"moetrain: SAVE_SECONDS is {seconds!r}: give a whole number of seconds", file=sys.stderr)
+        return ConfigError.exit_code
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch").setLevel(logging.WARNING)
     os.environ[LAUNCHER_PID] = str(os.getpid())
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # the last one is Slurm's warning
-    timeout = ["--signals-to-handle", signals, "--shutdown-timeout", os.environ.get("SAVE_SECONDS") or _SAVE_SECONDS]
     try:
-        run(parse_args([*timeout, *words]))  # type: ignore[no-untyped-call]
+        run(parse_args(["--signals-to-handle", signals, "--shutdown-timeout", seconds, *words]))  # type: ignore[no-untyped-call]
     except SignalException as stopped:
         return _interrupted(stopped.sigval.name)
     except ChildFailedError as error:

@@ -285,6 +285,20 @@ def test_the_exit_code_of_ranks_that_refuse_their_input_is_passed_on(tmp_path: P
     assert "signal 15" not in done.stderr
 
 
+def test_a_time_to_save_that_is_no_number_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moetrain.run.torchrun", "x.py"],
+        env={**ENVIRONMENT, "SAVE_SECONDS": "2 min"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "moetrain: SAVE_SECONDS is '2 min': give a whole number of seconds\n",
+    )
+
+
 def test_a_rank_that_is_killed_is_named_and_its_signal_is_the_exit_code(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text("import os, time\ntime.sleep(30) if os.environ['RANK'] == '0' else os.kill(os.getpid(), 9)\n")
