@@ -214,8 +214,12 @@ def _layer(
     kv_b = matrix("self_attn.kv_b_proj").view(heads, nope + config.v_head_dim, config.kv_lora_rank)
     has_q_lora = config.q_lora_rank is not None
     is_dense = index < config.num_dense_layers
-    feed_forward = "mlp" if is_dense else "mlp.shared_experts"
-    has_feed_forward = is_dense or config.num_shared_experts > 0
+    if is_dense or config.num_shared_experts:
+        feed_forward = "mlp" if is_dense else "mlp.shared_experts"
+        gate, up, down = (matrix(f"{feed_forward}.{kind}_proj") for kind in ("gate", "up", "down"))
+    else:
+        gate = up = kv_b.new_zeros(0, config.hidden_size)
+        down = kv_b.new_zeros(config.hidden_size, 0)
     layer = LayerWeights(
         input_norm_D=vector("input_layernorm"),
         post_norm_D=vector("post_attention_layernorm"),
@@ -227,12 +231,8 @@ def _layer(
         up_k_HNC=kv_b[:, :nope].contiguous(),
         up_v_HCV=kv_b[:, nope:].transpose(1, 2).contiguous(),
         o_proj=matrix("self_attn.o_proj"),
-        dense_gate_up=torch.cat([matrix(f"{feed_forward}.gate_proj"), matrix(f"{feed_forward}.up_proj")])
-        if has_feed_forward
-        else torch.zeros(0, config.hidden_size, dtype=dtype),
-        dense_down=matrix(f"{feed_forward}.down_proj")
-        if has_feed_forward
-        else torch.zeros(config.hidden_size, 0, dtype=dtype),
+        dense_gate_up=torch.cat([gate, up]),
+        dense_down=down,
     )
     if not is_dense:
         experts = f"{prefix}mlp.experts."

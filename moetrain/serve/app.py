@@ -42,7 +42,7 @@ def build_app(service: Service, config: ServeConfig) -> Starlette:
         return _json(card)
 
     async def health(request: Request) -> Response:
-        return _json({"status": "ok" if service.is_healthy else "stopping"}, status=200 if service.is_healthy else 503)
+        return _json({"status": service.status}, status=200 if service.status == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -80,9 +80,11 @@ class Service:
         return self._num_jobs
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether new requests are answered."""
-        return self._engine.is_alive and not self.is_draining
+    def status(self) -> str:
+        """`ok` where new requests are answered, `stopping` after the server was told to end, else `failed`."""
+        if self.is_draining:
+            return "stopping"
+        return "ok" if self._engine.is_alive else "failed"
 
     async def prepare(self, request: ChatRequest | TextRequest) -> list[Prompt]:
         """Return the prompts of a request. Raises ApiError when it is refused."""

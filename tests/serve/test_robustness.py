@@ -351,6 +351,7 @@ def test_a_server_whose_engine_cannot_be_built_again_says_so(
     with serving(tokenizer, make) as server:
         assert post(server, CHAT, BODY)[2]["error"]["code"] == "engine_error"
         until(lambda: get(server, "/health")[0] == 503)
+        assert get(server, "/health")[2] == {"status": "failed"}
         status, _, content = post(server, CHAT, BODY)
         assert status == 503 and "the engine has failed" in content["error"]["message"]
         assert was_freed == [True]
