@@ -47,7 +47,7 @@ SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Alternatives: letters, one digit, punctuation, trailing space, other space. None joins a quote to a letter."""
 
 TOKENIZER_FILE = "tokenizer.json"
-_LONG_TEXT = 20_000
+_LONG_TEXT = 20_000  # characters
 _MARKER = re.compile(r"[<\[].*[>\]]")
 """Added tokens of this form are control tokens, also when the file does not mark them as special."""
 

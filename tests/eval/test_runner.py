@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from moetrain.eval.runner import Mode, run_mode
+from moetrain.eval.runner import Mode, Played, run_mode
 from moetrain.eval.summary import summarize
 from moetrain.inference.protocol import Generation, Model
 from moetrain.optim.config import OptimConfig
@@ -16,7 +16,7 @@ from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.engine import make_generation
 from moetrain.rollout.sync import sync_weights
 from moetrain.tasks.config import TaskConfig
-from moetrain.tasks.protocol import Split
+from moetrain.tasks.protocol import Split, TaskFamily
 from tests.distributed import run_ranks
 from tests.even_task import MODEL, EvenFamily, EvenTask, even_tokenizer
 from tests.threads import num_threads
@@ -32,20 +32,17 @@ def _generation(model: Model, rollout: RolloutConfig, number: int) -> Generation
     return make_generation(model, rollout, num_sequences=number)
 
 
-def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
-    """Return (task, tokens) of each trajectory that this rank is given back, for each number of tasks."""
-    parallel = ParallelConfig(engine=name)
+def _played(parallel: ParallelConfig, family: TaskFamily, *modes: Mode) -> list[Played]:
     engine = build_engine(
         MODEL, parallel, optim_config=OptimConfig(), quant_config=_QUANT, compute_dtype=torch.float32, seed=0
     )
-    seen = []
-    for num_tasks in NUM_TASKS:
-        rollout = RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2)
-        model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
-        played = run_mode(
-            Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)]),
+    rollout = RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2)
+    model = sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32)
+    return [
+        run_mode(
+            mode,
             make_generation=partial(_generation, model, rollout),
-            family_of=lambda config: EvenFamily(),
+            family_of=lambda config: family,
             task_config=TaskConfig(),
             tokenizer=even_tokenizer(),
             rollout=rollout,
@@ -53,8 +50,20 @@ def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
             seed=3,
             topology=setup(parallel),
         )
-        seen.append([(trajectory.task, trajectory.segments[0].tokens) for trajectory in played.trajectories])
-    return seen
+        for mode in modes
+    ]
+
+
+def _trajectories(name: EngineName) -> list[list[tuple[int, list[int]]]]:
+    """Return (task, tokens) of each trajectory that this rank is given back, for each number of tasks."""
+    modes = [
+        Mode(name="sampled", temperature=1.0, tasks=[(7 + place, None) for place in range(num_tasks)])
+        for num_tasks in NUM_TASKS
+    ]
+    return [
+        [(trajectory.task, trajectory.segments[0].tokens) for trajectory in played.trajectories]
+        for played in _played(ParallelConfig(engine=name), EvenFamily(), *modes)
+    ]
 
 
 def test_ranks_that_share_the_tasks_give_the_trajectories_of_one_process() -> None:
@@ -77,26 +86,6 @@ class _LongerFamily(EvenFamily):
 
 
 def test_tasks_of_a_given_length_that_state_none_are_told_apart_by_it() -> None:
-    engine = build_engine(
-        MODEL,
-        ParallelConfig(engine=EngineName.torch),
-        optim_config=OptimConfig(),
-        quant_config=_QUANT,
-        compute_dtype=torch.float32,
-        seed=0,
-    )
-    rollout = RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=60, max_turns=2)
-    played = run_mode(
-        Mode(name="greedy_longer", temperature=0.0, tasks=[(0, 3), (0, 5)]),
-        make_generation=partial(
-            _generation, sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), rollout
-        ),
-        family_of=lambda config: _LongerFamily(),
-        task_config=TaskConfig(),
-        tokenizer=even_tokenizer(),
-        rollout=rollout,
-        vote_samples=1,
-        seed=3,
-        topology=setup(ParallelConfig(engine=EngineName.torch)),
-    )
+    mode = Mode(name="greedy_longer", temperature=0.0, tasks=[(0, 3), (0, 5)])
+    (played,) = _played(ParallelConfig(engine=EngineName.torch), _LongerFamily(), mode)
     assert summarize(played.trajectories)["outcomes"].keys() == {"0/3", "0/5"}
