@@ -1,5 +1,5 @@
 // Routed experts with INT4 weights by tiles (tiles.h). The weights are the left operand, so that a row of a tile is one
-// column of a matrix, whose 32 inputs share a scale: their bfloat16 weights are looked up in a table of 16.
+// column of a matrix, whose 32 inputs share a scale: their bfloat16 weights are looked up among the 16 of that scale.
 //
 // A panel of PANEL columns has two halves of TILE columns, and lies in memory as it is read: [k / GROUP] of codes [2 halves]
 // [TILE / 4][GROUP] words, then scales [PANEL]. Word i of columns 4 v.. holds the codes of input i, that of column 4 v + j
@@ -22,9 +22,8 @@ struct Int4Tiles {
       std::memset(out, 0, BYTES);
       for (int64_t c = 0; c < PANEL; c++) {
         const bf16 scale = c < columns ? scales[c * groups + g] : bf16(0);
-        const bool is_zero = (scale & 0x7f80) == 0;  // has no exponent for the table
         auto* words = reinterpret_cast<uint16_t*>(out + c / TILE * HALF_BYTES) + c % TILE / 4 * GROUP;
-        for (int64_t i = 0; i < GROUP; i++) words[i] |= (is_zero ? 8 : codes[c * k + g * GROUP + i] + 8) << c % 4 * 4;
+        for (int64_t i = 0; i < GROUP; i++) words[i] |= (codes[c * k + g * GROUP + i] + 8) << c % 4 * 4;
         reinterpret_cast<bf16*>(out + CODE_BYTES)[c] = scale;
       }
     }
@@ -32,30 +31,31 @@ struct Int4Tiles {
 };
 
 #if defined(__AMX_BF16__)
-// bfloat16(code * scale) for the mantissas of all scales from 1 to 2.
+// bfloat16(code * scale) of every code and scale, 2 MB. A model uses a few exponents, so 4 KB each are in the cache.
 struct ScaledCodes {
-  alignas(64) bf16 of[128][16];
+  alignas(64) bf16 of[1 << 16][16];
   ScaledCodes() {
-    for (int64_t m = 0; m < 128; m++)
-      for (int64_t code = 0; code < 16; code++) of[m][code] = narrow((code - 8) * (1.0f + m / 128.0f));
+    for (int64_t scale = 0; scale < 1 << 16; scale++)
+      for (int64_t code = 0; code < 16; code++) of[scale][code] = narrow((code - 8) * widen(bf16(scale)));
   }
 };
-inline const ScaledCodes scaled_codes;
+inline const uint8_t* scaled_codes() {
+  static const auto* made = new ScaledCodes;
+  return reinterpret_cast<const uint8_t*>(made->of);
+}
 
-constexpr int64_t AHEAD = 6 * Int4Tiles::BYTES;   // bytes from what is read to what is fetched from memory
-constexpr int64_t FEW_TILES = 4;                  // that are unpacked before they are multiplied
+constexpr int64_t AHEAD = 6 * Int4Tiles::BYTES;  // bytes from what is read to what is fetched from memory
 
-// What the table needs to know about the scales of a group: places of their mantissas in bytes, and their signs and
-// exponents twice, as differences to those of 1.
-struct Scales {
-  alignas(64) uint32_t places[TILE], powers[TILE];
+// The places in the table, in bytes, of the scales of a group.
+struct Places {
+  alignas(64) int64_t of[TILE];  // narrower numbers would cost an instruction each to widen
 
   void read(const uint8_t* scales) {
-    constexpr bf16 ONE = 0x3f80;
-    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-    _mm512_store_si512(places, _mm512_slli_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0x7f)), 5));
-    const __m512i power = _mm512_sub_epi32(_mm512_and_si512(scale, _mm512_set1_epi32(0xff80)), _mm512_set1_epi32(ONE));
-    _mm512_store_si512(powers, _mm512_or_si512(_mm512_and_si512(power, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(power, 16)));
+    _mm_prefetch(scales + AHEAD, _MM_HINT_T0);
+    for (int64_t h = 0; h < TILE; h += 8) {
+      const __m512i eight = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 2 * h)));
+      _mm512_store_si512(of + h, _mm512_slli_epi64(eight, 5));
+    }
   }
 };
 
@@ -68,123 +68,143 @@ struct Strip {
       : codes(panel.from + half * Int4Tiles::HALF_BYTES), scales(panel.from + Int4Tiles::CODE_BYTES + half * TILE * 2) {}
 };
 
-// Makes the tile [TILE columns][GROUP inputs] of one group.
-inline void unpack_tile(const uint8_t* codes, const Scales& scales, uint8_t* out) {
-  constexpr __mmask32 NOT_ZERO = ~(1u << 8 | 1u << 24);
-  const auto* table = reinterpret_cast<const uint8_t*>(scaled_codes.of);
+// Makes the tile [TILE columns][GROUP inputs] of one group. Two of the processor's units permute and shift, and they
+// take the time; a high product shifts on either of them, where a shift has one.
+inline void unpack_tile(const uint8_t* codes, const Places& places, const uint8_t* table, uint8_t* out) {
 #pragma GCC unroll 4
   for (int64_t v = 0; v < TILE / 4; v++) {
     _mm_prefetch(codes + AHEAD + 64 * v, _MM_HINT_T0);
-    __m512i four = _mm512_loadu_si512(codes + 64 * v);
+    const __m512i four = _mm512_loadu_si512(codes + 64 * v);
 #pragma GCC unroll 4
-    for (int64_t c = 4 * v; c < 4 * v + 4; c++) {
-      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + scales.places[c]));
-      const __m512i values = _mm512_broadcast_i64x4(half), power = _mm512_set1_epi32(scales.powers[c]);
-      const __m512i scaled = _mm512_maskz_add_epi16(NOT_ZERO, values, power);
-      _mm512_store_si512(out + 64 * c, _mm512_permutexvar_epi16(four, scaled));  // reads five bits: both halves are equal
-      four = _mm512_srli_epi16(four, 4);
+    for (int64_t j = 0; j < 4; j++) {
+      const int64_t c = 4 * v + j;
+      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + places.of[c]));
+      const __m512i indices = j == 0 ? four : _mm512_mulhi_epu16(four, _mm512_set1_epi16(1 << (16 - 4 * j)));
+      // Five bits of an index are read, so both halves of the table are equal.
+      _mm512_store_si512(out + 64 * c, _mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half)));
     }
   }
 }
 
-// Makes the tiles [count][S] of groups from `start` on.
-template <int64_t S>
-inline void unpack_strips(const Strip (&strips)[S], int64_t start, int64_t count, uint8_t* tiles) {
-  constexpr int64_t AT_ONCE = FEW_TILES / S;  // the scales of several groups are read before use, to hide their latency
-  for (int64_t done = start; done < start + count; done += AT_ONCE) {
-    const int64_t now = std::min(AT_ONCE, start + count - done);
-    Scales scales[AT_ONCE][S];
-    for (int64_t i = 0; i < now; i++)
-      for (int64_t s = 0; s < S; s++) {
-        const uint8_t* from = strips[s].scales + (done + i) * Int4Tiles::BYTES;
-        _mm_prefetch(from + AHEAD, _MM_HINT_T0);
-        scales[i][s].read(from);
-      }
+// Calls use(group) for each group, after the places of its scales [S] were read.
+template <int64_t S, class Use>
+inline void for_groups(const Strip (&strips)[S], int64_t groups, Use use) {
+  Places places[2][S];
+  const auto read = [&](int64_t g) {
+    for (int64_t s = 0; s < S; s++) places[g % 2][s].read(strips[s].scales + g * Int4Tiles::BYTES);
+  };
+  read(0);
+  for (int64_t g = 0; g < groups; g++) {
+    if (g + 1 < groups) read(g + 1);  // a group ahead, to hide their latency
     memory_barrier();  // the compiler would keep them in registers, and extract each number by several instructions
-    for (int64_t i = 0; i < now; i++)
-      for (int64_t s = 0; s < S; s++, tiles += TILE_BYTES)
-        unpack_tile(strips[s].codes + (done + i) * Int4Tiles::BYTES, scales[i][s], tiles);
+    use(g, places[g % 2]);
   }
 }
 
-// Adds the products of tiles [groups][S] with 4 / S blocks of rows, of which the second may be empty, to the tile
-// registers 0 to 3: [blocks][S].
+// Calls use(i) for each i below N, as a constant.
+template <class Use, int64_t... I>
+inline void each(std::integer_sequence<int64_t, I...>, Use use) {
+  (use(std::integral_constant<int64_t, I>()), ...);
+}
+template <int64_t N, class Use>
+inline void each(Use use) {
+  each(std::make_integer_sequence<int64_t, N>(), use);
+}
+
+// A block of rows, [k / 2][rows] pairs of inputs.
+struct Block {
+  const bf16* from;
+  int64_t rows;
+};
+
+// The tile registers: sums in 0 to 3, [blocks][S]; tiles of strips in turn in 4 and 5; one block, or two if MORE, in 6 and 7.
+template <bool MORE>
+inline void load_blocks(Block block, Block more, int64_t g) {
+  load_tile<6>(block.from + g * GROUP * block.rows, block.rows * 4);
+  if constexpr (MORE) load_tile<7>(more.from + g * GROUP * more.rows, more.rows * 4);
+}
+template <int64_t S, bool MORE, int64_t s>
+inline void add_products() {
+  multiply_tiles<s, 4 + s % 2, 6>();
+  if constexpr (MORE) multiply_tiles<S + s, 4 + s % 2, 7>();
+}
 template <int64_t S, bool MORE>
-void tiles_times_blocks(const uint8_t* tiles, int64_t groups, const bf16* x, int64_t rows, const bf16* more, int64_t num_more) {
-  static_assert(S == 2 || (S == 4 && !MORE));
-  for (int64_t g = 0; g < groups; g++, tiles += S * TILE_BYTES) {
-    _tile_loadd(6, x + g * GROUP * rows, rows * 4);
-    _tile_loadd(4, tiles, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, tiles + TILE_BYTES, 64);
-    _tile_dpbf16ps(1, 5, 6);
-    if constexpr (S == 4) {
-      _tile_loadd(4, tiles + 2 * TILE_BYTES, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, tiles + 3 * TILE_BYTES, 64);
-      _tile_dpbf16ps(3, 5, 6);
-    }
-    if constexpr (MORE) {
-      _tile_loadd(7, more + g * GROUP * num_more, num_more * 4);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
+inline void add_group(const uint8_t* tiles, Block block, Block more, int64_t g) {
+  load_blocks<MORE>(block, more, g);
+  each<S>([&](auto s) {
+    load_tile<4 + s % 2>(tiles + s * TILE_BYTES, 64);
+    add_products<S, MORE, s>();
+  });
 }
 
-// Calls use(first row, number of rows, sums[S]) for each block of rows; sums are [TILE columns][rows].
-//
-// For at most 4 / S blocks a few groups are unpacked at a time, while those before are multiplied; for more, all groups are
-// unpacked first.
+// The products of strips with blocks that are multiplied once. While a tile of a group is unpacked, that of the group
+// before is read, and the one that was read before it is multiplied, so that none waits for another.
+template <int64_t S, bool MORE>
+void strips_times_few(const Strip (&strips)[S], int64_t groups, Block block, Block more) {
+  alignas(64) uint8_t tiles[2][S * TILE_BYTES];
+  const uint8_t* table = scaled_codes();
+  for_groups(strips, groups, [&](int64_t g, const Places* places) {
+    each<S>([&](auto s) {
+      if (g > (s == 0)) add_products<S, MORE, (s + S - 1) % S>();
+      if (g > 0) {
+        if constexpr (s == 0) load_blocks<MORE>(block, more, g - 1);
+        load_tile<4 + s % 2>(tiles[(g - 1) % 2] + s * TILE_BYTES, 64);
+      }
+      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, places[s], table, tiles[g % 2] + s * TILE_BYTES);
+    });
+  });
+  if (groups > 1) add_products<S, MORE, S - 1>();
+  add_group<S, MORE>(tiles[(groups - 1) % 2], block, more, groups - 1);
+}
+
+// Makes the tiles [groups][S].
+template <int64_t S>
+void unpack_strips(const Strip (&strips)[S], int64_t groups, uint8_t* tiles) {
+  const uint8_t* table = scaled_codes();
+  for_groups(strips, groups, [&](int64_t g, const Places* places) {
+    for (int64_t s = 0; s < S; s++, tiles += TILE_BYTES)
+      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, places[s], table, tiles);
+  });
+}
+
+// Calls use(first row, number of rows, sums[S]) for each block of rows; sums are [TILE columns][rows]. For more than 4 / S
+// blocks, all groups are unpacked first.
 template <int64_t S, class Use>
 void strips_times_blocks(const Strip (&strips)[S], const bf16* x, int64_t rows, int64_t k, Use use) {
-  constexpr int64_t FEW = FEW_TILES / S, TOGETHER = 4 / S * TILE;
-  alignas(64) uint8_t few[2 * FEW_TILES * TILE_BYTES];
+  constexpr int64_t TOGETHER = 4 / S * TILE;
   alignas(64) Sums sums[4];
   const bool is_few = rows <= TOGETHER;
-  const int64_t groups = k / GROUP, at_once = is_few ? FEW : groups;
-  Scratch<uint8_t> many(is_few ? 0 : groups * S * TILE_BYTES);
-  const auto tiles = [&](int64_t start) { return is_few ? few + start / FEW % 2 * FEW_TILES * TILE_BYTES : many.get(); };
-  const auto multiply = [&](int64_t start) {
-    const int64_t now = std::min(at_once, groups - start);
-    for (int64_t r = 0; r < rows; r += TOGETHER) {
-      const int64_t n = std::min(TILE, rows - r), more = std::min(TOGETHER - TILE, rows - r - n), last = S == 4 ? n : more;
-      set_tiles(100 * S + n + more, {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
-                {n * 4, n * 4, last * 4, last * 4, 64, 64, n * 4, more * 4});
-      memory_barrier();
-      if (start == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (last > 0) {
-          _tile_zero(2);
-          _tile_zero(3);
-        }
-      }
-      const bf16* block = x + r * k + start * GROUP * n;
-      const bf16* other = x + (r + n) * k + start * GROUP * more;
-      if constexpr (S == 2) {
-        if (more > 0) tiles_times_blocks<S, true>(tiles(start), now, block, n, other, more);
-        else tiles_times_blocks<S, false>(tiles(start), now, block, n, other, more);
-      } else {
-        tiles_times_blocks<S, false>(tiles(start), now, block, n, other, more);
-      }
-      if (start + now < groups) continue;
-      _tile_stored(0, sums[0], n * 4);
-      _tile_stored(1, sums[1], n * 4);
-      if (last > 0) {
-        _tile_stored(2, sums[2], last * 4);
-        _tile_stored(3, sums[3], last * 4);
-      }
-      memory_barrier();
-      use(r, n, sums);
-      if (more > 0) use(r + n, more, sums + S);
+  const int64_t groups = k / GROUP;
+  Scratch<uint8_t> tiles(is_few ? 0 : groups * S * TILE_BYTES);
+  if (!is_few) unpack_strips(strips, groups, tiles.get());
+  for (int64_t r = 0; r < rows; r += TOGETHER) {
+    const int64_t n = std::min(TILE, rows - r), num_more = std::min(TOGETHER - TILE, rows - r - n), last = S == 4 ? n : num_more;
+    set_tiles(100 * S + n + num_more, {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
+              {n * 4, n * 4, last * 4, last * 4, 64, 64, n * 4, num_more * 4});
+    _tile_zero(0);
+    _tile_zero(1);
+    if (last > 0) {
+      _tile_zero(2);
+      _tile_zero(3);
     }
-  };
-  for (int64_t start = 0; start < groups; start += at_once) {
-    unpack_strips(strips, start, std::min(at_once, groups - start), tiles(start));
-    if (start > 0) multiply(start - at_once);
+    const Block block{x + r * k, n}, more{x + (r + n) * k, num_more};
+    const auto add = [&](auto has_more) {
+      if (is_few) return strips_times_few<S, has_more>(strips, groups, block, more);
+      for (int64_t g = 0; g < groups; g++) add_group<S, has_more>(tiles.get() + g * S * TILE_BYTES, block, more, g);
+    };
+    if (num_more == 0) add(std::false_type());
+    if constexpr (S == 2)
+      if (num_more > 0) add(std::true_type());
+    _tile_stored(0, sums[0], n * 4);
+    _tile_stored(1, sums[1], n * 4);
+    if (last > 0) {
+      _tile_stored(2, sums[2], last * 4);
+      _tile_stored(3, sums[3], last * 4);
+    }
+    memory_barrier();
+    use(r, n, sums);
+    if (num_more > 0) use(r + n, num_more, sums + S);
   }
-  multiply((groups - 1) / at_once * at_once);
 }
 
 // Writes the rows x[tokens[0..rows)] of k numbers as a block.

@@ -49,6 +49,19 @@ inline void check_tile(int tile, const void* base, int64_t stride) {
 // The compiler does not know that tile instructions access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
+// The same instructions for registers that a template chooses; these are known to access memory.
+template <int TO>
+inline void load_tile(const void* base, int64_t stride) {
+#if defined(__SANITIZE_ADDRESS__)
+  check_tile(TO, base, stride);
+#endif
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(TO) : "memory");
+}
+template <int SUMS, int LEFT, int RIGHT>
+inline void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
+}
+
 // The shape of the tile registers of a thread, zero if none is set.
 inline thread_local int64_t tile_shape = 0;
 
