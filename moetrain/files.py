@@ -9,8 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,31 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def cache_folder() -> Path:
+    """Return the folder of what this package can make again. Raises RuntimeError if the user has no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
+
+
+def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object in the file `name` of the cache folder; if there is none, that of `make`, and keep it.
+
+    The name must change with everything that `make` depends on. A damaged file is made again. If the folder cannot be
+    written, nothing is kept.
+    """
+    try:
+        path = cache_folder() / name
+        kept = read_json_or_empty(path)
+    except (OSError, RuntimeError):
+        return make()
+    content = kept.get("content")
+    if isinstance(content, dict) and kept.get("sha256") == sha256_of_json(content):
+        return content
+    content = make()
+    with suppress(OSError):
+        write_json(path, {"sha256": sha256_of_json(content), "content": content})
+    return content
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.files import read_json_or_empty, to_json, write_json, write_json_lines, write_text
+from moetrain.files import cached_json, read_json_or_empty, to_json, write_json, write_json_lines, write_text
 
 
 def _strict(text: str) -> object:
@@ -47,3 +47,37 @@ def test_a_cache_that_is_missing_or_torn_is_empty(text: str | None, tmp_path: Pa
     if text is not None:
         (tmp_path / "cache.json").write_text(text)
     assert read_json_or_empty(tmp_path / "cache.json") == {}
+
+
+def test_what_is_cached_is_made_once_and_again_when_its_file_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make() -> dict[str, object]:
+        made.append(1)
+        return {"b": "ü\n", "a": [1, None]}
+
+    path = tmp_path / "moetrain" / "x-1.json"
+    for expected, text in (
+        (1, None),
+        (1, None),
+        (2, "{"),
+        (3, '{"sha256": 1, "content": {}}'),
+        (4, '{"content": null}'),
+    ):
+        if text is not None:
+            path.write_text(text)
+        assert list(cached_json("x-1.json", make).items()) == [("b", "ü\n"), ("a", [1, None])]
+        assert len(made) == expected
+    path.write_text(path.read_text().replace("null", "7"))  # valid JSON with another content
+    assert cached_json("x-1.json", make)["a"] == [1, None]
+
+
+def test_without_a_cache_folder_that_can_be_written_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cached_json("x.json", lambda: {"a": 1}) == {"a": 1}

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from moetrain.files import cached_json, sha256_of_json
+
 _LEFT_OUT = frozenset(
     {
         *("test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "turtledemo", "lib2to3"),
@@ -49,7 +51,13 @@ def stdlib_english() -> dict[str, str]:
     """Return the docstrings and long comments of each file as paragraphs, and the topics of `help()`.
 
     A paragraph that occurs in several files is left out, because it could be held out in one and trained on in another.
+    Parsing the files takes 2 s, so the result is kept in the cache folder.
     """
+    sources = [Path(__file__).read_text(encoding="utf-8"), stdlib_code(), _read(_root() / _TOPICS)]
+    return cached_json(f"stdlib-english-{sha256_of_json(sources)[:16]}.json", _english)
+
+
+def _english() -> dict[str, str]:
     by_file = {path: list(dict.fromkeys(_paragraphs(text))) for path, text in stdlib_code().items()}
     num_files = Counter(paragraph for paragraphs in by_file.values() for paragraph in paragraphs)
     documents = {}
@@ -73,17 +81,18 @@ def _paths(root: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
+    """Return the text of a file; empty if a distribution left it out, or it is in another encoding."""
     try:
         return path.read_text(encoding="utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        return ""  # a file in another encoding
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
 
 
 def _topics() -> dict[str, str]:
-    path = _root() / _TOPICS
-    if not path.is_file():  # left out by some distributions
+    text = _read(_root() / _TOPICS)
+    if not text:
         return {}
-    last = ast.parse(_read(path)).body[-1]
+    last = ast.parse(text).body[-1]
     topics = ast.literal_eval(last.value) if isinstance(last, ast.Assign) else {}
     return {f"{_TOPICS}/{name}": text for name, text in sorted(topics.items())}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain.files import sync
+from moetrain.files import cache_folder, sync
 
 SOURCES = Path(__file__).parent / "cpu"
 _MAIN = "kernels.cpp"
@@ -122,7 +122,7 @@ def load(target: Sequence[str] = _FOR_THIS_CPU) -> Library:
             f"no C++ compiler found ({os.environ.get('CXX') or 'g++'}); install g++ or set CXX to a compiler"
         )
     try:
-        path = _cache() / f"kernels-{_key(found, target)}.so"
+        path = cache_folder() / f"kernels-{_key(found, target)}.so"
     except (OSError, RuntimeError) as error:  # no home directory, or the compiler does not run
         raise UnavailableError(str(error)) from error
     if not path.exists():
@@ -131,10 +131,6 @@ def load(target: Sequence[str] = _FOR_THIS_CPU) -> Library:
         return Library(path)
     except OSError as error:
         raise UnavailableError(f"{path} cannot be loaded: {error}") from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
 
 
 def _flags(target: Sequence[str]) -> list[str]:

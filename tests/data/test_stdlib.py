@@ -1,3 +1,4 @@
+from moetrain.data import stdlib
 from moetrain.data.stdlib import stdlib_code, stdlib_english
 
 
@@ -17,3 +18,9 @@ def test_english_has_no_paragraph_twice() -> None:
     assert len(long) > 500
     assert len(set(long)) == len(long)
     assert not any(">>>" in paragraph for paragraph in paragraphs)
+
+
+def test_english_that_was_kept_is_what_parsing_gives_in_the_same_order() -> None:
+    stdlib_english()
+    stdlib_english.cache_clear()
+    assert list(stdlib_english().items()) == list(stdlib._english().items())
