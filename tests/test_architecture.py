@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,27 +80,27 @@ def python_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
-def trees(folder: Path = PACKAGE) -> Iterator[tuple[str, ast.Module]]:
-    """Yield (path inside the folder, syntax tree)."""
-    for path in python_files(folder):
-        yield path.relative_to(folder).as_posix(), ast.parse(path.read_text())
+@cache
+def trees(folder: Path = PACKAGE) -> list[tuple[str, ast.Module]]:
+    """Return (path inside the folder, syntax tree) of each file."""
+    return [(path.relative_to(folder).as_posix(), ast.parse(path.read_text())) for path in python_files(folder)]
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Yield (module, line) of every import, those inside functions too."""
+@cache
+def imports(tree: ast.Module) -> list[tuple[str, int]]:
+    """Return (module, line) of every import, those inside functions too."""
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.append((".", node.lineno))
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield ".", node.lineno
-                continue
             assert node.module
-            yield node.module, node.lineno
+            found.append((node.module, node.lineno))
             if node.module == "moetrain":
-                for alias in node.names:
-                    yield f"moetrain.{alias.name}", node.lineno
+                found += [(f"moetrain.{alias.name}", node.lineno) for alias in node.names]
+    return found
 
 
 def module_of(path: str) -> str:
