@@ -72,11 +72,11 @@ def compose(
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         OmegaConf.register_new_resolver("stage", stage_folder or _no_stages, replace=True)
         if search:
-            direct.append(
-                f"{_SEARCH_PATH}=[{','.join(f'{chr(34)}file://{path.resolve()}{chr(34)}' for path in search)}]"
-            )
+            urls = ",".join(f'"file://{path.resolve()}"' for path in search)
+            direct.append(f"{_SEARCH_PATH}=[{urls}]")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(data_folder("configs"))):
             tree = hydra.compose(name, overrides=direct)
+        del ConfigStore.instance().repo[f"{name}_schema.yaml"]  # Hydra copies all schemas each time
         for entry in entries:
             _set_entry(tree, schema, entry)
         shape = _shape_of_weights(tree, schema, shape_of)
