@@ -17,7 +17,8 @@ if [[ ! -d "$TRITON_FOLDER/triton" ]]; then
         --target "$TRITON_FOLDER" triton==3.6.0 || echo "test: Triton was not installed; its tests are skipped" >&2
 fi
 # Two test processes of one thread each: tests start ranks of their own, and threads would fight over the cores.
-export OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+# Starting W&B takes a second; the tests that need it give run.wandb.mode.
+export OMP_NUM_THREADS=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
 timed() {
     local start=$SECONDS name=$1
