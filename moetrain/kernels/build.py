@@ -9,6 +9,7 @@ those of the sanitizers.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -16,7 +17,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -153,11 +155,25 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
+@contextmanager
+def _in_turn(lock: Path) -> Iterator[None]:
+    """Let one process of this machine through at a time; all of them on a file system without locks."""
+    with lock.open("w") as file:
+        try:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def _compile(found: str, target: Sequence[str], path: Path) -> None:
-    """Write the library atomically: ranks that compile at the same time write the same content."""
+    """Write the library atomically, unless another process has meanwhile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with _in_turn(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            if path.exists():
+                return
             made = Path(folder) / path.name
             command = [found, *_flags(target), "-o", str(made), str(SOURCES / _MAIN)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)

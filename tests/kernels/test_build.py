@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_the_library_is_compiled_once_and_then_read(nothing_loaded: Path) -> Non
     changed = made.stat().st_mtime_ns
     assert load.__wrapped__().path == made
     assert [path.stat().st_mtime_ns for path in (nothing_loaded / "moetrain").iterdir()] == [changed]
+
+
+def test_ranks_that_start_together_compile_once(nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'echo call >> "$COUNT"; sleep 0.3; until [ "$1" = -o ]; do shift; done; echo made > "$2"'
+    monkeypatch.setenv("COUNT", str(nothing_loaded / "count"))
+    _take_compiler(nothing_loaded, monkeypatch, script)
+    path = nothing_loaded / "moetrain" / "kernels-1.so"
+    compiler = str(nothing_loaded / "compiler")
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(build._compile, compiler, (), path) for _ in range(3)]:
+            done.result()
+    assert (nothing_loaded / "count").read_text() == "call\n"
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 def test_added_flags_reach_the_compiler_and_name_another_library(
