@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moetrain.data.config import SourceConfig
@@ -15,11 +16,15 @@ _REVISION = re.compile(r"@([0-9a-f]{40})$")
 
 @dataclass(frozen=True, kw_only=True)
 class HubPart:
-    """A part of a data set, counted from 0, and the revision that it is read from (null for a local folder)."""
+    """A part of a data set, counted from 0, and the revision that it is read from.
+
+    For a local folder the revision is None, and local_bytes are the bytes of all its data files.
+    """
 
     number: int
     num_parts: int
-    revision: str | None
+    revision: str | None = None
+    local_bytes: int | None = None
 
 
 def hub_records(config: SourceConfig) -> Iterator[tuple[str, Record]]:
@@ -43,8 +48,13 @@ def hub_parts(config: SourceConfig) -> list[HubPart]:
         builder = _builder(config)
         found = _REVISION.search(builder.base_path or "")
         num_parts = int(builder.as_streaming_dataset(config.split).num_shards)
+        paths = [Path(name) for names in (builder.config.data_files or {}).values() for name in names]
+        local_bytes = sum(path.stat().st_size for path in paths if path.is_file()) or None
     revision = found[1] if found else None
-    return [HubPart(number=number, num_parts=num_parts, revision=revision) for number in range(num_parts)]
+    return [
+        HubPart(number=number, num_parts=num_parts, revision=revision, local_bytes=local_bytes)
+        for number in range(num_parts)
+    ]
 
 
 def part_records(config: SourceConfig, part: HubPart) -> Iterator[tuple[str, Record]]:

@@ -46,6 +46,18 @@ def test_a_data_set_of_the_hub_is_streamed_to_the_tokens_of_its_files(tmp_path: 
     assert _tokens(tmp_path, "hub") == _tokens(tmp_path, "files") != b""
 
 
+def test_a_local_folder_that_datasets_reads_is_not_prepared_already_when_it_grew(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_bytes(_jsonl(TEXTS[:60]))
+    words = ["prepare", "data.sources.web.kind=hub", *_words(tmp_path, str(tmp_path / "set"))]
+    for expected in ("documents", "is prepared already"):
+        run = moetrain(*words, HF_HOME=str(tmp_path / "hf"))
+        assert run.returncode == 0 and expected in run.stderr + run.stdout
+    (tmp_path / "set/train.jsonl").write_bytes(_jsonl(TEXTS))
+    run = moetrain(*words, HF_HOME=str(tmp_path / "hf"))
+    assert run.returncode == 2 and "was prepared with another content of the data set" in run.stderr
+
+
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(tmp_path: Path) -> None:
     files = {"data/train.jsonl": _jsonl(TEXTS)}
     for name, gated, reason in [

@@ -38,7 +38,8 @@ class Unit:
     begin: int = 0
     end: int | None = None
     file_bytes: int | None = None
-    """Bytes of the whole file, for a part of it: where lines start depends on all bytes before."""
+    """Bytes of the whole file, for a part of it: where lines start depends on all bytes before. For a data set that
+    `datasets` reads from a local folder, the bytes of its files."""
     revision: str | None = None
     """Revision of a hub data set."""
 
@@ -53,7 +54,13 @@ def units_of(config: SourceConfig, *, shard_bytes: int) -> list[Unit]:
         if config.max_characters is not None:  # one process counts the characters
             return [Unit(size=shard_bytes)]
         return [
-            Unit(size=shard_bytes, begin=part.number, end=part.num_parts, revision=part.revision)
+            Unit(
+                size=shard_bytes,
+                begin=part.number,
+                end=part.num_parts,
+                file_bytes=part.local_bytes,
+                revision=part.revision,
+            )
             for part in hub_parts(config)
         ]
     if config.path is None:
