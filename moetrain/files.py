@@ -75,28 +75,29 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what this package can make again. Raises RuntimeError if the user has no home folder."""
+    """Return the cache folder, for files that can be recreated. Raises RuntimeError if the user has no home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain"
 
 
 def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON object in the file `name` of the cache folder; if there is none, that of `make`, and keep it.
+    """Return the JSON object in the file `name` of the cache folder; without it, that of `make`, which is then stored.
 
     The name must change with everything that `make` depends on. A damaged file is made again. If the folder cannot be
-    written, nothing is kept.
+    written, nothing is stored. The result is what JSON makes of the content: tuples become lists.
     """
     try:
         path = cache_folder() / name
-        kept = read_json_or_empty(path)
+        stored = read_json_or_empty(path)
     except (OSError, RuntimeError):
-        return make()
-    content = kept.get("content")
-    if isinstance(content, dict) and kept.get("sha256") == sha256_of_json(content):
+        path, stored = None, {}
+    content = stored.get("content")
+    if isinstance(content, dict) and stored.get("sha256") == sha256_of_json(content):
         return content
-    content = make()
-    with suppress(OSError):
-        write_json(path, {"sha256": sha256_of_json(content), "content": content})
-    return content
+    made: dict[str, Any] = json.loads(to_json(make()))
+    if path is not None:
+        with suppress(OSError):
+            write_json(path, {"sha256": sha256_of_json(made), "content": made})
+    return made
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:

@@ -75,9 +75,11 @@ def test_what_is_cached_is_made_once_and_again_when_its_file_is_damaged(
     assert cached_json("x-1.json", make)["a"] == [1, None]
 
 
-def test_without_a_cache_folder_that_can_be_written_nothing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", ["file", "link"])
+def test_without_a_cache_folder_that_can_be_written_nothing_is_stored(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cached_json("x.json", lambda: {"a": 1}) == {"a": 1}
+    (tmp_path / "file").write_text("")  # cannot be read as a folder
+    (tmp_path / "link").symlink_to(tmp_path / "missing" / "folder")  # reads as if it were empty
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+    assert cached_json("x.json", lambda: {"a": (1, 2)}) == {"a": [1, 2]}

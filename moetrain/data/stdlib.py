@@ -34,6 +34,8 @@ _MAX_WORD = 20
 """Largest mean number of characters per word in a paragraph; above it are lists of names."""
 
 
+_OWN_SOURCE = Path(__file__).read_text(encoding="utf-8")
+"""The source of this module when it was imported: what is cached depends on it."""
 _BLOCKS = ("body", "handlers", "orelse", "finalbody")
 """Fields of a statement that hold statements."""
 
@@ -53,7 +55,7 @@ def stdlib_english() -> dict[str, str]:
     A paragraph that occurs in several files is left out, because it could be held out in one and trained on in another.
     Parsing the files takes 2 s, so the result is kept in the cache folder.
     """
-    sources = [Path(__file__).read_text(encoding="utf-8"), stdlib_code(), _read(_root() / _TOPICS)]
+    sources = [_OWN_SOURCE, stdlib_code(), _read(_root() / _TOPICS)]
     return cached_json(f"stdlib-english-{sha256_of_json(sources)[:16]}.json", _english)
 
 

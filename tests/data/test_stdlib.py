@@ -1,3 +1,7 @@
+from pathlib import Path
+
+import pytest
+
 from moetrain.data import stdlib
 from moetrain.data.stdlib import stdlib_code, stdlib_english
 
@@ -20,7 +24,12 @@ def test_english_has_no_paragraph_twice() -> None:
     assert not any(">>>" in paragraph for paragraph in paragraphs)
 
 
-def test_english_that_was_kept_is_what_parsing_gives_in_the_same_order() -> None:
-    stdlib_english()
-    stdlib_english.cache_clear()
-    assert list(stdlib_english().items()) == list(stdlib._english().items())
+def test_english_is_parsed_once_and_then_read_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parsed = stdlib._english()
+    for make in (lambda: parsed, lambda: pytest.fail("it was parsed again")):
+        monkeypatch.setattr(stdlib, "_english", make)
+        stdlib_english.cache_clear()
+        assert list(stdlib_english().items()) == list(parsed.items())

@@ -103,6 +103,21 @@ def test_packed_experts_multiply_the_weights_of_training(
         assert torch.equal(_expert_rows(library, x_SD, counts, gate_up, down), found_SD)
 
 
+def test_columns_that_fill_no_panel_and_groups_with_scale_zero_are_packed(library: Library) -> None:
+    codes_OI = (torch.arange(48 * 64) % 16 - 8).to(torch.int8).reshape(48, 64)
+    scales_OG = torch.ones(48, 2, dtype=torch.bfloat16)
+    scales_OG[1::3] = 0
+    panel_bytes = library.packed_bytes(1, 32, 64)
+    packed = torch.full((2 * panel_bytes + 64,), 7, dtype=torch.uint8)
+    library("pack_int4", Units.tiles, codes_OI, scales_OG, packed, 1, 48, 64)
+    assert library.packed_bytes(1, 48, 64) == 2 * panel_bytes and packed[2 * panel_bytes :].eq(7).all()
+
+    gate_up = quantize(_draw(1, 64, 32, seed=6), grid=GridName.kimi7, group_size=32)
+    down = Quantized(codes_XOI=codes_OI[None, :32, :32].contiguous(), scales_XOG=scales_OG[None, :32, :1].contiguous())
+    found_RD = _expert_rows(library, _draw(3, 32, seed=7).bfloat16(), [3], gate_up, down)
+    assert found_RD[:, 1::3].eq(0).all() and not found_RD[:, ::3].eq(0).all()
+
+
 def test_every_code_is_multiplied_with_every_mantissa_as_training_rounds_it(library: Library) -> None:
     """128 columns of `down` have scales of all bf16 mantissas, of both signs, and each has all codes, twice."""
     gate_up = quantize(_draw(1, 64, 128, seed=5), grid=GridName.kimi7, group_size=32)

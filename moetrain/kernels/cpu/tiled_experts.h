@@ -20,18 +20,18 @@ struct Int4Tiles {
     const int64_t groups = k / GROUP;
     for (int64_t g = 0; g < groups; g++, out += BYTES) {
       std::memset(out, 0, BYTES);
-      for (int64_t c = 0; c < PANEL; c++) {
-        const bf16 scale = c < columns ? scales[c * groups + g] : bf16(0);
+      for (int64_t c = 0; c < std::min(columns, PANEL); c++) {
         auto* words = reinterpret_cast<uint16_t*>(out + c / TILE * HALF_BYTES) + c % TILE / 4 * GROUP;
         for (int64_t i = 0; i < GROUP; i++) words[i] |= (codes[c * k + g * GROUP + i] + 8) << c % 4 * 4;
-        reinterpret_cast<bf16*>(out + CODE_BYTES)[c] = scale;
+        reinterpret_cast<bf16*>(out + CODE_BYTES)[c] = scales[c * groups + g];
       }
     }
   }
 };
 
 #if defined(__AMX_BF16__)
-// bfloat16(code * scale) of every code and scale, 2 MB. A model uses a few exponents, so 4 KB each are in the cache.
+// bfloat16(code * scale) of every code and scale, 2 MB. The scales of a model have few exponents, so only 4 KB per exponent
+// and sign are read, and stay in the cache.
 struct ScaledCodes {
   alignas(64) bf16 of[1 << 16][16];
   ScaledCodes() {
@@ -46,15 +46,15 @@ inline const uint8_t* scaled_codes() {
 
 constexpr int64_t AHEAD = 6 * Int4Tiles::BYTES;  // bytes from what is read to what is fetched from memory
 
-// The places in the table, in bytes, of the scales of a group.
-struct Places {
-  alignas(64) int64_t of[TILE];  // narrower numbers would cost an instruction each to widen
+// For each scale of a group, the offset of its 16 products in the table.
+struct Offsets {
+  alignas(64) int64_t bytes[TILE];  // 64 bits wide, because each is added to a pointer
 
   void read(const uint8_t* scales) {
     _mm_prefetch(scales + AHEAD, _MM_HINT_T0);
     for (int64_t h = 0; h < TILE; h += 8) {
       const __m512i eight = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 2 * h)));
-      _mm512_store_si512(of + h, _mm512_slli_epi64(eight, 5));
+      _mm512_store_si512(bytes + h, _mm512_slli_epi64(eight, 5));
     }
   }
 };
@@ -68,9 +68,9 @@ struct Strip {
       : codes(panel.from + half * Int4Tiles::HALF_BYTES), scales(panel.from + Int4Tiles::CODE_BYTES + half * TILE * 2) {}
 };
 
-// Makes the tile [TILE columns][GROUP inputs] of one group. Two of the processor's units permute and shift, and they
-// take the time; a high product shifts on either of them, where a shift has one.
-inline void unpack_tile(const uint8_t* codes, const Places& places, const uint8_t* table, uint8_t* out) {
+// Makes the tile [TILE columns][GROUP inputs] of one group. Permutes and shifts limit the speed: two execution units run
+// them. A shift runs on one of them only, the high half of a product by a power of two on both, so it replaces the shift.
+inline void unpack_tile(const uint8_t* codes, const Offsets& offsets, const uint8_t* table, uint8_t* out) {
 #pragma GCC unroll 4
   for (int64_t v = 0; v < TILE / 4; v++) {
     _mm_prefetch(codes + AHEAD + 64 * v, _MM_HINT_T0);
@@ -78,26 +78,27 @@ inline void unpack_tile(const uint8_t* codes, const Places& places, const uint8_
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; j++) {
       const int64_t c = 4 * v + j;
-      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + places.of[c]));
+      const __m256i scaled = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + offsets.bytes[c]));
       const __m512i indices = j == 0 ? four : _mm512_mulhi_epu16(four, _mm512_set1_epi16(1 << (16 - 4 * j)));
-      // Five bits of an index are read, so both halves of the table are equal.
-      _mm512_store_si512(out + 64 * c, _mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(half)));
+      // Five bits of an index are read. The fifth belongs to the next code, so the 16 numbers are repeated.
+      _mm512_store_si512(out + 64 * c, _mm512_permutexvar_epi16(indices, _mm512_broadcast_i64x4(scaled)));
     }
   }
 }
 
-// Calls use(group) for each group, after the places of its scales [S] were read.
+// Calls use(group, offsets[S]) for each of at least one group. The offsets of the next group are computed before, to hide
+// the latency.
 template <int64_t S, class Use>
 inline void for_groups(const Strip (&strips)[S], int64_t groups, Use use) {
-  Places places[2][S];
+  Offsets offsets[2][S];
   const auto read = [&](int64_t g) {
-    for (int64_t s = 0; s < S; s++) places[g % 2][s].read(strips[s].scales + g * Int4Tiles::BYTES);
+    for (int64_t s = 0; s < S; s++) offsets[g % 2][s].read(strips[s].scales + g * Int4Tiles::BYTES);
   };
   read(0);
   for (int64_t g = 0; g < groups; g++) {
-    if (g + 1 < groups) read(g + 1);  // a group ahead, to hide their latency
+    if (g + 1 < groups) read(g + 1);
     memory_barrier();  // the compiler would keep them in registers, and extract each number by several instructions
-    use(g, places[g % 2]);
+    use(g, offsets[g % 2]);
   }
 }
 
@@ -117,7 +118,7 @@ struct Block {
   int64_t rows;
 };
 
-// The tile registers: sums in 0 to 3, [blocks][S]; tiles of strips in turn in 4 and 5; one block, or two if MORE, in 6 and 7.
+// The tile registers: sums in 0 to 3, [blocks][S]; the tile of strip s in 4 + s % 2; one block, or two if MORE, in 6 and 7.
 template <bool MORE>
 inline void load_blocks(Block block, Block more, int64_t g) {
   load_tile<6>(block.from + g * GROUP * block.rows, block.rows * 4);
@@ -137,20 +138,21 @@ inline void add_group(const uint8_t* tiles, Block block, Block more, int64_t g) 
   });
 }
 
-// The products of strips with blocks that are multiplied once. While a tile of a group is unpacked, that of the group
-// before is read, and the one that was read before it is multiplied, so that none waits for another.
+// The products for at most 4 / S blocks: each unpacked tile is used once, so it is not kept. A pipeline of three stages:
+// step (g, s) multiplies the tile that the previous step loaded, loads tile s of group g - 1, and unpacks tile s of group g.
 template <int64_t S, bool MORE>
 void strips_times_few(const Strip (&strips)[S], int64_t groups, Block block, Block more) {
   alignas(64) uint8_t tiles[2][S * TILE_BYTES];
   const uint8_t* table = scaled_codes();
-  for_groups(strips, groups, [&](int64_t g, const Places* places) {
+  for_groups(strips, groups, [&](int64_t g, const Offsets* offsets) {
     each<S>([&](auto s) {
-      if (g > (s == 0)) add_products<S, MORE, (s + S - 1) % S>();
+      const bool is_loaded = s == 0 ? g > 1 : g > 0;
+      if (is_loaded) add_products<S, MORE, (s + S - 1) % S>();
       if (g > 0) {
         if constexpr (s == 0) load_blocks<MORE>(block, more, g - 1);
         load_tile<4 + s % 2>(tiles[(g - 1) % 2] + s * TILE_BYTES, 64);
       }
-      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, places[s], table, tiles[g % 2] + s * TILE_BYTES);
+      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, offsets[s], table, tiles[g % 2] + s * TILE_BYTES);
     });
   });
   if (groups > 1) add_products<S, MORE, S - 1>();
@@ -161,9 +163,9 @@ void strips_times_few(const Strip (&strips)[S], int64_t groups, Block block, Blo
 template <int64_t S>
 void unpack_strips(const Strip (&strips)[S], int64_t groups, uint8_t* tiles) {
   const uint8_t* table = scaled_codes();
-  for_groups(strips, groups, [&](int64_t g, const Places* places) {
+  for_groups(strips, groups, [&](int64_t g, const Offsets* offsets) {
     for (int64_t s = 0; s < S; s++, tiles += TILE_BYTES)
-      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, places[s], table, tiles);
+      unpack_tile(strips[s].codes + g * Int4Tiles::BYTES, offsets[s], table, tiles);
   });
 }
 

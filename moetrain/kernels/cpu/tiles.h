@@ -49,7 +49,8 @@ inline void check_tile(int tile, const void* base, int64_t stride) {
 // The compiler does not know that tile instructions access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// The same instructions for registers that a template chooses; these are known to access memory.
+// Loads and multiplies as inline assembly: the register is a template argument, which the intrinsics do not accept. The
+// load tells the compiler that it reads memory.
 template <int TO>
 inline void load_tile(const void* base, int64_t stride) {
 #if defined(__SANITIZE_ADDRESS__)
