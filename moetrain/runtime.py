@@ -58,7 +58,7 @@ def check_rendezvous() -> None:
     missing = [name for name in ("WORLD_SIZE", *RENDEZVOUS) if not os.environ.get(name)]
     if missing:
         value = os.environ[named]
-        raise ConfigError(f"{named} is {value} in the environment, but {', '.join(missing)} is not set: {_CURE}")
+        raise ConfigError(f"{named} is {value} in the environment, but without {', '.join(missing)}: {_CURE}")
     port = os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= MAX_PORT):
         raise ConfigError(

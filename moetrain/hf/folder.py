@@ -27,6 +27,8 @@ from moetrain.quant.grids import Quantized
 
 _log = logging.getLogger(__name__)
 
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Names of files that may hold weights; one that is not read is named in the log."""
 _ROUTER = ".gate.weight"
 """End of the name of a router's matrix, which stays in float32 in an export."""
 
@@ -68,6 +70,9 @@ class HfFolder(Mapping[str, torch.Tensor]):
         if used.unused:
             counts = ", ".join(f"{what}: {count} tensors" for what, count in sorted(used.unused.items()))
             _log.info("%s: not used: %s", path, counts)
+        read = {tensor.path.name for tensor in disk.values()}
+        if others := sorted({file.name for ending in _WEIGHT_FILES for file in path.glob(ending)} - read):
+            _log.info("%s: files not used: %s", path, ", ".join(others))
         self.dtypes = {
             tensor.tensor.dtype
             for name, tensor in stored.items()

@@ -173,7 +173,7 @@ def check_names(run: StageRun) -> None:
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
         if has_dialogues or not isinstance(run, DocumentRun):
             registry.check_family(family, name=run.task.name)
-        if isinstance(run, DocumentRun) and has_dialogues:
+        if isinstance(run, DocumentRun | EvalRun) and has_dialogues:  # the text that eval measures includes dialogues
             registry.demonstrator_of(family)
         if isinstance(run, RlRun | EvalRun):
             _compare_turns(run, family)

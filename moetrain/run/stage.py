@@ -27,7 +27,7 @@ _RESULTS = (
 )
 """Patterns of result files in a stage folder, which belong to its config."""
 
-_WORK = ("checkpoints", "*/.work/*.json", "*/index.json")
+_WORK = ("checkpoints", "*/.work/*.json", "*/index.json", "finished_modes.json", "collection/*")
 """Patterns of what a stage that failed on the user's input keeps: work that would take long to do again."""
 
 

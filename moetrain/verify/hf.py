@@ -20,7 +20,7 @@ from moetrain.export.folder import CONFIG_FILE, write_weights
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import write_json
 from moetrain.hf.consumers import obstacles
-from moetrain.hf.files import read_object
+from moetrain.hf.files import INDEX_FILE, SINGLE_FILE, read_object
 from moetrain.hf.folder import open_hf_folder
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import text_config, to_hf_config
@@ -138,8 +138,9 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     """Return the row of a Hugging Face folder. Both models are in memory in float32.
 
     transformers reads plain weights and packed experts itself. It reads neither FP8 blocks with a shorter last block on
-    a CPU nor the language model of a model with an image encoder alone; there it computes with the values that this
-    package reads. No code of the folder is run. Raises `ConfigError` for a shape that transformers does not support.
+    a CPU, nor the language model of a model with an image encoder alone, nor several files without an index; there it
+    computes with the values that this package reads. No code of the folder is run. Raises `ConfigError` for a shape
+    that transformers does not support.
     """
     config, reader = open_hf_folder(path)
     if reasons := obstacles(config, Consumer.transformers):
@@ -149,11 +150,12 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():
             read_into(tensor, reader, name=name)
-    theirs = _of_folder(path) if reader.is_plain_or_packed else _stock_model(config)
-    if not reader.is_plain_or_packed:
+    reads_itself = reader.is_plain_or_packed and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    theirs = _of_folder(path) if reads_itself else _stock_model(config)
+    if not reads_itself:
         theirs.load_state_dict(_without_mtp(ours.state_dict(), config))
     tokens_BT = _tokens(config, seed=seed, shape=(num_rows, num_tokens))
-    name = str(path) if reader.is_plain_or_packed else f"{path}, read by this package for both"
+    name = str(path) if reads_itself else f"{path}, read by this package for both"
     return _row(name, ours=ours, theirs=theirs.eval(), tokens_BT=tokens_BT, fault=fault)
 
 

@@ -212,14 +212,14 @@ _LEFT = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_POR
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but without RANK, MASTER_ADDR, MASTER_PORT: "),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
         ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
         ({"RANK": "x"}, "RANK is 'x' in the environment"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3 and WORLD_SIZE is 2"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment"),
-        ({"RANK": "0"}, "RANK is 0 in the environment, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"RANK": "0"}, "RANK is 0 in the environment, but without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: "),
         (_LEFT | {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc' in the environment"),
         (_LEFT | {"MASTER_PORT": "99999"}, "MASTER_PORT is '99999' in the environment"),
     ],

@@ -79,10 +79,12 @@ def test_a_model_with_an_image_encoder_is_read_without_it_and_the_rest_is_listed
     disk |= {"mm_projector.linear_1.weight": torch.zeros(2, 2, dtype=torch.int8)}  # its dtype does not matter
     disk["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     folder = released.write(tmp_path, disk, values=released.wrapped_config())
+    (folder / "pytorch_model_old.bin").write_bytes(b"not read")
     with caplog.at_level("INFO"):
         assert_read(folder, values)
     line = "not used: mm_projector: 1 tensors, rotary frequencies: 1 tensors, vision_tower: 2 tensors"
     assert f"{folder}: {line}" in caplog.text
+    assert f"{folder}: files not used: pytorch_model_old.bin\n" in caplog.text
 
 
 @pytest.mark.parametrize("stated", [0, 1])

@@ -23,6 +23,19 @@ stages:
 """
 
 
+WITHOUT_A_DEMONSTRATOR = """
+from moetrain.tasks.registry import register
+from tests.even_task import EvenFamily
+
+class Judged:
+    def __init__(self, config, seed):
+        self._inner = EvenFamily()
+        self.tools, self.task = self._inner.tools, self._inner.task
+
+register("judged", Judged)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the current folder, with a recipe and bad files in it."""
@@ -190,3 +203,13 @@ def test_too_few_turns_for_the_tasks_are_a_warning(
     said = [record.message for record in caplog.records if "rollout.max_turns" in record.message]
     assert len(said) == (calls is not None)
     assert not said or f"rollout.max_turns is 16, and tasks of {calls} calls need {calls + 1} turns" in said[0]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("command", ["eval", "sft"])
+def test_dialogues_of_a_family_without_a_demonstrator_are_refused_first(command: str, tmp_path: Path) -> None:
+    plugin = tmp_path / "judged.py"
+    plugin.write_text(WITHOUT_A_DEMONSTRATOR)
+    words = ["init_from=x", f"plugins=[{plugin}]", "task.name=judged"]
+    check_names(compose("eval", [*words, "data=language"]))
+    with pytest.raises(ConfigError, match=r"source of kind dialogues, but Judged has no demonstrate"):
+        check_names(compose(command, [*words, "data=test"]))

@@ -73,3 +73,13 @@ def test_a_stage_says_what_made_it_and_a_refused_one_does_not_overwrite_it(train
     with pytest.raises(CheckpointError), stage_folder(pretrain(trained.parents[1])):
         raise CheckpointError("was written by a run with another configuration")
     assert (trained / MADE_BY).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["finished_modes.json", "collection/0.jsonl", None])
+def test_a_new_stage_that_fails_on_its_input_keeps_what_it_has_finished(name: str | None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), stage_folder(pretrain(tmp_path)) as folder:
+        if name is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("{}")
+        raise ConfigError("data.sources cannot be read")
+    assert folder.exists() == (name is not None)

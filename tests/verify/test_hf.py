@@ -1,6 +1,7 @@
 """transformers computes our logits, in every shape and both layouts of experts; planted faults are found."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(to_hf_config(config)))
     write_weights(path, hf_disk_tensors(hf._weights(config, seed=1)), shard_bytes=50_000)
     return path
+
+
+def test_shards_without_an_index_are_compared_by_their_values(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "shards")
+    (copied / "model.safetensors.index.json").unlink()
+    row = verify_folder(copied, **SIZES, fault=HfFault.none)
+    assert row.name == f"{copied}, read by this package for both"
+    check_rows([row])
 
 
 def test_a_folder_agrees_and_planted_faults_are_found(folder: Path) -> None:
