@@ -21,13 +21,15 @@ INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
 CONFIG = "config.yaml"
 """File in the stage folder with the config of the stage."""
+_COLLECTED = ("finished_modes.json", "collection/*")
+"""Patterns of what an evaluation or a collection has finished before it ends."""
 _RESULTS = (
     *("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html", "*/index.json"),
-    *("finished_modes.json", "traces/*", "collection/*"),  # of an evaluation or a collection that was stopped
+    *(*_COLLECTED, "traces/*"),  # of an evaluation or a collection that was stopped
 )
 """Patterns of result files in a stage folder, which belong to its config."""
 
-_WORK = ("checkpoints", "*/.work/*.json", "*/index.json", "finished_modes.json", "collection/*")
+_WORK = ("checkpoints", "*/.work/*.json", "*/index.json", *_COLLECTED)
 """Patterns of what a stage that failed on the user's input keeps: work that would take long to do again."""
 
 
