@@ -7,13 +7,11 @@ mistake becomes a one-line error that names the key. No other module sees Hydra 
 A stage that starts from weights takes its model's shape from them, unless `model=` selects one.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
@@ -27,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.checkpoint.shape import FREE_FIELDS, mismatched_fields, stored_shape
 from moetrain.commands import SCHEMAS
-from moetrain.config import TrainingRun
+from moetrain.config import DocumentRun, TrainingRun, UpcycleRun
+from moetrain.config_keys import suggestion, types_along
 from moetrain.errors import ConfigError
 from moetrain.files import write_text
 from moetrain.model.config import ModelConfig
@@ -77,9 +76,11 @@ def compose(
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(data_folder("configs"))):
             tree = hydra.compose(name, overrides=direct)
         del ConfigStore.instance().repo[f"{name}_schema.yaml"]  # Hydra copies all schemas each time
-        for entry in entries:
-            _set_entry(tree, schema, entry)
+        for key, value in entries:
+            _set_entry(tree, schema, key=key, value=value)
         shape = _shape_of_weights(tree, schema, shape_of)
+        is_size_given = any(override.key_or_group == "model.vocab_size" for override in parsed)
+        _set_vocabulary(tree, schema, shape_of, is_size_given=is_size_given)
         if shape is not None and not any(override.key_or_group == "model" for override in parsed):
             _set_shape(tree, shape, given=[item for item in parsed if item.key_or_group.startswith("model.")])
         run: Any = OmegaConf.to_object(tree)
@@ -118,6 +119,21 @@ def _set_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Override
     tree.model = OmegaConf.structured(shape)
     for override in given:
         OmegaConf.update(tree, override.key_or_group, override.value())
+
+
+def _set_vocabulary(tree: DictConfig, schema: type, shape_of: ShapeReader, *, is_size_given: bool) -> None:
+    """Set what depends on whether `model.vocab_size` is given.
+
+    If it is not, the sparse model of an upcycling has the rows of its dense weights, and a tokenizer that is trained
+    from texts with too few pairs shrinks the model.
+    """
+    if schema is UpcycleRun and tree.init_from and not is_size_given:
+        dense = shape_of(tree.init_from)
+        tree.model.vocab_size = tree.model.vocab_size if dense is None else dense.vocab_size
+    if issubclass(schema, DocumentRun) and tree.data.tokenizer.shrink_model is None:
+        tokenizer = tree.data.tokenizer
+        is_trained = not (tree.init_from or tree.continue_from or tokenizer.path)
+        tokenizer.shrink_model = is_trained and tokenizer.vocab_size is None and not is_size_given
 
 
 def _check_shape(run: TrainingRun, shape: ModelConfig) -> None:
@@ -176,12 +192,6 @@ def to_mapping(run: Any) -> dict[str, Any]:
     return plain
 
 
-def suggestion(word: str, options: Sequence[str]) -> str:
-    """Return `did you mean X?` if an option is similar to `word`, else the list of options."""
-    similar = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(sorted(options)) or 'none'}"
-
-
 def quoted(text: str) -> str:
     """Quote a string as the value of a Hydra override, for any characters."""
     # In Hydra's quoted text a backslash is literal, except before a quote and at the end, where it must be doubled.
@@ -207,7 +217,7 @@ def _with_quoted_text(schema: type, word: str) -> str:
     """
     key, equals, value = word.partition("=")
     try:
-        kinds = _check_key(schema, key)
+        kinds = types_along(schema, key)
     except ConfigError:
         return word  # a config group, Hydra's own syntax, or an unknown key, which is reported later
     is_list = get_args(kinds[-1]) == (str,) and value[:1] == "[" and value[-1:] == "]"
@@ -274,49 +284,10 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
-def leaf_keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, type) of every value of a schema; `*` stands for the names in a dict of sections."""
-    for name, hint in get_type_hints(schema).items():
-        kind, key = _without_none(hint), prefix + name
-        if get_origin(kind) is dict:
-            kind, key = get_args(kind)[1], f"{key}.*"
-        if is_dataclass(kind):
-            yield from leaf_keys(kind, f"{key}.")
-        else:
-            yield key, hint
-
-
-def _without_none(hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    return kinds[0] if NoneType in get_args(hint) else hint
-
-
-def _check_key(schema: type, key: str) -> list[Any]:
-    """Return the types along a dotted key. Raises `ConfigError` with a suggestion if the key is not in the schema."""
-    kinds: list[Any] = [schema]
-    for depth, part in enumerate(key.split(".")):
-        parent = ".".join(key.split(".")[:depth])
-        if is_dataclass(kinds[-1]):
-            hints = get_type_hints(kinds[-1])
-            if part not in hints:
-                leaves = [leaf for leaf, _ in leaf_keys(schema)]
-                same_name = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
-                is_typo = difflib.get_close_matches(part, hints, cutoff=0.8)  # a typo in a key of this section
-                advice = f"did you mean {same_name[0]}?" if same_name and not is_typo else suggestion(part, list(hints))
-                place = f"in {parent}" if parent else "in this command"
-                raise ConfigError(f"{key}: there is no {part!r} {place}; {advice}")
-            kinds.append(_without_none(hints[part]))
-        elif get_origin(kinds[-1]) is dict:
-            kinds.append(get_args(kinds[-1])[1])
-        else:
-            raise ConfigError(f"{key}: {parent} is one value and has no {part!r}")
-    return kinds
-
-
-def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
-    """Check the keys of overrides; return (overrides for Hydra, overrides that set an entry of a dict of sections)."""
+def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Check the keys of overrides; return (overrides for Hydra, keys and values in a dict of sections)."""
     direct: list[str] = []
-    entries: list[Override] = []
+    entries: list[tuple[str, Any]] = []
     for override in overrides:
         key = override.key_or_group
         assert override.input_line is not None
@@ -327,28 +298,34 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
             raise ConfigError(
                 f"{override.input_line}: of Hydra's own keys only {_SEARCH_PATH} can be set; remove this override"
             )
-        kinds = _check_key(schema, key)
+        kinds = types_along(schema, key)
         in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
         if override.is_delete() and not in_dict:
             raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be removed; give {key} a value")
-        if in_dict and not override.is_delete():
-            entries.append(override)
+        value = override.value()
+        if _holds_sections(kinds[-1]) and isinstance(value, dict):
+            entries += [(f"{key}.{name}", section) for name, section in value.items()]
+        elif in_dict and not override.is_delete():
+            entries.append((key, value))
         else:
             direct.append(override.input_line)
     return direct, entries
 
 
-def _set_entry(tree: DictConfig, schema: type, override: Override) -> None:
+def _holds_sections(kind: Any) -> bool:
+    return get_origin(kind) is dict and is_dataclass(get_args(kind)[1])
+
+
+def _set_entry(tree: DictConfig, schema: type, *, key: str, value: Any) -> None:
     """Set a value in a dict of sections and create a missing entry: `data.sources.mine.path=x.jsonl`."""
-    key = override.key_or_group
-    kinds = _check_key(schema, key)
+    kinds = types_along(schema, key)
     parts = key.split(".")
     depth = next(depth for depth, kind in enumerate(kinds) if get_origin(kind) is dict) + 1
     sections = OmegaConf.select(tree, ".".join(parts[: depth - 1]))
     with open_dict(sections):
         if parts[depth - 1] not in sections and is_dataclass(kinds[depth]):
             sections[parts[depth - 1]] = OmegaConf.structured(kinds[depth])
-    OmegaConf.update(tree, key, override.value(), force_add=True)
+    OmegaConf.update(tree, key, value, force_add=True)
 
 
 def _no_stages(name: str) -> str:
@@ -382,7 +359,7 @@ def _in_one_line(error: Exception, schema: type) -> str:
         return message
     name, _, place = key.partition("[")  # such as export.consumers[0]
     try:
-        kind = _check_key(schema, name)[-1]
+        kind = types_along(schema, name)[-1]
     except ConfigError as unknown:
         return str(unknown)
     if place and get_origin(kind) is list:

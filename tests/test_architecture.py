@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moetrain"
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "interpreters", "options", "ranges", "runtime"],
+    ["config_keys", "files", "interpreters", "options", "ranges", "runtime"],
     ["log"],
     ["kernels", "chat", "quant"],
     ["ops"],
@@ -62,6 +62,7 @@ TORCH_FREE = [
     "options.py",
     "ranges.py",
     "config.py",
+    "config_keys.py",
     "commands.py",
     "client_commands.py",
     "data_commands.py",

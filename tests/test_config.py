@@ -6,8 +6,9 @@ import pytest
 
 from moetrain.cli.help_page import field_docs
 from moetrain.commands import SCHEMAS
-from moetrain.compose import compose, leaf_keys
+from moetrain.compose import compose
 from moetrain.config import PretrainRun, RlRun, RunConfig
+from moetrain.config_keys import leaf_keys
 from moetrain.data.config import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig

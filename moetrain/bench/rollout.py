@@ -47,7 +47,11 @@ _NUM_TEXTS = 200  # demonstrations from which the tokenizer of a random model is
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The model of the contestants. is_random: its episodes are demonstrations. source: where it comes from."""
+    """The model that every contestant generates with.
+
+    is_random: the weights are random, so the episodes replay demonstrations. source: where the weights come from, for
+    the table.
+    """
 
     reader: StateReader
     model: ModelConfig

@@ -8,7 +8,7 @@ from typing import Any
 from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig, ScoreFunction, YarnConfig
 from moetrain.quant.config import QuantConfig, quant_config
 
-_LEFT_OUT = ("path", "tokens_per_micro_batch")
+_LEFT_OUT = ("path", "tokens_per_micro_batch", "shrink_model")
 
 
 def model_of(identity: Mapping[str, Any]) -> ModelConfig:
@@ -62,7 +62,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
 
 
 def as_stored(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping without paths and micro-batch sizes, at every depth, and with non-finite floats as strings."""
+    """Return a mapping without what changes no number beyond the rest, and with non-finite floats as strings.
+
+    At every depth: without paths, micro-batch sizes, and `shrink_model`, whose effect is `model.vocab_size`.
+    """
     return {name: _stored_value(value) for name, value in mapping.items() if name not in _LEFT_OUT}
 
 

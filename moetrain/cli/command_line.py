@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.commands import SCHEMAS
-from moetrain.compose import compose, load_config, suggestion
+from moetrain.compose import compose, load_config
+from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
 
 

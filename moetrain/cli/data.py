@@ -50,6 +50,7 @@ def main(run: DataRun) -> int:
             sizes[name] = measure(
                 chain(shown, found.documents),
                 num_documents=found.total,
+                num_duplicates=found.num_duplicates,
                 num_dropped=found.num_dropped,
                 tokenizer=tokenizer,
             )
@@ -85,19 +86,22 @@ class _Found:
 
     documents: Iterator[Iterable[Piece]]
     total: int
+    num_duplicates: int = 0
     num_dropped: int = 0
 
 
 def _documents(run: DataRun, name: str, source: SourceConfig, *, template: ChatTemplate | None) -> _Found:
     """Return the documents of a source. One of kind dialogues yields only its first documents."""
     if source.kind is not SourceKind.dialogues:
+        unreadable: list[str] = []
         errors: list[str] = []
-        read = read_source(source, name=name)
+        read = read_source(source, name=name, unreadable=unreadable)
         kept = [*renderable(read.documents, source, template=template, errors=errors)]
         if errors:
             _log.warning("data.sources.%s: %d conversations dropped; the first is %s", name, len(errors), errors[0])
         pieces = (document.rendered(template) for document in kept)
-        return _Found(documents=pieces, total=len(kept), num_dropped=read.num_dropped + len(errors))
+        num_dropped = read.num_empty + len(unreadable) + len(errors)
+        return _Found(documents=pieces, total=len(kept), num_duplicates=read.num_identical, num_dropped=num_dropped)
     from moetrain.tasks import registry
     from moetrain.tasks.dialogues import conversations  # loads torch
 
@@ -125,7 +129,7 @@ def _rendered(pieces: Iterable[Piece], *, run: DataRun, console: Console) -> Tex
 
 def _table(sizes: dict[str, SourceSize]) -> Table:
     table = Table(box=None)
-    columns = ("source", "documents", "dropped", "characters", "tokens", "chars/token", "learned")
+    columns = ("source", "documents", "duplicates", "dropped", "characters", "tokens", "chars/token", "learned")
     for column in (*columns, "median", "99 %", "longest"):
         table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     for name, size in sizes.items():
@@ -135,7 +139,8 @@ def _table(sizes: dict[str, SourceSize]) -> Table:
         ratio = f"{size.num_characters / size.num_tokens:.2f}" if size.num_tokens and size.num_characters else "-"
         lengths = size.lengths
         table.add_row(
-            *(Text(name), f"{size.num_documents:,}", f"{size.num_dropped:,}", characters, tokens, ratio),
+            *(Text(name), f"{size.num_documents:,}", f"{size.num_duplicates:,}", f"{size.num_dropped:,}"),
+            *(characters, tokens, ratio),
             f"{size.learned_share:.0%}",
             *(["-"] * 3 if lengths is None else [f"{lengths.median:,}", f"{lengths.high:,}", f"{lengths.longest:,}"]),
         )

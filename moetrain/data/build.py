@@ -16,7 +16,7 @@ from moetrain.chat.pieces import pieces_to_text
 from moetrain.chat.registry import template_named
 from moetrain.chat.template import ChatTemplate
 from moetrain.data.chat_tokenizer import load_tokenizer
-from moetrain.data.config import DataConfig, SourceKind
+from moetrain.data.config import DataConfig, SourceKind, TokenizerConfig
 from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
 from moetrain.data.hold_out import HoldOut, hold_out_of
@@ -206,7 +206,7 @@ def _tokenizer(
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
     tokenizer = train_tokenizer(chosen, vocab_size=size, template=template)
     if tokenizer.vocab_size < size:
-        _warn_or_refuse_fewer(tokenizer.vocab_size, wanted=wanted, num_rows=num_rows)
+        _check_fewer(config.tokenizer, num_tokens=tokenizer.vocab_size, num_rows=size)
     tokenizer.save(folder)
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
@@ -236,18 +236,22 @@ def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_r
         )
 
 
-def _warn_or_refuse_fewer(num_tokens: int, *, wanted: int | None, num_rows: int | None) -> None:
-    """Warn that the embedding has more rows than the tokenizer has tokens; DataError if the user set the size."""
-    if wanted is not None:
+def _check_fewer(config: TokenizerConfig, *, num_tokens: int, num_rows: int) -> None:
+    """Warn that the embedding will have more rows than the tokenizer has tokens, unless the model shrinks.
+
+    num_rows: tokens that were wanted. Raises DataError if the user set their number.
+    """
+    if config.vocab_size is not None:
         raise DataError(
-            f"data.tokenizer.vocab_size is {wanted}, the texts give {num_tokens} tokens: give more text, or remove "
-            f"data.tokenizer.vocab_size; model.vocab_size can be {num_tokens} or any larger number"
+            f"data.tokenizer.vocab_size is {config.vocab_size}, the texts give {num_tokens} tokens: give more text, or "
+            f"remove data.tokenizer.vocab_size; model.vocab_size can be {num_tokens} or any larger number"
         )
-    _log.warning(
-        "the texts give %d tokens, model.vocab_size is %d: the tokenizer has %d tokens, and the other rows of the "
-        "embedding are never used; set model.vocab_size=%d to remove them",
-        *(num_tokens, num_rows, num_tokens, num_tokens),
-    )
+    if not config.shrink_model:
+        _log.warning(
+            "model.vocab_size is %d and the texts give %d tokens, the data.tokenizer.vocab_size of this stage: the "
+            "other rows of the embedding are never used; leave model.vocab_size out, or set it to %d, to remove them",
+            *(num_rows, num_tokens, num_tokens),
+        )
 
 
 def _tokenizer_texts(config: DataConfig, texts: Mapping[str, list[Document]]) -> list[str]:

@@ -33,8 +33,10 @@ class SourceSize:
     """Size of a source. If `is_sampled`, it is extrapolated from some of the documents or characters."""
 
     num_documents: int
+    num_duplicates: int
+    """Documents left out because they repeat an earlier one; in prepared data, near duplicates too."""
     num_dropped: int
-    """Documents left out: empty ones, and those that repeat others."""
+    """Other documents left out: empty or unreadable ones; in prepared data, also those in an evaluation set."""
     num_characters: int
     """Characters of text; special tokens have none."""
     num_tokens: int | None
@@ -48,9 +50,17 @@ class SourceSize:
 
 
 def measure(
-    documents: Iterable[Iterable[Piece]], *, num_documents: int, tokenizer: Tokenizer | None, num_dropped: int = 0
+    documents: Iterable[Iterable[Piece]],
+    *,
+    num_documents: int,
+    tokenizer: Tokenizer | None,
+    num_duplicates: int = 0,
+    num_dropped: int = 0,
 ) -> SourceSize:
-    """Return the size of a source with `num_documents` documents, measured on `documents`: all or the first of them."""
+    """Return the size of a source with `num_documents` documents, measured on `documents`: all or the first of them.
+
+    num_duplicates, num_dropped: see `SourceSize`.
+    """
     num_read = num_characters = num_learned = num_counted = 0
     lengths = []
     for document in documents:
@@ -68,6 +78,7 @@ def measure(
     num_tokens = sum(lengths)
     return SourceSize(
         num_documents=num_documents,
+        num_duplicates=num_duplicates,
         num_dropped=num_dropped,
         num_characters=round(num_characters * scale),
         num_tokens=round(num_tokens * scale * num_characters / max(1, num_counted)) if tokenizer is not None else None,

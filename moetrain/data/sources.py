@@ -15,7 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -63,26 +63,27 @@ def read_documents(config: SourceConfig, *, name: str, unreadable: list[str] | N
 
 @dataclass(frozen=True, kw_only=True)
 class SourceDocuments:
-    """The documents of a source. num_dropped: empty ones, and those whose text an earlier one has."""
+    """The documents of a source. num_empty: those without text. num_identical: those whose text an earlier one has."""
 
     documents: list[Document]
-    num_dropped: int
+    num_empty: int
+    num_identical: int
 
 
 def read_source(config: SourceConfig, *, name: str, unreadable: list[str] | None = None) -> SourceDocuments:
-    """Return what `read_documents` returns, and the number of documents that were dropped."""
+    """Return what `read_documents` returns, and how many documents were dropped."""
     errors: list[str] = [] if unreadable is None else unreadable
     log_files_left_out(config, name=name)
-    documents, num_dropped = _distinct(all_documents(config, errors=errors), name=name)
+    found = _distinct(all_documents(config, errors=errors), name=name)
     if errors:
         _log.warning("data.sources.%s: %d unreadable records dropped; the first is %s", name, len(errors), errors[0])
     if config.max_characters is not None:
-        documents = _up_to(documents, config.max_characters)
-    if not documents:
+        found = replace(found, documents=_up_to(found.documents, config.max_characters))
+    if not found.documents:
         place = f" in {config.path}" if config.path else ""
         cap = f" within max_characters={config.max_characters}" if config.max_characters is not None else ""
         raise DataError(f"data.sources.{name} has no documents{place}{cap}: give a source that contains text")
-    return SourceDocuments(documents=documents, num_dropped=num_dropped)
+    return found
 
 
 class Choice(StrEnum):
@@ -321,8 +322,8 @@ def renderable(
         yield document
 
 
-def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Document], int]:
-    """Return the documents that contain text, each text once, and the number of the others, which is logged."""
+def _distinct(documents: Iterable[Document], *, name: str) -> SourceDocuments:
+    """Return the documents that contain text, each text once; log how many others there are."""
     seen: set[bytes] = set()
     unique = []
     num_empty = num_identical = 0
@@ -339,7 +340,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> tuple[list[Documen
     for number, what in [(num_empty, "empty"), (num_identical, "identical")]:
         if number:
             _log.info("data.sources.%s: %d %s documents dropped", name, number, what)
-    return unique, num_empty + num_identical
+    return SourceDocuments(documents=unique, num_empty=num_empty, num_identical=num_identical)
 
 
 def _up_to(documents: list[Document], max_characters: int) -> list[Document]:

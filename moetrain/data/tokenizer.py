@@ -274,8 +274,8 @@ class Tokenizer:
         if theirs and row is not None and self.jinja == theirs != row.jinja:
             missing = next(name for name in row.markers if name not in self.special_ids)
             _log.warning(
-                "%s: its chat template is kept in exports. It is a form of %s, but %s is no token, so chats are "
-                "refused (docs/templates.md)",
+                "%s: its chat template is a form of %s, and the tokenizer has no token %s: chats are refused, and "
+                "exports keep the template (docs/templates.md)",
                 *(folder, row.name, missing),
             )
         elif theirs and row is not None and theirs != row.jinja:

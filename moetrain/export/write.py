@@ -170,9 +170,10 @@ def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer
             report.num_groups,
         )
     for consumer, why in reasons.items():
-        _log.info(
-            "%s %s", consumer, f"may compute it differently: {'; '.join(why)}" if why else "computes it as trained"
-        )
+        if why:
+            _log.info("%s does not compute this export as it was trained: %s", consumer, "; ".join(why))
+        else:
+            _log.info("%s computes this export as it was trained", consumer)
 
 
 def consumer_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
@@ -184,7 +185,7 @@ def consumer_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFo
         if is_gguf and consumer not in (Consumer.llama_cpp, Consumer.moetrain):
             reasons[consumer].append(f"export.format={format}: it reads safetensors")
         if not is_gguf and consumer is Consumer.llama_cpp:
-            reasons[consumer].append(f"export.format={format}: it reads GGUF")
+            reasons[consumer].append(f"export.format={format}: it reads GGUF only")
     if (format is ExportFormat.quantized or (is_gguf and quant.enabled)) and num_quantised:
         for consumer in Consumer:
             reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)

@@ -229,7 +229,7 @@ def _warn_of_other_copies(path: Path, disk: Mapping[str, DiskTensor], used: Used
             first, last = row * ours.shape[1], (row + 1) * ours.shape[1]
             is_same &= torch.equal(ours.read(first=first, last=last), theirs.read(first=first, last=last))
         if not is_same:
-            _log.warning("%s: %s differs from %s; the module computes with the latter", path, copy, original)
+            _log.warning("%s: %s differs from %s, which the module uses instead", path, copy, original)
 
 
 def _num_parts(name: str) -> int:

@@ -57,11 +57,12 @@ class UsedNames:
 
 
 def used_names(names: Iterable[str], *, num_layers: int, num_mtp_layers: int = 0) -> UsedNames:
-    """Return which of the tensors named as on disk are read, for a model of `num_layers` layers.
+    """Return which tensors of a folder a model of `num_layers` layers uses, and how many others there are of each kind.
 
-    `num_mtp_layers`: modules of multi-token prediction, which follow as further layers. Not read are an image encoder
-    and its projector, layers beyond these, the copies of embedding and head that released modules have, and rotary
-    frequencies, which follow from the config. Raises CheckpointError when two names become the same.
+    names: as in the files. num_mtp_layers: modules of multi-token prediction, stored as further layers. Not used:
+    tensors of an image encoder and its projector, of layers beyond these, the copies of embedding and head in the
+    modules of multi-token prediction, and rotary frequencies, which the config determines. Raises CheckpointError if
+    two names on disk mean the same tensor.
     """
     used: dict[str, str] = {}
     unused: Counter[str] = Counter()

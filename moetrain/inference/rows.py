@@ -38,7 +38,7 @@ class Rows:
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], *, device: torch.device) -> "Rows":
-        """Return the rows of chunks."""
+        """Return the tokens of all chunks, one row per token, in the order of the chunks."""
         width = max(len(chunk.pages) for chunk in chunks)
         tables = [[*chunk.pages, *[0] * (width - len(chunk.pages))] for chunk in chunks]
         tokens = [token for chunk in chunks for token in chunk.tokens]

@@ -37,7 +37,10 @@ class Documents:
 
     @classmethod
     def of(cls, segments_BT: torch.Tensor) -> "Documents":
-        """Return the documents of packed rows."""
+        """Return which document each token of a batch of packed rows belongs to.
+
+        segments_BT: number of the document in its row, from 1; 0 is padding.
+        """
         num_segments = int(segments_BT.max()) + 1
         rows_B1 = torch.arange(segments_BT.shape[0], device=segments_BT.device)[:, None]
         num_documents = segments_BT.shape[0] * num_segments

@@ -333,6 +333,9 @@ def _settings(stage: Stage) -> Iterator[str]:
         if isinstance(values, dict) and values.get("enabled") is not False:
             if section == "train":  # the values in use, where the config leaves the choice to the machine
                 values = values | {name: stage.summary[name] for name in _RESOLVED if name in stage.summary}
+            if section == "model":  # a tokenizer of fewer tokens than the config allows may have shrunk it
+                rows = stage.summary.get("vocabulary", {}).get("rows")
+                values = values if rows is None else values | {"vocab_size": rows}
             text = ", ".join(f"{name}={values[name]}" for name in names if values.get(name) not in (None, []))
             if text:
                 yield f"{section}: {text}"

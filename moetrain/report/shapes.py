@@ -72,6 +72,7 @@ SUMMARY_SHAPE: Schema = {
         ),
         parameters={"anyOf": [_PARAMETERS, _object({"dense": _PARAMETERS, "sparse": _PARAMETERS})]},  # of `upcycle`
         digests=_object(),
+        vocabulary=_object(rows=_INTEGER),
         tokens=_NUMBER,
         sampled_tokens=_NUMBER,
         time=_object(tokens_per_s=_NUMBER_OR_NULL),

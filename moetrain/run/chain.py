@@ -5,7 +5,7 @@ when they are read (`run.inputs`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
@@ -35,6 +35,7 @@ from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
+from moetrain.run.begun import as_begun
 from moetrain.train.config import Continuation
 from moetrain.train.continuation import length_problem, other_command, settings_problem, sources_problem
 from moetrain.upcycle.config import NEW_FIELDS
@@ -44,13 +45,29 @@ _Tokenizer = DocumentRun | PrepareRun | Path
 
 
 def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
-    """Return the shape of the weights in a folder that an earlier stage writes or that exists, or None."""
+    """Return the shape of the weights in a folder that an earlier stage writes or that exists, or None.
+
+    A stage that trains a tokenizer may write weights with fewer rows than this, until it has written a checkpoint.
+    """
     writer = _writer_of(weights, earlier)
     if writer is None:
         return stored_shape(weights)
+    if isinstance(writer, DocumentRun):
+        return as_begun(writer).model
     if isinstance(writer, TrainingRun | UpcycleRun):
         return writer.model
     return shape_of(writer.init_from, earlier) if isinstance(writer, ExportRun) and writer.init_from else None
+
+
+def with_rows_of_weights(run: StageRun, earlier: Sequence[StageRun]) -> StageRun:
+    """Return the config of a stage, which was composed before its weights were written, with their number of rows."""
+    weights = _weights(run)
+    if not isinstance(run, TrainingRun | UpcycleRun) or weights is None or _writer_of(weights, earlier) is None:
+        return run
+    shape = shape_of(weights, earlier)
+    if shape is None or shape.vocab_size == run.model.vocab_size:
+        return run
+    return replace(run, model=replace(run.model, vocab_size=shape.vocab_size))
 
 
 def check_chain(stages: Sequence[tuple[str, StageRun]]) -> None:

@@ -11,6 +11,7 @@ from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.parallel.topology import Topology, setup
+from moetrain.run.begun import as_begun
 from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.weights import training_weights
 from moetrain.tasks import registry
@@ -18,12 +19,13 @@ from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import dialogue_texts, dialogues
 from moetrain.train.interrupt import Status
 from moetrain.train.precision import resolve_precision
-from moetrain.train.stage_tokenizer import stage_tokenizer
+from moetrain.train.stage_tokenizer import fitted_model, stage_tokenizer
 from moetrain.train.stages import Dialogues, Sections, main_rank_first, mixes_of, train_stage
 
 
 def train(run: DocumentRun) -> int:
     """Run a stage that trains on documents; return its exit code."""
+    run = as_begun(run)
     with stage_folder(run) as folder, stage_metrics(run) as metrics:
         status = train_stage(
             sections_of(run),
@@ -61,6 +63,7 @@ def document_data(run: DocumentRun, folder: Path) -> tuple[Sections, Data, Topol
             run.data, folder, num_rows=run.model.vocab_size, origin=None, dialogue_texts=_texts(run)
         ),
     )
+    sections.model = fitted_model(sections.model, run.data, tokenizer=tokenizer)
     data = build_data(
         run.data,
         run.run.seed,

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.commands import SCHEMAS
-from moetrain.compose import compose, data_folder, quoted, read_yaml, suggestion
+from moetrain.compose import compose, data_folder, quoted, read_yaml
 from moetrain.config import EvalRun, RecipeRun, TrainingRun
+from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
 from moetrain.run.chain import check_chain, shape_of
 

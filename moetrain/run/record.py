@@ -25,6 +25,8 @@ CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
 _IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
+_DERIVED_KEYS = ("data.tokenizer.shrink_model",)
+"""Config keys whose default follows from other keys; older versions did not have them."""
 _PATH_KEYS = ("path", "plugins", "init_from", "continue_from", "masters", "before", "codes_before")
 """Last parts of the keys that name files or folders, also without a slash."""
 _BOOKKEEPING = ("made_by.json", STARTED, DONE, "times.json", "wandb_id", "metrics.jsonl", "machine.json")
@@ -116,6 +118,8 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
         if key in now.files:
             if before.files.get(key, now.files[key]) not in (now.files[key], now.older.get(key)):
                 differences.append(f"{key}: the content of {value} changed")
+        elif key in _DERIVED_KEYS and key not in before.config:
+            continue
         elif key not in known_config:
             if not _has_section(before.config, key):
                 differences.append(f"{key}: nothing -> {_shortened(value)}")

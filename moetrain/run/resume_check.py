@@ -7,6 +7,7 @@ from moetrain.config import DocumentRun, RlRun, TrainingRun
 from moetrain.errors import CheckpointError
 from moetrain.log import read_metrics
 from moetrain.rl.config import kernels_for
+from moetrain.run.begun import as_begun
 from moetrain.runtime import default_device
 from moetrain.train.config import TrainConfig
 
@@ -19,6 +20,8 @@ def check_resume(run: TrainingRun) -> None:
     folder = run.run.path / "checkpoints"
     if not folder.is_dir():
         return
+    if isinstance(run, DocumentRun):
+        run = as_begun(run)
     # These imports load torch, which a stage without checkpoints does not need here.
     from moetrain.checkpoint import read as checkpoint
     from moetrain.checkpoint.resume import check_identity

@@ -5,6 +5,7 @@ Weights are useless with another tokenizer than their own, so a change is refuse
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO
@@ -12,8 +13,10 @@ from moetrain.checkpoint.origin import TOKENIZER, Origin
 from moetrain.data.build import prepare_tokenizer
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import DataConfig, TokenizerConfig
+from moetrain.data.store.index import prepared_folders
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,22 @@ def stage_tokenizer(
     if not (own_folder / TOKENIZER_FILE).is_file() or _lacks_template(own_folder, tokenizer, config.tokenizer):
         tokenizer.save(own_folder)
     return tokenizer
+
+
+def fitted_model(model: ModelConfig, data: DataConfig, *, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the model, with as many rows as a tokenizer that was trained for it has tokens, if those are fewer.
+
+    The model is returned as it is if `data.tokenizer.shrink_model` is not set, or if the tokenizer is that of a
+    prepared source.
+    """
+    is_own = not prepared_folders(data)
+    if not (data.tokenizer.shrink_model and is_own and tokenizer.vocab_size < model.vocab_size):
+        return model
+    _log.info(
+        "data.tokenizer.vocab_size and model.vocab_size: %d instead of %d, which the texts cannot fill",
+        *(tokenizer.vocab_size, model.vocab_size),
+    )
+    return replace(model, vocab_size=tokenizer.vocab_size)
 
 
 def _lacks_template(folder: Path, tokenizer: Tokenizer, config: TokenizerConfig) -> bool:

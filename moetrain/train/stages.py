@@ -43,7 +43,7 @@ from moetrain.train.loss import ObjectiveFor, language_model_objective
 from moetrain.train.peak import total_peak
 from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
 from moetrain.train.rows import read_rank_rows
-from moetrain.train.stage_tokenizer import stage_tokenizer
+from moetrain.train.stage_tokenizer import fitted_model, stage_tokenizer
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ def train_stage(
         return tokenizer
 
     tokenizer = main_rank_first(topology, prepared_tokenizer)
+    model = fitted_model(sections.model, sections.data, tokenizer=tokenizer)
     made = dialogues(tokenizer) if dialogues else None
     data = build_data(
         sections.data,
@@ -112,7 +113,7 @@ def train_stage(
         taken=_rows_taken(start_point),
     )
     precision = resolve_precision(sections.train, folder=folder, topology=topology)
-    sections = replace(sections, train=precision.train, library=precision.library)
+    sections = replace(sections, model=model, train=precision.train, library=precision.library)
     engine = engine_of(sections)
     if origin is not None:
         start = start_from if sections.train.continue_as is None else continue_state

@@ -1,9 +1,12 @@
 """Compares an export in bf16 with its masters, with transformers, and with vLLM on a CPU where that is installed.
 
-vLLM runs in a process of its own, in the environment of the interpreter that is given: once in float32, where it
-differs from our model with its epsilon by the order of sums alone, and once in bf16, as it serves the folder, where it
-is compared with our model as it was trained. `verify.consumer` derives the bounds, and `vllm_rounding` computes the
-noise to expect in bf16.
+vLLM runs in its own process, in the environment of the given interpreter, twice:
+
+- In float32 it is compared with our model, computed with the epsilon that vLLM uses in latent norms. The two then
+  differ only by the order of their sums.
+- In bf16, in which vLLM serves the folder, it is compared with our model as it was trained.
+
+`verify.consumer` derives the bounds, and `vllm_rounding` computes the rounding noise to expect in bf16.
 """
 
 from collections.abc import Iterator

@@ -96,11 +96,13 @@ def test_documents_characters_and_tokens_are_counted(tmp_path: Path, capsys: pyt
     train_tokenizer([], vocab_size=MIN_VOCAB_SIZE).save(tmp_path / "tokenizer")
     records = [{"messages": [USER, {"role": "assistant", "content": "x" * 100 + str(number)}]} for number in range(10)]
     words = [f"data.tokenizer.path={tmp_path / 'tokenizer'}", "characters=20"]
-    assert show(tmp_path, [*records, records[0]], *words) == 0
+    unreadable = {"messages": [USER, {"role": "robot", "content": "x"}]}
+    words.append("data.sources.mine.unreadable=drop")
+    assert show(tmp_path, [*records, *records[:2], unreadable], *words) == 0
     page = capsys.readouterr().out
     text = len("user" + "Rome?" + "assistant" + "x" * 101)
     row = page.splitlines()[-1].split()
-    assert row[:5] == ["mine", "10", "1", f"{10 * text:,}", f"{10 * (text + 8):,}"]
+    assert row[:6] == ["mine", "10", "2", "1", f"{10 * text:,}", f"{10 * (text + 8):,}"]
     length = f"{text + 8:,}"
-    assert row[5] == f"{text / (text + 8):.2f}" and row[7:] == [length] * 3
+    assert row[6] == f"{text / (text + 8):.2f}" and row[8:] == [length] * 3
     assert "more characters" in page and "estimated" not in page

@@ -10,7 +10,7 @@ import pytest
 
 from moetrain.cli.main import main
 from moetrain.commands import SCHEMAS
-from moetrain.compose import leaf_keys
+from moetrain.config_keys import leaf_keys
 from tests.cli.command import ROOT, moetrain
 
 

@@ -20,6 +20,7 @@ from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.inputs import shards_of, unit_documents, units_of
 from moetrain.data.prepare.run import prepare
 from moetrain.data.sources import text_documents
+from moetrain.data.store.describe import PreparedPreview
 from moetrain.data.store.index import Index, Part, read_index
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer
@@ -196,6 +197,9 @@ def test_identical_and_similar_documents_are_dropped_and_counted(tokenizer: Toke
     assert near.num_similar >= 1 and parts[0] != Part.left_out and parts[41] == Part.left_out
     assert (parts == Part.left_out).sum() == near.num_left_out
     assert near.num_training + near.num_held_out == 62 - near.num_similar
+    shown = PreparedPreview(tmp_path / "near" / "web", tokenizer=tokenizer).size()
+    assert (shown.num_duplicates, shown.num_dropped) == (4 + near.num_similar, 1)
+    assert shown.num_documents + shown.num_duplicates + shown.num_dropped == len(texts)
 
 
 def test_texts_of_few_words_are_near_duplicates_only_if_they_are_equal(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_shape_that_a_consumer_computes_otherwise_needs_an_explicit_choice(
 def test_the_record_says_who_reads_the_export_as_trained(tmp_path: Path, export: Exporter) -> None:
     export(tmp_path / "out")
     reasons = read_export(tmp_path / "out").record["consumers"]
-    assert reasons.pop(Consumer.llama_cpp) == ["export.format=quantized: it reads GGUF"]
+    assert reasons.pop(Consumer.llama_cpp) == ["export.format=quantized: it reads GGUF only"]
     assert reasons == {consumer: [] for consumer in Consumer if consumer is not Consumer.llama_cpp}
 
 

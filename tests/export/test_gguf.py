@@ -237,7 +237,7 @@ def test_another_program_that_must_read_the_file_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"names vllm.*export\.format=gguf: it reads safetensors"):
         write(tmp_path / "out", model_config, tokenizer, masters=masters, consumers=[Consumer.vllm])
-    with pytest.raises(ConfigError, match=r"names llama_cpp.*export\.format=bf16: it reads GGUF"):
+    with pytest.raises(ConfigError, match=r"names llama_cpp.*export\.format=bf16: it reads GGUF only"):
         export_model(
             TensorReader(masters), folder=tmp_path / "out", model=model_config, quant=QUANTISED,
             export=ExportConfig(format=ExportFormat.bf16, consumers=[Consumer.llama_cpp]), tokenizer=tokenizer,

@@ -138,7 +138,7 @@ def test_fewer_prediction_layers_than_stated_and_other_copies_are_said(
     with caplog.at_level("INFO"):
         assert open_hf_folder(folder)[0].num_mtp_layers == 1
     assert f"{folder}: config.json states 2 modules of multi-token prediction, and the folder holds 1" in caplog.text
-    assert f"{copy} differs from lm_head.weight; the module computes with the latter" in caplog.text
+    assert f"{copy} differs from lm_head.weight, which the module uses instead" in caplog.text
     assert "embed_tokens" not in caplog.text
     caplog.clear()
     wrapped = {f"language_model.{name}": tensor for name, tensor in disk.items()}

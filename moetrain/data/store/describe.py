@@ -52,7 +52,8 @@ class PreparedPreview:
         learned = self._store.num_learned(starts[order], lengths[order], is_first=is_first)
         return SourceSize(
             num_documents=counts.num_training + counts.num_held_out,
-            num_dropped=counts.num_read + counts.num_unreadable - counts.num_training - counts.num_held_out,
+            num_duplicates=counts.num_identical + counts.num_similar,
+            num_dropped=counts.num_unreadable + counts.num_empty + sum(counts.num_contaminated.values()),
             num_characters=counts.num_characters,
             num_tokens=counts.num_tokens + counts.num_tokens_held_out,
             learned_share=float(learned.sum() / max(1, (lengths - 1).sum())),

@@ -1,0 +1,128 @@
+"""A corpus that cannot fill the vocabulary shrinks the model, in the later stages of a recipe too."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetrain.checkpoint.shape import stored_shape
+from moetrain.cli.main import main
+from moetrain.compose import compose
+from moetrain.config import DocumentRun, UpcycleRun
+from moetrain.data.tokenizer import Tokenizer
+
+RECIPE = """
+stages:
+  - name: pretrain
+    command: pretrain
+    overrides:
+      - model=k2_nano_test
+      - {rows}
+      - model.num_dense_layers=2
+      - data=none
+      - "data.sources={{mine:{{kind:jsonl,path:{corpus}}}}}"
+      - data.seq_len=64
+      - train.steps=2
+      - train.rows_per_step=2
+      - train.rows_per_micro_batch=2
+      - parallel.engine=torch
+  - name: upcycle
+    command: upcycle
+    overrides: [model=k2_nano_test, model.moe_intermediate_size=64, "init_from=${{stage:pretrain}}"]
+  - name: sft
+    command: sft
+    overrides:
+      - init_from=${{stage:upcycle}}
+      - data=none
+      - "data.sources={{mine:{{kind:jsonl,path:{corpus}}}}}"
+      - data.seq_len=64
+      - train.steps=2
+      - train.checkpoint_every=1
+      - train.rows_per_step=2
+      - train.rows_per_micro_batch=2
+      - parallel.engine=torch
+  - name: export
+    command: export
+    overrides: ["init_from=${{stage:sft}}", export.format=bf16]
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Return a file with texts that give fewer tokens than k2_nano_test has rows."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{number % 10} to {number}"}) + "\n" for number in range(90)))
+    return path
+
+
+def run_recipe(folder: Path, *words: str) -> int:
+    return main(["run", f"recipe={folder}", f"folder={folder}/runs", "name=few", "wandb.mode=disabled", *words])
+
+
+def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(corpus=corpus, rows="optim.lr=0.001"))
+    assert run_recipe(tmp_path) == 0
+    stages = tmp_path / "runs" / "few"
+    num_tokens = Tokenizer.load(stages / "pretrain" / "tokenizer").vocab_size
+    assert num_tokens < compose("pretrain", ["model=k2_nano_test"]).model.vocab_size
+    for stage in ("pretrain", "upcycle", "sft", "export"):
+        shape = stored_shape(str(stages / stage))
+        assert shape is not None and shape.vocab_size == num_tokens, stage
+    vocabulary = json.loads((stages / "pretrain" / "summary.json").read_text())["vocabulary"]
+    assert vocabulary == {"tokens": num_tokens, "rows": num_tokens}
+
+    capsys.readouterr()
+    assert run_recipe(tmp_path) == 0
+    assert capsys.readouterr().out.count("unchanged") == 4
+
+    assert (
+        run_recipe(tmp_path, "again_from=sft") == 0
+    )  # the record of a stage has the rows that it is composed with now
+    recipe.write_text(RECIPE.format(corpus=corpus, rows="model.vocab_size=384"))
+    assert run_recipe(tmp_path) == 2
+    assert "stage pretrain is done with another configuration: " in (refused := capsys.readouterr().err)
+    assert "data.tokenizer.shrink_model: True -> False" in refused and f"model.vocab_size: {num_tokens}" not in refused
+
+
+def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(tmp_path: Path, corpus: Path) -> None:
+    words = [
+        *("pretrain", "model=k2_nano_test", "data=none", f"data.sources.mine.path={corpus}", "data.seq_len=64"),
+        *("data.sources.mine.kind=jsonl", "train.steps=2", "train.rows_per_step=2", "train.rows_per_micro_batch=2"),
+        *("parallel.engine=torch", "train.kernels=torch", f"run.folder={tmp_path}", "run.wandb.mode=disabled"),
+    ]
+    folder = tmp_path / "default" / "pretrain"
+    # Every row is kept, as versions did that could not shrink a model.
+    assert main([*words, "data.tokenizer.shrink_model=false"]) == 0
+    shape = stored_shape(str(folder))
+    assert shape is not None and shape.vocab_size == 384 > Tokenizer.load(folder / "tokenizer").vocab_size
+    assert main(words) == 0
+    assert main(["check", *words]) == 0
+    assert main([*words, "model.vocab_size=383"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "shrinks"),
+    [
+        ([], True),
+        (["model=k2_nano_test"], True),
+        (["model.vocab_size=1024"], False),
+        (["data.tokenizer.vocab_size=512"], False),
+        (["data.tokenizer.path=x"], False),
+        (["model.vocab_size=1024", "data.tokenizer.shrink_model=true"], True),
+        (["data.tokenizer.shrink_model=false"], False),
+    ],
+)
+def test_a_model_shrinks_when_no_size_is_given(words: list[str], shrinks: bool) -> None:
+    run: DocumentRun = compose("pretrain", words)
+    assert run.data.tokenizer.shrink_model is shrinks
+
+
+def test_an_upcycled_model_has_the_rows_of_its_dense_weights() -> None:
+    dense = compose("pretrain", ["model.vocab_size=777"]).model
+    run: UpcycleRun = compose("upcycle", ["init_from=dense"], shape_of=lambda weights: dense)
+    assert run.model.vocab_size == 777
+    given: UpcycleRun = compose("upcycle", ["init_from=dense", "model.vocab_size=800"], shape_of=lambda weights: dense)
+    assert given.model.vocab_size == 800
