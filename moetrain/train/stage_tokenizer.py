@@ -83,7 +83,15 @@ def _expected_digest(origin: Origin, config: TokenizerConfig, *, num_rows: int) 
 
 
 def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:
-    """Raise ConfigError if training from `origin` would change the tokenizer and the user did not request it."""
+    """Raise ConfigError if training from `origin` would change the tokenizer and the user did not request it.
+
+    Also if the model is to shrink, because its rows are those of the weights.
+    """
+    if config.shrink_model:
+        raise ConfigError(
+            f"data.tokenizer.shrink_model is true, and the weights {origin.path} have {origin.model.vocab_size} rows: "
+            "leave it out, because the shape comes from the weights"
+        )
     if config.retrain:
         return
     if config.path is None:

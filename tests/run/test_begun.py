@@ -87,7 +87,9 @@ def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
     assert "data.tokenizer.shrink_model: True -> False" in refused and f"model.vocab_size: {num_tokens}" not in refused
 
 
-def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(tmp_path: Path, corpus: Path) -> None:
+def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         *("pretrain", "model=k2_nano_test", "data=none", f"data.sources.mine.path={corpus}", "data.seq_len=64"),
         *("data.sources.mine.kind=jsonl", "train.steps=2", "train.rows_per_step=2", "train.rows_per_micro_batch=2"),
@@ -100,6 +102,9 @@ def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(tmp_path: Path
     assert shape is not None and shape.vocab_size == 384 > Tokenizer.load(folder / "tokenizer").vocab_size
     assert main(words) == 0
     assert main(["check", *words]) == 0
+    of_weights = ["sft", *words[2:], f"init_from={folder}", "data.tokenizer.shrink_model=true"]
+    assert main(["check", *of_weights]) == 2
+    assert "data.tokenizer.shrink_model is true, and the weights " in capsys.readouterr().err
     assert main([*words, "model.vocab_size=383"]) == 2
 
 
