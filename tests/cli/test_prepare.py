@@ -32,7 +32,7 @@ def test_a_prepared_source_is_shown_and_checked(
     page = capsys.readouterr().out
     assert page.count("--- web, record") == 2 and "[BOS]⟦" in page
     row = page.splitlines()[-1].split()
-    assert row[:3] == ["web", "81", "1"] and row[6] == "100%"
+    assert row[:4] == ["web", "81", "1", "0"] and row[7] == "100%"
     check = ["check", "pretrain", "model=k2_nano_test", "model.vocab_size=320", *reads, f"run.folder={tmp_path}"]
     assert main(check) == 0
     assert main([*check, "model.vocab_size=300"]) == 2

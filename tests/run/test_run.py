@@ -16,7 +16,7 @@ from moetrain.errors import ConfigError
 from moetrain.log import read_metrics
 from moetrain.run.stage import lock
 from moetrain.run.torchrun import cause
-from tests.cli.command import ENVIRONMENT, moetrain
+from tests.cli.command import ENVIRONMENT, moetrain, moetrain_here
 
 RECIPE = """
 stages:
@@ -60,7 +60,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def statuses(words: list[str], folder: Path) -> dict[str, str]:
     """Run the recipe, and return the status of each stage as its table says."""
-    done = moetrain("run", "recipe=mine", "wandb.mode=disabled", *words, folder=folder)
+    done = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *words, folder=folder)
     assert done.returncode == 0, done.stderr
     cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     return {row[1].strip(): row[2].strip() for row in cells}
@@ -85,7 +85,7 @@ def test_weights_that_are_damaged_cost_no_stage_that_is_done(run: Path) -> None:
     copy = shutil.copytree(run / "runs" / "mine" / "pretrain", run / "copy")
     shards = sorted(copy.glob("checkpoints/step_00000003/*.safetensors"))
     flipped(shards[0])
-    refused = moetrain("run", "recipe=mine", f"export.init_from={copy}/checkpoints/step_00000003", folder=run)
+    refused = moetrain_here("run", "recipe=mine", f"export.init_from={copy}/checkpoints/step_00000003", folder=run)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"moetrain: {shards[0]}: its sha256 is ") and refused.stderr.count("\n") == 1
     assert not (run / "runs" / "mine" / "export.previous").exists()
@@ -98,7 +98,7 @@ def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
     text = path.read_text()
     path.write_text(text.replace('"e": 68', '"e": 69'))
     assert path.read_text() != text
-    refused = moetrain("check", "export", f"init_from={stage}", folder=run)
+    refused = moetrain_here("check", "export", f"init_from={stage}", folder=run)
     assert refused.returncode == 2
     assert f"{path}: its sha256 is " in refused.stderr and refused.stderr.count("moetrain: ") == 1
 
@@ -111,7 +111,7 @@ def weights_of(stage: Path) -> dict[str, bytes]:
 def test_a_changed_config_is_shown_and_refused_and_nothing_moves(run: Path) -> None:
     stage = run / "runs" / "mine" / "export"
     before = weights_of(stage)
-    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
     assert refused.returncode == 2
     assert "stage export is done with another configuration: export.format: quantized -> bf16." in refused.stderr
     assert "again_from=export" in refused.stderr and refused.stderr.count("\n") == 1
@@ -125,7 +125,7 @@ def test_a_stopped_stage_keeps_its_config_whatever_is_asked_for(run: Path) -> No
     (stage / "done.json").unlink()  # as if it had been stopped after its last save
     before = {name: (stage / name).read_bytes() for name in ("config.yaml", "started.json")}
     words = ["run", "recipe=mine", "wandb.mode=disabled", "pretrain.train.steps=5", "on_change=keep"]
-    refused = moetrain(*words, folder=run)
+    refused = moetrain_here(*words, folder=run)
     assert refused.returncode == 2
     assert "stage pretrain has begun with another configuration: train.steps: 3 -> 5" in refused.stderr
     assert {name: (stage / name).read_bytes() for name in before} == before
@@ -136,7 +136,7 @@ def test_a_stopped_stage_resumes_with_what_changes_no_number(run: Path) -> None:
     stage = run / "runs" / "mine" / "pretrain"
     (stage / "done.json").unlink()
     words = ["train.log_every=2", "train.checkpoint_every=3", "train.rows_per_micro_batch=1", "run.threads=2"]
-    again = moetrain("run", "recipe=mine", "wandb.mode=disabled", *(f"pretrain.{word}" for word in words), folder=run)
+    again = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *(f"pretrain.{word}" for word in words), folder=run)
     assert again.returncode == 0, again.stderr
     assert "stage pretrain resumes with" in again.stderr and "train.log_every: 1 -> 2" in again.stderr
     assert not stage.with_name("pretrain.previous").exists()
@@ -147,7 +147,7 @@ def test_what_an_evaluation_has_finished_is_a_result(run: Path) -> None:
     for path in (*stage.glob("model/*"), stage / "done.json", stage / "summary.json"):
         path.unlink(missing_ok=True)
     (stage / "finished_modes.json").write_text("{}")
-    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", "export.export.format=bf16", folder=run)
     assert refused.returncode == 2 and "stage export has begun with another configuration" in refused.stderr
     assert (stage / "finished_modes.json").is_file()
 
@@ -171,7 +171,7 @@ def test_neither_times_nor_code_run_a_finished_stage_again(run: Path) -> None:
     started = run / "runs" / "mine" / "pretrain" / "started.json"
     content = json.loads(started.read_text())
     started.write_text(json.dumps({**content, "made_by": "0.0.1 (source 000000000000)"}))
-    done = moetrain("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    done = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
     assert done.returncode == 0
     assert "stage pretrain was made by moetrain 0.0.1 (source 000000000000), this is" in done.stderr
     assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
@@ -181,7 +181,7 @@ def test_a_folder_of_an_older_version_is_taken_as_it_is(run: Path) -> None:
     for name in ("pretrain", "export"):
         (run / "runs" / "mine" / name / "started.json").write_text('{"key": "abc"}')
     assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
-    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", "pretrain.train.steps=4", folder=run)
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", "pretrain.train.steps=4", folder=run)
     assert refused.returncode == 2
     assert "stage pretrain is done with another configuration: train.steps: 3 -> 4." in refused.stderr
 
@@ -191,7 +191,7 @@ def test_a_stage_that_takes_one_that_ran_again_is_named(run: Path) -> None:
     assert statuses(["again_from=pretrain"], run) == {"pretrain": "done", "export": "done", "all": "this time"}
     shutil.rmtree(run / "runs" / "mine" / "export")
     shutil.copytree(run / "kept", run / "runs" / "mine" / "export")
-    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
     assert refused.returncode == 2
     assert "its input stage pretrain was run again" in refused.stderr
 
@@ -200,7 +200,7 @@ def test_a_stage_that_is_refused_while_it_runs_leaves_the_results_before_it_in_p
     stage = run / "runs" / "mine" / "pretrain"
     before = weights_of(stage)
     words = ["again_from=pretrain", "pretrain.data.seq_len=8", "pretrain.data.overlong=drop"]
-    refused = moetrain("run", "recipe=mine", "wandb.mode=disabled", *words, folder=run)
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *words, folder=run)
     assert refused.returncode == 2, refused.stderr
     assert weights_of(stage) == before
     assert not stage.with_name("pretrain.previous").exists()
@@ -365,7 +365,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(finished: Path, tmp_path: Path) -> None:
-    done = moetrain("run", f"recipe={finished / 'mine'}", "dry_run=true", folder=tmp_path)
+    done = moetrain_here("run", f"recipe={finished / 'mine'}", "dry_run=true", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout and "memory per rank" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +378,7 @@ def test_a_stage_continues_another_one_of_its_recipe_and_a_dry_run_counts_only_i
     own = '      - "continue_from=${stage:pretrain}"\n      - train.continue_as=whole\n'
     (run / "mine" / "recipe.yaml").write_text(RECIPE + stage + own)
     before = weights_of(run / "runs" / "mine" / "pretrain")
-    planned = moetrain("run", "recipe=mine", "dry_run=true", folder=run)
+    planned = moetrain_here("run", "recipe=mine", "dry_run=true", folder=run)
     assert planned.returncode == 0, planned.stderr
     found = statuses([], run)
     assert (found["pretrain"], found["longer"]) == ("unchanged", "done")
