@@ -1,6 +1,6 @@
 """`python -m moetrain`, the same as `moetrain`."""
 
-from moetrain.cli.main import main
+from moetrain.cli.start import main
 from moetrain.runtime import leave
 
 leave(main())

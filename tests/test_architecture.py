@@ -47,7 +47,7 @@ DOORS = {
     "compressed_tensors": ["export/", "verify/", "bench/"],
     "vllm": ["bench/", "verify/vllm_worker.py"],
     "datasets": ["data/", "bench/"],
-    "llguidance": ["inference/guided.py"],
+    "llguidance": ["inference/guided.py", "inference/grammar_program.py"],
     "starlette": ["serve/"],
     "uvicorn": ["serve/"],
     "prometheus_client": ["serve/"],

@@ -9,6 +9,7 @@ names the value and a cure.
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -114,9 +115,9 @@ def read_declaration(value: object) -> str:
         if not isinstance(function.get("parameters", {}), Mapping | None):
             shown = _shown(function["parameters"])
             raise DataError(f"the parameters of the declaration of {function['name']} are {shown}: give a JSON schema")
-    names = [item["function"]["name"] for item in value]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"tools declares {sorted(repeated)[0]} twice: remove one of the declarations")
+    counts = Counter(item["function"]["name"] for item in value)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise DataError(f"tools declares {repeated[0]} twice: remove one of the declarations")
     return compact_json(value)
 
 
@@ -158,7 +159,9 @@ class _Numbering:
 
     def __init__(self) -> None:
         self._num_calls = 0
-        self._waiting: list[tuple[str, ToolCall]] = []  # (id in the record, call)
+        self._waiting: dict[str, tuple[str, ToolCall]] = {}  # (id in the record, call) by the id that was assigned
+        self._by_identity: dict[str, str] = {}
+        self._by_name: dict[str, dict[str, None]] = {}  # assigned ids in order
         self._was_guessed = False
 
     def add(self, calls: list[tuple[str, ToolCall]]) -> None:
@@ -167,29 +170,34 @@ class _Numbering:
         ids = [identity for identity, _ in calls if identity]
         if len(set(ids)) < len(ids):
             raise DataError(f"two calls of one turn have the same id: {', '.join(ids)}; give each call its own id")
-        for _, call in calls:
+        self._waiting, self._by_name, self._was_guessed = {}, {}, False
+        for identity, call in calls:
             call.id = call_id(call.name, self._num_calls)
             self._num_calls += 1
-        self._waiting, self._was_guessed = list(calls), False
+            self._waiting[call.id] = (identity, call)
+            self._by_name.setdefault(call.name, {})[call.id] = None
+        self._by_identity = {identity: call.id for identity, call in calls if identity}
 
     def answer(self, identity: str, *, name: str) -> str:
         """Return the id of the call that a result belongs to: matched by `identity` if given, else by name in order."""
         if identity:
-            found = [pair for pair in self._waiting if pair[0] == identity]
+            found = self._by_identity.get(identity, "")
         else:
-            found = [pair for pair in self._waiting if name in ("", pair[1].name)]
-            self._was_guessed |= len(found) > 1
-        if not found:
+            same: Mapping[str, object] = self._by_name.get(name, {}) if name else self._waiting
+            found = next(iter(same), "")
+            self._was_guessed |= len(same) > 1
+        if found not in self._waiting:
             given = f"tool_call_id is {identity!r}" if identity else f"a tool result has no id and the name {name!r}"
-            waiting = ", ".join(identity or call.name for identity, call in self._waiting) or "none"
+            waiting = ", ".join(identity or call.name for identity, call in self._waiting.values()) or "none"
             raise DataError(f"{given}: no call of the turn before matches; calls without a result are {waiting}")
-        self._waiting.remove(found[0])
-        return found[0][1].id
+        _, call = self._waiting.pop(found)
+        del self._by_name[call.name][found]
+        return call.id
 
     def check(self) -> None:
         """Raise DataError when results were matched by order and some calls have no result."""
         if self._was_guessed and self._waiting:
-            left = ", ".join(call.id for _, call in self._waiting)
+            left = ", ".join(self._waiting)
             raise DataError(
                 "a turn has fewer tool results without ids than calls, so that their calls are ambiguous "
                 f"({left} without a result): give each result its tool_call_id"
@@ -328,7 +336,8 @@ def _joined(value: object, kinds: Mapping[str, str]) -> str:
 
 def _calls(item: Mapping[str, Any]) -> list[tuple[str, ToolCall]]:
     """Return (id in the record, call) of each call in a message."""
-    calls, old = item.get("tool_calls") or [], item.get("function_call")
+    calls, old = item.get("tool_calls"), item.get("function_call")
+    calls = [] if calls is None else calls
     if not isinstance(calls, list):
         raise DataError(f"tool_calls holds {_shown(calls)}: give a list of calls")
     if calls and old:

@@ -1,6 +1,6 @@
 """Entry point of `python -m moetrain.cli`, the form in which torchrun and DeepSpeed's launcher start ranks."""
 
-from moetrain.cli.main import main
+from moetrain.cli.start import main
 from moetrain.runtime import leave
 
 leave(main())

@@ -278,6 +278,12 @@ class Tokenizer:
                 "exports keep the template (docs/templates.md)",
                 *(folder, row.name, missing),
             )
+        elif theirs and row is not None and not any(name in theirs for name in row.markers):
+            _log.warning(
+                "%s: the tokenizer has the tokens of the chat template %s, and chat_template has none of them: chats "
+                "are rendered as %s; name another one as data.tokenizer.template when training if that is wrong",
+                *(folder, row.name, row.name),
+            )
         elif theirs and row is not None and theirs != row.jinja:
             _log.info("%s: its chat template is a form of %s, which is used (docs/templates.md)", folder, row.name)
         elif theirs and row is None:

@@ -4,9 +4,8 @@ A constraint allows the tokens after which the text can still match the grammar,
 """
 
 import functools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,7 @@ from moetrain.errors import ConfigError
 from moetrain.inference.sampling import Allowed
 
 _NUM_KEPT = 64  # compiled grammars
-_NUM_CHECKED = 1024  # verdicts on schemas
 _LONGEST_REASON = 300  # characters
-_BEGINNING = '{"'
-"""What is tried of a schema before it is used: some fail only where an object or a key begins."""
 _LISTING = re.compile(r" \d+ \| %llguidance .*")
 """The grammar with line numbers, in an error of llguidance."""
 
@@ -40,36 +36,16 @@ class Guide:
         self._end_id = end_id
         self._vocab_size = tokenizer.vocab_size
         self._tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=end_id)
-        self._begin = tokenizer.encode_batch(list(_BEGINNING))
         self._compiled = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
-        self._checked = functools.lru_cache(maxsize=_NUM_CHECKED)(self._check)
 
     def constraint(self, grammar: str) -> "GuidedConstraint":
         """Return a constraint at its beginning. Raises ConfigError with the reason when the grammar cannot be used."""
         return GuidedConstraint(self._compiled(grammar).deep_copy(), vocab_size=self._vocab_size, end_id=self._end_id)
 
-    def check_schema(self, schema: Mapping[str, Any]) -> None:
-        """Raise ConfigError with the reason when a JSON schema cannot be used."""
-        if problem := self._checked(json.dumps(schema)):
-            raise ConfigError(problem)
-
-    def _check(self, schema: str) -> str:
-        """Return why a JSON schema cannot be used, or ""."""
-        matcher = self._library.LLMatcher(self._tokenizer, f"%llguidance {{}}\nstart: %json {schema}\n", log_level=0)
-        for character_ids in [*self._begin, []]:
-            if not matcher.is_error():
-                matcher.compute_bitmask()
-            if matcher.is_error():
-                return _reason(matcher.get_error())
-            if matcher.validate_tokens(character_ids) < max(1, len(character_ids)):
-                break
-            matcher.consume_tokens(character_ids)
-        return ""
-
     def _compile(self, grammar: str) -> Any:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(_reason(matcher.get_error()))
+            raise ConfigError(reason(matcher.get_error()))
         return matcher
 
 
@@ -91,7 +67,7 @@ class GuidedConstraint:
         allowed_V = self._mask(self._matcher)
         if allowed_V is not None:
             return allowed_V
-        self.problem = _reason(self._matcher.get_error() or "no token may follow")
+        self.problem = reason(self._matcher.get_error() or "no token may follow")
         only_end_V: Allowed = np.arange(self._vocab_size) == self._end_id
         return only_end_V
 
@@ -124,10 +100,10 @@ class GuidedConstraint:
             self._matcher.consume_token(token)
 
 
-def _reason(text: str) -> str:
+def reason(text: str) -> str:
     """Return an error of llguidance in one line, without the place in the grammar."""
     line = " ".join(text.split())
     if "panic" in line:
         return "it is too large, or it has a part that is not supported"
-    reason = line.split("failed to compile JSON schema: ")[-1].split(" <state>")[0]
-    return _LISTING.sub("", reason)[:_LONGEST_REASON]
+    found = line.split("failed to compile JSON schema: ")[-1].split(" <state>")[0]
+    return _LISTING.sub("", found)[:_LONGEST_REASON]

@@ -143,7 +143,8 @@ class _Endpoint:
             await send(message)
 
         try:
-            async with asyncio.timeout(self._door.config.max_request_s + _SEND_GRACE_S):
+            config = self._door.config
+            async with asyncio.timeout(config.max_body_s + config.max_request_s + _SEND_GRACE_S):
                 await self._answer(request, send_noted)
         except asyncio.CancelledError:  # the server ends, and the request is still being read
             if not self._door.service.is_draining or has_begun:
@@ -160,9 +161,11 @@ class _Endpoint:
         try:
             self._door.check_key(request)
             body = await self._door.body(request)
-            checked = _guarded(self._read, body)
-            prompts = await service.prepare(checked)
-            with service.run(checked, prompts) as run:
+            deadline = asyncio.get_running_loop().time() + self._door.config.max_request_s
+            async with service.within(deadline):
+                checked = await asyncio.to_thread(_guarded, self._read, body)
+                prompts = await service.prepare(checked)
+            with service.run(checked, prompts, deadline=deadline) as run:
                 headers = {"x-request-id": run.id}
                 if checked.choices.ignored:
                     headers["x-ignored-fields"] = ", ".join(checked.choices.ignored)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+_LONGEST_MESSAGE = 1000  # characters; a client's own text may be in it
+
 
 class ApiError(Exception):
     """A request that cannot be answered. param: the field at fault. code: a word for programs.
@@ -18,6 +20,7 @@ class ApiError(Exception):
         code: str | None = None,
         may_retry: bool = False,
     ) -> None:
+        message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
         super().__init__(message)
         self.status = status
         self.may_retry = may_retry

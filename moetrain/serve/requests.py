@@ -21,6 +21,8 @@ IGNORED = (
 """Fields that are accepted without effect; the response names those that were given in `x-ignored-fields`."""
 _MAX_STOPS, _MAX_BIASES, _MAX_TOP_LOGPROBS = 16, 1024, 20
 _MAX_INTEGER = 2**63 - 1
+_DATA_KEYS = ("weight", "train")
+"""Keys of messages that say what to learn."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -159,6 +161,8 @@ def _sampling(fields: Fields, *, top_logprobs: int) -> Sampling:
                 f"logit_bias has the key {token[:20]!r}: give token ids", param="logit_bias", code="invalid_value"
             )
         biases.append((int(token), of_tokens.number(token, low=-100, high=100, default=0.0)))
+    if len({token for token, _ in biases}) < len(biases):
+        raise ApiError("logit_bias has a token id twice", param="logit_bias", code="invalid_value")
     try:
         return Sampling(
             temperature=temperature,
@@ -185,21 +189,36 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 def _messages(fields: Fields) -> list[Message]:
     """Return the messages. A tool result without a name gets that of its call, as in the rollouts of training."""
     value = fields.take("messages")
-    if isinstance(value, list):
-        value = [_without_indices(item) for item in value]
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    for number, item in enumerate(items):
+        if "role" not in item:  # a form of data sets
+            raise ApiError(f"message {number} has no role", param="messages", code="invalid_value")
     try:
-        messages = read_conversation(value)
+        messages = read_conversation([_without_indices(item) for item in value] if isinstance(value, list) else value)
     except DataError as error:
         raise ApiError(str(error), param="messages", code="invalid_value") from None
     except RecursionError:
         raise ApiError("messages are nested too deeply", param="messages", code="invalid_value") from None
     if not messages:
         raise ApiError("messages is empty: give at least one message", param="messages", code="invalid_value")
+    for number, item in enumerate(items):
+        _check_message(item, number=number)
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     for message in messages:
         if message.role is Role.tool and not message.name:
             message.name = names[message.tool_call_id]
     return messages
+
+
+def _check_message(item: Mapping[str, Any], *, number: int) -> None:
+    """Refuse what a message of a data set may be, and one of a request may not."""
+    problem = ""
+    if item["role"] != Role.assistant and item.get("content") is None:
+        problem = "has no content"
+    elif of_data := [key for key in _DATA_KEYS if key in item]:
+        problem = f"has the unknown key {of_data[0]}"
+    if problem:
+        raise ApiError(f"message {number} {problem}", param="messages", code="invalid_value")
 
 
 def _without_indices(item: Any) -> Any:
@@ -223,7 +242,7 @@ def _tools(fields: Fields) -> tuple[list[ToolSpec], str]:
     for item in value or []:
         function = item["function"]
         parameters = {} if function.get("parameters") is None else function["parameters"]
-        own = Fields(function, prefix=f"the declaration of {function['name'][:80]}: ")
+        own = Fields(function, prefix=f"tools: {function['name'][:80]}.")
         own.text("description")
         own.flag("strict")
         if not _TOOL_NAME.fullmatch(function["name"]):
@@ -248,8 +267,14 @@ def _tool_choice(fields: Fields, tools: Sequence[ToolSpec]) -> tuple[Calls, str 
         if value == Calls.required and not tools:
             raise fields.refusal("tool_choice", value, cure="it requires tools")
         return Calls(value), None
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
+    name = None
+    if isinstance(value, dict) and value.get("type") == "function":
+        choice = Fields(value, prefix="tool_choice.")
+        choice.take("type")
+        if (function := choice.section("function")) is not None:
+            name = function.take("name")
+            function.check()
+        choice.check()
     if name not in [tool.name for tool in tools]:
         known = ", ".join(tool.name for tool in tools) or "none"
         cure = f'give none, auto, required or {{"type": "function", "function": {{"name": ...}}}} (tools: {known})'
@@ -295,6 +320,8 @@ def _thinks(fields: Fields) -> bool:
             raise thinking.refusal("type", kind, cure="give enabled or disabled")
         found.append(kind == "enabled")
         thinking.check()
+    if len(set(found)) > 1:
+        raise fields.refusal("thinking", kind, cure="chat_template_kwargs.thinking says the opposite; give one of them")
     return all(found)
 
 

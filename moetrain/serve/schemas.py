@@ -1,6 +1,6 @@
 """Bounds of the JSON schemas of a request, checked before llguidance compiles them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -11,7 +11,8 @@ _MOST_VALUES = 10_000
 _ANNOTATIONS = ("default", "examples", "example", "title", "description", "$comment", "deprecated")
 """Keys whose values constrain nothing."""
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-"""Keys whose numbers may be rounded: a bound of an int64 is common, and a model does not write its last digits."""
+"""Keys whose numbers may be rounded: an upper bound of an int64 is common, and a model does not write its last digits.
+"""
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keys of objects whose keys are names and not words of JSON Schema."""
 _DEEPEST = 100
@@ -37,6 +38,8 @@ def schema_problem(schemas: Iterable[Mapping[str, Any]]) -> str | None:
         elif isinstance(value, Mapping):
             if _OPTIONS_KEY in value:
                 return f"a JSON schema has the key {_OPTIONS_KEY}: leave it out"
+            if problem := _bounds_problem(value):
+                return problem
             num_states += _states(value.get("multipleOf"))
             if num_states > _MOST_STATES:
                 return (
@@ -50,6 +53,29 @@ def schema_problem(schemas: Iterable[Mapping[str, Any]]) -> str | None:
         elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
             return f"a JSON schema has the number {str(value)[:40]}: numbers above 2^53 are not held exactly, give text"
     return None
+
+
+def _bounds_problem(schema: Mapping[str, Any]) -> str | None:
+    """Return why the bounds of numbers in a schema would not hold, or None.
+
+    Beyond 2^53 they are rounded. llguidance takes an exclusive whole number for an inclusive one if the other bound is
+    less than 1 away.
+    """
+    low = _bound(schema, "minimum", "exclusiveMinimum", strictest=max)
+    high = _bound(schema, "maximum", "exclusiveMaximum", strictest=min)
+    if (low is not None and low > _LARGEST_INTEGER) or (high is not None and high < -_LARGEST_INTEGER):
+        return "a JSON schema has only numbers beyond 2^53, which are not held exactly: give text"
+    if low is None or high is None or not 0 < high - low < 1:
+        return None
+    for key, bound in (("exclusiveMinimum", low), ("exclusiveMaximum", high)):
+        if schema.get(key) == bound and bound == int(bound):
+            return f"a JSON schema has {key} {bound:g} and its other bound less than 1 away, so it would not hold"
+    return None
+
+
+def _bound(schema: Mapping[str, Any], *keys: str, strictest: Callable[..., float]) -> float | None:
+    given = [schema[key] for key in keys if type(schema.get(key)) in (int, float)]
+    return strictest(given) if given else None
 
 
 def _states(value: Any) -> int:

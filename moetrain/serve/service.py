@@ -1,17 +1,19 @@
 """What the server does with a checked request, apart from HTTP: admits it, runs its sequences, and builds responses."""
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from moetrain.chat.grammar import Calls
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError, DataError
+from moetrain.inference.grammar_check import GrammarCheck
 from moetrain.inference.guided import Guide
 from moetrain.inference.protocol import Sequence as TokenSequence
 from moetrain.runtime import seed_of
@@ -27,7 +29,9 @@ from moetrain.serve.schemas import schema_problem
 
 _Json = dict[str, Any]
 _COMPILERS = 2
-"""Threads that compile schemas, apart from those that tokenise, so that requests without a schema do not wait."""
+"""Threads that compile schemas, apart from those that tokenise, so that requests without a schema do not wait. Each has
+a process in which it tries them first."""
+_MAX_COMPILE_S = 5.0
 _MOST_COMPILING = 16
 """Requests whose schemas may wait for these threads."""
 _STOPPED = "the server has stopped"
@@ -47,7 +51,9 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A request whose sequences are running. unfinished: those that have not ended yet."""
+    """A request whose sequences are running. unfinished: those that have not ended yet. deadline: of the event loop's
+    clock.
+    """
 
     id: str
     choices: Choices
@@ -57,6 +63,7 @@ class Run:
     answers: Sequence[Answer]
     updates: "asyncio.Queue[tuple[Job, Update]]"
     unfinished: set[Job]
+    deadline: float
 
 
 class Service:
@@ -72,7 +79,11 @@ class Service:
         self._runs: dict[str, Run] = {}
         self._num_compiling = 0
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="schemas")
-        self._guide = Guide(served.tokenizer, end_id=served.tokenizer.end_ids[0])
+        end_id = served.tokenizer.end_ids[0]
+        self._guide = Guide(served.tokenizer, end_id=end_id)
+        self._check = GrammarCheck(
+            served.tokenizer, end_id=end_id, num_processes=_COMPILERS, max_seconds=_MAX_COMPILE_S
+        )
 
     @property
     def num_jobs(self) -> int:
@@ -86,6 +97,16 @@ class Service:
             return "stopping"
         return "ok" if self._engine.is_alive else "failed"
 
+    @asynccontextmanager
+    async def within(self, deadline: float) -> AsyncIterator[None]:
+        """Raise ApiError when the block has not ended by a time of the event loop's clock."""
+        try:
+            async with asyncio.timeout_at(deadline):  # Python 3.11's wait_for can swallow a cancellation
+                yield
+        except TimeoutError:
+            message = f"the request took longer than {self._config.max_request_s:g} s"
+            raise ApiError(message, status=504, code="timeout") from None
+
     async def prepare(self, request: ChatRequest | TextRequest) -> list[Prompt]:
         """Return the prompts of a request. Raises ApiError when it is refused."""
         self._check_room(request.choices.number)
@@ -93,13 +114,12 @@ class Service:
         if name is not None and name != self.served.name:
             message = f"the model {name[:80]!r} does not exist: this server has {self.served.name!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
+        if isinstance(request, TextRequest):
+            self._check_number(len(request.prompts) * request.choices.number)
         prompts = await asyncio.to_thread(self._prompts, request)
         if isinstance(request, ChatRequest) and any(prompt.grammar for prompt in prompts):
             await self._compile(request, prompts)
-        number = len(prompts) * request.choices.number
-        if number > self._config.max_choices:
-            message = f"the request asks for {number} answers: at most {self._config.max_choices} are allowed"
-            raise ApiError(message, param="n", code="invalid_value")
+        self._check_number(len(prompts) * request.choices.number)
         for token, _ in request.choices.sampling.logit_bias:
             if token >= self.served.vocab_size:
                 message = f"logit_bias has the token id {token}: the largest is {self.served.vocab_size - 1}"
@@ -107,6 +127,11 @@ class Service:
         for prompt in prompts:
             self._check_length(len(prompt.tokens), request)
         return prompts
+
+    def _check_number(self, number: int) -> None:
+        if number > self._config.max_choices:
+            message = f"the request asks for {number} answers: at most {self._config.max_choices} are allowed"
+            raise ApiError(message, param="n", code="invalid_value")
 
     async def _compile(self, request: ChatRequest, prompts: Sequence[Prompt]) -> None:
         if self._num_compiling >= _MOST_COMPILING:
@@ -132,10 +157,11 @@ class Service:
 
     def _check_grammars(self, request: ChatRequest, prompts: Sequence[Prompt]) -> None:
         """Compile the grammars of prompts. Raises ApiError when a schema cannot be used."""
+        schemas = tuple(json.dumps(schema) for schema in _schemas(request))
         try:
-            for schema in _schemas(request):
-                self._guide.check_schema(schema)
             for prompt in prompts:
+                if problem := self._check.problem(schemas, prompt.grammar):
+                    raise ConfigError(problem)
                 self._guide.constraint(prompt.grammar)
         except ConfigError as error:
             message = f"a JSON schema cannot be used: {error}"
@@ -152,12 +178,12 @@ class Service:
             raise ApiError("the prompt is empty", param="prompt", code="invalid_value")
 
     @contextmanager
-    def run(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Iterator[Run]:
+    def run(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt], *, deadline: float) -> Iterator[Run]:
         """Run the sequences of a request; at the end, cancel those that have not ended."""
         number = len(prompts) * request.choices.number
         self._check_room(number)  # again, because others may have come while the prompt was made
         self._num_jobs += number
-        run = self._start(request, prompts)
+        run = self._start(request, prompts, deadline=deadline)
         self._runs[run.id] = run
         try:
             for job in run.jobs:
@@ -172,7 +198,8 @@ class Service:
             self.metrics.count_stray(sum(answer.num_stray for answer in run.answers))
 
     def close(self) -> None:
-        """End the threads that compile, after what they compile now."""
+        """End the threads and processes that compile, at the latest after what a thread compiles now."""
+        self._check.close()
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def abort(self) -> None:
@@ -189,7 +216,7 @@ class Service:
         if self._num_jobs + min(number, self._config.max_choices) > self._config.num_slots + self._config.max_waiting:
             raise ApiError("the server is busy: try again later", status=503, code="busy", may_retry=True)
 
-    def _start(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt]) -> Run:
+    def _start(self, request: ChatRequest | TextRequest, prompts: Sequence[Prompt], *, deadline: float) -> Run:
         choices = request.choices
         end_ids = frozenset(self.served.tokenizer.end_ids)
         seed = secrets.randbits(62) if choices.seed is None else choices.seed
@@ -221,6 +248,7 @@ class Service:
             answers=answers,
             updates=updates,
             unfinished=set(jobs),
+            deadline=deadline,
         )
 
     def _answer(self, request: ChatRequest | TextRequest, prompt: Prompt, *, end_ids: frozenset[int]) -> Answer:
@@ -233,14 +261,9 @@ class Service:
 
     async def parts(self, run: Run) -> AsyncGenerator[tuple[Job, list[_Json], bool], None]:
         """Yield (job, what it adds to its choice, whether it has ended) until all have ended. Raises ApiError."""
-        deadline = asyncio.get_running_loop().time() + self._config.max_request_s
         while run.unfinished:
-            try:
-                async with asyncio.timeout_at(deadline):  # Python 3.11's wait_for can swallow a cancellation
-                    job, update = await run.updates.get()
-            except TimeoutError:
-                message = f"the request took longer than {self._config.max_request_s:g} s"
-                raise ApiError(message, status=504, code="timeout") from None
+            async with self.within(run.deadline):
+                job, update = await run.updates.get()
             if job not in run.unfinished:
                 continue
             answer = run.answers[job.number]

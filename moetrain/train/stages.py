@@ -103,12 +103,11 @@ def train_stage(
 
     tokenizer = main_rank_first(topology, prepared_tokenizer)
     model = fitted_model(sections.model, sections.data, tokenizer=tokenizer)
-    made = dialogues(tokenizer) if dialogues else None
     data = build_data(
         sections.data,
         sections.seed,
         tokenizer_folder=folder / TOKENIZER,
-        dialogues=made,
+        dialogues=dialogues(tokenizer) if dialogues else None,
         mixes=mixes_of(sections.data, sections.train, start_point=start_point),
         taken=_rows_taken(start_point),
     )

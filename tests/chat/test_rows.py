@@ -203,7 +203,7 @@ def test_a_released_jinja_template_tells_deepseek_v3_from_v31() -> None:
 
 def test_another_form_of_a_template_is_named_in_the_log(tmp_path, caplog) -> None:
     tokenizer_of(template_named("chatml")).save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages }}")
     caplog.set_level("INFO")
     assert Tokenizer.load(tmp_path).template.name == "chatml"
     assert f"{tmp_path}: its chat template is a form of chatml, which is used" in caplog.text

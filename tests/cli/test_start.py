@@ -55,3 +55,23 @@ def test_a_rank_ends_with_its_exit_code_whatever_happens_when_the_interpreter_is
         assert (tmp_path / name / "exit_functions_ran").exists()
         codes[name] = done.returncode
     assert codes == {"alone": -signal.SIGABRT, "rank": 0}
+
+
+STOPPED_WHILE_LOADING = """
+import sys
+
+class Stops:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hydra":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stops())
+from moetrain.cli.start import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line() -> None:
+    command = [sys.executable, "-c", STOPPED_WHILE_LOADING]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "moetrain: stopped\n", "")

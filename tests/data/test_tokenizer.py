@@ -238,11 +238,12 @@ def test_a_template_whose_tokens_are_missing_is_not_written(
     (tmp_path / "a" / "chat_template.jinja").write_text(released)
     Tokenizer.load(tmp_path / "a").save(tmp_path / "b")
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == KIMI_K2.jinja
+    assert "has the tokens of the chat template kimi_k2, and chat_template has none of them" in caplog.text
     for name in (TOKENIZER_FILE, "tokenizer_config.json"):  # as Kimi K2 Instruct, which does not think
         path = tmp_path / "a" / name
         path.write_text(path.read_text().replace("<think>", "<other>"))
     loaded = Tokenizer.load(tmp_path / "a")
-    assert "its chat template is a form of kimi_k2, and the tokenizer has no token <think>: chats are refused" in caplog.text
+    assert "is a form of kimi_k2, and the tokenizer has no token <think>: chats are refused" in caplog.text
     loaded.save(tmp_path / "c")
     assert (tmp_path / "c" / "chat_template.jinja").read_text() == released
     with pytest.raises(DataError, match="<think>"):

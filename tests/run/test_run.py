@@ -136,7 +136,8 @@ def test_a_stopped_stage_resumes_with_what_changes_no_number(run: Path) -> None:
     stage = run / "runs" / "mine" / "pretrain"
     (stage / "done.json").unlink()
     words = ["train.log_every=2", "train.checkpoint_every=3", "train.rows_per_micro_batch=1", "run.threads=2"]
-    again = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *(f"pretrain.{word}" for word in words), folder=run)
+    words = [f"pretrain.{word}" for word in words]
+    again = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *words, folder=run)
     assert again.returncode == 0, again.stderr
     assert "stage pretrain resumes with" in again.stderr and "train.log_every: 1 -> 2" in again.stderr
     assert not stage.with_name("pretrain.previous").exists()

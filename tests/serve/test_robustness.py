@@ -21,6 +21,7 @@ import pytest
 from moetrain.chat.messages import Message, Role
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.serve import service
 from moetrain.serve.config import KEY_VARIABLE, ServeConfig
 from moetrain.serve.server import Server, run_until_signal
 from moetrain.serve.service import Served
@@ -116,8 +117,8 @@ def _nested(depth: int) -> dict[str, Any]:
         (CHAT, BODY | {"tools": {}}, 400, "tools is dict: give a list of declarations"),
         (CHAT, BODY | {"tools": 0}, 400, "tools is 0: give a list of declarations"),
         (CHAT, BODY | {"tools": _tool(parameters=[])}, 400, "the parameters of the declaration of f are"),
-        (CHAT, BODY | {"tools": _tool(description=5)}, 400, "the declaration of f: description is 5: give a string"),
-        (CHAT, BODY | {"tools": _tool(strict="yes")}, 400, "the declaration of f: strict is 'yes': give true or"),
+        (CHAT, BODY | {"tools": _tool(description=5)}, 400, "tools: f.description is 5: give a string"),
+        (CHAT, BODY | {"tools": _tool(strict="yes")}, 400, "tools: f.strict is 'yes': give true or"),
         (CHAT, BODY | {"stop": False}, 400, "stop is False: give a string"),
         (CHAT, BODY | {"stop": {}}, 400, "stop is dict: give a string"),
         (CHAT, BODY | {"frequency_penalty": False}, 400, "frequency_penalty is False: this field is not supported"),
@@ -155,6 +156,31 @@ def _nested(depth: int) -> dict[str, Any]:
             "a JSON schema cannot be used: Parser Error: Current row has",
         ),
         (CHAT, BODY | {"tool_choice": "required"}, 400, "it requires tools"),
+        (CHAT, {"messages": [{"from": "human", "value": "hello"}]}, 400, "message 0 has no role"),
+        (CHAT, {"messages": [{"role": "user"}]}, 400, "message 0 has no content"),
+        (CHAT, {"messages": [USER | {"weight": 0}]}, 400, "message 0 has the unknown key weight"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": {}}]}, 400, "give a list of calls"),
+        (CHAT, BODY | {"logit_bias": {"5": 1, "05": -1}}, 400, "logit_bias has a token id twice"),
+        (
+            CHAT,
+            BODY | {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"thinking": False}},
+            400,
+            "chat_template_kwargs.thinking says the opposite",
+        ),
+        (
+            CHAT,
+            BODY | {"tools": _tool(), "tool_choice": {"type": "function", "function": {"name": "f"}, "x": 1}},
+            400,
+            "unknown field tool_choice.x",
+        ),
+        (CHAT, BODY | _schema({"type": "integer", "minimum": 2**53 + 1}), 400, "only numbers beyond 2^53"),
+        (CHAT, BODY | _schema({"type": "integer", "exclusiveMaximum": -(2**60)}), 400, "only numbers beyond 2^53"),
+        (
+            CHAT,
+            BODY | _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}),
+            400,
+            "exclusiveMinimum 0 and its other bound less than 1 away",
+        ),
         (CHAT, BODY | {"tools": _tool(), "tool_choice": {"type": "function"}}, 400, "tools: f"),
         (CHAT, BODY | {"response_format": {"type": "xml"}}, 400, "response_format.type is 'xml'"),
         (CHAT, BODY | {"response_format": {"type": "json_schema"}}, 400, "has no schema"),
@@ -186,10 +212,48 @@ def test_a_bad_request_gets_an_error_in_the_form_of_the_api(
         {"tools": _tool(parameters={"type": "object", "properties": {"id": {"type": "integer", "default": 2**64}}})},
         {"tools": _tool(parameters={"not": {}}), "tool_choice": "none"},
         _schema({"type": "number", "multipleOf": 0.01}),
+        _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+        _schema({"type": "number", "minimum": 0, "maximum": 0.5}),
+        _schema({"type": "number", "exclusiveMinimum": 0.25, "exclusiveMaximum": 0.5}),
     ],
 )
 def test_schemas_in_use_are_accepted(echo: Server, more: dict[str, Any]) -> None:
     assert post(echo, CHAT, BODY | more)[0] == 200
+
+
+def _bomb(most: int) -> dict[str, Any]:
+    """Return a schema that takes twice as long to compile with each pattern more."""
+    return _schema({"allOf": [{"type": "string", "pattern": f"^(a|b){{0,{number}}}a"} for number in range(1, most)]})
+
+
+def test_a_schema_that_takes_too_long_to_compile_is_refused_and_delays_no_other(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_MAX_COMPILE_S", 1.0)
+    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_request_s=60) as server:
+        for most in (60, 61, 62):  # more than there are processes
+            status, _, content = post(server, CHAT, BODY | _bomb(most))
+            assert status == 400 and "compiling it takes more than 1 s" in content["error"]["message"]
+        assert post(server, CHAT, BODY | _schema({"const": 1}))[0] == 200
+
+
+def test_time_is_over_while_a_request_is_prepared(tokenizer: Tokenizer) -> None:
+    with serving(tokenizer, lambda: Script(_echo, tokenizer), max_request_s=1.0) as server:
+        status, _, content = post(server, CHAT, BODY | _bomb(60))
+        assert (status, content["error"]["code"]) == (504, "timeout")
+    assert not server.is_running  # although a schema was being compiled
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(echo: Server) -> None:
+    start = time.monotonic()
+    status, _, content = post(echo, "/v1/completions", {"prompt": ["a"] * 70_000})
+    assert status == 400 and "asks for 70000 answers" in content["error"]["message"]
+    assert time.monotonic() - start < 2
+
+
+def test_the_length_of_an_error_is_bounded(echo: Server) -> None:
+    message = post(echo, CHAT, {"messages": [{"role": "x" * 300_000, "content": "y"}]})[2]["error"]["message"]
+    assert len(message) < 1100 and message.endswith("...")
 
 
 def test_a_wrong_method_is_refused_in_the_form_of_the_api(echo: Server) -> None:
