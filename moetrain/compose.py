@@ -303,17 +303,13 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
         if override.is_delete() and not in_dict:
             raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be removed; give {key} a value")
         value = override.value()
-        if _holds_sections(kinds[-1]) and isinstance(value, dict):
+        if get_origin(kinds[-1]) is dict and isinstance(value, dict):
             entries += [(f"{key}.{name}", section) for name, section in value.items()]
         elif in_dict and not override.is_delete():
             entries.append((key, value))
         else:
             direct.append(override.input_line)
     return direct, entries
-
-
-def _holds_sections(kind: Any) -> bool:
-    return get_origin(kind) is dict and is_dataclass(get_args(kind)[1])
 
 
 def _set_entry(tree: DictConfig, schema: type, *, key: str, value: Any) -> None:

@@ -36,6 +36,13 @@ def test_a_new_source_needs_no_special_syntax() -> None:
     assert "code" in run.data.sources
 
 
+def test_sources_and_options_can_be_given_as_one_value() -> None:
+    words = ["data=none", "data.sources={a:{kind:text,path:x},b:{kind:maths}}", "task.name=own", "task.options={n:3}"]
+    given: PretrainRun = compose("pretrain", words)
+    assert {name: source.kind for name, source in given.data.sources.items()} == {"a": "text", "b": "maths"}
+    assert given.task.options == {"n": 3}
+
+
 def test_a_source_can_be_removed() -> None:
     assert "maths" not in compose("pretrain", ["~data.sources.maths"]).data.sources
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.files import to_json
 from moetrain.inference.guided import reason
 
@@ -38,7 +39,7 @@ class GrammarCheck:
         for program in self._all:
             self._idle.put(program)
         self.problem = functools.lru_cache(maxsize=_NUM_KEPT)(self._problem)
-        """Return why schemas (JSON texts) or the grammar made from them cannot be used, or "". See `_problem`."""
+        """Returns why schemas (JSON texts) or the grammar made from them cannot be used, or ""."""
 
     def _problem(self, schemas: tuple[str, ...], grammar: str) -> str:
         program = self._idle.get()
@@ -48,7 +49,7 @@ class GrammarCheck:
             self._idle.put(program)
 
     def close(self) -> None:
-        """End the processes, in the middle of a check too. Later checks find that the time is over."""
+        """End the processes, in the middle of a check too."""
         for program in self._all:
             program.close()
 
@@ -63,9 +64,12 @@ class _Program:
         self._is_closed = False
 
     def problem(self, schemas: Sequence[str], grammar: str) -> str:
-        """Return the problem that the process names, or that it took too long or too much memory."""
+        """Return the problem that the process names, or that it took too long or too much memory.
+
+        Raises ConfigError, which is not kept as a verdict, when there is no process.
+        """
         if self._process is None and not self._begin():
-            return "no process compiles it: the server stops, or it has no memory for one"
+            raise ConfigError("no process could be started that compiles it: try again later")
         answer = self._ask({"schemas": list(schemas), "grammar": grammar}, seconds=self._max_seconds)
         if answer is None:
             self._end()
