@@ -16,7 +16,7 @@ if [[ ! -d "$TRITON_FOLDER/triton" ]]; then
     "$bin/python" -m pip install --disable-pip-version-check --quiet --no-compile --no-deps \
         --target "$TRITON_FOLDER" triton==3.6.0 || echo "test: Triton was not installed; its tests are skipped" >&2
 fi
-# Two test processes of one thread each: tests start ranks of their own, and threads would fight over the cores.
+# Three test processes of one thread each, on two cores: tests of timeouts and of ranks wait for much of their time.
 # Starting W&B takes a second; the tests that need it give run.wandb.mode.
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
@@ -29,5 +29,5 @@ timed() {
 timed "ruff check" "$bin/ruff" check
 timed "ruff format" "$bin/ruff" format --check
 timed "mypy" "$bin/mypy"
-timed "pytest" "$bin/python" -m pytest -x -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 "$@"
+timed "pytest" "$bin/python" -m pytest -x -q -n 3 --dist loadfile --no-loadscope-reorder --durations 15 "$@"
 printf 'test: %d s in all\n' "$SECONDS"
