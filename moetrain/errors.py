@@ -49,3 +49,16 @@ class BoundError(MoetrainError, AssertionError):
 
 class DivergenceError(MoetrainError, FloatingPointError):
     """The loss or the gradient became infinite or NaN."""
+
+
+def described(error: BaseException) -> str:
+    """Return the type and text of an error of foreign code, whose text may itself fail."""
+    return f"{type(error).__name__}: {text_of(error)}"
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an error of foreign code."""
+    try:
+        return str(error)
+    except Exception:  # the code that makes the text is foreign, too
+        return "its text cannot be made"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, described
 
 _KINDS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 """Accepted types of values, by the type of a field."""
@@ -33,7 +33,7 @@ def checked_options(schema: type, values: Mapping[str, Any], *, prefix: str, own
     except MoetrainError:
         raise
     except Exception as error:  # a plugin's __post_init__ may raise anything
-        raise ConfigError(f"{prefix.rstrip('.')}: {owner} cannot be made: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{prefix.rstrip('.')}: {owner} cannot be made: {described(error)}") from error
 
 
 def _has(known: list[str]) -> str:

@@ -10,7 +10,7 @@ from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.pieces import Piece, pieces_to_tokens
 from moetrain.chat.tool_schema import declaration
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError
+from moetrain.errors import RolloutError, described
 from moetrain.inference.protocol import Generation, Sequence
 from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
@@ -159,7 +159,7 @@ class Episode:
         except EnvironmentFailure:
             raise
         except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-            raise EnvironmentFailure(f"making the prompt: {type(error).__name__}: {error}") from error
+            raise EnvironmentFailure(f"making the prompt: {described(error)}") from error
 
     def _tokenize(self, pieces: Iterable[Piece]) -> list[int]:
         return pieces_to_tokens([*pieces], encode=self._tokenizer.encode, special_ids=self._tokenizer.special_ids)[0]

@@ -15,7 +15,7 @@ from numbers import Integral
 from typing import Any, Self, TypeVar
 
 from moetrain.chat.messages import Message
-from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError
+from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, text_of
 from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.protocol import (
     CountsCalls,
@@ -62,7 +62,7 @@ def make_task(make: Callable[[], Task]) -> Task:
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        return FailedTask(f"making the task: {type(error).__name__}: {error}")
+        return FailedTask(f"making the task: {described(error)}")
 
 
 def calls_needed(task: Task) -> int | None:
@@ -70,7 +70,7 @@ def calls_needed(task: Task) -> int | None:
     try:
         value = task.num_calls if isinstance(task, CountsCalls) else None
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        raise EnvironmentFailure(f"num_calls of the task: {type(error).__name__}: {error}") from error
+        raise EnvironmentFailure(f"num_calls of the task: {described(error)}") from error
     if value is None or (isinstance(value, Integral) and value >= 0):
         return None if value is None else int(value)
     raise EnvironmentFailure(f"num_calls of the task is {value!r}: return a whole number of 0 or more")
@@ -114,7 +114,7 @@ class EnvironmentClient:
             return Observation(text=f"error: timeout after {limit:g} s", is_error=True, is_transient=True)
         except EnvironmentFailure as error:
             if isinstance(error.__cause__, ToolError):
-                return Observation(text=f"error: {error.__cause__}", is_error=True)
+                return Observation(text=f"error: {text_of(error.__cause__)}", is_error=True)
             raise
         if not isinstance(observation, Observation):
             raise EnvironmentFailure(f"a call of {name[:40]} returned {type(observation).__name__}, not Observation")
@@ -162,7 +162,7 @@ class EnvironmentClient:
         try:
             method = getattr(self._environment, name) if isinstance(self._environment, protocol) else None
         except (Exception, SystemExit) as error:  # a property of a plugin may raise anything
-            raise EnvironmentFailure(f"{name}: {type(error).__name__}: {error}") from error
+            raise EnvironmentFailure(f"{name}: {described(error)}") from error
         return await self._act(method, name, limit_s=self._config.call_deadline_s) if callable(method) else None
 
     async def close(self) -> None:
@@ -205,13 +205,13 @@ class EnvironmentClient:
                 return await self._once(act, what, limit_s=limit_s)
             except TransientError as error:
                 if attempt == self._config.max_retries:
-                    raise EnvironmentFailure(f"{what}: {error} ({attempt + 1} attempts)") from error
+                    raise EnvironmentFailure(f"{what}: {text_of(error)} ({attempt + 1} attempts)") from error
             except EnvironmentFailure:
                 raise
             except BaseException as error:  # a plugin's code may raise anything
                 if isinstance(error, KeyboardInterrupt | GeneratorExit) or _is_cancelled():
                     raise
-                raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
+                raise EnvironmentFailure(f"{what}: {described(error)}") from error
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, act: Callable[[], T | Awaitable[T]], what: str, *, limit_s: float) -> T:
@@ -281,7 +281,7 @@ class _Thread:
             elif isinstance(error, Exception) and not isinstance(error, StopIteration):
                 future.set_exception(error)
             else:  # SystemExit and KeyboardInterrupt would end the event loop; its futures refuse StopIteration
-                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+                future.set_exception(RuntimeError(described(error)))
 
 
 class Reactor:
@@ -359,7 +359,7 @@ async def _contained(coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         await coroutine
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RolloutError(f"a plugin raised {type(error).__name__}: {error}") from error
+        raise RolloutError(f"a plugin raised {described(error)}") from error
 
 
 async def _cancel_others() -> None:

@@ -13,7 +13,7 @@ from moetrain.chat.template import ChatTemplate
 from moetrain.chat.tool_schema import declaration
 from moetrain.data.packing import TokenizedDocument
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import DataError
+from moetrain.errors import DataError, described
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Demonstrates, Grade, Split, TaskFamily
 from moetrain.tasks.registry import demonstrator_of
@@ -58,7 +58,7 @@ def demonstrations(family: TaskFamily, *, count: int, seed: int) -> Iterator[tup
         try:
             messages, _ = demonstration(demonstrator, family.task(Split.train, index), stream=stream)
         except Exception as error:  # a plugin's code may raise anything
-            num_failed, reason = num_failed + 1, f"{type(error).__name__}: {error}"
+            num_failed, reason = num_failed + 1, described(error)
             continue
         yield stream, messages
     if num_failed == wanted:

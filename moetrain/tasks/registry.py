@@ -9,7 +9,7 @@ from typing import Any
 
 from moetrain.chat.messages import Message
 from moetrain.chat.tool_schema import ToolSpec
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, described
 from moetrain.options import checked_options
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
@@ -75,7 +75,7 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
     except MoetrainError:
         raise
     except Exception as error:  # a plugin's code may raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
         raise ConfigError(f"task.name is {config.name}: the family cannot be made: {reason}") from error
 
 
@@ -102,14 +102,14 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     try:
         makes_longer = isinstance(family, MakesLongerTasks)
     except (Exception, SystemExit) as error:  # a property of a plugin may raise anything
-        raise ConfigError(f"{owner}.trained_calls fails: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{owner}.trained_calls fails: {described(error)}") from error
     if makes_longer:
         _check_range(family, owner=owner)
     try:
         task = family.task(Split.train, 0)
         prompt = task.prompt
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{owner}: its first task cannot be made: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{owner}: its first task cannot be made: {described(error)}") from error
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
         _log.warning("%s: its first task cannot be made: %s: %s", owner, type(error).__name__, error)
         return
