@@ -123,7 +123,7 @@ class Panicking(World):
         raise Panic("index out of bounds")
 
 
-class Unspeakable(Exception):
+class UnspeakableError(Exception):
     """Fails while its text is made."""
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ class Speechless(World):
     """Raises an error that cannot be shown."""
 
     def call(self, name: str, arguments: str) -> Observation:
-        raise Unspeakable
+        raise UnspeakableError
 
 
 class PromptThatExits(WorldTask):
@@ -205,7 +205,7 @@ def test_a_prompt_that_exits_ends_nothing_else(tokenizer: Tokenizer) -> None:
         (Searching, "a call of look: RuntimeError: StopIteration"),
         (Lost, "a call of look: CancelledError: connection closed"),
         (Panicking, "a call of look: Panic: index out of bounds"),
-        (Speechless, "a call of look: Unspeakable: its text cannot be made"),
+        (Speechless, "a call of look: UnspeakableError: its text cannot be made"),
     ],
 )
 def test_a_tool_that_raises_what_ends_coroutines_fails_at_once(
