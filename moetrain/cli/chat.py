@@ -1,15 +1,18 @@
 """`moetrain chat`."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moetrain.client_commands import ChatRun
 from moetrain.config import check_length
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, described
 
 if TYPE_CHECKING:
     from moetrain.data.tokenizer import Tokenizer
     from moetrain.inference.protocol import Generation
+    from moetrain.tasks.protocol import Task
     from moetrain.terminal.screen import Screen
 
 _MAX_TURNS = 32  # of an agent
@@ -77,16 +80,16 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
         )
     family = registry.build(run.task, run.run.seed)
     if run.num_calls is None:
-        task = family.task(Split.held_out, run.task_index)
+        make = partial(family.task, Split.held_out, run.task_index)
     elif isinstance(family, MakesLongerTasks):
-        task = family.task_of_length(Split.held_out, run.task_index, num_calls=run.num_calls)
+        make = partial(family.task_of_length, Split.held_out, run.task_index, num_calls=run.num_calls)
     else:
         raise ConfigError(
             f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length; leave "
             "num_calls out"
         )
     act(
-        task,
+        _made(make, run),
         family,
         generation=generation,
         tokenizer=tokenizer,
@@ -102,6 +105,18 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
         policy=run.task.context,
         screen=screen,
     )
+
+
+def _made(make: Callable[[], "Task"], run: ChatRun) -> "Task":
+    """Return the task that `make` makes. Raises ConfigError where the code of a plugin fails."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
+        asked = f"task_index is {run.task_index}"
+        asked += "" if run.num_calls is None else f" and num_calls {run.num_calls}"
+        raise ConfigError(f"{asked}: task.name={run.task.name} cannot make this task: {described(error)}") from error
 
 
 def _read() -> str | None:

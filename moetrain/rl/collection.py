@@ -29,7 +29,7 @@ from moetrain.rl.metrics import generation_metrics, staleness_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.engine import make_generation
-from moetrain.rollout.journal import Journal
+from moetrain.rollout.journal import Journal, append_line, read_lines
 from moetrain.rollout.types import Trajectory
 from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
@@ -128,23 +128,19 @@ class CollectionSetting:
         in_order = range(self._first, self.first_task + self.tasks_before(step))
         if not self.rl.max_staleness or self.folder is None:
             return set(in_order)
-        lines = (self.folder / USED).read_bytes().split(b"\n") if (self.folder / USED).is_file() else []
-        rows = [row for line in lines if (row := _read(line))]
-        used = {
-            task for row in {row["step"]: row for row in rows if row["step"] < step}.values() for task in row["tasks"]
-        }
+        path = self.folder / USED
+        rows = [_read(text) for _, text in read_lines(path)] if path.is_file() else []
+        by_step = {row["step"]: row["tasks"] for row in rows if row and row["step"] < step}
+        used = {task for tasks in by_step.values() for task in tasks}
         if len(used) != len(in_order):
             _log.warning("%s does not name the tasks of all steps: they count as used in order", self.folder / USED)
             return set(in_order)
         return used
 
 
-def _read(line: bytes) -> dict[str, Any]:
-    """Return the object in a line; empty for one that was cut off."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
+def _read(text: bytes | None) -> dict[str, Any]:
+    """Return the step and its tasks in the text of a line; empty for a damaged one."""
+    row = json.loads(text) if text is not None else None
     return row if isinstance(row, dict) and row.keys() == {"step", "tasks"} else {}
 
 
@@ -304,6 +300,4 @@ class Collection:
         for begun_at in [place for place in self._journals if place < step - setting.rl.max_staleness]:
             del self._journals[begun_at]
         if setting.rl.max_staleness and setting.folder is not None and setting.topology.is_main:
-            setting.folder.mkdir(parents=True, exist_ok=True)
-            with (setting.folder / USED).open("ab") as file:  # the line break in front ends a line that was cut off
-                file.write(f"\n{to_json({'step': step, 'tasks': tasks})}\n".encode())
+            append_line(setting.folder / USED, to_json({"step": step, "tasks": tasks}))

@@ -148,9 +148,12 @@ class Episode:
 
     def _new_context(self, family: TaskFamily, *, declare_tools: bool) -> Context:
         try:
+            prompt = self._task.prompt
+            if not prompt:
+                raise EnvironmentFailure("the prompt of the task is empty: return at least one message")
             return Context(
                 self._policy,
-                self._task.prompt,
+                prompt,
                 template=self._tokenizer.template,
                 declaration=declaration(family.tools) if declare_tools else "",
                 stream=self._stream,

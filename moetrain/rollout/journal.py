@@ -50,14 +50,29 @@ class Journal:
         """Append a finished trajectory to the file, unless a new attempt at it may have another ending."""
         if trajectory.ending in REPLACED:
             return
-        line = to_json({"key": self._key(request), "trajectory": _to_row(trajectory)})
-        digest = hashlib.sha256(line.encode()).hexdigest()[:16]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:  # the line break in front ends a line that was cut off
-            file.write(f"\n{digest} {line}\n".encode())
+        append_line(self._path, to_json({"key": self._key(request), "trajectory": _to_row(trajectory)}))
 
     def _key(self, request: RolloutRequest) -> str:
         return f"{self._run}/{request.task_index}/{request.sample}/{request.stream}"
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line of text, with its digest, to a file whose last line may have been cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:  # the line break in front ends a line that was cut off
+        file.write(f"\n{_digest(text.encode())} {text}\n".encode())
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the number and text of each line of `append_line`; None for one that was cut off or damaged."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        digest, _, text = line.partition(b" ")
+        if line:
+            yield number, text if digest == _digest(text).encode() else None
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def remove_before(folder: Path, *, step: int) -> None:
@@ -72,12 +87,9 @@ def _path(folder: Path, step: int, rank: int) -> Path:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Trajectory]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        digest, _, text = line.partition(b" ")
-        if not line:
-            continue
-        if hashlib.sha256(text).hexdigest()[:16].encode() != digest:
-            _log.info("%s line %d was not written to its end: its trajectory is collected again", path, number)
+    for number, text in read_lines(path):
+        if text is None:
+            _log.info("%s line %d is damaged, or was not written to its end: collected again", path, number)
             continue
         try:
             row = json.loads(text)

@@ -126,3 +126,9 @@ def test_a_closed_standard_input_is_no_traceback(export: Path, words: list[str])
     assert run.returncode == (2 if words[0] == "generate" else 0)
     assert "Traceback" not in run.stderr
     assert words[0] == "chat" or "prompt=-: standard input is closed" in run.stderr
+
+
+def test_a_task_that_a_plugin_cannot_make_is_one_line() -> None:
+    run = compose("chat", ["init_from=x", "task_index=7", "num_calls=3"])
+    with pytest.raises(ConfigError, match=r"task_index is 7 and num_calls 3: .* cannot make this task: IndexError: "):
+        chat._made([].pop, run)

@@ -87,15 +87,18 @@ def test_a_collection_that_was_stopped_repeats_no_finished_trajectory(
     assert sorted(key for keys in used.values() for key in keys) == sorted(collected)
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_tasks_that_a_damaged_file_does_not_name_count_as_used_in_order(
-    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     collection = _collection(tmp_path, staleness=1)
     for step in range(3):
         collection.groups(model, step=step)
     collection.close()
     path = tmp_path / USED
-    path.write_bytes(path.read_bytes()[:-30])
+    content = path.read_bytes()
+    path.write_bytes(content[:-30] if damage == "cut" else content.replace(b"[0,", b"[9,"))
+    assert path.read_bytes() != content
     again = _collection(tmp_path, staleness=1)
     groups, _ = again.groups(model, step=3)
     again.close()

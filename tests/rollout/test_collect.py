@@ -199,6 +199,21 @@ def test_a_prompt_that_exits_ends_nothing_else(tokenizer: Tokenizer) -> None:
     assert broken.grade.reason == "making the prompt: SystemExit: 3"
 
 
+class WithoutPrompt(WorldTask):
+    """Has nothing to say to the model."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Return no message."""
+        return []
+
+
+def test_an_empty_prompt_is_a_failure_of_the_environment(tokenizer: Tokenizer) -> None:
+    good, broken = play([WorldTask(make=World), WithoutPrompt(make=World)], tokenizer, max_replacements=0)
+    assert good.is_scored and broken.ending is Ending.environment_failed
+    assert broken.grade.reason == "the prompt of the task is empty: return at least one message"
+
+
 @pytest.mark.parametrize(
     ("world", "reason"),
     [
