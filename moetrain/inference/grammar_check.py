@@ -66,11 +66,14 @@ class _Program:
     def problem(self, schemas: Sequence[str], grammar: str) -> str:
         """Return the problem that the process names, or that it took too long or too much memory.
 
-        Raises ConfigError, which is not kept as a verdict, when there is no process.
+        Raises ConfigError, which is not kept as a verdict, when there is no process, or `close` ended it.
         """
-        if self._process is None and not self._begin():
-            raise ConfigError("no process could be started that compiles it: try again later")
+        if self._process is not None and self._process.poll() is not None:  # it was killed while it had nothing to do
+            self._end()
+        is_ready = self._process is not None or self._begin()
         answer = self._ask({"schemas": list(schemas), "grammar": grammar}, seconds=self._max_seconds)
+        if not is_ready or self._is_closed:
+            raise ConfigError("no process could be started that compiles it: try again later")
         if answer is None:
             self._end()
             return f"compiling it takes more than {self._max_seconds:g} s, or too much memory"
@@ -86,6 +89,8 @@ class _Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).parents[2],
+            # Threads of many cores would take the address space that is left to grammars.
+            env={**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         )
         if self._ask(self._setup, seconds=_START_S) == "":
             return True

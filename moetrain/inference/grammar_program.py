@@ -8,11 +8,12 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moetrain.runtime import die_with_parent
 
-_MOST_BYTES = 4 << 30  # of addresses, of which the libraries take about 1 GB
+_MOST_BYTES = 4 << 30  # that grammars may take, besides what the libraries and the tokenizer have
 _BEGINNING = '{"'
 """What is tried of a schema: some fail only where an object or a key begins."""
 
@@ -27,7 +28,7 @@ def main() -> None:
     given = json.loads(sys.stdin.readline())
     die_with_parent(given["parent"])
     tokenizer = llguidance.LLTokenizer(given["tokenizer"], n_vocab=given["vocab_size"], eos_token=given["end_id"])
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+    _limit_memory()
     print(json.dumps(""), flush=True)
     begin = [tokenizer.tokenize_str(character) for character in _BEGINNING]
     for line in sys.stdin:
@@ -37,6 +38,14 @@ def main() -> None:
         if not problem and request["grammar"]:
             problem = llguidance.LLMatcher(tokenizer, request["grammar"], log_level=0).get_error()
         print(json.dumps(problem), flush=True)
+
+
+def _limit_memory() -> None:
+    """Bound the address space of this process on Linux; other systems do not tell its size."""
+    statistics = Path("/proc/self/statm")
+    if statistics.is_file():
+        present = int(statistics.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + _MOST_BYTES, present + _MOST_BYTES))
 
 
 def _schema_problem(library: Any, tokenizer: Any, schema: str, *, begin: Sequence[Sequence[int]]) -> str:

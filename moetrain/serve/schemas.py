@@ -65,7 +65,7 @@ def _bounds_problem(schema: Mapping[str, Any]) -> str | None:
     high = _bound(schema, "maximum", "exclusiveMaximum", strictest=min)
     if (low is not None and low > _LARGEST_INTEGER) or (high is not None and high < -_LARGEST_INTEGER):
         return "a JSON schema has only numbers beyond 2^53, which are not held exactly: give text"
-    if low is None or high is None or not 0 < high - low < 1:
+    if low is None or high is None or not low < high < low + 1:  # no difference, because a whole number may be huge
         return None
     for key, bound in (("exclusiveMinimum", low), ("exclusiveMaximum", high)):
         if schema.get(key) == bound and bound == int(bound):

@@ -175,6 +175,7 @@ def _nested(depth: int) -> dict[str, Any]:
         ),
         (CHAT, BODY | _schema({"type": "integer", "minimum": 2**53 + 1}), 400, "only numbers beyond 2^53"),
         (CHAT, BODY | _schema({"type": "integer", "exclusiveMaximum": -(2**60)}), 400, "only numbers beyond 2^53"),
+        (CHAT, BODY | _schema({"type": "number", "minimum": 0.5, "maximum": 10**400}), 400, "cannot be used"),
         (
             CHAT,
             BODY | _schema({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}),
