@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moetrain.checkpoint.shape import stored_shape
 from moetrain.cli.main import main
@@ -11,40 +12,26 @@ from moetrain.compose import compose
 from moetrain.config import DocumentRun, UpcycleRun
 from moetrain.data.tokenizer import Tokenizer
 
-RECIPE = """
-stages:
-  - name: pretrain
-    command: pretrain
-    overrides:
-      - model=k2_nano_test
-      - {rows}
-      - model.num_dense_layers=2
-      - data=none
-      - "data.sources={{mine:{{kind:jsonl,path:{corpus}}}}}"
-      - data.seq_len=64
-      - train.steps=2
-      - train.rows_per_step=2
-      - train.rows_per_micro_batch=2
-      - parallel.engine=torch
-  - name: upcycle
-    command: upcycle
-    overrides: [model=k2_nano_test, model.moe_intermediate_size=64, "init_from=${{stage:pretrain}}"]
-  - name: sft
-    command: sft
-    overrides:
-      - init_from=${{stage:upcycle}}
-      - data=none
-      - "data.sources={{mine:{{kind:jsonl,path:{corpus}}}}}"
-      - data.seq_len=64
-      - train.steps=2
-      - train.checkpoint_every=1
-      - train.rows_per_step=2
-      - train.rows_per_micro_batch=2
-      - parallel.engine=torch
-  - name: export
-    command: export
-    overrides: ["init_from=${{stage:sft}}", export.format=bf16]
-"""
+ROWS = ["train.steps=2", "train.rows_per_step=2", "train.rows_per_micro_batch=2", "parallel.engine=torch"]
+
+
+def reads(corpus: Path) -> list[str]:
+    """Return the words of a short stage that reads a file of texts."""
+    return ["data=none", f"data.sources={{mine:{{kind:jsonl,path:{corpus}}}}}", "data.seq_len=64", *ROWS]
+
+
+def write_recipe(folder: Path, *words: str, corpus: Path) -> None:
+    """Write a recipe that pretrains a dense model with further words, and trains and exports it with experts."""
+    dense = ["model=k2_nano_test", "model.num_dense_layers=2", *words]
+    sparse = ["model=k2_nano_test", "model.moe_intermediate_size=64"]
+    stages = {
+        "pretrain": [*dense, *reads(corpus)],
+        "upcycle": [*sparse, "init_from=${stage:pretrain}"],
+        "sft": ["init_from=${stage:upcycle}", *reads(corpus)],
+        "export": ["init_from=${stage:sft}", "export.format=bf16"],
+    }
+    content = [{"name": name, "command": name, "overrides": overrides} for name, overrides in stages.items()]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": content}))
 
 
 @pytest.fixture
@@ -62,8 +49,7 @@ def run_recipe(folder: Path, *words: str) -> int:
 def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(corpus=corpus, rows="optim.lr=0.001"))
+    write_recipe(tmp_path, corpus=corpus)
     assert run_recipe(tmp_path) == 0
     stages = tmp_path / "runs" / "few"
     num_tokens = Tokenizer.load(stages / "pretrain" / "tokenizer").vocab_size
@@ -78,10 +64,7 @@ def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
     assert run_recipe(tmp_path) == 0
     assert capsys.readouterr().out.count("unchanged") == 4
 
-    assert (
-        run_recipe(tmp_path, "again_from=sft") == 0
-    )  # the record of a stage has the rows that it is composed with now
-    recipe.write_text(RECIPE.format(corpus=corpus, rows="model.vocab_size=384"))
+    write_recipe(tmp_path, "model.vocab_size=384", corpus=corpus)
     assert run_recipe(tmp_path) == 2
     assert "stage pretrain is done with another configuration: " in (refused := capsys.readouterr().err)
     assert "data.tokenizer.shrink_model: True -> False" in refused and f"model.vocab_size: {num_tokens}" not in refused
@@ -90,11 +73,8 @@ def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
 def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        *("pretrain", "model=k2_nano_test", "data=none", f"data.sources.mine.path={corpus}", "data.seq_len=64"),
-        *("data.sources.mine.kind=jsonl", "train.steps=2", "train.rows_per_step=2", "train.rows_per_micro_batch=2"),
-        *("parallel.engine=torch", "train.kernels=torch", f"run.folder={tmp_path}", "run.wandb.mode=disabled"),
-    ]
+    words = ["pretrain", "model=k2_nano_test", *reads(corpus), "train.kernels=torch"]
+    words += [f"run.folder={tmp_path}", "run.wandb.mode=disabled"]
     folder = tmp_path / "default" / "pretrain"
     # Every row is kept, as versions did that could not shrink a model.
     assert main([*words, "data.tokenizer.shrink_model=false"]) == 0
@@ -106,6 +86,10 @@ def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(
     assert main(["check", *of_weights]) == 2
     assert "data.tokenizer.shrink_model is true, and the weights " in capsys.readouterr().err
     assert main([*words, "model.vocab_size=383"]) == 2
+    for _ in range(2):  # the second time from a checkpoint of the smaller model
+        assert main([*words, "run.name=small"]) == 0
+    small = stored_shape(str(tmp_path / "small" / "pretrain"))
+    assert small is not None and small.vocab_size == Tokenizer.load(folder / "tokenizer").vocab_size
 
 
 @pytest.mark.parametrize(
