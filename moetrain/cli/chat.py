@@ -1,18 +1,16 @@
 """`moetrain chat`."""
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from moetrain.client_commands import ChatRun
 from moetrain.config import check_length
-from moetrain.errors import ConfigError, described
+from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from moetrain.data.tokenizer import Tokenizer
     from moetrain.inference.protocol import Generation
-    from moetrain.tasks.protocol import Task
     from moetrain.terminal.screen import Screen
 
 _MAX_TURNS = 32  # of an agent
@@ -68,6 +66,7 @@ def _chat(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scr
 
 def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", screen: "Screen", max_tokens: int) -> None:
     from moetrain.rollout.config import RolloutConfig
+    from moetrain.rollout.world import FailedTask, make_task
     from moetrain.runtime import seed_of
     from moetrain.tasks import registry
     from moetrain.tasks.protocol import MakesLongerTasks, Split
@@ -88,8 +87,12 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
             f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length; leave "
             "num_calls out"
         )
+    task = make_task(make)
+    if isinstance(task, FailedTask):
+        asked = f"task_index is {run.task_index}" + ("" if run.num_calls is None else f", num_calls is {run.num_calls}")
+        raise ConfigError(f"{asked}: task.name={run.task.name} fails: {task.reason}")
     act(
-        _made(make, run),
+        task,
         family,
         generation=generation,
         tokenizer=tokenizer,
@@ -105,18 +108,6 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
         policy=run.task.context,
         screen=screen,
     )
-
-
-def _made(make: Callable[[], "Task"], run: ChatRun) -> "Task":
-    """Return the task that `make` makes. Raises ConfigError where the code of a plugin fails."""
-    try:
-        return make()
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        asked = f"task_index is {run.task_index}"
-        asked += "" if run.num_calls is None else f" and num_calls {run.num_calls}"
-        raise ConfigError(f"{asked}: task.name={run.task.name} cannot make this task: {described(error)}") from error
 
 
 def _read() -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, described
 from moetrain.eval.config import EvalConfig
 from moetrain.inference.protocol import Generation
 from moetrain.log import progress
@@ -184,7 +184,7 @@ def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Gr
     try:
         return demonstration(family, task, stream=stream, perfect=True)[1]
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        _log.warning("graders: the demonstrator failed: %s: %s", type(error).__name__, error)
+        _log.warning("graders: the demonstrator failed: %s", described(error))
         return None
 
 

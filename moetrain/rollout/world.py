@@ -43,16 +43,16 @@ class FailedTask:
     """Stands for a task that could not be made: its trajectories end because their environment failed."""
 
     def __init__(self, reason: str) -> None:
-        self._reason = reason
+        self.reason = reason
 
     @property
     def prompt(self) -> list[Message]:
         """Raise `EnvironmentFailure`."""
-        raise EnvironmentFailure(self._reason)
+        raise EnvironmentFailure(self.reason)
 
     def environment(self, stream: int) -> Environment:
         """Raise `EnvironmentFailure`."""
-        raise EnvironmentFailure(self._reason)
+        raise EnvironmentFailure(self.reason)
 
 
 def make_task(make: Callable[[], Task]) -> Task:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, described
 
 T = TypeVar("T")
 PLUGINS = "moetrain.plugins"
@@ -97,8 +97,8 @@ def _run_plugin_code(plugin: str, function: Callable[[], T]) -> T:
     try:
         return function()
     except (Exception, SystemExit) as error:  # a plugin's own code
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"plugins: {plugin} fails when it is imported: {type(error).__name__}: {reason}") from error
+        reason = " ".join(described(error).split())
+        raise ConfigError(f"plugins: {plugin} fails when it is imported: {reason}") from error
 
 
 def plugins_digest(plugins: Sequence[str]) -> str:

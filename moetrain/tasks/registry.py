@@ -111,7 +111,7 @@ def check_family(family: TaskFamily, *, name: str) -> None:
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{owner}: its first task cannot be made: {described(error)}") from error
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        _log.warning("%s: its first task cannot be made: %s: %s", owner, type(error).__name__, error)
+        _log.warning("%s: its first task cannot be made: %s", owner, described(error))
         return
     made_by = f"{owner}.task returns {type(task).__name__}"
     if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(each, Message) for each in prompt):

@@ -5,7 +5,7 @@ import asyncio
 from moetrain.chat.context import ContextPolicy
 from moetrain.chat.messages import Role
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import RolloutError
+from moetrain.errors import RolloutError, described
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
@@ -31,7 +31,7 @@ def act(
     try:
         prompt = list(task.prompt)
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        raise RolloutError(f"the prompt of the task cannot be made: {type(error).__name__}: {error}") from error
+        raise RolloutError(f"the prompt of the task cannot be made: {described(error)}") from error
     for message in prompt:
         screen.say("user", message.content)
     episode = Episode(task, name="the task", stream=stream, config=config, tokenizer=tokenizer, policy=policy)

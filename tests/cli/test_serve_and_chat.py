@@ -8,15 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from moetrain.cli import chat, serve
 from moetrain.cli.command_line import composed
+from moetrain.client_commands import ChatRun
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.runtime import free_port
+from moetrain.tasks import registry
+from moetrain.tasks.protocol import Split, Task
 from tests.cli.command import ENVIRONMENT, ROOT
 from tests.even_task import even_export
 
@@ -128,7 +132,17 @@ def test_a_closed_standard_input_is_no_traceback(export: Path, words: list[str])
     assert words[0] == "chat" or "prompt=-: standard input is closed" in run.stderr
 
 
-def test_a_task_that_a_plugin_cannot_make_is_one_line() -> None:
-    run = compose("chat", ["init_from=x", "task_index=7", "num_calls=3"])
-    with pytest.raises(ConfigError, match=r"task_index is 7 and num_calls 3: .* cannot make this task: IndexError: "):
-        chat._made([].pop, run)
+class WithoutTasks:
+    """A family of a plugin that has no tasks."""
+
+    def task(self, split: Split, index: int) -> Task:
+        """Fail."""
+        raise IndexError(f"there is no task {index}")
+
+
+def test_a_task_that_a_plugin_cannot_make_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "build", lambda *_: WithoutTasks())
+    run: ChatRun = compose("chat", ["init_from=x", "task_index=7"])
+    unused: Any = None
+    with pytest.raises(ConfigError, match=r"task_index is 7: task\.name=database fails: .*there is no task 7"):
+        chat._act(run, unused, tokenizer=unused, screen=unused, max_tokens=2048)
