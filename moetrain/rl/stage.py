@@ -106,18 +106,18 @@ def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) 
     """Return the training of an RL stage, for `train.loop.run_training`.
 
     Its `take_step` raises RolloutError when every environment has failed in more than `config.max_skipped_in_row`
-    consecutive steps.
+    consecutive steps, or in all steps.
     """
     losses = stage.balance
     if stage.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
         _log.warning("rl.balance_losses is none: model.balance.global_loss and z_loss are not part of the objective")
-    num_failed = 0
+    num_failed, limit = 0, min(config.max_skipped_in_row + 1, config.steps)
 
     def take_step(step: int) -> dict[str, float]:
         nonlocal num_failed
         values = take_rl_step(stage, config, collection=collection, step=step)
         num_failed = num_failed + 1 if values["ending/environment_failed"] == 1.0 else 0
-        if num_failed > config.max_skipped_in_row:
+        if num_failed >= limit:
             raise RolloutError(
                 f"every environment failed in {num_failed} steps in a row (train.max_skipped_in_row is "
                 f"{config.max_skipped_in_row}): fix the environment, whose errors are in the log, and run the same "

@@ -13,8 +13,8 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
+from moetrain.rollout.reactor import Reactor, run_inline
 from moetrain.rollout.types import REPLACED, Trajectory
-from moetrain.rollout.world import Reactor, run_inline
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Task, TaskFamily
 
@@ -117,7 +117,11 @@ class Collector:
         self._declare_tools = declare_tools
         self._policy = policy
         self._on_finished = on_finished
-        self._reactor = Reactor(end_limit_s=min(config.environment_deadline_s, _END_LIMIT_S))
+        self._reactor = Reactor(
+            end_limit_s=min(config.environment_deadline_s, _END_LIMIT_S),
+            stuck_s=config.environment_deadline_s,
+            on_stuck=Episode.abandon,
+        )
         self._waiting: deque[_Attempt] = deque()
         self._episodes: dict[int, tuple[_Attempt, Episode]] = {}  # the unfinished ones
         self._ready: deque[Episode] = deque()

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
+from typing import Any
 
 from moetrain.chat.context import NOTE_REQUEST, Context, ContextPolicy
 from moetrain.chat.messages import Message, Role, ToolCall
@@ -319,6 +320,12 @@ class Episode:
             await self._world.close()
         except EnvironmentFailure as error:
             self._fail(error)
+
+    def abandon(self, reason: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        """End the trajectory from another thread than its environment's, and return what closes the environment."""
+        if not self.is_finished:
+            self._fail(EnvironmentFailure(reason))
+        return self.close
 
     def _fail(self, error: EnvironmentFailure) -> None:
         _log.warning("%s: the environment failed: %s", self._name, error)

@@ -9,14 +9,15 @@ import inspect
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, wait
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from numbers import Integral
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, text_of
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.reactor import contained, run_inline
 from moetrain.tasks.protocol import (
     CountsCalls,
     Environment,
@@ -32,6 +33,8 @@ from moetrain.tasks.protocol import (
 T = TypeVar("T")
 
 _POLL_S = 0.005
+_GRACE_S = 0.5
+"""Time in which a coroutine that was cancelled at its deadline has to end."""
 _BUSY = "the environment is still busy with a call that missed its deadline"
 
 
@@ -85,6 +88,8 @@ class EnvironmentClient:
         self._stream = stream
         self._config = config
         self._thread = None if isinstance(task, InlineTask) else _Thread()
+        self._late: asyncio.Future[Any] | None = None  # a coroutine that went on after its deadline
+        self._closing: asyncio.Future[None] | None = None
         self._environment: Environment | None = None
 
     async def open(self) -> None:
@@ -100,9 +105,14 @@ class EnvironmentClient:
     def _make(self) -> Environment | Awaitable[Environment]:
         """Make the environment, and keep it even if the deadline was missed, so that `close` closes it."""
         made: Environment | Awaitable[Environment] = self._task.environment(self._stream)
-        if not inspect.isawaitable(made):
-            self._environment = made
+        if inspect.isawaitable(made):
+            return self._made_later(made)
+        self._environment = made
         return made
+
+    async def _made_later(self, made: Awaitable[Environment]) -> Environment:
+        self._environment = await made
+        return self._environment
 
     async def call(self, name: str, arguments: str) -> Observation:
         """Return the observation of a tool call; also for a mistake of the caller or a missed deadline."""
@@ -168,13 +178,16 @@ class EnvironmentClient:
     async def close(self) -> None:
         """Close the environment. Does nothing when it was never made or is already closed.
 
-        An environment that is busy with a call that missed its deadline is closed by its thread when the call returns.
+        An environment that is busy with a call that missed its deadline is closed when the call returns.
         """
+        if self._thread is not None and self._thread.is_busy:
+            self._thread.submit(self._close_in_thread)
+            self._thread.stop()
+            return
+        if self._late is not None and not self._late.done():
+            self._late.add_done_callback(self._close_at_last)
+            return
         try:
-            if self._thread is not None and self._thread.is_busy:
-                self._thread.submit(self._close_in_thread)
-                self._thread.stop()
-                return
             if self._environment is not None:
                 await self._close(self._environment)
         finally:
@@ -193,6 +206,15 @@ class EnvironmentClient:
                 self._environment = environment
             raise
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a call that missed its deadline has not ended."""
+        assert self._thread is not None
+        return self._thread.is_busy or (self._late is not None and not self._late.done())
+
+    def _close_at_last(self, late: asyncio.Future[Any]) -> None:
+        self._closing = asyncio.ensure_future(self.close())  # the event loop itself keeps no reference
+
     def _close_in_thread(self) -> None:
         environment, self._environment = self._environment, None
         if environment is not None and inspect.iscoroutine(closing := environment.close()):
@@ -206,6 +228,8 @@ class EnvironmentClient:
             except TransientError as error:
                 if attempt == self._config.max_retries:
                     raise EnvironmentFailure(f"{what}: {text_of(error)} ({attempt + 1} attempts)") from error
+            except _DeadlineMissed as error:
+                raise _DeadlineMissed(f"{what}: {error}") from error
             except EnvironmentFailure:
                 raise
             except BaseException as error:  # a plugin's code may raise anything
@@ -220,18 +244,39 @@ class EnvironmentClient:
             return await result if inspect.isawaitable(result) else result
         try:
             async with asyncio.timeout(limit_s):
-                while self._thread.is_busy:  # with a call that missed its deadline
+                while self._is_busy:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
             raise EnvironmentFailure(f"{what}: {_BUSY}") from error
+        started = time.monotonic()
+        result = await self._in_time(asyncio.wrap_future(self._thread.submit(act)), started=started, limit_s=limit_s)
+        if not inspect.isawaitable(result):
+            return result
+        return await self._in_time(asyncio.ensure_future(contained(result)), started=started, limit_s=limit_s)
+
+    async def _in_time(self, future: asyncio.Future[T], *, started: float, limit_s: float) -> T:
+        """Return the result of a future. At the deadline it is cancelled; what ignores that is left to itself."""
+        future.add_done_callback(_retrieve)
         try:
-            async with asyncio.timeout(limit_s) as deadline:
-                result = await asyncio.wrap_future(self._thread.submit(act))
-                return await result if inspect.isawaitable(result) else result
-        except TimeoutError as error:
-            if not deadline.expired():
+            await asyncio.wait({future}, timeout=max(started + limit_s - time.monotonic(), 0.0))
+            if future.done():
+                return future.result()
+        except GeneratorExit as error:
+            if not future.done():  # the event loop ends
                 raise
-            raise _DeadlineMissed(f"{what}: no result after {limit_s:g} s") from error
+            raise RuntimeError(described(error)) from error
+        finally:
+            if not future.done():
+                future.cancel()
+                await asyncio.wait({future}, timeout=_GRACE_S)
+                self._late = future
+        raise _DeadlineMissed(f"no result after {limit_s:g} s")
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Read the error of a future that nobody awaits, so that asyncio does not log it."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _is_cancelled() -> bool:
@@ -282,103 +327,6 @@ class _Thread:
                 future.set_exception(error)
             else:  # SystemExit and KeyboardInterrupt would end the event loop; its futures refuse StopIteration
                 future.set_exception(RuntimeError(described(error)))
-
-
-class Reactor:
-    """Runs coroutines on an event loop in a separate thread, so that the calling thread can decode.
-
-    `start` takes an object with each coroutine, and `finished` returns the objects of completed coroutines. The thread
-    starts with the first coroutine.
-    """
-
-    def __init__(self, *, end_limit_s: float) -> None:
-        """Create the reactor without starting its thread. end_limit_s: longest time that ending it takes."""
-        self._end_limit_s = end_limit_s
-        self._end: float | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._pending: set[Future[None]] = set()
-        self._done: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
-        self._num_pending = 0
-
-    def __enter__(self) -> Self:
-        """Return this reactor."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for the coroutines that have not completed, and end the event loop and its thread."""
-        if self._loop is None or self._thread is None:
-            return
-        wait(self._pending, timeout=self._time_left())
-        self.cancel()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(self._time_left())
-        if not self._thread.is_alive():
-            self._loop.close()
-
-    def cancel(self) -> None:
-        """Cancel the coroutines that have not completed, and return when they have ended."""
-        if self._loop is not None and self._pending:
-            ending = asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)
-            wait([ending], timeout=self._time_left())
-
-    def _time_left(self) -> float:
-        """Return the seconds that are left for ending; the first call starts the clock."""
-        if self._end is None:
-            self._end = time.monotonic() + self._end_limit_s
-        return max(self._end - time.monotonic(), 0.0)
-
-    def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
-        """Start a coroutine on the event loop. tag: object that `finished` returns when it has completed."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="environments")
-            self._thread.start()
-        self._num_pending += 1
-        future = asyncio.run_coroutine_threadsafe(_contained(coroutine), self._loop)
-        self._pending.add(future)
-        future.add_done_callback(lambda done: self._done.put((tag, done)))
-
-    def finished(self, *, wait_for_one: bool) -> list[Any]:
-        """Return the objects of completed coroutines, and raise what a coroutine raised.
-
-        wait_for_one: if none has completed and some are pending, wait for the first.
-        """
-        completed: list[Any] = []
-        while self._num_pending and (not self._done.empty() or (wait_for_one and not completed)):
-            tag, future = self._done.get()
-            self._num_pending -= 1
-            self._pending.discard(future)
-            future.result()
-            completed.append(tag)
-        return completed
-
-
-async def _contained(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Await a coroutine, and raise RolloutError for what would end the event loop."""
-    try:
-        await coroutine
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise RolloutError(f"a plugin raised {described(error)}") from error
-
-
-async def _cancel_others() -> None:
-    """Cancel all other tasks of the running event loop, and wait until they have ended."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends and return its result. Raises RolloutError when it suspends."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    coroutine.close()
-    raise RolloutError("the environment of an InlineTask awaits something: do not derive its task from InlineTask")
 
 
 def grade_in_new_environment(task: Task, stream: int, *, answer: str) -> Grade:

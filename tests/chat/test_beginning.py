@@ -9,7 +9,7 @@ from moetrain.data.build import build_data
 from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceConfig, SourceKind, TokenizerConfig
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
-from moetrain.rollout.world import run_inline
+from moetrain.rollout.reactor import run_inline
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily
 from moetrain.tasks.dialogues import dialogues

@@ -5,6 +5,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from moetrain.errors import ToolError, TransientError
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.reactor import Reactor
 from moetrain.rollout.types import Ending
-from moetrain.rollout.world import EnvironmentClient, Reactor, make_task
+from moetrain.rollout.world import EnvironmentClient, make_task
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
 from tests.rollout.scripted import (
     ANSWER,
@@ -123,6 +125,21 @@ class Panicking(World):
         raise Panic("index out of bounds")
 
 
+class Interrupting(World):
+    """Raises what a terminal raises."""
+
+    async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+        raise KeyboardInterrupt
+
+
+class Generating(World):
+    """Raises what ends generators."""
+
+    async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+        await asyncio.sleep(0)
+        raise GeneratorExit("done")
+
+
 class UnspeakableError(Exception):
     """Fails while its text is made."""
 
@@ -220,6 +237,8 @@ def test_an_empty_prompt_is_a_failure_of_the_environment(tokenizer: Tokenizer) -
         (Searching, "a call of look: RuntimeError: StopIteration"),
         (Lost, "a call of look: CancelledError: connection closed"),
         (Panicking, "a call of look: Panic: index out of bounds"),
+        (Interrupting, "a call of look: RuntimeError: KeyboardInterrupt"),
+        (Generating, "a call of look: RuntimeError: GeneratorExit: done"),
         (Speechless, "a call of look: UnspeakableError: its text cannot be made"),
     ],
 )
@@ -402,7 +421,7 @@ def test_the_end_does_not_wait_for_an_event_loop_that_a_plugin_blocks() -> None:
         released.wait(20)
         ended.set()
 
-    with Reactor(end_limit_s=0.1) as reactor:
+    with Reactor(end_limit_s=0.1, stuck_s=60, on_stuck=lambda tag, reason: pytest.fail(reason)) as reactor:
         reactor.start(block(), tag="blocking")
         reactor.cancel()
     assert not ended.is_set()
@@ -467,6 +486,68 @@ def test_a_plain_tool_that_never_returns_ends_its_trajectory_and_not_the_run(tok
     released.set()
     assert trajectory.ending is Ending.environment_failed
     assert "still busy with a call that missed its deadline" in trajectory.grade.reason
+
+
+def _wait_for(is_true: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 20
+    while not is_true() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert is_true()
+
+
+def test_a_coroutine_that_ignores_its_end_ends_its_trajectory_and_not_the_run(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    released: list[bool] = []
+
+    class Deaf(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            while not released:
+                try:
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    continue
+            return Observation(text="a stone")
+
+    class Other(World):
+        def grade(self, answer: str) -> Grade:
+            _wait_for(lambda: "still busy with a call that missed its deadline" in caplog.text)
+            released.append(True)
+            _wait_for(lambda: deaf.made[0].is_closed)  # type: ignore[attr-defined]
+            return super().grade(answer)
+
+    deaf, other = WorldTask(make=Deaf), WorldTask(make=Other)
+    first, second = play(
+        [deaf, other],
+        tokenizer,
+        script=script_of(CALL, CALL, ANSWER),
+        call_deadline_s=0.2,
+        max_replacements=0,
+    )
+    assert first.ending is Ending.environment_failed and second.reward == 1.0
+
+
+def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    released = threading.Event()
+
+    class Blocking(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            if not released.is_set():
+                released.wait(20)
+            return super().call(name, arguments)
+
+    class Freeing(World):
+        def __init__(self, stream: int) -> None:
+            if blocked.made:
+                released.set()
+            super().__init__(stream)
+
+    blocked, other = WorldTask(make=Blocking), WorldTask(make=Freeing)
+    trajectories = play([blocked, other], tokenizer, num_slots=1, environment_deadline_s=0.2, max_replacements=0)
+    assert [each.ending for each in trajectories] == [Ending.environment_failed, Ending.answered]
+    assert "has blocked the event loop of all environments for 0.2 s: use await" in trajectories[0].grade.reason
+    assert f"Blocking.call ({__file__}:" in caplog.text
+    _wait_for(lambda: blocked.made[0].is_closed)  # type: ignore[attr-defined]
 
 
 def test_an_environment_that_asks_for_it_is_tried_again(tokenizer: Tokenizer) -> None:

@@ -8,8 +8,8 @@ from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
+from moetrain.rollout.reactor import run_inline
 from moetrain.rollout.types import Ending, Trajectory
-from moetrain.rollout.world import run_inline
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.database.family import DatabaseFamily, DatabaseTask
 from moetrain.tasks.protocol import Split

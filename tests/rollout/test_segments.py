@@ -12,8 +12,8 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
+from moetrain.rollout.reactor import run_inline
 from moetrain.rollout.types import Ending, Trajectory
-from moetrain.rollout.world import run_inline
 from moetrain.tasks.config import LedgerConfig, TaskConfig
 from moetrain.tasks.ledger.family import LedgerFamily
 from moetrain.tasks.protocol import Split

@@ -1,0 +1,201 @@
+"""Runs the coroutines of environments on an event loop in a separate thread, while the calling thread decodes."""
+
+import asyncio
+import inspect
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future, wait
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+from moetrain.errors import RolloutError, described
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""Time between two looks at an event loop that is waited for."""
+
+
+class Reactor:
+    """Runs coroutines on an event loop in a separate thread.
+
+    `start` takes an object with each coroutine, and `finished` returns the objects of completed coroutines. The thread
+    starts with the first coroutine.
+
+    A coroutine that computes or waits without `await` blocks the event loop and so all others. After `stuck_s` seconds
+    the loop is abandoned: `on_stuck` is called with each unfinished object and the reason, `finished` returns these
+    objects, and the next coroutine starts a new loop. If the abandoned loop continues later, it cancels its coroutines,
+    runs those that `on_stuck` returned, and ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        end_limit_s: float,
+        stuck_s: float,
+        on_stuck: Callable[[Any, str], Callable[[], Coroutine[Any, Any, None]]],
+    ) -> None:
+        """Create the reactor without starting its thread. end_limit_s: longest time that ending it takes."""
+        self._end_limit_s = end_limit_s
+        self._stuck_s = stuck_s
+        self._on_stuck = on_stuck
+        self._end: float | None = None
+        self._loop: _Loop | None = None
+        self._pending: dict[Future[None], Any] = {}
+        self._done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        """Return this reactor."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the coroutines that have not completed, and end the event loop and its thread."""
+        if self._loop is not None:
+            wait(self._pending, timeout=self._time_left())
+            self.cancel()
+            self._loop.end(self._time_left())
+
+    def cancel(self) -> None:
+        """Cancel the coroutines that have not completed, and return when they have ended."""
+        if self._loop is not None and self._pending:
+            wait([self._loop.start(_cancel_others())], timeout=self._time_left())
+
+    def _time_left(self) -> float:
+        """Return the seconds that are left for ending; the first call starts the clock."""
+        if self._end is None:
+            self._end = time.monotonic() + self._end_limit_s
+        return max(self._end - time.monotonic(), 0.0)
+
+    def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
+        """Start a coroutine on the event loop. tag: object that `finished` returns when it has completed."""
+        if self._loop is None:
+            self._loop = _Loop()
+        future = self._loop.start(contained(coroutine))
+        self._pending[future] = tag
+        future.add_done_callback(self._done.put)
+
+    def finished(self, *, wait_for_one: bool) -> list[Any]:
+        """Return the objects of completed coroutines, and raise what a coroutine raised.
+
+        wait_for_one: if none has completed and some are pending, wait for the first.
+        """
+        completed: list[Any] = []
+        while self._pending and (not self._done.empty() or (wait_for_one and not completed)):
+            try:
+                future = self._done.get(timeout=min(_LOOK_S, self._stuck_s))
+            except queue.Empty:
+                if reason := self._blocked():
+                    completed += self._abandon(reason)
+                continue
+            if future in self._pending:  # else its loop was abandoned
+                completed.append(self._pending.pop(future))
+                future.result()
+        return completed
+
+    def _blocked(self) -> str:
+        """Return what blocks the event loop, where it has not run for `stuck_s`; else an empty text."""
+        assert self._loop is not None
+        if self._loop.seconds_blocked() < self._stuck_s:
+            return ""
+        return (
+            f"{self._loop.place()} has blocked the event loop of all environments for {self._stuck_s:g} s: use await "
+            "there, or make the method a plain function, which runs in a thread"
+        )
+
+    def _abandon(self, reason: str) -> list[Any]:
+        """Leave the event loop, and return the objects of its coroutines."""
+        assert self._loop is not None
+        _log.warning("%s", reason)
+        tags, loop = [*self._pending.values()], self._loop
+        self._pending, self._loop = {}, None
+        endings = [self._on_stuck(tag, reason) for tag in tags]
+
+        async def end() -> None:
+            await _cancel_others()
+            await asyncio.gather(*(contained(ending()) for ending in endings), return_exceptions=True)
+            asyncio.get_running_loop().stop()
+
+        loop.start(end())
+        return tags
+
+
+class _Loop:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._asked = 0.0
+        self._answered = threading.Event()
+        self._answered.set()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="environments")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        """Run a coroutine, and return the future of its end."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def seconds_blocked(self) -> float:
+        """Return for how long the loop has not run; 0 at the first call and after each sign of life."""
+        if self._answered.is_set():
+            self._answered.clear()
+            self._asked = time.monotonic()
+            self._loop.call_soon_threadsafe(self._answered.set)
+        return time.monotonic() - self._asked
+
+    def place(self) -> str:
+        """Return the function in which the thread is, the innermost coroutine if there is one, with file and line."""
+        innermost = frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None and not frame.f_code.co_flags & inspect.CO_COROUTINE:
+            frame = frame.f_back
+        return _text_of(frame or innermost)
+
+    def end(self, limit_s: float) -> None:
+        """Stop the loop, and wait for its thread for at most `limit_s` seconds."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(limit_s)
+
+
+def _text_of(frame: FrameType | None) -> str:
+    if frame is None:
+        return "a plugin"
+    code = frame.f_code
+    return f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})"
+
+
+async def contained(awaitable: Awaitable[T]) -> T:
+    """Return what `awaitable` returns, and raise RuntimeError for what would end the event loop."""
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(described(error)) from error
+
+
+async def _cancel_others() -> None:
+    """Cancel all other tasks of the running event loop, and wait until they have ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends and return its result. Raises RolloutError when it suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    coroutine.close()
+    raise RolloutError("the environment of an InlineTask awaits something: do not derive its task from InlineTask")
