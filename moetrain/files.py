@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """Return a path that a user typed, with `~` and `~name` replaced; unchanged if there is no such user."""
     return Path(os.path.expanduser(text))
 

@@ -137,6 +137,11 @@ def test_imports_go_down_the_layers() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_paths_that_users_type_are_expanded_in_one_place() -> None:
+    """`Path.expanduser` raises for a user that does not exist; `files.user_path` leaves the path as it is."""
+    assert [path for path, _ in trees() if "expanduser" in (PACKAGE / path).read_text()] == ["files.py"]
+
+
 def test_imports_are_absolute() -> None:
     wrong = [f"moetrain/{path}:{line}" for path, tree in trees() for module, line in imports(tree) if module == "."]
     assert not wrong, "\n".join(wrong)

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -67,7 +66,7 @@ def main(run: DataRun) -> int:
 
 def _tokenizer(run: DataRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(Path(run.data.tokenizer.path).expanduser())
+        tokenizer = Tokenizer.load(user_path(run.data.tokenizer.path))
     elif run.init_from is None:
         folder = next(iter(prepared_folders(run.data).values()), None)
         if folder is None:

@@ -1,7 +1,6 @@
 """`moetrain prepare`."""
 
 import functools
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +10,7 @@ from moetrain.data.prepare.run import prepare
 from moetrain.data.store.index import Index
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.data_commands import PrepareRun
+from moetrain.files import user_path
 from moetrain.run.plugins import load_plugins
 from moetrain.run.stage import stage_folder
 
@@ -30,7 +30,7 @@ def _load_plugins(plugins: list[str]) -> None:
 
 def _tokenizer(run: PrepareRun) -> Tokenizer | None:
     if run.data.tokenizer.path is not None:
-        return load_tokenizer(run.data.tokenizer, Path(run.data.tokenizer.path).expanduser())
+        return load_tokenizer(run.data.tokenizer, user_path(run.data.tokenizer.path))
     if run.init_from is None:
         return None
     from moetrain.run.weights import read_weights, tokenizer_of  # loads torch

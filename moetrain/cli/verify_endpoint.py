@@ -1,12 +1,12 @@
 """`moetrain verify endpoint`."""
 
 import os
-from pathlib import Path
 
 from rich.console import Console
 
 from moetrain.client_commands import VerifyEndpointRun
 from moetrain.errors import ConfigError
+from moetrain.files import user_path
 from moetrain.run.stage import stage_folder
 
 
@@ -22,7 +22,7 @@ def main(run: VerifyEndpointRun) -> int:
     from moetrain.verify.table import check_rows, render, write_rows
 
     if run.requests is not None:
-        requests = requests_of(Path(run.requests).expanduser())[: run.num_requests]
+        requests = requests_of(user_path(run.requests))[: run.num_requests]
     else:
         requests = task_requests(registry.build(run.task, run.run.seed), number=run.num_requests)
     endpoint = Endpoint(run.url, key=os.environ.get(KEY_VARIABLE))

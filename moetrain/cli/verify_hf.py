@@ -1,10 +1,9 @@
 """`moetrain verify hf`."""
 
-from pathlib import Path
-
 from rich.console import Console
 
 from moetrain.commands import VerifyHfRun
+from moetrain.files import user_path
 from moetrain.run.stage import stage_folder
 
 
@@ -23,7 +22,7 @@ def main(run: VerifyHfRun) -> int:
             rows = list(verify_matrix(**sizes, fault=fault))
         else:
             subject = run.init_from
-            path = Path(run.init_from).expanduser()
+            path = user_path(run.init_from)
             rows = [verify_folder(path / EXPORT if (path / EXPORT).is_dir() else path, **sizes, fault=fault)]
         write_rows(folder / "verify.json", rows=rows, context={"of": subject})
         Console().print(render(f"fp32 logits, ours against transformers': {subject}", rows=rows))

@@ -29,6 +29,7 @@ from moetrain.data.store.rows import PreparedRows, prepared_sources
 from moetrain.data.tokenize import tokenize
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer, train_tokenizer, without_specials
 from moetrain.errors import ConfigError, DataError
+from moetrain.files import user_path
 from moetrain.log import progress
 from moetrain.runtime import python_stream
 
@@ -216,7 +217,7 @@ def _tokenizer(
 def _tokenizer_folder(config: DataConfig, folder: Path) -> Path | None:
     """Return the folder of the tokenizer: the configured one, else `folder`, else that of the first prepared source."""
     if config.tokenizer.path is not None:
-        return Path(config.tokenizer.path).expanduser()
+        return user_path(config.tokenizer.path)
     if holds_tokenizer(folder):
         return folder
     return next((source / TOKENIZER for source in prepared_folders(config).values()), None)

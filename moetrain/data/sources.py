@@ -28,6 +28,7 @@ from moetrain.data.hub import hub_records
 from moetrain.data.maths import maths_problems
 from moetrain.data.stdlib import stdlib_code, stdlib_english
 from moetrain.errors import ConfigError, DataError
+from moetrain.files import user_path
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def digest_of(documents: Iterable[Document]) -> str:
 def local_files(config: SourceConfig) -> list[Path]:
     """Return the files that `path` names, sorted. Raises DataError that names the path when there are none."""
     assert config.path is not None  # SourceConfig checks it
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if path.is_dir():
         endings = _ENDINGS[config.kind]
         files = [item for item in _files_in(path) if item.name.endswith(endings)]
@@ -141,7 +142,7 @@ def local_files(config: SourceConfig) -> list[Path]:
 
 def files_left_out(config: SourceConfig) -> dict[str, int]:
     """Return how many files of the folder `path` are not read, by their ending; nothing if it is no folder."""
-    path = Path(config.path or "").expanduser()
+    path = user_path(config.path or "")
     if config.kind not in _ENDINGS or config.kind in FOREIGN_KINDS or config.path is None or not path.is_dir():
         return {}
     others = [item for item in _files_in(path) if not item.name.endswith(_ENDINGS[config.kind])]

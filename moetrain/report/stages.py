@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from moetrain.errors import ConfigError, DataError
+from moetrain.files import user_path
 from moetrain.log import read_metrics
 from moetrain.report.shapes import (
     CONFIG_SHAPE,
@@ -124,7 +125,7 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
     Raises ConfigError when there is nothing to report, and DataError when a file cannot be read.
     """
     configs_in_run = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
-    wanted = [Path(stage).expanduser() for stage in stages] or _ordered(configs_in_run)
+    wanted = [user_path(stage) for stage in stages] or _ordered(configs_in_run)
     configs = {path: config for path in wanted if (config := configs_in_run.get(path) or _yaml(path / CONFIG))}
     if not configs:
         raise ConfigError(
@@ -182,11 +183,11 @@ def _stage_at(text: str, configs: Mapping[Path, Mapping[str, Any]]) -> Path | No
     """Return the stage whose folder contains the path `text`: its present folder, or the one in its config."""
     if "/" not in text:
         return None
-    path = Path(text).expanduser().resolve()
+    path = user_path(text).resolve()
     for folder, config in configs.items():
         run = config.get("run", {})
         places = [folder, Path(run.get("folder", "")) / run.get("name", "") / run.get("stage", "")]
-        if any(path.is_relative_to(place.expanduser().resolve()) for place in places if place.name == folder.name):
+        if any(path.is_relative_to(user_path(place).resolve()) for place in places if place.name == folder.name):
             return folder
     return None
 

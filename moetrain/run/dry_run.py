@@ -1,13 +1,13 @@
 """`dry_run=true`: prints parameters, memory, tokens and expected time of a stage without running it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moetrain.config import DocumentRun, RlRun, TrainingRun
+from moetrain.files import user_path
 from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage
 from moetrain.run.resume_check import train_of
@@ -62,7 +62,7 @@ def _steps_taken(run: TrainingRun) -> int:
 
     Raises `CheckpointError` if the run cannot be continued.
     """
-    if run.continue_from is None or not Path(run.continue_from).expanduser().exists():
+    if run.continue_from is None or not user_path(run.continue_from).exists():
         return 0
     # These imports load torch, which only the dry run of a continued run needs.
     from moetrain.run.document_stage import sections_of

@@ -1,20 +1,23 @@
 """Reads the earlier evaluation (`eval.before`) with which an evaluation is compared task by task."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moetrain.compose import read_yaml, to_mapping
 from moetrain.config import EvalRun
 from moetrain.errors import CheckpointError
+from moetrain.files import user_path
 from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, validated
+from moetrain.run.record import flattened
 from moetrain.run.stage import CONFIG
+from moetrain.tasks.config import TaskConfig
 
-_OF_TASKS = (
-    *("run.seed", "eval.num_tasks", "eval.first_task"),
-    *("task.name", "task.database.min_calls", "task.database.max_calls", "task.options", "task.tool_failure"),
-    *("task.ledger.min_calls", "task.ledger.max_calls", "task.ledger.accounts", "task.ledger.branching"),
+_OF_TASKS = ("run.seed", "eval.num_tasks", "eval.first_task", "task.")
+_NOT_OF_TASKS = (
+    *("task.context.", "task.declare_tools"),
+    *("task.database.demonstrator.", "task.database.deadline_s", "task.ledger.misspell", "task.ledger.deadline_s"),
 )
+"""Beginnings of the keys that determine the tasks of an evaluation, and of those among them that do not."""
 
 
 def read_before(run: EvalRun) -> dict[str, Any] | None:
@@ -28,7 +31,7 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
     from moetrain.checkpoint.read import read_json
     from moetrain.eval.stage import EVAL  # loads torch
 
-    folder = Path(run.eval.before).expanduser()
+    folder = user_path(run.eval.before)
     path = folder / EVAL
     if not path.is_file():
         raise CheckpointError(f"eval.before: there is no {path}; give the folder of a finished evaluation")
@@ -43,12 +46,8 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
 
 
 def _tasks_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config values that determine the tasks of an evaluation, by key."""
-    return {key: _at(config, key) for key in _OF_TASKS}
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    """Return the config values that determine the tasks of an evaluation, by key; what is missing has its default."""
+    values = flattened({"task": to_mapping(TaskConfig())}) | flattened(config)
+    return {
+        key: value for key, value in values.items() if key.startswith(_OF_TASKS) and not key.startswith(_NOT_OF_TASKS)
+    }

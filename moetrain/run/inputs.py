@@ -159,7 +159,7 @@ def _check_memory(name: str, files: Sequence[Path]) -> None:
 
 
 def _is_inside(value: str, folder: Path) -> bool:
-    return user_path(value).resolve().is_relative_to(folder.expanduser().resolve())
+    return user_path(value).resolve().is_relative_to(user_path(folder).resolve())
 
 
 def check_names(run: StageRun) -> None:

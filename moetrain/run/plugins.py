@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from moetrain.errors import ConfigError, described
+from moetrain.files import user_path
 
 T = TypeVar("T")
 PLUGINS = "moetrain.plugins"
@@ -33,7 +34,7 @@ def load_plugins(plugins: Sequence[str]) -> list[ModuleType]:
 
 def plugin_spec(plugin: str) -> importlib.machinery.ModuleSpec:
     """Return the module spec of a plugin: a .py file, or a module on `sys.path` or in the current folder."""
-    spec = _of_file(Path(plugin).expanduser()) if plugin.endswith(".py") else _of_module(plugin)
+    spec = _of_file(user_path(plugin)) if plugin.endswith(".py") else _of_module(plugin)
     if spec is None or spec.loader is None:
         where = f" in {os.getcwd()}" if plugin.endswith(".py") and not os.path.isabs(plugin) else ""
         raise ConfigError(

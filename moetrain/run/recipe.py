@@ -28,6 +28,7 @@ from moetrain.compose import compose, data_folder, quoted, read_yaml
 from moetrain.config import EvalRun, RecipeRun, TrainingRun
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
+from moetrain.files import user_path
 from moetrain.run.chain import check_chain, shape_of
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -78,7 +79,7 @@ class Stage:
 
 def load(recipe: str) -> Recipe:
     """Return the recipe with this name or folder path. Raises `ConfigError`, which names the file and the mistake."""
-    folder = Path(recipe).expanduser()
+    folder = user_path(recipe)
     own = data_folder("recipes") / recipe
     if (own / "recipe.yaml").is_file():
         folder = own

@@ -115,8 +115,8 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
     known_config = before.config if now.config.keys() <= before.config.keys() else {**defaults(), **before.config}
     differences = []
     for key, value in now.config.items():
-        if key in now.files:
-            if before.files.get(key, now.files[key]) not in (now.files[key], now.older.get(key)):
+        if key in now.files and key in before.files:
+            if before.files[key] not in (now.files[key], now.older.get(key)):
                 differences.append(f"{key}: the content of {value} changed")
         elif key in _DERIVED_KEYS and key not in before.config:
             continue

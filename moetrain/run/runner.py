@@ -26,7 +26,7 @@ from moetrain.compose import compose, save_config, to_mapping
 from moetrain.config import OnChange, RecipeRun, TrainingRun
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
-from moetrain.files import previous_name, read_json_or_empty, write_json
+from moetrain.files import previous_name, read_json_or_empty, user_path, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.chain import with_rows_of_weights
@@ -126,7 +126,7 @@ def prepare(words: Sequence[str]) -> Prepared:
         raise ConfigError(f"again_from is {run.again_from!r}: {suggestion(run.again_from, names)}")
     folder = Path(run.folder) / (run.name or loaded.name)
     check_writable(folder)
-    planned = [Path(folder / stage.name).expanduser() for stage in stages]
+    planned = [user_path(folder / stage.name) for stage in stages]
     for number, stage in enumerate(stages):
         check_inputs(stage.config, planned=planned[:number], world_size=stage.processes)
     for number, stage in enumerate(stages):

@@ -16,6 +16,7 @@ from moetrain.data.config import DataConfig, TokenizerConfig
 from moetrain.data.store.index import prepared_folders
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import ConfigError
+from moetrain.files import user_path
 from moetrain.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:
             )
         return
     expected_digest = _tokenizer_digest(origin)
-    if expected_digest is not None and Tokenizer.load(Path(config.path).expanduser()).digest != expected_digest:
+    if expected_digest is not None and Tokenizer.load(user_path(config.path)).digest != expected_digest:
         raise ConfigError(
             f"data.tokenizer.path is {config.path}, which is not the tokenizer of the weights {origin.path}: "
             f"leave data.tokenizer.path out, or give {_RETRAIN} to train the weights with a tokenizer unknown to them"

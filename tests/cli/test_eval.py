@@ -44,6 +44,11 @@ WITHOUT = json.dumps({"modes": {"greedy": {name: value for name, value in MODE.i
             ["eval.num_tasks=2", "task.database.max_calls=3"],
             r"evaluated other tasks \(task\.database\.max_calls: 3 -> 8\)",
         ),
+        (
+            GOOD,
+            ["eval.num_tasks=2", "task.database.last_line=40"],
+            r"evaluated other tasks \(task\.database\.last_line: 40 -> 17\)",
+        ),
         (None, [], r"eval\.before: there is no .*eval\.json; give the folder of a finished evaluation"),
     ],
 )

@@ -70,6 +70,15 @@ def test_a_folder_without_a_slash_is_a_folder(key: str, tmp_path: Path, monkeypa
     assert len(difference(before, record({key: "weights"}, tmp_path / "run"))) == 1
 
 
+@pytest.mark.parametrize(("key", "nothing"), [("init_from", None), ("plugins", []), ("data.path", None)])
+def test_a_file_that_is_added_or_left_out_is_a_change(key: str, nothing: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "one.py").write_text("one = 1\n")
+    given = [str(tmp_path / "one.py")] if nothing == [] else str(tmp_path / "one.py")
+    with_it, without = (record({key: value}, tmp_path / "run") for value in (given, nothing))
+    assert len(difference(without, with_it)) == len(difference(with_it, without)) == 1
+
+
 def test_a_data_set_of_megatron_is_named_without_its_endings(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for ending in ("bin", "idx"):
