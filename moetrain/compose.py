@@ -24,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from moetrain.checkpoint.shape import FREE_FIELDS, mismatched_fields, stored_shape
-from moetrain.commands import SCHEMAS
-from moetrain.config import DocumentRun, TrainingRun, UpcycleRun
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.training import DocumentRun, TrainingRun
+from moetrain.commands.weights import UpcycleRun
 from moetrain.config_keys import suggestion, types_along
 from moetrain.errors import ConfigError
 from moetrain.files import write_text

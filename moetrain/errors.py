@@ -61,4 +61,4 @@ def text_of(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # the code that makes the text is foreign, too
-        return "its text cannot be made"
+        return "its message cannot be formatted"

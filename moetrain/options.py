@@ -33,7 +33,7 @@ def checked_options(schema: type, values: Mapping[str, Any], *, prefix: str, own
     except MoetrainError:
         raise
     except Exception as error:  # a plugin's __post_init__ may raise anything
-        raise ConfigError(f"{prefix.rstrip('.')}: {owner} cannot be made: {described(error)}") from error
+        raise ConfigError(f"{prefix.rstrip('.')}: {owner} cannot be constructed: {described(error)}") from error
 
 
 def _has(known: list[str]) -> str:

@@ -42,9 +42,9 @@ def check_launcher() -> None:
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit()):
             raise ConfigError(f"{name} is {value!r} in the environment, but must be a whole number: {_CURE}")
-    size, rank = num_ranks(), int(os.environ.get("RANK", "0"))
-    if size < 1 or rank >= size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size} in the environment, which is impossible: {_CURE}")
+    size, own = num_ranks(), rank()
+    if size < 1 or own >= size:
+        raise ConfigError(f"RANK is {own} and WORLD_SIZE is {size} in the environment, which is impossible: {_CURE}")
 
 
 def check_rendezvous() -> None:
@@ -64,6 +64,11 @@ def check_rendezvous() -> None:
         raise ConfigError(
             f"MASTER_PORT is {port!r} in the environment, but must be a port from 1 to {MAX_PORT}: {_CURE}"
         )
+
+
+def rank() -> int:
+    """Return the rank of this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def num_ranks() -> int:
@@ -148,8 +153,12 @@ def die_with_parent(parent: int | None = None) -> None:
     """
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent and process_state(parent) in ("", "Z", "X"):
+        if parent is not None and os.getppid() != parent and process_state(parent) in ENDED:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+ENDED = ("", "Z", "X")
+"""States of `process_state` in which a process does not run any more."""
 
 
 def process_state(process: int) -> str:
@@ -157,7 +166,7 @@ def process_state(process: int) -> str:
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return ""
 
 

@@ -20,7 +20,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -
     `function` is importable by name; what goes in and out is picklable. Raises AssertionError with the trace of the
     first rank that failed, or when the ranks are not done in 180 s; no process is left behind.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a process that has imported these, and forks the ranks
+    context.set_forkserver_preload(["moetrain.parallel.deepspeed_engine"])
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moetrain"
@@ -28,8 +28,6 @@ LAYERS = [
     ["checkpoint", "rollout", "plan", "serve"],
     ["train", "export"],
     ["upcycle", "rl", "eval", "terminal"],
-    ["config"],
-    ["client_commands", "data_commands", "generation_commands", "gpu_commands"],
     ["commands"],
     ["compose"],
     ["run", "verify", "bench"],
@@ -61,13 +59,8 @@ TORCH_FREE = [
     "log.py",
     "options.py",
     "ranges.py",
-    "config.py",
     "config_keys.py",
-    "commands.py",
-    "client_commands.py",
-    "data_commands.py",
-    "generation_commands.py",
-    "gpu_commands.py",
+    "commands/",
     "compose.py",
     "model/flops.py",
     "plan/",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.training import PretrainRun, TrainingRun
 from moetrain.compose import compose, load_config, quoted, save_config, to_mapping
-from moetrain.config import PretrainRun, TrainingRun
 from moetrain.data.config import Overlong, SourceKind
 from moetrain.errors import ConfigError
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.help_page import field_docs
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.stage import RunConfig
+from moetrain.commands.training import PretrainRun, RlRun
 from moetrain.compose import compose
-from moetrain.config import PretrainRun, RlRun, RunConfig
 from moetrain.config_keys import leaf_keys
 from moetrain.data.config import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.errors import ConfigError
@@ -15,7 +16,6 @@ from moetrain.model.config import ModelConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.rollout.config import RolloutConfig
-from moetrain.run.inputs import check_inputs
 
 
 def data(**values: object) -> DataConfig:
@@ -107,5 +107,8 @@ def test_a_setting_without_effect_is_refused(command: str, word: str, message: s
 
 def test_a_command_that_reads_no_weights_takes_none(tmp_path: Path) -> None:
     for command in ("report", "bench decode", "verify layouts"):
-        with pytest.raises(ConfigError, match="this command reads no weights"):
-            check_inputs(compose(command, [f"init_from={tmp_path}"]))
+        with pytest.raises(ConfigError, match="there is no 'init_from' in this command"):
+            compose(command, [f"init_from={tmp_path}"])
+    for command in ("bench balance", "bench optimizers"):
+        with pytest.raises(ConfigError, match="leave it out, because the runs start from random weights"):
+            compose(command, [f"init_from={tmp_path}"])

@@ -26,7 +26,7 @@ from moetrain.bench.spread import spread, spread_text
 from moetrain.checkpoint.read import load
 from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.write import Retention, save
-from moetrain.commands import BenchCheckpointRun
+from moetrain.commands.bench import BenchCheckpointRun
 from moetrain.kernels.choice import find
 from moetrain.kernels.config import Kernels
 from moetrain.log import progress

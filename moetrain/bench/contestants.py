@@ -21,10 +21,10 @@ from rich.text import Text
 from moetrain.bench.engines.protocol import EngineSettings
 from moetrain.bench.process import Process
 from moetrain.bench.spread import spread
+from moetrain.commands.bench_generation import GenerationPeer
 from moetrain.errors import MoetrainError
 from moetrain.export.config import ExportFormat
 from moetrain.export.write import consumer_reasons
-from moetrain.generation_commands import GenerationPeer
 from moetrain.hf.shape import vllm_overrides
 from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.model.config import ModelConfig

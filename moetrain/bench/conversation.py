@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from moetrain.bench.spread import spread
-from moetrain.generation_commands import ConversationConfig
+from moetrain.commands.bench_generation import ConversationConfig
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.protocol import Model, Sequence
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from rich.table import Table
 
+from moetrain.commands.bench import BenchDataRun
 from moetrain.data.stdlib import stdlib_code, stdlib_english
 from moetrain.data.store.index import WORK
 from moetrain.data.tokenizer import train_tokenizer
-from moetrain.data_commands import BenchDataRun
 from moetrain.errors import MoetrainError
 from moetrain.files import sha256_of
 

@@ -22,10 +22,10 @@ from moetrain.bench.engines.protocol import EngineSettings
 from moetrain.bench.generation_weights import random_weights, write_weights
 from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread_text
+from moetrain.commands.bench_generation import BenchDecodeRun, DecodeCase
 from moetrain.data.config import MIN_VOCAB_SIZE
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.export.config import ExportFormat
-from moetrain.generation_commands import BenchDecodeRun, DecodeCase
 from moetrain.kernels.memory import Memory
 from moetrain.log import progress
 from moetrain.model.config import ModelConfig

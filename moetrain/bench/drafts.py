@@ -14,9 +14,9 @@ from typing import Any
 from rich.table import Table
 
 from moetrain.bench.spread import spread, spread_text
+from moetrain.commands.bench_generation import BenchDraftsRun
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import BoundError
-from moetrain.generation_commands import BenchDraftsRun
 from moetrain.inference.native import NativeModel
 from moetrain.inference.protocol import Counts, Model
 from moetrain.inference.speculation import Speculation

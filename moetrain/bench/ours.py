@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from moetrain.bench.contestant import Contestant, Kind
-from moetrain.commands import BenchTrainRun
+from moetrain.commands.bench import BenchTrainRun
 from moetrain.data.batch import TokenBatch
 from moetrain.kernels.choice import find
 from moetrain.kernels.config import Kernels

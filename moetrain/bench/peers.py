@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moetrain.bench.contestant import Contestant, Kind
-from moetrain.commands import BenchTrainRun
+from moetrain.commands.bench import BenchTrainRun
 from moetrain.data.batch import TokenBatch
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.transformer import Transformer, initialize

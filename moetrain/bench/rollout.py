@@ -23,11 +23,11 @@ from moetrain.bench.generation_weights import random_weights, write_weights
 from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread_text
 from moetrain.chat.registry import AUTO, template_named
+from moetrain.commands.bench_generation import BenchRolloutRun
 from moetrain.data.tokenizer import Tokenizer, train_tokenizer
 from moetrain.export.config import ExportFormat
 from moetrain.export.read import read_export
 from moetrain.files import write_json
-from moetrain.generation_commands import BenchRolloutRun
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.protocol import Model

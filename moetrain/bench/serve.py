@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moetrain.client_commands import BenchServeRun
+from moetrain.commands.bench import BenchServeRun
 from moetrain.errors import RolloutError
 from moetrain.runtime import python_stream
 from moetrain.serve.endpoint import Endpoint, Reply

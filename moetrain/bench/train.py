@@ -15,7 +15,7 @@ from rich.table import Table
 from moetrain.bench.contestant import Contestant, Kind, Remote
 from moetrain.bench.gpu import check_peers
 from moetrain.bench.spread import contestant_text, spread, spread_text
-from moetrain.commands import BenchTrainRun, Peer
+from moetrain.commands.bench import BenchTrainRun, Peer
 from moetrain.errors import MoetrainError
 from moetrain.kernels.choice import find
 from moetrain.model.flops import flops_per_token, num_parameters

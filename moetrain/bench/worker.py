@@ -1,7 +1,6 @@
 """Worker of `bench train`, one process per rank: `python -m moetrain.bench.worker CONFIG.yaml CONTESTANT-AS-JSON`."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -14,10 +13,10 @@ import torch
 from moetrain.bench.batches import zipf_batch
 from moetrain.bench.contestant import Contestant, Kind
 from moetrain.bench.process import commands
-from moetrain.commands import BenchTrainRun
+from moetrain.commands.bench import BenchTrainRun
 from moetrain.compose import load_config
 from moetrain.data.batch import TokenBatch
-from moetrain.runtime import keep_freed_memory
+from moetrain.runtime import keep_freed_memory, rank
 from moetrain.train.rows import rank_rows
 
 _SETTLING_STEPS = 1
@@ -58,7 +57,7 @@ class Worker:
     def __init__(self, run: BenchTrainRun, contestant: Contestant) -> None:
         self.run = run
         self.contestant = contestant
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = rank()
         self.trainee = build(run, contestant)
         self.num_steps = 0
 

@@ -105,3 +105,8 @@ ARGUMENTS = """\
 {%- endif -%}
 """
 """The arguments of a `call` as JSON text."""
+
+
+def quoted(text: str) -> str:
+    """Return a string literal of Jinja."""
+    return "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("'", "\\'") + "'"

@@ -62,9 +62,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
 
 
 def as_stored(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping without what changes no number beyond the rest, and with non-finite floats as strings.
+    """Return a mapping without fields that do not affect results, and with non-finite floats as strings.
 
-    At every depth: without paths, micro-batch sizes, and `shrink_model`, whose effect is `model.vocab_size`.
+    At every depth, it leaves out paths, micro-batch sizes, and `shrink_model`, whose effect is `model.vocab_size`.
     """
     return {name: _stored_value(value) for name, value in mapping.items() if name not in _LEFT_OUT}
 

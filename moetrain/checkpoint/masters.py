@@ -66,9 +66,8 @@ class MastersReader:
         """Log how many groups of the experts that this rank has read keep their codes and scales."""
         if self.num_changed:
             _log.warning(
-                "%d of %d groups of experts get other codes or another scale, because quant.grid=%s does not give "
-                "those of the weights: training starts from weights that were quantised twice. "
-                "quant.grid=fitted keeps more",
+                "%d of %d groups of experts are quantised a second time, because quant.grid=%s does not reproduce "
+                "their stored codes and scales; quant.grid=fitted keeps more of them",
                 self.num_changed,
                 self.num_groups,
                 self._grid,

@@ -35,7 +35,7 @@ class _Pending:
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time. held_s: seconds that training waited for it."""
+    """Writes the checkpoints of one run, one at a time. waited_s: seconds that training waited for it."""
 
     def __init__(self, topology: Topology, folder: Path, *, retention: Retention) -> None:
         """Save into `folder`, which must be visible to all ranks."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from moetrain.config import StageRun
+from moetrain.commands.stage import StageRun
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
 

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from moetrain.commands import BenchBalanceRun
+from moetrain.commands.bench import BenchBalanceRun
 from moetrain.run.stage import stage_folder
 
 

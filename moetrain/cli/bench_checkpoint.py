@@ -1,7 +1,7 @@
 """`moetrain bench checkpoint`."""
 
 from moetrain.cli.bench import run_bench
-from moetrain.commands import BenchCheckpointRun
+from moetrain.commands.bench import BenchCheckpointRun
 
 
 def main(run: BenchCheckpointRun) -> int:

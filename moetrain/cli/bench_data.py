@@ -1,7 +1,7 @@
 """`moetrain bench data`."""
 
 from moetrain.cli.bench import run_bench
-from moetrain.data_commands import BenchDataRun
+from moetrain.commands.bench import BenchDataRun
 
 
 def main(run: BenchDataRun) -> int:

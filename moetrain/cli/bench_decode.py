@@ -1,7 +1,7 @@
 """`moetrain bench decode`."""
 
 from moetrain.cli.bench import run_bench
-from moetrain.generation_commands import BenchDecodeRun
+from moetrain.commands.bench_generation import BenchDecodeRun
 
 
 def main(run: BenchDecodeRun) -> int:

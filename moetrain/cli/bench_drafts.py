@@ -1,9 +1,8 @@
 """`moetrain bench drafts`."""
 
 from moetrain.cli.bench import run_bench
-from moetrain.config import check_length
-from moetrain.errors import ConfigError
-from moetrain.generation_commands import BenchDraftsRun
+from moetrain.commands.bench_generation import BenchDraftsRun
+from moetrain.commands.stage import check_length
 
 
 def main(run: BenchDraftsRun) -> int:
@@ -11,8 +10,7 @@ def main(run: BenchDraftsRun) -> int:
 
     Raises `BoundError` if a draft changes a token.
     """
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the weights to generate with")
+    weights = run.require_weights()
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.bench.drafts import Contestant, bench_drafts, render
     from moetrain.inference.speculation import Speculation
@@ -21,7 +19,7 @@ def main(run: BenchDraftsRun) -> int:
     from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.tasks import registry
 
-    origin = read_weights(run.init_from)
+    origin = read_weights(weights)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     check_context(run.task.context, origin, otherwise="")

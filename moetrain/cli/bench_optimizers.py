@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from moetrain.commands import BenchOptimizersRun
+from moetrain.commands.bench import BenchOptimizersRun
 from moetrain.optim.config import OptimizerName
 from moetrain.run.stage import stage_folder
 

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from moetrain.cli.bench import run_bench
-from moetrain.config import check_length
-from moetrain.generation_commands import BenchRolloutRun
+from moetrain.commands.bench_generation import BenchRolloutRun
+from moetrain.commands.stage import check_length
 
 if TYPE_CHECKING:
     from moetrain.bench.rollout import Weights

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moetrain.client_commands import BenchServeRun
+from moetrain.commands.bench import BenchServeRun
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
@@ -39,7 +39,7 @@ def main(run: BenchServeRun) -> int:
 def _endpoint(run: BenchServeRun) -> Iterator["Endpoint"]:
     """Yield the endpoint of `url`, or a server of `init_from` that runs as long as the context."""
     from moetrain.cli.serve import server_of
-    from moetrain.config import ServeRun
+    from moetrain.commands.weights import ServeRun
     from moetrain.serve.config import KEY_VARIABLE, ServeConfig
     from moetrain.serve.endpoint import Endpoint
 

@@ -1,7 +1,7 @@
 """`moetrain bench train`."""
 
 from moetrain.cli.bench import run_bench
-from moetrain.commands import BenchTrainRun
+from moetrain.commands.bench import BenchTrainRun
 
 
 def main(run: BenchTrainRun) -> int:

@@ -4,8 +4,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from moetrain.client_commands import ChatRun
-from moetrain.config import check_length
+from moetrain.commands.stage import check_length
+from moetrain.commands.weights import ChatRun
 from moetrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ _TURNS_PER_CALL = 2  # of a task of a given length
 
 def main(run: ChatRun) -> int:
     """Chat on standard input and output, or let the model act in a task; return the exit code."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the folder of the weights to chat with")
+    weights = run.require_weights()
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.engine import GenerationEngine
     from moetrain.inference.speculation import Speculation
@@ -30,7 +29,7 @@ def main(run: ChatRun) -> int:
     from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.terminal.screen import Screen
 
-    origin = read_weights(run.init_from)
+    origin = read_weights(weights)
     tokenizer = tokenizer_of(origin)
     tokenizer.check_chat()
     if run.task_index is not None:

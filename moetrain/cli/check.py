@@ -3,13 +3,15 @@
 Prints an `ok` line for each check that passes. Runs no stage; loads torch only if the command line names weights.
 """
 
+import os
 from collections.abc import Sequence
 from typing import get_type_hints
 
 from moetrain.cli.command_line import composed, split_command
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.stage import WeightsRun
+from moetrain.commands.training import TrainingRun
 from moetrain.compose import compose, data_folder
-from moetrain.config import TrainingRun
 from moetrain.errors import ConfigError
 from moetrain.run import recipe, runner
 from moetrain.run.inputs import check_inputs, check_names, check_prepared, check_records, check_weights
@@ -53,10 +55,12 @@ def _check_line(words: list[str]) -> None:
     check_names(config)
     print("ok  names: plugins, tasks and formats")
     check_records(config)
-    check_prepared(config)
-    print("ok  records: every document of the sources that are files, and every prepared token")
+    print("ok  records: every document of the sources that are files")
+    if "WORLD_SIZE" not in os.environ:  # launchers, which set it, start the same ranks again and again
+        check_prepared(config)
+        print("ok  tokens: every file of the sources that are prepared")
     check_weights(config)
-    if config.init_from is not None:
+    if isinstance(config, WeightsRun) and config.init_from is not None:
         print(f"ok  weights: {config.init_from} can be read and fits")
     if isinstance(config, TrainingRun):
         check_resume(config)

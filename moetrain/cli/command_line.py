@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
 from moetrain.compose import compose, load_config
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError

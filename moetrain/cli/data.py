@@ -12,6 +12,7 @@ from rich.text import Text
 from moetrain.chat.pieces import Piece
 from moetrain.chat.registry import template_named
 from moetrain.chat.template import ChatTemplate
+from moetrain.commands.data import DataRun
 from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceConfig, SourceKind
 from moetrain.data.preview import SourceSize, measure, spans
@@ -19,7 +20,6 @@ from moetrain.data.sources import read_source, renderable
 from moetrain.data.store.describe import PreparedPreview
 from moetrain.data.store.index import TOKENIZER, prepared_folders
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.data_commands import DataRun
 from moetrain.errors import DataError
 from moetrain.files import user_path
 

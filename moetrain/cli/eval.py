@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.config import EvalRun, check_length
+from moetrain.commands.stage import check_length
+from moetrain.commands.weights import EvalRun
 from moetrain.errors import ConfigError
 from moetrain.files import previous_name, read_json_or_empty, to_json, write_json
 from moetrain.parallel.config import EngineName, ParallelConfig
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
 
 def main(run: EvalRun) -> int:
     """Run the stage; return its exit code."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the export to evaluate")
+    run.require_weights()
     if not run.eval.num_tasks and not run.data.sources:
         raise ConfigError("eval.num_tasks is 0 and data.sources is empty: give tasks or texts to evaluate on")
     # These imports load torch, so they wait until the input has been checked.
@@ -101,8 +101,7 @@ def _numbers(
 
     # A single process needs no process group, so it does not import DeepSpeed. `setup` also selects this rank's device.
     topology = setup(ParallelConfig(engine=EngineName.deepspeed if num_ranks() > 1 else EngineName.torch))
-    assert run.init_from is not None  # main checked it
-    origin = read_weights(run.init_from)
+    origin = read_weights(run.require_weights())
     if not run.eval.num_tasks:
         return {"modes": {}, **_language(run, origin)} if topology.is_main else None
     tokenizer = tokenizer_of(origin)

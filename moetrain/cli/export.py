@@ -2,16 +2,14 @@
 
 from dataclasses import asdict
 
-from moetrain.config import ExportRun
-from moetrain.errors import ConfigError
+from moetrain.commands.weights import ExportRun
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
 
 
 def main(run: ExportRun) -> int:
     """Run the stage; return its exit code."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the stage or checkpoint to export")
+    weights = run.require_weights()
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
@@ -19,7 +17,7 @@ def main(run: ExportRun) -> int:
     from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
-        origin = read_weights(run.init_from)
+        origin = read_weights(weights)
         check_export(origin, run.export)
         report = export_model(
             origin.reader,

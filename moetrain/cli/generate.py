@@ -5,14 +5,16 @@ import sys
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
 from moetrain.chat.template import ChatTemplate
-from moetrain.config import GenerateRun, check_length
+from moetrain.commands.stage import check_length
+from moetrain.commands.weights import GenerateRun
 from moetrain.errors import ConfigError
 
 
 def main(run: GenerateRun) -> int:
     """Print the model's continuation of the prompt, or its answer with `chat=true`; return the exit code."""
-    if run.init_from is None or not run.prompt:
-        raise ConfigError("give init_from=FOLDER and prompt='...', or prompt=- to read standard input")
+    weights = run.require_weights()
+    if not run.prompt:
+        raise ConfigError("prompt is empty: give prompt='...', or prompt=- to read standard input")
     text = _standard_input() if run.prompt == "-" else run.prompt
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.inference.engine import GenerationEngine
@@ -24,7 +26,7 @@ def main(run: GenerateRun) -> int:
     from moetrain.run.weights import generation_model, read_weights, tokenizer_of
     from moetrain.runtime import seed_of
 
-    origin = read_weights(run.init_from)
+    origin = read_weights(weights)
     tokenizer = tokenizer_of(origin)
     pieces = chat_pieces(text, template=tokenizer.template) if run.chat else with_bos([Piece(text=text)])
     prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
 from moetrain.compose import compose, data_folder
 from moetrain.run.plugins import load_plugins
 from moetrain.tasks import registry as tasks

@@ -17,7 +17,7 @@ from moetrain.errors import ConfigError, MoetrainError
 from moetrain.log import setup_logging
 from moetrain.run import dry_run
 from moetrain.run.inputs import check_inputs, check_names
-from moetrain.run.stage import check_folder, rank
+from moetrain.run.stage import check_folder
 from moetrain.runtime import (
     LAUNCHER,
     LAUNCHER_PID,
@@ -26,6 +26,7 @@ from moetrain.runtime import (
     die_with_parent,
     keep_freed_memory,
     num_ranks,
+    rank,
 )
 
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)

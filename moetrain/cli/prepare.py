@@ -5,11 +5,11 @@ import functools
 from rich.console import Console
 from rich.table import Table
 
+from moetrain.commands.data import PrepareRun
 from moetrain.data.chat_tokenizer import load_tokenizer, with_named_template
 from moetrain.data.prepare.run import prepare
 from moetrain.data.store.index import Index
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.data_commands import PrepareRun
 from moetrain.files import user_path
 from moetrain.run.plugins import load_plugins
 from moetrain.run.stage import stage_folder

@@ -1,6 +1,6 @@
 """`moetrain pretrain`."""
 
-from moetrain.config import PretrainRun
+from moetrain.commands.training import PretrainRun
 
 
 def main(run: PretrainRun) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moetrain.config import ReportRun
+from moetrain.commands.recipe import ReportRun
 from moetrain.report.stages import Kind, Run, read_run
 from moetrain.report.table import show, tables
 from moetrain.report.write import PAGE, RESULTS_JSON, RESULTS_MARKDOWN, write_report

@@ -1,13 +1,12 @@
 """`moetrain rl`."""
 
-from moetrain.config import RlRun
-from moetrain.errors import ConfigError
+from moetrain.commands.training import RlRun
 
 
 def main(run: RlRun) -> int:
     """Run the stage; return its exit code."""
-    if run.continue_from is None and run.init_from is None:
-        raise ConfigError("init_from is null: RL starts from weights that solve some tasks; give those of an SFT stage")
+    if run.continue_from is None:
+        run.require_weights()
     from moetrain.run.rl_stage import learn  # loads torch
 
     return learn(run)

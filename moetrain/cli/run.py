@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain.cli import report
-from moetrain.config import ReportRun
+from moetrain.commands.recipe import ReportRun
 from moetrain.log import duration
 from moetrain.run import dry_run
 from moetrain.run.runner import Row, prepare, run_stages

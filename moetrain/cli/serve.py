@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.config import ServeRun, check_length
+from moetrain.commands.stage import check_length
+from moetrain.commands.weights import ServeRun
 from moetrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ def main(run: ServeRun) -> int:
 
 def server_of(run: ServeRun) -> "Server":
     """Return a server of the weights, which has not started yet. Raises ConfigError when a package is missing."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the folder of the weights to serve")
+    weights = run.require_weights()
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{', '.join(missing)} is not installed: install it with pip install 'moetrain[serve]'")
     # These imports load torch, so they wait until the input has been checked.
@@ -37,7 +37,7 @@ def server_of(run: ServeRun) -> "Server":
     from moetrain.serve.server import Server
     from moetrain.serve.service import Served
 
-    origin = read_weights(run.init_from)
+    origin = read_weights(weights)
     tokenizer = tokenizer_of(origin)
     try:
         tokenizer.check_chat()
@@ -48,7 +48,7 @@ def server_of(run: ServeRun) -> "Server":
     library = find_for_generation(run.serve.kernels)
     model = generation_model(origin, library=library, speculation=run.serve.speculation)
     served = Served(
-        name=run.serve.model_name or Path(run.init_from).resolve().name,
+        name=run.serve.model_name or Path(weights).resolve().name,
         tokenizer=tokenizer,
         vocab_size=origin.model.vocab_size,
         max_tokens=max_tokens,

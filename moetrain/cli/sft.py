@@ -1,6 +1,6 @@
 """`moetrain sft`."""
 
-from moetrain.config import SftRun
+from moetrain.commands.training import SftRun
 
 
 def main(run: SftRun) -> int:

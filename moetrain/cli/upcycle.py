@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from moetrain.commands.weights import UpcycleRun
 from moetrain.compose import to_mapping
-from moetrain.config import UpcycleRun
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
 from moetrain.model.flops import num_parameters
@@ -25,8 +25,7 @@ TIES_BOUND = 0.01
 
 def main(run: UpcycleRun) -> int:
     """Run the stage; return its exit code. Writes no weights and raises `BoundError` if a layer's output changes."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the stage, checkpoint or Hugging Face folder of a dense model")
+    weights = run.require_weights()
     plan = plan_upcycling(run.model, run.upcycle)
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.run.weights import read_weights
@@ -40,7 +39,7 @@ def main(run: UpcycleRun) -> int:
                 f"{folder} has weights of another configuration ({'; '.join(differences)}), which would be replaced: "
                 "give another run.stage or run.name"
             )
-        origin = read_weights(run.init_from)
+        origin = read_weights(weights)
         upcycling = upcycle(origin, model=run.model, config=run.upcycle, plan=plan, seed=run.run.seed)
         rows: list[Row] = []
         for layer, change in upcycling.changes.items():

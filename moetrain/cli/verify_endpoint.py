@@ -4,7 +4,7 @@ import os
 
 from rich.console import Console
 
-from moetrain.client_commands import VerifyEndpointRun
+from moetrain.commands.verify import VerifyEndpointRun
 from moetrain.errors import ConfigError
 from moetrain.files import user_path
 from moetrain.run.stage import stage_folder

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from moetrain.commands import VerifyExportsRun
-from moetrain.config import check_length
+from moetrain.commands.stage import check_length
+from moetrain.commands.verify import VerifyExportsRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.run.stage import stage_folder
 
@@ -16,8 +16,9 @@ _VLLM = (
 
 def main(run: VerifyExportsRun) -> int:
     """Compare an export with its masters and print the table; return 0, or raise `BoundError` if a bound is missed."""
-    if run.init_from is None or run.masters is None:
-        raise ConfigError("give init_from, the export, and masters, the stage or checkpoint that it was made from")
+    weights = run.require_weights()
+    if run.masters is None:
+        raise ConfigError("masters is null: give the stage or checkpoint from which the export was made")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.config import ExportFormat
     from moetrain.export.read import export_format, is_export
@@ -25,18 +26,17 @@ def main(run: VerifyExportsRun) -> int:
     from moetrain.quant.consumers import Consumer
     from moetrain.run.weights import read_masters, read_weights, with_codes
     from moetrain.verify.bf16 import verify_bf16
-    from moetrain.verify.exports import ExportFault, verify_exports
+    from moetrain.verify.exports import verify_exports
     from moetrain.verify.gguf import verify_gguf
     from moetrain.verify.table import check_rows, render, write_rows
 
     with stage_folder(run) as folder:
-        export = read_weights(run.init_from)
+        export = read_weights(weights)
         if not is_export(export.path):
             raise CheckpointError(f"init_from is {run.init_from}: not an export; give the folder of an export stage")
         check_length(export.model, name="num_tokens", length=run.num_tokens)
         origin = read_masters(run.masters, field="masters", origin=export)
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
-        fault = ExportFault(run.fault)
         format = export_format(export.path)
         reasons = obstacles(export.model, Consumer.transformers)
         if format is not ExportFormat.gguf and reasons:
@@ -48,13 +48,15 @@ def main(run: VerifyExportsRun) -> int:
         has_codes = export.codes is not None or format is ExportFormat.bf16_dequantized
         masters = with_codes(origin) if has_codes else origin.tensors
         if format is ExportFormat.gguf:
-            verified = verify_gguf(export.path, masters=masters, llama_python=run.llama_python, fault=fault, **sizes)
+            verified = verify_gguf(
+                export.path, masters=masters, llama_python=run.llama_python, fault=run.fault, **sizes
+            )
             rows, skipped = verified.rows, verified.skipped
         elif format is not ExportFormat.quantized:
-            verified = verify_bf16(export.path, masters=masters, vllm_python=run.vllm_python, fault=fault, **sizes)
+            verified = verify_bf16(export.path, masters=masters, vllm_python=run.vllm_python, fault=run.fault, **sizes)
             rows, skipped = verified.rows, [*verified.skipped, _LLAMA]
         else:
-            rows = verify_exports(export.path, masters=masters, fault=fault, **sizes)
+            rows = verify_exports(export.path, masters=masters, fault=run.fault, **sizes)
             skipped = [_LLAMA, _VLLM]
         context = {"export": str(export.path), "masters": run.masters, "skipped": skipped}
         write_rows(folder / "verify.json", rows=rows, context=context)

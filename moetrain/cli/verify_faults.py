@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from moetrain.commands import VerifyFaultsRun
+from moetrain.commands.verify import VerifyFaultsRun
 from moetrain.run import recipe
 from moetrain.run.stage import stage_folder
 

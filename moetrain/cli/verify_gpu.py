@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from moetrain.gpu_commands import VerifyGpuRun
+from moetrain.commands.verify import VerifyGpuRun
 from moetrain.run.stage import stage_folder
 
 _WIDTH = 160  # of the table in characters, also when the output is not a terminal

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from moetrain.commands import VerifyLayoutsRun
+from moetrain.commands.verify import VerifyLayoutsRun
 from moetrain.run.stage import stage_folder
 
 _WIDTH = 150  # of the table in characters, also when the output is not a terminal
@@ -18,14 +18,15 @@ def main(run: VerifyLayoutsRun) -> int:
         outcome = verify_layouts(run, folder=folder)
         rows = rows_of(outcome)
         margins = [
-            f"{name} {ref.margin:.1e} (coin flip below {ref.coin_flip:.1e})" for name, ref in outcome.references.items()
+            f"{name} {ref.margin:.1e} (decided by rounding below {ref.coin_flip:.1e})"
+            for name, ref in outcome.references.items()
         ]
         flips = [
             f"{name}: {ref.num_coin_flips} token draws"
             for name, ref in outcome.references.items()
             if ref.num_coin_flips
         ]
-        counted = f"{len(outcome.gaps)} layouts compared, {len(outcome.left_out)} left out as coin flips"
+        counted = f"{len(outcome.gaps)} layouts compared, {len(outcome.left_out)} left out (rounding decides routing)"
         counted += f" ({', '.join(flips)})" if flips else ""
         context = {
             "layouts": counted,

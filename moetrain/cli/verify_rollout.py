@@ -2,14 +2,14 @@
 
 from rich.console import Console
 
-from moetrain.generation_commands import VerifyRolloutRun
+from moetrain.commands.verify import VerifyRolloutRun
 from moetrain.run.stage import stage_folder
 
 _WIDTH = 130  # width of the table in characters, also when the output is not a terminal
 
 
 def main(run: VerifyRolloutRun) -> int:
-    """Compare tokens and logprobs in different company, print the table; return 0, or raise `BoundError`."""
+    """Compare tokens and logprobs in different batches, print the table; return 0, or raise `BoundError`."""
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.verify.rollout import verify_rollout
     from moetrain.verify.table import check_rows, render, write_rows

@@ -5,15 +5,14 @@ import importlib.util
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.client_commands import VerifyServeRun
+from moetrain.commands.verify import VerifyServeRun
 from moetrain.errors import ConfigError
 from moetrain.run.stage import stage_folder
 
 
 def main(run: VerifyServeRun) -> int:
     """Load a server, print the table; return 0, or raise `BoundError` for a missed bound."""
-    if run.init_from is None:
-        raise ConfigError("init_from is null: give the folder of the weights to serve")
+    run.require_weights()
     if importlib.util.find_spec("starlette") is None:
         raise ConfigError("starlette is not installed: install it with pip install 'moetrain[serve]'")
     # These imports load torch, so they wait until the input has been checked.

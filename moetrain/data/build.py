@@ -249,8 +249,8 @@ def _check_fewer(config: TokenizerConfig, *, num_tokens: int, num_rows: int) -> 
         )
     if not config.shrink_model:
         _log.warning(
-            "model.vocab_size is %d and the texts give %d tokens, the data.tokenizer.vocab_size of this stage: the "
-            "other rows of the embedding are never used; leave model.vocab_size out, or set it to %d, to remove them",
+            "model.vocab_size is %d, and the tokenizer trained on the texts has only %d tokens: the remaining rows of "
+            "the embedding are never used; leave model.vocab_size out, or set it to %d, to remove them",
             *(num_rows, num_tokens, num_tokens),
         )
 

@@ -59,6 +59,11 @@ class Document:
         """Return the text without special tokens, which separate what stands beside them."""
         return "".join("\n" if piece.is_special else piece.text for piece in self.pieces)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is more than special tokens and white space."""
+        return any(piece.text.strip() for piece in self.pieces if not piece.is_special)
+
     def rendered(self, template: ChatTemplate | None) -> Sequence[Piece]:
         """Return the pieces in a chat template. Raises DataError for a conversation that it cannot render."""
         if self.chat is None or template is KIMI_K2:

@@ -8,12 +8,12 @@ average. All arithmetic is modulo 2^64, so the result is the same on every machi
 
 import numpy as np
 
+from moetrain.ops.splitmix import GOLDEN, mixed
+
 ORDER_VERSION = 2
 """Version of the order of rows of prepared data. A change of the permutation or of the packing plan increases it."""
 _ROUNDS = 8
 _MAX_SIZE = 2**62
-_GOLDEN, _FIRST, _SECOND = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-"""Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
 
 
 class Permutation:
@@ -27,7 +27,7 @@ class Permutation:
         self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self._mask = np.uint64((1 << int(self._half_bits)) - 1)
         with np.errstate(over="ignore"):
-            self._keys = _mix(np.uint64(key) + _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+            self._keys = mixed(np.uint64(key) + GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
 
     def at(self, indices: np.ndarray) -> np.ndarray:
         """Return the images of `indices`, uint64 in [0, size)."""
@@ -43,13 +43,5 @@ class Permutation:
     def _once(self, numbers: np.ndarray) -> np.ndarray:
         left, right = numbers >> self._half_bits, numbers & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            left, right = right, left ^ (mixed(right ^ key) & self._mask)
         return (left << self._half_bits) | right
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Return the output function of SplitMix64, a bijection of 64 bits that mixes all of them."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * _SECOND
-    mixed: np.ndarray = numbers ^ (numbers >> np.uint64(31))
-    return mixed

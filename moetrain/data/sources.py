@@ -329,7 +329,7 @@ def _distinct(documents: Iterable[Document], *, name: str) -> SourceDocuments:
     unique = []
     num_empty = num_identical = 0
     for document in documents:
-        if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
+        if not document.has_text:
             num_empty += 1
             continue
         identity = hashlib.blake2b(document.identity.encode("utf-8", "surrogatepass"), digest_size=16).digest()

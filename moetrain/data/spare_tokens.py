@@ -1,7 +1,7 @@
 """Adds special tokens to a tokenizer that was read, in rows of the vocabulary that no text uses.
 
 Released vocabularies have such rows: reserved tokens, such as `<|reserved_token_163700|>`, which take the new names,
-and rows of the embedding beyond the last token, which pad its size. The ids of all other tokens stay.
+and padding rows of the embedding after the last token. All other ids are unchanged.
 """
 
 import json

@@ -254,7 +254,7 @@ class Tokenizer:
         write_text(folder / TOKENIZER_FILE, self._inner.to_str(pretty=True))
 
     def _check_texts(self, path: Path) -> None:
-        """Raise DataError when a text gives no token; warn when one does not come back from its tokens."""
+        """Raise DataError when a text gives no token; warn when decoding its tokens does not return it."""
         changed: list[str] = []
         for text in _TEXTS:
             ids = self.encode(text)
@@ -287,7 +287,7 @@ class Tokenizer:
         elif theirs and row is not None and theirs != row.jinja:
             _log.info("%s: its chat template is a form of %s, which is used (docs/templates.md)", folder, row.name)
         elif theirs and row is None:
-            _log.info("%s: its chat template is not known; texts need none", folder)
+            _log.info("%s: its chat template is unknown (plain text needs none)", folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -332,7 +332,7 @@ class Tokenizer:
             raise DataError(f"{path}: {error}") from error
         text = "".join(map(chr, (*range(0x250), 0x4E2D, 0x1F642)))  # has bytes of each length of UTF-8
         if tokenizer.decode(tokenizer.encode(text)) != text:
-            raise DataError(f"{path}: a text does not come back from its tokens: copy the release's files again")
+            raise DataError(f"{path}: decoding the tokens of a text does not return it: copy the release's files again")
         tokenizer._say_template(path.parent)
         _log.info("%s: %d tokens converted", path, tokenizer.vocab_size)
         return tokenizer

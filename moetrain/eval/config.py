@@ -11,19 +11,19 @@ class EvalConfig:
     """Evaluation of exported weights, and of their masters if they are given."""
 
     num_tasks: int = 280
-    """Number of held-out tasks; each mode runs one trajectory per task. 0 runs none, and measures the loss on the texts
-    of `data` alone, which needs no chat template."""
+    """Number of held-out tasks; each mode runs one trajectory per task. 0 runs no tasks and only measures the loss on
+    the texts of `data`, which needs no chat template."""
     first_task: int = 0
-    """Number of the first held-out task."""
+    """Index of the first held-out task, of every length."""
     temperatures: list[float] = field(default_factory=lambda: [1.0, 0.0])
     """Sampling temperatures; 0 is greedy."""
     longer_calls: list[int] = field(default_factory=lambda: [9, 10])
-    """Numbers of tool calls, usually larger than in training, of further tasks that are evaluated."""
+    """Numbers of tool calls of additional tasks, usually more than in training."""
     longer_tasks: int = 20
     """Held-out tasks per number of calls in longer_calls."""
     vote_lead: int = 0
-    """Also decide each turn of the longer tasks by a vote: the first of the sampled turns that leads by this many votes
-    is carried out. 0: no vote. Each turn takes at least as many samples. Requires longer_calls."""
+    """Also run the longer tasks with voting: a turn is sampled until one variant leads all others by this many votes. 0
+    switches it off. Each turn needs at least this many samples. Requires longer_calls."""
     vote_samples: int = 12
     """Largest number of samples of a turn in a vote."""
     vote_temperature: float = 1.0

@@ -55,15 +55,14 @@ class Played:
 
 def modes(config: EvalConfig, family: TaskFamily) -> Iterator[Mode]:
     """Yield the modes of an evaluation; longer tasks only if the family makes tasks of a given length."""
-    tasks: list[tuple[int, int | None]] = [
-        (index, None) for index in range(config.first_task, config.first_task + config.num_tasks)
-    ]
+    first = config.first_task
+    tasks: list[tuple[int, int | None]] = [(index, None) for index in range(first, first + config.num_tasks)]
     for temperature in config.temperatures:
         yield Mode(name=mode_name(temperature), temperature=temperature, tasks=tasks)
     if config.error_free:
         yield Mode(name="greedy_error_free", temperature=0.0, tasks=tasks, tools_fail=False)
     longer: list[tuple[int, int | None]] = [
-        (index, calls) for calls in config.longer_calls for index in range(config.longer_tasks)
+        (index, calls) for calls in config.longer_calls for index in range(first, first + config.longer_tasks)
     ]
     if longer and not isinstance(family, MakesLongerTasks):
         _log.info(
@@ -146,15 +145,16 @@ def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
     return family.task_of_length(Split.held_out, index, num_calls=calls)
 
 
-def check_graders(family: TaskFamily, *, num_tasks: int, seed: int) -> dict[str, Any]:
+def check_graders(family: TaskFamily, *, first_task: int, num_tasks: int, seed: int) -> dict[str, Any]:
     """Return the success rate of an empty answer, and of the demonstrator without mistakes if the family has one.
 
     Tasks whose environment or demonstrator fails are left out of the rate in question.
     """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
-    tasks = [make_task(partial(family.task, Split.held_out, index)) for index in range(num_tasks)]
-    streams = [seed_of(seed, "graders", index) for index in range(num_tasks)]
+    indices = range(first_task, first_task + num_tasks)
+    tasks = [make_task(partial(family.task, Split.held_out, index)) for index in indices]
+    streams = [seed_of(seed, "graders", index) for index in indices]
     null = [
         grade.success
         for task, stream in zip(tasks, streams, strict=True)

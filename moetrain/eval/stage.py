@@ -79,7 +79,12 @@ def evaluate(
         return None
     numbers: dict[str, Any] = {
         "modes": {name: result["summary"] for name, result in results.items()},
-        "graders": check_graders(family, num_tasks=min(config.num_tasks, _GRADER_TASKS), seed=setting.seed),
+        "graders": check_graders(
+            family,
+            first_task=config.first_task,
+            num_tasks=min(config.num_tasks, _GRADER_TASKS),
+            seed=setting.seed,
+        ),
         "task": {
             "name": task.name,
             "context": described(asdict(task.context)),

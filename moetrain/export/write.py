@@ -84,7 +84,7 @@ def export_model(
     at most twice `export.shard_megabytes` of tensors to write are in memory beside it.
 
     codes: experts that the weights have as codes and scales already. They are written as they are, and the record
-    states a grid that gives them again, or most of them.
+    names a grid that reproduces all of them, or as many as possible.
 
     Experts are quantised with `quant`'s grid and group size: in quantized and bf16_dequantized always, in gguf if
     `quant` is enabled, in bf16 never. `step`, `sources` (such as the path of the checkpoint and the digest of the data)

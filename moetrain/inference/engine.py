@@ -28,7 +28,7 @@ ROW_BUDGET = 256
 """Largest number of rows of a step, unless more sequences than this decode."""
 _SPECULATION_ROWS = 32
 """Largest number of rows of a step with drafts. Beyond it, a step takes longer in proportion to its rows."""
-_WORTH_WAITING = 8  # tokens of a common beginning for which a sequence waits until another one has read it
+_WORTH_WAITING = 8  # tokens of a shared prefix for which a sequence waits until another one has prefilled it
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -107,7 +107,7 @@ class GenerationEngine:
         """Create a cache for `num_slots` sequences of at most `max_tokens` tokens.
 
         version: version of the weights of `model`. cache_megabytes: largest size of the cache in MiB; None takes what
-        all sequences need, at most half of the free memory. Sequences that find no room are read again later.
+        all sequences need, at most half of the free memory. Sequences that do not fit are prefilled again later.
         speculation: whether drafts are made. Raises ConfigError when one sequence has no room.
         """
         self._model = model

@@ -29,7 +29,7 @@ class Guide:
             import llguidance
         except ImportError as error:
             raise ConfigError(
-                "llguidance is not installed, and calls that match their schemas need it: "
+                "constrained tool calls require llguidance, which is not installed: "
                 "install it with pip install 'moetrain[serve]'"
             ) from error
         self._library = llguidance

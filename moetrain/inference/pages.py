@@ -1,8 +1,9 @@
 """Pages of the cache, and which tokens they hold, so that sequences with a common beginning share it.
 
-A page holds PAGE consecutive positions of one chain of tokens. Chains form a tree: a page belongs to the tokens before
-it, too. Full pages are shared by all sequences that begin with their chain; a page that is not full has one owner, and
-others copy it. Pages that no sequence uses keep their tokens until their memory is needed, the oldest first.
+A page holds PAGE consecutive positions of one chain of tokens. Chains form a tree: a page is identified by its own
+tokens and all tokens before them. Full pages are shared by all sequences that begin with their chain; a page that is
+not full has one owner, and others copy it. Pages that no sequence uses keep their tokens until their memory is needed,
+the oldest first.
 """
 
 from collections import OrderedDict

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from moetrain.errors import ConfigError
 from moetrain.kernels.build import Library
 from moetrain.ops.logprobs import exponentials, read_natively, row_sums
+from moetrain.ops.splitmix import GOLDEN, mixed
 from moetrain.ranges import TEMPERATURE
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _UNIT = 2.0**-53
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -120,13 +119,10 @@ class Draw:
 
 
 def uniforms(streams_B: NDArray[np.uint64], positions_B: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return one number from [0, 1) for each (stream, position) by SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Return one number from [0, 1) for each (stream, position) by SplitMix64 (`ops.splitmix`)."""
     with np.errstate(over="ignore"):
-        z_B = streams_B + _GOLDEN * (positions_B + np.uint64(1))
-        z_B = (z_B ^ (z_B >> np.uint64(30))) * _MIX_1
-        z_B = (z_B ^ (z_B >> np.uint64(27))) * _MIX_2
-        z_B = z_B ^ (z_B >> np.uint64(31))
-    units_B: NDArray[np.float64] = (z_B >> np.uint64(11)).astype(np.float64) * _UNIT
+        mixed_B = mixed(streams_B + GOLDEN * (positions_B + np.uint64(1)))
+    units_B: NDArray[np.float64] = (mixed_B >> np.uint64(11)).astype(np.float64) * _UNIT
     return units_B
 
 
@@ -226,9 +222,9 @@ def _filter(logits_BV: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Ten
 def _excluded(
     logits_BV: torch.Tensor, samplings: Sequence[Sampling], *, num_sorted: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which tokens are excluded [B, V], and for which rows the `num_sorted` largest logits suffice to tell [B].
+    """Return which tokens are excluded [B, V], and for which rows the `num_sorted` largest logits decide it [B].
 
-    `num_sorted` is at least every top_k. Where it suffices, the result does not depend on it.
+    `num_sorted` is at least every top_k. Where they do, the result does not depend on it.
     """
 
     def column(values: list[float]) -> torch.Tensor:

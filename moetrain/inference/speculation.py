@@ -17,7 +17,7 @@ _PRICE = 0.5
 as long, because their rows read other experts; on a smaller model they cost less."""
 _FIRST, _LARGEST = 4.0, 16.0  # balance at the beginning, and at most
 _ROW_PRICE = 0.4
-"""By how much the draft of a module makes a step longer, in steps: on a model larger than the caches, the second row of
+"""Cost of a token drafted by the MTP module, as a share of a step: on a model larger than the caches, the second row of
 a sequence reads other experts. It is less on smaller models, and for further rows."""
 _TRIAL, _PAUSE = 64, 4096
 _RECOVERY = 1 / 32  # of the balance, for each token that is sampled without a draft

@@ -15,11 +15,12 @@ import secrets
 import time
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from moetrain.runtime import ENDED, process_state
 
 _log = logging.getLogger(__name__)
 
@@ -145,18 +146,10 @@ class HostMemory:
             time.sleep(0 if waited < _YIELD_S else min(max(_PAUSE_S, waited / 50), _LONGEST_PAUSE_S))
             if now - last_check > _LIVENESS_INTERVAL_S:
                 last_check = now
-                if not _is_alive(self._pids[other]) and self._counters[other] < self._count:
+                if process_state(self._pids[other]) in ENDED and self._counters[other] < self._count:
                     raise RuntimeError(
                         f"process {self._pids[other]}, rank {other} of a group, ended during a collective"
                     )
-
-
-def _is_alive(pid: int) -> bool:
-    """Return whether a process is running; a zombie is not."""
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def _create_memory(size: int) -> int | None:

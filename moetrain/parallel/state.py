@@ -84,9 +84,7 @@ class TensorReader:
 
 
 class WithoutMtp:
-    """Implements `StateReader` over the tensors of `model` that another one has, without modules of multi-token
-    prediction after the first `kept` and without their optimizer state.
-    """
+    """Wraps a `StateReader` and hides the MTP modules after the first `kept`, and their optimizer state."""
 
     def __init__(self, reader: StateReader, model: ModelConfig, *, kept: int) -> None:
         self._reader = reader

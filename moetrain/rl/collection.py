@@ -1,10 +1,10 @@
 """Collects the groups of trajectories of each step. Each rank generates those of some tasks.
 
-With `rl.max_staleness=0` a step collects all of its groups with its own weights. With k > 0 the groups of the k steps
-that follow are begun early, a step ends as soon as it has enough groups, and the trajectories in progress go on with
-the next weights; each token has the version that sampled it. A group is used at most k steps after it was begun: at
-step s at most (s + 1 + k) * tasks_per_step groups have been begun (AReaL, arXiv 2505.24298, equation 3), and the groups
-that would otherwise be used too late are waited for.
+With `rl.max_staleness=0` a step collects all of its groups with its own weights. With k > 0 the collection starts the
+groups of the next k steps early. A step ends when enough groups are complete; unfinished trajectories continue with the
+new weights, and each token records the version of the weights that sampled it. A group is used at most k steps after it
+was started: at step s at most (s + 1 + k) * tasks_per_step groups have been started (AReaL, arXiv 2505.24298, equation
+3), and a step waits for the groups that the next one could no longer use.
 """
 
 import json
@@ -146,7 +146,7 @@ def _read(text: bytes | None) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class _Group:
-    """The trajectories of a task that have finished. number: how many groups were complete before this one."""
+    """The trajectories of a task that have finished. number: its position in the order of completion."""
 
     finished: dict[int, Trajectory] = field(default_factory=dict)
     number: int = 0
@@ -261,7 +261,7 @@ class Collection:
     def _choose(self, step: int) -> list[int] | None:
         """Return the tasks of this rank that step `step` uses; None while there are not enough complete groups.
 
-        Used are the groups that would be too old at the next step, and then those that were complete first.
+        Takes first the groups that would be too old at the next step, then those that completed earliest.
         """
         if self._choice_at != (step, self._num_complete):  # a group has become complete since the last call
             self._choice, self._choice_at = self._new_choice(step), (step, self._num_complete)

@@ -149,7 +149,7 @@ def take_rl_step(stage: RlStage, config: TrainConfig, *, collection: Collection,
     scored = score(groups, stage.algorithm, malformed_penalty=stage.rl.malformed_penalty)
     values = {**rollout_metrics(groups), **generated, "small_groups": float(scored.num_small_groups)}
     if not scored.rows:
-        reason = "no group has rewards that differ"
+        reason = "no group has a trajectory to learn from"
         if scored.num_small_groups == len(groups):
             reason = "no group has two scored trajectories"
         if values["ending/environment_failed"] == 1.0:

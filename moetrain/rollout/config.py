@@ -17,8 +17,8 @@ class RolloutConfig:
     """Largest number of sequences that are decoded together."""
     max_tokens: int = 1280
     """Largest number of tokens of a context, including the prompt and tool results. Under `task.context.kind=full` a
-    trajectory that reaches it ends. `discard` and `notes` begin a new context before; `hide_results` can still reach
-    it."""
+    trajectory that reaches it ends. With `discard` and `notes` a new context starts before the limit; with
+    `hide_results` the limit can still be reached."""
     max_turns: int = 16
     """Largest number of turns of a trajectory that call tools or answer; notes do not count."""
     max_turn_tokens: int = 112
@@ -49,7 +49,7 @@ class RolloutConfig:
     """Sampling temperature; 0 is greedy."""
     cache_megabytes: int | None = None
     """Largest size of the cache of latents in MiB; null takes what all sequences need, at most half of the free memory.
-    Sequences that find no room are read again later."""
+    Sequences that do not fit are prefilled again later."""
     mode: Mode = Mode.fast
     """How generation computes. deterministic: the logprob of a sampled token equals the trainer's bit for bit, which
     needs the native kernels in training too and a larger cache. fast: it differs by rounding."""
@@ -57,8 +57,8 @@ class RolloutConfig:
     """Kernels that generate on a CPU. auto and native: the project's own, which multiply INT4 experts from their codes;
     auto uses torch's where they cannot be compiled."""
     speculation: Speculation = Speculation.auto
-    """auto: where few sequences are decoded, tokens that a sequence repeats are guessed and checked in one step. The
-    result is the same. off: one token per sequence and step."""
+    """auto: speculative decoding where few sequences are decoded: tokens copied from earlier in the sequence are
+    drafted and verified in one step. The result is the same. off: one token per sequence and step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -69,7 +69,7 @@ def make_task(make: Callable[[], Task]) -> Task:
 
 
 def calls_needed(task: Task) -> int | None:
-    """Return the number of calls that a task states, or None. Raises EnvironmentFailure if it is no whole number."""
+    """Return the number of calls that a task states, or None. Raises EnvironmentFailure if it is not a whole number."""
     try:
         value = task.num_calls if isinstance(task, CountsCalls) else None
     except (Exception, SystemExit) as error:  # a plugin's code may raise anything
@@ -95,7 +95,7 @@ class EnvironmentClient:
     async def open(self) -> None:
         """Make the environment."""
         limit = self._config.environment_deadline_s
-        environment = await self._act(self._make, "making it", limit_s=limit)
+        environment = await self._act(self._make, "creating the environment", limit_s=limit)
         for name in ("call", "grade", "close"):
             if not has_method(environment, name):
                 self._environment = None
@@ -163,8 +163,8 @@ class EnvironmentClient:
     async def has_erred(self) -> bool:
         """Return whether the trajectory left the right solution; False where the environment does not know."""
         value = await self._asked("has_erred", NoticesErrors)
-        if value not in (None, True, False):
-            raise EnvironmentFailure(f"has_erred returned {value!r}: return True or False")
+        if value is not None and not isinstance(value, bool):
+            raise EnvironmentFailure(f"has_erred returned {type(value).__name__}: return True or False")
         return bool(value)
 
     async def _asked(self, name: str, protocol: type) -> Any:
@@ -200,7 +200,7 @@ class EnvironmentClient:
             return environment.close()
 
         try:
-            await self._act(close, "closing it", limit_s=self._config.environment_deadline_s)
+            await self._act(close, "closing the environment", limit_s=self._config.environment_deadline_s)
         except asyncio.CancelledError:
             if inspect.iscoroutinefunction(environment.close):  # it was interrupted; a plain function was not
                 self._environment = environment

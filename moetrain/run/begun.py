@@ -1,9 +1,12 @@
-"""The config of a stage that has begun: its model has the rows that the tokenizer trained there has given it."""
+"""The config of a stage that has begun: its `model.vocab_size` is that of its checkpoints.
+
+It is smaller than the configured one if the tokenizer that was trained in the stage shrank the model.
+"""
 
 from dataclasses import replace
 
 from moetrain.checkpoint.shape import stored_shape
-from moetrain.config import DocumentRun
+from moetrain.commands.training import DocumentRun
 
 
 def as_begun(run: DocumentRun) -> DocumentRun:

@@ -11,24 +11,15 @@ from pathlib import Path
 from moetrain.chat.registry import AUTO, template_named
 from moetrain.checkpoint.identity import as_stored
 from moetrain.checkpoint.shape import mismatched_fields, shape_changes, stored_shape
-from moetrain.client_commands import ChatRun
-from moetrain.commands import VerifyExportsRun
-from moetrain.config import (
-    DocumentRun,
-    EvalRun,
-    ExportRun,
-    RlRun,
-    StageRun,
-    TrainingRun,
-    UpcycleRun,
-    check_groups,
-    check_length,
-)
+from moetrain.commands.data import PrepareRun
+from moetrain.commands.stage import StageRun, WeightsRun, check_groups, check_length
+from moetrain.commands.training import DocumentRun, RlRun, TrainingRun
+from moetrain.commands.verify import VerifyExportsRun
+from moetrain.commands.weights import ChatRun, EvalRun, ExportRun, UpcycleRun
 from moetrain.data.chat_tokenizer import with_named_template
 from moetrain.data.config import SourceKind, TokenizerConfig
 from moetrain.data.store.index import TOKENIZER as PREPARED_TOKENIZER
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
-from moetrain.data_commands import PrepareRun
 from moetrain.errors import ConfigError, DataError
 from moetrain.export.config import ExportFormat
 from moetrain.files import user_path
@@ -278,7 +269,9 @@ def _is_same(one: _Tokenizer, other: _Tokenizer) -> bool:
 
 
 def _weights(run: StageRun) -> str | None:
-    return (run.continue_from or run.init_from) if isinstance(run, TrainingRun) else run.init_from
+    if isinstance(run, TrainingRun) and run.continue_from:
+        return run.continue_from
+    return run.init_from if isinstance(run, WeightsRun) else None
 
 
 def _writer_of(weights: str, earlier: Sequence[StageRun]) -> StageRun | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moetrain.chat.registry import template_named
 from moetrain.checkpoint.origin import TOKENIZER
-from moetrain.config import DocumentRun
+from moetrain.commands.training import DocumentRun
 from moetrain.data.build import Data, build_data
 from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.packing import TokenizedDocument

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.config import DocumentRun, RlRun, TrainingRun
+from moetrain.commands.training import DocumentRun, RlRun, TrainingRun
 from moetrain.files import user_path
 from moetrain.log import duration
 from moetrain.plan.stage import UTILISATION, StagePlan, plan_stage

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moetrain.commands.weights import EvalRun
 from moetrain.compose import read_yaml, to_mapping
-from moetrain.config import EvalRun
 from moetrain.errors import CheckpointError
 from moetrain.files import user_path
 from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, validated

@@ -2,8 +2,8 @@
 
 `check_inputs` checks only paths and sizes, and every process calls it first. The other checks read more: `check_names`
 imports the plugins, `check_records` reads all records, `check_prepared` all prepared tokens, `check_weights` loads
-torch. `moetrain check` runs all of them. The launchers call all but `check_prepared` before they start ranks, so that a
-mistake is reported once instead of once per rank.
+torch. `moetrain check` runs all of them. The launchers run it before they start ranks, without `check_prepared`, so
+that a mistake is reported once instead of once per rank.
 """
 
 import logging
@@ -12,29 +12,14 @@ from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
 from moetrain.chat.template import ChatTemplate
-from moetrain.client_commands import ChatRun, VerifyEndpointRun
-from moetrain.commands import (
-    BenchBalanceRun,
-    BenchCheckpointRun,
-    BenchOptimizersRun,
-    BenchTrainRun,
+from moetrain.commands.bench_generation import BenchDraftsRun
+from moetrain.commands.data import DataRun, PrepareRun
+from moetrain.commands.stage import StageRun, WeightsRun, check_length
+from moetrain.commands.training import DocumentRun, RlRun, TrainingRun
+from moetrain.commands.verify import (
     VerifyExportsRun,
-    VerifyFaultsRun,
-    VerifyLayoutsRun,
 )
-from moetrain.config import (
-    DocumentRun,
-    EvalRun,
-    ExportRun,
-    GenerateRun,
-    ReportRun,
-    RlRun,
-    ServeRun,
-    StageRun,
-    TrainingRun,
-    UpcycleRun,
-    check_length,
-)
+from moetrain.commands.weights import ChatRun, EvalRun, ExportRun, ServeRun, UpcycleRun
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
@@ -42,17 +27,13 @@ from moetrain.data.hold_out import hold_out_of
 from moetrain.data.sources import local_files, read_documents, renderable
 from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
 from moetrain.data.tokenizer import holds_tokenizer
-from moetrain.data_commands import BenchDataRun, DataRun, PrepareRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.files import user_path
-from moetrain.generation_commands import BenchDecodeRun, BenchDraftsRun, VerifyRolloutRun
-from moetrain.gpu_commands import VerifyGpuRun
 from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
-from moetrain.run.stage import rank
-from moetrain.runtime import available_memory, num_ranks
+from moetrain.runtime import available_memory, num_ranks, rank
 from moetrain.tasks import registry
 from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
 
@@ -67,32 +48,6 @@ _SURELY_TOO_LARGE, _MUCH = 2.0, 0.25
 """Shares of the available memory from which a source is refused, and is warned of."""
 LOCAL_KINDS = (SourceKind.jsonl, SourceKind.parquet, SourceKind.text, *FOREIGN_KINDS)
 """Kinds of sources that are local files."""
-_WITHOUT_WEIGHTS = (
-    BenchBalanceRun,
-    BenchCheckpointRun,
-    BenchDataRun,
-    BenchDecodeRun,
-    BenchOptimizersRun,
-    BenchTrainRun,
-    ReportRun,
-    VerifyEndpointRun,
-    VerifyFaultsRun,
-    VerifyGpuRun,
-    VerifyLayoutsRun,
-    VerifyRolloutRun,
-)
-"""Configs that have the field `init_from` and do not use it."""
-_NEED_WEIGHTS: dict[type[StageRun], str] = {
-    RlRun: "RL starts from weights that solve some tasks; give those of an SFT stage",
-    ExportRun: "give the stage or checkpoint to export",
-    EvalRun: "give the export to evaluate",
-    BenchDraftsRun: "give the weights to generate with",
-    GenerateRun: "give the folder of the weights",
-    ChatRun: "give the folder of the weights to chat with",
-    ServeRun: "give the folder of the weights to serve",
-    VerifyExportsRun: "give the export to verify",
-}
-"""Configs that require `init_from`, with the advice that the error message gives."""
 
 
 def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int | None = None) -> None:
@@ -101,8 +56,6 @@ def check_inputs(run: StageRun, *, planned: Sequence[Path] = (), world_size: int
     planned: folders that earlier stages will write. world_size: number of ranks that will start; None takes the
     launcher's.
     """
-    if isinstance(run, _WITHOUT_WEIGHTS) and run.init_from is not None:
-        raise ConfigError(f"init_from is {run.init_from}: leave it out, because this command reads no weights")
     for field, value in _folders(run):
         if not value:
             raise ConfigError(f"{field} is empty: give a folder, or null")
@@ -165,9 +118,8 @@ def _is_inside(value: str, folder: Path) -> bool:
 def check_names(run: StageRun) -> None:
     """Load the plugins; raise `ConfigError` for an unregistered task, algorithm or format, or a missing `init_from`."""
     load_plugins(run.plugins)
-    for schema, needed in _NEED_WEIGHTS.items():
-        if isinstance(run, schema) and run.init_from is None and not _continues(run):
-            raise ConfigError(f"init_from is null: {needed}")
+    if isinstance(run, WeightsRun) and run.advice and not _continues(run):
+        run.require_weights()
     if isinstance(run, DocumentRun | RlRun | EvalRun | ChatRun | BenchDraftsRun):
         family = registry.build(run.task, run.run.seed)
         has_dialogues = any(source.kind is SourceKind.dialogues for source in _data(run).sources.values())
@@ -187,7 +139,7 @@ def check_names(run: StageRun) -> None:
 
 
 def _compare_turns(run: RlRun | EvalRun, family: TaskFamily) -> None:
-    """Warn if rollout.max_turns ends a task before the demonstrator, who makes one call per turn, would solve it."""
+    """Warn if rollout.max_turns is too small for the demonstrator, who makes one call per turn, to finish a task."""
     if not isinstance(family, MakesLongerTasks) or rank() != 0:
         return
     if isinstance(run, EvalRun) and not run.eval.num_tasks:
@@ -209,7 +161,8 @@ def _continues(run: StageRun) -> bool:
 def check_records(run: StageRun) -> None:
     """Read all documents of the sources that are local files. `DataError` names the file and line that is invalid.
 
-    What `prepare` reads is not read before. Conversations are rendered, unless the tokenizer is that of `init_from`.
+    Sources of `prepare` are skipped, because the command reads them itself. Conversations are rendered, unless the
+    tokenizer is that of `init_from`.
     """
     if isinstance(run, PrepareRun):
         return
@@ -316,7 +269,7 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:
     """Yield (field, folder) for each folder that a config names as input."""
-    named = {"init_from": run.init_from}
+    named = {"init_from": run.init_from if isinstance(run, WeightsRun) else None}
     if isinstance(run, TrainingRun):
         named["continue_from"] = run.continue_from
     if isinstance(run, VerifyExportsRun):

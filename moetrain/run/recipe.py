@@ -8,7 +8,7 @@
         command: pretrain
         overrides: [model=k2_nano, train.steps=300]
         processes: 1                 # optional, like `threads`: for this stage only
-        seconds: 440                 # optional: the time it takes, for the time left before it has ever finished
+        seconds: 440                 # optional: expected time, for the time left until it has finished once
       - name: sft
         command: sft
         overrides: ["init_from=${stage:pretrain}"]
@@ -23,9 +23,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.recipe import RecipeRun
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.training import TrainingRun
+from moetrain.commands.weights import EvalRun
 from moetrain.compose import compose, data_folder, quoted, read_yaml
-from moetrain.config import EvalRun, RecipeRun, TrainingRun
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
 from moetrain.files import user_path
@@ -200,7 +202,7 @@ def _stage(item: Any, *, where: str, earlier: Sequence[str], of_all: Mapping[str
 
 def _count(content: dict[Any, Any], key: str, where: str) -> int | None:
     value = content.get(key)
-    if value is not None and (type(value) is not int or value < 1):  # True is an int of Python's, not of YAML's
+    if value is not None and (type(value) is not int or value < 1):  # bool is a subclass of int
         raise ConfigError(f"{where}: {key} is {value!r}: give a whole number of at least 1")
     return value
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from moetrain.config import DocumentRun, RlRun, TrainingRun
+from moetrain.commands.training import DocumentRun, RlRun, TrainingRun
 from moetrain.errors import CheckpointError
 from moetrain.log import read_metrics
 from moetrain.rl.config import kernels_for

@@ -10,7 +10,7 @@ from pathlib import Path
 from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.origin import TOKENIZER, Origin, continue_state, shared_digest, start_from
 from moetrain.checkpoint.read import CHECKPOINTS
-from moetrain.config import RlRun
+from moetrain.commands.training import RlRun
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.files import write_json
@@ -25,9 +25,10 @@ from moetrain.rollout.traces import write_traces
 from moetrain.rollout.types import Trajectory
 from moetrain.run.plugins import plugins_digest
 from moetrain.run.resume_check import own_sections, train_of
-from moetrain.run.stage import INTERRUPTED, rank, stage_folder, stage_metrics
+from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.trained_context import check_context
 from moetrain.run.weights import tokenizer_of, training_weights
+from moetrain.runtime import rank
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.continuation import TASKS_USED, StartPoint, start_point_of

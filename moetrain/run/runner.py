@@ -22,8 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import get_type_hints
 
+from moetrain.commands.recipe import OnChange, RecipeRun
+from moetrain.commands.training import TrainingRun
 from moetrain.compose import compose, save_config, to_mapping
-from moetrain.config import OnChange, RecipeRun, TrainingRun
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError
 from moetrain.files import previous_name, read_json_or_empty, user_path, write_json
@@ -46,8 +47,8 @@ _CHANGES_NO_RESULT = (
 )
 """Changes with which a stopped stage resumes: they change its numbers by rounding at most."""
 _CONTINUE_ADVICE = (
-    "; to train on with the new values and the optimizer state kept, leave this stage as it was and add one with "
-    "continue_from=${{stage:{name}}} and train.continue_as=part or whole"
+    "; to continue training with the new values and the same optimizer state, leave this stage unchanged and add one "
+    "with continue_from=${{stage:{name}}} and train.continue_as=part or whole"
 )
 
 
@@ -223,7 +224,7 @@ def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError
     return ConfigError(
         f"stage {name} {state} with another configuration: {'; '.join(differences)}. Its results stay as they are. "
         f"again_from={name} runs it and the stages after it again and keeps what is there as {kept_as}; "
-        f"on_change=rerun does so wherever something changed; {keep}; name=NEW is a run of its own"
+        f"on_change=rerun does so from the first changed stage on; {keep}; name=NEW starts a separate run"
         f"{_CONTINUE_ADVICE.format(name=name) if any(line.startswith(_CONTINUABLE) for line in differences) else ''}"
     )
 

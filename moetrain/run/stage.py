@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
+from moetrain.commands.stage import StageRun
 from moetrain.compose import read_yaml, save_config, to_mapping
-from moetrain.config import StageRun
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.files import write_json
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
 from moetrain.run.provenance import MADE_BY, provenance
+from moetrain.runtime import rank
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
@@ -31,11 +32,6 @@ _RESULTS = (
 
 _WORK = ("checkpoints", "*/.work/*.json", "*/index.json", *_COLLECTED)
 """Patterns of what a stage that failed on the user's input keeps: work that would take long to do again."""
-
-
-def rank() -> int:
-    """Return the rank of this process, or 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def check_folder(run: StageRun) -> None:

@@ -8,7 +8,7 @@ from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.origin import Origin, read_origin
 from moetrain.checkpoint.shape import EXPORT as EXPORT
 from moetrain.checkpoint.shape import mismatched_fields
-from moetrain.config import TrainingRun
+from moetrain.commands.training import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
@@ -68,8 +68,8 @@ def training_weights(run: TrainingRun) -> Origin:
     if run.dither_masters and not (quant.enabled and is_same):
         raise ConfigError(
             f"dither_masters is true, and training does not quantise the experts of {origin.path} as they are stored "
-            f"(quant.format={stored.format}, quant.group_size={stored.group_size}): spread masters would only be noisy "
-            "weights; quantise them so, or leave it out"
+            f"(quant.format={stored.format}, quant.group_size={stored.group_size}), so it would only add noise: set "
+            "quant.* as stored, or leave dither_masters out"
         )
     if not quant.enabled:
         _log.warning("%s: the experts are %s; quant.enabled=false trains them unquantised", origin.path, stored.format)

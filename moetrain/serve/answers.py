@@ -1,4 +1,4 @@
-"""Answers as they grow: tokens go in; deltas for a stream, and the whole message or text at the end, come out.
+"""Incremental answers: take tokens, return the deltas of a stream and finally the whole message or text.
 
 The whole answer is the sum of its deltas, so a stream and a plain response of the same tokens say the same.
 """

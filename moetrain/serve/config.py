@@ -16,7 +16,10 @@ KEY_VARIABLE = "MOETRAIN_API_KEY"
 
 @dataclass(kw_only=True)
 class ServeConfig:
-    """Address, key and limits of the server. A request beyond a limit is refused or ended; others go on."""
+    """Address, key and limits of the server.
+
+    A request beyond a limit is refused or ended; other requests are not affected.
+    """
 
     host: str = "127.0.0.1"
     """Address to listen on. Another one than this machine's own requires a key."""
@@ -31,11 +34,11 @@ class ServeConfig:
     """Largest number of sequences that are decoded together."""
     cache_megabytes: int | None = None
     """Largest size of the cache of latents in MiB; null takes what all sequences need, at most half of the free memory.
-    Sequences that find no room are read again later."""
+    Sequences that do not fit are prefilled again later."""
     kernels: Kernels = Kernels.auto
     """Kernels that generate on a CPU, as rollout.kernels."""
     speculation: Speculation = Speculation.auto
-    """auto: where few sequences are decoded, tokens that a sequence repeats are guessed and checked in one step, as
+    """auto: where few sequences are decoded, tokens that a sequence repeats are drafted and verified in one step, as
     rollout.speculation."""
     max_waiting: int = 128
     """Largest number of further sequences that wait for a slot; a request beyond them gets status 503."""
@@ -71,7 +74,7 @@ class ServeConfig:
                 f"{self.num_slots + self.max_waiting}"
             )
         if self.api_key is not None and not _is_key(self.api_key):
-            raise ConfigError("serve.api_key is no key: give visible ASCII characters, or null for none")
+            raise ConfigError("serve.api_key is not a valid key: give visible ASCII characters, or null for none")
         if not self.host:
             raise ConfigError("serve.host is '': give an address such as 127.0.0.1")
         if self.model_name == "":
@@ -83,9 +86,9 @@ class ServeConfig:
         return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE) or None
 
     def check_exposure(self) -> None:
-        """Raise ConfigError when the variable holds no key, and when other machines could do without one."""
+        """Raise ConfigError for an invalid key, and if other machines can reach the server without a key."""
         if self.key is not None and not _is_key(self.key):
-            raise ConfigError(f"{KEY_VARIABLE} is no key: give visible ASCII characters, or leave it out")
+            raise ConfigError(f"{KEY_VARIABLE} is not a valid key: give visible ASCII characters, or leave it out")
         try:
             is_own = ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -36,7 +36,7 @@ class ServeMetrics:
         self._cached = counter("prompt_tokens_cached", "Tokens of prompts that were found in the cache.")
         self._queries = counter("prefix_cache_queries", "Tokens of prompts that were looked up in the cache.")
         self._hits = counter("prefix_cache_hits", "Tokens of prompts that were found in the cache.")
-        self._preemptions = counter("num_preemptions", "Times that a sequence lost its pages and was read again.")
+        self._preemptions = counter("num_preemptions", "Times that a sequence was preempted and recomputed.")
         self._drafts = counter("spec_decode_num_drafts", "Drafts.")
         self._drafted = counter("spec_decode_num_draft_tokens", "Tokens of drafts.")
         self._right = counter("spec_decode_num_accepted_tokens", "Tokens of drafts that were right.")

@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 _OPTIONS_KEY = "x-guidance"
-"""Key of a schema that llguidance would read, and with which parts of the schema could be ignored."""
+"""Key of llguidance's own options, with which a schema could switch parts of itself off."""
 _MOST_VALUES = 10_000
 """Values in all schemas of a request: compiling more takes seconds."""
 _ANNOTATIONS = ("default", "examples", "example", "title", "description", "$comment", "deprecated")
@@ -64,12 +64,12 @@ def _bounds_problem(schema: Mapping[str, Any]) -> str | None:
     low = _bound(schema, "minimum", "exclusiveMinimum", strictest=max)
     high = _bound(schema, "maximum", "exclusiveMaximum", strictest=min)
     if (low is not None and low > _LARGEST_INTEGER) or (high is not None and high < -_LARGEST_INTEGER):
-        return "a JSON schema has only numbers beyond 2^53, which are not held exactly: give text"
+        return "a JSON schema allows only numbers beyond 2^53, which float64 does not represent exactly: use a string"
     if low is None or high is None or not low < high < low + 1:  # no difference, because a whole number may be huge
         return None
     for key, bound in (("exclusiveMinimum", low), ("exclusiveMaximum", high)):
         if schema.get(key) == bound and bound == int(bound):
-            return f"a JSON schema has {key} {bound:g} and its other bound less than 1 away, so it would not hold"
+            return f"a JSON schema has {key} {bound:g} and its other bound less than 1 away, which is not enforced"
     return None
 
 

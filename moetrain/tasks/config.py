@@ -46,8 +46,8 @@ class DatabaseConfig:
     max_calls: int = 8
     """Largest number of tool calls that a task requires."""
     last_line: int = 17
-    """Largest number of a line of a question. Around the steps that a short question asks for stand others, up to this
-    number of lines, so that a model that has read short questions knows the numbers and the length of long ones."""
+    """Largest line number of a question. Short questions are padded with steps that are not asked for, up to this many
+    lines, so that training covers the line numbers and the length of long questions."""
     deadline_s: float = 2.0
     """Seconds after which an SQL statement is stopped. rollout.call_deadline_s does not apply to tools that run inline,
     such as these."""
@@ -145,18 +145,3 @@ class TaskConfig:
                     f"task.{family}.{given[0]} is given, and task.name is {self.name}: leave it out, because the "
                     f"settings of {family} have no effect"
                 )
-
-    @property
-    def min_calls(self) -> int:
-        """`database.min_calls`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.min_calls
-
-    @property
-    def max_calls(self) -> int:
-        """`database.max_calls`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.max_calls
-
-    @property
-    def demonstrator(self) -> DemonstratorConfig:
-        """`database.demonstrator`; task families of plugins that have no such setting of their own use it too."""
-        return self.database.demonstrator

@@ -125,14 +125,15 @@ class MeasuresProgress(Protocol):
     """An environment that knows how far a trajectory came. It is asked before `close`, however the trajectory ended."""
 
     def progress(self) -> float:
-        """Return the share of the right solution, from 0 to 1, that was carried out before the first error."""
+        """Return the share of the correct solution, from 0 to 1, that was carried out before the first error."""
         ...
 
 
 @runtime_checkable
 class NoticesErrors(Protocol):
-    """An environment that knows whether a trajectory has left the right solution. It is asked together with progress.
+    """An environment that knows whether a trajectory has deviated from the correct solution.
 
+    It is asked together with progress.
     Without it, a trajectory that a limit ends counts as one without an error in the hazard of an evaluation.
     """
 

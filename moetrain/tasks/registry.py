@@ -76,7 +76,7 @@ def build(config: TaskConfig, seed: int) -> TaskFamily:
         raise
     except Exception as error:  # a plugin's code may raise anything
         reason = described(error)
-        raise ConfigError(f"task.name is {config.name}: the family cannot be made: {reason}") from error
+        raise ConfigError(f"task.name is {config.name}: the family cannot be constructed: {reason}") from error
 
 
 def check_family(family: TaskFamily, *, name: str) -> None:

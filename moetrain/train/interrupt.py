@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moetrain.parallel.topology import Topology
+from moetrain.runtime import rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STDERR = 2  # file descriptor of standard error
@@ -68,5 +69,5 @@ class StopSignals:
 
 def _say(text: str) -> None:
     """Write a line to standard error, on the main rank. A handler can interrupt a write of the logger's."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         os.write(_STDERR, f"{text}\n".encode())

@@ -65,7 +65,7 @@ def fitted_model(model: ModelConfig, data: DataConfig, *, tokenizer: Tokenizer) 
     if not (data.tokenizer.shrink_model and is_own and tokenizer.vocab_size < model.vocab_size):
         return model
     _log.info(
-        "data.tokenizer.vocab_size and model.vocab_size: %d instead of %d, which the texts cannot fill",
+        "the texts yield only %d tokens: data.tokenizer.vocab_size and model.vocab_size are reduced from %d",
         *(tokenizer.vocab_size, model.vocab_size),
     )
     return replace(model, vocab_size=tokenizer.vocab_size)
@@ -99,14 +99,14 @@ def check_tokenizer(config: TokenizerConfig, origin: Origin) -> None:
         if origin.tokenizer is None:
             raise ConfigError(
                 f"{origin.path} has no tokenizer beside its weights: copy their tokenizer there, name it as "
-                f"data.tokenizer.path, or give {_RETRAIN} to train the weights with a new tokenizer, unknown to them"
+                f"data.tokenizer.path, or give {_RETRAIN} to train them with a new tokenizer, which they do not know"
             )
         return
     expected_digest = _tokenizer_digest(origin)
     if expected_digest is not None and Tokenizer.load(user_path(config.path)).digest != expected_digest:
         raise ConfigError(
             f"data.tokenizer.path is {config.path}, which is not the tokenizer of the weights {origin.path}: "
-            f"leave data.tokenizer.path out, or give {_RETRAIN} to train the weights with a tokenizer unknown to them"
+            f"leave data.tokenizer.path out, or give {_RETRAIN} to train them with a tokenizer that they do not know"
         )
 
 

@@ -53,8 +53,6 @@ SUMMARY = "summary.json"
 
 Dialogues = Callable[[Tokenizer], Mapping[str, Iterable[TokenizedDocument]]]
 """Returns the documents of each source of kind dialogues, given the tokenizer."""
-Evaluate = Callable[[Engine, Tokenizer], Mapping[str, float]]
-"""Returns metrics of a model beyond its validation loss. Collective."""
 
 
 @dataclass(kw_only=True)
@@ -79,14 +77,12 @@ def train_stage(
     origin: Origin | None = None,
     dialogues: Dialogues | None = None,
     dialogue_texts: Iterable[str] = (),
-    evaluate: Evaluate | None = None,
 ) -> Status:
     """Run pretraining or SFT in `folder`, from its last checkpoint if there is one; write `summary.json` when finished.
 
     Collective. origin: weights to start from, or the checkpoint to continue if `train.continue_as` is set
     (`checkpoint.origin.read_origin`). dialogue_texts: rendered dialogues to include when a tokenizer is trained.
-    evaluate: called with each validation. Raises the errors of data, checkpoints and layout. An interrupted stage
-    resumes when it is run again.
+    Raises the errors of data, checkpoints and layout. An interrupted stage resumes when it is run again.
     """
     if origin is not None:
         check_fit(origin, sections.model)  # before preparing the data, which takes longest
@@ -124,7 +120,6 @@ def train_stage(
         peak_flops=_peak_flops(sections, folder=folder, topology=topology),
         origin=origin,
         start_point=start_point,
-        evaluate=evaluate,
     )
     outcome = run_training(document_training(stage, sections.train), sections.train, folder=folder, metrics=metrics)
     if outcome.status is Status.finished and topology.is_main:
@@ -213,7 +208,6 @@ def document_stage_of(
     peak_flops: float,
     origin: Origin | None = None,
     start_point: StartPoint | None = None,
-    evaluate: Evaluate | None = None,
 ) -> DocumentStage:
     """Return what the steps of a stage with these sections need, for `take_document_step`. Collective.
 
@@ -225,8 +219,7 @@ def document_stage_of(
     orders = {"order": versions} if (versions := data.order_versions()) else {}
 
     def measure() -> dict[str, float]:
-        figures = validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
-        return {**figures, **(evaluate(engine, data.tokenizer) if evaluate else {})}
+        return validate(engine, data.validation, rows_per_micro_batch=train.rows_per_micro_batch)
 
     def first_row(step: int) -> int:
         return rows_before(step, train, start_point=start_point)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moetrain.commands.verify import ExportFault
 from moetrain.errors import ConfigError
 from moetrain.export.config import ExportFormat
 from moetrain.export.read import Export, read_export
@@ -28,7 +29,6 @@ from moetrain.quant.grids import codes_of, dequantize
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import Verified, ask, logit_rows, logits_of
 from moetrain.verify.exports import (
-    ExportFault,
     agreement_row,
     differing_copies,
     float32_model,

@@ -1,6 +1,6 @@
 """Compares an endpoint with another one on the same requests, as Moonshot's K2 Vendor Verifier does.
 
-Agreement is the F1 score of finishing with `tool_calls`, where the other endpoint says what is right. Schema accuracy
+Agreement is the F1 score of finishing with `tool_calls`, with the other endpoint as ground truth. Schema accuracy
 is the share of responses with calls whose arguments all match the schemas of their tools. Malformed requests must be
 refused. The numbers of prompt tokens are compared too: where the models are the same, a difference is a fault of the
 template or the tokenizer.
@@ -16,7 +16,7 @@ from typing import Any
 
 from moetrain.chat.messages import Message
 from moetrain.chat.tool_schema import ToolSpec, declaration
-from moetrain.client_commands import EndpointFault, VerifyEndpointRun
+from moetrain.commands.verify import EndpointFault, VerifyEndpointRun
 from moetrain.errors import DataError, RolloutError, ToolError
 from moetrain.serve.endpoint import Endpoint, Reply
 from moetrain.tasks.protocol import Split, TaskFamily

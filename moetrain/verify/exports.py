@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moetrain.commands.verify import ExportFault
 from moetrain.errors import ConfigError
 from moetrain.export.compressed_tensors import module_of
 from moetrain.export.config import ExportFormat
@@ -38,18 +38,6 @@ summation."""
 
 NORM_FAULT = 1.001
 """Factor of the fault `norm`."""
-
-
-class ExportFault(StrEnum):
-    """Fault to inject, which the comparison must detect."""
-
-    none = "none"
-    code = "code"
-    """Changes one code of the first expert, and updates the digests."""
-    scale = "scale"
-    """Doubles one scale of the first expert, and updates the digests."""
-    norm = "norm"
-    """Multiplies the final norm of our model by 1.001."""
 
 
 def verify_exports(

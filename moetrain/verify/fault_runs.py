@@ -1,6 +1,6 @@
 """Starts, kills and compares runs of the real `pretrain` command for `verify faults`. Uses only processes and files.
 
-A *attempt* is one process, or one launcher with its ranks, from its start to its end, whether it is killed or not.
+An *attempt* is one process, or one launcher with its ranks, from its start to its end, whether it is killed or not.
 """
 
 import hashlib

@@ -51,7 +51,7 @@ class Damage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Arguments of `verify_faults`; see `moetrain.commands.VerifyFaultsRun`."""
+    """Arguments of `verify_faults`; see `commands.verify.VerifyFaultsRun`."""
 
     model: str
     kills: int

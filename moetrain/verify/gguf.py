@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.commands.verify import ExportFault
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.export.folder import RECORD_FILE, read_record, write_record
@@ -22,7 +23,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.quant.grids import Quantized, codes_of
 from moetrain.runtime import torch_stream
 from moetrain.verify.consumer import Verified
-from moetrain.verify.exports import NORM_FAULT, ExportFault
+from moetrain.verify.exports import NORM_FAULT
 from moetrain.verify.llama import ask_llama, llama_rows
 from moetrain.verify.llama_rounding import round_inputs
 from moetrain.verify.masters import Masters, plain

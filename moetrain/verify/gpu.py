@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from moetrain.commands.verify import GpuPart, VerifyGpuRun
 from moetrain.errors import ConfigError
-from moetrain.gpu_commands import GpuPart, VerifyGpuRun
 from moetrain.runtime import die_with_parent
 from moetrain.verify.table import Row
 

@@ -134,7 +134,7 @@ class Experts:
 
 
 def int4_rows(device: torch.device, *, shape: Experts | None = None) -> Iterator[Row]:
-    """Yield the errors of the Triton kernels for INT4 experts, and the bits that depend on a row's company.
+    """Yield the errors of the Triton kernels for INT4 experts, and the bits that depend on the other rows of a batch.
 
     On a CPU it requires Triton's interpreter.
     """

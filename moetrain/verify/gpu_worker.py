@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain.gpu_commands import GpuPart
+from moetrain.commands.verify import GpuPart
 from moetrain.runtime import default_device
 from moetrain.verify.gpu_models import decode_rows, training_rows
 from moetrain.verify.gpu_operations import flash_rows, grouped_rows, int4_rows

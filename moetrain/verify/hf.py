@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.commands.verify import HfFault
 from moetrain.errors import ConfigError
 from moetrain.export.folder import CONFIG_FILE, write_weights
 from moetrain.export.tensors import folder_tensors
@@ -69,16 +70,6 @@ _TINY = ModelConfig(
 _SHARD_BYTES = 100_000  # small enough that even the tiny models are split into several files
 _BIAS_STD, _GAIN_STD = 0.05, 0.1  # noise on biases and norm gains, whose initial values are 0 and 1
 _NORM_FAULT = 1.001
-
-
-class HfFault(StrEnum):
-    """Fault to inject into our weights, which the comparison must detect."""
-
-    none = "none"
-    norm = "norm"
-    """Multiplies the final norm by 1.001."""
-    expert = "expert"
-    """Swaps the first two experts of the first MoE layer."""
 
 
 class ExpertLayout(StrEnum):

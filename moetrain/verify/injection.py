@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from moetrain.data.batch import WEIGHT
 from moetrain.parallel.host_memory import HostMemory
-from moetrain.runtime import seed_of
+from moetrain.runtime import rank, seed_of
 
 VARIABLE = "MOETRAIN_FAULT"
 COLLECTED = "collected"
@@ -180,12 +180,12 @@ def install() -> None:
     if text is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     plan = Plan(**json.loads(text))
-    rank = int(os.environ.get("RANK", "0"))
-    Path(plan.folder, f"pid_{rank}").write_text(str(os.getpid()), encoding="utf-8")
-    gate = _Gate(plan, rank)
+    own = rank()
+    Path(plan.folder, f"pid_{own}").write_text(str(os.getpid()), encoding="utf-8")
+    gate = _Gate(plan, own)
     _watch_files(gate)
-    _watch_collectives(gate, Path(plan.folder, f"place_{rank}"))
-    _watch_trajectories(gate, Path(plan.folder, f"{COLLECTED}_{rank}"))
+    _watch_collectives(gate, Path(plan.folder, f"place_{own}"))
+    _watch_trajectories(gate, Path(plan.folder, f"{COLLECTED}_{own}"))
     if plan.nan_row >= 0:
         _inject_nan(plan.nan_row)
     if plan.planted != "none":

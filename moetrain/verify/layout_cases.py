@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
+from moetrain.commands.verify import LayoutFault, LayoutScenario, VerifyLayoutsRun
 from moetrain.data.batch import WEIGHT, TokenBatch
 from moetrain.model.attention import MaxLogits
 from moetrain.model.config import Recompute

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moetrain.commands import LayoutFault, LayoutScenario
+from moetrain.commands.verify import LayoutFault, LayoutScenario
 from moetrain.compose import load_config
 from moetrain.model.config import Recompute
 from moetrain.optim.config import OptimizerName

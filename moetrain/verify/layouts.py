@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moetrain.commands import LayoutFault, VerifyLayoutsRun
+from moetrain.commands.verify import LayoutFault, VerifyLayoutsRun
 from moetrain.compose import save_config
 from moetrain.files import to_json, write_text
 from moetrain.log import progress
@@ -206,7 +206,7 @@ def rows_of(outcome: Outcome) -> list[Row]:
             name="references without a layout",
             value=len(undecided),
             bound=0,
-            note=f"of {len(outcome.references)}; left out as coin flips: {', '.join(undecided) or 'none'}",
+            note=f"of {len(outcome.references)}; left out, because rounding decides: {', '.join(undecided) or 'none'}",
         ),
         Row(
             name="steps that did not clip",

@@ -31,7 +31,7 @@ TEXTS = (
     "[BOS][EOS]<|im_end|><|im_user|>user<|im_middle|><think></think>",
     "a=b==c!=d<=e>=f&&g||h->i::j...k(l)[m]{n}#o@p$q%r^s~t`u`",
 )
-"""Texts that both tokenizers must encode alike. Known to differ, and left out: docs/exports.md."""
+"""Texts that both tokenizers must encode alike. docs/exports.md lists texts that differ, which are not tested."""
 
 
 def ask_llama(python: str, *, model: Path, tokens_BT: Tensor) -> Answer:

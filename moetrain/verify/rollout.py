@@ -1,6 +1,6 @@
 """Checks that a generated token and its logprob depend on the weights and the tokens before it only.
 
-Tiny random models generate the same sequences alone and in other company, through the same engine as rollouts. The
+Tiny random models generate the same sequences alone and in batches, through the same engine as rollouts. The
 tokens and the bits of their logprobs must be equal; in the mode `deterministic` the logprobs must also be those of
 training. In the mode `fast` the difference to training is measured and split by its causes.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from moetrain.commands.verify import VerifyRolloutRun
 from moetrain.errors import ConfigError
-from moetrain.generation_commands import VerifyRolloutRun
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
 from moetrain.inference.mode import Mode
@@ -83,7 +83,7 @@ class Faulty:
 
 
 def verify_rollout(run: VerifyRolloutRun) -> Iterator[Row]:
-    """Yield the differences by model, mode and company. Raises ConfigError without kernels."""
+    """Yield the differences by model, mode and batch. Raises ConfigError without kernels."""
     library = find_for_generation(Kernels.auto)
     if library is None:
         raise ConfigError(
@@ -142,7 +142,7 @@ def _alone(run: VerifyRolloutRun, model: Model, prompts: Sequence[Sequence[int]]
 
 
 def _company_rows(run: VerifyRolloutRun, name: str, *, model: Model, alone: Sequence[Generated]) -> Iterator[Row]:
-    """Yield the number of sampled tokens that differ from those of the same sequences `alone`, by company."""
+    """Yield the number of sampled tokens that differ from those of the same sequences `alone`, by batch."""
     prompts = _prompts(run, model.config.vocab_size)
     crowd = Faulty(model, run.fault) if run.fault in Faulty.FAULTS else model
     count = f"of {sum(len(each.tokens) for each in alone) - sum(map(len, prompts))} tokens"
@@ -219,7 +219,7 @@ def _drafted_row(
 
 
 def _prompts(run: VerifyRolloutRun, vocab_size: int) -> list[list[int]]:
-    """Return as many prompts as the largest company; three in four share a beginning with others."""
+    """Return as many prompts as the largest batch; three in four share a beginning with others."""
     stream = torch_stream(run.run.seed, "verify/prompts")
     shared = [torch.randint(vocab_size, (run.prompt_tokens,), generator=stream).tolist() for _ in range(4)]
     prompts = []

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.client_commands import ServeFault, VerifyServeRun
+from moetrain.commands.verify import ServeFault, VerifyServeRun
 from moetrain.errors import RolloutError
 from moetrain.runtime import die_with_parent, free_port, python_stream
 from moetrain.verify.serve_clients import Client, End, Kind, Request
@@ -30,7 +30,7 @@ _KINDS = {Kind.plain: 4, Kind.stream: 5, Kind.call: 3, Kind.repeat: 2, Kind.slow
 _WEIGHTS = _KINDS | {Kind.malformed: 3}
 """How often each kind of request is sent, in shares."""
 _START_LIMIT_S = 300.0
-_SETTLE_LIMIT_S = 30.0  # in which what clients left is cancelled after the load
+_SETTLE_LIMIT_S = 30.0  # for cancelling abandoned requests after the load
 _DRAIN_LIMIT_S = 90.0
 _PAUSE_S = 0.5  # of a client whose server is down or busy
 _GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -109,7 +109,6 @@ def verify_serve(run: VerifyServeRun, *, folder: Path, same_bits: bool) -> tuple
 
     folder: for the server's log. same_bits: whether the tokens of a seed may not depend on the load.
     """
-    assert run.init_from is not None
     port = free_port()
     words = ["serve", f"init_from={run.init_from}", f"serve.port={port}", f"serve.num_slots={max(run.clients // 2, 1)}"]
     words += [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.bench.balance import MethodResult, bench_balance, render, write_results
-from moetrain.commands import BenchBalanceRun
+from moetrain.commands.bench import BenchBalanceRun
 from moetrain.data.build import build_data
 from moetrain.data.config import DataConfig, SourceConfig, SourceKind
 from moetrain.errors import ConfigError

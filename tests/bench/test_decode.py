@@ -12,9 +12,9 @@ from moetrain.bench.decode import bytes_per_step
 from moetrain.bench.engines.protocol import EngineSettings
 from moetrain.bench.gpu import check_peers
 from moetrain.cli.main import main
+from moetrain.commands.bench_generation import DecodeCase, GenerationPeer
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.generation_commands import DecodeCase, GenerationPeer
 from moetrain.model.config import ModelConfig, ScoreFunction
 from moetrain.model.flops import expert_parameters, num_parameters
 from moetrain.quant.config import QuantConfig

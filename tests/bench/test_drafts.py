@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from moetrain.bench.drafts import Contestant, bench_drafts, render
+from moetrain.commands.bench_generation import BenchDraftsRun
 from moetrain.errors import BoundError, ConfigError
-from moetrain.generation_commands import BenchDraftsRun
 from moetrain.inference.build import build_model
 from moetrain.inference.protocol import Model
 from moetrain.inference.speculation import Speculation

@@ -9,7 +9,7 @@ import torch
 from moetrain.bench.contestant import Contestant, Kind, Remote
 from moetrain.bench.train import contestants, render
 from moetrain.bench.worker import build, make_batch
-from moetrain.commands import BenchTrainRun, Peer
+from moetrain.commands.bench import BenchTrainRun, Peer
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from tests.cli.command import moetrain

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
 from moetrain.config_keys import leaf_keys
 from tests.cli.command import ROOT, moetrain
 
@@ -176,7 +176,7 @@ def test_checking_a_command_line_says_what_is_right_and_runs_nothing(
     monkeypatch.chdir(tmp_path)
     assert main(["check", "pretrain", "train.steps=5"]) == 0
     words = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert words == ["ok  config", "ok  inputs", "ok  folder", "ok  names", "ok  records", "ok  resume"]
+    assert words == ["ok  config", "ok  inputs", "ok  folder", "ok  names", "ok  records", "ok  tokens", "ok  resume"]
     assert main(["check", "pretrain", "train.steps=0"]) == 2
     assert capsys.readouterr().out == ""
     assert main(["check", "run", "recipe=k2_nano", "sft.train.steps=50"]) == 0

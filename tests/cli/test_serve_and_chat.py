@@ -15,7 +15,7 @@ import pytest
 
 from moetrain.cli import chat, serve
 from moetrain.cli.command_line import composed
-from moetrain.client_commands import ChatRun
+from moetrain.commands.weights import ChatRun
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.runtime import free_port
@@ -67,7 +67,7 @@ def test_an_export_is_served_until_a_signal(export: Path) -> None:
         (["serve.host=0.0.0.0"], "serve.host is 0.0.0.0, which other machines can reach"),
         (["serve.host="], "serve.host is '': give an address such as 127.0.0.1"),
         (["serve.model_name="], "serve.model_name is '': give a name"),
-        (["serve.api_key="], "serve.api_key is no key: give visible ASCII characters, or null for none"),
+        (["serve.api_key="], "serve.api_key is not a valid key: give visible ASCII characters, or null for none"),
         (["serve.cache_megabytes=0"], "serve.cache_megabytes is 0"),
         (["serve.max_tokens=4096"], "serve.max_tokens is 4096: give at most model.max_position_embeddings=128"),
     ],
@@ -82,7 +82,7 @@ def test_an_empty_variable_is_no_key_and_another_one_is_checked(export: Path, mo
     assert compose("serve", [f"init_from={export}"]).serve.key is None
     monkeypatch.setenv("MOETRAIN_API_KEY", "kéy")
     run = compose("serve", [f"init_from={export}"])
-    with pytest.raises(ConfigError, match="MOETRAIN_API_KEY is no key"):
+    with pytest.raises(ConfigError, match="MOETRAIN_API_KEY is not a valid key"):
         serve.main(run)
 
 

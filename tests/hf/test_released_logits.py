@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.commands.verify import HfFault
 from moetrain.hf.folder import open_hf_folder
 from moetrain.model.transformer import Transformer
-from moetrain.verify.hf import HfFault, verify_folder
+from moetrain.verify.hf import verify_folder
 from tests.hf import released
 
 BOUND = 2e-6

@@ -10,6 +10,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from moetrain.commands.verify import ExportFault
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.read import read_export
 from moetrain.quant.codec_mxfp4 import decode, encode
@@ -17,7 +18,7 @@ from moetrain.quant.config import FormatName, GridName, QuantConfig
 from moetrain.quant.fake_quant import FakeQuantizer
 from moetrain.quant.grids import Quantized, dequantize, quantize
 from moetrain.run.weights import quant_of_export, read_weights
-from moetrain.verify.exports import ExportFault, verify_exports
+from moetrain.verify.exports import verify_exports
 from moetrain.verify.table import check_rows
 from tests.verify.test_exports import shape, write_export
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.commands import SCHEMAS
+from moetrain.commands.schemas import SCHEMAS
 from moetrain.compose import compose, save_config
 from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.report.stages import Kind, read_run

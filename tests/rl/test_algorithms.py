@@ -120,7 +120,7 @@ def test_the_options_of_a_plugins_algorithm_have_the_types_of_its_fields() -> No
         ({}, r"rl\.options\.width is missing: rl\.algorithm=own requires it"),
         ({"width": 1.5}, r"rl\.options\.width is 1\.5: give a value of type int"),
         ({"width": 1, "is_soft": 0}, r"rl\.options\.is_soft is 0: give a value of type bool"),
-        ({"width": 10}, r"rl\.options: rl\.algorithm=own cannot be made: KeyError: 'width'"),
+        ({"width": 10}, r"rl\.options: rl\.algorithm=own cannot be constructed: KeyError: 'width'"),
         ({"width": 1, "columns": 3}, r"rl\.options\.columns: rl\.algorithm=own has the options width, is_soft$"),
         ({"width": 9}, r"normalizer 'sequences': give one of sampled_tokens, trained_tokens, trajectories"),
         ({"width": 8}, r"column 'length': give one of advantage"),

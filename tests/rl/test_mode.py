@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.config import RlRun
+from moetrain.commands.training import RlRun
 from moetrain.errors import ConfigError
 from moetrain.inference.mode import Mode
 from moetrain.kernels import choice

@@ -239,7 +239,7 @@ def test_an_empty_prompt_is_a_failure_of_the_environment(tokenizer: Tokenizer) -
         (Panicking, "a call of look: Panic: index out of bounds"),
         (Interrupting, "a call of look: RuntimeError: KeyboardInterrupt"),
         (Generating, "a call of look: RuntimeError: GeneratorExit: done"),
-        (Speechless, "a call of look: UnspeakableError: its text cannot be made"),
+        (Speechless, "a call of look: UnspeakableError: its message cannot be formatted"),
     ],
 )
 def test_a_tool_that_raises_what_ends_coroutines_fails_at_once(
@@ -256,11 +256,11 @@ def test_a_tool_that_raises_what_ends_coroutines_fails_at_once(
 @pytest.mark.parametrize(
     ("world", "reason"),
     [
-        (Unmade, "making it: ConnectionError: sandbox: no free container"),
+        (Unmade, "creating the environment: ConnectionError: sandbox: no free container"),
         (Uncalled, "a call of look: KeyError"),
         (Ungraded, "grading: TimeoutError: judge"),
         (Misgraded, "grading: ToolError: no such file"),
-        (Unclosed, "closing it: ConnectionError"),
+        (Unclosed, "closing the environment: ConnectionError"),
         (Exiting, "a call of look: "),
         (Mistyped, "a call of look returned str, not Observation"),
         (Counting, "a call of look returned an Observation whose text is int, not str"),

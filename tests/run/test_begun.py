@@ -8,8 +8,9 @@ import yaml
 
 from moetrain.checkpoint.shape import stored_shape
 from moetrain.cli.main import main
+from moetrain.commands.training import DocumentRun
+from moetrain.commands.weights import UpcycleRun
 from moetrain.compose import compose
-from moetrain.config import DocumentRun, UpcycleRun
 from moetrain.data.tokenizer import Tokenizer
 
 ROWS = ["train.steps=2", "train.rows_per_step=2", "train.rows_per_micro_batch=2", "parallel.engine=torch"]

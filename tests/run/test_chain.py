@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.checkpoint.shape import stored_shape
+from moetrain.commands.recipe import RecipeRun
 from moetrain.compose import compose, load_config, save_config
-from moetrain.config import RecipeRun
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.hf.shape import to_hf_config

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from moetrain.commands.training import PretrainRun
 from moetrain.compose import compose
-from moetrain.config import PretrainRun
 from moetrain.errors import ConfigError
 from moetrain.run.dry_run import plan_of, show, time_in_words
 

@@ -181,7 +181,7 @@ def test_quantising_twice_is_said_and_counted(
     num_groups = 2 * released.EXPERTS * 3 * released.WIDTH * released.HIDDEN // released.GROUP
     assert "the weights are FP8, and training quantises experts on quant.grid=kimi7: they are" in start("fp8")
     assert f"{num_groups} groups of experts keep their codes and scales" in start("int4")
-    assert f"of {num_groups} groups of experts get other codes or another scale, because quant." in start("foreign")
+    assert f"of {num_groups} groups of experts are quantised a second time, because quant." in start("foreign")
     assert f"{num_groups} groups of experts keep their codes" in start("foreign", "quant.grid=fitted")
     said = start("int4", "quant.group_size=16")
     assert "the experts are int4 in groups of 32, and training takes quant.format=int4, quant.group_size=16" in said

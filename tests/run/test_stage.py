@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.commands.stage import StageRun
 from moetrain.compose import compose, load_config
-from moetrain.config import StageRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.run.provenance import MADE_BY
 from moetrain.run.stage import CONFIG, check_folder, check_writable, stage_folder

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from moetrain.config import RecipeRun, ReportRun
+from moetrain.commands.recipe import RecipeRun, ReportRun
 from moetrain.run.recipe import Stage
 from moetrain.run.runner import Prepared, _refusal, _time_left, earlier_seconds
 

@@ -239,7 +239,7 @@ def test_the_options_of_a_plugin_are_checked_against_its_dataclass() -> None:
         ({"sice": 5}, r"task\.options\.sice: task\.name=own has the options size, share"),
         ({"size": "five"}, r"task\.options\.size is 'five': give a value of type int"),
         ({"size": True}, r"task\.options\.size is True: give a value of type int"),
-        ({"size": 10}, r"task\.name is own: the family cannot be made: KeyError: 'size'"),
+        ({"size": 10}, r"task\.name is own: the family cannot be constructed: KeyError: 'size'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             build(**options)

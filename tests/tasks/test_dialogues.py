@@ -48,4 +48,4 @@ class Slow(EvenFamily):
 def test_a_demonstrator_may_be_a_coroutine() -> None:
     assert len(list(dialogue_texts(Slow(), template=KIMI_K2, count=3, seed=0))) == 3
     assert demonstration(Slow(), None, stream=0, perfect=True)[1].success
-    assert check_graders(Slow(), num_tasks=2, seed=0)["perfect_demonstrator"] == 1.0
+    assert check_graders(Slow(), first_task=0, num_tasks=2, seed=0)["perfect_demonstrator"] == 1.0

@@ -14,8 +14,9 @@ from moetrain.checkpoint import read as checkpoint
 from moetrain.checkpoint.origin import TOKENIZER, read_origin
 from moetrain.checkpoint.read import CHECKPOINTS
 from moetrain.cli import upcycle as command
+from moetrain.commands.stage import RunConfig
+from moetrain.commands.weights import UpcycleRun
 from moetrain.compose import compose
-from moetrain.config import RunConfig, UpcycleRun
 from moetrain.errors import BoundError, CheckpointError, ConfigError
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moetrain import interpreters
+from moetrain.commands.verify import ExportFault
 from moetrain.errors import ConfigError
 from moetrain.export.config import ExportFormat
 from moetrain.export.read import read_export
@@ -18,7 +19,7 @@ from moetrain.model.layers import RMSNorm
 from moetrain.quant.config import QuantConfig
 from moetrain.verify.bf16 import verify_bf16
 from moetrain.verify.consumer import logits_of
-from moetrain.verify.exports import ExportFault, float32_model
+from moetrain.verify.exports import float32_model
 from moetrain.verify.table import check_rows
 from moetrain.verify.vllm_rounding import bf16_model, with_one_epsilon
 from moetrain.verify.vllm_worker import logits_of as logits_of_vllm

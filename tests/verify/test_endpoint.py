@@ -9,7 +9,7 @@ import pytest
 
 from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.cli import verify_endpoint
-from moetrain.client_commands import EndpointFault, VerifyEndpointRun
+from moetrain.commands.verify import EndpointFault, VerifyEndpointRun
 from moetrain.compose import compose
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import BoundError, ConfigError, DataError

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.commands.verify import ExportFault
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import BoundError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
@@ -13,7 +14,7 @@ from moetrain.model.config import ModelConfig, YarnConfig
 from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
-from moetrain.verify.exports import ExportFault, verify_exports
+from moetrain.verify.exports import verify_exports
 from moetrain.verify.table import check_rows
 
 Tensors = dict[str, torch.Tensor]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.commands import VerifyFaultsRun
+from moetrain.compose import compose
 from moetrain.errors import BoundError, ConfigError
 from moetrain.verify.faults import Phase, Request, shares, verify_faults
 from moetrain.verify.recipe_faults import comparison_rows, recipe_rows
@@ -75,5 +75,5 @@ def test_thirty_kills_are_spread_as_promised() -> None:
 
 
 def test_a_fault_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match="fault is 'moon': give none, step or weight"):
-        VerifyFaultsRun(fault="moon")
+    with pytest.raises(ConfigError, match=r"fault is 'moon': there are none, step, weight"):
+        compose("verify faults", ["fault=moon"])

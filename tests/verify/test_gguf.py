@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moetrain import interpreters
+from moetrain.commands.verify import ExportFault
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import BoundError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat, GgufDtype
@@ -18,7 +19,6 @@ from moetrain.model.transformer import Transformer, initialize
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.verify.consumer import logits_of
-from moetrain.verify.exports import ExportFault
 from moetrain.verify.gguf import verify_gguf
 from moetrain.verify.llama_rounding import round_inputs, round_q8_0
 from moetrain.verify.table import check_rows

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moetrain.cli.command_line import composed, split_command
+from moetrain.commands.verify import GpuPart, VerifyGpuRun
 from moetrain.errors import BoundError
-from moetrain.gpu_commands import GpuPart, VerifyGpuRun
 from moetrain.verify.gpu import COMMANDS, run_limited, verify_gpu
 from moetrain.verify.gpu_models import decode_rows, training_rows
 from moetrain.verify.gpu_operations import flash_rows, grouped_rows

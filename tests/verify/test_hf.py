@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.commands.verify import HfFault
 from moetrain.errors import BoundError, ConfigError
 from moetrain.export.folder import write_weights
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ScoreFunction, YarnConfig
 from moetrain.verify import hf
-from moetrain.verify.hf import HfFault, verify_folder, verify_matrix
+from moetrain.verify.hf import verify_folder, verify_matrix
 from moetrain.verify.table import Row, check_rows
 
 SIZES = {"seed": 0, "num_rows": 2, "num_tokens": 40}

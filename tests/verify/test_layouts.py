@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from moetrain.commands import LayoutFault, LayoutScenario, VerifyLayoutsRun
+from moetrain.commands.verify import LayoutFault, LayoutScenario, VerifyLayoutsRun
 from moetrain.compose import compose, save_config
 from moetrain.errors import BoundError, ConfigError
 from moetrain.model.config import Recompute

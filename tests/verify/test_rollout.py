@@ -52,4 +52,4 @@ def test_sizes_that_take_hours_or_show_no_fault_are_refused(
 
 def test_an_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "fault=page"]) == 2
-    assert "give none, stale_page, wrong_position, other_row or fast_attention" in capsys.readouterr().err
+    assert "there are fast_attention, none, other_row, stale_page, wrong_position" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT
+from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT, quoted
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.pieces import Piece, sampled, special
 from moetrain.chat.template import ChatTemplate, TurnSyntax, check_no_system, split_system
@@ -106,10 +106,6 @@ _JINJA = (
 )
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("'", "\\'") + "'"
-
-
 def _json(text: str) -> Any:
     """Return the value of a JSON text, or None."""
     try:
@@ -137,12 +133,12 @@ class ChatML(ChatTemplate):
     header_end = "\n"
     other_markers = (START, RESULT_BEGIN, RESULT_END)
     role_names = {}
-    jinja = _JINJA.replace("BEFORE", _quoted(_BEFORE_TOOLS)).replace("AFTER", _quoted("".join(_AFTER_TOOLS)))
+    jinja = _JINJA.replace("BEFORE", quoted(_BEFORE_TOOLS)).replace("AFTER", quoted("".join(_AFTER_TOOLS)))
     has_names = False
     has_ids = False
 
     def fits(self, tokens: Collection[str], *, jinja: str) -> bool:
-        """Return whether there is the marker `<|im_start|>`."""
+        """Return whether the tokenizer has the token `<|im_start|>`."""
         return START in tokens
 
     def opening_pieces(self, messages: Sequence[Message], declaration: str) -> list[Piece]:

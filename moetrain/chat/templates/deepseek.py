@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT
+from moetrain.chat.jinja import ARGUMENTS, CALL_NAME_CHECK, CALLS_CHECK, REASONING, SYSTEM, TEXT, quoted
 from moetrain.chat.messages import Message, Role, ToolCall, call_id
 from moetrain.chat.pieces import BOS, EOS, PAD, Piece, sampled, special
 from moetrain.chat.template import ChatTemplate, TurnSyntax, check_no_system, split_system
@@ -141,10 +141,6 @@ _JINJA = (
 )
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("'", "\\'") + "'"
-
-
 def _usage(form: _Form) -> str:
     head, end = "".join(form.call_head), "".join(form.name_end)
     example = f"{CALL_BEGIN}{head}tool_call_name{end}tool_call_arguments{form.call_tail}{CALL_END}"
@@ -204,10 +200,10 @@ class DeepSeek(ChatTemplate):
         }
         self.jinja = _JINJA
         for place, text in values.items():
-            self.jinja = self.jinja.replace(place, _quoted(text))
+            self.jinja = self.jinja.replace(place, quoted(text))
 
     def fits(self, tokens: Collection[str], *, jinja: str) -> bool:
-        """Return whether there is the marker `<｜User｜>`; V3's Jinja template has fences, V3.1's has none.
+        """Return whether the tokenizer has the token `<｜User｜>`; V3's Jinja template has fences, V3.1's has none.
 
         V3.2 and V4 have another form of calls and the marker `｜DSML｜`.
         """

@@ -103,7 +103,7 @@ class KimiK2(ChatTemplate):
     has_ids = True
 
     def fits(self, tokens: Collection[str], *, jinja: str) -> bool:
-        """Return whether there is the marker `<|im_middle|>`."""
+        """Return whether the tokenizer has the token `<|im_middle|>`."""
         return IM_MIDDLE in tokens
 
     def opening_pieces(self, messages: Sequence[Message], declaration: str) -> list[Piece]:

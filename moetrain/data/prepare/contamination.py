@@ -16,12 +16,12 @@ import numpy as np
 from moetrain.data.config import SourceConfig
 from moetrain.data.sources import read_documents
 from moetrain.errors import DataError
+from moetrain.ops.splitmix import GOLDEN
 
 _log = logging.getLogger(__name__)
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's number is lost
 
 
 def words_of(text: str) -> list[str]:
@@ -90,6 +90,6 @@ class EvaluationTexts:
         length = len(numbers) - self._ngram + 1
         total = np.zeros(length, dtype=np.uint64)
         for offset in range(self._ngram):
-            total = (total ^ numbers[offset : offset + length]) * _MULTIPLIER
+            total = (total ^ numbers[offset : offset + length]) * GOLDEN
             total ^= total >> np.uint64(29)
         return total

@@ -122,7 +122,7 @@ def write_shard(shard: Shard, *, tokenizer: Tokenizer, evaluation: EvaluationTex
 
 
 class DocumentTable:
-    """What later steps need to know of each document of a shard.
+    """Records of the documents of a shard, which later steps read.
 
     Saves `NUMBER-documents.npy` (dtype `DOCUMENTS`), `NUMBER-keys.npy` (uint64 [K, D], each of the K kinds of keys
     sorted) and `NUMBER-positions.npy` (uint32 [K, D], the documents of the sorted keys). The first key is a hash of the
@@ -173,7 +173,7 @@ def _chosen(
         documents = unit_documents(shard.source, unit, errors=errors)
         for document in renderable(documents, shard.source, template=template, errors=errors):
             counts.num_read += 1
-            if not any(piece.text.strip() for piece in document.pieces if not piece.is_special):
+            if not document.has_text:
                 counts.num_empty += 1
                 continue
             text = document.text

@@ -2,7 +2,7 @@
 
 The folder of a source holds
 - `tokens-00000.bin`, ...: token ids without a header, all documents back to back, little endian, 16 or 32 bits each. A
-  document is in one file. A file may also be one of another program, outside of the folder.
+  document is in one file. A token file may also belong to another program and lie outside the folder.
 - `mask-00000.bin`: for a token file of which not all tokens are learned, pairs of int64 (start in the file, length) of
   the runs that are. The first token of a document is never learned. Without this file all others are.
 - `documents.bin`: int64, end of each document, counted over all token files. `split.bin`: uint8, `Part` of each.

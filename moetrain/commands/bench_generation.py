@@ -1,9 +1,9 @@
-"""The configs of commands that measure and check generation. Imports neither torch nor Hydra."""
+"""Configs of `bench decode`, `bench rollout` and `bench drafts`. Imports neither torch nor Hydra."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from moetrain.config import StageRun, check_length
+from moetrain.commands.stage import StageRun, WeightsRun, check_length
 from moetrain.errors import ConfigError
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
@@ -23,12 +23,6 @@ class GenerationPeer(StrEnum):
     """vLLM on a CPU, from a bf16 folder, without compilation."""
     vllm_compiled = "vllm_compiled"
     """The same, with torch.compile."""
-
-
-_MOST_TOKENS = 2048
-"""Tokens of a sequence of `verify rollout`; more take hours."""
-_FAULT_PROMPT, _FAULT_NEW = 32, 2
-"""Least sizes at which each fault changes a result."""
 
 
 @dataclass(kw_only=True)
@@ -126,7 +120,7 @@ class ConversationConfig:
 
 
 @dataclass(kw_only=True)
-class BenchRolloutRun(GenerationBenchRun):
+class BenchRolloutRun(GenerationBenchRun, WeightsRun):
     """Measure how fast moetrain and its peers generate the same multi-turn episodes with tools, in turn.
 
     With init_from, the model's own episodes are collected once and repeated; otherwise the weights are random, and the
@@ -160,9 +154,10 @@ def _one_at_a_time() -> RolloutConfig:
 
 
 @dataclass(kw_only=True)
-class BenchDraftsRun(StageRun):
+class BenchDraftsRun(WeightsRun):
     """Measure generation without drafts, with drafts of repeated tokens, and with those of the MTP module too."""
 
+    advice = "give the weights to generate with"
     task: TaskConfig = field(default_factory=TaskConfig)
     """Held-out tasks that the weights of init_from are given."""
     rollout: RolloutConfig = field(default_factory=_one_at_a_time)
@@ -176,35 +171,3 @@ class BenchDraftsRun(StageRun):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_ranges(self, prefix="", ranges={COUNT: ("episodes", "repetitions")})
-
-
-@dataclass(kw_only=True)
-class VerifyRolloutRun(StageRun):
-    """Check that a generated token depends on the weights and the tokens before it only, on tiny random models."""
-
-    prompt_tokens: int = 150
-    """Tokens of each prompt."""
-    new_tokens: int = 24
-    """Tokens to generate after each prompt."""
-    fault: str = "none"
-    """Fault to inject into the first model, the only one that is then checked; the command must detect it. Into batches
-    of several sequences: stale_page (a sequence reads a page of another one), wrong_position (rotary positions are off
-    by one) or other_row (two sequences get each other's result). Into the mode deterministic: fast_attention (attention
-    over latents). none injects nothing."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        check_ranges(self, prefix="", ranges={COUNT: ("prompt_tokens", "new_tokens")})
-        if self.prompt_tokens + self.new_tokens > _MOST_TOKENS:
-            raise ConfigError(
-                f"prompt_tokens + new_tokens is {self.prompt_tokens + self.new_tokens}: give at most {_MOST_TOKENS}"
-            )
-        if self.fault != "none" and (self.prompt_tokens < _FAULT_PROMPT or self.new_tokens < _FAULT_NEW):
-            raise ConfigError(
-                f"fault is {self.fault}, prompt_tokens {self.prompt_tokens} and new_tokens {self.new_tokens}: give at "
-                f"least {_FAULT_PROMPT} and {_FAULT_NEW} tokens, or the fault may change nothing"
-            )
-        if self.fault not in ("none", "stale_page", "wrong_position", "other_row", "fast_attention"):
-            raise ConfigError(
-                f"fault is {self.fault!r}: give none, stale_page, wrong_position, other_row or fast_attention"
-            )
