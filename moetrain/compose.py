@@ -28,6 +28,7 @@ from moetrain.commands.schemas import SCHEMAS
 from moetrain.commands.training import DocumentRun, TrainingRun
 from moetrain.commands.weights import UpcycleRun
 from moetrain.config_keys import suggestion, types_along
+from moetrain.data.config import SourceKind
 from moetrain.errors import ConfigError
 from moetrain.files import write_text
 from moetrain.model.config import ModelConfig
@@ -80,10 +81,12 @@ def compose(
         for key, value in entries:
             _set_entry(tree, schema, key=key, value=value)
         shape = _shape_of_weights(tree, schema, shape_of)
-        is_size_given = any(override.key_or_group == "model.vocab_size" for override in parsed)
+        is_size_given = any(map(_gives_size, parsed))
         _set_vocabulary(tree, schema, shape_of, is_size_given=is_size_given)
         if shape is not None and not any(override.key_or_group == "model" for override in parsed):
             _set_shape(tree, shape, given=[item for item in parsed if item.key_or_group.startswith("model.")])
+        elif shape is not None and not is_size_given:
+            tree.model.vocab_size = shape.vocab_size
         run: Any = OmegaConf.to_object(tree)
         if shape is not None:
             _check_shape(run, shape)
@@ -115,6 +118,14 @@ def _shape_of_weights(tree: DictConfig, schema: type, shape_of: ShapeReader) -> 
     return shape_of(weights) if weights else None
 
 
+def _gives_size(override: Override) -> bool:
+    """Return whether an override gives `model.vocab_size`, by its own key or in a mapping."""
+    if override.key_or_group != "model":
+        return override.key_or_group == "model.vocab_size"
+    value = override.value()
+    return isinstance(value, dict) and "vocab_size" in value
+
+
 def _set_shape(tree: DictConfig, shape: ModelConfig, *, given: Sequence[Override]) -> None:
     """Replace the default model shape by that of the weights, then apply the overrides `given`."""
     tree.model = OmegaConf.structured(shape)
@@ -132,8 +143,8 @@ def _set_vocabulary(tree: DictConfig, schema: type, shape_of: ShapeReader, *, is
         dense = shape_of(tree.init_from)
         tree.model.vocab_size = tree.model.vocab_size if dense is None else dense.vocab_size
     if issubclass(schema, DocumentRun) and tree.data.tokenizer.shrink_model is None:
-        tokenizer = tree.data.tokenizer
-        is_trained = not (tree.init_from or tree.continue_from or tokenizer.path)
+        tokenizer, kinds = tree.data.tokenizer, [source.kind for source in tree.data.sources.values()]
+        is_trained = not (tree.init_from or tree.continue_from or tokenizer.path or SourceKind.prepared in kinds)
         tokenizer.shrink_model = is_trained and tokenizer.vocab_size is None and not is_size_given
 
 
@@ -165,6 +176,7 @@ def load_config(command: str, path: Path) -> Any:
         assert isinstance(tree, DictConfig)
         if "model" not in content and (shape := _shape_of_weights(tree, schema, stored_shape)) is not None:
             _set_shape(tree, shape, given=[])
+        _set_vocabulary(tree, schema, stored_shape, is_size_given="vocab_size" in (content.get("model") or {}))
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None

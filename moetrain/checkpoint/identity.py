@@ -56,6 +56,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, prefix=f"{prefix}{key}.")
+        elif old != new and prefix == "digests.":
+            lines.append(f"the content of data.sources.{key} changed")
         elif old != new:
             lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines

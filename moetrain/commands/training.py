@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from moetrain.commands.stage import WeightsRun, check_groups, check_length
-from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig
+from moetrain.data.config import MIN_VOCAB_SIZE, DataConfig, SourceKind
 from moetrain.errors import ConfigError
 from moetrain.inference.mode import Mode
 from moetrain.model.config import ModelConfig
@@ -119,6 +119,12 @@ class DocumentRun(TrainingRun):
             raise ConfigError(
                 f"data.tokenizer.vocab_size is {tokenizer.vocab_size} and model.vocab_size is {num_rows}: "
                 "the embedding needs at least one row per token; lower the first or raise the second"
+            )
+        prepared = [name for name, source in self.data.sources.items() if source.kind is SourceKind.prepared]
+        if tokenizer.shrink_model and prepared:
+            raise ConfigError(
+                f"data.tokenizer.shrink_model is true, and data.sources.{prepared[0]} is prepared: its tokenizer is "
+                "used, and the model keeps its rows; leave shrink_model out, or give model.vocab_size"
             )
         if self.init_from is None and tokenizer.retrain:
             raise ConfigError(

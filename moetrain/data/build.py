@@ -16,7 +16,7 @@ from moetrain.chat.pieces import pieces_to_text
 from moetrain.chat.registry import template_named
 from moetrain.chat.template import ChatTemplate
 from moetrain.data.chat_tokenizer import load_tokenizer
-from moetrain.data.config import DataConfig, SourceKind, TokenizerConfig
+from moetrain.data.config import DataConfig, SourceKind
 from moetrain.data.fit import PackingCounts
 from moetrain.data.formats import Document
 from moetrain.data.hold_out import HoldOut, hold_out_of
@@ -206,8 +206,18 @@ def _tokenizer(
     template = template_named(config.tokenizer.template)
     chosen = [*_tokenizer_texts(config, texts), *_dialogue_texts(config, dialogue_texts)]
     tokenizer = train_tokenizer(chosen, vocab_size=size, template=template)
-    if tokenizer.vocab_size < size:
-        _check_fewer(config.tokenizer, num_tokens=tokenizer.vocab_size, num_rows=size)
+    if tokenizer.vocab_size < size and wanted is not None:
+        raise DataError(
+            f"data.tokenizer.vocab_size is {wanted}, the texts give {tokenizer.vocab_size} tokens: give more text, or "
+            f"remove data.tokenizer.vocab_size; model.vocab_size can be {tokenizer.vocab_size} or any larger number"
+        )
+    if num_rows is not None and tokenizer.vocab_size < num_rows and not config.tokenizer.shrink_model:
+        _log.warning(
+            "model.vocab_size is %d, and the tokenizer has %d tokens: the remaining rows of the embedding are never "
+            "used%s",
+            *(num_rows, tokenizer.vocab_size),
+            "" if config.tokenizer.retrain else f"; model.vocab_size={tokenizer.vocab_size} removes them",
+        )
     tokenizer.save(folder)
     num_characters = sum(map(len, chosen))
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
@@ -234,24 +244,6 @@ def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_r
         raise ConfigError(
             f"model.vocab_size is {num_rows}, the tokenizer in {source} has {num_tokens} tokens: "
             f"set model.vocab_size to {num_tokens} or more"
-        )
-
-
-def _check_fewer(config: TokenizerConfig, *, num_tokens: int, num_rows: int) -> None:
-    """Warn that the embedding will have more rows than the tokenizer has tokens, unless the model shrinks.
-
-    num_rows: tokens that were wanted. Raises DataError if the user set their number.
-    """
-    if config.vocab_size is not None:
-        raise DataError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}, the texts give {num_tokens} tokens: give more text, or "
-            f"remove data.tokenizer.vocab_size; model.vocab_size can be {num_tokens} or any larger number"
-        )
-    if not config.shrink_model:
-        _log.warning(
-            "model.vocab_size is %d, and the tokenizer trained on the texts has only %d tokens: the remaining rows of "
-            "the embedding are never used; leave model.vocab_size out, or set it to %d, to remove them",
-            *(num_rows, num_tokens, num_tokens),
         )
 
 

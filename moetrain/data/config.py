@@ -132,7 +132,8 @@ class TokenizerConfig:
     fewer when the texts do not contain enough different pairs."""
     shrink_model: bool | None = None
     """Give the model as many rows (model.vocab_size) as the trained tokenizer has tokens, when the texts give fewer.
-    Null means yes, unless model.vocab_size or data.tokenizer.vocab_size is given."""
+    Null means yes where a tokenizer is trained without initial weights, unless model.vocab_size or
+    data.tokenizer.vocab_size is given."""
     max_characters: int = 4_000_000
     """Largest number of characters of the mixture that the tokenizer is trained on."""
 

@@ -5,7 +5,7 @@ when they are read (`run.inputs`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
@@ -48,17 +48,6 @@ def shape_of(weights: str, earlier: Sequence[StageRun]) -> ModelConfig | None:
     if isinstance(writer, TrainingRun | UpcycleRun):
         return writer.model
     return shape_of(writer.init_from, earlier) if isinstance(writer, ExportRun) and writer.init_from else None
-
-
-def with_rows_of_weights(run: StageRun, earlier: Sequence[StageRun]) -> StageRun:
-    """Return the config of a stage, which was composed before its weights were written, with their number of rows."""
-    weights = _weights(run)
-    if not isinstance(run, TrainingRun | UpcycleRun) or weights is None or _writer_of(weights, earlier) is None:
-        return run
-    shape = shape_of(weights, earlier)
-    if shape is None or shape.vocab_size == run.model.vocab_size:
-        return run
-    return replace(run, model=replace(run.model, vocab_size=shape.vocab_size))
 
 
 def check_chain(stages: Sequence[tuple[str, StageRun]]) -> None:

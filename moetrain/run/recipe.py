@@ -18,7 +18,7 @@ A folder `configs/` beside recipe.yaml adds choices to config groups.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,15 @@ class Recipe:
 class Stage:
     """A stage that is ready to run.
 
-    config: checked root dataclass. inputs: names of the earlier stages whose folders it uses. processes: number of
-    ranks. seconds: time that the recipe states for it, on some machine.
+    config: checked root dataclass. composed: composes it again, with the shape that its weights have then. inputs:
+    names of the earlier stages whose folders it uses. processes: number of ranks. seconds: time that the recipe states
+    for it, on some machine.
     """
 
     name: str
     command: str
     config: Any
+    composed: Callable[[], Any]
     inputs: list[str]
     processes: int
     seconds: int | None = None
@@ -147,20 +149,26 @@ def _compose_stage(
         return str(Path(run.folder) / (run.name or recipe.name) / name)
 
     search = [recipe.folder / "configs"] if (recipe.folder / "configs").is_dir() else []
-    try:
-        config = compose(
-            stage.command,
-            overrides,
-            stage_folder=folder_of,
-            search=search,
-            shape_of=lambda weights: shape_of(weights, [done.config for done in earlier]),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"stage {stage.name}: {error}") from None
+    before = [*earlier]
+
+    def composed() -> Any:
+        try:
+            return compose(
+                stage.command,
+                overrides,
+                stage_folder=folder_of,
+                search=search,
+                shape_of=lambda weights: shape_of(weights, [done.config for done in before]),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None
+
+    config = composed()
     processes = (run.num_processes or stage.processes or 1) if isinstance(config, _OF_RANKS) else 1
     return Stage(
         name=stage.name,
         command=stage.command,
+        composed=composed,
         config=config,
         inputs=sorted(inputs),
         processes=processes,

@@ -30,7 +30,6 @@ from moetrain.errors import ConfigError
 from moetrain.files import previous_name, read_json_or_empty, user_path, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
-from moetrain.run.chain import with_rows_of_weights
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
 from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, record_of, stored_record
 from moetrain.run.stage import check_writable, has_results, lock
@@ -242,8 +241,7 @@ def _log_other_version(folder: Path, name: str) -> None:
 def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     """Run a stage in its own process; return (exit code, seconds)."""
     folder = prepared.folder / stage.name
-    earlier = prepared.stages[: prepared.stages.index(stage)]
-    stage.config = with_rows_of_weights(stage.config, [before.config for before in earlier])
+    stage.config = stage.composed()  # with the number of rows of its weights, which are on disk now
     check_inputs(stage.config, world_size=stage.processes)
     if not has_results(folder) and _changes(prepared, stage):
         move_aside(folder)  # it contains only files of another config, and no results

@@ -65,7 +65,7 @@ def fitted_model(model: ModelConfig, data: DataConfig, *, tokenizer: Tokenizer) 
     if not (data.tokenizer.shrink_model and is_own and tokenizer.vocab_size < model.vocab_size):
         return model
     _log.info(
-        "the texts yield only %d tokens: data.tokenizer.vocab_size and model.vocab_size are reduced from %d",
+        "the tokenizer has only %d tokens: data.tokenizer.vocab_size and model.vocab_size are reduced from %d",
         *(tokenizer.vocab_size, model.vocab_size),
     )
     return replace(model, vocab_size=tokenizer.vocab_size)

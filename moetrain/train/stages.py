@@ -5,12 +5,14 @@ belong to packages above this one and are passed in as functions.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.origin import TOKENIZER, Origin, check_fit, continue_state, shared_digest, start_from
+from moetrain.checkpoint.shape import stored_shape
 from moetrain.data.batch import TokenBatch
 from moetrain.data.bigram import bigram_baseline
 from moetrain.data.build import Data, build_data
@@ -90,6 +92,8 @@ def train_stage(
     topology = setup(sections.parallel)
 
     def prepared_tokenizer() -> Tokenizer:
+        if topology.is_main and stored_shape(str(folder)) is None:  # the data may be others than at the earlier start
+            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         tokenizer = stage_tokenizer(
             sections.data, folder, num_rows=sections.model.vocab_size, origin=origin, dialogue_texts=dialogue_texts
         )

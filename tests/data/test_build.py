@@ -133,7 +133,7 @@ def test_texts_that_cannot_fill_the_vocabulary_give_a_smaller_tokenizer(tmp_path
     config = config_of(one=SourceConfig(kind=SourceKind.jsonl, path=str(path)))
     config.tokenizer = TokenizerConfig()
     num_tokens = prepare_tokenizer(config, folder=tmp_path / "a", num_rows=1024).vocab_size
-    said = f"model.vocab_size is 1024 and the texts give {num_tokens} tokens, the data.tokenizer.vocab_size"
+    said = f"model.vocab_size is 1024, and the tokenizer has {num_tokens} tokens: the remaining rows"
     assert said in caplog.text
     caplog.clear()
     config.tokenizer = TokenizerConfig(shrink_model=True)

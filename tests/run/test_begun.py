@@ -1,6 +1,7 @@
 """A corpus that cannot fill the vocabulary shrinks the model, in the later stages of a recipe too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,38 @@ def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
     assert "data.tokenizer.shrink_model: True -> False" in refused and f"model.vocab_size: {num_tokens}" not in refused
 
 
+def test_a_later_stage_that_names_the_model_has_the_rows_of_its_weights(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {
+        "pretrain": ["model=k2_nano_test", *reads(corpus)],
+        "sft": ["model=k2_nano_test", "init_from=${stage:pretrain}", *reads(corpus)],
+    }
+    content = [{"name": name, "command": name, "overrides": overrides} for name, overrides in stages.items()]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": content}))
+    for _ in range(2):
+        assert run_recipe(tmp_path) == 0
+    assert capsys.readouterr().out.count("unchanged") == 2
+    given = "sft.model.vocab_size=384"
+    assert run_recipe(tmp_path, given) == 2
+    assert run_recipe(tmp_path, "name=other", given) == 2  # in a new run too, when the rows are known
+    assert "stage sft: model does not fit the weights" in capsys.readouterr().err
+
+
+def test_a_stage_that_wrote_no_checkpoint_trains_its_tokenizer_again(tmp_path: Path, corpus: Path) -> None:
+    words = ["pretrain", "model=k2_nano_test", f"run.folder={tmp_path}", "run.wandb.mode=disabled"]
+    assert main([*words, *reads(corpus)]) == 0
+    stage = tmp_path / "default" / "pretrain"
+    few = Tokenizer.load(stage / "tokenizer").vocab_size
+    for path in stage.iterdir():
+        if path.name != "tokenizer":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    texts = [{"text": f"{number:x} words of {number * 7919:x}, and more"} for number in range(3000)]
+    corpus.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    assert main([*words, *reads(corpus)]) == 0
+    assert Tokenizer.load(stage / "tokenizer").vocab_size == 384 > few
+
+
 def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +136,8 @@ def test_a_stopped_stage_resumes_with_the_rows_that_it_began_with(
         (["data.tokenizer.path=x"], False),
         (["model.vocab_size=1024", "data.tokenizer.shrink_model=true"], True),
         (["data.tokenizer.shrink_model=false"], False),
+        (["model={vocab_size:1024}"], False),
+        (["data.sources.own={kind:prepared,path:x}"], False),
     ],
 )
 def test_a_model_shrinks_when_no_size_is_given(words: list[str], shrinks: bool) -> None:

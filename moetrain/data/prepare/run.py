@@ -113,19 +113,21 @@ def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder
         return tokenizer
     template = template_named(data.tokenizer.template)
     texts: list[str] = []
+    cure = "text"
     for source in sources.values():
         budget = data.tokenizer.max_characters // len(sources)
         for text in _texts(source, fraction=data.validation_fraction, shard_bytes=shard_bytes, template=template):
             texts.append(text[:budget])
             budget -= len(text)
             if budget <= 0:
+                cure = "data.tokenizer.max_characters"
                 break
     tokenizer = train_tokenizer(texts, vocab_size=size, template=template)
     num_characters = sum(map(len, texts))
     if tokenizer.vocab_size < size:
         raise DataError(
             f"data.tokenizer.vocab_size is {size}, and {num_characters} characters give {tokenizer.vocab_size} tokens: "
-            "give a smaller number, or more data.tokenizer.max_characters"
+            f"give a smaller number, or more {cure}"
         )
     tokenizer.save(folder)
     _log.info("tokenizer of %d tokens trained on %d characters", tokenizer.vocab_size, num_characters)
