@@ -101,6 +101,9 @@ def export_model(
     _check_rows(tokenizer, model)
     experts = ExpertCodes(reader := FiniteReader(reader), codes, quant=quant, shapes=tensors.shapes)
     is_packed = export.format is ExportFormat.quantized
+    if is_packed and not all(map(experts.quantizes, tensors.experts)):
+        reasons[Consumer.transformers].append("it does not load a folder in which the experts of some layers are plain")
+        check_consumers(reasons, export.consumers or [])
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
         if export.format is ExportFormat.gguf:

@@ -80,7 +80,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
         }
         """Dtypes of the matrices that are not quantised, except routers, as safetensors names them."""
         self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
-        self.is_plain_or_packed = not self.is_fp8 and all(name == on_disk for name, on_disk in used.names.items())
+        self._has_own_names = all(name == on_disk for name, on_disk in used.names.items())
         """Whether the names are those of the language model alone, and no tensor is FP8."""
         self._parts = {name: [tensor] for name, tensor in stored.items() if expert_matrix(name) is None}
         self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
@@ -149,6 +149,27 @@ class HfFolder(Mapping[str, torch.Tensor]):
             if len(self._shapes[name]) == 3 and all(isinstance(part, PackedMatrix) for part in parts)
         }
 
+    @property
+    def is_plain_or_packed(self) -> bool:
+        """Whether names are those in memory, and no weights are quantised, or all routed experts and nothing else."""
+        if self.is_fp8 or not self._has_own_names:
+            return False
+        packed = {name for name, parts in self._parts.items() if any(isinstance(part, PackedMatrix) for part in parts)}
+        return not packed or packed == {name for name, shape in self._shapes.items() if len(shape) == 3}
+
+    def check_packing(self) -> None:
+        """Raise CheckpointError if some matrices of a layer's experts are packed and others are not."""
+        layers: dict[str, list[bool]] = {}
+        for name, parts in self._parts.items():
+            if len(self._shapes[name]) == 3:
+                layers.setdefault(name.rpartition(".")[0], []).extend(isinstance(part, PackedMatrix) for part in parts)
+        for layer, is_packed in layers.items():
+            if any(is_packed) and not all(is_packed):
+                raise CheckpointError(
+                    f"{self.path}: {sum(is_packed)} of {len(is_packed)} matrices of {layer} are packed: the experts of "
+                    "a layer are read if all of them are packed, or none"
+                )
+
     def codes(self, name: str, *, first: int, last: int) -> Quantized:
         """Return codes [E, O, I] and scales of the experts [first, last) of a tensor of `packed_experts`, as stored."""
         num_parts = _num_parts(name)
@@ -202,6 +223,7 @@ def open_hf_folder(path: Path) -> tuple[ModelConfig, HfFolder]:
             *(path, stated.num_mtp_layers, config.num_mtp_layers),
         )
     folder = HfFolder(path, config, quantization=quantization_of(values))
+    folder.check_packing()
     if rounded := folder.dtypes - {"BF16", "F8_E4M3"}:
         _log.info("%s: weights are stored in %s; an export rounds them to bf16", path, ", ".join(sorted(rounded)))
     if folder.is_fp8:

@@ -25,9 +25,10 @@ from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
 from moetrain.data.hold_out import hold_out_of
 from moetrain.data.sources import local_files, read_documents, renderable
-from moetrain.data.store.index import check_contents, check_sizes, prepared_folders, read_index
-from moetrain.data.tokenizer import holds_tokenizer
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.data.store.index import TOKENIZER, check_contents, check_sizes, prepared_folders, read_index
+from moetrain.data.store.plan import check_plans
+from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
+from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_shape
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
@@ -187,9 +188,15 @@ def _named_template(run: StageRun) -> ChatTemplate | None:
 
 
 def check_prepared(run: StageRun) -> None:
-    """Read all files of prepared sources; `DataError` names the first with another sha256 than its index states."""
+    """Read all files of prepared sources, with plans and tokenizers; `DataError` names the first that was changed."""
     for folder in prepared_folders(_data(run)).values():
-        check_contents(folder, read_index(folder))
+        index = read_index(folder)
+        check_contents(folder, index)
+        check_plans(folder)
+        if Tokenizer.load(folder / TOKENIZER).digest != index.tokenizer:
+            raise DataError(
+                f"{folder / TOKENIZER} is not the tokenizer with which the folder was prepared: copy it again"
+            )
 
 
 def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:

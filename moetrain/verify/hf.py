@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moetrain.commands.verify import HfFault
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, described
 from moetrain.export.folder import CONFIG_FILE, write_weights
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import write_json
@@ -70,6 +70,7 @@ _TINY = ModelConfig(
 _SHARD_BYTES = 100_000  # small enough that even the tiny models are split into several files
 _BIAS_STD, _GAIN_STD = 0.05, 0.1  # noise on biases and norm gains, whose initial values are 0 and 1
 _NORM_FAULT = 1.001
+_LONGEST_REASON = 300  # characters
 
 
 class ExpertLayout(StrEnum):
@@ -129,8 +130,9 @@ def verify_folder(path: Path, *, seed: int, num_rows: int, num_tokens: int, faul
     """Return the row of a Hugging Face folder. Both models are in memory in float32.
 
     transformers reads plain weights and packed experts itself. It reads neither FP8 blocks with a shorter last block on
-    a CPU, nor the language model of a model with an image encoder alone, nor several files without an index; there it
-    computes with the values that this package reads. No code of the folder is run. Raises `ConfigError` for a shape
+    a CPU, nor experts that are packed in some layers only, nor the language model of a model with an image encoder
+    alone, nor several files without an index, and it computes with other packed matrices in bf16; there it computes
+    with the values that this package reads. No code of the folder is run. Raises `ConfigError` for a shape
     that transformers does not support.
     """
     config, reader = open_hf_folder(path)
@@ -162,7 +164,11 @@ def _of_folder(path: Path) -> Any:
     values = read_object(path / CONFIG_FILE)
     stated = {**text_config(values), "model_type": DeepseekV3Config.model_type}
     theirs = DeepseekV3Config.from_dict(stated)
-    model = DeepseekV3ForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32, local_files_only=True)
+    try:
+        model = DeepseekV3ForCausalLM.from_pretrained(path, config=theirs, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # it raises what its conversions raise
+        reason = " ".join(described(error).split())[:_LONGEST_REASON]
+        raise ConfigError(f"init_from is {path}: transformers does not load it ({reason})") from error
     for parameter in model.parameters():
         parameter.data = parameter.data.float()  # unpacked experts have the dtype of their scales
     return model

@@ -15,6 +15,7 @@ from moetrain.data.maths import maths_problems
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.run import prepare
 from moetrain.data.store.index import check_contents, read_index
+from moetrain.data.store.plan import check_plans
 from moetrain.data.store.rows import plan_sources
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
@@ -192,6 +193,30 @@ def test_a_folder_that_does_not_fit_its_index_is_named(
     damage(tmp_path / "prepared" / "texts")
     with pytest.raises(DataError, match=message):
         plan_sources(config, Tokenizer.load(tokenizer_folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "step"),
+    [("rows-64.bin", 2, 8), ("pieces-64.bin", 7, 12), ("pieces-64.bin", 8, 12), ("pieces-64.bin", 9, 12)],
+)
+def test_a_damaged_plan_is_named(
+    name: str, first: int, step: int, sources: dict[str, SourceConfig], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    config = prepared_config(config_of(sources, tokenizer_folder), tmp_path / "prepared")
+    built(config, tmp_path)
+    folder = tmp_path / "prepared" / "texts"
+    check_plans(folder)
+    content = np.fromfile(folder / name, dtype="u1")
+    content[first::step] ^= 64
+    content.tofile(folder / name)
+    with pytest.raises(DataError, match=rf"{name} has other content than plan-64.json states: remove .*plan-64.json"):
+        check_plans(folder)
+    rows = built(config, tmp_path).training["texts"]
+    with pytest.raises(DataError, match=rf"{name}.* remove .*plan-64.json, and a new plan is made"):
+        rows.batch(range(rows.num_rows), pad_id=0)
+    (folder / "plan-64.json").unlink()
+    built(config, tmp_path)
+    check_plans(folder)
 
 
 def test_changed_contents_and_strange_tokens_and_tokenizers_are_named(

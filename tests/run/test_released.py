@@ -1,6 +1,7 @@
 """Released folders of every kind as `init_from` of the commands, and INT4 that leaves as it came."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moetrain.checkpoint.masters import MastersReader
 from moetrain.cli.main import main
+from moetrain.commands.verify import HfFault
 from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
 from moetrain.errors import ConfigError
@@ -23,6 +25,7 @@ from moetrain.parallel.state import read_into
 from moetrain.quant.grids import dequantize
 from moetrain.run.inputs import check_weights
 from moetrain.run.weights import generation_model, read_weights, tokenizer_of, training_weights
+from moetrain.verify.hf import verify_folder
 from tests.hf import released
 
 TEXT = " ".join(f"word{i} letters and {i * 7}" for i in range(40))
@@ -203,7 +206,10 @@ def test_masters_that_are_not_quantised_to_their_codes_are_not_spread(
         check_weights(run)
 
 
-def test_experts_that_are_plain_in_some_layers_leave_an_export_as_they_came(tmp_path: Path) -> None:
+def test_experts_that_are_plain_in_some_layers_leave_an_export_as_they_came(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     plain = {name: tensor for name, tensor in released.weights().items() if ".layers.2.mlp.experts." in name}
     packed, _ = released.int4(released.weights())
     disk = {name: tensor for name, tensor in packed.items() if ".layers.2.mlp.experts." not in name} | plain
@@ -215,6 +221,27 @@ def test_experts_that_are_plain_in_some_layers_leave_an_export_as_they_came(tmp_
     assert open_hf_folder(tmp_path / "x" / "export" / "model")[1].packed_experts().keys() == {
         f"model.layers.1.mlp.experts.{kind}" for kind in ("gate_up_proj", "down_proj")
     }
+    assert "transformers does not compute this export as it was trained: it does not load a folder in" in caplog.text
+    row = verify_folder(folder, seed=0, num_rows=1, num_tokens=16, fault=HfFault.none)
+    assert row.is_kept and "read by this package for both" in row.name
+    given = ["export", f"init_from={folder}", f"run.folder={tmp_path}", "run.name=y", "export.consumers=[transformers]"]
+    assert main(given) == 2
+
+
+@pytest.mark.parametrize("plain", ["down_proj", ".experts.0."])
+def test_experts_that_are_packed_in_part_are_refused(
+    plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, _ = released.int4(released.weights())
+    is_plain = {name: "mlp.experts." in name and plain in name for name in (packed | released.weights())}
+    disk = {name: tensor for name, tensor in packed.items() if not is_plain[name]}
+    disk |= {name: tensor for name, tensor in released.weights().items() if is_plain[name]}
+    ignored = [*released.EXPERT_CONFIG["ignore"], f"re:.*{re.escape(plain)}.*"]
+    config = released.config(quantization_config={**released.EXPERT_CONFIG, "ignore": ignored})
+    folder = released.write(tmp_path / "in", disk, values=config)
+    train_tokenizer([TEXT], vocab_size=290).save(folder)
+    assert main(["export", f"init_from={folder}", f"run.folder={tmp_path}", "run.name=x"]) == 2
+    assert "matrices of model.layers.1.mlp.experts are packed: the experts of a layer" in capsys.readouterr().err
 
 
 def test_an_export_of_codes_that_no_grid_gives_equals_its_masters(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from moetrain.data.order import ORDER_VERSION
 from moetrain.data.store.index import DOCUMENTS, ENDS, SPLIT, Index, Part, index_digest
 from moetrain.data.store.tokens import Maps, TokenStore
 from moetrain.errors import DataError
-from moetrain.files import atomic_file, read_json_or_empty, write_json
+from moetrain.files import atomic_file, read_json_or_empty, sha256_of, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ class PlanRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan on disk, with its counts."""
+    """A plan on disk, with its counts. described: its JSON file; when it is removed, a new plan is made."""
 
+    described: Path
     rows: Path
     pieces: Path
     counts: PackingCounts
@@ -69,11 +70,12 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
     made_of = {"version": ORDER_VERSION, "index": index_digest(folder), "window": _WINDOW}
     known = read_json_or_empty(described)
     counts = _counts_in(known)
-    if counts is None or {key: known.get(key) for key in made_of} != made_of:
+    if counts is None or "sha256" not in known or {key: known.get(key) for key in made_of} != made_of:
         started = time.monotonic()
         try:
             counts = _write(folder, index, request=request, rows=rows, pieces=pieces)
-            write_json(described, {**made_of, "counts": asdict(counts)})
+            digests = {path.name: sha256_of(path) for path in (rows, pieces)}
+            write_json(described, {**made_of, "counts": asdict(counts), "sha256": digests})
         except OSError as error:
             raise DataError(
                 f"the packing plan of {folder} for rows of {request.seq_len} tokens cannot be written: {error}; "
@@ -86,10 +88,22 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
         (pieces, counts.num_pieces * PIECES.itemsize),
     ):
         if not path.is_file() or path.stat().st_size != size:
-            raise DataError(
-                f"{path} does not have the {size} bytes of its plan: remove {described}, and a new plan is made"
-            )
-    return Plan(rows=rows, pieces=pieces, counts=counts)
+            raise DataError(f"{path} does not have the {size} bytes of its plan: {cure(described)}")
+    return Plan(described=described, rows=rows, pieces=pieces, counts=counts)
+
+
+def check_plans(folder: Path) -> None:
+    """Read the files of all plans of a folder; raise DataError that names the first that was changed."""
+    for described in sorted(folder.glob("plan-*.json")):
+        stated = read_json_or_empty(described).get("sha256")
+        for name, digest in stated.items() if isinstance(stated, dict) else ():
+            if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+                raise DataError(f"{folder / name} has other content than {described.name} states: {cure(described)}")
+
+
+def cure(described: Path) -> str:
+    """Return what to do about a damaged plan."""
+    return f"remove {described}, and a new plan is made"
 
 
 def _counts_in(described: Mapping[str, Any]) -> PackingCounts | None:

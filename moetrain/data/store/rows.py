@@ -22,7 +22,7 @@ from moetrain.data.store.index import (
     prepared_folders,
     read_index,
 )
-from moetrain.data.store.plan import PIECES, ROWS, Plan, PlanRequest, plan_of
+from moetrain.data.store.plan import PIECES, ROWS, Plan, PlanRequest, cure, plan_of
 from moetrain.data.store.tokens import TokenStore
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import DataError
@@ -58,18 +58,16 @@ class PreparedRows:
     def batch(self, rows: Sequence[int], *, pad_id: int) -> TokenBatch:
         """Return the rows with these numbers as a batch.
 
-        Raises DataError that names the file and the token when a token is not in the tokenizer's vocabulary.
+        Raises DataError that names the file when a token is not in the tokenizer's vocabulary, or a row of the plan is
+        impossible.
         """
         shape = (len(rows), self.seq_len)
         tokens_BT = np.full(shape, pad_id, dtype=np.int64)
         segments_BT, positions_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         loss_mask_BT = np.zeros(shape, dtype=bool)
-        maps = self._store.maps
-        firsts = maps.array(self._plan.rows, ROWS)
         for index, row in enumerate(rows):
-            pieces = maps.array(self._plan.pieces, PIECES)[firsts[row] : firsts[row + 1]]
             column = 0
-            for segment, (start, length) in enumerate(pieces.tolist(), start=1):
+            for segment, (start, length) in enumerate(self._pieces(row), start=1):
                 is_first, length = length > 0, abs(length)
                 span = slice(column, column + length)
                 # A continuation begins with [BOS], which is not in the file; no first token is learned.
@@ -81,7 +79,7 @@ class PreparedRows:
                 segments_BT[index, span] = segment
                 positions_BT[index, span] = np.arange(length)
                 column += length
-        maps.release()
+        self._store.maps.release()
         return TokenBatch(
             tokens_BT=torch.from_numpy(tokens_BT),
             segments_BT=torch.from_numpy(segments_BT),
@@ -89,8 +87,24 @@ class PreparedRows:
             loss_mask_BT=torch.from_numpy(loss_mask_BT),
         )
 
+    def _pieces(self, row: int) -> list[tuple[int, int]]:
+        """Return start and length of the pieces of a row, as in the plan."""
+        maps, plan = self._store.maps, self._plan
+        first, last = maps.array(plan.rows, ROWS)[row : row + 2].tolist()
+        pieces: list[tuple[int, int]] = []
+        if 0 <= first < last <= self.counts.num_pieces:
+            pieces = maps.array(plan.pieces, PIECES)[first:last].tolist()
+        lengths = [abs(length) for _, length in pieces]
+        ends = [start + abs(length) - (length < 0) for start, length in pieces]
+        is_possible = all(lengths) and 0 < sum(lengths) <= self.seq_len
+        if not (is_possible and min(pieces)[0] >= 0 and max(ends) <= self._store.num_tokens):
+            raise DataError(f"row {row} of {plan.rows} or {plan.pieces} is impossible: {cure(plan.described)}")
+        return pieces
+
     def _read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         tokens_N, mask_N = self._store.read(start, length)
+        if len(tokens_N) < length:
+            raise DataError(f"{self._plan.pieces} crosses the end of a file: {cure(self._plan.described)}")
         is_known = (tokens_N >= 0) & (tokens_N < self._tokenizer.vocab_size)
         if not is_known.all():
             first = int(np.argmin(is_known))

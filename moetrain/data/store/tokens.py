@@ -60,6 +60,11 @@ class TokenStore:
         self._ends = np.cumsum([file.num_tokens for file in index.files], dtype=np.int64)
         self.maps = Maps()
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in all files."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens ([N], dtype of the file) and loss mask (bool [N]) of a piece of one document."""
         number = int(np.searchsorted(self._ends, start, side="right"))
