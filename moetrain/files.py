@@ -117,7 +117,10 @@ def strict_json(text: str) -> Any:
             raise ValueError(f"{number} is no JSON" if number[-1].isalpha() else f"{number} is too large")
         return value
 
-    return json.loads(text, parse_constant=finite, parse_float=finite)
+    try:
+        return json.loads(text, parse_constant=finite, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sync(path: Path) -> None:

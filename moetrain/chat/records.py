@@ -372,7 +372,7 @@ def _arguments(value: object, *, name: str) -> str:
             raise DataError(f"function.arguments of {name} hold NaN or an infinity, which JSON does not have") from None
     try:
         is_object = isinstance(value, str) and isinstance(strict_json(value), dict)
-    except (ValueError, RecursionError):
+    except ValueError:
         is_object = False
     if not is_object:
         raise DataError(f"function.arguments of {name} holds {_shown(value)}: give an object, or its JSON text")

@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the file is missing; {REPAIR}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {REPAIR}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: contains a {type(value).__name__} instead of a JSON object; {REPAIR}")

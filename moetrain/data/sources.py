@@ -258,16 +258,18 @@ def _parquet_file(path: Path) -> Iterator[Any]:
 
 
 def _parquet(config: SourceConfig, errors: list[str]) -> Iterator[Document]:
-    records = (record for path in local_files(config) for record in parquet_records(path))
+    broken = errors if config.unreadable is Unreadable.drop else None
+    records = (record for path in local_files(config) for record in parquet_records(path, errors=broken))
     return documents_of(records, config, errors=errors)
 
 
 def parquet_records(
-    path: Path, *, row_groups: range | None = None, column: str | None = None
+    path: Path, *, row_groups: range | None = None, column: str | None = None, errors: list[str] | None = None
 ) -> Iterator[tuple[str, Record]]:
     """Yield (place, record) of each row, or of the rows in `row_groups`. Raises DataError that names the file.
 
-    column: the only column that is read, if the file has it.
+    column: the only column that is read, if the file has it. errors: gets the error of each row whose text is not
+    UTF-8, which is left out; None raises it.
     """
     with _parquet_file(path) as file:
         columns = [column] if column in file.schema_arrow.names else None
@@ -275,9 +277,26 @@ def parquet_records(
         number = sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
         # Small batches, because rows may be long.
         for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=list(groups), columns=columns):
-            for record in batch.to_pylist():
-                yield f"{path} row {number}", without_nulls(record)
+            for record in _rows(batch, errors, path=path, number=number):
+                if record is not None:
+                    yield f"{path} row {number}", without_nulls(record)
                 number += 1
+
+
+def _rows(batch: Any, errors: list[str] | None, *, path: Path, number: int) -> Iterator[Record | None]:
+    """Yield the records of a batch whose first row is `number`; None for one that is dropped."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # pyarrow does not name the row
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                text = f"{path} row {number + row} has text that is not UTF-8: {error.reason}"
+                if errors is None:
+                    raise DataError(text) from error
+                errors.append(text)
+                yield None
 
 
 def _hub(config: SourceConfig, errors: list[str]) -> Iterator[Document]:

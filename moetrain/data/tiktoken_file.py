@@ -188,7 +188,7 @@ def _pattern(path: Path) -> str:
         return KIMI_PATTERN
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise DataError(f"{path} is not Python code ({error}): copy it again, or remove it") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and "pat_str" in _targets(node):

@@ -24,6 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: copy the tokenizer there again") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}; copy the file again") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is nested too deeply: copy the file again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {type(content).__name__} where an object is expected; copy the file again")
     return content

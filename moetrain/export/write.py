@@ -60,6 +60,11 @@ class ExportReport:
     """Number of groups that were exported with their original codes and scales, and that quantising again with the grid
     in the record would change."""
 
+    def count(self, experts: ExpertCodes) -> None:
+        """Take the counts of the experts that were written."""
+        self.num_quantized, self.num_groups = experts.num_quantized, experts.num_groups
+        self.num_zero_groups, self.num_changed_groups = experts.num_zero_groups, experts.num_changed
+
 
 CONTEXT = "context"
 """Key of the record with the context policy that the weights were trained with; null where it is unknown."""
@@ -101,9 +106,7 @@ def export_model(
     _check_rows(tokenizer, model)
     experts = ExpertCodes(reader := FiniteReader(reader), codes, quant=quant, shapes=tensors.shapes)
     is_packed = export.format is ExportFormat.quantized
-    if is_packed and not all(map(experts.quantizes, tensors.experts)):
-        reasons[Consumer.transformers].append("it does not load a folder in which the experts of some layers are plain")
-        check_consumers(reasons, export.consumers or [])
+    _add_plain_layers(reasons, tensors, experts=experts, export=export)
     report = ExportReport(format=quant.format.value if is_packed else export.format.value)
     with atomic_folder(folder) as partial:
         if export.format is ExportFormat.gguf:
@@ -114,8 +117,7 @@ def export_model(
         else:
             written = _disk_tensors(reader, tensors=tensors, experts=experts, format=export.format, report=report)
             report.num_bytes = write_weights(partial, written, shard_bytes=export.shard_megabytes * _BYTES_PER_MEGABYTE)
-        report.num_quantized, report.num_groups = experts.num_quantized, experts.num_groups
-        report.num_zero_groups, report.num_changed_groups = experts.num_zero_groups, experts.num_changed
+        report.count(experts)
         quant = replace(quant, grid=experts.grid)
         config = _config(model, quant, export=export, ignore=_ignored(tensors, experts), tokenizer=tokenizer)
         write_json(partial / CONFIG_FILE, config, indent=2)
@@ -128,6 +130,16 @@ def export_model(
         )
     _log_report(folder, report, reasons=reasons)
     return report
+
+
+def _add_plain_layers(
+    reasons: dict[Consumer, list[str]], tensors: FolderTensors, *, experts: ExpertCodes, export: ExportConfig
+) -> None:
+    """Add the reason of an export with layers whose experts are plain. Raises ConfigError as `check_consumers`."""
+    if export.format is ExportFormat.quantized and not all(map(experts.quantizes, tensors.experts)):
+        reason = "it does not load a folder in which the experts of some layers are plain"
+        reasons[Consumer.transformers].append(reason)
+        check_consumers(reasons, export.consumers or [])
 
 
 def _without_modules(

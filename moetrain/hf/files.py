@@ -74,7 +74,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises CheckpointError when it cannot be read or holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): give a Hugging Face model folder") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}: give a JSON object")

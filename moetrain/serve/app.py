@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -15,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from moetrain.files import to_json
+from moetrain.files import strict_json, to_json
 from moetrain.serve.config import ServeConfig
 from moetrain.serve.errors import ApiError
 from moetrain.serve.requests import ChatRequest, TextRequest, read_chat, read_text
@@ -105,11 +104,9 @@ class _Door:
             message = f"the body did not arrive within {self.config.max_body_s:g} s"
             raise ApiError(message, status=408, code="timeout") from None
         try:
-            value = json.loads(content.decode(), parse_constant=_refuse_constant)
+            value = strict_json(content.decode())
         except UnicodeDecodeError as error:
             raise ApiError(f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
-        except RecursionError:
-            raise ApiError("the body is nested too deeply", code="invalid_json") from None
         except ValueError as error:
             raise ApiError(f"the body is not JSON: {str(error)[:120]}", code="invalid_json") from None
         if not isinstance(value, dict):
@@ -120,10 +117,6 @@ class _Door:
         """Return the response to a request that is not answered."""
         self.service.metrics.count_refusal(error.status)
         return _json(error.body, status=error.status, headers=error.headers)
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 class _Endpoint:

@@ -132,6 +132,15 @@ def test_ignored_keys_are_left_out_of_calls_and_declarations_but_not_of_argument
     assert read(write_jsonl("a.jsonl", [extended]), ignore=["index"]) == read(write_jsonl("b.jsonl", [plain]))
 
 
+def test_tools_that_are_nested_too_deeply_are_refused(write_jsonl) -> None:
+    record = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "tools": "[" * 50_000,
+    }
+    with pytest.raises(DataError, match=r"tools holds text that is not JSON: it is nested too deeply"):
+        read(write_jsonl("a.jsonl", [record]))
+
+
 def test_parquet_gives_what_jsonl_gives(write_jsonl, tmp_path) -> None:
     """One schema for all rows gives each call, and each declaration, the keys of all others as null."""
     end = {"role": "assistant", "content": "A"}

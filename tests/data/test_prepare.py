@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moetrain.data.maths import maths_problems
 from moetrain.data.prepare.config import PrepareConfig
 from moetrain.data.prepare.inputs import shards_of, unit_documents, units_of
 from moetrain.data.prepare.run import prepare
-from moetrain.data.sources import text_documents
+from moetrain.data.sources import read_documents, text_documents
 from moetrain.data.store.describe import PreparedPreview
 from moetrain.data.store.index import Index, Part, read_index
 from moetrain.data.tokenize import tokenize
@@ -57,6 +58,45 @@ def test_any_number_of_workers_writes_the_same_bytes(tokenizer: Tokenizer, tmp_p
     assert one == two and len(one.files) > 3
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert not [name for name in content(tmp_path / "one") if "/." in name]
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", ".work/00000-documents.npy", ".work/00000-keys.npy"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:40])])
+def test_a_finished_shard_that_was_damaged_is_written_again(
+    name: str, damage: Callable[[Path], object], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    prepared(path, tmp_path / "whole", tokenizer=tokenizer)
+    good = path.read_bytes()
+    path.write_bytes(good[:-3] + b"???")
+    with pytest.raises(DataError, match="is not JSON"):
+        prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    path.write_bytes(good)
+    os.utime(path, (0, 0))
+    damage(tmp_path / "stopped" / "web" / name)
+    prepared(path, tmp_path / "stopped", tokenizer=tokenizer)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_text_in_parquet_that_is_not_utf8_is_named_or_dropped(read: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    bad = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(np.array([0, 4, 8], "i4").tobytes()), pyarrow.py_buffer(b"caf\xe9good")
+    )
+    table = pyarrow.table({"text": pyarrow.concat_arrays([pyarrow.array(TEXTS[:30]), bad])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = SourceConfig(kind=SourceKind.parquet, path=str(tmp_path / "a.parquet"))
+
+    def counted(source: SourceConfig) -> int:
+        if read:
+            return len(read_documents(source, name="web"))
+        data = DataConfig(sources={"web": source}, seq_len=64)
+        config = PrepareConfig(workers=1, near_duplicates=False)
+        return prepare(data, config, folder=tmp_path / "prepared", tokenizer=tokenizer)["web"].counts.num_read
+
+    with pytest.raises(DataError, match=r"a\.parquet row 30 has text that is not UTF-8"):
+        counted(source)
+    assert counted(replace(source, unreadable=Unreadable.drop)) == 31
 
 
 def test_a_stopped_preparation_resumes_to_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:

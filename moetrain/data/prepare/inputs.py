@@ -130,7 +130,7 @@ def unit_documents(config: SourceConfig, unit: Unit, *, errors: list[str]) -> It
         groups = range(unit.begin, unit.end) if unit.end is not None else None
         column = config.column if config.format == "text" else None
         yield from documents_of(
-            parquet_records(Path(unit.path), row_groups=groups, column=column), config, errors=errors
+            parquet_records(Path(unit.path), row_groups=groups, column=column, errors=broken), config, errors=errors
         )
     else:
         records = json_records(Path(unit.path), begin=unit.begin, end=unit.end, max_bytes=_MAX_RECORD, errors=broken)

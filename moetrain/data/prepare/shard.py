@@ -32,6 +32,8 @@ _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 512
 """Text that is tokenized per call."""
 _MAX_CHARACTERS = 1 << 20
 """Longer texts are tokenized in parts."""
+_TABLES = ("-documents.npy", "-keys.npy", "-positions.npy")
+"""Ends of the names of the files of a `DocumentTable`."""
 DOCUMENTS = np.dtype([("length", "<i8"), ("characters", "<i8"), ("hold_out", "<f8"), ("is_left_out", "?")])
 
 
@@ -60,7 +62,18 @@ class Shard:
         """Return whether the shard has been written, of the same input and settings."""
         result = self.work(".json")
         is_same = read_json_or_empty(result).get("made_of") == self.made_of
-        return is_same and not any(unit.changed_after(result) for unit in self.units)
+        return is_same and not any(unit.changed_after(result) for unit in self.units) and self._is_whole()
+
+    def _is_whole(self) -> bool:
+        """Return whether the files of a finished shard can be read and have their sizes."""
+        try:
+            file = read_result(self).file
+            stored = [file, file.mask] if file.mask else [file]
+            for name in _TABLES:
+                np.load(self.work(name), mmap_mode="r")
+            return all((self.folder / each.name).stat().st_size == each.bytes for each in stored)
+        except (OSError, ValueError, EOFError, KeyError, TypeError):
+            return False
 
 
 @dataclass(kw_only=True)
@@ -147,11 +160,11 @@ class DocumentTable:
 
     def save(self) -> None:
         """Write the files, atomically."""
-        _save(self._shard.work("-documents.npy"), np.array(self._documents, dtype=DOCUMENTS))
         keys_KD = np.array(self._keys, dtype=np.uint64).reshape(-1, self._num_keys).T
         order_KD = np.argsort(keys_KD, axis=1, kind="stable")
-        _save(self._shard.work("-keys.npy"), np.take_along_axis(keys_KD, order_KD, axis=1))
-        _save(self._shard.work("-positions.npy"), order_KD.astype(np.uint32))
+        documents, sorted_KD = np.array(self._documents, dtype=DOCUMENTS), np.take_along_axis(keys_KD, order_KD, axis=1)
+        for name, array in zip(_TABLES, (documents, sorted_KD, order_KD.astype(np.uint32)), strict=True):
+            _save(self._shard.work(name), array)
 
 
 @dataclass(frozen=True, kw_only=True)
