@@ -1,7 +1,7 @@
 """Errors for users: each message names the field or file, the value found, and what to do.
 
 Every class is also a standard exception type. `exit_code` is what the command line returns: 1 for a failure of the
-package or the run, 2 for invalid input of the user, 3 for a missed bound of `moetrain verify`.
+package or the run, 2 for invalid input of the user, 3 for a bound that a check missed.
 """
 
 
@@ -42,7 +42,7 @@ class TransientError(MoetrainError, RuntimeError):
 
 
 class BoundError(MoetrainError, AssertionError):
-    """A bound of `moetrain verify` was missed."""
+    """A check missed its bound."""
 
     exit_code = 3
 

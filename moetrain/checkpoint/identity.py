@@ -8,7 +8,7 @@ from typing import Any
 from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig, ScoreFunction, YarnConfig
 from moetrain.quant.config import QuantConfig, quant_config
 
-_LEFT_OUT = ("path", "tokens_per_micro_batch", "shrink_model")
+_LEFT_OUT = ("path", "tokens_per_micro_batch", "shrink_model", "num_slots", "cache_megabytes", "speculation")
 
 
 def model_of(identity: Mapping[str, Any]) -> ModelConfig:
@@ -66,7 +66,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
 def as_stored(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping without fields that do not affect results, and with non-finite floats as strings.
 
-    At every depth, it leaves out paths, micro-batch sizes, and `shrink_model`, whose effect is `model.vocab_size`.
+    At every depth, it leaves out paths, micro-batch sizes, how generation shares the memory, and `shrink_model`, whose
+    effect is `model.vocab_size`.
     """
     return {name: _stored_value(value) for name, value in mapping.items() if name not in _LEFT_OUT}
 

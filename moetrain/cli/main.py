@@ -36,7 +36,8 @@ _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 success, 1 error in moetrain, 2 bad input, 3 missed bound.
 
-    `arguments`: the words after `moetrain`; None takes `sys.argv`. Exit code 3 is returned only by `moetrain verify`.
+    `arguments`: the words after `moetrain`; None takes `sys.argv`. Only `verify`, `upcycle` and `bench drafts` check
+    bounds.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _yield_busy_cores()

@@ -86,7 +86,7 @@ class TrainConfig:
     more). On accelerators it selects bfloat16."""
     kernels: Kernels = Kernels.auto
     """Kernels for bfloat16 on a CPU: native (the project's own C++) or torch. auto selects native on a CPU with AVX2
-    and without AMX if a C++ compiler is installed. Results differ only by rounding."""
+    if a C++ compiler is installed. Results differ only by rounding."""
     checkpoint_every: int = 100
     """Steps between checkpoints; a last one is always written at the end."""
     keep_checkpoints: int = 2

@@ -30,7 +30,8 @@ class ProgressNote:
 
     def of(self, values: Mapping[str, float]) -> str:
         """Return the line for a step with these metrics: `loss 2.383, 3.2k tokens/s, lr 6.0e-03, 1.9 GB, saved 100`."""
-        parts = [f"{self.headline} {values[self.headline]:.3f}" if self.headline in values else "skipped"]
+        absent = "skipped" if values.get("skipped_steps") else f"no {self.headline}"
+        parts = [f"{self.headline} {values[self.headline]:.3f}" if self.headline in values else absent]
         if (speed := self._tokens_per_s(values)) is not None:
             parts.append(f"{_short(speed)} tokens/s")
         if "lr" in values:

@@ -88,6 +88,7 @@ def test_an_rl_stage_that_is_refused_keeps_its_tokenizer_and_takes_other_micro_b
     written = begun / "default" / "rl" / "tokenizer" / "tokenizer.json"
     assert written.read_bytes() == tokenizers[0]
     assert main(["check", *RL, f"run.folder={begun}", f"init_from={first}", "rl.tokens_per_micro_batch=512"]) == 0
+    assert main(["check", *RL, f"run.folder={begun}", f"init_from={first}", "rollout.num_slots=3"]) == 0
     capsys.readouterr()
     assert main([*RL, f"run.folder={begun}", f"init_from={other}"]) == 2
     assert "tokenizer: " in capsys.readouterr().err

@@ -36,3 +36,4 @@ def test_the_speed_is_the_mean_of_the_last_steps() -> None:
 
 def test_a_skipped_step_says_so() -> None:
     assert ProgressNote(headline="loss", device=CPU).of({"skipped_steps": 1.0}).startswith("skipped, ")
+    assert ProgressNote(headline="reward", device=CPU).of({"unscored": 1.0}).startswith("no reward, ")
