@@ -21,8 +21,9 @@ def main(run: VerifyExportsRun) -> int:
         raise ConfigError("masters is null: give the stage or checkpoint from which the export was made")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.config import ExportFormat
-    from moetrain.export.folder import read_record
     from moetrain.export.read import export_format, is_export
+    from moetrain.export.tensors import folder_tensors
+    from moetrain.hf.consumers import PLAIN_LAYERS, obstacles
     from moetrain.quant.consumers import Consumer
     from moetrain.run.weights import read_masters, read_weights, with_codes
     from moetrain.verify.bf16 import verify_bf16
@@ -38,7 +39,9 @@ def main(run: VerifyExportsRun) -> int:
         origin = read_masters(run.masters, field="masters", origin=export)
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}
         format = export_format(export.path)
-        reasons = read_record(export.path)["consumers"][Consumer.transformers]
+        reasons = obstacles(export.model, Consumer.transformers)
+        if export.codes is not None and export.codes.packed_experts().keys() != folder_tensors(export.model).experts:
+            reasons.append(PLAIN_LAYERS)
         if format is not ExportFormat.gguf and reasons:
             raise ConfigError(
                 f"init_from is {run.init_from}: the export is compared with transformers, which does not compute this "

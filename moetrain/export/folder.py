@@ -100,6 +100,18 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError that names the file that is missing or has changed.
     """
+    record = stated_record(folder)
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
+        if fingerprint(path) != expected:
+            raise CheckpointError(f"{path}: the file has changed, its size or sha256 differs; {_REPAIR}")
+    return record
+
+
+def stated_record(folder: Path) -> dict[str, Any]:
+    """Return the content of `moetrain.json`, without reading other files. Raises CheckpointError if it is damaged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give the folder of an export")
     record = read_json(folder / RECORD_FILE)
@@ -110,12 +122,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     if stated != _digest(record):
         raise CheckpointError(f"{folder / RECORD_FILE}: its content does not match its sha256; {_REPAIR}")
-    for name, expected in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing; {_REPAIR}")
-        if fingerprint(path) != expected:
-            raise CheckpointError(f"{path}: the file has changed, its size or sha256 differs; {_REPAIR}")
     return record
 
 

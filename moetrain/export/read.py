@@ -11,7 +11,7 @@ from moetrain.checkpoint.read import read_json
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import unpacked_experts
 from moetrain.export.config import ExportFormat
-from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record
+from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record, stated_record
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf
 from moetrain.export.gguf_tensors import tensors_of_gguf
 from moetrain.export.tensors import folder_tensors
@@ -64,7 +64,7 @@ def is_export(folder: Path) -> bool:
 
 def export_format(folder: Path) -> ExportFormat:
     """Return how the routed experts of an export are stored."""
-    return _format_of(read_record(folder), folder)
+    return _format_of(stated_record(folder), folder)
 
 
 def read_export(folder: Path) -> Export:

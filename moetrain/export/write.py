@@ -21,7 +21,7 @@ from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
 from moetrain.export.gguf_tensors import gguf_tensors
 from moetrain.export.tensors import FiniteReader, FolderTensors, folder_tensors
 from moetrain.files import write_json
-from moetrain.hf.consumers import check_consumers, obstacles
+from moetrain.hf.consumers import PLAIN_LAYERS, check_consumers, obstacles
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
@@ -137,8 +137,7 @@ def _add_plain_layers(
 ) -> None:
     """Add the reason of an export with layers whose experts are plain. Raises ConfigError as `check_consumers`."""
     if export.format is ExportFormat.quantized and not all(map(experts.quantizes, tensors.experts)):
-        reason = "it does not load a folder in which the experts of some layers are plain"
-        reasons[Consumer.transformers].append(reason)
+        reasons[Consumer.transformers].append(PLAIN_LAYERS)
         check_consumers(reasons, export.consumers or [])
 
 

@@ -17,6 +17,8 @@ _SCORES = {
     Consumer.llama_cpp: (ScoreFunction.sigmoid, ScoreFunction.softmax),
 }
 """Score functions that each program computes; transformers ignores `scoring_func` and always computes sigmoid."""
+PLAIN_LAYERS = "it does not load a folder in which the experts of some layers are plain"
+"""Reason why transformers does not compute an export."""
 _LITE_LAYERS = (26, 27)
 """Numbers of layers for which llama.cpp never reads the rank of compressed queries."""
 _LITE_SHAPE = (48, 128256)

@@ -9,7 +9,7 @@ from moetrain.checkpoint.identity import differences
 from moetrain.checkpoint.origin import Origin
 from moetrain.compose import read_yaml
 from moetrain.errors import ConfigError
-from moetrain.export.folder import read_record
+from moetrain.export.folder import stated_record
 from moetrain.export.read import is_export
 from moetrain.export.write import CONTEXT
 from moetrain.run.stage import CONFIG
@@ -19,7 +19,7 @@ def trained_context(origin: Origin) -> Mapping[str, Any] | None:
     """Return the context policy of the stage that trained the weights; None if it is unknown."""
     found: Any = None
     if is_export(origin.path):
-        found = read_record(origin.path).get(CONTEXT)
+        found = stated_record(origin.path).get(CONTEXT)
     elif origin.checkpoint is not None:
         task = read_yaml(origin.path.resolve().parent.parent / CONFIG).get("task")
         found = task.get("context") if isinstance(task, Mapping) else None
