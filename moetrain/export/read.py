@@ -75,7 +75,7 @@ def read_export(folder: Path) -> Export:
     record = read_record(folder)
     model = from_hf_config(read_json(folder / CONFIG_FILE))
     copies: dict[str, Tensor] = {}
-    quant, stored = _quant_of(record, folder), _format_of(record, folder)
+    quant, stored = quant_of_record(record, folder), _format_of(record, folder)
     if stored is ExportFormat.gguf:
         dense, experts = tensors_of_gguf(read_gguf(folder / GGUF_FILE)[1], model=model, tensors=folder_tensors(model))
     else:
@@ -108,7 +108,7 @@ def read_export(folder: Path) -> Export:
     return export
 
 
-def _quant_of(record: Mapping[str, Any], folder: Path) -> QuantConfig:
+def quant_of_record(record: Mapping[str, Any], folder: Path) -> QuantConfig:
     """Return format and grid of the experts from a record; not enabled when the experts are cast masters."""
     grid = record["grid"]
     if grid is None:

@@ -1,8 +1,11 @@
 """Reads weights of every kind, including exports. Loads torch, so import it after checking the input."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.origin import Origin, read_origin
@@ -12,18 +15,21 @@ from moetrain.commands.training import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
-from moetrain.export.folder import RECORD_FILE
-from moetrain.export.read import is_export, read_export
+from moetrain.export.folder import RECORD_FILE, read_record
+from moetrain.export.read import export_format, is_export, quant_of_record, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import sha256_of, user_path
+from moetrain.hf.folder import open_hf_folder
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
 from moetrain.inference.speculation import Speculation
 from moetrain.inference.weights import Tensors, TensorsWithCodes
 from moetrain.kernels.build import Library
+from moetrain.parallel.protocol import StateReader
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
+from moetrain.quant.masters import CodeReader
 
 _log = logging.getLogger(__name__)
 
@@ -170,25 +176,36 @@ def _read(path: Path) -> Origin:
     if not is_export(path):
         origin = read_origin(path)
         if (path / "config.json").is_file():
-            _check_foreign(origin)
+            _check_shapes(origin)
         return origin
-    export = read_export(path)
-    tensors = export.weights()
-    return Origin(
+    tensors: Mapping[str, Tensor]
+    if export_format(path) is ExportFormat.gguf:
+        export = read_export(path)
+        record, model, tensors = export.record, export.model, export.weights()
+        reader: StateReader = TensorReader(tensors)
+        codes: CodeReader | None = export if export.experts else None
+    else:
+        record = read_record(path)
+        model, folder = open_hf_folder(path)
+        tensors = reader = folder
+        codes = folder if folder.packed_experts() else None
+    origin = Origin(
         path=path,
         tensors=tensors,
-        reader=TensorReader(tensors),
-        model=export.model,
-        quant=export.quant,
+        reader=reader,
+        model=model,
+        quant=quant_of_record(record, path),
         tokenizer=path,
         make_digest=lambda: sha256_of(path / RECORD_FILE),  # it has the digests of all other files
-        step=export.step,
-        codes=export if export.experts else None,
+        step=record["step"],
+        codes=codes,
     )
+    _check_shapes(origin)
+    return origin
 
 
-def _check_foreign(origin: Origin) -> None:
-    """Check names and shapes of the tensors in a folder that another program wrote.
+def _check_shapes(origin: Origin) -> None:
+    """Check names and shapes of the tensors in a folder with a config.json.
 
     Values are checked as they are read: a rank reads only its own share.
     """

@@ -28,6 +28,7 @@ CONFIG = ModelConfig(
 SHARD_MEGABYTES = 4
 MODEL_MEGABYTES = 190
 BOUND_MEGABYTES = 80  # two shards, a chunk and an expert, and some 35 MB that torch and malloc keep
+OPENED_MEGABYTES = 20  # of an export with 24 MB of codes and scales, which are read on access
 _FOREIGN = "model.layers.1.mlp.experts."
 
 
@@ -83,6 +84,30 @@ def _grown(folder: Path, target: Path, tokenizer: Path, format: str) -> float:
     return status("VmHWM") - before
 
 
+def _read(folder: Path) -> float:
+    """Return by how many MB memory grew at most while the export in `folder` was opened; runs in a process alone."""
+    from moetrain.run.weights import read_weights
+
+    torch.set_num_threads(1)
+    folder_tensors(CONFIG)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    assert read_weights(str(folder)).codes is not None
+    return status("VmHWM") - before
+
+
+def _printed(call: str, *words: object) -> float:
+    """Return what a function of this file returns in a process alone; `paths` are its words."""
+    program = (
+        "import sys; from pathlib import Path; from tests.export import test_memory\n"
+        f"paths = [*map(Path, sys.argv[1:])]; print(test_memory.{call})"
+    )
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout.split()[-1])
+
+
 NEEDS_GGUF = pytest.mark.skipif(find_spec("gguf") is None, reason="the optional package gguf is not installed")
 
 
@@ -91,15 +116,10 @@ def test_an_export_is_streamed_within_its_bound(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer, format: str
 ) -> None:
     tokenizer.save(tmp_path / "tokenizer")
-    program = (
-        "import sys; from pathlib import Path; from tests.export import test_memory\n"
-        "print(test_memory._grown(*map(Path, sys.argv[1:4]), sys.argv[4]))"
-    )
-    words = [sys.executable, "-c", program, str(folder), str(tmp_path / "out"), str(tmp_path / "tokenizer"), format]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    grown = float(done.stdout.split()[-1])
+    grown = _printed(f"_grown(*paths, {format!r})", folder, tmp_path / "out", tmp_path / "tokenizer")
     assert 1 < grown < BOUND_MEGABYTES
+    if format == "quantized":
+        assert _printed("_read(*paths)", tmp_path / "out") < OPENED_MEGABYTES
 
 
 def test_loading_reads_a_chunk_at_a_time_and_each_element_once(folder: Path) -> None:
