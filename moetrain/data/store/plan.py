@@ -70,7 +70,7 @@ def plan_of(folder: Path, index: Index, *, request: PlanRequest) -> Plan:
     made_of = {"version": ORDER_VERSION, "index": index_digest(folder), "window": _WINDOW}
     known = read_json_or_empty(described)
     counts = _counts_in(known)
-    if counts is None or "sha256" not in known or {key: known.get(key) for key in made_of} != made_of:
+    if counts is None or {key: known.get(key) for key in made_of} != made_of:
         started = time.monotonic()
         try:
             counts = _write(folder, index, request=request, rows=rows, pieces=pieces)
