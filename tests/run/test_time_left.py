@@ -17,7 +17,8 @@ def finish(folder: Path, seconds: float, *, time: int) -> None:
 
 def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -> None:
     stages = [
-        Stage(name=name, command="report", config=ReportRun(), inputs=[], processes=1) for name in ("sft", "export")
+        Stage(name=name, composed=dict, command="report", config=ReportRun(), inputs=[], processes=1)
+        for name in ("sft", "export")
     ]
     prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
     assert earlier_seconds(tmp_path / "sft") is None
@@ -35,7 +36,7 @@ def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -
 
 def test_a_stage_that_never_finished_takes_what_the_recipe_states_scaled_to_this_machine(tmp_path: Path) -> None:
     stages = [
-        Stage(name=name, command="report", config=ReportRun(), inputs=[], processes=1, seconds=seconds)
+        Stage(name=name, composed=dict, command="report", config=ReportRun(), inputs=[], processes=1, seconds=seconds)
         for name, seconds in (("pretrain", 40), ("sft", 200), ("rl", 100))
     ]
     prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
