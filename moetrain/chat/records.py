@@ -191,6 +191,11 @@ class _Numbering:
             waiting = ", ".join(identity or call.name for identity, call in self._waiting.values()) or "none"
             raise DataError(f"{given}: no call of the turn before matches; calls without a result are {waiting}")
         _, call = self._waiting.pop(found)
+        if name not in ("", call.name):
+            raise DataError(
+                f"the result with tool_call_id {identity!r} has the name {name!r}, and its call has {call.name!r}: "
+                "correct the name, or leave it out"
+            )
         del self._by_name[call.name][found]
         return call.id
 

@@ -59,6 +59,10 @@ def test_results_without_ids_belong_to_the_calls_in_order_or_by_name() -> None:
         ([calls(call("get"), call("get")), result("1"), calls(call("get"))], "fewer tool results without ids than"),
         ([calls(call("get")), result("1"), result("2")], "no call of the turn before matches"),
         ([calls(call("get")), result("1", name="find")], "no call of the turn before matches"),
+        (
+            [calls(call("get", id="a")), result("1", tool_call_id="a", name="find")],
+            "'a' has the name 'find', and its call has 'get'",
+        ),
         ([calls(call("get", id="x")), result("1", tool_call_id="y")], "tool_call_id is 'y': no call"),
         ([calls(call("get", id="x"), call("get", id="x"))], "two calls of one turn have the same id"),
         ([result("1", tool_call_id="x"), ANSWER], "message 0: tool_call_id is 'x'"),
