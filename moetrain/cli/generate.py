@@ -28,6 +28,8 @@ def main(run: GenerateRun) -> int:
 
     origin = read_weights(weights)
     tokenizer = tokenizer_of(origin)
+    if run.chat:
+        tokenizer.check_chat()
     pieces = chat_pieces(text, template=tokenizer.template) if run.chat else with_bos([Piece(text=text)])
     prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
     check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
