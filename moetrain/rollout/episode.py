@@ -102,6 +102,9 @@ class Episode:
         """Number of tokens of the sequence at which the present turn is cut off."""
         config = self._config
         limit = min(self._turn_start + config.max_turn_tokens, config.max_tokens)
+        if config.max_sampled_tokens:
+            before = self._num_sampled(self._turn_start)
+            limit = min(limit, self._turn_start + max(config.max_sampled_tokens - before, 1))
         if config.max_think_tokens and not self._has_thought():
             return min(limit, self._turn_start + config.max_think_tokens + 2)  # with <think> and </think>
         return limit
@@ -184,6 +187,8 @@ class Episode:
                 self._fail(error)
         elif len(tokens) - self._turn_start >= self._config.max_turn_tokens:
             self._end(Ending.turn_too_long)
+        elif self._has_sampled_enough():
+            self._end(Ending.max_sampled_tokens)
         elif len(tokens) < self.limit:  # the reasoning has ended, within its own limit
             self.observation, self.given = [], []
         elif self._config.max_think_tokens and not self._has_thought():
@@ -262,7 +267,7 @@ class Episode:
         length = len(self.sequence.tokens)
         if self._num_turns >= config.max_turns:
             self._end(Ending.max_turns)
-        elif config.max_sampled_tokens and self._num_sampled() >= config.max_sampled_tokens:
+        elif self._has_sampled_enough():
             self._end(Ending.max_sampled_tokens)
         elif self._num_repeats >= config.max_repeats:
             self._end(Ending.stalled)
@@ -284,8 +289,13 @@ class Episode:
         config = self._config
         return max(config.max_tokens - 2 * config.max_turn_tokens - config.max_output_tokens, 1)
 
-    def _num_sampled(self) -> int:
-        return sum(segment.num_sampled for segment in self._segments) + sum(self.sequence.is_sampled)
+    def _num_sampled(self, end: int | None = None) -> int:
+        """Return the number of sampled tokens, in this segment up to position `end`."""
+        return sum(segment.num_sampled for segment in self._segments) + sum(self.sequence.is_sampled[:end])
+
+    def _has_sampled_enough(self) -> bool:
+        most = self._config.max_sampled_tokens
+        return most > 0 and self._num_sampled() >= most
 
     def _extend(self, observation: list[int]) -> None:
         """Append given tokens to the sequence, if they leave room for a turn."""

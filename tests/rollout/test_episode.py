@@ -175,4 +175,10 @@ def test_a_trajectory_ends_at_its_number_of_sampled_tokens(tokenizer: Tokenizer)
         _say(episode, Message(role=Role.assistant, tool_calls=[call]), tokenizer)
         num_turns += 1
     assert episode.ending is Ending.max_sampled_tokens and num_turns > 1
-    assert _finish(episode).num_sampled >= 60
+    assert _finish(episode).num_sampled == 60
+
+
+def test_a_turn_is_cut_off_at_the_number_of_sampled_tokens(tokenizer: Tokenizer) -> None:
+    _, episode = _begin(tokenizer, max_sampled_tokens=10)
+    _say(episode, Message(role=Role.assistant, content="word " * 40), tokenizer)
+    assert episode.ending is Ending.max_sampled_tokens and _finish(episode).num_sampled == 10
