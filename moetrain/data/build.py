@@ -243,7 +243,7 @@ def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_r
     if num_rows is not None and num_tokens > num_rows:
         raise ConfigError(
             f"model.vocab_size is {num_rows}, the tokenizer in {source} has {num_tokens} tokens: "
-            f"set model.vocab_size to {num_tokens} or more"
+            f"set model.vocab_size to {num_tokens} or more, or give the tokenizer of the weights"
         )
 
 
