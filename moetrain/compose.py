@@ -8,7 +8,7 @@ A stage that starts from weights takes its model's shape from them, unless `mode
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -143,8 +143,8 @@ def _set_vocabulary(tree: DictConfig, schema: type, shape_of: ShapeReader, *, is
         dense = shape_of(tree.init_from)
         tree.model.vocab_size = tree.model.vocab_size if dense is None else dense.vocab_size
     if issubclass(schema, DocumentRun) and tree.data.tokenizer.shrink_model is None:
-        tokenizer, kinds = tree.data.tokenizer, [source.kind for source in tree.data.sources.values()]
-        is_trained = not (tree.init_from or tree.continue_from or tokenizer.path or SourceKind.prepared in kinds)
+        tokenizer = tree.data.tokenizer
+        is_trained = not (tree.init_from or tree.continue_from or tokenizer.path or _has_prepared(tree))
         tokenizer.shrink_model = is_trained and tokenizer.vocab_size is None and not is_size_given
 
 
@@ -172,14 +172,26 @@ def load_config(command: str, path: Path) -> Any:
     schema = SCHEMAS[command]
     content = read_yaml(path)
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(content)))
+        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_escaped(_known(content, schema))))
         assert isinstance(tree, DictConfig)
+        if issubclass(schema, DocumentRun) and _has_prepared(tree):
+            tree.data.tokenizer.shrink_model = None  # older versions wrote true, which had no effect
         if "model" not in content and (shape := _shape_of_weights(tree, schema, stored_shape)) is not None:
             _set_shape(tree, shape, given=[])
         _set_vocabulary(tree, schema, stored_shape, is_size_given="vocab_size" in (content.get("model") or {}))
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_in_one_line(error, schema)}") from None
+
+
+def _known(content: Mapping[str, Any], schema: type) -> dict[str, Any]:
+    """Return the content of a config without keys that are null and that only older versions had."""
+    known = {field.name for field in fields(schema)}
+    return {key: value for key, value in content.items() if key in known or value is not None}
+
+
+def _has_prepared(tree: DictConfig) -> bool:
+    return any(source.kind is SourceKind.prepared for source in tree.data.sources.values())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checks that span sections, and that every field tells what it is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from moetrain.cli.help_page import field_docs
 from moetrain.commands.schemas import SCHEMAS
 from moetrain.commands.stage import RunConfig
 from moetrain.commands.training import PretrainRun, RlRun
-from moetrain.compose import compose
+from moetrain.compose import compose, load_config, save_config, to_mapping
 from moetrain.config_keys import leaf_keys
 from moetrain.data.config import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.errors import ConfigError
@@ -16,6 +17,8 @@ from moetrain.model.config import ModelConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.rollout.config import RolloutConfig
+from moetrain.run.record import changes, record_of
+from moetrain.run.stage import check_folder
 
 
 def data(**values: object) -> DataConfig:
@@ -103,6 +106,26 @@ def test_every_field_of_every_command_has_a_docstring(command: str) -> None:
 def test_a_setting_without_effect_is_refused(command: str, word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(command, word.split())
+
+
+def test_configs_that_older_versions_wrote_are_read(tmp_path: Path) -> None:
+    """They wrote `init_from: null` for every command, and `shrink_model: true` for prepared data."""
+    run = compose("report", [f"run.folder={tmp_path}"])
+    config = run.run.path / "config.yaml"
+    save_config(run, config)
+    config.write_text(config.read_text() + "init_from: null\n")
+    assert load_config("report", config) == run
+    check_folder(run)
+    config.write_text(config.read_text().replace("init_from: null", "init_from: x"))
+    with pytest.raises(ConfigError, match="is the folder of another command"):
+        check_folder(run)
+    prepared = compose("pretrain", ["data=none", "data.sources.own={kind:prepared,path:x}", f"run.folder={tmp_path}"])
+    save_config(prepared, config)
+    before = record_of(to_mapping(prepared), run_folder=tmp_path, inputs={})
+    config.write_text(config.read_text().replace("shrink_model: false", "shrink_model: true"))
+    assert load_config("pretrain", config) == prepared
+    older = replace(before, config=before.config | {"data.tokenizer.shrink_model": True})
+    assert changes(older, before, defaults=dict) == []
 
 
 def test_a_command_that_reads_no_weights_takes_none(tmp_path: Path) -> None:

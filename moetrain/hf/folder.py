@@ -81,7 +81,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
         """Dtypes of the matrices that are not quantised, except routers, as safetensors names them."""
         self.is_fp8 = any(isinstance(tensor, Fp8Matrix) for tensor in stored.values())
         self._has_own_names = all(name == on_disk for name, on_disk in used.names.items())
-        """Whether the names are those of the language model alone, and no tensor is FP8."""
+        """Whether the names are those of the language model alone."""
         self._parts = {name: [tensor] for name, tensor in stored.items() if expert_matrix(name) is None}
         self._shapes = {name: tensors[0].shape for name, tensors in self._parts.items()}
         for name, matrices in fused.items():

@@ -106,7 +106,7 @@ def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) 
     """Return the training of an RL stage, for `train.loop.run_training`.
 
     Its `take_step` raises RolloutError when every environment has failed in more than `config.max_skipped_in_row`
-    consecutive steps, or in all steps.
+    consecutive steps, or in as many as the stage has.
     """
     losses = stage.balance
     if stage.rl.balance_losses is BalanceLosses.none and (losses.global_loss or losses.z_loss):
@@ -120,8 +120,8 @@ def rl_training(stage: RlStage, config: TrainConfig, *, collection: Collection) 
         if num_failed >= limit:
             raise RolloutError(
                 f"every environment failed in {num_failed} steps in a row (train.max_skipped_in_row is "
-                f"{config.max_skipped_in_row}): fix the environment, whose errors are in the log, and run the same "
-                "command again"
+                f"{config.max_skipped_in_row}, train.steps {config.steps}): fix the environment, whose errors are in "
+                "the log, and run the same command again"
             )
         return values
 

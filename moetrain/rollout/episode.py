@@ -128,15 +128,19 @@ class Episode:
             generation.add(self.sequence)
 
     def leave(self, generation: Generation) -> None:
-        """Remove the sequence of a finished trajectory from the generation."""
+        """Remove the sequences of a finished trajectory from the generation."""
+        if self._retired is not None:
+            generation.cancel(self._retired)
         if self.has_begun:
             generation.cancel(self.sequence)
 
     async def begin(self, family: TaskFamily, *, declare_tools: bool) -> None:
         """Make the environment, and append the prompt to the sequence."""
         try:
-            self._num_calls_needed = calls_needed(self._task)
-            self._context = self._new_context(family, declare_tools=declare_tools)
+            self._num_calls_needed = await self._world.run(lambda: calls_needed(self._task), "num_calls")
+            self._context = await self._world.run(
+                lambda: self._new_context(family, declare_tools=declare_tools), "making the prompt"
+            )
             prompt = self._context.opening
             if len(prompt) >= self._config.max_tokens:
                 reason = f"the prompt has {len(prompt)} tokens, rollout.max_tokens is {self._config.max_tokens}"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+_ENDED = "a task of an environment ended the event loop of all environments: do not raise SystemExit there"
 _LOOK_S = 1.0
 """Time between two looks at an event loop that is waited for."""
 
@@ -31,7 +33,7 @@ class Reactor:
     A coroutine that computes or waits without `await` blocks the event loop and so all others. After `stuck_s` seconds
     the loop is abandoned: `on_stuck` is called with each unfinished object and the reason, `finished` returns these
     objects, and the next coroutine starts a new loop. If the abandoned loop continues later, it cancels its coroutines,
-    runs those that `on_stuck` returned, and ends.
+    runs those that `on_stuck` returned, and ends. A loop that a plugin ended is abandoned, too.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Reactor:
         self._end: float | None = None
         self._loop: _Loop | None = None
         self._pending: dict[Future[None], Any] = {}
+        self._abandoned: list[Any] = []
         self._done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -55,16 +58,17 @@ class Reactor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the coroutines that have not completed, and end the event loop and its thread."""
-        if self._loop is not None:
+        """Wait for what has not completed, and end the event loop and its thread."""
+        if self._loop is not None and self._loop.is_alive:
             wait(self._pending, timeout=self._time_left())
             self.cancel()
+            wait([self._loop.start(_settle(self._time_left()))], timeout=self._time_left() + _LOOK_S)
             self._loop.end(self._time_left())
 
     def cancel(self) -> None:
         """Cancel the coroutines that have not completed, and return when they have ended."""
-        if self._loop is not None and self._pending:
-            wait([self._loop.start(_cancel_others())], timeout=self._time_left())
+        if self._loop is not None and self._loop.is_alive and self._pending:
+            wait([self._loop.start(self._loop.cancel(self._time_left()))], timeout=self._time_left())
 
     def _time_left(self) -> float:
         """Return the seconds that are left for ending; the first call starts the clock."""
@@ -74,9 +78,11 @@ class Reactor:
 
     def start(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
         """Start a coroutine on the event loop. tag: object that `finished` returns when it has completed."""
+        if self._loop is not None and not self._loop.is_alive:
+            self._abandon(_ENDED)
         if self._loop is None:
             self._loop = _Loop()
-        future = self._loop.start(contained(coroutine))
+        future = self._loop.start(self._loop.tracked(coroutine))
         self._pending[future] = tag
         future.add_done_callback(self._done.put)
 
@@ -85,13 +91,14 @@ class Reactor:
 
         wait_for_one: if none has completed and some are pending, wait for the first.
         """
-        completed: list[Any] = []
+        completed, self._abandoned = self._abandoned, []
         while self._pending and (not self._done.empty() or (wait_for_one and not completed)):
             try:
                 future = self._done.get(timeout=min(_LOOK_S, self._stuck_s))
             except queue.Empty:
                 if reason := self._blocked():
-                    completed += self._abandon(reason)
+                    self._abandon(reason)
+                    completed, self._abandoned = completed + self._abandoned, []
                 continue
             if future in self._pending:  # else its loop was abandoned
                 completed.append(self._pending.pop(future))
@@ -101,6 +108,8 @@ class Reactor:
     def _blocked(self) -> str:
         """Return what blocks the event loop, where it has not run for `stuck_s`; else an empty text."""
         assert self._loop is not None
+        if not self._loop.is_alive:
+            return _ENDED
         if self._loop.seconds_blocked() < self._stuck_s:
             return ""
         return (
@@ -108,21 +117,23 @@ class Reactor:
             "there, or make the method a plain function, which runs in a thread"
         )
 
-    def _abandon(self, reason: str) -> list[Any]:
-        """Leave the event loop, and return the objects of its coroutines."""
+    def _abandon(self, reason: str) -> None:
+        """Leave the event loop with its coroutines."""
         assert self._loop is not None
         _log.warning("%s", reason)
         tags, loop = [*self._pending.values()], self._loop
+        self._abandoned += tags
         self._pending, self._loop = {}, None
         endings = [self._on_stuck(tag, reason) for tag in tags]
 
-        async def end() -> None:
-            await _cancel_others()
+        async def end(loop: _Loop) -> None:
+            await loop.cancel(self._end_limit_s)
             await asyncio.gather(*(contained(ending()) for ending in endings), return_exceptions=True)
+            await _settle(self._end_limit_s)
             asyncio.get_running_loop().stop()
 
-        loop.start(end())
-        return tags
+        loop = loop if loop.is_alive else _Loop()
+        loop.start(end(loop))
 
 
 class _Loop:
@@ -130,6 +141,7 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._asked = 0.0
         self._answered = threading.Event()
         self._answered.set()
@@ -139,12 +151,37 @@ class _Loop:
     def _run(self) -> None:
         try:
             self._loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            _log.warning("a task of an environment raised %s", described(error))
         finally:
             self._loop.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs. A task of a plugin can end it by SystemExit."""
+        return self._thread.is_alive()
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
         """Run a coroutine, and return the future of its end."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def tracked(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Await a coroutine so that `cancel` can cancel it. Raises RolloutError for what would end the event loop."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await contained(coroutine)
+        finally:
+            self._tasks.discard(task)
+
+    async def cancel(self, limit_s: float) -> None:
+        """Cancel the tracked coroutines, and wait until they have ended. What environments do besides goes on."""
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit_s)
 
     def seconds_blocked(self) -> float:
         """Return for how long the loop has not run; 0 at the first call and after each sign of life."""
@@ -157,7 +194,7 @@ class _Loop:
     def place(self) -> str:
         """Return the function in which the thread is, the innermost coroutine if there is one, with file and line."""
         innermost = frame = sys._current_frames().get(self._thread.ident or 0)
-        while frame is not None and not frame.f_code.co_flags & inspect.CO_COROUTINE:
+        while frame is not None and (not frame.f_code.co_flags & inspect.CO_COROUTINE or _is_own(frame)):
             frame = frame.f_back
         return _text_of(frame or innermost)
 
@@ -165,6 +202,11 @@ class _Loop:
         """Stop the loop, and wait for its thread for at most `limit_s` seconds."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(limit_s)
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Return whether a frame is one of this package, which calls the plugin."""
+    return Path(__file__).parent in Path(frame.f_code.co_filename).parents
 
 
 def _text_of(frame: FrameType | None) -> str:
@@ -175,19 +217,20 @@ def _text_of(frame: FrameType | None) -> str:
 
 
 async def contained(awaitable: Awaitable[T]) -> T:
-    """Return what `awaitable` returns, and raise RuntimeError for what would end the event loop."""
+    """Return what `awaitable` returns, and raise RolloutError for what would end the event loop."""
     try:
         return await awaitable
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(described(error)) from error
+        raise RolloutError(f"a plugin raised {described(error)}") from error
 
 
-async def _cancel_others() -> None:
-    """Cancel all other tasks of the running event loop, and wait until they have ended."""
+async def _settle(limit_s: float) -> None:
+    """Wait for all other tasks of the running event loop, such as calls that end after their deadline."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    if others:
+        _, left = await asyncio.wait(others, timeout=limit_s)
+        if left:
+            _log.warning("%d tasks of environments did not end within %.3g s and are left behind", len(left), limit_s)
 
 
 def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:

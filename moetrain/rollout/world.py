@@ -6,6 +6,7 @@ so that a slow tool does not block other trajectories. The environments of an `I
 
 import asyncio
 import inspect
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from numbers import Integral
 from typing import Any, TypeVar
+
+import numpy as np
 
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, text_of
@@ -31,6 +34,8 @@ from moetrain.tasks.protocol import (
 )
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _POLL_S = 0.005
 _GRACE_S = 0.5
@@ -88,9 +93,13 @@ class EnvironmentClient:
         self._stream = stream
         self._config = config
         self._thread = None if isinstance(task, InlineTask) else _Thread()
-        self._late: asyncio.Future[Any] | None = None  # a coroutine that went on after its deadline
+        self._late: asyncio.Future[Any] | None = None  # the last call, which may go on after its deadline
         self._closing: asyncio.Future[None] | None = None
         self._environment: Environment | None = None
+
+    async def run(self, act: Callable[[], T], what: str) -> T:
+        """Return the result of a plain function of the task. Raises EnvironmentFailure; `what` names it there."""
+        return await self._act(act, what, limit_s=self._config.environment_deadline_s)
 
     async def open(self) -> None:
         """Make the environment."""
@@ -163,7 +172,7 @@ class EnvironmentClient:
     async def has_erred(self) -> bool:
         """Return whether the trajectory left the right solution; False where the environment does not know."""
         value = await self._asked("has_erred", NoticesErrors)
-        if value is not None and not isinstance(value, bool):
+        if value is not None and not isinstance(value, bool | np.bool_):
             raise EnvironmentFailure(f"has_erred returned {type(value).__name__}: return True or False")
         return bool(value)
 
@@ -202,7 +211,8 @@ class EnvironmentClient:
         try:
             await self._act(close, "closing the environment", limit_s=self._config.environment_deadline_s)
         except asyncio.CancelledError:
-            if inspect.iscoroutinefunction(environment.close):  # it was interrupted; a plain function was not
+            is_interrupted = self._late is None or self._late.cancelled()
+            if inspect.iscoroutinefunction(environment.close) and is_interrupted:  # a plain function is not
                 self._environment = environment
             raise
 
@@ -214,6 +224,7 @@ class EnvironmentClient:
 
     def _close_at_last(self, late: asyncio.Future[Any]) -> None:
         self._closing = asyncio.ensure_future(self.close())  # the event loop itself keeps no reference
+        self._closing.add_done_callback(_log_failure)
 
     def _close_in_thread(self) -> None:
         environment, self._environment = self._environment, None
@@ -257,26 +268,31 @@ class EnvironmentClient:
     async def _in_time(self, future: asyncio.Future[T], *, started: float, limit_s: float) -> T:
         """Return the result of a future. At the deadline it is cancelled; what ignores that is left to itself."""
         future.add_done_callback(_retrieve)
+        self._late = future
         try:
             await asyncio.wait({future}, timeout=max(started + limit_s - time.monotonic(), 0.0))
-            if future.done():
-                return future.result()
-        except GeneratorExit as error:
-            if not future.done():  # the event loop ends
-                raise
-            raise RuntimeError(described(error)) from error
         finally:
-            if not future.done():
+            if is_late := not future.done():
                 future.cancel()
                 await asyncio.wait({future}, timeout=_GRACE_S)
-                self._late = future
-        raise _DeadlineMissed(f"no result after {limit_s:g} s")
+        if is_late:
+            raise _DeadlineMissed(f"no result after {limit_s:g} s")
+        try:
+            return future.result()
+        except GeneratorExit as error:  # of the plugin, because nothing is awaited here
+            raise RuntimeError(described(error)) from error
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
     """Read the error of a future that nobody awaits, so that asyncio does not log it."""
     if not future.cancelled():
         future.exception()
+
+
+def _log_failure(closing: asyncio.Future[None]) -> None:
+    """Log why an environment was not closed, because nobody awaits it."""
+    if not closing.cancelled() and (error := closing.exception()) is not None:
+        _log.warning("%s", error)
 
 
 def _is_cancelled() -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.compose import read_yaml
+from moetrain.data.config import SourceKind
 from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, sha256_of, user_path, write_json
@@ -26,7 +27,7 @@ _DIGESTS = ".digests.json"
 _IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
 _DERIVED_KEYS = ("data.tokenizer.shrink_model",)
-"""Config keys whose default follows from other keys; older versions did not have them."""
+"""Config keys whose default follows from other keys; older versions did not have them, or gave them no effect."""
 _PATH_KEYS = ("path", "plugins", "init_from", "continue_from", "masters", "before", "codes_before")
 """Last parts of the keys that name files or folders, also without a slash."""
 _BOOKKEEPING = ("made_by.json", STARTED, DONE, "times.json", "wandb_id", "metrics.jsonl", "machine.json")
@@ -118,7 +119,7 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
         if key in now.files and key in before.files:
             if before.files[key] not in (now.files[key], now.older.get(key)):
                 differences.append(f"{key}: the content of {value} changed")
-        elif key in _DERIVED_KEYS and key not in before.config:
+        elif key in _DERIVED_KEYS and (key not in before.config or _has_prepared(now.config)):
             continue
         elif key not in known_config:
             if not _has_section(before.config, key):
@@ -132,6 +133,11 @@ def changes(before: Record, now: Record, *, defaults: Callable[[], Mapping[str, 
         for name, identity in now.inputs.items()
         if before.inputs.get(name, identity) != identity
     ]
+
+
+def _has_prepared(config: Mapping[str, Any]) -> bool:
+    """Return whether a source is prepared data, whose tokenizer is used."""
+    return any(key.endswith(".kind") and value == SourceKind.prepared for key, value in config.items())
 
 
 def _has_section(config: Mapping[str, Any], key: str) -> bool:

@@ -26,7 +26,7 @@ from moetrain.commands.recipe import OnChange, RecipeRun
 from moetrain.commands.training import TrainingRun
 from moetrain.compose import compose, save_config, to_mapping
 from moetrain.config_keys import suggestion
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.files import previous_name, read_json_or_empty, user_path, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
@@ -45,7 +45,8 @@ _CHANGES_NO_RESULT = (
     *("train.rows_per_micro_batch:", "rl.tokens_per_micro_batch:", "parallel."),
     *("rollout.num_slots:", "rollout.cache_megabytes:", "rollout.speculation:"),
 )
-"""Changes with which a stopped stage resumes: they change its numbers by rounding at most."""
+"""Changes with which a stopped stage resumes: they change its numbers by rounding at most, or, with rl.max_staleness,
+the order in which groups are complete."""
 _CONTINUE_ADVICE = (
     "; to continue training with the new values and the same optimizer state, leave this stage unchanged and add one "
     "with continue_from=${{stage:{name}}} and train.continue_as=part or whole"
@@ -98,7 +99,11 @@ def run_stages(prepared: Prepared) -> RunResult:
             _log.info(
                 "%s: starts in %s; time left: %s", place, prepared.folder / stage.name, _time_left(prepared, number)
             )
-            code, seconds = _run_stage(prepared, stage)
+            try:
+                code, seconds = _run_stage(prepared, stage)
+            except MoetrainError:
+                _restore_moved(prepared, moved, refused=stage)
+                raise
             rows.append(Row(stage=stage.name, status="done" if code == 0 else f"exit code {code}", seconds=seconds))
             how = "is done" if code == 0 else f"ended with exit code {code}"
             left = _time_left(prepared, number + 1 if code == 0 else number)

@@ -42,7 +42,8 @@ def check_folder(run: StageRun) -> None:
     except ConfigError:
         return  # incomplete after a machine failure; it is written again
     schema = to_mapping(run)
-    if foreign := sorted(name for name in earlier if name not in schema):
+    # Older versions wrote null for fields that a command did not use.
+    if foreign := sorted(name for name, value in earlier.items() if name not in schema and value is not None):
         raise ConfigError(
             f"{run.run.path} is the folder of another command ({CONFIG} there has {', '.join(foreign)}): "
             "give another run.stage or run.name"

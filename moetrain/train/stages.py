@@ -23,7 +23,7 @@ from moetrain.data.prefetch import Prefetch
 from moetrain.data.store.rows import plan_sources
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import MoetrainError
-from moetrain.files import write_json
+from moetrain.files import user_path, write_json
 from moetrain.kernels.build import Library
 from moetrain.log import Metrics
 from moetrain.model.attention import MaxLogits
@@ -92,8 +92,8 @@ def train_stage(
     topology = setup(sections.parallel)
 
     def prepared_tokenizer() -> Tokenizer:
-        if topology.is_main and stored_shape(str(folder)) is None:  # the data may be others than at the earlier start
-            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        if topology.is_main:
+            _forget_tokenizer(folder, sections.data)
         tokenizer = stage_tokenizer(
             sections.data, folder, num_rows=sections.model.vocab_size, origin=origin, dialogue_texts=dialogue_texts
         )
@@ -202,6 +202,14 @@ def main_rank_first(topology: Topology, make: Callable[[], Tokenizer]) -> Tokeni
 def _peak_flops(sections: Sections, *, folder: Path, topology: Topology) -> float:
     dtype = DTYPES[sections.train.compute_dtype]
     return total_peak(folder / MACHINE, dtype=dtype, topology=topology, library=sections.library)
+
+
+def _forget_tokenizer(folder: Path, config: DataConfig) -> None:
+    """Remove the tokenizer of an earlier start that wrote no checkpoint: its texts may have been others."""
+    own, given = folder / TOKENIZER, config.tokenizer.path
+    is_given = given is not None and user_path(given).resolve() == own.resolve()
+    if not is_given and stored_shape(str(folder)) is None:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def document_stage_of(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.log import read_metrics
-from moetrain.runtime import die_with_parent, process_state
+from moetrain.runtime import ENDED, die_with_parent, process_state
 from moetrain.verify.injection import VARIABLE, Plan
 from moetrain.verify.table import Row
 
@@ -114,7 +114,7 @@ class Attempt:
         """Send SIGKILL to the launcher and all ranks, as when a machine fails."""
         ranks = [int(path.read_text(encoding="utf-8") or 0) for path in self.report_folder.glob("pid_*")]
         for pid in [self.process.pid, *ranks]:
-            if process_state(pid) not in ("", "Z"):
+            if process_state(pid) not in ENDED:
                 os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> int:
@@ -122,7 +122,7 @@ class Attempt:
         while not self.is_over():
             time.sleep(_POLL_S)
         deadline = time.monotonic() + 60
-        while any(process_state(int(p.read_text() or 0)) not in ("", "Z") for p in self.report_folder.glob("pid_*")):
+        while any(process_state(int(p.read_text() or 0)) not in ENDED for p in self.report_folder.glob("pid_*")):
             if time.monotonic() > deadline:
                 self.kill_all()
             time.sleep(_POLL_S)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moetrain.errors import ConfigError
 from moetrain.files import sha256_of
-from moetrain.runtime import die_with_parent, process_state, python_stream
+from moetrain.runtime import ENDED, die_with_parent, process_state, python_stream
 from moetrain.verify import fault_runs
 from moetrain.verify.table import Row
 
@@ -236,4 +236,4 @@ def _words(pid: int) -> list[str]:
 
 
 def _is_running(pid: int) -> bool:
-    return process_state(pid) not in ("", "Z")
+    return process_state(pid) not in ENDED

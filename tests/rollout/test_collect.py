@@ -237,7 +237,7 @@ def test_an_empty_prompt_is_a_failure_of_the_environment(tokenizer: Tokenizer) -
         (Searching, "a call of look: RuntimeError: StopIteration"),
         (Lost, "a call of look: CancelledError: connection closed"),
         (Panicking, "a call of look: Panic: index out of bounds"),
-        (Interrupting, "a call of look: RuntimeError: KeyboardInterrupt"),
+        (Interrupting, "a call of look: RolloutError: a plugin raised KeyboardInterrupt"),
         (Generating, "a call of look: RuntimeError: GeneratorExit: done"),
         (Speechless, "a call of look: UnspeakableError: its message cannot be formatted"),
     ],
@@ -527,6 +527,77 @@ def test_a_coroutine_that_ignores_its_end_ends_its_trajectory_and_not_the_run(
     assert first.ending is Ending.environment_failed and second.reward == 1.0
 
 
+def test_a_call_that_cleans_up_for_long_is_closed_at_the_end(tokenizer: Tokenizer) -> None:
+    class CleaningUp(World):
+        has_cleaned_up = False
+
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            try:
+                await asyncio.sleep(20)
+            finally:
+                await asyncio.sleep(1)
+                self.has_cleaned_up = True
+            return Observation(text="a stone")
+
+    task = WorldTask(make=CleaningUp)
+    (trajectory,) = play([task], tokenizer, call_deadline_s=0.05, max_turns=1)
+    assert trajectory.ending is Ending.max_turns
+    (world,) = task.made
+    assert isinstance(world, CleaningUp) and world.has_cleaned_up and world.is_closed
+
+
+def test_a_close_that_ends_while_it_is_interrupted_is_not_repeated() -> None:
+    closings: list[str] = []
+
+    class Closing(World):
+        async def close(self) -> None:  # type: ignore[override]
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                closings.append("closed")
+
+    async def act() -> None:
+        world = EnvironmentClient(WorldTask(make=Closing), 1, config=RolloutConfig())
+        await world.open()
+        first = asyncio.create_task(world.close())
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await world.close()
+
+    asyncio.run(act())
+    assert closings == ["closed"]
+
+
+def test_a_slow_prompt_ends_its_trajectory_alone(tokenizer: Tokenizer) -> None:
+    class Slow(WorldTask):
+        @property
+        def prompt(self) -> list[Message]:
+            time.sleep(1)
+            return super().prompt
+
+    tasks = [Slow(make=World), WorldTask(make=World)]
+    slow, other = play(tasks, tokenizer, environment_deadline_s=0.3, max_replacements=0)
+    assert slow.ending is Ending.environment_failed and other.reward == 1.0
+    assert slow.grade.reason == "making the prompt: no result after 0.3 s"
+
+
+def test_an_event_loop_that_a_task_of_a_plugin_ends_is_replaced(tokenizer: Tokenizer) -> None:
+    class Exiting(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            self.task = asyncio.create_task(self._exit())
+            await asyncio.sleep(20)
+            return Observation(text="a stone")
+
+        async def _exit(self) -> None:
+            sys.exit(1)
+
+    tasks = [WorldTask(make=Exiting), WorldTask(make=World)]
+    first, second = play(tasks, tokenizer, num_slots=1, max_replacements=0)
+    assert first.ending is Ending.environment_failed and second.reward == 1.0
+    assert "a task of an environment ended the event loop" in first.grade.reason
+
+
 def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     released = threading.Event()
 
@@ -543,9 +614,9 @@ def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, capl
             super().__init__(stream)
 
     blocked, other = WorldTask(make=Blocking), WorldTask(make=Freeing)
-    trajectories = play([blocked, other], tokenizer, num_slots=1, environment_deadline_s=0.2, max_replacements=0)
+    trajectories = play([blocked, other], tokenizer, num_slots=1, environment_deadline_s=1, max_replacements=0)
     assert [each.ending for each in trajectories] == [Ending.environment_failed, Ending.answered]
-    assert "has blocked the event loop of all environments for 0.2 s: use await" in trajectories[0].grade.reason
+    assert "has blocked the event loop of all environments for 1 s: use await" in trajectories[0].grade.reason
     assert f"Blocking.call ({__file__}:" in caplog.text
     _wait_for(lambda: blocked.made[0].is_closed)  # type: ignore[attr-defined]
 
