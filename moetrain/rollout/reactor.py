@@ -20,6 +20,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _ENDED = "a task of an environment ended the event loop of all environments: do not raise SystemExit there"
+_CALL = "call of an environment"
+"""Name of the tasks that `call_task` starts."""
 _LOOK_S = 1.0
 """Time between two looks at an event loop that is waited for."""
 
@@ -224,13 +226,20 @@ async def contained(awaitable: Awaitable[T]) -> T:
         raise RolloutError(f"a plugin raised {described(error)}") from error
 
 
+def call_task(awaitable: Awaitable[T]) -> asyncio.Task[T]:
+    """Start a task for a call of an environment, or its end; the end of a `Reactor` waits for it."""
+    return asyncio.create_task(contained(awaitable), name=_CALL)
+
+
 async def _settle(limit_s: float) -> None:
-    """Wait for all other tasks of the running event loop, such as calls that end after their deadline."""
+    """Wait for calls of environments that end after their deadline, and cancel what else runs on the event loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    if others:
-        _, left = await asyncio.wait(others, timeout=limit_s)
+    if calls := {task for task in others if task.get_name() == _CALL}:
+        _, left = await asyncio.wait(calls, timeout=limit_s)
         if left:
-            _log.warning("%d tasks of environments did not end within %.3g s and are left behind", len(left), limit_s)
+            _log.warning("%d calls of environments did not end within %.3g s and are left behind", len(left), limit_s)
+    if rest := {task for task in others - calls if task.cancel()}:  # tasks that plugins started
+        await asyncio.wait(rest, timeout=limit_s)
 
 
 def run_inline(coroutine: Coroutine[Any, Any, T]) -> T:

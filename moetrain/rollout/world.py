@@ -20,7 +20,7 @@ import numpy as np
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, text_of
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.reactor import contained, run_inline
+from moetrain.rollout.reactor import call_task, run_inline
 from moetrain.tasks.protocol import (
     CountsCalls,
     Environment,
@@ -223,7 +223,7 @@ class EnvironmentClient:
         return self._thread.is_busy or (self._late is not None and not self._late.done())
 
     def _close_at_last(self, late: asyncio.Future[Any]) -> None:
-        self._closing = asyncio.ensure_future(self.close())  # the event loop itself keeps no reference
+        self._closing = call_task(self.close())  # the event loop itself keeps no reference
         self._closing.add_done_callback(_log_failure)
 
     def _close_in_thread(self) -> None:
@@ -263,7 +263,7 @@ class EnvironmentClient:
         result = await self._in_time(asyncio.wrap_future(self._thread.submit(act)), started=started, limit_s=limit_s)
         if not inspect.isawaitable(result):
             return result
-        return await self._in_time(asyncio.ensure_future(contained(result)), started=started, limit_s=limit_s)
+        return await self._in_time(call_task(result), started=started, limit_s=limit_s)
 
     async def _in_time(self, future: asyncio.Future[T], *, started: float, limit_s: float) -> T:
         """Return the result of a future. At the deadline it is cancelled; what ignores that is left to itself."""

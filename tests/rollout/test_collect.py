@@ -546,6 +546,30 @@ def test_a_call_that_cleans_up_for_long_is_closed_at_the_end(tokenizer: Tokenize
     assert isinstance(world, CleaningUp) and world.has_cleaned_up and world.is_closed
 
 
+def test_the_end_does_not_wait_for_tasks_that_a_plugin_started(tokenizer: Tokenizer) -> None:
+    class Beating(World):
+        is_cancelled = False
+
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            self.task = asyncio.create_task(self._beat())
+            await asyncio.sleep(0)
+            return Observation(text="a stone")
+
+        async def _beat(self) -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.is_cancelled = True
+                raise
+
+    task = WorldTask(make=Beating)
+    started = time.perf_counter()
+    (trajectory,) = play([task], tokenizer)
+    assert time.perf_counter() - started < 5 and trajectory.reward == 1.0
+    (world,) = task.made
+    assert isinstance(world, Beating) and world.is_cancelled
+
+
 def test_a_close_that_ends_while_it_is_interrupted_is_not_repeated() -> None:
     closings: list[str] = []
 
