@@ -45,7 +45,7 @@ def test_a_run_that_goes_on_to_a_good_end_leaves_its_own_config(trained: Path) -
 def test_a_folder_of_another_command_is_refused(trained: Path) -> None:
     run = compose("export", [f"run.folder={trained.parents[1]}", "run.name=x", "run.stage=pretrain", "init_from=x"])
     with pytest.raises(
-        ConfigError, match=r"x/pretrain is the folder of another command \(config\.yaml there has continue_from, data"
+        ConfigError, match=r"x/pretrain is the folder of another command \(config\.yaml there has data, "
     ):
         check_folder(run)
     check_folder(pretrain(trained.parents[1]))
