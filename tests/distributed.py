@@ -20,7 +20,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, **arguments: Any) -
     `function` is importable by name; what goes in and out is picklable. Raises AssertionError with the trace of the
     first rank that failed, or when the ranks are not done in 180 s; no process is left behind.
     """
-    context = multiprocessing.get_context("forkserver")  # a process that has imported these, and forks the ranks
+    # Ranks are forked from one process that has imported torch and DeepSpeed: each rank would take seconds to do so.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moetrain.parallel.deepspeed_engine"])
     port = free_port()
     pipes, processes = [], []

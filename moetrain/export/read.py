@@ -1,6 +1,6 @@
 """Reads an export: checks its digests, then returns its model, its weights, and its codes and scales."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from moetrain.export.tensors import folder_tensors
 from moetrain.hf.names import copied_name, fused_tensors, used_names
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
-from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import FormatName, QuantConfig, quant_config
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize
@@ -45,7 +44,7 @@ class Export:
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor of the model: bf16 or fp32 as stored, quantised experts dequantised to bf16."""
-        return self.dense | {name: dequantize(quantized) for name, quantized in self.experts.items()}
+        return dict(ExportTensors(self))
 
     def packed_experts(self) -> dict[str, int]:
         """Return name and number of experts of the tensors that are stored as codes and scales; see `CodeReader`."""
@@ -55,6 +54,43 @@ class Export:
         """Return codes and scales of the experts [first, last) of a tensor; see `CodeReader`."""
         whole = self.experts[name]
         return Quantized(codes_XOI=whole.codes_XOI[first:last], scales_XOG=whole.scales_XOG[first:last])
+
+
+class ExportTensors(Mapping[str, Tensor]):
+    """The weights of an export by name. Experts that are stored as codes are dequantised to bf16 on access.
+
+    Implements `StateReader`, too: a range dequantises the experts that it touches.
+    """
+
+    def __init__(self, export: Export) -> None:
+        self._export = export
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a whole tensor."""
+        quantized = self._export.experts.get(name)
+        return self._export.dense[name] if quantized is None else dequantize(quantized)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter([*self._export.dense, *self._export.experts])
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._export.dense) + len(self._export.experts)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return name and shape of every tensor."""
+        dense = {name: tuple(tensor.shape) for name, tensor in self._export.dense.items()}
+        return dense | {name: tuple(quantized.codes_XOI.shape) for name, quantized in self._export.experts.items()}
+
+    def read(self, name: str, *, first: int, last: int) -> Tensor:
+        """Return the elements [first, last) of a flattened tensor."""
+        if name not in self._export.experts:
+            return self._export.dense[name].reshape(-1)[first:last]
+        size = self._export.experts[name].codes_XOI[0].numel()
+        begin, end = first // size, -(-last // size)
+        part = dequantize(self._export.codes(name, first=begin, last=end)).reshape(-1)
+        return part[first - begin * size : last - begin * size]
 
 
 def is_export(folder: Path) -> bool:
@@ -98,7 +134,7 @@ def read_export(folder: Path) -> Export:
         copies=copies,
     )
     tensors = folder_tensors(model)
-    tensors.check(TensorReader(export.weights()))
+    tensors.check(ExportTensors(export))
     for name, quantized in experts.items():
         if name not in tensors.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(

@@ -1,11 +1,8 @@
 """Reads weights of every kind, including exports. Loads torch, so import it after checking the input."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from moetrain.checkpoint.masters import MastersReader
 from moetrain.checkpoint.origin import Origin, read_origin
@@ -16,18 +13,16 @@ from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import RECORD_FILE, read_record
-from moetrain.export.read import export_format, is_export, quant_of_record, read_export
+from moetrain.export.read import ExportTensors, export_format, is_export, quant_of_record, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import sha256_of, user_path
-from moetrain.hf.folder import open_hf_folder
+from moetrain.hf.folder import HfFolder, open_hf_folder
 from moetrain.inference.build import build_model
 from moetrain.inference.mode import Mode
 from moetrain.inference.protocol import Model
 from moetrain.inference.speculation import Speculation
 from moetrain.inference.weights import Tensors, TensorsWithCodes
 from moetrain.kernels.build import Library
-from moetrain.parallel.protocol import StateReader
-from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.masters import CodeReader
 
@@ -178,21 +173,19 @@ def _read(path: Path) -> Origin:
         if (path / "config.json").is_file():
             _check_shapes(origin)
         return origin
-    tensors: Mapping[str, Tensor]
+    tensors: ExportTensors | HfFolder
     if export_format(path) is ExportFormat.gguf:
         export = read_export(path)
-        record, model, tensors = export.record, export.model, export.weights()
-        reader: StateReader = TensorReader(tensors)
+        record, model, tensors = export.record, export.model, ExportTensors(export)
         codes: CodeReader | None = export if export.experts else None
     else:
         record = read_record(path)
-        model, folder = open_hf_folder(path)
-        tensors = reader = folder
-        codes = folder if folder.packed_experts() else None
+        model, tensors = open_hf_folder(path)
+        codes = tensors if tensors.packed_experts() else None
     origin = Origin(
         path=path,
         tensors=tensors,
-        reader=reader,
+        reader=tensors,
         model=model,
         quant=quant_of_record(record, path),
         tokenizer=path,

@@ -25,6 +25,8 @@ from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import FormatName, GridName, QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import dequantize, quantize
+from moetrain.run.weights import read_weights
+from tests.allocations import peak_bytes
 
 gguf = pytest.importorskip("gguf", reason="the optional package gguf is not installed")
 
@@ -101,6 +103,20 @@ def test_a_model_without_quantisation_keeps_its_experts(
     for name, master in masters.items():
         keeps = dtype is GgufDtype.float32 or master.ndim == 1 or name.endswith("mlp.gate.weight")
         assert torch.equal(export.dense[name].float(), master if keeps else master.bfloat16().float()), name
+
+
+def test_the_experts_of_a_file_are_dequantised_by_ranges(
+    tmp_path: Path, model_config: ModelConfig, masters: Tensors, tokenizer: Tokenizer
+) -> None:
+    write(tmp_path / "out", model_config, tokenizer, masters=masters)
+    whole, origin = read_export(tmp_path / "out").weights(), read_weights(str(tmp_path / "out"))
+    assert origin.codes is not None and origin.reader.shapes() == {name: tuple(w.shape) for name, w in whole.items()}
+    for name, tensor in whole.items():
+        assert torch.equal(origin.tensors[name], tensor)
+        for first, last in ((0, tensor.numel()), (1, 2), (tensor.numel() // 3, tensor.numel() - 1)):
+            assert torch.equal(origin.reader.read(name, first=first, last=last), tensor.reshape(-1)[first:last])
+    name = next(iter(origin.codes.packed_experts()))
+    assert peak_bytes(lambda: origin.reader.read(name, first=0, last=1)) < whole[name].nbytes
 
 
 def test_a_gguf_made_from_an_int4_export_has_the_same_codes(
