@@ -162,9 +162,13 @@ class DocumentTable:
         """Write the files, atomically."""
         keys_KD = np.array(self._keys, dtype=np.uint64).reshape(-1, self._num_keys).T
         order_KD = np.argsort(keys_KD, axis=1, kind="stable")
-        documents, sorted_KD = np.array(self._documents, dtype=DOCUMENTS), np.take_along_axis(keys_KD, order_KD, axis=1)
-        for name, array in zip(_TABLES, (documents, sorted_KD, order_KD.astype(np.uint32)), strict=True):
-            _save(self._shard.work(name), array)
+        tables: list[np.ndarray] = [
+            np.array(self._documents, dtype=DOCUMENTS),
+            np.take_along_axis(keys_KD, order_KD, axis=1),
+            order_KD.astype(np.uint32),
+        ]
+        for name, table in zip(_TABLES, tables, strict=True):
+            _save(self._shard.work(name), table)
 
 
 @dataclass(frozen=True, kw_only=True)
