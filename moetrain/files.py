@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,7 +110,10 @@ def to_json(value: object, *, indent: int | None = None) -> str:
 
 
 def strict_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError also for NaN, infinities, and numbers that become one."""
+    """Return the value of a JSON text.
+
+    Raises ValueError also for NaN, infinities and numbers that become one, and for an object with a key twice.
+    """
 
     def finite(number: str) -> float:
         value = float(number)
@@ -118,9 +122,25 @@ def strict_json(text: str) -> Any:
         return value
 
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite)
+        return json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=without_repeats)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice. key: that key."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} is there twice in one object")
+        self.key = key
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of JSON with these keys and values. Raises RepeatedKeyError for a key that occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return content
 
 
 def sync(path: Path) -> None:

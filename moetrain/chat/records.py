@@ -376,12 +376,12 @@ def _arguments(value: object, *, name: str) -> str:
         except ValueError:
             raise DataError(f"function.arguments of {name} hold NaN or an infinity, which JSON does not have") from None
     try:
-        is_object = isinstance(value, str) and isinstance(strict_json(value), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise DataError(f"function.arguments of {name} holds {_shown(value)}: give an object, or its JSON text")
-    return str(value)
+        if isinstance(value, str) and isinstance(strict_json(value), dict):
+            return value
+        problem = ""
+    except ValueError as error:
+        problem = f" ({error})"
+    raise DataError(f"function.arguments of {name} holds {_shown(value)}{problem}: give an object, or its JSON text")
 
 
 def _string(item: Mapping[str, Any], key: str) -> str:

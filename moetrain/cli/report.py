@@ -31,10 +31,9 @@ def print_tables(found: Run, folder: Path) -> None:
     """Print the tables of a run, and the paths of its report (in `folder`) and of its exports."""
     console = Console()
     show(tables(found), console if console.is_terminal else Console(width=_PLAIN_WIDTH))
-    unfinished = [*found.missing, *(stage.name for stage in found.stages if not stage.is_finished)]
     print()
-    if unfinished:
-        print(f"not finished: {', '.join(unfinished)}")
+    if found.unfinished:
+        print(f"not finished: {', '.join(found.unfinished)}")
     print(f"report    {folder / PAGE}")
     print(f"numbers   {folder / RESULTS_JSON}, {folder / RESULTS_MARKDOWN}")
     for stage in found.of_kind(Kind.export):

@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from moetrain.data.formats import Record
 from moetrain.errors import DataError
+from moetrain.files import RepeatedKeyError, without_repeats
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(16)))
@@ -203,9 +203,9 @@ def _array(data: bytes, *, path: Path, errors: list[str] | None) -> Iterator[tup
 
 def _json(data: bytes, *, where: object) -> Any:
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except _RepeatedKeyError as error:
-        raise DataError(f"{where} has the key {error} twice in one object: remove one of them") from error
+        return json.loads(data.decode("utf-8"), object_pairs_hook=without_repeats)
+    except RepeatedKeyError as error:
+        raise DataError(f"{where} has the key {error.key!r} twice in one object: remove one of them") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where} is not UTF-8 at byte {error.start}: convert it, for example with iconv -t UTF-8"
@@ -217,18 +217,6 @@ def _json(data: bytes, *, where: object) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise DataError(f"{where} cannot be read: {type(error).__name__}: {str(error)[:80]}") from error
-
-
-class _RepeatedKeyError(ValueError):
-    """An object of JSON has a key twice; the text of the error is the key."""
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of JSON with these keys and values. Raises _RepeatedKeyError for a key that occurs twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise _RepeatedKeyError(repr(Counter(key for key, _ in pairs).most_common(1)[0][0]))
-    return content
 
 
 def _object(record: Any, *, where: object) -> tuple[object, Record]:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moetrain.errors import CheckpointError
 from moetrain.hf.files import DiskTensor, Rows, is_floating, read_rows
-from moetrain.hf.quantization import Fp8Blocks, PackedGroups, Quantization
+from moetrain.hf.quantization import KEY, Fp8Blocks, PackedGroups, Quantization
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize
 
 _PLAIN = ("BF16", "F16", "F32", "F64")
-_FP8, _FP8_SCALES = "F8_E4M3", ("F32", "BF16")
+_FP8, _FP8_SCALES = "F8_E4M3", ("F32", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = "_scale_inv"
 _WEIGHT = ".weight"
 _SHAPE_SUFFIX = ".weight_shape"
@@ -110,7 +110,7 @@ class PackedMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, from that of its scales; reading checks that the codes fit it."""
+        """Shape of the matrix, from that of its scales; the constructor checks that the codes fit it."""
         rows, groups = self.tensors[".weight_scale"].shape
         return rows, groups * self.groups.group_size
 
@@ -199,6 +199,12 @@ def _packed(disk: Mapping[str, DiskTensor], groups: PackedGroups) -> Iterator[Pa
                 raise CheckpointError(f"{module}{suffix} has dtype {tensor.dtype}: {', '.join(read)} are read")
         if tensors[".weight_packed"].shape[0] != tensors[".weight_scale"].shape[0]:
             raise CheckpointError(f"{module}: weight_packed and weight_scale have different numbers of rows")
+        codes = tensors[suffixes[0]].shape[1] * FORMATS[groups.format].codes_per_element
+        if codes != (scales := tensors[".weight_scale"].shape[1]) * groups.group_size:
+            raise CheckpointError(
+                f"{module}: a row has {codes} codes and {scales} scales, but config.json states group_size "
+                f"{groups.group_size}: copy the folder again, or correct {KEY} in config.json"
+            )
         on_disk = tensors[suffixes[0]].name.removesuffix(suffixes[0])
         if groups.ignores(on_disk):
             raise CheckpointError(

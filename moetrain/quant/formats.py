@@ -34,6 +34,8 @@ class Format:
     """Suffixes of the stored tensors of one matrix; no other tensor has such a suffix."""
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By suffix, the dtypes that are read, as safetensors names them; of suffixes that are not here every dtype is."""
+    codes_per_element: int
+    """Number of codes in one element of the stored codes, the tensor of the first suffix."""
     encode: Callable[[Quantized], dict[str, Tensor]]
     """Maps one matrix [out, in] to its stored tensors, by suffix."""
     decode: Callable[[Mapping[str, Tensor]], Quantized]
@@ -87,6 +89,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             title="INT4",
             suffixes=codec_int4.SUFFIXES,
             dtypes=codec_int4.DTYPES,
+            codes_per_element=8,
             encode=codec_int4.encode,
             decode=codec_int4.decode,
             compression="pack-quantized",
@@ -108,6 +111,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             title="MXFP4",
             suffixes=codec_mxfp4.SUFFIXES,
             dtypes=codec_mxfp4.DTYPES,
+            codes_per_element=2,
             encode=codec_mxfp4.encode,
             decode=codec_mxfp4.decode,
             compression="mxfp4-pack-quantized",

@@ -113,6 +113,12 @@ class Run:
         return [stage for stage in self.of_kind(Kind.evaluation) if stage.evaluation]
 
     @property
+    def unfinished(self) -> list[str]:
+        """Return the names of the stages that have not finished, with a note if they have not begun."""
+        begun = [stage.name for stage in self.stages if not stage.is_finished]
+        return [*(f"{name} (not begun)" for name in self.missing), *begun]
+
+    @property
     def weights_format(self) -> str:
         """Return the format of the weights that were evaluated, such as `INT4`; several are joined by `and`."""
         names = dict.fromkeys(stage.evaluation.get("weights_format", "int4") for stage in self.evaluations)

@@ -26,5 +26,4 @@ def write_report(run: Run, config: ReportConfig, *, folder: Path) -> None:
 
 
 def _left_out(run: Run) -> list[str]:
-    unfinished = [*run.missing, *(stage.name for stage in run.stages if not stage.is_finished)]
-    return [f"Not finished: {', '.join(unfinished)}.\n"] if unfinished else []
+    return [f"Not finished: {', '.join(run.unfinished)}.\n"] if run.unfinished else []

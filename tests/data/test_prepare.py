@@ -172,6 +172,15 @@ def test_every_line_is_read_by_one_unit(shard_bytes: int, tmp_path: Path) -> Non
     assert [unit for shard in shards_of(units, shard_bytes=shard_bytes) for unit in shard] == units
 
 
+def test_an_array_is_one_unit_whatever_stands_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" * 9000 + " [" + ",\n".join(json.dumps({"text": text}) for text in TEXTS) + "]")
+    config = SourceConfig(kind=KIND, path=str(path))
+    units = units_of(config, shard_bytes=1000)
+    found = [document.key for unit in units for document in unit_documents(config, unit, errors=[])]
+    assert found == TEXTS and len(units) == 1
+
+
 def test_the_line_of_a_range_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", TEXTS)
     offset = len(path.read_bytes()) // 2

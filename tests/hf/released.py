@@ -159,8 +159,11 @@ def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def fp8(disk: Mapping[str, Tensor]) -> tuple[Disk, Disk]:
-    """Return the tensors as DeepSeek-V3 stores them, and their values: all projections are FP8 in blocks of 128."""
+def fp8(disk: Mapping[str, Tensor], *, power_of_two: bool = False) -> tuple[Disk, Disk]:
+    """Return the tensors as DeepSeek-V3 stores them, and their values: all projections are FP8 in blocks of 128.
+
+    power_of_two: scales are powers of two in e8m0, a byte each.
+    """
     stored, values = dict(disk), dict(disk)
     for name in [name for name in disk if name.endswith("_proj.weight") or "kv_a_proj_with_mqa" in name]:
         weight = disk[name].float()
@@ -170,10 +173,12 @@ def fp8(disk: Mapping[str, Tensor]) -> tuple[Disk, Disk]:
         for row in range(rows):
             for column in range(columns):
                 at = slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK)
-                scales[row, column] = weight[at].abs().max() / 448  # the largest e4m3 number
+                scale = weight[at].abs().max() / 448  # the largest e4m3 number
+                scales[row, column] = scale.log2().ceil().exp2() if power_of_two else scale
                 eights[at] = (weight[at] / scales[row, column]).to(torch.float8_e4m3fn)
                 value[at] = eights[at].float() * scales[row, column]
-        stored[name], stored[f"{name}_scale_inv"] = eights, scales
+        stored[name] = eights
+        stored[f"{name}_scale_inv"] = scales.to(torch.float8_e8m0fnu) if power_of_two else scales
         values[name] = value.to(torch.bfloat16)
     return stored, values
 

@@ -38,7 +38,7 @@ def test_a_list_of_stages_gives_their_order_and_names_those_that_have_not_begun(
     shutil.rmtree(own / "rl")
     run = read_run(own, [str(own / name) for name in ("sft_eval", "pretrain", "rl")])
     assert [stage.name for stage in run.stages] == ["sft_eval", "pretrain"]
-    assert run.missing == ["rl"]
+    assert run.missing == ["rl"] and "rl (not begun)" in run.unfinished
 
 
 def test_weights_that_two_evaluations_share_have_two_names(own: Path) -> None:

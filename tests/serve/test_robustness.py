@@ -83,6 +83,7 @@ def _nested(depth: int) -> dict[str, Any]:
         (CHAT, b'{"messages": "\xff"}', 400, "not UTF-8 at byte 14"),
         (CHAT, b'{"temperature": NaN}', 400, "NaN is no JSON"),
         (CHAT, b'{"seed": 1e999}', 400, "1e999 is too large"),
+        (CHAT, b'{"seed": 1, "seed": 2}', 400, "the key 'seed' is there twice in one object"),
         (CHAT, b"[" * 15_000, 400, "nested too deeply"),
         (CHAT, b'{"seed": ' + b"9" * 9_000 + b"}", 400, "not JSON"),
         (CHAT, {}, 400, "give a list of messages"),

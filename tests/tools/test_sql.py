@@ -43,6 +43,7 @@ def test_an_update_changes_one_row_only() -> None:
         ("drop", "{}", "no tool drop"),
         ("get", "{", "arguments are not JSON"),
         ("get", '{"table":"order"}', "required property"),
+        ("get", '{"table":"order","id":"a1b","id":"a1b","column":"owner"}', "the key 'id' is there twice"),
         ("get", '{"table":"nope","id":"a1b","column":"owner"}', "no table nope"),
         ("get", '{"table":"order","id":"a1b","column":"nope"}', "no column nope in order"),
         ("get", '{"table":"order","id":"zzz","column":"owner"}', "no row zzz in order"),

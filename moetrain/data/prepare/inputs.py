@@ -97,7 +97,10 @@ def _of_file(path: Path, config: SourceConfig, *, shard_bytes: int) -> list[Unit
 
 def _is_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        while block := file.read(1 << 12):
+            if text := block.lstrip(b"\xef\xbb\xbf \t\r\n"):
+                return text.startswith(b"[")
+    return False
 
 
 def shards_of(units: list[Unit], *, shard_bytes: int) -> list[list[Unit]]:
