@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moetrain"
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
     ["errors"],
-    ["config_keys", "files", "interpreters", "options", "ranges", "runtime"],
+    ["config_keys", "files", "interpreters", "options", "ranges", "runtime", "stage_files"],
     ["log"],
     ["kernels", "chat", "quant"],
     ["ops"],
@@ -59,6 +59,7 @@ TORCH_FREE = [
     "log.py",
     "options.py",
     "ranges.py",
+    "stage_files.py",
     "config_keys.py",
     "commands/",
     "compose.py",

@@ -13,8 +13,9 @@ from moetrain.hf.mtp_modules import with_held_modules
 from moetrain.hf.shape import from_hf_config
 from moetrain.model.config import ModelConfig
 from moetrain.model.gate_scale import routed_scaling_factor
+from moetrain.stage_files import EXPORT_RECORD
 
-CONFIG_FILE, RECORD_FILE = "config.json", "moetrain.json"
+CONFIG_FILE = "config.json"
 """Files of an export: its shape as transformers reads it, and moetrain's record of the export."""
 EXPORT = "model"
 """Name of the folder of the export within the folder of an export stage."""
@@ -30,7 +31,7 @@ def stored_shape(weights: str) -> ModelConfig | None:
     """
     path = user_path(weights)
     try:
-        if (path / EXPORT / RECORD_FILE).is_file():
+        if (path / EXPORT / EXPORT_RECORD).is_file():
             path = path / EXPORT
         if is_checkpoint(path):
             return _of_checkpoint(path) if path.is_dir() else None

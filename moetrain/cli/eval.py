@@ -20,6 +20,7 @@ from moetrain.run.inputs import check_records
 from moetrain.run.plugins import plugins_digest
 from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
+from moetrain.stage_files import EVALUATION
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ def main(run: EvalRun) -> int:
         raise ConfigError("eval.num_tasks is 0 and data.sources is empty: give tasks or texts to evaluate on")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.eval.finished import FinishedModes
-    from moetrain.eval.stage import EVAL
     from moetrain.eval.summary import check_scored, metric_values
 
     check_records(run)  # they are used after the rollouts, so an error would appear late
@@ -58,8 +58,8 @@ def main(run: EvalRun) -> int:
         if numbers is not None:
             with stage_metrics(run) as metrics:
                 metrics.write(0, metric_values(numbers))
-            _keep_earlier(folder / EVAL, numbers)
-            write_json(folder / EVAL, numbers)
+            _keep_earlier(folder / EVALUATION, numbers)
+            write_json(folder / EVALUATION, numbers)
             finished.remove()
             _show(numbers, folder=folder)
             check_scored(numbers)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from moetrain.commands.weights import ExportRun
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import SUMMARY
 
 
 def main(run: ExportRun) -> int:
@@ -14,7 +15,6 @@ def main(run: ExportRun) -> int:
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
     from moetrain.run.weights import EXPORT, check_export, quant_of_export, read_weights, tokenizer_of
-    from moetrain.train.stages import SUMMARY
 
     with stage_folder(run) as folder:
         origin = read_weights(weights)

@@ -11,6 +11,7 @@ from moetrain.files import write_json
 from moetrain.model.flops import num_parameters
 from moetrain.run.record import config_changes
 from moetrain.run.stage import has_results, stage_folder
+from moetrain.stage_files import SUMMARY, VERIFICATION
 from moetrain.upcycle.config import plan_upcycling
 from moetrain.verify.table import Row, check_rows, render, write_rows
 
@@ -29,7 +30,6 @@ def main(run: UpcycleRun) -> int:
     plan = plan_upcycling(run.model, run.upcycle)
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.run.weights import read_weights
-    from moetrain.train.stages import SUMMARY
     from moetrain.upcycle.stage import check_untrained, upcycle, write_upcycled
 
     with stage_folder(run) as folder:
@@ -48,7 +48,7 @@ def main(run: UpcycleRun) -> int:
                 Row(name=f"layer {layer}, change of the output", value=change.relative, bound=RELATIVE_BOUND),
                 Row(name=cut, value=ties, bound=TIES_BOUND, note=f"share of {run.upcycle.check_tokens}"),
             ]
-        write_rows(folder / "verify.json", rows=rows, context={"dense": str(origin.path)})
+        write_rows(folder / VERIFICATION, rows=rows, context={"dense": str(origin.path)})
         Console().print(render(f"{origin.path}: {plan.num_copies} copies of {plan.num_shards} shards", rows=rows))
         check_rows(rows)
         write_upcycled(upcycling, folder)

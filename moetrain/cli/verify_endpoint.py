@@ -8,6 +8,7 @@ from moetrain.commands.verify import VerifyEndpointRun
 from moetrain.errors import ConfigError
 from moetrain.files import user_path
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 
 def main(run: VerifyEndpointRun) -> int:
@@ -29,7 +30,7 @@ def main(run: VerifyEndpointRun) -> int:
     other = Endpoint(run.other, key=os.environ.get(f"{KEY_VARIABLE}_OTHER"))
     with stage_folder(run) as folder:
         rows, counted = compare(endpoint, other, requests=requests, run=run)
-        write_rows(folder / "verify.json", rows=rows, context={"of": run.url, "other": run.other, **counted})
+        write_rows(folder / VERIFICATION, rows=rows, context={"of": run.url, "other": run.other, **counted})
         Console().print(render(f"{run.url} against {run.other}", rows=rows))
         for name, reasons in counted["finish_reasons"].items():
             Console().print(f"{name}: {', '.join(f'{number} {reason}' for reason, number in reasons.items())}")

@@ -6,6 +6,7 @@ from moetrain.commands.stage import check_length
 from moetrain.commands.verify import VerifyExportsRun
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 _LLAMA = "llama.cpp: it reads GGUF; export with export.format=gguf and verify that folder"
 _VLLM = (
@@ -62,7 +63,7 @@ def main(run: VerifyExportsRun) -> int:
             rows = verify_exports(export.path, masters=masters, fault=run.fault, **sizes)
             skipped = [_LLAMA, _VLLM]
         context = {"export": str(export.path), "masters": run.masters, "skipped": skipped}
-        write_rows(folder / "verify.json", rows=rows, context=context)
+        write_rows(folder / VERIFICATION, rows=rows, context=context)
         Console().print(render(f"exports: {export.path}", rows=rows))
         for reason in skipped:
             Console().print(f"skipped: {reason}", markup=False, highlight=False)

@@ -5,6 +5,7 @@ from rich.console import Console
 from moetrain.commands.verify import VerifyFaultsRun
 from moetrain.run import recipe
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 
 def main(run: VerifyFaultsRun) -> int:
@@ -30,7 +31,7 @@ def main(run: VerifyFaultsRun) -> int:
         rows = verify_faults(folder, request)
         names = ("model", "kills", "collection_kills", "recipe", "recipe_kills", "ranks", "fault")
         context = {name: str(vars(run)[name]) for name in names}
-        write_rows(folder / "verify.json", rows=rows, context=context)
+        write_rows(folder / VERIFICATION, rows=rows, context=context)
         Console().print(render(f"faults: {run.model}, {run.kills} kills", rows=rows))
     check_rows(rows)
     return 0

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from moetrain.commands.verify import VerifyGpuRun
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 _WIDTH = 160  # of the table in characters, also when the output is not a terminal
 
@@ -24,7 +25,7 @@ def main(run: VerifyGpuRun) -> int:
         rows = []
         for row in verify_gpu(run, folder=folder):
             rows.append(row)
-            write_rows(folder / "verify.json", rows=rows, context=context)
+            write_rows(folder / VERIFICATION, rows=rows, context=context)
             if not row.is_kept:
                 console.print(f"{row.name}: {row.note}", markup=False, highlight=False)
         console.print(render(f"{context['gpu']}, torch {context['torch']}", rows=rows))

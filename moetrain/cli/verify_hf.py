@@ -5,6 +5,7 @@ from rich.console import Console
 from moetrain.commands.verify import VerifyHfRun
 from moetrain.files import user_path
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 
 def main(run: VerifyHfRun) -> int:
@@ -23,7 +24,7 @@ def main(run: VerifyHfRun) -> int:
             subject = run.init_from
             path = user_path(run.init_from)
             rows = [verify_folder(path / EXPORT if (path / EXPORT).is_dir() else path, **sizes, fault=run.fault)]
-        write_rows(folder / "verify.json", rows=rows, context={"of": subject})
+        write_rows(folder / VERIFICATION, rows=rows, context={"of": subject})
         Console().print(render(f"fp32 logits, ours against transformers': {subject}", rows=rows))
     check_rows(rows)
     return 0

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from moetrain.commands.verify import VerifyLayoutsRun
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 _WIDTH = 150  # of the table in characters, also when the output is not a terminal
 
@@ -34,7 +35,7 @@ def main(run: VerifyLayoutsRun) -> int:
             "fault": str(run.fault),
             "gaps": {layout.name: gaps for layout, gaps in outcome.gaps.items()},
         }
-        write_rows(folder / "verify.json", rows=rows, context=context)
+        write_rows(folder / VERIFICATION, rows=rows, context=context)
         console = Console(width=_WIDTH)
         console.print(f"smallest margin of a chosen expert: {'; '.join(margins)}", highlight=False)
         console.print(render(f"layouts: {counted}", rows=rows))

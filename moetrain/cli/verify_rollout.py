@@ -4,6 +4,7 @@ from rich.console import Console
 
 from moetrain.commands.verify import VerifyRolloutRun
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 _WIDTH = 130  # width of the table in characters, also when the output is not a terminal
 
@@ -16,7 +17,7 @@ def main(run: VerifyRolloutRun) -> int:
 
     with stage_folder(run) as folder:
         rows = list(verify_rollout(run))
-        write_rows(folder / "verify.json", rows=rows, context={"of": "tiny random models"})
+        write_rows(folder / VERIFICATION, rows=rows, context={"of": "tiny random models"})
         Console(width=_WIDTH).print(render("generation: tokens and logprobs, bit for bit", rows=rows))
     check_rows(rows)
     return 0

@@ -8,6 +8,7 @@ from rich.table import Table
 from moetrain.commands.verify import VerifyServeRun
 from moetrain.errors import ConfigError
 from moetrain.run.stage import stage_folder
+from moetrain.stage_files import VERIFICATION
 
 
 def main(run: VerifyServeRun) -> int:
@@ -24,7 +25,7 @@ def main(run: VerifyServeRun) -> int:
     same_bits = find_for_generation(Kernels.auto) is not None
     with stage_folder(run) as folder:
         rows, report = verify_serve(run, folder=folder, same_bits=same_bits)
-        write_rows(folder / "verify.json", rows=rows, context={"of": run.init_from, **report})
+        write_rows(folder / VERIFICATION, rows=rows, context={"of": run.init_from, **report})
         Console().print(render(f"{run.clients} clients of {run.init_from}, {run.minutes:g} minutes", rows=rows))
         table = Table("requests", "number", "ends")
         for kind, ends in report["counts"].items():

@@ -25,8 +25,6 @@ from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
 
 _log = logging.getLogger(__name__)
 
-EVAL = "eval.json"
-"""File with the numbers of an evaluation stage."""
 _GRADER_TASKS = 200
 
 

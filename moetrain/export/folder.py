@@ -19,10 +19,10 @@ from torch import Tensor
 
 from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_tensor_files
 from moetrain.checkpoint.shape import CONFIG_FILE as CONFIG_FILE
-from moetrain.checkpoint.shape import RECORD_FILE as RECORD_FILE
 from moetrain.errors import CheckpointError
 from moetrain.files import previous_name, replace_folder, sync, write_json
 from moetrain.hf.folder import INDEX_FILE
+from moetrain.stage_files import EXPORT_RECORD
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +37,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     An export in `final` is replaced if its record is the same; another one is kept as `final`.previous, .previous.2 ...
     Raises CheckpointError when `final` exists and is not an export.
     """
-    if final.exists() and not (final / RECORD_FILE).is_file():
-        raise CheckpointError(f"{final}: exists and has no {RECORD_FILE}, so it is not an export: give another folder")
+    if final.exists() and not (final / EXPORT_RECORD).is_file():
+        raise CheckpointError(
+            f"{final}: exists and has no {EXPORT_RECORD}, so it is not an export: give another folder"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -47,7 +49,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        if final.exists() and (final / RECORD_FILE).read_bytes() != (partial / RECORD_FILE).read_bytes():
+        if final.exists() and (final / EXPORT_RECORD).read_bytes() != (partial / EXPORT_RECORD).read_bytes():
             kept = previous_name(final)
             final.rename(kept)
             _log.warning("%s had another export, which was moved to %s", final, kept)
@@ -92,7 +94,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `moetrain.json` with `record` and the digest of every file in `folder`. Call it after all other files."""
     files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **record, "files": files}
-    write_json(folder / RECORD_FILE, {**content, "sha256": _digest(content)}, indent=2)
+    write_json(folder / EXPORT_RECORD, {**content, "sha256": _digest(content)}, indent=2)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -114,14 +116,14 @@ def stated_record(folder: Path) -> dict[str, Any]:
     """Return the content of `moetrain.json`, without reading other files. Raises CheckpointError if it is damaged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder; give the folder of an export")
-    record = read_json(folder / RECORD_FILE)
+    record = read_json(folder / EXPORT_RECORD)
     stated = record.pop("sha256", None)
     if record.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{folder / RECORD_FILE}: format is {record.get('format')}, this version reads {_FORMAT}; {_REPAIR}"
+            f"{folder / EXPORT_RECORD}: format is {record.get('format')}, this version reads {_FORMAT}; {_REPAIR}"
         )
     if stated != _digest(record):
-        raise CheckpointError(f"{folder / RECORD_FILE}: its content does not match its sha256; {_REPAIR}")
+        raise CheckpointError(f"{folder / EXPORT_RECORD}: its content does not match its sha256; {_REPAIR}")
     return record
 
 

@@ -11,7 +11,7 @@ from moetrain.checkpoint.read import read_json
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import unpacked_experts
 from moetrain.export.config import ExportFormat
-from moetrain.export.folder import CONFIG_FILE, RECORD_FILE, open_weights, read_record, stated_record
+from moetrain.export.folder import CONFIG_FILE, open_weights, read_record, stated_record
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf
 from moetrain.export.gguf_tensors import tensors_of_gguf
 from moetrain.export.tensors import folder_tensors
@@ -21,6 +21,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.quant.config import FormatName, QuantConfig, quant_config
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, dequantize
+from moetrain.stage_files import EXPORT_RECORD
 
 
 @dataclass(kw_only=True)
@@ -95,7 +96,7 @@ class ExportTensors(Mapping[str, Tensor]):
 
 def is_export(folder: Path) -> bool:
     """Return whether `folder` contains the record of an export; its content is not checked."""
-    return (folder / RECORD_FILE).is_file()
+    return (folder / EXPORT_RECORD).is_file()
 
 
 def export_format(folder: Path) -> ExportFormat:
@@ -138,7 +139,7 @@ def read_export(folder: Path) -> Export:
     for name, quantized in experts.items():
         if name not in tensors.experts or quantized.group_size != export.quant.group_size:
             raise CheckpointError(
-                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {RECORD_FILE} states another "
+                f"{folder}: {name} is quantised in groups of {quantized.group_size}: {EXPORT_RECORD} states another "
                 "size, export again"
             )
     return export
@@ -153,7 +154,7 @@ def quant_of_record(record: Mapping[str, Any], folder: Path) -> QuantConfig:
     try:
         return quant_config(fields)
     except ValueError as error:
-        raise CheckpointError(f"{folder / RECORD_FILE}: {error}; export again with this version") from error
+        raise CheckpointError(f"{folder / EXPORT_RECORD}: {error}; export again with this version") from error
 
 
 def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
@@ -165,5 +166,5 @@ def _format_of(record: Mapping[str, Any], folder: Path) -> ExportFormat:
         return ExportFormat(stored)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder / RECORD_FILE}: format is {stored!r}, which this version does not read; export again"
+            f"{folder / EXPORT_RECORD}: format is {stored!r}, which this version does not read; export again"
         ) from error

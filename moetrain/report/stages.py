@@ -29,8 +29,7 @@ from moetrain.report.shapes import (
     validated,
     validated_metrics,
 )
-
-CONFIG = "config.yaml"
+from moetrain.stage_files import CONFIG, DONE, EVALUATION, EXPORT_RECORD, MADE_BY, METRICS, SUMMARY, VERIFICATION
 
 
 class Kind(StrEnum):
@@ -150,19 +149,19 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
 
 
 def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> Stage:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     return Stage(
         name=folder.name,
         folder=folder,
         kind=next((kind for section, kind in _SECTIONS.items() if section in config), Kind.other),
         config=config,
         metrics=validated_metrics(read_metrics(metrics), place=metrics) if metrics.is_file() else [],
-        summary=_json(folder / "summary.json", SUMMARY_SHAPE),
-        evaluation=_json(folder / "eval.json", EVALUATION_SHAPE),
-        export=_json(folder / "model" / "moetrain.json", EXPORT_SHAPE),
-        verification=_json(folder / "verify.json", VERIFICATION_SHAPE),
-        done=_json(folder / "done.json", DONE_SHAPE),
-        made_by=_json(folder / "made_by.json", MADE_BY_SHAPE),
+        summary=_json(folder / SUMMARY, SUMMARY_SHAPE),
+        evaluation=_json(folder / EVALUATION, EVALUATION_SHAPE),
+        export=_json(folder / "model" / EXPORT_RECORD, EXPORT_SHAPE),
+        verification=_json(folder / VERIFICATION, VERIFICATION_SHAPE),
+        done=_json(folder / DONE, DONE_SHAPE),
+        made_by=_json(folder / MADE_BY, MADE_BY_SHAPE),
         trained_by=trained_by.name,
         weights=trained_by.name,
     )

@@ -11,8 +11,9 @@ from moetrain.report.numbers import results, times
 from moetrain.report.run_page import run_page
 from moetrain.report.stages import Run
 from moetrain.report.table import markdown, tables
+from moetrain.stage_files import TIMES
 
-PAGE, RESULTS_JSON, RESULTS_MARKDOWN, TIMES = "report.html", "results.json", "results.md", "times.json"
+PAGE, RESULTS_JSON, RESULTS_MARKDOWN = "report.html", "results.json", "results.md"
 
 
 def write_report(run: Run, config: ReportConfig, *, folder: Path) -> None:

@@ -9,7 +9,7 @@ from moetrain.errors import CheckpointError
 from moetrain.files import user_path
 from moetrain.report.shapes import CONFIG_SHAPE, EVALUATION_SHAPE, validated
 from moetrain.run.record import flattened
-from moetrain.run.stage import CONFIG
+from moetrain.stage_files import CONFIG, EVALUATION
 from moetrain.tasks.config import TaskConfig
 
 _OF_TASKS = ("run.seed", "eval.num_tasks", "eval.first_task", "task.")
@@ -29,10 +29,9 @@ def read_before(run: EvalRun) -> dict[str, Any] | None:
         return None
     from moetrain.checkpoint.identity import differences
     from moetrain.checkpoint.read import read_json
-    from moetrain.eval.stage import EVAL  # loads torch
 
     folder = user_path(run.eval.before)
-    path = folder / EVAL
+    path = folder / EVALUATION
     if not path.is_file():
         raise CheckpointError(f"eval.before: there is no {path}; give the folder of a finished evaluation")
     numbers = validated(read_json(path), EVALUATION_SHAPE, place=f"eval.before: {path}")

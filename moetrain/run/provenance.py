@@ -11,8 +11,6 @@ from pathlib import Path
 
 from moetrain.runtime import num_ranks
 
-MADE_BY = "made_by.json"
-"""File in the stage folder with the values of `provenance`."""
 _GIB = 2**30
 
 

@@ -17,12 +17,10 @@ from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
 from moetrain.files import read_json_or_empty, sha256_of, user_path, write_json
 from moetrain.run.plugins import local_imports
+from moetrain.stage_files import CONFIG, DONE, EVALUATION, MACHINE, MADE_BY, METRICS, STARTED, TIMES
 
 _log = logging.getLogger(__name__)
 
-STARTED, DONE = "started.json", "done.json"
-"""Files written when a stage starts, and when it is done."""
-CONFIG = "config.yaml"
 _DIGESTS = ".digests.json"
 _IGNORED_KEYS = ("run.folder", "run.name", "run.wandb.project", "run.wandb.mode", "dry_run", "device_tflops")
 """Config keys that do not affect results."""
@@ -30,8 +28,8 @@ _DERIVED_KEYS = ("data.tokenizer.shrink_model",)
 """Config keys whose default follows from other keys; older versions did not have them, or gave them no effect."""
 _PATH_KEYS = ("path", "plugins", "init_from", "continue_from", "masters", "before", "codes_before")
 """Last parts of the keys that name files or folders, also without a slash."""
-_BOOKKEEPING = ("made_by.json", STARTED, DONE, "times.json", "wandb_id", "metrics.jsonl", "machine.json")
-_RESULTS_OF_A_STAGE = ("checkpoints", "model", "eval.json")
+_BOOKKEEPING = (MADE_BY, STARTED, DONE, TIMES, "wandb_id", METRICS, MACHINE)
+_RESULTS_OF_A_STAGE = ("checkpoints", "model", EVALUATION)
 _RUN_PLACEHOLDER = "<run>"
 _LARGE = 1 << 30  # bytes; hashing a file of this size or more is logged
 _MAX_SHOWN = 60  # characters of a value in a message

@@ -9,12 +9,13 @@ from moetrain.log import read_metrics
 from moetrain.rl.config import kernels_for
 from moetrain.run.begun import as_begun
 from moetrain.runtime import default_device
+from moetrain.stage_files import METRICS
 from moetrain.train.config import TrainConfig
 
 
 def check_resume(run: TrainingRun) -> None:
     """Raise `CheckpointError` if the metrics are invalid or the last checkpoint is of another configuration."""
-    metrics = run.run.path / "metrics.jsonl"
+    metrics = run.run.path / METRICS
     if metrics.is_file():
         read_metrics(metrics)
     folder = run.run.path / "checkpoints"

@@ -29,6 +29,7 @@ from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.trained_context import check_context
 from moetrain.run.weights import tokenizer_of, training_weights
 from moetrain.runtime import rank
+from moetrain.stage_files import SUMMARY
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.continuation import TASKS_USED, StartPoint, start_point_of
@@ -36,7 +37,6 @@ from moetrain.train.identity import identity_of
 from moetrain.train.interrupt import Status
 from moetrain.train.loop import run_training
 from moetrain.train.precision import DTYPES, resolve_precision
-from moetrain.train.stages import SUMMARY
 
 _log = logging.getLogger(__name__)
 _FAST = "Give rollout.mode=fast"

@@ -31,10 +31,11 @@ from moetrain.files import previous_name, read_json_or_empty, user_path, write_j
 from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
-from moetrain.run.record import CONFIG, DONE, STARTED, Record, changes, flattened, record_of, stored_record
+from moetrain.run.record import Record, changes, flattened, record_of, stored_record
 from moetrain.run.stage import check_writable, has_results, lock
 from moetrain.run.version import made_by
 from moetrain.runtime import die_with_parent
+from moetrain.stage_files import CONFIG, DONE, STARTED
 
 _log = logging.getLogger(__name__)
 

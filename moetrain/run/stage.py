@@ -15,17 +15,16 @@ from moetrain.compose import read_yaml, save_config, to_mapping
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.files import write_json
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
-from moetrain.run.provenance import MADE_BY, provenance
+from moetrain.run.provenance import provenance
 from moetrain.runtime import rank
+from moetrain.stage_files import CONFIG, EVALUATION, MADE_BY, METRICS, SUMMARY, VERIFICATION
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
-CONFIG = "config.yaml"
-"""File in the stage folder with the config of the stage."""
 _COLLECTED = ("finished_modes.json", "collection/*")
 """Patterns of what an evaluation or a collection has finished before it ends."""
 _RESULTS = (
-    *("checkpoints/step_*", "model/*", "summary.json", "eval.json", "verify.json", "report.html", "*/index.json"),
+    *("checkpoints/step_*", "model/*", SUMMARY, EVALUATION, VERIFICATION, "report.html", "*/index.json"),
     *(*_COLLECTED, "traces/*"),  # of an evaluation or a collection that was stopped
 )
 """Patterns of result files in a stage folder, which belong to its config."""
@@ -139,7 +138,7 @@ def stage_metrics(run: StageRun) -> Iterator[Metrics]:
     first: dict[str, float] = {}
     if rank() == 0:
         mode = wandb_mode(run.run.wandb.mode)
-        sinks.append(JsonlMetrics(run.run.path / "metrics.jsonl"))
+        sinks.append(JsonlMetrics(run.run.path / METRICS))
         if mode is not WandbMode.disabled:
             command = next(command for command, schema in SCHEMAS.items() if schema is type(run))
             wandb = WandbMetrics(

@@ -12,7 +12,7 @@ from moetrain.errors import ConfigError
 from moetrain.export.folder import stated_record
 from moetrain.export.read import is_export
 from moetrain.export.write import CONTEXT
-from moetrain.run.stage import CONFIG
+from moetrain.stage_files import CONFIG
 
 
 def trained_context(origin: Origin) -> Mapping[str, Any] | None:

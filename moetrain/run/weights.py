@@ -12,7 +12,7 @@ from moetrain.commands.training import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export.config import ExportConfig, ExportFormat
-from moetrain.export.folder import RECORD_FILE, read_record
+from moetrain.export.folder import read_record
 from moetrain.export.read import ExportTensors, export_format, is_export, quant_of_record, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.files import sha256_of, user_path
@@ -25,6 +25,7 @@ from moetrain.inference.weights import Tensors, TensorsWithCodes
 from moetrain.kernels.build import Library
 from moetrain.quant.config import QuantConfig
 from moetrain.quant.masters import CodeReader
+from moetrain.stage_files import EXPORT_RECORD
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def _read(path: Path) -> Origin:
         model=model,
         quant=quant_of_record(record, path),
         tokenizer=path,
-        make_digest=lambda: sha256_of(path / RECORD_FILE),  # it has the digests of all other files
+        make_digest=lambda: sha256_of(path / EXPORT_RECORD),  # it has the digests of all other files
         step=record["step"],
         codes=codes,
     )

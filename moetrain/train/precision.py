@@ -15,6 +15,7 @@ from moetrain.kernels.build import Library
 from moetrain.kernels.choice import CURE, find
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.topology import Topology
+from moetrain.stage_files import MACHINE
 from moetrain.train.config import ComputeDtype, TrainConfig
 from moetrain.train.peak import read_measurement, store_measurement
 
@@ -22,8 +23,6 @@ _log = logging.getLogger(__name__)
 _Config = TypeVar("_Config", bound=TrainConfig)
 
 DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float32: torch.float32}
-MACHINE = "machine.json"
-"""File in a stage's folder with measurements of the machine."""
 _GAIN_KEY = "speed of float32 products over bfloat16 ones"
 _NATIVE_KEY = "native kernels"
 """1 if the stage computes with native kernels, else 0."""

@@ -35,6 +35,7 @@ from moetrain.parallel.engine import build_engine
 from moetrain.parallel.protocol import Engine
 from moetrain.parallel.topology import Topology, setup
 from moetrain.quant.config import QuantConfig
+from moetrain.stage_files import MACHINE, SUMMARY
 from moetrain.train.config import DocumentTrainConfig
 from moetrain.train.continuation import ROWS_READ, StartPoint, check_same_sources, start_point_of
 from moetrain.train.document_stage import DocumentStage, document_training
@@ -43,15 +44,13 @@ from moetrain.train.interrupt import Status
 from moetrain.train.loop import Outcome, run_training
 from moetrain.train.loss import ObjectiveFor, language_model_objective
 from moetrain.train.peak import total_peak
-from moetrain.train.precision import DTYPES, MACHINE, resolve_precision
+from moetrain.train.precision import DTYPES, resolve_precision
 from moetrain.train.rows import read_rank_rows
 from moetrain.train.stage_tokenizer import fitted_model, stage_tokenizer
 from moetrain.train.validate import validate
 
 _log = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
-"""Results of a finished stage; the file does not exist before the stage is finished."""
 
 Dialogues = Callable[[Tokenizer], Mapping[str, Iterable[TokenizedDocument]]]
 """Returns the documents of each source of kind dialogues, given the tokenizer."""

@@ -19,7 +19,7 @@ from moetrain.commands.verify import ExportFault
 from moetrain.errors import ConfigError
 from moetrain.export.compressed_tensors import module_of
 from moetrain.export.config import ExportFormat
-from moetrain.export.folder import RECORD_FILE, open_weights, read_record, write_record
+from moetrain.export.folder import open_weights, read_record, write_record
 from moetrain.export.read import Export, read_export
 from moetrain.export.tensors import folder_tensors
 from moetrain.hf.names import copied_name
@@ -28,6 +28,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.quant.formats import FORMATS
 from moetrain.quant.grids import Quantized, codes_of, dequantize
 from moetrain.runtime import torch_stream
+from moetrain.stage_files import EXPORT_RECORD
 from moetrain.verify.consumer import logits_of
 from moetrain.verify.masters import Masters, plain
 from moetrain.verify.table import Row
@@ -199,7 +200,7 @@ def _with_fault(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
             tensors = load_file(path)
             if here := {name: tensor for name, tensor in changed.items() if name in tensors}:
                 save_file(tensors | here, path, metadata={"format": "pt"})
-        (copy / RECORD_FILE).unlink()
+        (copy / EXPORT_RECORD).unlink()
         write_record(copy, record)
         yield copy
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from moetrain.log import read_metrics
 from moetrain.runtime import ENDED, die_with_parent, process_state
+from moetrain.stage_files import METRICS
 from moetrain.verify.injection import VARIABLE, Plan
 from moetrain.verify.table import Row
 
@@ -169,7 +170,7 @@ def pause() -> None:
 
 def num_lines(stage: Path) -> int:
     """Return the number of lines in metrics.jsonl."""
-    path = stage / "metrics.jsonl"
+    path = stage / METRICS
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
@@ -188,7 +189,7 @@ def numbers(stage: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what may differ: times, damaged checkpoints, counts of generation."""
     lines = [
         {name: value for name, value in row.items() if not name.startswith(("time/", "checkpoint/", "generation/"))}
-        for row in read_metrics(stage / "metrics.jsonl")
+        for row in read_metrics(stage / METRICS)
     ]
     return [line for line in lines if len(line) > 1]
 

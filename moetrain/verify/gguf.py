@@ -13,7 +13,7 @@ from torch import Tensor
 from moetrain.commands.verify import ExportFault
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
-from moetrain.export.folder import RECORD_FILE, read_record, write_record
+from moetrain.export.folder import read_record, write_record
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf, tensor_places
 from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
 from moetrain.export.read import Export, read_export
@@ -22,6 +22,7 @@ from moetrain.interpreters import ForeignProgram, find_interpreter
 from moetrain.model.transformer import Transformer
 from moetrain.quant.grids import Quantized, codes_of
 from moetrain.runtime import torch_stream
+from moetrain.stage_files import EXPORT_RECORD
 from moetrain.verify.consumer import Verified
 from moetrain.verify.exports import NORM_FAULT
 from moetrain.verify.llama import ask_llama, llama_rows
@@ -157,6 +158,6 @@ def _planted(folder: Path, *, fault: ExportFault) -> Iterator[Path]:
             byte = file.read(1)[0]
             file.seek(-1, 1)
             file.write(bytes([byte ^ (1 if fault is ExportFault.code else 4)]))
-        (copy / RECORD_FILE).unlink()
+        (copy / EXPORT_RECORD).unlink()
         write_record(copy, record)
         yield copy

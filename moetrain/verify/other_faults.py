@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 from moetrain.log import read_metrics
+from moetrain.stage_files import METRICS
 from moetrain.verify import fault_runs
 from moetrain.verify.fault_runs import ROWS_PER_STEP, Attempt, FaultSetup, begin
 from moetrain.verify.injection import Plan
@@ -91,7 +92,7 @@ def nonfinite_rows(setup: FaultSetup) -> list[Row]:
     is_clear = code != 0 and f"step {_NAN_STEP + 1}: the loss is nan" in stopped.output()
     again = begin(setup, "nan_stop", plan={}).wait()
     skipping = begin(setup, "nan_skip", plan=spoilt, more=["train.on_nonfinite=skip"]).wait()
-    rows = [row for row in read_metrics(setup.stage("nan_skip") / "metrics.jsonl") if "skipped_steps" in row]
+    rows = [row for row in read_metrics(setup.stage("nan_skip") / METRICS) if "skipped_steps" in row]
     counted = [row["skipped_steps"] for row in rows]
     is_counted = skipping == 0 and counted[-1:] == [1.0] and sum("loss" not in row for row in rows) == 1
     return [

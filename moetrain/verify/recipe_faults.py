@@ -18,6 +18,7 @@ from pathlib import Path
 from moetrain.errors import ConfigError
 from moetrain.files import sha256_of
 from moetrain.runtime import ENDED, die_with_parent, process_state, python_stream
+from moetrain.stage_files import CONFIG, DONE, MACHINE, MADE_BY, METRICS, STARTED, SUMMARY, TIMES
 from moetrain.verify import fault_runs
 from moetrain.verify.table import Row
 
@@ -26,7 +27,7 @@ _LATEST_SHARE = 0.7
 _POLL_S = 0.02
 _ALL_ENDED_S = 60.0
 _VICTIMS = ("command", "stage", "all")
-_MEASURED = {"config.yaml", "done.json", "made_by.json", "machine.json", "started.json", "summary.json", "times.json"}
+_MEASURED = {CONFIG, DONE, MADE_BY, MACHINE, STARTED, SUMMARY, TIMES}
 """Files of a stage that contain times, paths and ids; `report.html` draws these too."""
 
 
@@ -167,7 +168,7 @@ def comparison_rows(whole: Path, killed: Path) -> list[Row]:
     compared = 0
     for stage in stages:
         ours, theirs = [
-            fault_runs.numbers(folder) if (folder / "metrics.jsonl").is_file() else []
+            fault_runs.numbers(folder) if (folder / METRICS).is_file() else []
             for folder in (killed / stage, whole / stage)
         ]
         num_lines += max(len(ours), len(theirs))
@@ -199,7 +200,7 @@ def _digests(stage: Path) -> dict[str, str]:
     for path in sorted(path for path in stage.rglob("*") if path.is_file()):
         name = path.relative_to(stage)
         is_other = name.name in _MEASURED or name.name.startswith(".") or name.suffix == ".html"
-        if is_other or name.parts[0] in ("checkpoints", "wandb") or name.name == "metrics.jsonl":
+        if is_other or name.parts[0] in ("checkpoints", "wandb") or name.name == METRICS:
             continue
         digests[name.as_posix()] = sha256_of(path)
     return digests
@@ -210,7 +211,7 @@ def _stage_of(pid: int, stages: Path) -> str:
     for child in _descendants(pid):
         for word in _words(child):
             path = Path(word)
-            if path.name == "config.yaml" and path.parent.parent == stages:
+            if path.name == CONFIG and path.parent.parent == stages:
                 return path.parent.name
     return ""
 

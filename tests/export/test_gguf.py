@@ -15,7 +15,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.export import config as export_config
 from moetrain.export.config import ExportConfig, ExportFormat, GgufDtype
-from moetrain.export.folder import RECORD_FILE, write_record
+from moetrain.export.folder import write_record
 from moetrain.export.gguf_file import GGUF_FILE, read_gguf
 from moetrain.export.read import read_export
 from moetrain.export.write import ExportReport, export_model
@@ -26,6 +26,7 @@ from moetrain.quant.config import FormatName, GridName, QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.quant.grids import dequantize, quantize
 from moetrain.run.weights import read_weights
+from moetrain.stage_files import EXPORT_RECORD
 from tests.allocations import peak_bytes
 
 gguf = pytest.importorskip("gguf", reason="the optional package gguf is not installed")
@@ -303,14 +304,14 @@ def test_a_damaged_file_is_named(
     for damaged in (content[: len(content) // 2], b"GGUX" + content[4:]):
         path.write_bytes(damaged)
         record = {key: value for key, value in _record(tmp_path / "out").items() if key not in ("files", "sha256")}
-        (tmp_path / "out" / RECORD_FILE).unlink()
+        (tmp_path / "out" / EXPORT_RECORD).unlink()
         write_record(tmp_path / "out", record)
         with pytest.raises(CheckpointError, match=r"model\.gguf: cannot be read as GGUF"):
             read_export(tmp_path / "out")
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    return read_json(folder / RECORD_FILE)
+    return read_json(folder / EXPORT_RECORD)
 
 
 def test_without_the_package_the_export_is_refused_before_it_writes(

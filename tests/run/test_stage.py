@@ -9,8 +9,8 @@ import pytest
 from moetrain.commands.stage import StageRun
 from moetrain.compose import compose, load_config
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.run.provenance import MADE_BY
-from moetrain.run.stage import CONFIG, check_folder, check_writable, stage_folder
+from moetrain.run.stage import check_folder, check_writable, stage_folder
+from moetrain.stage_files import CONFIG, MADE_BY
 
 
 def pretrain(folder: Path, *words: str) -> StageRun:

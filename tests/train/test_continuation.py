@@ -18,10 +18,11 @@ from moetrain.errors import CheckpointError, ConfigError
 from moetrain.log import read_metrics
 from moetrain.optim.config import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from moetrain.parallel.config import EngineName
+from moetrain.stage_files import SUMMARY
 from moetrain.train.config import Continuation
 from moetrain.train.continuation import StartPoint
 from moetrain.train.interrupt import Status
-from moetrain.train.stages import SUMMARY, Sections
+from moetrain.train.stages import Sections
 from tests.data.test_loader import rows_of
 from tests.train.test_stages import run, sections, write_texts
 from tests.train.toy import losses

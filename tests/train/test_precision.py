@@ -14,10 +14,10 @@ from moetrain.kernels.build import UnavailableError, load
 from moetrain.kernels.config import Kernels
 from moetrain.parallel.config import ParallelConfig
 from moetrain.parallel.topology import setup
+from moetrain.stage_files import MACHINE
 from moetrain.train.config import ComputeDtype, TrainConfig
 from moetrain.train.precision import (
     DTYPES,
-    MACHINE,
     ResolvedPrecision,
     expected_precision,
     faster_dtype,

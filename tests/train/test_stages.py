@@ -23,10 +23,11 @@ from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.parallel.state import TensorReader
 from moetrain.quant.config import QuantConfig
+from moetrain.stage_files import SUMMARY
 from moetrain.train.config import ComputeDtype, DocumentTrainConfig, RampConfig
 from moetrain.train.interrupt import Status
 from moetrain.train.stage_tokenizer import stage_tokenizer
-from moetrain.train.stages import SUMMARY, Sections, train_stage
+from moetrain.train.stages import Sections, train_stage
 from tests.data.test_tokenizer import plain_tokenizer
 from tests.distributed import run_ranks
 from tests.train.toy import losses, toy_model
