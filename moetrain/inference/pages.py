@@ -94,7 +94,7 @@ class PageTree:
 
         What else was written there is overwritten before it is read.
         """
-        at = max((place for place, page in enumerate(chain) if page.tokens), default=0)
+        at = next((place for place in reversed(range(len(chain))) if chain[place].tokens), 0)
         placed = 0
         while placed < len(tokens):
             page = chain[at]
