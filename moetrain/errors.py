@@ -29,6 +29,10 @@ class CheckpointError(MoetrainError, ValueError):
     exit_code = 2
 
 
+class SaveError(MoetrainError, OSError):
+    """A checkpoint or an export was not written, for example because the disk is full."""
+
+
 class RolloutError(MoetrainError, RuntimeError):
     """Trajectories could not be collected."""
 
@@ -52,8 +56,13 @@ class DivergenceError(MoetrainError, FloatingPointError):
 
 
 def described(error: BaseException) -> str:
-    """Return the type and text of an error of foreign code, whose text may itself fail."""
-    return f"{type(error).__name__}: {text_of(error)}"
+    """Return the type and text of an error of foreign code, on one line. The text may itself fail."""
+    return f"{type(error).__name__}: {line_of(error)}"
+
+
+def line_of(error: BaseException) -> str:
+    """Return the text of an error of foreign code, on one line."""
+    return " ".join(text_of(error).splitlines())
 
 
 def text_of(error: BaseException) -> str:

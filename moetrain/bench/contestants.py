@@ -24,7 +24,7 @@ from moetrain.bench.spread import spread
 from moetrain.commands.bench_generation import GenerationPeer
 from moetrain.errors import MoetrainError
 from moetrain.export.config import ExportFormat
-from moetrain.export.write import consumer_reasons
+from moetrain.export.write import export_reasons
 from moetrain.hf.shape import vllm_overrides
 from moetrain.interpreters import ForeignProgram, find_interpreter, vllm_variables
 from moetrain.model.config import ModelConfig
@@ -98,7 +98,7 @@ def entries(
 
 def _checked(entry: Entry, *, model: ModelConfig, quant: QuantConfig) -> Entry:
     """Return the contestant, as one that cannot take part if it would not compute the model as it was trained."""
-    reasons = consumer_reasons(model, quant, format=entry.format)[entry.consumer]
+    reasons = export_reasons(model, quant, format=entry.format)[entry.consumer]
     if entry.absent or not reasons:
         return entry
     return replace(entry, absent=f"not measured, since it would not compute this model ({'; '.join(reasons)})")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moetrain.checkpoint.write import Retention, begin, commit, write_part
-from moetrain.errors import CheckpointError, DivergenceError
+from moetrain.errors import CheckpointError, DivergenceError, SaveError
 from moetrain.parallel.protocol import Engine, Piece
 from moetrain.parallel.topology import Topology
 
@@ -135,7 +135,7 @@ class Saver:
                     shutil.rmtree(partial, ignore_errors=True)  # the next start removes what remains
         path, failure = self._topology.broadcast_object((path, failure))
         if failure is not None:
-            raise CheckpointError(f"{self._folder}: checkpoint {step} was not written: {failure}; {CURE}")
+            raise SaveError(f"{self._folder}: checkpoint {step} was not written: {failure}; {CURE}")
         return path
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from moetrain.cli import report
 from moetrain.commands.recipe import ReportRun
+from moetrain.errors import ConfigError
 from moetrain.log import duration
 from moetrain.run import dry_run
 from moetrain.run.runner import Row, prepare, run_stages
@@ -34,6 +35,8 @@ def main(words: Sequence[str]) -> int:
     if ran.code:
         again = prepared.run.again_from
         how = "run the same command" + (f" without again_from={again}" if again else "")
+        if ran.code == ConfigError.exit_code:
+            how = f"mend what the line above it names, and {how}"
         print(
             f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; {how} to resume it",
             file=sys.stderr,

@@ -209,7 +209,8 @@ def _tokenizer(
     if tokenizer.vocab_size < size and wanted is not None:
         raise DataError(
             f"data.tokenizer.vocab_size is {wanted}, the texts give {tokenizer.vocab_size} tokens: give more text, or "
-            f"remove data.tokenizer.vocab_size; model.vocab_size can be {tokenizer.vocab_size} or any larger number"
+            f"remove data.tokenizer.vocab_size; model.vocab_size can be {tokenizer.vocab_size} or any larger number "
+            "(with weights it is theirs)"
         )
     if num_rows is not None and tokenizer.vocab_size < num_rows and not config.tokenizer.shrink_model:
         _log.warning(

@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.checkpoint.read import TensorFiles, fingerprint, read_json, whole_tensor_files
 from moetrain.checkpoint.shape import CONFIG_FILE as CONFIG_FILE
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, SaveError
 from moetrain.files import previous_name, replace_folder, sync, write_json
 from moetrain.hf.folder import INDEX_FILE
 from moetrain.stage_files import EXPORT_RECORD
@@ -58,6 +59,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def not_written(path: Path, error: Exception) -> SaveError:
+    """Return the error of a file of weights that could not be written."""
+    return SaveError(f"{path}: not written: {error}; make room, and run the same command again")
+
+
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> int:
     """Write named tensors as shards with an index, one shard in memory at a time; return the bytes of the tensors."""
     shards: list[list[str]] = []
@@ -67,7 +73,10 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_
     def flush() -> None:
         nonlocal pending_bytes
         path = folder / f"{len(shards)}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
+        try:
+            save_file(pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise not_written(path, error) from error
         with suppress(PermissionError):  # a file system without permissions
             path.chmod(folder.stat().st_mode & 0o666)  # save_file makes files that only their owner can read
         shards.append(list(pending))

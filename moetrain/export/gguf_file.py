@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.export.folder import not_written
 from moetrain.export.gguf_metadata import ARCHITECTURE, Metadata
 from moetrain.export.gguf_tensors import BLOCK, BLOCK_BYTES, GgufTensor, quantized_of
 from moetrain.quant.grids import Quantized
@@ -49,6 +50,9 @@ def write_gguf(path: Path, *, metadata: Metadata, tensors: Iterable[GgufTensor])
         writer.write_ti_data_to_file()
         for tensor in planned:
             writer.write_tensor_data(tensor.data())
+        writer.flush()
+    except OSError as error:
+        raise not_written(path, error) from error
     finally:
         writer.close()
     return sum(tensor.num_bytes for tensor in planned)

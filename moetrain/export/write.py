@@ -14,6 +14,7 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import CheckpointError
 from moetrain.export.compressed_tensors import packed_tensors, quantization_config
 from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.consumers import consumer_reasons
 from moetrain.export.experts import ExpertCodes
 from moetrain.export.folder import CONFIG_FILE, atomic_folder, write_record, write_weights
 from moetrain.export.gguf_file import GGUF_FILE, write_gguf
@@ -21,7 +22,7 @@ from moetrain.export.gguf_metadata import model_metadata, tokenizer_metadata
 from moetrain.export.gguf_tensors import gguf_tensors
 from moetrain.export.tensors import FiniteReader, FolderTensors, folder_tensors
 from moetrain.files import write_json
-from moetrain.hf.consumers import PLAIN_LAYERS, check_consumers, obstacles
+from moetrain.hf.consumers import PLAIN_LAYERS, check_consumers
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.model.config import ModelConfig
@@ -99,7 +100,7 @@ def export_model(
     """
     export.check_library()
     reader, model = _without_modules(reader, model, format=export.format)
-    reasons = consumer_reasons(model, quant, format=export.format)
+    reasons = export_reasons(model, quant, format=export.format)
     check_consumers(reasons, export.wanted)
     tensors = folder_tensors(model)
     tensors.check_shapes(reader)
@@ -190,17 +191,11 @@ def _log_report(folder: Path, report: ExportReport, *, reasons: Mapping[Consumer
             _log.info("%s computes this export as it was trained", consumer)
 
 
-def consumer_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
-    """Return for each consumer the reasons why it would not compute the export as trained; empty when it would."""
-    reasons = {consumer: obstacles(model, consumer) for consumer in Consumer}
-    is_gguf = format is ExportFormat.gguf
-    num_quantised = model.num_moe_layers + model.num_mtp_layers
-    for consumer in Consumer:
-        if is_gguf and consumer not in (Consumer.llama_cpp, Consumer.moetrain):
-            reasons[consumer].append(f"export.format={format}: it reads safetensors")
-        if not is_gguf and consumer is Consumer.llama_cpp:
-            reasons[consumer].append(f"export.format={format}: it reads GGUF only")
-    if (format is ExportFormat.quantized or (is_gguf and quant.enabled)) and num_quantised:
+def export_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportFormat) -> dict[Consumer, list[str]]:
+    """Return the reasons of `consumer_reasons`, and those of the quantisation format where experts are quantised."""
+    reasons = consumer_reasons(model, format)
+    is_quantised = format is ExportFormat.quantized or (format is ExportFormat.gguf and quant.enabled)
+    if is_quantised and model.num_moe_layers + model.num_mtp_layers:
         for consumer in Consumer:
             reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)
     return reasons

@@ -50,11 +50,6 @@ def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer
             )
 
 
-def check_shape(model: ModelConfig, wanted: list[Consumer]) -> None:
-    """Raise ConfigError when a wanted consumer would not compute this shape. The export also checks the format."""
-    check_consumers({consumer: obstacles(model, consumer) for consumer in Consumer}, wanted)
-
-
 def _of_rope(model: ModelConfig, consumer: Consumer) -> Iterator[str]:
     yarn = model.yarn
     if yarn.factor <= 1:

@@ -194,6 +194,8 @@ def _packed(disk: Mapping[str, DiskTensor], groups: PackedGroups) -> Iterator[Pa
             raise CheckpointError(f"{module}{min(missing)} is missing: a packed matrix requires {', '.join(suffixes)}")
         if any(len(tensor.shape) != (1 if suffix == _SHAPE_SUFFIX else 2) for suffix, tensor in tensors.items()):
             raise CheckpointError(f"{module}: a packed matrix has two axes; experts that are packed fused are not read")
+        if (shape := tensors.get(_SHAPE_SUFFIX)) and shape.shape != (2,):
+            raise CheckpointError(f"{module}{_SHAPE_SUFFIX} has shape {list(shape.shape)}: it holds two numbers, [2]")
         for suffix, tensor in tensors.items():
             if tensor.dtype not in (read := FORMATS[groups.format].dtypes.get(suffix, (tensor.dtype,))):
                 raise CheckpointError(f"{module}{suffix} has dtype {tensor.dtype}: {', '.join(read)} are read")

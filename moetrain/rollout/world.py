@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moetrain.chat.messages import Message
-from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, text_of
+from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, line_of, text_of
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.reactor import call_task, run_inline
 from moetrain.tasks.protocol import (
@@ -238,7 +238,7 @@ class EnvironmentClient:
                 return await self._once(act, what, limit_s=limit_s)
             except TransientError as error:
                 if attempt == self._config.max_retries:
-                    raise EnvironmentFailure(f"{what}: {text_of(error)} ({attempt + 1} attempts)") from error
+                    raise EnvironmentFailure(f"{what}: {line_of(error)} ({attempt + 1} attempts)") from error
             except _DeadlineMissed as error:
                 raise _DeadlineMissed(f"{what}: {error}") from error
             except EnvironmentFailure:

@@ -22,8 +22,9 @@ from moetrain.data.store.index import TOKENIZER as PREPARED_TOKENIZER
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import ConfigError, DataError
 from moetrain.export.config import ExportFormat
+from moetrain.export.consumers import consumer_reasons
 from moetrain.files import user_path
-from moetrain.hf.consumers import check_shape
+from moetrain.hf.consumers import check_consumers
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.run.begun import as_begun
@@ -92,7 +93,7 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
         _check_dense(model, run, weights)
     if isinstance(run, ExportRun):
         run.export.check_library()
-        check_shape(model, run.export.wanted)
+        check_consumers(consumer_reasons(model, run.export.format), run.export.wanted)
         quant = _quant_of(weights, earlier) or run.quant
         if run.export.format is ExportFormat.quantized or (run.export.format is ExportFormat.gguf and quant.enabled):
             check_groups(model, quant)

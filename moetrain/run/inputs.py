@@ -30,7 +30,7 @@ from moetrain.data.store.plan import check_plans
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.files import user_path
-from moetrain.hf.consumers import check_shape
+from moetrain.hf.consumers import check_consumers
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
@@ -226,6 +226,7 @@ def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
 def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
     # These imports load torch, which a command line without weights does not need.
     from moetrain.checkpoint.origin import check_fit
+    from moetrain.export.write import export_reasons
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
     from moetrain.run.weights import (
@@ -249,8 +250,8 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
         run.export.check_library()
-        quant_of_export(origin, given=run.quant)
-        check_shape(origin.model, run.export.wanted)
+        quant, form = quant_of_export(origin, given=run.quant), run.export.format
+        check_consumers(export_reasons(origin.model, quant, format=form), run.export.wanted)
     if isinstance(run, DocumentRun):
         document_start_point(sections_of(run), origin)
     if isinstance(run, RlRun):

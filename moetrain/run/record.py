@@ -72,11 +72,11 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
 def stored_record(folder: Path) -> Record | None:
     """Return the record with which a stage started, or None if no stage has started in `folder`.
 
-    Where the record is damaged, or an older version wrote none, the config is read from config.yaml, and the file
-    digests are unknown.
+    Where the record is missing, because the stage was started by hand, or damaged, the config is read from config.yaml,
+    and the file digests are unknown.
     """
     started = read_json_or_empty(folder / STARTED)
-    if not started and not (folder / STARTED).is_file():
+    if not started and not any((folder / name).is_file() for name in (STARTED, CONFIG)):
         return None
     if {"config", "files", "inputs"} <= started.keys():
         return Record(config=started["config"], files=started["files"], inputs=started["inputs"])

@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -187,14 +188,17 @@ def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
             _log.info("stage %s resumes with %s", stage.name, "; ".join(differences))
             continue
         if prepared.run.on_change is not OnChange.rerun:
-            raise _refusal(prepared.folder / stage.name, stage.name, differences)
+            raise _refusal(prepared, stage, differences)
         _log.info("stage %s runs again (%s)", stage.name, "; ".join(differences))
         begin = number
         break
     moved = {}
-    for stage in prepared.stages[begin:]:
-        if (folder := prepared.folder / stage.name).exists():
-            new_path = move_aside(folder)
+    outdated = [stage for stage in prepared.stages[begin:] if (prepared.folder / stage.name).exists()]
+    with ExitStack() as stack:
+        for stage in outdated:  # none is moved if another process works in one
+            stack.enter_context(lock(prepared.folder / stage.name))
+        for stage in outdated:
+            new_path = move_aside(prepared.folder / stage.name)
             if new_path is not None:
                 moved[stage.name] = new_path
     return begin, moved
@@ -222,8 +226,10 @@ def _identity(folder: Path) -> str:
     return str(read_json_or_empty(folder / STARTED).get("id", ""))
 
 
-def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError:
+def _refusal(prepared: Prepared, stage: recipe.Stage, differences: Sequence[str]) -> ConfigError:
+    name, folder = stage.name, prepared.folder / stage.name
     is_done = (folder / DONE).is_file()
+    can_continue = isinstance(stage.config, TrainingRun) and any(line.startswith(_CONTINUABLE) for line in differences)
     state = "is done" if is_done else "has begun"
     kept_as = previous_name(folder).name
     keep = "on_change=keep takes the results as they are" if is_done else "the earlier configuration resumes it"
@@ -231,7 +237,7 @@ def _refusal(folder: Path, name: str, differences: Sequence[str]) -> ConfigError
         f"stage {name} {state} with another configuration: {'; '.join(differences)}. Its results stay as they are. "
         f"again_from={name} runs it and the stages after it again and keeps what is there as {kept_as}; "
         f"on_change=rerun does so from the first changed stage on; {keep}; name=NEW starts a separate run"
-        f"{_CONTINUE_ADVICE.format(name=name) if any(line.startswith(_CONTINUABLE) for line in differences) else ''}"
+        f"{_CONTINUE_ADVICE.format(name=name) if can_continue else ''}"
     )
 
 
@@ -250,13 +256,14 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     folder = prepared.folder / stage.name
     stage.config = stage.composed()  # with the number of rows of its weights, which are on disk now
     check_inputs(stage.config, world_size=stage.processes)
-    if not has_results(folder) and _changes(prepared, stage):
-        move_aside(folder)  # it contains only files of another config, and no results
-    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if not has_results(folder) and _changes(prepared, stage):
+            move_aside(folder)  # it contains only files of another config, and no results
     config = folder / CONFIG
-    save_config(stage.config, config)
-    identity = _identity(folder) or uuid.uuid4().hex
-    write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **_record(prepared, stage).stored()})
+    with lock(folder):
+        save_config(stage.config, config)
+        identity = _identity(folder) or uuid.uuid4().hex
+        write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **_record(prepared, stage).stored()})
     words = [*stage.command.split(), "--config", str(config)]
     python = [sys.executable, "-m"]
     launcher, code = python, 0

@@ -17,17 +17,19 @@ from moetrain.files import write_json
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
 from moetrain.run.provenance import provenance
 from moetrain.runtime import rank
-from moetrain.stage_files import CONFIG, EVALUATION, MADE_BY, METRICS, SUMMARY, VERIFICATION
+from moetrain.stage_files import CONFIG, MACHINE, MADE_BY, METRICS, STARTED
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
 _COLLECTED = ("finished_modes.json", "collection/*")
 """Patterns of what an evaluation or a collection has finished before it ends."""
 _RESULTS = (
-    *("checkpoints/step_*", "model/*", SUMMARY, EVALUATION, VERIFICATION, "report.html", "*/index.json"),
-    *(*_COLLECTED, "traces/*"),  # of an evaluation or a collection that was stopped
+    *("checkpoints/step_*", "model/*", "*/index.json", "[!.]*.json", "[!.]*.html"),
+    *(*_COLLECTED, "traces/*", "*/.work/*.json"),  # of an evaluation, a collection or a preparation that was stopped
 )
 """Patterns of result files in a stage folder, which belong to its config."""
+_NO_RESULTS = (STARTED, MADE_BY, MACHINE)
+"""Files that a stage has before it has results."""
 
 _WORK = ("checkpoints", "*/.work/*.json", "*/index.json", *_COLLECTED)
 """Patterns of what a stage that failed on the user's input keeps: work that would take long to do again."""
@@ -51,7 +53,7 @@ def check_folder(run: StageRun) -> None:
 
 def has_results(folder: Path) -> bool:
     """Return whether a stage folder contains results."""
-    return any(next(folder.glob(pattern), None) for pattern in _RESULTS)
+    return any(path.name not in _NO_RESULTS for pattern in _RESULTS for path in folder.glob(pattern))
 
 
 def check_writable(folder: Path) -> None:

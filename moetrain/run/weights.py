@@ -82,8 +82,21 @@ def training_weights(run: TrainingRun) -> Origin:
             "quantised twice", origin.path, stored.format, stored.group_size, quant.format, quant.group_size,
         )  # fmt: skip
         return origin
+    else:
+        _warn_of_plain_experts(origin)
     seed = run.run.seed if run.dither_masters else None
     return replace(origin, reader=MastersReader(origin.reader, origin.codes, grid=quant.grid, seed=seed))
+
+
+def _warn_of_plain_experts(origin: Origin) -> None:
+    """Log a warning when a folder of packed experts has layers whose experts are plain, which training quantises."""
+    assert origin.codes is not None
+    experts = folder_tensors(origin.model).experts
+    if plain := sorted(experts - origin.codes.packed_experts().keys()):
+        _log.warning(
+            "%s: %d of %d tensors of routed experts are plain, and training quantises them like the packed ones: an "
+            "export has them as codes, too", origin.path, len(plain), len(experts),
+        )  # fmt: skip
 
 
 def check_export(origin: Origin, export: ExportConfig) -> None:

@@ -115,7 +115,8 @@ def check_family(family: TaskFamily, *, name: str) -> None:
         return
     made_by = f"{owner}.task returns {type(task).__name__}"
     if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(each, Message) for each in prompt):
-        raise ConfigError(f"{made_by}, whose prompt is {_kind(prompt)}: give a property that returns a list of Message")
+        kind = "empty" if isinstance(prompt, list | tuple) and not prompt else _kind(prompt)
+        raise ConfigError(f"{made_by}, whose prompt is {kind}: give a property that returns a list of Message")
     if not has_method(task, "environment"):
         raise ConfigError(f"{made_by}, which has no method environment: add it")
     if isinstance(task, CountsCalls) and (not isinstance(task.num_calls, Integral) or task.num_calls < 0):

@@ -148,8 +148,10 @@ def sources_problem(read: Mapping[str, Any], data: Mapping[str, Any], *, path: o
 
     Weights and `mix` may change, and sources may be added; the rows of an existing source may not change.
     """
-    before = _without_mix(read)
-    changed = differences(before, _common_keys(_without_mix(data), before))
+    before, now = _without_mix(read), _without_mix(data)
+    if now["tokenizer"].get("vocab_size") is None:  # its tokenizer is that of the run
+        before["tokenizer"] = {key: value for key, value in before["tokenizer"].items() if key != "vocab_size"}
+    changed = differences(before, _common_keys(now, before))
     if not changed:
         return None
     return (

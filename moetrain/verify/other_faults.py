@@ -64,7 +64,7 @@ def full_disk_row(setup: FaultSetup) -> Row:
     codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
     counts = [line.strip() for line in done.stdout.splitlines() if line.strip().isdigit()]
     one_line = [line for line in done.stderr.splitlines() if "No space left" in line and line.startswith("moetrain: ")]
-    is_clear = codes[:1] == ["exit code 2"] and len(one_line) == 1 and counts[:1] not in ([], ["0"])
+    is_clear = codes[:1] == ["exit code 1"] and len(one_line) == 1 and counts[:1] not in ([], ["0"])
     wrong = (not is_clear) + (codes[1:] != ["exit code 0"])
     wrong += num_differences(setup, name) if codes[1:] == ["exit code 0"] else 0
     note = f"tmpfs of {kilobytes} KB: {', then '.join(codes)}; {one_line[0][:90] if one_line else 'no clear line'}"
@@ -76,7 +76,7 @@ def _limited_files(setup: FaultSetup, name: str, *, size: int) -> Row:
     limited = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(size // 4 // 512), *setup.command(name)]
     first = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False, timeout=600)
     again = subprocess.run(setup.command(name), env=environment, capture_output=True, check=False, timeout=600)
-    is_clear = first.returncode == 2 and "was not written" in first.stderr and "Traceback" not in first.stderr
+    is_clear = first.returncode == 1 and "was not written" in first.stderr and "Traceback" not in first.stderr
     wrong = (not is_clear) + (again.returncode != 0) + (num_differences(setup, name) if again.returncode == 0 else 0)
     note = f"RLIMIT_FSIZE (no mount namespace here): exit code {first.returncode}, then {again.returncode}"
     return Row(name="full disk: what went wrong", value=wrong, bound=0, note=note)

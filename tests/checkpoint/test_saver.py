@@ -20,7 +20,7 @@ from moetrain.checkpoint import write as checkpoint_write
 from moetrain.checkpoint.resume import resume, saved_state
 from moetrain.checkpoint.saver import Saver
 from moetrain.checkpoint.write import Retention
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, SaveError
 from moetrain.optim.config import OptimizerName
 from moetrain.parallel.config import EngineName
 from moetrain.parallel.engine import Engine
@@ -93,7 +93,7 @@ def _full_disk(engine: Engine, folder: Path) -> dict[str, Any]:
 
     saver.write_part = full
     try:
-        with pytest.raises(CheckpointError) as raised:
+        with pytest.raises(SaveError) as raised:
             _save(engine, folder, step=2)
     finally:
         saver.write_part = original
@@ -113,7 +113,7 @@ def _not_shared(engine: Engine, folder: Path) -> str:
 
     saver.write_part = elsewhere
     try:
-        with pytest.raises(CheckpointError) as raised:
+        with pytest.raises(SaveError) as raised:
             _save(engine, folder, step=1)
     finally:
         saver.write_part = original
@@ -123,7 +123,7 @@ def _not_shared(engine: Engine, folder: Path) -> str:
 def _not_json(engine: Engine, folder: Path) -> dict[str, Any]:
     """Save a state that JSON does not hold, and then one that it does."""
     with (
-        pytest.raises(CheckpointError) as raised,
+        pytest.raises(SaveError) as raised,
         Saver(engine.topology, folder, retention=Retention(newest=9)) as writer,
     ):
         writer.begin(engine, step=1, state={"loss": math.nan})

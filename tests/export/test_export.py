@@ -1,6 +1,7 @@
 """What an export holds, read back by us: the trainer's numbers, and errors that say what and where."""
 
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from moetrain.data.tokenizer import Tokenizer
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.errors import CheckpointError, ConfigError, SaveError
 from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import open_weights, read_record, write_record
 from moetrain.export.read import is_export, read_export
@@ -229,3 +230,17 @@ def test_an_export_of_an_unknown_grid_or_format_is_refused(tmp_path: Path, expor
         write_record(tmp_path / "out", record | changes)
         with pytest.raises(CheckpointError, match=r"moetrain\.json: .*(kimi9|int3).*export again"):
             read_export(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", [ExportFormat.quantized, ExportFormat.gguf])
+def test_a_file_that_finds_no_room_is_one_error_and_leaves_nothing(
+    format: ExportFormat, tmp_path: Path, export: Exporter
+) -> None:
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        with pytest.raises(SaveError, match=r"not written: .*; make room, and run the same command again"):
+            export(tmp_path / "x", format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert not list(tmp_path.iterdir())

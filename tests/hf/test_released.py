@@ -218,6 +218,7 @@ def test_what_is_missing_or_unknown_is_one_line(change: Any, message: str, tmp_p
 @pytest.mark.parametrize(
     ("suffix", "tensor", "message"),
     [
+        ("weight_shape", torch.tensor([64, 160, 64]), r"weight_shape has shape \[3\]: it holds two numbers"),
         ("weight_shape", torch.tensor([64, 128]), r"weight_shape is \[64, 128\], but the scales are those of"),
         ("weight_scale", torch.full((64, 5), torch.nan).bfloat16(), "weight_scale holds numbers that are not finite"),
         ("weight_scale", torch.full((64, 5), 3e38).bfloat16(), "weight_scale holds numbers that are not finite"),

@@ -148,3 +148,6 @@ def test_an_export_that_would_be_refused_is_named_before_the_first_stage_starts(
     with pytest.raises(ConfigError, match=r"stage out: export\.consumers names transformers.*=softmax"):
         stages(folder, run=[], of_stages=[softmax])
     assert len(stages(folder, run=[], of_stages=[softmax, "out.export.consumers=[moetrain]"])) == 3
+    said = r"names llama_cpp, .*reads GGUF only.*: set export.consumers=\[moetrain, vllm\]"
+    with pytest.raises(ConfigError, match=said):
+        stages(folder, run=[], of_stages=[softmax, "out.export.consumers=[vllm,llama_cpp]"])

@@ -226,6 +226,10 @@ def test_experts_that_are_plain_in_some_layers_leave_an_export_as_they_came(
     assert row.is_kept and "read by this package for both" in row.name
     given = ["export", f"init_from={folder}", f"run.folder={tmp_path}", "run.name=y", "export.consumers=[transformers]"]
     assert main(given) == 2
+    said = "2 of 4 tensors of routed experts are plain, and training quantises them"
+    assert said not in caplog.text
+    training_weights(compose("sft", [f"init_from={folder}", *DATA]))
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("plain", ["down_proj", ".experts.0."])

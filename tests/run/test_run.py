@@ -103,6 +103,31 @@ def test_another_tokenizer_beside_a_checkpoint_is_found(run: Path) -> None:
     assert f"{path}: its sha256 is " in refused.stderr and refused.stderr.count("moetrain: ") == 1
 
 
+def test_a_stage_in_which_another_process_works_is_neither_moved_nor_written(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    for words in (["again_from=pretrain"], ["on_change=rerun", "pretrain.train.log_every=7"]):
+        before = {path: path.stat().st_mtime_ns for path in stage.rglob("*") if path.name != ".lock"}
+        with lock(stage):
+            refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", *words, folder=run)
+        assert refused.returncode == 2 and f"pretrain is in use by process {os.getpid()}" in refused.stderr
+        assert {path: path.stat().st_mtime_ns for path in stage.rglob("*") if path.name != ".lock"} == before
+        assert not list(stage.parent.glob("*.previous"))
+
+
+def test_a_stage_that_was_started_by_hand_is_compared_by_its_config(run: Path) -> None:
+    stage = run / "runs" / "mine" / "pretrain"
+    (stage / "started.json").unlink()
+    assert statuses([], run) == {"pretrain": "unchanged", "export": "unchanged", "all": "this time"}
+    (stage / "done.json").unlink()
+    text = (stage / "config.yaml").read_text()
+    (stage / "config.yaml").write_text(by_hand := text.replace("steps: 3", "steps: 2"))
+    assert by_hand != text
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert refused.returncode == 2
+    assert "stage pretrain has begun with another configuration: train.steps: 2 -> 3" in refused.stderr
+    assert (stage / "config.yaml").read_text() == by_hand and not (stage / "started.json").exists()
+
+
 def weights_of(stage: Path) -> dict[str, bytes]:
     """Return what a stage's folder holds that took training to make."""
     return {path.name: path.read_bytes() for path in stage.rglob("*.safetensors")}

@@ -9,7 +9,7 @@ import pytest
 from moetrain.commands.stage import StageRun
 from moetrain.compose import compose, load_config
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.run.stage import check_folder, check_writable, stage_folder
+from moetrain.run.stage import check_folder, check_writable, has_results, stage_folder
 from moetrain.stage_files import CONFIG, MADE_BY
 
 
@@ -83,3 +83,18 @@ def test_a_new_stage_that_fails_on_its_input_keeps_what_it_has_finished(name: st
             (folder / name).write_text("{}")
         raise ConfigError("data.sources cannot be read")
     assert folder.exists() == (name is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_result"),
+    [
+        *(("done.json", True), ("bench.json", True), ("balance.json", True), ("optimizers.html", True)),
+        *(("checkpoints/step_00000001", True), ("data/index.json", True), ("data/.work/00001.json", True)),
+        *(("started.json", False), ("made_by.json", False), ("machine.json", False), ("metrics.jsonl", False)),
+        *((".config.yaml.tmp", False), ("tokenizer/tokenizer.json", False), ("config.yaml", False)),
+    ],
+)
+def test_a_folder_has_results_by_the_files_of_any_command(name: str, is_result: bool, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert has_results(tmp_path) == is_result

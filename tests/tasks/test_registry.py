@@ -68,7 +68,7 @@ def _family(**members: Any) -> Any:
         ),
         (lambda: _family(task=lambda self: None), "Own: its first task cannot be made: TypeError: .*positional"),
         (lambda: _family(task=lambda self, split, index: _Task(make=World)), "whose prompt is a list of dict: give a"),
-        (lambda: _family(task=lambda self, split, index: _Silent(make=World)), "whose prompt is list: give a"),
+        (lambda: _family(task=lambda self, split, index: _Silent(make=World)), "whose prompt is empty: give a"),
         (lambda: _family(task=lambda self, split, index: _Negative(make=World)), "whose num_calls is -1: give a"),
         (lambda: _family(task=lambda self, split, index: object()), "AttributeError: 'object' object has no attribute"),
         (lambda: _family(task=lambda self, split, index: _CountingTask(make=World)), "whose num_calls is a method"),

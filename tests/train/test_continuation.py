@@ -20,7 +20,7 @@ from moetrain.optim.config import OptimConfig, OptimizerName, ScheduleConfig, Sc
 from moetrain.parallel.config import EngineName
 from moetrain.stage_files import SUMMARY
 from moetrain.train.config import Continuation
-from moetrain.train.continuation import StartPoint
+from moetrain.train.continuation import StartPoint, sources_problem
 from moetrain.train.interrupt import Status
 from moetrain.train.stages import Sections
 from tests.data.test_loader import rows_of
@@ -203,3 +203,10 @@ def test_what_does_not_go_together_is_refused(command: str, words: list[str], sa
     with pytest.raises(ConfigError, match=said) as raised:
         compose(command, ["model=k2_nano_test", *(["data=test"] if command == "pretrain" else []), *words])
     assert "\n" not in str(raised.value)
+
+
+def test_a_size_of_the_tokenizer_that_is_not_given_is_that_of_the_run() -> None:
+    read = {"sources": {}, "seq_len": 64, "tokenizer": {"vocab_size": 384, "max_characters": 9}}
+    assert sources_problem(read, read | {"tokenizer": {"vocab_size": None, "max_characters": 9}}, path="x") is None
+    other = sources_problem(read, read | {"tokenizer": {"vocab_size": 512, "max_characters": 9}}, path="x")
+    assert other is not None and "(data.tokenizer.vocab_size: 384 -> 512)" in other
