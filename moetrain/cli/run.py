@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
         again = prepared.run.again_from
         how = "run the same command" + (f" without again_from={again}" if again else "")
         if ran.code == ConfigError.exit_code:
-            how = f"mend what the line above it names, and {how}"
+            how = f"correct what its error line names, and {how}"
         print(
             f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; {how} to resume it",
             file=sys.stderr,

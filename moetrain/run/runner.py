@@ -45,7 +45,7 @@ _CONTINUABLE = ("train.steps:", "optim.", "data.mix")
 _CHANGES_NO_RESULT = (
     *("run.threads:", "train.log_every:", "train.checkpoint_every:", "train.keep_checkpoints:", "train.keep_every:"),
     *("train.rows_per_micro_batch:", "rl.tokens_per_micro_batch:", "parallel."),
-    *("rollout.num_slots:", "rollout.cache_megabytes:", "rollout.speculation:"),
+    *("rollout.num_slots:", "rollout.cache_megabytes:", "rollout.speculation:", "prepare.workers:"),
 )
 """Changes with which a stopped stage resumes: they change its numbers by rounding at most, or, with rl.max_staleness,
 the order in which groups are complete."""
