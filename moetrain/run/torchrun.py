@@ -1,7 +1,8 @@
 """torchrun for the ranks of a stage: `python -m moetrain.run.torchrun` takes the arguments of torchrun.
 
 It differs in how it ends: after a stop signal, or when a rank failed, it writes one line in place of a traceback and
-exits with the code of the ranks. Ranks get `SAVE_SECONDS` seconds to save after a stop signal.
+exits with the code of the ranks. Ranks get `SAVE_SECONDS` seconds to save after a stop signal. A Ctrl-C reaches this
+process more than once, from the terminal and from the process that started it: only the first stop signal counts.
 """
 
 import logging
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Collection, Sequence
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,6 +22,7 @@ from moetrain.runtime import LAUNCHER_PID
 
 _log = logging.getLogger("moetrain.torchrun")
 _SAVE_SECONDS = "110"
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the last one is Slurm's warning
 
 
 def main(words: Sequence[str]) -> int:
@@ -31,9 +34,10 @@ def main(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch").setLevel(logging.WARNING)
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # the last one is Slurm's warning
-    try:
-        run(parse_args(["--signals-to-handle", signals, "--shutdown-timeout", seconds, *words]))  # type: ignore[no-untyped-call]
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _stop)
+    try:  # torch handles SIGQUIT only
+        run(parse_args(["--signals-to-handle", "SIGQUIT", "--shutdown-timeout", seconds, *words]))  # type: ignore[no-untyped-call]
     except SignalException as stopped:
         return _interrupted(stopped.sigval.name)
     except ChildFailedError as error:
@@ -46,7 +50,20 @@ def main(words: Sequence[str]) -> int:
             if own == code or own not in (-signal.SIGTERM, INTERRUPTED):
                 _log.error("rank %d %s", rank, how)
         return code if code > 0 else 128 - code
+    finally:
+        _ignore_signals()  # nothing interrupts the way out
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Make torch stop the ranks, as its own handler does, but once: a second exception would interrupt that."""
+    _ignore_signals()
+    raise SignalException(f"process {os.getpid()} got signal {number}", sigval=signal.Signals(number))
+
+
+def _ignore_signals() -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cause(codes: Collection[int]) -> int:

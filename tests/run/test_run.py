@@ -302,6 +302,30 @@ def test_two_ranks_that_are_stopped_save_and_end_with_one_line(number: signal.Si
     assert f"the ranks were stopped by {number.name}" in said and "Traceback" not in said
 
 
+def test_stop_signals_that_come_again_and_again_do_not_disturb_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "stopped = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: stopped.append(1))\n"
+        "pathlib.Path('rank' + os.environ['RANK']).touch()\n"
+        "while not stopped: time.sleep(0.01)\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(143)\n"
+    )
+    command = [sys.executable, "-m", "moetrain.run.torchrun", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=log)
+        while len(list(tmp_path.glob("rank?"))) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        while launcher.poll() is None:
+            launcher.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+    said = (tmp_path / "log").read_text()
+    assert launcher.returncode == 143, said
+    assert "the ranks were stopped by SIGINT" in said and "Traceback" not in said
+
+
 def test_the_exit_code_of_ranks_that_refuse_their_input_is_passed_on(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "moetrain.run.torchrun", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "moetrain.cli", "pretrain", "train.stesp=3"]
