@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.log import read_metrics
-from tests.cli.command import ENVIRONMENT, ROOT, moetrain
+from tests.cli.command import ENVIRONMENT, ROOT, moetrain, moetrain_here
 
 STAGES = ["pretrain", "sft", "sft_export", "sft_eval", "rl", "rl_export", "rl_eval", "verify", "report"]
 TINY = [
@@ -57,7 +57,7 @@ def test_evaluation_of_the_export_stands_beside_the_masters_and_the_earlier_one(
 
 def test_a_stage_run_again_gives_the_same_numbers(run: Path) -> None:
     before = json.loads((run / "rl_eval" / "eval.json").read_text())
-    words = ["run", "recipe=k2_nano_test", "wandb.mode=offline", "again_from=rl"]
+    words = ["run", "recipe=k2_nano_test", "wandb.mode=disabled", "again_from=rl"]
     done = moetrain(*words, folder=run.parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((run / "rl_eval" / "eval.json").read_text()) == before
@@ -67,7 +67,7 @@ def test_a_stage_run_again_gives_the_same_numbers(run: Path) -> None:
 def test_weights_of_every_kind_speak(run: Path) -> None:
     for place in ("sft", "rl_export", "rl_export/model"):
         words = [f"init_from={run / place}", "prompt='the list'", "max_new_tokens=4", "temperature=0"]
-        done = moetrain("generate", *words)
+        done = moetrain_here("generate", *words, folder=ROOT)
         assert done.returncode == 0, done.stderr[-4000:]
         assert done.stdout.endswith("\n")
 
