@@ -44,13 +44,19 @@ def replace_folder(partial: Path, final: Path) -> None:
     """Rename the folder `partial` to `final`, both in the same folder, in place of a folder of this name."""
     replaced = final.with_name(f".{final.name}.replaced.tmp")
     if final.exists():
-        if replaced.exists():  # left by a process that was killed
-            shutil.rmtree(replaced)
+        remove_folder(replaced)  # left by a process that was killed
         final.rename(replaced)
     partial.rename(final)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    remove_folder(replaced)
     sync(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or the symbolic link to one, if there is one."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
@@ -158,6 +164,16 @@ def previous_name(folder: Path) -> Path:
     while (path := folder.with_name(f"{folder.name}.previous{f'.{number}' if number > 1 else ''}")).exists():
         number += 1
     return path
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> Path | None:
+    """Write the JSON object of a result. An earlier one with other content is renamed; return its new path, or None."""
+    kept = None
+    if path.is_file() and read_json_or_empty(path) != json.loads(to_json(content)):
+        kept = previous_name(path)
+        path.rename(kept)
+    write_json(path, content)
+    return kept
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from moetrain.data.build import Data
-from moetrain.files import write_json
+from moetrain.files import write_result
 from moetrain.log import TIME_PREFIX
 from moetrain.model.config import BalanceConfig
 from moetrain.parallel.protocol import Engine
@@ -125,4 +125,4 @@ def render(results: list[MethodResult]) -> Table:
 def write_results(path: Path, results: list[MethodResult], *, context: Mapping[str, float]) -> None:
     """Write `context` and all results as JSON, including the MaxVio of every step."""
     rows = [{**asdict(result), "time_ratio": result.time_ratios(results[0])} for result in results]
-    write_json(path, {**context, "methods": rows})
+    write_result(path, {**context, "methods": rows})

@@ -38,7 +38,7 @@ _POLL_S = 0.01
 
 def bench_data(run: BenchDataRun, *, folder: Path) -> dict[str, Any]:
     """Return the report of all measurements; see `BenchDataRun`."""
-    corpus, tokenizer = folder / "corpus", folder / "tokenizer"
+    corpus, tokenizer = folder / f"corpus-{run.megabytes}-{run.files}-{run.run.seed}", folder / "tokenizer"
     size = write_corpus(corpus, num_bytes=run.megabytes * 10**6, num_files=run.files, seed=run.run.seed)
     texts = _first_texts(corpus / "00000.jsonl", _TOKENIZER_CHARACTERS)
     train_tokenizer(texts, vocab_size=run.vocab_size).save(tokenizer)
@@ -59,8 +59,8 @@ def bench_data(run: BenchDataRun, *, folder: Path) -> dict[str, Any]:
     reader = ["read", str(folder / "random"), str(tokenizer), str(run.tokens), str(run.seq_len), str(run.read_seconds)]
     report["loader"] = _measured(reader, folder)
     if not run.keep:
-        for name in ("corpus", "one", "two", "killed", "random", "cache"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in (corpus, *(folder / name for name in ("one", "two", "killed", "random", "cache"))):
+            shutil.rmtree(path, ignore_errors=True)
     return report
 
 

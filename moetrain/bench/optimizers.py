@@ -15,7 +15,7 @@ from rich.table import Table
 
 from moetrain.data.build import Data
 from moetrain.errors import DivergenceError
-from moetrain.files import write_json
+from moetrain.files import write_result
 from moetrain.optim.config import OptimConfig, OptimizerName
 from moetrain.report.plots import Line, line_chart, moving_average
 from moetrain.report.style import STYLE
@@ -176,7 +176,7 @@ def write_results(path: Path, comparison: Comparison, *, context: Mapping[str, f
     runs = [*comparison.sweep, comparison.unclipped, comparison.clipped]
     rows = [{**asdict(run), "held_out": run.held_out} for run in runs]
     content = {**context, "share_of_tokens": comparison.share_of_tokens(), "runs": rows}
-    write_json(path, content)
+    write_result(path, content)
 
 
 def picture(comparison: Comparison) -> str:

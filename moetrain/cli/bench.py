@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from moetrain.commands.stage import StageRun
-from moetrain.files import write_json
+from moetrain.files import write_result
 from moetrain.run.stage import stage_folder
 
 _WIDTH = 130  # of the table in characters, also when the output is not a terminal
@@ -25,7 +25,7 @@ def run_bench(
     """
     with stage_folder(run) as folder:
         report = measure(folder)
-        write_json(folder / "bench.json", report)
+        write_result(folder / "bench.json", report)
         for part in render(report):
             Console(width=_WIDTH).print(part)
     return 0

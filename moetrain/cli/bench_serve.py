@@ -9,7 +9,7 @@ from rich.console import Console
 
 from moetrain.commands.bench import BenchServeRun
 from moetrain.errors import ConfigError
-from moetrain.files import write_json
+from moetrain.files import write_result
 from moetrain.run.stage import stage_folder
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def main(run: BenchServeRun) -> int:
 
     with stage_folder(run) as folder, _endpoint(run) as endpoint:
         rows = bench_serve(run, endpoint=endpoint)
-        write_json(folder / "bench.json", {"of": run.url or run.init_from, "rows": rows})
+        write_result(folder / "bench.json", {"of": run.url or run.init_from, "rows": rows})
         title = f"{run.url or run.init_from}; times in ms: p50 / p95 / p99"
         Console(width=_WIDTH).print(render(rows, title=title))
         for row in rows:

@@ -1,6 +1,5 @@
 """`moetrain eval`."""
 
-import json
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from rich.table import Table
 from moetrain.commands.stage import check_length
 from moetrain.commands.weights import EvalRun
 from moetrain.errors import ConfigError
-from moetrain.files import previous_name, read_json_or_empty, to_json, write_json
+from moetrain.files import write_result
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.report.table import NONE, rate_text
 from moetrain.rollout.config import RolloutConfig
@@ -58,20 +57,12 @@ def main(run: EvalRun) -> int:
         if numbers is not None:
             with stage_metrics(run) as metrics:
                 metrics.write(0, metric_values(numbers))
-            _keep_earlier(folder / EVALUATION, numbers)
-            write_json(folder / EVALUATION, numbers)
+            if kept := write_result(folder / EVALUATION, numbers):
+                _log.warning("%s had other results; they are kept as %s", folder / EVALUATION, kept.name)
             finished.remove()
             _show(numbers, folder=folder)
             check_scored(numbers)
     return 0
-
-
-def _keep_earlier(path: "Path", numbers: "Mapping[str, Any]") -> None:
-    """Rename the results of an earlier evaluation in the same folder, if they are others."""
-    if path.is_file() and read_json_or_empty(path) != json.loads(to_json(numbers)):
-        kept = previous_name(path)
-        path.rename(kept)
-        _log.warning("%s had other results; they are kept as %s", path, kept.name)
 
 
 def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:

@@ -29,6 +29,8 @@ from moetrain.runtime import (
     rank,
 )
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error codes of a disk, a quota or a limit of file sizes that is full."""
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """Error codes of a bad path from the user, reported in one line wherever the path is opened."""
 
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _NO_ROOM:
             where = f"{error.filename}: " if error.filename is not None else ""
             print(f"moetrain: {where}{error.strerror}: make room, and run the same command again", file=sys.stderr)
             return MoetrainError.exit_code

@@ -33,12 +33,15 @@ def main(words: Sequence[str]) -> int:
             report.print_stored_report(stage.config)
     _print_table(ran.rows, prepared.folder)
     if ran.code:
-        again = prepared.run.again_from
+        again, failed = prepared.run.again_from, ran.rows[-1].stage
         how = "run the same command" + (f" without again_from={again}" if again else "")
+        aim = "repeat" if ran.is_restored else "resume"
+        if again and ran.is_restored:
+            how = f"run the same command with again_from={failed}"
         if ran.code == ConfigError.exit_code:
             how = f"correct what its error line names, and {how}"
         print(
-            f"moetrain: stage {ran.rows[-1].stage} ended with exit code {ran.code}; {how} to resume it",
+            f"moetrain: stage {failed} ended with exit code {ran.code}; {how} to {aim} it",
             file=sys.stderr,
         )
     return ran.code

@@ -61,5 +61,10 @@ class EvalConfig:
             raise ConfigError(f"eval.vote_lead is {self.vote_lead}: give at most eval.vote_samples={self.vote_samples}")
         if self.vote_lead and not (self.longer_calls and self.longer_tasks):
             raise ConfigError(f"eval.vote_lead is {self.vote_lead} without longer tasks: give eval.longer_calls")
+        names = [f"{temperature:g}" for temperature in self.temperatures]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"eval.temperatures is {self.temperatures}, which has {twice[0]} twice (in six digits): remove one"
+            )
         if not self.temperatures:
             raise ConfigError(f"eval.temperatures is {self.temperatures}: give one or more, 0 (greedy) or above")

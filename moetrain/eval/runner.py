@@ -5,7 +5,7 @@ paired. The caller reads the weights.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,9 @@ from moetrain.tasks.dialogues import demonstration
 from moetrain.tasks.protocol import Demonstrates, Grade, MakesLongerTasks, Split, Task, TaskFamily
 
 _log = logging.getLogger(__name__)
+
+_MAX_FAILED = 5
+"""Tasks in a row that may fail in the check of the graders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,27 +148,23 @@ def _task(family: TaskFamily, index: int, calls: int | None) -> Task:
     return family.task_of_length(Split.held_out, index, num_calls=calls)
 
 
-def check_graders(family: TaskFamily, *, first_task: int, num_tasks: int, seed: int) -> dict[str, Any]:
+def check_graders(
+    family: TaskFamily, *, first_task: int, num_tasks: int, seed: int, config: RolloutConfig
+) -> dict[str, Any]:
     """Return the success rate of an empty answer, and of the demonstrator without mistakes if the family has one.
 
-    Tasks whose environment or demonstrator fails are left out of the rate in question.
+    Tasks whose environment or demonstrator fails are left out of the rate in question. After some tasks in a row
+    that fail, the others are not tried. config: has the deadlines of environments.
     """
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
     indices = range(first_task, first_task + num_tasks)
     tasks = [make_task(partial(family.task, Split.held_out, index)) for index in indices]
-    streams = [seed_of(seed, "graders", index) for index in indices]
-    null = [
-        grade.success
-        for task, stream in zip(tasks, streams, strict=True)
-        if (grade := _null_policy_grade(task, stream))
-    ]
+    with_streams = [(task, seed_of(seed, "graders", index)) for task, index in zip(tasks, indices, strict=True)]
+    null = _successes(_null_policy_grade(task, stream, config=config) for task, stream in with_streams)
     rates = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}
     if isinstance(family, Demonstrates):
-        demonstrated = [
-            _demonstration_grade(family, task, stream=stream) for task, stream in zip(tasks, streams, strict=True)
-        ]
-        graded = [grade.success for grade in demonstrated if grade is not None]
+        graded = _successes(_demonstration_grade(family, task, stream=stream) for task, stream in with_streams)
         if graded:
             rates["perfect_demonstrator"] = sum(graded) / len(graded)
     if rates["null_policy"]:
@@ -179,6 +178,20 @@ def check_graders(family: TaskFamily, *, first_task: int, num_tasks: int, seed: 
     return rates
 
 
+def _successes(grades: Iterable[Grade | None]) -> list[bool]:
+    """Return the successes of the grades, until several in a row are missing."""
+    found: list[bool] = []
+    num_failed = 0  # in a row
+    for grade in grades:
+        num_failed = 0 if grade is not None else num_failed + 1
+        if grade is not None:
+            found.append(grade.success)
+        elif num_failed == _MAX_FAILED:
+            _log.warning("graders: %d tasks in a row failed: the others are not tried", num_failed)
+            break
+    return found
+
+
 def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Grade | None:
     """Return the grade of a demonstration without mistakes; None when the demonstration fails."""
     try:
@@ -188,10 +201,10 @@ def _demonstration_grade(family: Demonstrates, task: Task, *, stream: int) -> Gr
         return None
 
 
-def _null_policy_grade(task: Task, stream: int) -> Grade | None:
+def _null_policy_grade(task: Task, stream: int, *, config: RolloutConfig) -> Grade | None:
     """Return the grade of an empty answer in a fresh environment; None when the environment fails."""
     try:
-        return grade_in_new_environment(task, stream, answer="")
+        return grade_in_new_environment(task, stream, answer="", config=config)
     except EnvironmentFailure as error:
         _log.warning("graders: the environment failed: %s", error)
         return None

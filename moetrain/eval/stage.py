@@ -82,6 +82,7 @@ def evaluate(
             first_task=config.first_task,
             num_tasks=min(config.num_tasks, _GRADER_TASKS),
             seed=setting.seed,
+            config=setting.rollout,
         ),
         "task": {
             "name": task.name,

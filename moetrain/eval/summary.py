@@ -76,16 +76,20 @@ def metric_values(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+_REASONS = {
+    "environment_failed": "the environment failed each time; see the log",
+    "prompt_too_long": "the prompts leave no room for a turn within rollout.max_tokens: raise it, or lower "
+    "rollout.max_turn_tokens",
+    "max_seconds": "all took longer than rollout.max_seconds: raise it",
+}
+"""Why a trajectory is not scored, by its ending."""
+
+
 def check_scored(numbers: Mapping[str, Any]) -> None:
     """Raise RolloutError if an evaluation ran trajectories and could score none of them."""
     modes = numbers["modes"].values()
     if modes and not any(summary["all"]["count"] for summary in modes):
         endings = sum((Counter(summary["endings"]) for summary in modes), Counter[str]())
         counts = ", ".join(f"{name} {count}" for name, count in sorted(endings.items()))
-        is_too_long = endings["prompt_too_long"] > endings["environment_failed"]
-        reason = (
-            "the prompts leave no room for a turn within rollout.max_tokens: raise it, or lower rollout.max_turn_tokens"
-            if is_too_long
-            else "the environment failed each time; see the log"
-        )
-        raise RolloutError(f"no trajectory could be scored ({counts}): {reason}")
+        most = max(_REASONS, key=lambda ending: endings[ending])
+        raise RolloutError(f"no trajectory could be scored ({counts}): {_REASONS[most]}")

@@ -1,6 +1,7 @@
 """Writes a GGUF file one tensor at a time, and reads it back. The only module that uses the package gguf."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,14 @@ def write_gguf(path: Path, *, metadata: Metadata, tensors: Iterable[GgufTensor])
         numpy_type = torch.empty(0, dtype=stored).numpy().dtype
         writer.add_tensor_info(tensor.name, shape, numpy_type, tensor.num_bytes, raw_dtype=kind)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in planned:
-            writer.write_tensor_data(tensor.data())
-        writer.flush()
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in planned:
+                writer.write_tensor_data(tensor.data())
     except OSError as error:
         raise not_written(path, error) from error
-    finally:
-        writer.close()
     return sum(tensor.num_bytes for tensor in planned)
 
 

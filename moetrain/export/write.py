@@ -196,8 +196,9 @@ def export_reasons(model: ModelConfig, quant: QuantConfig, *, format: ExportForm
     reasons = consumer_reasons(model, format)
     is_quantised = format is ExportFormat.quantized or (format is ExportFormat.gguf and quant.enabled)
     if is_quantised and model.num_moe_layers + model.num_mtp_layers:
-        for consumer in Consumer:
-            reasons[consumer] += FORMATS[quant.format].obstacles(consumer, quant.group_size)
+        for consumer in Consumer:  # what llama.cpp cannot read of GGUF, the file cannot hold
+            reader = Consumer.llama_cpp if format is ExportFormat.gguf else consumer
+            reasons[consumer] += FORMATS[quant.format].obstacles(reader, quant.group_size)
     return reasons
 
 

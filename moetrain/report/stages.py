@@ -5,6 +5,7 @@ reported. A file that a stage has not written yet is empty here. A file that can
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def read_run(folder: Path, stages: Sequence[str]) -> Run:
 
     Raises ConfigError when there is nothing to report, and DataError when a file cannot be read.
     """
-    configs_in_run = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}")}
+    configs_in_run = {path.parent: _yaml(path) for path in folder.glob(f"*/{CONFIG}") if not _is_previous(path.parent)}
     wanted = [user_path(stage) for stage in stages] or _ordered(configs_in_run)
     configs = {path: config for path in wanted if (config := configs_in_run.get(path) or _yaml(path / CONFIG))}
     if not configs:
@@ -169,13 +170,17 @@ def _read_stage(folder: Path, config: dict[str, Any], *, trained_by: Path) -> St
 
 def _ordered(configs_in_run: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
     """Return the stages' folders of a run, each after those that its config names; otherwise sorted by name."""
-    configs = {path: config for path, config in configs_in_run.items() if not path.name.endswith(".previous")}
 
     def depth(path: Path, trail: tuple[Path, ...] = ()) -> int:
-        named = {_stage_at(text, configs) for text in _strings(configs[path])} - {None, path, *trail}
+        named = {_stage_at(text, configs_in_run) for text in _strings(configs_in_run[path])} - {None, path, *trail}
         return 1 + max((depth(source, (*trail, path)) for source in named if source), default=0)
 
-    return sorted(configs, key=lambda path: (depth(path), path.name))
+    return sorted(configs_in_run, key=lambda path: (depth(path), path.name))
+
+
+def _is_previous(folder: Path) -> bool:
+    """Return whether a folder holds the earlier results of a stage that ran again (`files.previous_name`)."""
+    return re.search(r"\.previous(\.\d+)?$", folder.name) is not None
 
 
 def _origin(config: Mapping[str, Any], configs: Mapping[Path, Mapping[str, Any]]) -> Path | None:

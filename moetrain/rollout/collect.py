@@ -3,6 +3,8 @@
 Decoding and environments run concurrently: a sequence whose tool is working is idle, and the others continue.
 """
 
+import logging
+import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from moetrain.rollout.reactor import Reactor, run_inline
 from moetrain.rollout.types import REPLACED, Trajectory
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Task, TaskFamily
+
+_log = logging.getLogger(__name__)
 
 _END_LIMIT_S = 10.0
 """Longest time that leaving a collector waits for environments to stop and close."""
@@ -129,6 +133,7 @@ class Collector:
 
     def __enter__(self) -> Self:
         """Return this collector."""
+        self._folder = os.getcwd()
         self._reactor.__enter__()
         return self
 
@@ -138,6 +143,17 @@ class Collector:
         for _, episode in self._episodes.values():
             self._run(episode, episode.close())
         self._reactor.__exit__(*error)
+        self._return_to_folder()
+
+    def _return_to_folder(self) -> None:
+        """Undo a change of the working directory by an environment: the files of the run have relative paths."""
+        try:
+            is_there = os.getcwd() == self._folder
+        except OSError:  # it was removed
+            is_there = False
+        if not is_there:
+            os.chdir(self._folder)
+            _log.warning("an environment changed the working directory of the whole process; it was changed back")
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Add requests, which begin in their order as soon as there is a slot."""
@@ -148,7 +164,9 @@ class Collector:
         while not is_enough() and (self._waiting or self._episodes):
             while self._waiting and len(self._episodes) < self._config.num_slots:
                 self._begin(self._waiting.popleft())
-            for attempt, episode in self._advance():
+            ended = self._advance()
+            self._return_to_folder()
+            for attempt, episode in ended:
                 if episode.ending in REPLACED and attempt.number < self._config.max_replacements:
                     self._waiting.appendleft(attempt.next())
                 else:

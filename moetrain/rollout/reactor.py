@@ -20,6 +20,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _ENDED = "a task of an environment ended the event loop of all environments: do not raise SystemExit there"
+_CANCELLED = "it was cancelled by an environment, such as by one that cancels all tasks of the event loop"
 _CALL = "call of an environment"
 """Name of the tasks that `call_task` starts."""
 _LOOK_S = 1.0
@@ -103,9 +104,18 @@ class Reactor:
                     completed, self._abandoned = completed + self._abandoned, []
                 continue
             if future in self._pending:  # else its loop was abandoned
-                completed.append(self._pending.pop(future))
-                future.result()
+                completed.append(tag := self._pending.pop(future))
+                if future.cancelled():
+                    self._leave(tag)
+                else:
+                    future.result()
         return completed
+
+    def _leave(self, tag: object) -> None:
+        """Leave a coroutine that a plugin cancelled, and close what it had."""
+        ending = self._on_stuck(tag, _CANCELLED)
+        if self._loop is not None and self._loop.is_alive:
+            self._loop.start(contained(ending()))
 
     def _blocked(self) -> str:
         """Return what blocks the event loop, where it has not run for `stuck_s`; else an empty text."""

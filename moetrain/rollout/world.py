@@ -7,6 +7,7 @@ so that a slow tool does not block other trajectories. The environments of an `I
 import asyncio
 import inspect
 import logging
+import os
 import queue
 import threading
 import time
@@ -105,6 +106,8 @@ class EnvironmentClient:
         """Make the environment."""
         limit = self._config.environment_deadline_s
         environment = await self._act(self._make, "creating the environment", limit_s=limit)
+        if environment is None:
+            raise EnvironmentFailure("creating the environment returned None")
         for name in ("call", "grade", "close"):
             if not has_method(environment, name):
                 self._environment = None
@@ -313,6 +316,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._process = os.getpid()
         self.is_busy = False
         threading.Thread(target=self._run, daemon=True, name="environment").start()
 
@@ -334,6 +338,8 @@ class _Thread:
                 result, error = act(), None
             except BaseException as caught:  # it is raised where the result is awaited
                 result, error = None, caught
+            if os.getpid() != self._process:  # a process that the plugin forked ends where its function does
+                os._exit(0 if error is None else 1)
             self.is_busy = False
             if not future.set_running_or_notify_cancel():
                 continue  # the caller no longer waits
@@ -345,11 +351,11 @@ class _Thread:
                 future.set_exception(RuntimeError(described(error)))
 
 
-def grade_in_new_environment(task: Task, stream: int, *, answer: str) -> Grade:
+def grade_in_new_environment(task: Task, stream: int, *, answer: str, config: RolloutConfig) -> Grade:
     """Return the grade of `answer` in a new environment without any call."""
 
     async def act() -> Grade:
-        world = EnvironmentClient(task, stream, config=RolloutConfig())
+        world = EnvironmentClient(task, stream, config=config)
         try:
             await world.open()
             return await world.grade(answer)

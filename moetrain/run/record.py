@@ -72,22 +72,25 @@ def record_of(config: Mapping[str, Any], *, run_folder: Path, inputs: Mapping[st
 def stored_record(folder: Path) -> Record | None:
     """Return the record with which a stage started, or None if no stage has started in `folder`.
 
-    Where the record is missing, because the stage was started by hand, or damaged, the config is read from config.yaml,
-    and the file digests are unknown.
+    The config is that of config.yaml, which a stage that was started by hand with other values replaces. Where the
+    record is missing or damaged, the file digests are unknown.
     """
-    started = read_json_or_empty(folder / STARTED)
-    if not started and not any((folder / name).is_file() for name in (STARTED, CONFIG)):
+    if not any((folder / name).is_file() for name in (STARTED, CONFIG)):
         return None
-    if {"config", "files", "inputs"} <= started.keys():
-        return Record(config=started["config"], files=started["files"], inputs=started["inputs"])
+    started = read_json_or_empty(folder / STARTED)
+    config, files, inputs = (_mapping(started.get(name)) for name in ("config", "files", "inputs"))
     try:
-        config = read_yaml(folder / CONFIG)
+        by_hand = read_yaml(folder / CONFIG)
     except ConfigError:
-        return Record(config={}, files={}, inputs={})
-    own = config.get("run", {})
-    return Record(
-        config=_without_folder(config, Path(own.get("folder", "")) / own.get("name", "")), files={}, inputs={}
-    )
+        by_hand = {}
+    own = _mapping(by_hand.get("run"))
+    config = _without_folder(by_hand, Path(own.get("folder", "")) / own.get("name", "")) or config
+    return Record(config=config, files=files, inputs=inputs)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """Return a mapping from a file that may be damaged; an empty one for another value."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def config_changes(folder: Path, config: Mapping[str, Any], *, keys: tuple[str, ...]) -> list[str]:

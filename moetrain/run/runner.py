@@ -28,7 +28,7 @@ from moetrain.commands.training import TrainingRun
 from moetrain.compose import compose, save_config, to_mapping
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.files import previous_name, read_json_or_empty, user_path, write_json
+from moetrain.files import previous_name, read_json_or_empty, remove_folder, user_path, write_json
 from moetrain.log import duration
 from moetrain.run import recipe
 from moetrain.run.inputs import check_inputs, check_names, check_records, check_weights
@@ -75,11 +75,15 @@ class Row:
 
 @dataclass(kw_only=True)
 class RunResult:
-    """Result of a run: one row per stage that it reached, the number of unchanged stages, and the exit code."""
+    """Result of a run: one row per stage that it reached, the number of unchanged stages, and the exit code.
+
+    is_restored: whether the last stage failed before it had results, and its earlier ones were moved back.
+    """
 
     rows: list[Row]
     num_unchanged: int
     code: int
+    is_restored: bool
 
 
 def run_stages(prepared: Prepared) -> RunResult:
@@ -88,14 +92,14 @@ def run_stages(prepared: Prepared) -> RunResult:
     Raises `ConfigError`, before it runs or moves anything, if a stage was started with another config or other inputs.
     """
     rows: list[Row] = []
-    code = 0
+    code, is_restored = 0, False
     start = time.monotonic()
     with lock(prepared.folder):
         begin, moved = _move_outdated(prepared)
         for number, stage in enumerate(prepared.stages):
-            done = read_json_or_empty(prepared.folder / stage.name / DONE)
-            if number < begin and "seconds" in done:
-                rows.append(Row(stage=stage.name, status="unchanged", seconds=done["seconds"]))
+            seconds = seconds_of_done(prepared.folder / stage.name)
+            if number < begin and seconds is not None:
+                rows.append(Row(stage=stage.name, status="unchanged", seconds=seconds))
                 continue
             place = f"stage {number + 1} of {len(prepared.stages)}, {stage.name}"
             _log.info(
@@ -111,10 +115,10 @@ def run_stages(prepared: Prepared) -> RunResult:
             left = _time_left(prepared, number + 1 if code == 0 else number)
             _log.info("%s: %s after %s in all; time left: %s", place, how, duration(time.monotonic() - start), left)
             if code:
-                _restore_moved(prepared, moved, refused=stage)
+                is_restored = _restore_moved(prepared, moved, refused=stage)
                 break
     num_unchanged = sum(row.status == "unchanged" for row in rows)
-    return RunResult(rows=rows, num_unchanged=num_unchanged, code=code)
+    return RunResult(rows=rows, num_unchanged=num_unchanged, code=code, is_restored=is_restored)
 
 
 def prepare(words: Sequence[str]) -> Prepared:
@@ -168,20 +172,34 @@ def earlier_seconds(folder: Path) -> float | None:
     """Return how long a stage took when it last finished in this run, moved aside or not; None if it never did."""
     paths = [folder / DONE, *folder.parent.glob(f"{folder.name}.previous*/{DONE}")]
     newest = max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
-    seconds = None if newest is None else read_json_or_empty(newest).get("seconds")
+    return None if newest is None else seconds_of_done(newest.parent)
+
+
+def seconds_of_done(folder: Path) -> float | None:
+    """Return how long a stage took that is done; None if it is not done, or its `done.json` is damaged."""
+    seconds = read_json_or_empty(folder / DONE).get("seconds")
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
     """Return (index of the first stage to run again, new paths of the folders that were moved aside, by stage)."""
     begin = len(prepared.stages)
+    anew: set[str] = set()  # stages that will have another identity
     for number, stage in enumerate(prepared.stages):
         if stage.name == prepared.run.again_from:
             begin = number
             break
-        differences = _changes(prepared, stage) if has_results(prepared.folder / stage.name) else []
-        _log_other_version(prepared.folder / stage.name, stage.name)
-        is_done = (prepared.folder / stage.name / DONE).is_file()
+        folder = prepared.folder / stage.name
+        is_done = seconds_of_done(folder) is not None
+        if not has_results(folder):
+            if not _identity(folder) or _changes(prepared, stage):
+                anew.add(stage.name)
+            continue
+        if not is_done and not _identity(folder):
+            anew.add(stage.name)
+        differences = _changes(prepared, stage)
+        differences += [f"its input stage {name} runs again" for name in stage.inputs if name in anew]
+        _log_other_version(folder, stage.name)
         if not differences or (prepared.run.on_change is OnChange.keep and is_done):
             continue
         if not is_done and all(line.startswith(_CHANGES_NO_RESULT) for line in differences):
@@ -206,9 +224,10 @@ def _move_outdated(prepared: Prepared) -> tuple[int, dict[str, Path]]:
 
 def _changes(prepared: Prepared, stage: recipe.Stage) -> list[str]:
     """Return the differences to the record with which a stage started; empty if it has not started."""
-    before = stored_record(prepared.folder / stage.name)
+    folder = prepared.folder / stage.name
+    before = stored_record(folder)
     if before is None:
-        return []
+        return [f"{CONFIG} and {STARTED} are missing"] if has_results(folder) else []
     return changes(before, _record(prepared, stage), defaults=lambda: flattened(to_mapping(compose(stage.command, []))))
 
 
@@ -228,7 +247,7 @@ def _identity(folder: Path) -> str:
 
 def _refusal(prepared: Prepared, stage: recipe.Stage, differences: Sequence[str]) -> ConfigError:
     name, folder = stage.name, prepared.folder / stage.name
-    is_done = (folder / DONE).is_file()
+    is_done = seconds_of_done(folder) is not None
     can_continue = isinstance(stage.config, TrainingRun) and any(line.startswith(_CONTINUABLE) for line in differences)
     state = "is done" if is_done else "has begun"
     kept_as = previous_name(folder).name
@@ -284,20 +303,21 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
     return code, seconds
 
 
-def _restore_moved(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> None:
+def _restore_moved(prepared: Prepared, moved: Mapping[str, Path], *, refused: recipe.Stage) -> bool:
     """Move folders back if the stage that should replace them refused its input and left no results.
 
-    Also moves back the folders of the stages after it.
+    Also moves back the folders of the stages after it. Returns whether it did.
     """
     folder = prepared.folder / refused.name
     if refused.name not in moved or has_results(folder):
-        return
+        return False
     names = [stage.name for stage in prepared.stages]
     for name in names[names.index(refused.name) :]:
         if name in moved:
             shutil.rmtree(prepared.folder / name, ignore_errors=True)  # it has no results
             moved[name].rename(prepared.folder / name)
             _log.info("%s was restored, because the stage that should replace it did not run", prepared.folder / name)
+    return True
 
 
 def _wait(command: Sequence[str]) -> int:
@@ -323,7 +343,7 @@ def move_aside(folder: Path) -> Path | None:
     Existing `.previous` folders are not changed. A folder without results is deleted, and None is returned.
     """
     if not has_results(folder):
-        shutil.rmtree(folder)
+        remove_folder(folder)
         return None
     new_path = previous_name(folder)
     folder.rename(new_path)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from moetrain.errors import BoundError
-from moetrain.files import write_json
+from moetrain.files import write_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def render(title: str, *, rows: Sequence[Row]) -> Table:
 def write_rows(path: Path, *, rows: Sequence[Row], context: Mapping[str, Any]) -> None:
     """Write the rows as JSON, together with `context`, which describes what was measured."""
     content = {**context, "rows": [{**asdict(row), "is_kept": row.is_kept} for row in rows]}
-    write_json(path, content)
+    write_result(path, content)
 
 
 def check_rows(rows: Sequence[Row]) -> None:

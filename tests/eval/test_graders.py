@@ -6,8 +6,11 @@ import pytest
 
 from moetrain.chat.messages import Message
 from moetrain.eval.runner import check_graders
+from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.protocol import Grade, Split
 from tests.even_task import EvenFamily, EvenTask
+
+CONFIG = RolloutConfig()
 
 
 class Unreliable(EvenFamily):
@@ -25,13 +28,14 @@ class Unreliable(EvenFamily):
 
 
 def test_a_demonstrator_that_fails_is_left_out_of_its_rate(caplog: pytest.LogCaptureFixture) -> None:
-    found = check_graders(Unreliable(works_at=2), first_task=0, num_tasks=6, seed=0)
+    found = check_graders(Unreliable(works_at=2), first_task=0, num_tasks=6, seed=0, config=CONFIG)
     assert found["perfect_demonstrator"] == 1.0
     assert "graders: the demonstrator failed: ConnectionError: no free container" in caplog.text
 
 
 def test_a_demonstrator_that_always_fails_has_no_rate() -> None:
-    assert "perfect_demonstrator" not in check_graders(Unreliable(works_at=100), first_task=0, num_tasks=3, seed=0)
+    found = check_graders(Unreliable(works_at=100), first_task=0, num_tasks=3, seed=0, config=CONFIG)
+    assert "perfect_demonstrator" not in found
 
 
 class Patchy(EvenFamily):
@@ -44,12 +48,12 @@ class Patchy(EvenFamily):
 
 
 def test_a_task_that_cannot_be_made_is_left_out_of_the_rate(caplog: pytest.LogCaptureFixture) -> None:
-    assert check_graders(Patchy(), first_task=0, num_tasks=6, seed=0)["num_tasks"] == 3
+    assert check_graders(Patchy(), first_task=0, num_tasks=6, seed=0, config=CONFIG)["num_tasks"] == 3
     assert "making the task: FileNotFoundError: question 5" in caplog.text
 
 
 def test_a_grader_that_an_empty_answer_satisfies_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    found = check_graders(EvenFamily(), first_task=0, num_tasks=3, seed=0)
+    found = check_graders(EvenFamily(), first_task=0, num_tasks=3, seed=0, config=CONFIG)
     assert found["null_policy"] == 1.0  # an empty answer has an even length
     assert "graders: an empty answer solves 100 % of 3 tasks" in caplog.text
 
@@ -64,9 +68,16 @@ class Wrong(EvenFamily):
         return self.returned
 
 
+def test_after_tasks_in_a_row_that_fail_the_others_are_not_tried(caplog: pytest.LogCaptureFixture) -> None:
+    found = check_graders(Unreliable(works_at=100), first_task=0, num_tasks=40, seed=0, config=CONFIG)
+    assert "perfect_demonstrator" not in found and caplog.text.count("graders: the demonstrator failed") == 5
+    assert "5 tasks in a row failed: the others are not tried" in caplog.text
+
+
 def test_a_demonstrator_that_solves_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     wrong = Wrong(([], Grade(reward=0.0, reason="wrong")))
-    assert check_graders(wrong, first_task=0, num_tasks=3, seed=0)["perfect_demonstrator"] == 0.0
+    found = check_graders(wrong, first_task=0, num_tasks=3, seed=0, config=CONFIG)
+    assert found["perfect_demonstrator"] == 0.0
     assert "graders: the demonstrator without mistakes solves only 0 %" in caplog.text
 
 
@@ -74,5 +85,6 @@ def test_a_demonstrator_that_solves_nothing_is_reported(caplog: pytest.LogCaptur
 def test_a_demonstrator_that_returns_no_grade_is_one_that_fails(
     returned: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "perfect_demonstrator" not in check_graders(Wrong(returned), first_task=0, num_tasks=3, seed=0)
+    found = check_graders(Wrong(returned), first_task=0, num_tasks=3, seed=0, config=CONFIG)
+    assert "perfect_demonstrator" not in found
     assert "does not return a list of messages and a Grade" in caplog.text

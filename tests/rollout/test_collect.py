@@ -1,11 +1,13 @@
 """Collecting trajectories: failures of environments, slow tools, deadlines, caps."""
 
 import asyncio
+import os
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -620,6 +622,57 @@ def test_an_event_loop_that_a_task_of_a_plugin_ends_is_replaced(tokenizer: Token
     first, second = play(tasks, tokenizer, num_slots=1, max_replacements=0)
     assert first.ending is Ending.environment_failed and second.reward == 1.0
     assert "a task of an environment ended the event loop" in first.grade.reason
+
+
+def test_a_plugin_that_cancels_all_tasks_ends_their_trajectories_and_not_the_run(tokenizer: Tokenizer) -> None:
+    class Cancelling(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            for task in asyncio.all_tasks():
+                task.cancel()
+            await asyncio.sleep(20)
+            return Observation(text="a stone")
+
+    cancelling, other = WorldTask(make=Cancelling), WorldTask(make=AsyncWorld)
+    first, second = play([cancelling, other], tokenizer, num_slots=1, max_replacements=0)
+    assert first.ending is Ending.environment_failed and second.reward == 1.0
+    assert first.grade.reason
+    _wait_for(lambda: cancelling.made[0].is_closed)  # type: ignore[attr-defined]
+
+
+def test_an_environment_that_is_none_ends_its_trajectory_alone(tokenizer: Tokenizer) -> None:
+    tasks = [WorldTask(make=lambda stream: None), WorldTask(make=World)]  # type: ignore[arg-type, return-value]
+    first, second = play(tasks, tokenizer, max_replacements=0)
+    assert first.ending is Ending.environment_failed and second.reward == 1.0
+    assert first.grade.reason == "creating the environment returned None"
+
+
+def test_a_process_that_a_tool_forks_ends_with_its_function(tokenizer: Tokenizer) -> None:
+    children: list[int] = []
+
+    class Forking(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            child = os.fork()
+            if child:
+                children.append(child)
+            return super().call(name, arguments)
+
+    (trajectory,) = play([WorldTask(make=Forking)], tokenizer)
+    assert trajectory.reward == 1.0
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0]
+
+
+def test_the_working_directory_is_the_one_before(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Moving(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            os.chdir(tmp_path)
+            return super().call(name, arguments)
+
+    before = os.getcwd()
+    (trajectory,) = play([WorldTask(make=Moving)], tokenizer)
+    assert trajectory.reward == 1.0 and os.getcwd() == before
+    assert "changed the working directory" in caplog.text
 
 
 def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -128,6 +128,34 @@ def test_a_stage_that_was_started_by_hand_is_compared_by_its_config(run: Path) -
     assert (stage / "config.yaml").read_text() == by_hand and not (stage / "started.json").exists()
 
 
+def test_a_stage_that_another_configuration_replaced_by_hand_is_not_unchanged(run: Path) -> None:
+    stage = run / "runs" / "mine" / "export"
+    by_hand = ["init_from=runs/mine/pretrain", "export.format=bf16", "run.name=mine", "run.stage=export"]
+    assert moetrain_here("export", *by_hand, "run.wandb.mode=disabled", folder=run).returncode == 0
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert refused.returncode == 2 and "export.format: bf16 -> quantized" in refused.stderr
+    for name in ("config.yaml", "started.json"):
+        (stage / name).unlink()
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert refused.returncode == 2 and "config.yaml and started.json are missing" in refused.stderr
+
+
+@pytest.mark.parametrize("content", ["", '{"seconds": "x"}'])
+def test_a_stage_whose_end_is_damaged_is_not_done(content: str, run: Path) -> None:
+    stage = run / "runs" / "mine" / "export"
+    (stage / "done.json").write_text(content)
+    words = ["recipe=mine", "wandb.mode=disabled", "on_change=keep", "export.export.format=bf16"]
+    refused = moetrain_here("run", *words, folder=run)
+    assert refused.returncode == 2 and "stage export has begun with another configuration" in refused.stderr
+
+
+def test_stages_after_one_that_runs_anew_are_not_unchanged(run: Path) -> None:
+    shutil.rmtree(run / "runs" / "mine" / "pretrain")
+    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+    assert refused.returncode == 2 and "its input stage pretrain runs again" in refused.stderr
+    assert not (run / "runs" / "mine" / "pretrain").exists()
+
+
 def weights_of(stage: Path) -> dict[str, bytes]:
     """Return what a stage's folder holds that took training to make."""
     return {path.name: path.read_bytes() for path in stage.rglob("*.safetensors")}

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from moetrain.commands.recipe import RecipeRun, ReportRun
+from moetrain.compose import compose
 from moetrain.run.recipe import Stage
 from moetrain.run.runner import Prepared, _refusal, _time_left, earlier_seconds
 
@@ -48,8 +49,14 @@ def test_a_stage_that_never_finished_takes_what_the_recipe_states_scaled_to_this
 
 
 def test_a_refusal_says_how_to_continue_where_that_is_possible(tmp_path: Path) -> None:
+    sft, export = (
+        Stage(name=name, composed=dict, command=name, config=config, inputs=[], processes=1)
+        for name, config in (("sft", compose("sft", ["data=test"])), ("export", compose("export", ["init_from=x"])))
+    )
+    prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=[sft, export])
     for change in ("train.steps: 3 -> 5", "optim.lr: 0.1 -> 0.2", "data.mix: [] -> [1]"):
-        said = str(_refusal(tmp_path, "sft", [change]))
+        said = str(_refusal(prepared, sft, [change]))
         assert "continue_from=${stage:sft} and train.continue_as=part or whole" in said
         assert "\n" not in said
-    assert "continue_from" not in str(_refusal(tmp_path, "sft", ["model.hidden_size: 1 -> 2"]))
+    assert "continue_from" not in str(_refusal(prepared, sft, ["model.hidden_size: 1 -> 2"]))
+    assert "continue_from" not in str(_refusal(prepared, export, ["train.steps: 3 -> 5"]))

@@ -8,6 +8,7 @@ from moetrain.chat.messages import Message, Role
 from moetrain.chat.templates.kimi_k2 import KIMI_K2
 from moetrain.errors import DataError
 from moetrain.eval.runner import check_graders
+from moetrain.rollout.config import RolloutConfig
 from moetrain.tasks.dialogues import demonstration, dialogue_texts
 from moetrain.tasks.protocol import Grade
 from tests.even_task import EvenFamily
@@ -48,4 +49,5 @@ class Slow(EvenFamily):
 def test_a_demonstrator_may_be_a_coroutine() -> None:
     assert len(list(dialogue_texts(Slow(), template=KIMI_K2, count=3, seed=0))) == 3
     assert demonstration(Slow(), None, stream=0, perfect=True)[1].success
-    assert check_graders(Slow(), first_task=0, num_tasks=2, seed=0)["perfect_demonstrator"] == 1.0
+    rates = check_graders(Slow(), first_task=0, num_tasks=2, seed=0, config=RolloutConfig())
+    assert rates["perfect_demonstrator"] == 1.0
