@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.files import cached_json, read_json_or_empty, to_json, write_json, write_json_lines, write_text
+from moetrain.files import (
+    cached_json,
+    read_json_or_empty,
+    replace_folder,
+    to_json,
+    write_json,
+    write_json_lines,
+    write_result,
+    write_text,
+)
 
 
 def _strict(text: str) -> object:
@@ -83,3 +92,24 @@ def test_without_a_cache_folder_that_can_be_written_nothing_is_stored(
     (tmp_path / "link").symlink_to(tmp_path / "missing" / "folder")  # reads as if it were empty
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
     assert cached_json("x.json", lambda: {"a": (1, 2)}) == {"a": [1, 2]}
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_names_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "old").touch()
+    (tmp_path / "final").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "new").touch()
+    replace_folder(tmp_path / "partial", tmp_path / "final")
+    assert not (tmp_path / "final").is_symlink() and (tmp_path / "final" / "new").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "final"]
+    assert (tmp_path / "elsewhere" / "old").is_file()
+
+
+def test_a_result_that_differs_stands_beside_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    assert write_result(path, {"tokens": 1}) is None
+    assert write_result(path, {"tokens": 1}) is None
+    assert write_result(path, {"tokens": 2}) == tmp_path / "bench.json.previous"
+    assert json.loads((tmp_path / "bench.json.previous").read_text()) == {"tokens": 1}
+    assert json.loads(path.read_text()) == {"tokens": 2}

@@ -27,7 +27,9 @@ def test_stages_are_known_by_their_configs_and_go_back_to_the_stage_that_trained
 
 
 def test_without_a_list_each_stage_comes_after_those_it_takes(own: Path) -> None:
-    shutil.copytree(own / "sft", own / "sft.previous")
+    for name in ("sft.previous", "sft.previous.2"):
+        shutil.copytree(own / "sft", own / name)
+    (own / "sft.previous.2" / "config.yaml").write_text("run: [")
     order = [stage.name for stage in read_run(own, []).stages]
     assert sorted(order) == sorted(STAGES)
     for earlier, later in [("pretrain", "sft"), ("sft", "rl"), ("sft_eval", "rl_eval"), ("rl_export", "rl_eval")]:
