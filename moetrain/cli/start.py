@@ -13,3 +13,5 @@ def main() -> int:
     except KeyboardInterrupt:
         print("moetrain: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further press does not interrupt the way out

@@ -45,11 +45,9 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the previous handlers; after Ctrl-C it stays ignored, so that nothing interrupts the shutdown."""
+        """Restore the previous handlers; after a KeyboardInterrupt, Ctrl-C stays ignored during shutdown."""
         for number, handler in self._previous.items():
-            if number == signal.SIGINT and self._pressed_at is not None:
-                signal.signal(number, signal.SIG_IGN)
-            else:
+            if number != signal.SIGINT or kind is not KeyboardInterrupt:
                 signal.signal(number, handler)
 
     def requested(self, topology: Topology) -> str | None:
