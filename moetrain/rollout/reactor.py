@@ -241,14 +241,20 @@ def call_task(awaitable: Awaitable[T]) -> asyncio.Task[T]:
     return asyncio.create_task(contained(awaitable), name=_CALL)
 
 
+def _others() -> set[asyncio.Task[Any]]:
+    """Return the tasks of this event loop that have not ended, without the present one."""
+    return asyncio.all_tasks() - {task for task in (asyncio.current_task(),) if task is not None}
+
+
 async def _settle(limit_s: float) -> None:
     """Wait for calls of environments that end after their deadline, and cancel what else runs on the event loop."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    if calls := {task for task in others if task.get_name() == _CALL}:
-        _, left = await asyncio.wait(calls, timeout=limit_s)
-        if left:
-            _log.warning("%d calls of environments did not end within %.3g s and are left behind", len(left), limit_s)
-    if rest := {task for task in others - calls if task.cancel()}:  # tasks that plugins started
+    end, left = time.monotonic() + limit_s, set[asyncio.Task[Any]]()
+    while not left and (calls := {task for task in _others() if task.get_name() == _CALL}):
+        _, left = await asyncio.wait(calls, timeout=max(end - time.monotonic(), 0.0))
+        await asyncio.sleep(0)  # the end of a call may start another one, which closes its environment
+    if left:
+        _log.warning("%d calls of environments did not end within %.3g s and are left behind", len(left), limit_s)
+    if rest := {task for task in _others() - left if task.cancel()}:  # tasks that plugins started
         await asyncio.wait(rest, timeout=limit_s)
 
 
