@@ -226,8 +226,8 @@ def _changes(prepared: Prepared, stage: recipe.Stage) -> list[str]:
     """Return the differences to the record with which a stage started; empty if it has not started."""
     folder = prepared.folder / stage.name
     before = stored_record(folder)
-    if before is None:
-        return [f"{CONFIG} and {STARTED} are missing"] if has_results(folder) else []
+    if before is None or not before.config:
+        return [f"{CONFIG} and {STARTED} are missing or damaged"] if has_results(folder) else []
     return changes(before, _record(prepared, stage), defaults=lambda: flattened(to_mapping(compose(stage.command, []))))
 
 
@@ -279,7 +279,7 @@ def _run_stage(prepared: Prepared, stage: recipe.Stage) -> tuple[int, float]:
         if not has_results(folder) and _changes(prepared, stage):
             move_aside(folder)  # it contains only files of another config, and no results
     config = folder / CONFIG
-    with lock(folder):
+    with lock(folder):  # the folder may be a new one
         save_config(stage.config, config)
         identity = _identity(folder) or uuid.uuid4().hex
         write_json(folder / STARTED, {"id": identity, "made_by": made_by(), **_record(prepared, stage).stored()})

@@ -134,10 +134,12 @@ def test_a_stage_that_another_configuration_replaced_by_hand_is_not_unchanged(ru
     assert moetrain_here("export", *by_hand, "run.wandb.mode=disabled", folder=run).returncode == 0
     refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
     assert refused.returncode == 2 and "export.format: bf16 -> quantized" in refused.stderr
-    for name in ("config.yaml", "started.json"):
-        (stage / name).unlink()
-    refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
-    assert refused.returncode == 2 and "config.yaml and started.json are missing" in refused.stderr
+    records = [stage / "config.yaml", stage / "started.json"]
+    for is_there in (True, False):
+        for path in records:
+            path.write_text("run: [") if is_there else path.unlink()
+        refused = moetrain_here("run", "recipe=mine", "wandb.mode=disabled", folder=run)
+        assert refused.returncode == 2 and "config.yaml and started.json are missing or damaged" in refused.stderr
 
 
 @pytest.mark.parametrize("content", ["", '{"seconds": "x"}'])
