@@ -133,7 +133,7 @@ class Collector:
 
     def __enter__(self) -> Self:
         """Return this collector."""
-        self._folder = os.getcwd()
+        self._folder = _working_directory()
         self._reactor.__enter__()
         return self
 
@@ -147,11 +147,7 @@ class Collector:
 
     def _return_to_folder(self) -> None:
         """Undo a change of the working directory by an environment: the files of the run have relative paths."""
-        try:
-            is_there = os.getcwd() == self._folder
-        except OSError:  # it was removed
-            is_there = False
-        if not is_there:
+        if self._folder is not None and _working_directory() != self._folder:
             os.chdir(self._folder)
             _log.warning("an environment changed the working directory of the whole process; it was changed back")
 
@@ -212,3 +208,11 @@ class Collector:
                 episode.continue_in(self._generation)
                 self._speakers[id(episode.sequence)] = episode
         return ended
+
+
+def _working_directory() -> str | None:
+    """Return the working directory, or None if it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None

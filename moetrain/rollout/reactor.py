@@ -243,7 +243,7 @@ def call_task(awaitable: Awaitable[T]) -> asyncio.Task[T]:
 
 def _others() -> set[asyncio.Task[Any]]:
     """Return the tasks of this event loop that have not ended, without the present one."""
-    return asyncio.all_tasks() - {task for task in (asyncio.current_task(),) if task is not None}
+    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
 async def _settle(limit_s: float) -> None:
