@@ -38,7 +38,9 @@ _POLL_S = 0.01
 
 def bench_data(run: BenchDataRun, *, folder: Path) -> dict[str, Any]:
     """Return the report of all measurements; see `BenchDataRun`."""
+    # What a run that was killed left is taken again only where it is the same.
     corpus, tokenizer = folder / f"corpus-{run.megabytes}-{run.files}-{run.run.seed}", folder / "tokenizer"
+    tokens = folder / f"random-{run.tokens}-{run.vocab_size}"
     size = write_corpus(corpus, num_bytes=run.megabytes * 10**6, num_files=run.files, seed=run.run.seed)
     texts = _first_texts(corpus / "00000.jsonl", _TOKENIZER_CHARACTERS)
     train_tokenizer(texts, vocab_size=run.vocab_size).save(tokenizer)
@@ -56,10 +58,10 @@ def bench_data(run: BenchDataRun, *, folder: Path) -> dict[str, Any]:
     report["killed and resumed"] = _measured(prepared("killed", 2), folder)
     digests = {name: _digest(folder / name) for name in ("one", "two", "killed")}
     report["equal bytes"] = {"digests": digests, "are equal": len(set(digests.values())) == 1}
-    reader = ["read", str(folder / "random"), str(tokenizer), str(run.tokens), str(run.seq_len), str(run.read_seconds)]
+    reader = ["read", str(tokens), str(tokenizer), str(run.tokens), str(run.seq_len), str(run.read_seconds)]
     report["loader"] = _measured(reader, folder)
     if not run.keep:
-        for path in (corpus, *(folder / name for name in ("one", "two", "killed", "random", "cache"))):
+        for path in (corpus, tokens, *(folder / name for name in ("one", "two", "killed", "cache"))):
             shutil.rmtree(path, ignore_errors=True)
     return report
 
