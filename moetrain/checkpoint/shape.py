@@ -16,7 +16,7 @@ from moetrain.model.gate_scale import routed_scaling_factor
 from moetrain.stage_files import EXPORT_RECORD
 
 CONFIG_FILE = "config.json"
-"""Files of an export: its shape as transformers reads it, and moetrain's record of the export."""
+"""File of an export with its shape, as transformers reads it."""
 EXPORT = "model"
 """Name of the folder of the export within the folder of an export stage."""
 FREE_FIELDS = ("balance.", "yarn.", "max_position_embeddings")

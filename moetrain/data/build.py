@@ -210,7 +210,7 @@ def _tokenizer(
         raise DataError(
             f"data.tokenizer.vocab_size is {wanted}, the texts give {tokenizer.vocab_size} tokens: give more text, or "
             f"remove data.tokenizer.vocab_size; model.vocab_size can be {tokenizer.vocab_size} or any larger number "
-            "(with weights it is theirs)"
+            "(a model that starts from weights keeps theirs)"
         )
     if num_rows is not None and tokenizer.vocab_size < num_rows and not config.tokenizer.shrink_model:
         _log.warning(

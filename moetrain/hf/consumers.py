@@ -43,7 +43,8 @@ def check_consumers(reasons: Mapping[Consumer, list[str]], wanted: list[Consumer
     for consumer in wanted:
         if reasons[consumer]:
             able = ", ".join(other for other in Consumer if not reasons[other])
-            cure = f"set export.consumers=[{able}] to export for those only" if able else "give another export.format"
+            narrow = f"set export.consumers=[{able}] to export for those only"
+            cure = narrow if able else "change that setting, or give another export.format"
             raise ConfigError(
                 f"export.consumers names {consumer}, which would not compute this model as it was trained "
                 f"({'; '.join(reasons[consumer])}): {cure}"

@@ -110,7 +110,7 @@ class PackedMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, from that of its scales; the constructor checks that the codes fit it."""
+        """Shape of the matrix, from that of its scales; `stored_tensors` checks that the codes fit it."""
         rows, groups = self.tensors[".weight_scale"].shape
         return rows, groups * self.groups.group_size
 

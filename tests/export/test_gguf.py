@@ -229,7 +229,7 @@ def test_codes_that_q4_0_cannot_hold_are_refused(
     tmp_path: Path, model_config: ModelConfig, masters: Tensors, tokenizer: Tokenizer, quant: QuantConfig, said: str
 ) -> None:
     for consumers in (None, [Consumer.moetrain]):  # the file cannot hold them, whoever reads it
-        with pytest.raises(ConfigError, match=f"{said}.*: give another export.format"):
+        with pytest.raises(ConfigError, match=f"{said}.*: change that setting, or give another export.format"):
             write(tmp_path / "out", model_config, tokenizer, masters=masters, quant=quant, consumers=consumers)
 
 
