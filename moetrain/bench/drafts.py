@@ -23,8 +23,8 @@ from moetrain.inference.speculation import Speculation
 from moetrain.log import progress
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.engine import make_generation
+from moetrain.rollout.making import make_task
 from moetrain.rollout.types import Trajectory
-from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 
@@ -94,7 +94,7 @@ def _requests(run: BenchDraftsRun, family: TaskFamily) -> list[RolloutRequest]:
     return [
         RolloutRequest(
             task_index=index,
-            task=make_task(partial(family.task, Split.held_out, index)),
+            task=make_task(partial(family.task, Split.held_out, index), limit_s=run.rollout.environment_deadline_s),
             sample=0,
             stream=seed_of(run.run.seed, "bench drafts", index),
         )

@@ -15,7 +15,7 @@ from moetrain.errors import ConfigError
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
-from moetrain.rollout.world import make_task
+from moetrain.rollout.making import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.dialogues import RL_FIRST_TASK, demonstration
 from moetrain.tasks.protocol import Split, TaskFamily
@@ -105,7 +105,7 @@ def collected_episodes(
     requests = [
         RolloutRequest(
             task_index=index,
-            task=make_task(partial(family.task, Split.train, index)),
+            task=make_task(partial(family.task, Split.train, index), limit_s=config.environment_deadline_s),
             sample=sample,
             stream=seed_of(seed, "bench/rollout", index, sample),
         )

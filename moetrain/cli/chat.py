@@ -65,7 +65,7 @@ def _chat(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scr
 
 def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", screen: "Screen", max_tokens: int) -> None:
     from moetrain.rollout.config import RolloutConfig
-    from moetrain.rollout.world import FailedTask, make_task
+    from moetrain.rollout.making import FailedTask, make_task
     from moetrain.runtime import seed_of
     from moetrain.tasks import registry
     from moetrain.tasks.protocol import MakesLongerTasks, Split
@@ -86,7 +86,14 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
             f"num_calls is {run.num_calls}: task.name={run.task.name} makes no tasks of a given length; leave "
             "num_calls out"
         )
-    task = make_task(make)
+    config = RolloutConfig(
+        num_slots=1,
+        max_tokens=max_tokens,
+        max_turns=max(_MAX_TURNS, _TURNS_PER_CALL * (run.num_calls or 0)),
+        max_turn_tokens=run.max_turn_tokens,
+        temperature=run.temperature,
+    )
+    task = make_task(make, limit_s=config.environment_deadline_s)
     if isinstance(task, FailedTask):
         asked = f"task_index is {run.task_index}" + ("" if run.num_calls is None else f", num_calls is {run.num_calls}")
         raise ConfigError(f"{asked}: task.name={run.task.name} fails: {task.reason}")
@@ -95,13 +102,7 @@ def _act(run: ChatRun, generation: "Generation", *, tokenizer: "Tokenizer", scre
         family,
         generation=generation,
         tokenizer=tokenizer,
-        config=RolloutConfig(
-            num_slots=1,
-            max_tokens=max_tokens,
-            max_turns=max(_MAX_TURNS, _TURNS_PER_CALL * (run.num_calls or 0)),
-            max_turn_tokens=run.max_turn_tokens,
-            temperature=run.temperature,
-        ),
+        config=config,
         stream=seed_of(run.run.seed, "chat", run.task_index),
         declare_tools=run.task.declare_tools,
         policy=run.task.context,

@@ -18,9 +18,10 @@ from moetrain.log import progress
 from moetrain.parallel.topology import Topology
 from moetrain.rollout.collect import RolloutRequest, collect
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.making import make_task
 from moetrain.rollout.types import Trajectory
 from moetrain.rollout.voting import VotingGeneration
-from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment, make_task
+from moetrain.rollout.world import EnvironmentFailure, grade_in_new_environment
 from moetrain.runtime import seed_of
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.dialogues import demonstration
@@ -107,7 +108,7 @@ def run_mode(
     requests = [
         RolloutRequest(
             task_index=index,
-            task=make_task(partial(_task, family, index, calls)),
+            task=make_task(partial(_task, family, index, calls), limit_s=rollout.environment_deadline_s),
             sample=0,
             stream=seed_of(seed, "eval", index, calls or 0),
         )
@@ -159,7 +160,8 @@ def check_graders(
     if num_tasks < 1:
         raise ConfigError(f"eval.num_tasks is {num_tasks}: give at least 1")
     indices = range(first_task, first_task + num_tasks)
-    tasks = [make_task(partial(family.task, Split.held_out, index)) for index in indices]
+    limit_s = config.environment_deadline_s
+    tasks = [make_task(partial(family.task, Split.held_out, index), limit_s=limit_s) for index in indices]
     with_streams = [(task, seed_of(seed, "graders", index)) for task, index in zip(tasks, indices, strict=True)]
     null = _successes(_null_policy_grade(task, stream, config=config) for task, stream in with_streams)
     rates = {"null_policy": sum(null) / max(len(null), 1), "num_tasks": len(null)}

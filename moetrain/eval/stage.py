@@ -4,12 +4,13 @@ The caller provides weights, tokenizer and the earlier evaluation. The result is
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from moetrain.chat.context import described
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.eval.divergence import divergence
 from moetrain.eval.finished import FinishedModes
@@ -67,6 +68,8 @@ def evaluate(
     config, task = setting.config, setting.task
     family = setting.family_of(task)
     all_modes = list(modes(config, family))
+    if before is not None:
+        _check_before(before, [mode.name for mode in all_modes], context=described(asdict(task.context)))
     results = {
         mode.name: _result(setting, mode, export=export, masters=masters if mode is all_modes[0] else None)
         for mode in all_modes
@@ -97,13 +100,31 @@ def evaluate(
         if "divergence" in results[all_modes[0].name]:
             numbers["divergence"] = results[all_modes[0].name]["divergence"]
     if before is not None:
-        numbers["paired"] = {
-            name: asdict(difference)
-            for name, summary in numbers["modes"].items()
-            if name in before["modes"]
-            and (difference := paired(before["modes"][name]["outcomes"], summary["outcomes"])) is not None
-        }
+        numbers["paired"] = _differences(before, numbers["modes"])
     return numbers
+
+
+def _check_before(before: Mapping[str, Any], names: Sequence[str], *, context: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an earlier evaluation has none of the modes `names`; say if its context policy differs."""
+    if not before["modes"].keys() & set(names):
+        raise ConfigError(
+            f"eval.before has the modes {', '.join(before['modes'])}, and this evaluation {', '.join(names)}: nothing "
+            "can be compared, give the same eval.temperatures or leave eval.before out"
+        )
+    if (other := before.get("task", {}).get("context", context)) != context:
+        _log.info("eval.before had another context policy (%s): the differences include its effect", other)
+
+
+def _differences(before: Mapping[str, Any], by_mode: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the paired differences of the modes that both evaluations have; warn of one without a common task."""
+    found = {}
+    for name in [name for name in by_mode if name in before["modes"]]:
+        difference = paired(before["modes"][name]["outcomes"], by_mode[name]["outcomes"])
+        if difference is None:
+            _log.warning("eval.before has no result of a task of the mode %s: it is not compared", name)
+        else:
+            found[name] = asdict(difference)
+    return found
 
 
 def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters: Contestant | None) -> dict[str, Any]:

@@ -105,15 +105,24 @@ def success_table(run: Run) -> Table | None:
 
 
 def length_table(run: Run) -> Table | None:
-    """Return the average number of tool calls, contexts and sampled tokens of a trajectory, by evaluation and mode."""
+    """Return the average number of tool calls, contexts and sampled tokens of a trajectory, by evaluation and mode.
+
+    Where an evaluation votes on turns, a further column has the average number of samples per turn.
+    """
     names = ("mean_calls", "mean_segments", "mean_sampled_tokens")
-    rows = [
-        [f"{stage.weights} {mode_title(mode)}", *(f"{summary[name]:,.1f}" for name in names)]
+    summaries = {
+        f"{stage.weights} {mode_title(mode)}": summary
         for stage in run.evaluations
         for mode, summary in stage.evaluation["modes"].items()
         if summary["all"]["count"] and all(name in summary for name in names)
-    ]
+    }
+    rows = [[title, *(f"{summary[name]:,.1f}" for name in names)] for title, summary in summaries.items()]
     header = ["average per trajectory", "tool calls", "contexts", "sampled tokens"]
+    samples = [summary.get("samples_per_turn") for summary in summaries.values()]
+    if any(number is not None for number in samples):
+        header.append("samples per turn")
+        for row, number in zip(rows, samples, strict=True):
+            row.append("1" if number is None else f"{number:.2f}")
     return Table(title="Length of trajectories", header=header, rows=rows) if rows else None
 
 

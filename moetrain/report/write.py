@@ -20,10 +20,15 @@ def write_report(run: Run, config: ReportConfig, *, folder: Path) -> None:
     """Write the four files of a report into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join([f"# {run.name}\n", *(markdown(table) for table in tables(run)), *_left_out(run)])
-    write_text(folder / PAGE, run_page(run, num_trajectories=config.num_trajectories))
+    _write(folder / PAGE, run_page(run, num_trajectories=config.num_trajectories))
     write_json(folder / RESULTS_JSON, results(run))
-    write_text(folder / RESULTS_MARKDOWN, text)
+    _write(folder / RESULTS_MARKDOWN, text)
     write_json(folder / TIMES, times(run))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write text in which lone surrogates, which a JSON escape in an edited file can produce, become question marks."""
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _left_out(run: Run) -> list[str]:

@@ -30,8 +30,8 @@ from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.engine import make_generation
 from moetrain.rollout.journal import Journal, append_line, read_lines
+from moetrain.rollout.making import make_task
 from moetrain.rollout.types import Trajectory
-from moetrain.rollout.world import make_task
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Split, TaskFamily
 
@@ -112,7 +112,8 @@ class CollectionSetting:
 
     def requests(self, task_index: int) -> list[RolloutRequest]:
         """Return the requests of a task's group."""
-        task, begun_at = make_task(partial(self.family.task, Split.train, task_index)), self.begun_at(task_index)
+        make, limit_s = partial(self.family.task, Split.train, task_index), self.rollout.environment_deadline_s
+        task, begun_at = make_task(make, limit_s=limit_s), self.begun_at(task_index)
         return [
             RolloutRequest(
                 task_index=task_index,

@@ -15,8 +15,9 @@ from moetrain.errors import RolloutError, described
 from moetrain.inference.protocol import Generation, Sequence
 from moetrain.inference.sampling import Sampling
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.making import calls_needed
 from moetrain.rollout.types import Ending, Segment, Trajectory
-from moetrain.rollout.world import EnvironmentClient, EnvironmentFailure, calls_needed
+from moetrain.rollout.world import EnvironmentClient, EnvironmentFailure
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Grade, InlineTask, Observation, Task, TaskFamily
 

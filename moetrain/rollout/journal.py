@@ -39,6 +39,7 @@ class Journal:
             raise DataError(f"{folder} is a file, and trajectories are kept in a folder of this name: remove it")
         for path in sorted(folder.glob(f"step_{step:08d}.rank_*.jsonl")):
             self._found |= dict(_read(path))
+        self._found = {key: kept for key, kept in self._found.items() if key.startswith(f"{run}/")}
         if self._found:
             _log.info("step %d: %d trajectories were collected before the run stopped", step + 1, len(self._found))
 

@@ -13,17 +13,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
 
-from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, RolloutError, ToolError, TransientError, described, line_of, text_of
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.reactor import call_task, run_inline
 from moetrain.tasks.protocol import (
-    CountsCalls,
     Environment,
     Grade,
     InlineTask,
@@ -46,43 +43,6 @@ _BUSY = "the environment is still busy with a call that missed its deadline"
 
 class EnvironmentFailure(RolloutError):  # noqa: N818  names what failed
     """An environment could not be made, called, graded or closed, through no fault of the model."""
-
-
-class FailedTask:
-    """Stands for a task that could not be made: its trajectories end because their environment failed."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    @property
-    def prompt(self) -> list[Message]:
-        """Raise `EnvironmentFailure`."""
-        raise EnvironmentFailure(self.reason)
-
-    def environment(self, stream: int) -> Environment:
-        """Raise `EnvironmentFailure`."""
-        raise EnvironmentFailure(self.reason)
-
-
-def make_task(make: Callable[[], Task]) -> Task:
-    """Return the task that `make` returns, or a `FailedTask` when it raises anything but `ConfigError`."""
-    try:
-        return make()
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        return FailedTask(f"making the task: {described(error)}")
-
-
-def calls_needed(task: Task) -> int | None:
-    """Return the number of calls that a task states, or None. Raises EnvironmentFailure if it is not a whole number."""
-    try:
-        value = task.num_calls if isinstance(task, CountsCalls) else None
-    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
-        raise EnvironmentFailure(f"num_calls of the task: {described(error)}") from error
-    if value is None or (isinstance(value, Integral) and value >= 0):
-        return None if value is None else int(value)
-    raise EnvironmentFailure(f"num_calls of the task is {value!r}: return a whole number of 0 or more")
 
 
 class EnvironmentClient:

@@ -8,6 +8,7 @@ that a mistake is reported once instead of once per rank.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from moetrain.chat.registry import AUTO, template_named
@@ -31,12 +32,13 @@ from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import CheckpointError, ConfigError, DataError
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_consumers
+from moetrain.rollout.making import make_task
 from moetrain.run.chain import keeps_tokenizer, needs_chat, stage_template
 from moetrain.run.earlier_evaluation import read_before
 from moetrain.run.plugins import load_plugins, plugin_spec
 from moetrain.runtime import available_memory, num_ranks, rank
 from moetrain.tasks import registry
-from moetrain.tasks.protocol import MakesLongerTasks, TaskFamily
+from moetrain.tasks.protocol import MakesLongerTasks, Split, TaskFamily
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +132,8 @@ def check_names(run: StageRun) -> None:
             registry.demonstrator_of(family)
         if isinstance(run, RlRun | EvalRun):
             _compare_turns(run, family)
+        if isinstance(run, EvalRun) and isinstance(family, MakesLongerTasks) and run.eval.num_tasks:
+            _check_longer(run, family)
     if isinstance(run, RlRun):
         from moetrain.rl.registry import build  # loads torch
 
@@ -153,6 +157,13 @@ def _compare_turns(run: RlRun | EvalRun, family: TaskFamily) -> None:
             "max_turns. Give rollout.max_turns=%d, which leaves room for calls that fail",
             *(run.rollout.max_turns, calls, calls + 1, 2 * calls),
         )
+
+
+def _check_longer(run: EvalRun, family: MakesLongerTasks) -> None:
+    """Raise the ConfigError of a family that makes no tasks of a length in eval.longer_calls: they are run last."""
+    for calls in run.eval.longer_calls if run.eval.longer_tasks else ():
+        make = partial(family.task_of_length, Split.held_out, run.eval.first_task, num_calls=calls)
+        make_task(make, limit_s=run.rollout.environment_deadline_s)
 
 
 def _continues(run: StageRun) -> bool:

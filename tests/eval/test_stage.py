@@ -1,11 +1,14 @@
 """A whole evaluation: modes that were finished before a stop are kept, and are not those of other weights or tasks."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moetrain.errors import ConfigError
 from moetrain.eval.config import EvalConfig
 from moetrain.eval.finished import FinishedModes
 from moetrain.eval.stage import Contestant, Setting, evaluate
@@ -36,6 +39,39 @@ def _contestant(digest: str) -> Contestant:
     return Contestant(model=sync_weights(engine, config=MODEL, quant=_QUANT, dtype=torch.float32), digest=digest)
 
 
+def _setting(path: Path, **values: Any) -> Setting:
+    return Setting(
+        config=EvalConfig(num_tasks=3, temperatures=[1.0, 0.0], longer_calls=[], kl_tasks=2),
+        family_of=lambda config: EvenFamily(),
+        task=TaskConfig(),
+        tokenizer=even_tokenizer(),
+        rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=40, max_turns=2),
+        seed=3,
+        plugins="",
+        finished=FinishedModes(path),
+        **{"on_finished": lambda mode, trajectories: None, "topology": setup(_PARALLEL), **values},
+    )
+
+
+def test_an_earlier_evaluation_that_has_nothing_in_common_is_refused_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    setting, export = _setting(tmp_path / "finished.json"), _contestant("export")
+    with pytest.raises(ConfigError, match=r"eval\.before has the modes sampled_t0\.5, and this evaluation sampled_t1"):
+        evaluate(setting, export=export, masters=None, before={"modes": {"sampled_t0.5": {"outcomes": {}}}})
+    first = evaluate(setting, export=export, masters=None, before=None)
+    assert first is not None and "paired" not in first
+    before = {
+        "modes": {"greedy": first["modes"]["greedy"], "sampled_t1": {"outcomes": {"7/3": True}}},
+        "task": {"context": {"kind": "notes"}},
+    }
+    numbers = evaluate(setting, export=export, masters=None, before=before)
+    assert numbers is not None and list(numbers["paired"]) == ["greedy"]
+    assert "eval.before had another context policy ({'kind': 'notes'})" in caplog.text
+    assert "eval.before has no result of a task of the mode sampled_t1: it is not compared" in caplog.text
+
+
 def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Path) -> None:
     path = tmp_path / "finished.json"
     ran: list[str] = []
@@ -46,18 +82,7 @@ def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Pat
             raise _StopError
         ran.append(mode)
 
-    setting = Setting(
-        config=EvalConfig(num_tasks=3, temperatures=[1.0, 0.0], longer_calls=[], kl_tasks=2),
-        family_of=lambda config: EvenFamily(),
-        task=TaskConfig(),
-        tokenizer=even_tokenizer(),
-        rollout=RolloutConfig(num_slots=4, max_tokens=80, max_turn_tokens=40, max_turns=2),
-        seed=3,
-        plugins="",
-        finished=FinishedModes(path),
-        on_finished=on_finished,
-        topology=setup(_PARALLEL),
-    )
+    setting = _setting(path, on_finished=on_finished)
     export, masters = _contestant("export"), _contestant("masters")
     stop_at.append("greedy_error_free")
     with pytest.raises(_StopError):

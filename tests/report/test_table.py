@@ -33,6 +33,7 @@ def test_the_tables_tell_what_the_run_did(finished: Path) -> None:
     assert int4.notes[1].endswith("2.5 % of the codes and 5 % of the scales differ from those of sft_export")
     lengths = length_table(read_run(finished, []))
     assert lengths is not None and lengths.rows[0][0] == "sft sampled T=1" and len(lengths.rows[0]) == 4
+    assert lengths.header[-1] == "sampled tokens"
     assert by_title["Exported size"].rows[1] == ["rl", "int4", "0.30 MB", "1.20 MB", "0.250"]
 
 
@@ -48,6 +49,18 @@ def test_the_titles_name_the_format_of_the_weights_and_no_row_is_of_failures_tha
     assert success.title == "Held-out success, MXFP4 weights"
     assert not {"after tool error", "without tool error"} & {row[0] for row in success.rows}
     assert by_title["MXFP4 beside the bf16 masters"].header[1] == "MXFP4"
+
+
+def test_votes_are_told_with_their_samples_per_turn(own: Path) -> None:
+    path = own / "rl_eval" / "eval.json"
+    numbers = json.loads(path.read_text())
+    numbers["modes"]["voted_longer"] = numbers["modes"]["greedy"] | {"samples_per_turn": 3.2}
+    path.write_text(json.dumps(numbers))
+    lengths = length_table(read_run(own, []))
+    assert lengths is not None and lengths.header[-1] == "samples per turn"
+    assert {row[0]: row[-1] for row in lengths.rows if row[-1] != "1"} == {
+        "rl each turn voted on, longer chains": "3.20"
+    }
 
 
 def test_a_rate_without_tasks_is_no_rate() -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def test_the_numbers_of_two_equal_runs_are_the_same_files(finished: Path, tmp_pa
         "results.md",
         "times.json",
     ]
+
+
+def test_half_a_surrogate_pair_in_an_edited_trace_ends_no_report(own: Path) -> None:
+    path = own / "rl_eval" / "traces" / "greedy.jsonl"
+    trace = json.loads(path.read_text().splitlines()[0])
+    trace["text"] = trace["text"].replace("<|im_middle|>", "<|im_middle|>half \ud83d", 1)
+    path.write_text(json.dumps(trace) + "\n")
+    assert main(["report", f"run.folder={own.parent}", f"run.name={own.name}"]) == 0
+    assert "half ?" in (own / "report" / "report.html").read_text()
 
 
 def test_the_command_prints_the_tables_and_where_the_files_lie(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

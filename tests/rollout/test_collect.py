@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import signal
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from moetrain.errors import ToolError, TransientError
 from moetrain.rl.metrics import rollout_metrics
 from moetrain.rollout.collect import Collector, RolloutRequest
 from moetrain.rollout.config import RolloutConfig
+from moetrain.rollout.making import make_task
 from moetrain.rollout.reactor import Reactor
 from moetrain.rollout.types import Ending
-from moetrain.rollout.world import EnvironmentClient, make_task
+from moetrain.rollout.world import EnvironmentClient
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
 from tests.rollout.scripted import (
     ANSWER,
@@ -206,10 +209,53 @@ def test_a_task_that_cannot_be_made_is_not_scored_and_ends_nothing_else(
     def fail() -> WorldTask:
         raise FileNotFoundError("question 1")
 
-    good, broken = play([WorldTask(make=World), make_task(fail)], tokenizer, max_replacements=1)
+    good, broken = play([WorldTask(make=World), make_task(fail, limit_s=60)], tokenizer, max_replacements=1)
     assert good.is_scored and good.reward == 1.0
     assert broken.ending is Ending.environment_failed and not broken.is_scored
     assert "making the task: FileNotFoundError: question 1" in caplog.text
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_task_that_is_never_made_is_given_up_at_the_deadline(
+    catches: bool, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang() -> WorldTask:
+        while catches and time.monotonic() < started + 0.5:  # as code that tries a connection again
+            try:
+                time.sleep(60)
+            except TimeoutError:
+                continue
+        time.sleep(60)
+        raise AssertionError
+
+    handler, (left_s, _) = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    started = time.monotonic()
+    task = make_task(hang, limit_s=0.2)
+    assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (left_s > 0)
+    good, broken = play([WorldTask(make=World), task], tokenizer, max_replacements=0)
+    assert good.is_scored and broken.ending is Ending.environment_failed
+    assert "making the task: TimeoutError: no result after 0.2 s" in caplog.text
+
+
+def test_the_deadline_of_a_task_leaves_other_threads_and_an_alarm_that_was_set_alone() -> None:
+    def slow() -> WorldTask:
+        time.sleep(0.2)
+        return WorldTask(make=World)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(make_task, slow, limit_s=0.05).result(), WorldTask)
+    rang: list[int] = []
+    handler = signal.signal(signal.SIGALRM, lambda number, frame: rang.append(number))
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0.1)  # those of the test's own limit of time
+    try:
+        assert isinstance(make_task(slow, limit_s=5), WorldTask)
+        time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left_s)
+    assert rang == [signal.SIGALRM]
 
 
 def test_a_prompt_that_exits_ends_nothing_else(tokenizer: Tokenizer) -> None:

@@ -65,6 +65,18 @@ def test_another_number_of_ranks_finds_them_too_and_another_step_does_not(tmp_pa
     assert not _known(Journal(tmp_path, step=5, rank=0, run="a"), [_request(2)])
 
 
+def test_trajectories_of_another_config_are_neither_found_nor_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    _written(tmp_path, 3)
+    other = Journal(tmp_path, step=4, rank=0, run="b")
+    other.add(_request(0), _trajectory(0))
+    assert not _known(other, [_request(1)]) and "were collected" not in caplog.text
+    assert _known(Journal(tmp_path, step=4, rank=0, run="b"), [_request(0), _request(1)]) == {0: _trajectory(0)}
+    assert "step 5: 1 trajectories were collected before the run stopped" in caplog.text
+
+
 def test_a_request_with_another_stream_is_another_one(tmp_path: Path) -> None:
     _written(tmp_path, 3)
     other = RolloutRequest(task_index=1, task=None, sample=1, stream=7)  # type: ignore[arg-type]

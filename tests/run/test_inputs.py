@@ -205,6 +205,15 @@ def test_too_few_turns_for_the_tasks_are_a_warning(
     assert not said or f"rollout.max_turns is 16, and tasks of {calls} calls need {calls + 1} turns" in said[0]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("words", [["eval.longer_calls=[50,5]"], ["eval.longer_calls=[100000]"]])
+def test_a_length_that_the_family_cannot_make_is_refused_first(words: list[str]) -> None:
+    words = ["task=marathon", "init_from=x", *words]
+    with pytest.raises(ConfigError, match=r"a ledger task of (5|100000) calls cannot be made: give 8 to 5000 calls"):
+        check_names(compose("eval", words))
+    check_names(compose("eval", [*words, "eval.longer_tasks=0"]))
+    check_names(compose("eval", [*words, "eval.num_tasks=0", "data=language"]))
+
+
 @pytest.mark.parametrize("command", ["eval", "sft"])
 def test_dialogues_of_a_family_without_a_demonstrator_are_refused_first(command: str, tmp_path: Path) -> None:
     plugin = tmp_path / "judged.py"

@@ -194,6 +194,7 @@ def test_a_long_chain_over_few_accounts_can_always_be_drawn() -> None:
         assert family.demonstrate(task, 0, perfect=True)[1].success
 
 
-def test_a_chain_of_too_few_calls_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a ledger task of 5 calls cannot be made: give 8 to 5000 calls"):
-        _family().task_of_length(Split.train, 0, num_calls=5)
+@pytest.mark.parametrize("num_calls", [5, 5001, 1_000_000])
+def test_a_length_that_no_chain_has_is_refused(num_calls: int) -> None:
+    with pytest.raises(ConfigError, match=f"a ledger task of {num_calls} calls cannot be made: give 8 to 5000 calls"):
+        _family().task_of_length(Split.train, 0, num_calls=num_calls)

@@ -10,7 +10,7 @@ from moetrain.runtime import python_stream
 from moetrain.tasks.config import TaskConfig
 from moetrain.tasks.ledger.demonstrator import demonstrate
 from moetrain.tasks.ledger.environment import Ledger, LedgerEnvironment
-from moetrain.tasks.ledger.orders import draw_balances, draw_orders
+from moetrain.tasks.ledger.orders import check_length, draw_balances, draw_orders
 from moetrain.tasks.ledger.phrases import order_text, question
 from moetrain.tasks.names import draw_ids, draw_initials
 from moetrain.tasks.protocol import Grade, InlineTask, Split, Task
@@ -70,6 +70,7 @@ class LedgerFamily:
         own = self._config.ledger
         stream = python_stream(self._seed, f"ledger/{split.value}", index, num_calls or 0)
         calls = num_calls or own.min_calls + index % (own.max_calls - own.min_calls + 1)
+        check_length(calls)  # before identifiers are drawn, of which there are too few for longer chains
         balances = draw_balances(stream, draw_initials(stream, split=split, count=own.accounts))
         keys = draw_ids(stream, count=calls)
         orders = draw_orders(stream, balances, keys=keys, num_calls=calls, branching=own.branching)

@@ -97,7 +97,7 @@ def draw_orders(
     """Return the orders of a chain of `num_calls` calls by key; the first starts it.
 
     keys: at least twice as many as orders. branching: probability that an order names two orders to follow, of which
-    one is wrong. Raises ConfigError for a number of calls that no chain has.
+    one is wrong. num_calls: one that `check_length` admits.
     """
     chain = None
     while chain is None:  # copies can make all balances equal, which leaves no order that changes one
@@ -141,11 +141,15 @@ def _linked(stream: random.Random, order: Order, *, last: int, unused: list[str]
     return Order(**{**fields, "next_key": first, "else_key": second})
 
 
-def _draw_kinds(stream: random.Random, num_calls: int) -> list[OrderKind]:
+def check_length(num_calls: int) -> None:
+    """Raise ConfigError for a number of calls that no chain has."""
     if not SHORTEST_CHAIN <= num_calls <= LONGEST_CHAIN:
         raise ConfigError(
             f"a ledger task of {num_calls} calls cannot be made: give {SHORTEST_CHAIN} to {LONGEST_CHAIN} calls"
         )
+
+
+def _draw_kinds(stream: random.Random, num_calls: int) -> list[OrderKind]:
     left = num_calls - NUM_CALLS[OrderKind.report]
     kinds: list[OrderKind] = []
     while left:
