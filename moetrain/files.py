@@ -5,15 +5,18 @@ infinity: both become null.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from moetrain.stage_files import CONFIG
 
 
 def user_path(text: str | Path) -> Path:
@@ -158,21 +161,40 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def previous_name(folder: Path) -> Path:
-    """Return the first of `folder`.previous, .previous.2, .previous.3 and so on that does not exist."""
-    number = 1
-    while (path := folder.with_name(f"{folder.name}.previous{f'.{number}' if number > 1 else ''}")).exists():
-        number += 1
-    return path
+def previous_name(path: Path) -> Path:
+    """Return the first of `path`.previous, .previous.2, .previous.3 and so on that does not exist."""
+    return _previous_names([path])[0]
 
 
-def write_result(path: Path, content: Mapping[str, Any]) -> Path | None:
-    """Write the JSON object of a result. An earlier one with other content is renamed; return its new path, or None."""
+def _previous_names(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths with .previous, .previous.2 and so on at their end: the first with which none of them exists."""
+    for number in itertools.count(1):
+        ending = f".previous{f'.{number}' if number > 1 else ''}"
+        names = [path.with_name(path.name + ending) for path in paths]
+        if not any(os.path.lexists(name) for name in names):
+            return names
+    raise AssertionError("numbers do not end")
+
+
+def write_result(path: Path, content: Mapping[str, Any], *, beside: Sequence[str] = (CONFIG,)) -> Path | None:
+    """Write the JSON object of a result. An earlier one with other content is renamed; return its new path, or None.
+
+    beside: names in the same folder that belong to the earlier result, and are kept with the same ending: files are
+    copied, folders renamed. What is there is not touched before the new result is on disk.
+    """
     kept = None
-    if path.is_file() and read_json_or_empty(path) != json.loads(to_json(content)):
-        kept = previous_name(path)
-        path.rename(kept)
-    write_json(path, content)
+    with atomic_file(path) as scratch:
+        scratch.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+        sync(scratch)
+        if path.is_file() and read_json_or_empty(path) != json.loads(to_json(content)):
+            others = [other for name in beside if (other := path.with_name(name)).exists()]
+            kept, *names = _previous_names([path, *others])
+            for other, name in zip(others, names, strict=True):
+                if other.is_dir():
+                    other.rename(name)
+                else:
+                    shutil.copyfile(other, name)
+            path.rename(kept)
     return kept
 
 

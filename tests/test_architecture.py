@@ -16,8 +16,8 @@ PACKAGE = ROOT / "moetrain"
 
 # Lowest first. A module imports only from lower layers; parts of one layer do not import each other.
 LAYERS = [
-    ["errors"],
-    ["config_keys", "files", "interpreters", "options", "ranges", "runtime", "stage_files"],
+    ["errors", "stage_files"],
+    ["config_keys", "files", "interpreters", "options", "ranges", "runtime"],
     ["log"],
     ["kernels", "chat", "quant"],
     ["ops"],

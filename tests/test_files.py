@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and JSON holds no NaN."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain import files
 from moetrain.files import (
     cached_json,
     read_json_or_empty,
@@ -110,6 +112,37 @@ def test_a_result_that_differs_stands_beside_the_earlier_one(tmp_path: Path) -> 
     path = tmp_path / "bench.json"
     assert write_result(path, {"tokens": 1}) is None
     assert write_result(path, {"tokens": 1}) is None
+    (tmp_path / "config.yaml").write_text("of the first")
     assert write_result(path, {"tokens": 2}) == tmp_path / "bench.json.previous"
     assert json.loads((tmp_path / "bench.json.previous").read_text()) == {"tokens": 1}
+    assert (tmp_path / "config.yaml.previous").read_text() == "of the first"
     assert json.loads(path.read_text()) == {"tokens": 2}
+
+
+def test_what_belongs_to_an_earlier_result_is_kept_with_the_same_ending(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    write_result(path, {"solved": 1})
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "greedy.jsonl").write_text("first")
+    (tmp_path / "config.yaml").write_text("of the first")
+    (tmp_path / "eval.json.previous").symlink_to(tmp_path / "nowhere")
+    assert write_result(path, {"solved": 2}, beside=("config.yaml", "traces")) == tmp_path / "eval.json.previous.2"
+    assert (tmp_path / "traces.previous.2" / "greedy.jsonl").read_text() == "first"
+    assert (tmp_path / "config.yaml.previous.2").read_text() == (tmp_path / "config.yaml").read_text()
+    assert not (tmp_path / "traces").exists()
+
+
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "verify.json"
+    write_result(path, {"rows": 1})
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_result(path, {"rows": 2})
+    assert json.loads(path.read_text()) == {"rows": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["verify.json"]

@@ -1,7 +1,7 @@
 """`moetrain eval`."""
 
-import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,7 +10,6 @@ from rich.table import Table
 from moetrain.commands.stage import check_length
 from moetrain.commands.weights import EvalRun
 from moetrain.errors import ConfigError
-from moetrain.files import write_result
 from moetrain.parallel.config import EngineName, ParallelConfig
 from moetrain.report.table import NONE, rate_text
 from moetrain.rollout.config import RolloutConfig
@@ -19,25 +18,18 @@ from moetrain.run.inputs import check_records
 from moetrain.run.plugins import plugins_digest
 from moetrain.run.stage import stage_folder, stage_metrics
 from moetrain.runtime import num_ranks
-from moetrain.stage_files import EVALUATION
-
-_log = logging.getLogger(__name__)
-
-_FINISHED = "finished_modes.json"
-"""File in the stage folder with the modes that an interrupted evaluation has finished."""
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from moetrain.checkpoint.origin import Origin
-    from moetrain.eval.finished import FinishedModes
     from moetrain.eval.stage import Contestant
     from moetrain.quant.config import QuantConfig
     from moetrain.quant.grids import Quantized
-    from moetrain.rollout.types import Trajectory
+    from moetrain.run.evaluation_files import EvaluationFiles
 
 
 def main(run: EvalRun) -> int:
@@ -46,20 +38,18 @@ def main(run: EvalRun) -> int:
     if not run.eval.num_tasks and not run.data.sources:
         raise ConfigError("eval.num_tasks is 0 and data.sources is empty: give tasks or texts to evaluate on")
     # These imports load torch, so they wait until the input has been checked.
-    from moetrain.eval.finished import FinishedModes
     from moetrain.eval.summary import check_scored, metric_values
+    from moetrain.run.evaluation_files import EvaluationFiles
 
     check_records(run)  # they are used after the rollouts, so an error would appear late
     before = read_before(run)
     with stage_folder(run) as folder:
-        finished = FinishedModes(folder / _FINISHED)
-        numbers = _numbers(run, folder, before=before, finished=finished)
+        files = EvaluationFiles(folder, num_traces=run.eval.num_traces)
+        numbers = _numbers(run, files=files, before=before)
         if numbers is not None:
             with stage_metrics(run) as metrics:
                 metrics.write(0, metric_values(numbers))
-            if kept := write_result(folder / EVALUATION, numbers):
-                _log.warning("%s had other results; they are kept as %s", folder / EVALUATION, kept.name)
-            finished.remove()
+            files.publish(numbers)
             _show(numbers, folder=folder)
             check_scored(numbers)
     return 0
@@ -77,15 +67,12 @@ def _show(numbers: "Mapping[str, Any]", *, folder: "Path") -> None:
     Console().print(table)
 
 
-def _numbers(
-    run: EvalRun, folder: "Path", *, before: "Mapping[str, Any] | None", finished: "FinishedModes"
-) -> dict[str, Any] | None:
-    """Run the evaluation and write traces into `folder`. Returns the content of `eval.json` on rank 0, else None."""
+def _numbers(run: EvalRun, *, files: "EvaluationFiles", before: "Mapping[str, Any] | None") -> dict[str, Any] | None:
+    """Run the evaluation. Returns the content of `eval.json` on rank 0, else None."""
     from moetrain.eval.divergence import code_changes
     from moetrain.eval.stage import Setting, evaluate
     from moetrain.parallel.topology import setup
     from moetrain.quant.config import QuantConfig
-    from moetrain.rollout.traces import write_traces
     from moetrain.run.trained_context import check_context
     from moetrain.run.weights import read_masters, read_same_model, read_weights, tokenizer_of, unquantized, with_codes
     from moetrain.tasks import registry
@@ -106,11 +93,6 @@ def _numbers(
     if run.eval.codes_before is not None:
         earlier = read_same_model(run.eval.codes_before, field="eval.codes_before", origin=origin)
 
-    def keep_traces(mode: str, trajectories: "Sequence[Trajectory]") -> None:
-        path = folder / "traces" / f"{mode}.jsonl"
-        spread = trajectories[:: max(len(trajectories) // max(run.eval.num_traces, 1), 1)]  # tasks of every length
-        write_traces(path, spread[: run.eval.num_traces], tokenizer=tokenizer)
-
     setting = Setting(
         config=run.eval,
         family_of=lambda task: registry.build(task, run.run.seed),
@@ -119,8 +101,8 @@ def _numbers(
         rollout=run.rollout,
         seed=run.run.seed,
         plugins=plugins_digest(run.plugins),
-        finished=finished,
-        on_finished=keep_traces,
+        finished=files.finished,
+        on_finished=partial(files.keep_traces, tokenizer=tokenizer),
         topology=topology,
     )
     quant, is_main = origin.quant or QuantConfig(), topology.is_main

@@ -1,6 +1,6 @@
 """Stores the results of finished modes in a file, so that an evaluation that stops in a later mode keeps them.
 
-The key of an entry is a digest of all inputs that its numbers depend on: mode, tasks, rollout, seed and weights.
+The key of a result is a digest of all inputs that its numbers depend on: mode, tasks, rollout, seed and weights.
 """
 
 from pathlib import Path
@@ -16,15 +16,26 @@ class FinishedModes:
         """Read the results that a stopped evaluation stored in `path`."""
         self._path = path
         self._found = read_json_or_empty(path)
+        self.used: set[str] = set()
+        """Keys of the results that were found or added."""
 
-    def get(self, depends_on: Any) -> dict[str, Any] | None:
-        """Return the stored result for these inputs, None if there is none."""
-        return self._found.get(sha256_of_json(depends_on))
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the stored result with this key, None if there is none."""
+        result = self._found.get(key)
+        if result is not None:
+            self.used.add(key)
+        return result
 
-    def add(self, depends_on: Any, result: dict[str, Any]) -> None:
-        """Store a result for these inputs."""
-        self._found[sha256_of_json(depends_on)] = result
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        """Store a result with this key."""
+        self.used.add(key)
+        self._found[key] = result
         write_json(self._path, self._found)
+
+    @staticmethod
+    def key_of(depends_on: Any) -> str:
+        """Return the key of a result that depends on these inputs."""
+        return sha256_of_json(depends_on)
 
     def remove(self) -> None:
         """Remove the file, when the evaluation is complete and its results are in another file."""

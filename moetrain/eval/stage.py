@@ -42,7 +42,7 @@ class Setting:
     """Inputs that all modes of an evaluation share.
 
     plugins: digest of the code of plugins. finished: stores the result of each mode when it ends. on_finished: called
-    on the main rank with the name and the trajectories of each mode that was run on the export.
+    on the main rank for each mode that was run on the export, with "<mode>.<key of its result>" and its trajectories.
     """
 
     config: EvalConfig
@@ -148,7 +148,8 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
         depends_on.append(setting.plugins)
     if export is not None and masters is not None:
         depends_on += [masters.digest, config.kl_tasks]
-    saved = topology.broadcast_object(setting.finished.get(depends_on) if topology.is_main else None)
+    key = setting.finished.key_of(depends_on)
+    saved = topology.broadcast_object(setting.finished.get(key) if topology.is_main else None)
     if saved is not None:
         _log.info("%s was finished before the evaluation stopped and is not run again", mode.name)
         return saved
@@ -173,6 +174,6 @@ def _result(setting: Setting, mode: Mode, *, export: Contestant | None, masters:
             if sample:
                 result["divergence"] = asdict(divergence(masters.model, export.model, trajectories=sample))
         if export is not None:
-            setting.on_finished(mode.name, trajectories)
-        setting.finished.add(depends_on, result)
+            setting.on_finished(f"{mode.name}.{key}", trajectories)
+        setting.finished.add(key, result)
     return result

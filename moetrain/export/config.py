@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from moetrain.errors import ConfigError
 from moetrain.quant.consumers import Consumer
+from moetrain.ranges import check_unused
 
 
 class ExportFormat(StrEnum):
@@ -49,6 +50,9 @@ class ExportConfig:
         """Check ranges."""
         if self.shard_megabytes < 1:
             raise ConfigError(f"export.shard_megabytes is {self.shard_megabytes}: give at least 1")
+        if self.format is not ExportFormat.gguf:
+            reason = f"export.format is {self.format}"
+            check_unused(self, prefix="export.", fields=("gguf_dtype",), reason=reason)
         if self.consumers is not None and not self.consumers:
             raise ConfigError(f"export.consumers is empty: give at least one of {', '.join(Consumer)}")
 

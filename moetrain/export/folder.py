@@ -35,7 +35,8 @@ _REPAIR = "export again, or copy the folder again from an intact copy"
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a new folder that is renamed to `final` when the block succeeds and is removed when it fails.
 
-    An export in `final` is replaced if its record is the same; another one is kept as `final`.previous, .previous.2 ...
+    An export in `final` is replaced if its record and its files are the same; another one, or one to which files were
+    added, is kept as `final`.previous, .previous.2 ...
     Raises CheckpointError when `final` exists and is not an export.
     """
     if final.exists() and not (final / EXPORT_RECORD).is_file():
@@ -50,13 +51,20 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        if final.exists() and (final / EXPORT_RECORD).read_bytes() != (partial / EXPORT_RECORD).read_bytes():
+        if final.exists() and not _is_same(final, partial):
             kept = previous_name(final)
             final.rename(kept)
             _log.warning("%s had another export, which was moved to %s", final, kept)
         replace_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two exports have the same record, and no file that the other lacks."""
+    records = [(folder / EXPORT_RECORD).read_bytes() for folder in (one, other)]
+    names = [{path.name for path in folder.iterdir()} for folder in (one, other)]
+    return records[0] == records[1] and names[0] <= names[1]
 
 
 def not_written(path: Path, error: Exception) -> SaveError:

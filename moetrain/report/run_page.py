@@ -34,6 +34,7 @@ from moetrain.report.table import (
     validation_table,
 )
 from moetrain.report.trace_page import pairs, read_traces, select_traces, trajectory_html
+from moetrain.stage_files import TRACES
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content security policy: the browser applies inline styles and nothing else, whatever a trajectory contains."""
@@ -247,7 +248,7 @@ def _before_and_after(run: Run, traces_by_stage: dict[str, dict[str, list[dict[s
 
 def _traces_of(stage: Stage) -> Sequence[Path]:
     """Return the files of trajectories: all of an evaluation, the first and the last step of RL."""
-    paths = sorted((stage.folder / "traces").glob("*.jsonl"))
+    paths = sorted((stage.folder / TRACES).glob("*.jsonl"))
     if stage.kind is Kind.evaluation:
         return paths
     steps = [path for path in paths if path.stem.removeprefix("step_").isdecimal()]

@@ -37,6 +37,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^.=]+)\.(.+)", re.DOTALL)
 _OWN = {field.name for field in fields(RecipeRun)}
 _COUNTS = ("processes", "threads")
+_OF_RUN = ("run.folder", "run.name", "run.stage", "dry_run")
+"""Keys of every stage that no override of a stage may change: the run would look for its results elsewhere."""
 _OF_RANKS = (TrainingRun, EvalRun)
 """Configs of the stages that can run on several ranks."""
 
@@ -130,7 +132,10 @@ def compose_stages(recipe: Recipe, run: RecipeRun, *, overrides: Sequence[str]) 
         extra[match.group(2)].append((match.group(1) or "") + match.group(3))
     stages: list[Stage] = []
     for stage in recipe.stages:
-        words = [*stage.overrides, *_of_run(recipe, run, stage), *extra[stage.name]]
+        of_run = _of_run(recipe, run, stage)
+        _check_overrides(stage.name, stage.overrides, fixed={*_OF_RUN, *map(_key_of, of_run)})
+        _check_overrides(stage.name, extra[stage.name], fixed={*_OF_RUN})
+        words = [*stage.overrides, *of_run, *extra[stage.name]]
         stages.append(_compose_stage(recipe, stage, run=run, overrides=words, earlier=stages))
     check_chain([(stage.name, stage.config) for stage in stages])
     return stages
@@ -174,6 +179,20 @@ def _compose_stage(
         processes=processes,
         seconds=stage.seconds,
     )
+
+
+def _check_overrides(name: str, overrides: Sequence[str], *, fixed: set[str]) -> None:
+    """Raise ConfigError for an override of a key of `fixed`, or of a section with one: the run determines these."""
+    for word in overrides:
+        key = _key_of(word)
+        if taken := sorted(other for other in fixed if other == key or other.startswith(f"{key}.")):
+            own = taken[0].removeprefix("run.")
+            cure = "its folder has the name of the stage" if own == "stage" else f"give {own}=... to the whole run"
+            raise ConfigError(f"stage {name}: {word}: a stage of a recipe cannot set {taken[0]}; {cure}")
+
+
+def _key_of(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
 
 
 def _of_run(recipe: Recipe, run: RecipeRun, stage: RecipeStage) -> list[str]:

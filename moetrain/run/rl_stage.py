@@ -29,7 +29,7 @@ from moetrain.run.stage import INTERRUPTED, stage_folder, stage_metrics
 from moetrain.run.trained_context import check_context
 from moetrain.run.weights import tokenizer_of, training_weights
 from moetrain.runtime import rank
-from moetrain.stage_files import SUMMARY
+from moetrain.stage_files import SUMMARY, TRACES
 from moetrain.tasks import registry
 from moetrain.tasks.dialogues import RL_FIRST_TASK
 from moetrain.train.continuation import TASKS_USED, StartPoint, start_point_of
@@ -122,7 +122,7 @@ def _stage(
     def keep(step: int, trajectories: Sequence[Trajectory]) -> None:
         """Write the first group of a step's trajectories to a file; remove those that a checkpoint contains."""
         if engine.topology.is_main:
-            path = folder / "traces" / f"step_{step + 1:08d}.jsonl"
+            path = folder / TRACES / f"step_{step + 1:08d}.jsonl"
             write_traces(path, trajectories[: run.rl.group_size], tokenizer=tokenizer)
             saved = max(checkpoint.steps(folder / CHECKPOINTS), default=0)
             remove_before(folder / COLLECTION, step=saved - run.rl.max_staleness)

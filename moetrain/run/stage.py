@@ -17,7 +17,7 @@ from moetrain.files import write_json
 from moetrain.log import Fanout, JsonlMetrics, Metrics, WandbMetrics, WandbMode, wandb_mode
 from moetrain.run.provenance import provenance
 from moetrain.runtime import rank
-from moetrain.stage_files import CONFIG, MACHINE, MADE_BY, METRICS, STARTED
+from moetrain.stage_files import CONFIG, MACHINE, MADE_BY, METRICS, STARTED, TRACES
 
 INTERRUPTED = 128 + signal.SIGTERM
 """Exit code of a stage that saved and stopped on a signal; the same command resumes it."""
@@ -25,7 +25,8 @@ _COLLECTED = ("finished_modes.json", "collection/*")
 """Patterns of what an evaluation or a collection has finished before it ends."""
 _RESULTS = (
     *("checkpoints/step_*", "model/*", "*/index.json", "[!.]*.json", "[!.]*.html"),
-    *(*_COLLECTED, "traces/*", "*/.work/*.json"),  # of an evaluation, a collection or a preparation that was stopped
+    *(*_COLLECTED, f"{TRACES}*/*", "*/.work/*.json"),  # of an evaluation, a collection or a preparation that stopped
+    "[!.]*.previous*",
 )
 """Patterns of result files in a stage folder, which belong to its config."""
 _NO_RESULTS = (STARTED, MADE_BY, MACHINE)
@@ -79,7 +80,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder until the process ends at the latest. `ConfigError` if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / ".lock").open("a+")
+        opened = (folder / ".lock").open("a+b", buffering=0)
     except OSError as error:
         raise _unusable(folder, error.strerror or str(error)) from None
     with opened as file:
@@ -87,12 +88,11 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or give another run name"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            owner = file.read().decode(errors="replace").strip() or "?"
+            raise ConfigError(f"{folder} is in use by process {owner}: wait for it, or give another run name") from None
+        with suppress(OSError):  # a full disk: the number of the process is for messages only
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
 
 

@@ -75,12 +75,15 @@ def test_an_earlier_evaluation_that_has_nothing_in_common_is_refused_or_named(
 def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Path) -> None:
     path = tmp_path / "finished.json"
     ran: list[str] = []
+    keys: list[str] = []
     stop_at: list[str] = []
 
-    def on_finished(mode: str, trajectories: list[Trajectory]) -> None:
+    def on_finished(result: str, trajectories: list[Trajectory]) -> None:
+        mode, _, key = result.rpartition(".")
         if mode in stop_at:
             raise _StopError
         ran.append(mode)
+        keys.append(key)
 
     setting = _setting(path, on_finished=on_finished)
     export, masters = _contestant("export"), _contestant("masters")
@@ -89,8 +92,10 @@ def test_a_stop_loses_no_finished_mode_and_other_weights_take_none(tmp_path: Pat
         evaluate(setting, export=export, masters=masters, before=None)
     assert ran == ["sampled_t1", "greedy"]
     stop_at.clear()
-    again = evaluate(replace(setting, finished=FinishedModes(path)), export=export, masters=masters, before=None)
+    resumed = FinishedModes(path)
+    again = evaluate(replace(setting, finished=resumed), export=export, masters=masters, before=None)
     assert ran == ["sampled_t1", "greedy", "greedy_error_free"]
+    assert {*keys} < resumed.used and len(resumed.used) == 5  # also those of the modes that were not run again
     setting.finished.remove()
     assert not path.exists()
     whole = evaluate(replace(setting, finished=FinishedModes(path)), export=export, masters=masters, before=None)

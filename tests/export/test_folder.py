@@ -39,6 +39,21 @@ def test_a_block_that_fails_leaves_neither_the_folder_nor_a_part_of_it(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_to_which_files_were_added_is_kept(tmp_path: Path) -> None:
+    def export() -> None:
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("x")
+            write_record(partial, {"step": 1})
+
+    export()
+    export()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out" / "NOTES.md").write_text("mine")
+    export()
+    assert (tmp_path / "out.previous" / "NOTES.md").read_text() == "mine"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "moetrain.json"]
+
+
 def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("x")

@@ -17,7 +17,7 @@ def _request(number: int) -> RolloutRequest:
     return RolloutRequest(task_index=number, task=None, sample=number % 2, stream=100 + number)  # type: ignore[arg-type]
 
 
-def _trajectory(number: int) -> Trajectory:
+def finished_trajectory(number: int) -> Trajectory:
     segment = Segment(
         tokens=[number, 2, 3],
         is_sampled=[False, True, True],
@@ -47,7 +47,7 @@ def _known(journal: Journal, requests: list[RolloutRequest]) -> dict[int, Trajec
 def _written(folder: Path, count: int, *, step: int = 4, rank: int = 0) -> Path:
     journal = Journal(folder, step=step, rank=rank, run="a")
     for number in range(count):
-        journal.add(_request(number), _trajectory(number))
+        journal.add(_request(number), finished_trajectory(number))
     return folder / f"step_{step:08d}.rank_{rank}.jsonl"
 
 
@@ -55,13 +55,13 @@ def test_finished_trajectories_are_found_bit_for_bit(tmp_path: Path) -> None:
     _written(tmp_path, 3)
     requests = [_request(number) for number in range(5)]
     assert _known(Journal(tmp_path, step=4, rank=0, run="a"), requests) == {
-        number: _trajectory(number) for number in range(3)
+        number: finished_trajectory(number) for number in range(3)
     }
 
 
 def test_another_number_of_ranks_finds_them_too_and_another_step_does_not(tmp_path: Path) -> None:
     _written(tmp_path, 3, rank=1)
-    assert _known(Journal(tmp_path, step=4, rank=0, run="a"), [_request(2)]) == {0: _trajectory(2)}
+    assert _known(Journal(tmp_path, step=4, rank=0, run="a"), [_request(2)]) == {0: finished_trajectory(2)}
     assert not _known(Journal(tmp_path, step=5, rank=0, run="a"), [_request(2)])
 
 
@@ -71,9 +71,9 @@ def test_trajectories_of_another_config_are_neither_found_nor_counted(
     caplog.set_level(logging.INFO)
     _written(tmp_path, 3)
     other = Journal(tmp_path, step=4, rank=0, run="b")
-    other.add(_request(0), _trajectory(0))
+    other.add(_request(0), finished_trajectory(0))
     assert not _known(other, [_request(1)]) and "were collected" not in caplog.text
-    assert _known(Journal(tmp_path, step=4, rank=0, run="b"), [_request(0), _request(1)]) == {0: _trajectory(0)}
+    assert _known(Journal(tmp_path, step=4, rank=0, run="b"), [_request(0), _request(1)]) == {0: finished_trajectory(0)}
     assert "step 5: 1 trajectories were collected before the run stopped" in caplog.text
 
 
@@ -91,9 +91,9 @@ def test_a_line_that_was_cut_off_is_left_out_and_later_ones_count(
     path = _written(tmp_path, 3)
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, step=4, rank=0, run="a")
-    again.add(_request(3), _trajectory(3))
+    again.add(_request(3), finished_trajectory(3))
     known = _known(Journal(tmp_path, step=4, rank=0, run="a"), [_request(number) for number in range(4)])
-    assert known == {number: _trajectory(number) for number in ({0, 1, 3} if cut > 1 else {0, 1, 2, 3})}
+    assert known == {number: finished_trajectory(number) for number in ({0, 1, 3} if cut > 1 else {0, 1, 2, 3})}
     assert ("was not written to its end" in caplog.text) == (cut > 1)
 
 
@@ -129,6 +129,6 @@ def test_a_line_with_other_fields_is_left_out(tmp_path: Path) -> None:
 
 def test_what_a_new_attempt_may_change_is_not_kept(tmp_path: Path) -> None:
     Journal(tmp_path, step=4, rank=0, run="a").add(
-        _request(0), replace(_trajectory(0), ending=Ending.environment_failed)
+        _request(0), replace(finished_trajectory(0), ending=Ending.environment_failed)
     )
     assert not list(tmp_path.iterdir())

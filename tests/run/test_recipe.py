@@ -48,6 +48,26 @@ def test_a_stage_takes_the_folder_of_an_earlier_one(folder: Path) -> None:
     assert str(first.config.run.path) == "/x/y/first"
 
 
+@pytest.mark.parametrize("word", ["run.stage=other", "run.name=b", "run={folder: c}", "++run.folder=c", "dry_run=true"])
+def test_what_would_lead_a_stage_elsewhere_is_refused(word: str, folder: Path) -> None:
+    marks = word[: len(word) - len(word.lstrip("+"))]
+    with pytest.raises(ConfigError, match=r"stage first: .*: a stage of a recipe cannot set (run\.\w+|dry_run); "):
+        stages(folder, run=[], of_stages=[f"{marks}first.{word.lstrip('+')}"])
+    (folder / "recipe.yaml").write_text(GOOD.replace("train.steps=5", f"'{word}'"))
+    with pytest.raises(ConfigError, match=r"stage first: .*: a stage of a recipe cannot set"):
+        stages(folder, run=[], of_stages=[])
+
+
+@pytest.mark.parametrize(
+    ("word", "cure"),
+    [("run.seed=7", "seed="), ("run.wandb.project=mine", "wandb.project="), ("plugins=[other]", "plugins=")],
+)
+def test_what_the_run_sets_for_all_stages_is_refused_in_the_recipe(word: str, cure: str, folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(GOOD.replace("train.steps=5", f"'{word}'"))
+    with pytest.raises(ConfigError, match=rf"stage first: .* give {cure}\.\.\. to the whole run"):
+        stages(folder, run=[], of_stages=[])
+
+
 def test_the_run_speaks_to_every_stage_and_overrides_to_one(folder: Path) -> None:
     first, second = stages(
         folder, run=["seed=3", "plugins=[other]", "wandb.mode=disabled"], of_stages=["first.train.steps=9"]

@@ -91,6 +91,7 @@ def test_a_new_stage_that_fails_on_its_input_keeps_what_it_has_finished(name: st
         *(("done.json", True), ("bench.json", True), ("balance.json", True), ("optimizers.html", True)),
         *(("checkpoints/step_00000001", True), ("data/index.json", True), ("data/.work/00001.json", True)),
         *(("started.json", False), ("made_by.json", False), ("machine.json", False), ("metrics.jsonl", False)),
+        *(("eval.json.previous", True), ("traces.previous/greedy.jsonl", True), ("traces.unfinished/a.jsonl", True)),
         *((".config.yaml.tmp", False), ("tokenizer/tokenizer.json", False), ("config.yaml", False)),
     ],
 )
