@@ -325,12 +325,13 @@ def _split(schema: type, overrides: Sequence[Override]) -> tuple[list[str], list
             )
         kinds = types_along(schema, key)
         in_dict = any(get_origin(kind) is dict for kind in kinds[:-1])
+        is_hidden = kinds[-1] is str and (data_folder("configs") / key).is_dir()  # Hydra takes the group of this name
         if override.is_delete() and not in_dict:
             raise ConfigError(f"~{key}: only an entry such as data.sources.maths can be removed; give {key} a value")
         value = override.value()
         if get_origin(kinds[-1]) is dict and isinstance(value, dict):
             entries += [(f"{key}.{name}", section) for name, section in value.items()]
-        elif in_dict and not override.is_delete():
+        elif is_hidden or (in_dict and not override.is_delete()):
             entries.append((key, value))
         else:
             direct.append(override.input_line)
@@ -341,10 +342,10 @@ def _set_entry(tree: DictConfig, schema: type, *, key: str, value: Any) -> None:
     """Set a value in a dict of sections and create a missing entry: `data.sources.mine.path=x.jsonl`."""
     kinds = types_along(schema, key)
     parts = key.split(".")
-    depth = next(depth for depth, kind in enumerate(kinds) if get_origin(kind) is dict) + 1
-    sections = OmegaConf.select(tree, ".".join(parts[: depth - 1]))
+    depth = next((depth for depth, kind in enumerate(kinds) if get_origin(kind) is dict), -1) + 1
+    sections = OmegaConf.select(tree, ".".join(parts[: depth - 1])) if depth else tree
     with open_dict(sections):
-        if parts[depth - 1] not in sections and is_dataclass(kinds[depth]):
+        if depth and parts[depth - 1] not in sections and is_dataclass(kinds[depth]):
             sections[parts[depth - 1]] = OmegaConf.structured(kinds[depth])
     OmegaConf.update(tree, key, value, force_add=True)
 

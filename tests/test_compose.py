@@ -215,3 +215,17 @@ def test_options_of_plugins_are_given_as_people_type_them() -> None:
     ]
     run: Any = compose("rl", words)
     assert run.task.options == {"a": "it's", "b": "你好", "c": 3, "d": [1, 2], "e": "x y"}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("verify endpoint", ["url=http://a/v1", "other=http://b/v1", "requests=rows.jsonl"]),
+        ("bench serve", ["url=http://a/v1"]),
+        ("verify faults", []),
+    ],
+)
+def test_a_text_whose_key_is_also_a_config_group_is_taken_as_text(command: str, words: list[str]) -> None:
+    for name in ("k2_nano", "my model, v2", "models/a=b"):
+        assert compose(command, [*words, f"model={name}"]).model == name
+    assert compose(command, words).model in (None, "k2_nano_test")

@@ -75,8 +75,12 @@ def read_conversation(value: object) -> list[Message]:
 
     Raises DataError when a message cannot be read.
     """
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise DataError(f"{_shown(value)} is not a conversation: give a list of messages")
+    if not isinstance(value, list):
+        found = "there are no messages" if value is None else f"{_shown(value)} is not a conversation"
+        raise DataError(f"{found}: give a list of messages")
+    for number, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise DataError(f"message {number} is {_shown(item)}: give an object with role and content")
     messages: list[Message] = []
     numbering = _Numbering()
     for number, item in enumerate(value):

@@ -16,7 +16,14 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
     for length in (2, 1):
         if " ".join(words[:length]) in commands:
             return " ".join(words[:length]), list(words[length:])
+    if begun := commands_of(words[0]):
+        raise ConfigError(f"{words[0]} requires a second word: give one of {', '.join(begun)}")
     raise ConfigError(f"{words[0]!r} is not a command; {suggestion(words[0], commands)}")
+
+
+def commands_of(word: str) -> list[str]:
+    """Return the commands of two words of which `word` is the first."""
+    return [command for command in SCHEMAS if command.startswith(f"{word} ")]
 
 
 def composed(command: str, words: Sequence[str]) -> Any:

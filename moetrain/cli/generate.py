@@ -5,7 +5,6 @@ import sys
 from moetrain.chat.messages import Message, Role
 from moetrain.chat.pieces import Piece, pieces_to_tokens, with_bos
 from moetrain.chat.template import ChatTemplate
-from moetrain.commands.stage import check_length
 from moetrain.commands.weights import GenerateRun
 from moetrain.errors import ConfigError
 
@@ -32,7 +31,11 @@ def main(run: GenerateRun) -> int:
         tokenizer.check_chat()
     pieces = chat_pieces(text, template=tokenizer.template) if run.chat else with_bos([Piece(text=text)])
     prompt = pieces_to_tokens(pieces, encode=tokenizer.encode, special_ids=tokenizer.special_ids)[0]
-    check_length(origin.model, name="prompt and max_new_tokens", length=len(prompt) + run.max_new_tokens)
+    if len(prompt) + run.max_new_tokens > (longest := origin.model.max_position_embeddings):
+        raise ConfigError(
+            f"max_new_tokens is {run.max_new_tokens}, and the prompt has {len(prompt)} tokens: together at most "
+            f"model.max_position_embeddings={longest}"
+        )
     library = find_for_generation(Kernels.auto)
     model = generation_model(origin, library=library, speculation=Speculation.auto)
     engine = GenerationEngine(

@@ -50,8 +50,8 @@ def command_page(command: str, *, words: Sequence[str] = ()) -> str:
     schema = SCHEMAS[command]
     lines = [f"moetrain {command} [key=value ...]", "", inspect.cleandoc(schema.__doc__ or ""), ""]
     groups = {path.name: path for path in sorted(data_folder("configs").iterdir()) if path.is_dir()}
-    for name in get_type_hints(schema):
-        if name in groups:
+    for name, hint in get_type_hints(schema).items():
+        if name in groups and (is_dataclass(hint) or hint is str):  # else it is a name outside of moetrain
             choices = sorted(path.stem for path in groups[name].glob("*.yaml"))
             lines.append(f"  {name}={{{','.join(choices)}}}")
     lines.append("")

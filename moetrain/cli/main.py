@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from moetrain.cli import check, help_page, run
-from moetrain.cli.command_line import composed, split_command
+from moetrain.cli.command_line import commands_of, composed, split_command
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.log import setup_logging
 from moetrain.run import dry_run
@@ -31,6 +31,7 @@ from moetrain.runtime import (
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error codes of a disk, a quota or a limit of file sizes that is full."""
+_HELP = ("-h", "--help")
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 """Error codes of a bad path from the user, reported in one line wherever the path is opened."""
 
@@ -86,11 +87,12 @@ def _yield_busy_cores() -> None:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+    is_overview = len(words) == 2 and words[1] in _HELP and bool(commands_of(words[0]))
+    if not words or words[0] in (*_HELP, "help") or is_overview:
         print(help_page.overview())
         return 0
     command, rest = split_command(words)
-    if any(word in ("-h", "--help") for word in rest):
+    if any(word in _HELP for word in rest):
         print(help_page.command_page(command, words=rest))
         return 0
     if command == "check":

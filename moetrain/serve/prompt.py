@@ -14,23 +14,29 @@ from moetrain.serve.requests import ChatRequest, TextRequest
 class Prompt:
     """The tokens of a prompt. grammar: of the answer; "" allows any. first_call: calls in the conversation.
 
-    prefilled: the last tokens of the prompt, which belong to the model's turn.
+    prefilled: the last tokens of the prompt, which belong to the model's turn. excluded: tokens that the answer must
+    not have.
     """
 
     tokens: list[int]
     grammar: str = ""
     first_call: int = 0
     prefilled: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
 
 
 def chat_prompt(request: ChatRequest, *, tokenizer: Tokenizer, declare_tools: bool) -> Prompt:
-    """Return the prompt of a conversation, up to the model's turn. Without thinking, the reasoning is empty."""
+    """Return the prompt of a conversation, up to the model's turn. Without thinking, the reasoning is empty.
+
+    An answer without tools and without a schema has no grammar; the markers that begin calls are excluded from it.
+    """
     tokenizer.check_chat()
     template, last = tokenizer.template, request.messages[-1].role
     pieces = template.conversation_pieces(request.messages, request.declaration if declare_tools else "")
     pieces += template.generation_prompt(last)
     prefilled = _tokens(template.prefill(thinks=request.thinks, after=last), tokenizer)
     grammar = ""
+    excluded: tuple[int, ...] = ()
     if request.tools or request.schema is not None:
         grammar = turn_grammar(
             request.tools,
@@ -41,11 +47,15 @@ def chat_prompt(request: ChatRequest, *, tokenizer: Tokenizer, declare_tools: bo
             schema=request.schema,
             thinks=request.thinks,
         )
+    else:
+        markers = {template.syntax.section_begin or template.syntax.call_begin, template.syntax.call_begin}
+        excluded = tuple(sorted(tokenizer.special_ids[marker] for marker in markers))
     return Prompt(
         tokens=[*_tokens(pieces, tokenizer), *prefilled],
         prefilled=tuple(prefilled),
         grammar=grammar,
         first_call=sum(len(message.tool_calls) for message in request.messages),
+        excluded=excluded,
     )
 
 

@@ -1,5 +1,6 @@
 """Bodies of requests, checked: /v1/chat/completions and /v1/completions. Unknown fields are refused."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -294,7 +295,8 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
         inner = form.section("json_schema")
         found = inner.take("schema") if inner else None
         if inner is None or not isinstance(found, dict):
-            raise ApiError("response_format.json_schema has no schema", param="response_format", code="invalid_value")
+            message = f"response_format.json_schema.schema is {json.dumps(found)[:40]}: give an object"
+            raise ApiError(message, param="response_format", code="invalid_value")
         inner.text("name")
         inner.text("description")
         inner.flag("strict")

@@ -50,6 +50,7 @@ class Server:
             loop="asyncio",
             lifespan="off",
             log_config=None,
+            log_level=logging.ERROR,  # what clients get wrong is counted, and is no line of the log
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,

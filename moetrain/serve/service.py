@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetrain.chat.grammar import Calls
@@ -16,6 +17,7 @@ from moetrain.errors import ConfigError, DataError
 from moetrain.inference.grammar_check import GrammarCheck
 from moetrain.inference.guided import Guide
 from moetrain.inference.protocol import Sequence as TokenSequence
+from moetrain.inference.sampling import Sampling
 from moetrain.runtime import seed_of
 from moetrain.serve.answers import Answer, ChatAnswer, TextAnswer
 from moetrain.serve.config import ServeConfig
@@ -233,7 +235,7 @@ class Service:
                     stream=seed_of(seed, "serve", choice),
                     limit=limit,
                     stop_ids=end_ids,
-                    sampling=choices.sampling,
+                    sampling=_excluding(choices.sampling, prompt.excluded),
                     constraint=self._guide.constraint(prompt.grammar) if prompt.grammar else None,
                 )
                 jobs.append(Job(sequence=sequence, number=len(jobs), updates=updates))
@@ -274,8 +276,11 @@ class Service:
             if update.problem == _STOPPED:  # `run` cancels and counts what has not ended
                 raise ApiError(_STOPPED, status=503, code="stopping")
             run.unfinished.remove(job)
-            if problem := update.problem or (update.is_ended and _problem(job)):
-                raise ApiError(f"the answer could not be generated: {problem}", status=500, code="engine_error")
+            if update.problem:
+                message = f"the answer could not be generated: {update.problem}"
+                raise ApiError(message, status=500, code="engine_error")
+            if update.is_ended and (problem := _problem(job)):  # a schema that compiles can still be too large to match
+                raise ApiError(f"a JSON schema cannot be used: {problem}", code="invalid_schema")
             if not update.is_ended:
                 self._engine.cancel(job)
             parts += answer.finish()
@@ -358,6 +363,14 @@ def usage(run: Run) -> _Json:
         "prompt_tokens_details": {"cached_tokens": sum(job.sequence.num_cached for job in firsts)},
         "completion_tokens_details": {"reasoning_tokens": sum(answer.num_reasoning for answer in run.answers)},
     }
+
+
+def _excluding(sampling: Sampling, tokens: Sequence[int]) -> Sampling:
+    """Return the sampling without some tokens, whatever bias the request gives them."""
+    if not tokens:
+        return sampling
+    biases = {**dict(sampling.logit_bias), **dict.fromkeys(tokens, -math.inf)}
+    return replace(sampling, logit_bias=tuple(biases.items()))
 
 
 def _problem(job: Job) -> str:

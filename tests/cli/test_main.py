@@ -113,6 +113,7 @@ def test_a_process_computes_with_as_many_threads_as_it_is_told(threads: int) -> 
     ("words", "message"),
     [
         (["pretran"], "moetrain: 'pretran' is not a command; did you mean pretrain?\n"),
+        (["verify", "export"], "moetrain: verify requires a second word: give one of verify exports, verify hf, "),
         (["sft", "train.stesp=3"], "moetrain: train.stesp: there is no 'stesp' in train; did you mean steps?\n"),
         (["sft", "init_from=nowhere"], "moetrain: init_from is nowhere: there is no such folder\n"),
         (["pretrain", "plugins=[no_such_module]"], "moetrain: plugins: there is no no_such_module; give a module"),

@@ -14,6 +14,7 @@ from moetrain.chat.messages import Message, Role, ToolCall
 from moetrain.chat.pieces import pieces_to_tokens
 from moetrain.chat.templates.kimi_k2 import (
     CALL_ARGUMENT,
+    CALL_BEGIN,
     CALL_END,
     IM_END,
     KIMI_K2,
@@ -24,6 +25,7 @@ from moetrain.chat.templates.kimi_k2 import (
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.build import build_model
 from moetrain.inference.engine import GenerationEngine
+from moetrain.inference.guided import GuidedConstraint
 from moetrain.inference.protocol import Model
 from moetrain.inference.speculation import Speculation
 from moetrain.model.transformer import Transformer, initialize
@@ -310,6 +312,32 @@ def test_calls_match_their_schemas_and_the_choice_of_tools(
             arguments = json.loads(call["function"]["arguments"])
             assert arguments == {} if names == {"stop"} else isinstance(arguments["at"], int)
         assert all(entry["free_logprob"] is not None for entry in each["logprobs"]["content"])
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "none"}])
+@pytest.mark.parametrize("kind", ["enabled", "disabled"])
+def test_an_answer_without_tools_has_no_calls(
+    tiny: Server, tokenizer: Tokenizer, choice: dict[str, str], kind: str
+) -> None:
+    markers = {str(tokenizer.special_ids[name]): 50.0 for name in (SECTION_BEGIN, CALL_BEGIN)}
+    body = {
+        "messages": [USER], "n": 8, "seed": 3, "thinking": {"type": kind}, "logprobs": True,
+        "logit_bias": _biased(tokenizer) | markers,
+    }  # fmt: skip
+    status, _, found = post(tiny, "/v1/chat/completions", body | choice)
+    assert status == 200
+    for each in found["choices"]:
+        assert "tool_calls" not in each["message"] and each["finish_reason"] in ("stop", "length")
+        assert all(entry["free_logprob"] is None for entry in each["logprobs"]["content"] if "free_logprob" in entry)
+
+
+def test_a_schema_that_cannot_be_matched_to_its_end_is_refused(tiny: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Such as the pattern (a{1,1000}){1,1000}, which compiles, and after some hundred tokens is too large.
+    monkeypatch.setattr(GuidedConstraint, "_mask", lambda self, matcher: None)
+    form = {"type": "json_schema", "json_schema": {"name": "many", "strict": True, "schema": {"type": "string"}}}
+    status, _, content = post(tiny, "/v1/chat/completions", {"messages": [USER], "response_format": form})
+    assert (status, content["error"]["code"]) == (400, "invalid_schema")
+    assert content["error"]["message"] == "a JSON schema cannot be used: no token may follow"
 
 
 def test_an_answer_matches_the_json_schema_of_the_request(tiny: Server, tokenizer: Tokenizer) -> None:

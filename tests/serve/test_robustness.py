@@ -63,7 +63,7 @@ def _tool(**fields: Any) -> list[Any]:
     return [found]
 
 
-def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+def _schema(schema: dict[str, Any] | bool) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
 
@@ -88,7 +88,7 @@ def _nested(depth: int) -> dict[str, Any]:
         (CHAT, b'{"seed": ' + b"9" * 9_000 + b"}", 400, "not JSON"),
         (CHAT, {}, 400, "give a list of messages"),
         (CHAT, {"messages": []}, 400, "messages is empty"),
-        (CHAT, {"messages": ["x"]}, 400, "give a list of messages"),
+        (CHAT, {"messages": ["x"]}, 400, "message 0 is str 'x': give an object"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "message 0: the role is 'robot'"),
         (CHAT, {"messages": [{"role": "user", "contnet": "x"}]}, 400, "did you mean content"),
         (CHAT, {"messages": [{"role": "tool", "tool_call_id": "x", "content": ""}]}, 400, "no call of the turn before"),
@@ -186,7 +186,10 @@ def _nested(depth: int) -> dict[str, Any]:
         ),
         (CHAT, BODY | {"tools": _tool(), "tool_choice": {"type": "function"}}, 400, "tools: f"),
         (CHAT, BODY | {"response_format": {"type": "xml"}}, 400, "response_format.type is 'xml'"),
-        (CHAT, BODY | {"response_format": {"type": "json_schema"}}, 400, "has no schema"),
+        (CHAT, BODY | {"response_format": {"type": "json_schema"}}, 400, "json_schema.schema is null: give an obj"),
+        (CHAT, BODY | _schema(True), 400, "json_schema.schema is true: give an object"),
+        (CHAT, {}, 400, "there are no messages: give a list of messages"),
+        (CHAT, {"messages": ["hi"]}, 400, "message 0 is str 'hi': give an object with role and content"),
         (CHAT, BODY | {"chat_template_kwargs": {"thinks": True}}, 400, "unknown field chat_template_kwargs.thinks"),
         ("/v1/completions", {}, 400, "prompt is None"),
         ("/v1/completions", {"prompt": [1, "x"]}, 400, "give a text, a list of token ids"),
