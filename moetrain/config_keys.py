@@ -1,6 +1,7 @@
 """The dotted keys of a config schema, such as `train.steps`: their types, and suggestions for a mistyped one."""
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from types import NoneType
@@ -53,3 +54,12 @@ def suggestion(word: str, options: Sequence[str]) -> str:
     """Return `did you mean X?` if an option is similar to `word`, else the list of options."""
     similar = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(sorted(options)) or 'none'}"
+
+
+def as_typed(value: Any) -> str:
+    """Return a value of a config as it is typed on a command line, for a message."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return json.dumps(value, default=str)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from moetrain.config_keys import as_typed
 from moetrain.model.config import BalanceConfig, BiasRule, ModelConfig, ScoreFunction, YarnConfig
 from moetrain.quant.config import QuantConfig, quant_config
 
@@ -59,7 +60,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: st
         elif old != new and prefix == "digests.":
             lines.append(f"the content of data.sources.{key} changed")
         elif old != new:
-            lines.append(f"{prefix}{key}: {old} -> {new}")
+            lines.append(f"{prefix}{key}: {as_typed(old)} -> {as_typed(new)}")
     return lines
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from moetrain.commands.stage import check_length
 from moetrain.commands.verify import VerifyExportsRun
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.errors import ConfigError
 from moetrain.run.stage import stage_folder
 from moetrain.stage_files import VERIFICATION
 
@@ -22,11 +22,11 @@ def main(run: VerifyExportsRun) -> int:
         raise ConfigError("masters is null: give the stage or checkpoint from which the export was made")
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.config import ExportFormat
-    from moetrain.export.read import export_format, is_export
+    from moetrain.export.read import export_format
     from moetrain.export.tensors import folder_tensors
     from moetrain.hf.consumers import PLAIN_LAYERS, obstacles
     from moetrain.quant.consumers import Consumer
-    from moetrain.run.weights import read_masters, read_weights, with_codes
+    from moetrain.run.weights import check_is_export, read_masters, read_weights, with_codes
     from moetrain.verify.bf16 import verify_bf16
     from moetrain.verify.exports import verify_exports
     from moetrain.verify.gguf import verify_gguf
@@ -34,8 +34,7 @@ def main(run: VerifyExportsRun) -> int:
 
     with stage_folder(run) as folder:
         export = read_weights(weights)
-        if not is_export(export.path):
-            raise CheckpointError(f"init_from is {run.init_from}: not an export; give the folder of an export stage")
+        check_is_export(export, given=run.init_from)
         check_length(export.model, name="num_tokens", length=run.num_tokens)
         origin = read_masters(run.masters, field="masters", origin=export)
         sizes = {"seed": run.run.seed, "num_rows": run.num_rows, "num_tokens": run.num_tokens}

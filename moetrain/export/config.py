@@ -5,6 +5,7 @@ from enum import StrEnum
 from importlib.util import find_spec
 
 from moetrain.errors import ConfigError
+from moetrain.quant.config import QuantConfig
 from moetrain.quant.consumers import Consumer
 from moetrain.ranges import check_unused
 
@@ -69,3 +70,23 @@ class ExportConfig:
             raise ConfigError(
                 "export.format=gguf requires the package gguf, which is not installed: pip install 'moetrain[gguf]'"
             )
+
+
+def exported_quant(trained: QuantConfig | None, *, given: QuantConfig) -> QuantConfig:
+    """Return how weights are exported: as they were trained, or as `given` if they were trained without quantisation.
+
+    Raises ConfigError if both are quantised and differ, or if `given` has settings but is not enabled.
+    """
+    if trained is None or not trained.enabled:
+        if not given.enabled and given != QuantConfig():
+            raise ConfigError("quant has settings but quant.enabled is false: give quant=int4 or quant=mxfp4")
+        return given
+    for name in ("format", "grid", "group_size"):
+        default, wanted, own = getattr(QuantConfig(), name), getattr(given, name), getattr(trained, name)
+        is_given = wanted != default or (name == "format" and given.enabled)
+        if wanted != own and is_given:
+            raise ConfigError(
+                f"quant.{name} is {wanted}, and the weights were trained with {own}: leave quant out, because an "
+                "export keeps the codes and scales of training"
+            )
+    return trained

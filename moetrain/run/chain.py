@@ -7,6 +7,7 @@ when they are read (`run.inputs`).
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moetrain.chat.registry import AUTO, template_named
 from moetrain.checkpoint.identity import as_stored
@@ -21,13 +22,14 @@ from moetrain.data.config import SourceKind, TokenizerConfig
 from moetrain.data.store.index import TOKENIZER as PREPARED_TOKENIZER
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import ConfigError, DataError
-from moetrain.export.config import ExportFormat
+from moetrain.export.config import ExportFormat, exported_quant
 from moetrain.export.consumers import consumer_reasons
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_consumers
 from moetrain.model.config import ModelConfig
 from moetrain.quant.config import QuantConfig
 from moetrain.run.begun import as_begun
+from moetrain.run.same_context import check_same_context
 from moetrain.train.config import Continuation
 from moetrain.train.continuation import length_problem, other_command, settings_problem, sources_problem
 from moetrain.upcycle.config import NEW_FIELDS
@@ -94,16 +96,36 @@ def _check_stage(run: StageRun, earlier: Sequence[StageRun]) -> None:
     if isinstance(run, ExportRun):
         run.export.check_library()
         check_consumers(consumer_reasons(model, run.export.format), run.export.wanted)
-        quant = _quant_of(weights, earlier) or run.quant
+        quant = exported_quant(_quant_of(weights, earlier), given=run.quant)
         if run.export.format is ExportFormat.quantized or (run.export.format is ExportFormat.gguf and quant.enabled):
             check_groups(model, quant)
     if isinstance(run, EvalRun):
         check_length(model, name="rollout.max_tokens", length=run.rollout.max_tokens)
+        if run.eval.num_tasks and not run.eval.other_context and (context := _context_of(weights, earlier)):
+            otherwise = ", or eval.other_context=true"
+            check_same_context(run.task.context, context, weights=Path(weights), otherwise=otherwise)
+    if isinstance(run, VerifyExportsRun):
+        _check_export_and_masters(run, earlier)
     for field, value in _same_model(run):
         other = shape_of(value, earlier)
         if other is not None and (mismatches := mismatched_fields(model, other)):
             raise ConfigError(f"{field} is {value}: that is another model than {weights} ({'; '.join(mismatches)})")
     _check_tokenizer(run, weights, earlier)
+
+
+def _check_export_and_masters(run: VerifyExportsRun, earlier: Sequence[StageRun]) -> None:
+    if run.init_from and not isinstance(_writer_of(run.init_from, earlier), ExportRun):
+        raise ConfigError(f"init_from is {run.init_from}: not an export; give the folder of an export stage")
+    if run.masters and isinstance(_writer_of(run.masters, earlier), ExportRun):
+        raise ConfigError(f"masters is {run.masters}: this is an export; give the stage it was made from")
+
+
+def _context_of(weights: str, earlier: Sequence[StageRun]) -> dict[str, Any] | None:
+    """Return the context policy with which an earlier stage trains the weights; None if it is not known."""
+    writer = _writer_of(weights, earlier)
+    if isinstance(writer, ExportRun):
+        return _context_of(writer.init_from, earlier) if writer.init_from else None
+    return asdict(writer.task.context) if isinstance(writer, DocumentRun | RlRun) else None
 
 
 def _check_continued(run: TrainingRun, origin: str, earlier: Sequence[StageRun]) -> None:

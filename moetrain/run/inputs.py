@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrain.chat.registry import AUTO, template_named
 from moetrain.chat.template import ChatTemplate
@@ -20,7 +21,7 @@ from moetrain.commands.training import DocumentRun, RlRun, TrainingRun
 from moetrain.commands.verify import (
     VerifyExportsRun,
 )
-from moetrain.commands.weights import ChatRun, EvalRun, ExportRun, ServeRun, UpcycleRun
+from moetrain.commands.weights import ChatRun, EvalRun, ExportRun, GenerateRun, ServeRun, UpcycleRun
 from moetrain.data.chat_tokenizer import load_tokenizer
 from moetrain.data.config import FOREIGN_KINDS, DataConfig, SourceKind
 from moetrain.data.formats import format_named
@@ -40,8 +41,13 @@ from moetrain.runtime import available_memory, num_ranks, rank
 from moetrain.tasks import registry
 from moetrain.tasks.protocol import MakesLongerTasks, Split, TaskFamily
 
+if TYPE_CHECKING:
+    from moetrain.checkpoint.origin import Origin
+
 _log = logging.getLogger(__name__)
 
+_NEEDS_TOKENIZER = (ExportRun, EvalRun, ChatRun, GenerateRun, ServeRun, PrepareRun, RlRun)
+"""Configs of the commands that use the tokenizer beside the weights of init_from."""
 _GB = 1e9
 _BYTES_PER_BYTE = 8
 """Bytes of memory per byte of text while a source is read and tokenised: 7.8 measured on English and code."""
@@ -228,24 +234,32 @@ def check_weights(run: StageRun, *, planned: Sequence[Path] = ()) -> None:
         tokenizer = prepare_tokenizer(run.data, folder=folder, num_rows=run.model.vocab_size)
         if needs_chat(run):
             tokenizer.check_chat()
-    if "init_from" in named or "continue_from" in named:
-        _check_origin(run, named)
     if isinstance(run, EvalRun) and "eval.before" in named:
         read_before(run)
+    if "init_from" in named or "continue_from" in named:
+        origin = _checked_origin(run, named)
+        prepared = {
+            name: folder
+            for name, folder in prepared_folders(_data(run)).items()
+            if not any(folder.is_relative_to(other) for other in planned)
+        }
+        _check_tokenizer(run, origin, prepared=prepared)
 
 
-def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
+def _checked_origin(run: StageRun, named: Mapping[str, str]) -> "Origin":
+    """Return the weights of a stage after checking that it can use them, and further weights that it names."""
     # These imports load torch, which a command line without weights does not need.
     from moetrain.checkpoint.origin import check_fit
     from moetrain.export.write import export_reasons
     from moetrain.run.document_stage import sections_of
     from moetrain.run.rl_stage import rl_start_point
+    from moetrain.run.trained_context import check_context
     from moetrain.run.weights import (
+        check_is_export,
         quant_of_export,
         read_masters,
         read_same_model,
         read_weights,
-        tokenizer_of,
         training_weights,
     )
     from moetrain.train.stage_tokenizer import check_tokenizer
@@ -273,17 +287,34 @@ def _check_origin(run: StageRun, named: Mapping[str, str]) -> None:
         check_length(origin.model, name="max_turn_tokens", length=run.max_turn_tokens)
     if isinstance(run, ServeRun) and run.serve.max_tokens is not None:
         check_length(origin.model, name="serve.max_tokens", length=run.serve.max_tokens)
+    if isinstance(run, EvalRun) and run.eval.num_tasks and not run.eval.other_context:
+        check_context(run.task.context, origin, otherwise=", or eval.other_context=true")
     if isinstance(run, EvalRun):
         check_length(origin.model, name="rollout.max_tokens", length=run.rollout.max_tokens)
-    if origin.tokenizer is not None:
-        tokenizer = tokenizer_of(origin)
-        if needs_chat(run) and keeps_tokenizer(run):
-            stage_template(run, tokenizer).check_chat()
+    if isinstance(run, VerifyExportsRun):
+        check_is_export(origin, given=run.init_from)
     for field in ("masters", "eval.masters"):
         if field in named:
             read_masters(named[field], field=field, origin=origin)
     if "eval.codes_before" in named:
         read_same_model(named["eval.codes_before"], field="eval.codes_before", origin=origin)
+    return origin
+
+
+def _check_tokenizer(run: StageRun, origin: "Origin", *, prepared: Mapping[str, Path]) -> None:
+    """Raise an error if the tokenizer beside the weights does not suit the stage. prepared: its folders, by source."""
+    from moetrain.data.store.rows import check_prepared_with
+    from moetrain.run.weights import tokenizer_of
+
+    if origin.tokenizer is None and not isinstance(run, _NEEDS_TOKENIZER):
+        return
+    tokenizer = tokenizer_of(origin)
+    if not keeps_tokenizer(run):
+        return
+    if needs_chat(run):
+        stage_template(run, tokenizer).check_chat()
+    if isinstance(run, DocumentRun):
+        check_prepared_with(prepared, stage_template(run, tokenizer))
 
 
 def _folders(run: StageRun) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.compose import read_yaml
+from moetrain.config_keys import as_typed
 from moetrain.data.config import SourceKind
 from moetrain.data.store.index import INDEX, is_prepared
 from moetrain.errors import ConfigError
@@ -250,5 +251,5 @@ def _combine(digests: Sequence[str]) -> str:
 
 
 def _shortened(value: Any) -> str:
-    text = "null" if value is None else str(value)
+    text = as_typed(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -17,15 +17,15 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from moetrain.commands.recipe import OnChange, RecipeRun
 from moetrain.commands.training import TrainingRun
-from moetrain.compose import compose, save_config, to_mapping
+from moetrain.compose import compose, read_yaml, save_config, to_mapping
 from moetrain.config_keys import suggestion
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.files import previous_name, read_json_or_empty, remove_folder, user_path, write_json
@@ -151,10 +151,10 @@ def prepare(words: Sequence[str]) -> Prepared:
 def _time_left(prepared: Prepared, first: int) -> str:
     """Return the time that the stages from `first` on take, or `unknown`.
 
-    A stage takes what it took the last time. If it has never finished, it takes what the recipe states, scaled by what
-    the other stages took here.
+    A stage takes what it took the last time, in proportion to the number of its steps. If it has never finished, it
+    takes what the recipe states, scaled by what the other stages took here.
     """
-    took = {stage.name: earlier_seconds(prepared.folder / stage.name) for stage in prepared.stages}
+    took = {stage.name: _expected_seconds(prepared.folder / stage.name, stage.config) for stage in prepared.stages}
     both = [(took[stage.name] or 0.0, stage.seconds) for stage in prepared.stages if took[stage.name] and stage.seconds]
     scale = sum(here for here, _ in both) / sum(stated for _, stated in both) if both else 1.0
     seconds = 0.0
@@ -168,11 +168,17 @@ def _time_left(prepared: Prepared, first: int) -> str:
     return f"about {duration(seconds)}"
 
 
-def earlier_seconds(folder: Path) -> float | None:
-    """Return how long a stage took when it last finished in this run, moved aside or not; None if it never did."""
+def _expected_seconds(folder: Path, config: Any) -> float | None:
+    """Return how long a stage takes by when it last finished in this run, moved aside or not; None if it never did."""
     paths = [folder / DONE, *folder.parent.glob(f"{folder.name}.previous*/{DONE}")]
     newest = max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
-    return None if newest is None else seconds_of_done(newest.parent)
+    seconds = None if newest is None else seconds_of_done(newest.parent)
+    if seconds is None or newest is None or not isinstance(config, TrainingRun):
+        return seconds
+    with suppress(ConfigError):  # without its config, the number of its steps is not known
+        before = flattened(read_yaml(newest.with_name(CONFIG))).get("train.steps")
+        return seconds * config.train.steps / before if isinstance(before, int) and before > 0 else seconds
+    return seconds
 
 
 def seconds_of_done(folder: Path) -> float | None:

@@ -1,17 +1,15 @@
-"""The context policy that weights were trained with, and its comparison with that of an evaluation."""
+"""The context policy that weights on disk were trained with, and its comparison with that of their use."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from moetrain.chat.context import ContextKind, ContextPolicy, described
-from moetrain.checkpoint.identity import differences
+from moetrain.chat.context import ContextKind, ContextPolicy
 from moetrain.checkpoint.origin import Origin
 from moetrain.compose import read_yaml
-from moetrain.errors import ConfigError
 from moetrain.export.folder import stated_record
 from moetrain.export.read import is_export
 from moetrain.export.write import CONTEXT
+from moetrain.run.same_context import check_same_context
 from moetrain.stage_files import CONFIG
 
 
@@ -33,11 +31,5 @@ def check_context(policy: ContextPolicy, origin: Origin, *, otherwise: str = "")
     otherwise: another cure than the same policy, for the message.
     """
     trained = trained_context(origin)
-    if trained is None:
-        return
-    changed = differences(described(trained), described(asdict(policy)))
-    if changed:
-        raise ConfigError(
-            f"task.context is not the one that {origin.path} was trained with ({'; '.join(changed)}): give the "
-            f"same{otherwise}"
-        )
+    if trained is not None:
+        check_same_context(policy, trained, weights=origin.path, otherwise=otherwise)

@@ -11,7 +11,7 @@ from moetrain.checkpoint.shape import mismatched_fields
 from moetrain.commands.training import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.export.config import ExportConfig, ExportFormat
+from moetrain.export.config import ExportConfig, ExportFormat, exported_quant
 from moetrain.export.folder import read_record
 from moetrain.export.read import ExportTensors, export_format, is_export, quant_of_record, read_export
 from moetrain.export.tensors import folder_tensors
@@ -113,25 +113,15 @@ def check_export(origin: Origin, export: ExportConfig) -> None:
         _log.warning("%s: the weights are FP8, and the export quantises experts again", origin.path)
 
 
-def quant_of_export(origin: Origin, *, given: QuantConfig) -> QuantConfig:
-    """Return how weights are exported: as they were trained, or as `given` if they were trained without quantisation.
+def check_is_export(origin: Origin, *, given: str | None) -> None:
+    """Raise CheckpointError if weights are not those of an export. given: the value of init_from."""
+    if not is_export(origin.path):
+        raise CheckpointError(f"init_from is {given}: not an export; give the folder of an export stage")
 
-    Raises ConfigError if both are quantised and differ, or if `given` has settings but is not enabled.
-    """
-    trained = origin.quant
-    if trained is None or not trained.enabled:
-        if not given.enabled and given != QuantConfig():
-            raise ConfigError("quant has settings but quant.enabled is false: give quant=int4 or quant=mxfp4")
-        return given
-    for name in ("format", "grid", "group_size"):
-        default, wanted, own = getattr(QuantConfig(), name), getattr(given, name), getattr(trained, name)
-        is_given = wanted != default or (name == "format" and given.enabled)
-        if wanted != own and is_given:
-            raise ConfigError(
-                f"quant.{name} is {wanted}, and the weights were trained with {own}: leave quant out, because an "
-                "export keeps the codes and scales of training"
-            )
-    return trained
+
+def quant_of_export(origin: Origin, *, given: QuantConfig) -> QuantConfig:
+    """Return how weights are exported; see `export.config.exported_quant`."""
+    return exported_quant(origin.quant, given=given)
 
 
 def generation_model(

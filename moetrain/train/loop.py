@@ -141,7 +141,7 @@ def run_training(training: Training, config: TrainConfig, *, folder: Path, metri
                 saver.begin(engine, step=step, state=_state(training, counters, step=step))
                 note.saved = step
             if signal_name and step < last:
-                _log.warning("stopped by %s at step %d; run the same command again to resume", signal_name, step)
+                _log.warning("stopped by %s at step %d; started again, this stage resumes there", signal_name, step)
                 return _outcome(Status.interrupted, step=step, counters=counters, checkpoints=checkpoints)
     validation = training.validate()
     if validation:

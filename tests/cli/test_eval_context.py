@@ -11,6 +11,7 @@ from moetrain.cli.chat import main as chat
 from moetrain.cli.eval import main
 from moetrain.compose import compose
 from moetrain.errors import ConfigError
+from moetrain.run.inputs import check_weights
 from moetrain.run.trained_context import trained_context
 from moetrain.run.weights import read_weights
 from tests.even_task import even_export
@@ -39,8 +40,9 @@ def test_another_context_than_that_of_training_is_refused(
 ) -> None:
     export = even_export(tmp_path / "export", context=trained)
     words = [f"init_from={export}", f"run.folder={tmp_path / 'runs'}", *settings]
-    with pytest.raises(ConfigError, match=r"task\.context is not the one that .* was trained with \(.* -> .*\): give"):
-        main(compose("eval", words))
+    for act in (main, check_weights):
+        with pytest.raises(ConfigError, match=r"task\.context is not the one that .* was trained with \(.* -> .*\): "):
+            act(compose("eval", words))
 
 
 def test_an_agent_is_not_shown_under_another_context_than_that_of_training(tmp_path: Path) -> None:

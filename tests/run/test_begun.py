@@ -69,7 +69,7 @@ def test_a_recipe_on_few_texts_shrinks_the_model_of_every_stage(
     write_recipe(tmp_path, "model.vocab_size=384", corpus=corpus)
     assert run_recipe(tmp_path) == 2
     assert "stage pretrain is done with another configuration: " in (refused := capsys.readouterr().err)
-    assert "data.tokenizer.shrink_model: True -> False" in refused and f"model.vocab_size: {num_tokens}" not in refused
+    assert "data.tokenizer.shrink_model: true -> false" in refused and f"model.vocab_size: {num_tokens}" not in refused
 
 
 def test_a_later_stage_that_names_the_model_has_the_rows_of_its_weights(

@@ -77,8 +77,17 @@ def test_a_shape_is_said_once_and_every_later_stage_has_it(tmp_path: Path) -> No
         (["again.data.seq_len=4096"], r"stage again: data.seq_len is 4096: give at most model.max_position_embeddings"),
         (["rl.quant.group_size=24"], r"stage rl: quant.group_size is 24: it must divide model.hidden_size=128"),
         (
-            ["sft.quant=none", "more.quant=none", "rl.quant=none", "out.quant.group_size=40"],
+            ["sft.quant=none", "more.quant=none", "rl.quant=none", "out.quant=int4", "out.quant.group_size=40"],
             r"stage out: quant.group_size is 40: it must divide model.hidden_size=128",
+        ),
+        (
+            ["out.quant=int4", "out.quant.group_size=64"],
+            r"stage out: quant.group_size is 64, and the weights were trained with 32: leave quant out",
+        ),
+        (
+            ["rl.task.context.kind=notes"],
+            r"stage solved: task.context is not the one that \S+/out was trained with \(kind: notes -> full.*: "
+            r"give the same, or eval.other_context=true",
         ),
         (["solved.eval.masters=${stage:dense}"], r"stage solved: eval.masters is .*/dense: that is another model"),
         (
@@ -124,6 +133,30 @@ def test_stages_that_do_not_fit_are_refused_before_the_first_one_runs(
     with pytest.raises(ConfigError, match=message) as caught:
         stages(tmp_path, *words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("export", "masters", "message"),
+    [
+        ("rl", "out", r"stage verified: init_from is \S+/rl: not an export"),
+        ("out", "out", r"stage verified: masters is \S+/out: this is an export"),
+        ("out", "rl", None),
+    ],
+)
+def test_an_export_and_its_masters_are_not_mixed_up(
+    export: str, masters: str, message: str | None, tmp_path: Path
+) -> None:
+    words = f'["init_from=${{stage:{export}}}", "masters=${{stage:{masters}}}"]'
+    text = f"{CHAIN}  - {{name: verified, command: verify exports, overrides: {words}}}\n"
+    if message is None:
+        assert "verified" in stages(tmp_path, text=text)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            stages(tmp_path, text=text)
+
+
+def test_another_context_is_evaluated_where_it_is_asked_for(tmp_path: Path) -> None:
+    assert stages(tmp_path, "rl.task.context.kind=notes", "solved.eval.other_context=true")
 
 
 def test_a_tokenizer_without_chat_tokens_is_refused_where_a_later_stage_chats(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from moetrain.commands.recipe import RecipeRun, ReportRun
 from moetrain.compose import compose
 from moetrain.run.recipe import Stage
-from moetrain.run.runner import Prepared, _refusal, _time_left, earlier_seconds
+from moetrain.run.runner import Prepared, _refusal, _time_left
 
 
 def finish(folder: Path, seconds: float, *, time: int) -> None:
@@ -22,7 +22,6 @@ def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -
         for name in ("sft", "export")
     ]
     prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=stages)
-    assert earlier_seconds(tmp_path / "sft") is None
     assert _time_left(prepared, 0) == "unknown"
     finish(tmp_path / "sft.previous", 10, time=1)
     finish(tmp_path / "sft.previous.2", 70, time=2)
@@ -33,6 +32,17 @@ def test_the_time_left_is_what_the_stages_took_last_or_unknown(tmp_path: Path) -
         "about 0:05",
         "about 0:00",
     )
+
+
+def test_a_stage_that_trains_takes_longer_with_more_steps(tmp_path: Path) -> None:
+    config = compose("pretrain", ["model=k2_nano_test", "data=test", "train.steps=300"])
+    stage = Stage(name="pretrain", composed=dict, command="pretrain", config=config, inputs=[], processes=1)
+    prepared = Prepared(run=RecipeRun(), folder=tmp_path, stages=[stage])
+    finish(tmp_path / "pretrain.previous", 10, time=1)
+    assert _time_left(prepared, 0) == "about 0:10"  # its config is not there
+    for content, left in (("train: {steps: 3}", "about 16:40"), ("train: {steps: none}", "about 0:10")):
+        (tmp_path / "pretrain.previous" / "config.yaml").write_text(content)
+        assert _time_left(prepared, 0) == left
 
 
 def test_a_stage_that_never_finished_takes_what_the_recipe_states_scaled_to_this_machine(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moetrain.cli.main import main
 from moetrain.compose import compose
 from moetrain.data.tokenizer import train_tokenizer
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, DataError
 from moetrain.hf.names import hf_disk_tensors
 from moetrain.hf.shape import to_hf_config
 from moetrain.run.inputs import check_weights
 from moetrain.run.weights import read_weights, tokenizer_of
+from tests.even_task import even_export
 from tests.hf.test_hf import TINY, make
 
 NORM = "model.norm.weight"
@@ -73,9 +75,40 @@ def test_what_an_evaluation_takes_is_read_before_its_ranks_start(broken: str, tm
     """Under a launcher each rank would say it, and the launcher's own lines would follow."""
     good, bad = write(_folder(tmp_path, "good")), write(_folder(tmp_path, "bad"), **{NORM: None})
     words = [f"init_from={good}", f"eval.masters={good}", f"eval.codes_before={good}"]
-    check_weights(compose("eval", words))
+    with pytest.raises(CheckpointError, match=rf"^{good}: there is no tokenizer.json beside the weights"):
+        check_weights(compose("eval", words))
     with pytest.raises(CheckpointError, match=rf"^{bad}: .* is missing|^eval\.before: there is no {bad}/eval\.json"):
         check_weights(compose("eval", [*words, f"{broken}={bad}"]))
+
+
+@pytest.mark.parametrize("command", ["export", "generate", "chat", "serve", "prepare"])
+def test_weights_without_the_tokenizer_that_a_command_uses_are_refused_by_its_check(
+    command: str, tmp_path: Path
+) -> None:
+    folder = write(_folder(tmp_path, "good"))
+    words = ["prompt=x"] if command == "generate" else []
+    with pytest.raises(CheckpointError, match=rf"^{folder}: there is no tokenizer.json beside the weights"):
+        check_weights(compose(command, [f"init_from={folder}", *words]))
+
+
+def test_data_prepared_with_another_tokenizer_than_that_of_the_weights_are_refused_by_the_check(tmp_path: Path) -> None:
+    export = even_export(tmp_path / "export")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"some words {n}"}) + "\n" for n in range(40)))
+    source = ["data=none", "data.sources.x.kind=jsonl", f"data.sources.x.path={tmp_path / 'a.jsonl'}"]
+    sizes = ["data.tokenizer.vocab_size=280", "prepare.workers=1"]
+    assert main(["prepare", *source, *sizes, f"run.folder={tmp_path / 'runs'}", "run.wandb.mode=disabled"]) == 0
+    prepared = tmp_path / "runs" / "default" / "prepare" / "x"
+    words = ["data=none", "data.sources.x.kind=prepared", f"data.sources.x.path={prepared}", "data.seq_len=32"]
+    run = compose("sft", [f"init_from={export}", "quant.enabled=false", *words])
+    with pytest.raises(DataError, match=r"^data\.sources\.x: .* was prepared with another tokenizer"):
+        check_weights(run)
+    check_weights(run, planned=[prepared.parent])  # a stage before this one prepares them anew
+
+
+def test_weights_that_are_no_export_are_not_verified_as_one(tmp_path: Path) -> None:
+    folder = write(_folder(tmp_path, "good"))
+    with pytest.raises(CheckpointError, match=rf"^init_from is {folder}: not an export"):
+        check_weights(compose("verify exports", [f"init_from={folder}", f"masters={folder}"]))
 
 
 @pytest.mark.parametrize("field", ["eval.masters", "eval.codes_before"])

@@ -172,7 +172,7 @@ def test_a_stop_signal_saves_at_the_end_of_the_step_and_a_new_start_goes_on(
         outcome = _run(stopped, batch_at=_signalled_at(2, number))
     assert outcome.status is Status.interrupted
     assert outcome.step == 3
-    assert f"stopped by {number.name} at step 3; run the same command again to resume" in caplog.text
+    assert f"stopped by {number.name} at step 3; started again, this stage resumes there" in caplog.text
     assert checkpoint.steps(stopped / CHECKPOINTS) == [2, 3]
     assert signal.getsignal(number) == before
     _run(stopped)

@@ -3,7 +3,7 @@
 B rows of a batch, T tokens per row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +125,7 @@ class PreparedSource:
         self._overlong = config.sources[name].overlong or config.overlong
         self._tokenizer = tokenizer
         self.index: Index = read_index(folder)
-        if self.index.tokenizer != tokenizer.digest:
-            raise DataError(
-                f"data.sources.{name}: {folder} was prepared with another tokenizer (sha256 "
-                f"{self.index.tokenizer[:12]}) than that of the stage ({tokenizer.digest[:12]}): give "
-                f"data.tokenizer.path={folder / TOKENIZER} without another data.tokenizer.template, or prepare the "
-                "data with the data.tokenizer.path and data.tokenizer.template of the stage"
-            )
+        _check_tokenizer(self.index, tokenizer, name=name, folder=folder)
         self.digest = index_digest(folder)
         self._store = TokenStore(folder, self.index)
 
@@ -140,6 +134,22 @@ class PreparedSource:
         request = PlanRequest(seq_len=self._seq_len, overlong=self._overlong, part=part)
         plan = plan_of(self.folder, self.index, request=request)
         return PreparedRows(self._store, plan, seq_len=self._seq_len, tokenizer=self._tokenizer)
+
+
+def check_prepared_with(folders: Mapping[str, Path], tokenizer: Tokenizer) -> None:
+    """Raise DataError if one of the prepared folders, by source, was prepared with another tokenizer."""
+    for name, folder in folders.items():
+        _check_tokenizer(read_index(folder), tokenizer, name=name, folder=folder)
+
+
+def _check_tokenizer(index: Index, tokenizer: Tokenizer, *, name: str, folder: Path) -> None:
+    if index.tokenizer != tokenizer.digest:
+        raise DataError(
+            f"data.sources.{name}: {folder} was prepared with another tokenizer (sha256 {index.tokenizer[:12]}) than "
+            f"that of the stage ({tokenizer.digest[:12]}): give data.tokenizer.path={folder / TOKENIZER} without "
+            "another data.tokenizer.template, or prepare the data with the data.tokenizer.path and "
+            "data.tokenizer.template of the stage"
+        )
 
 
 def prepared_sources(config: DataConfig, tokenizer: Tokenizer) -> dict[str, PreparedSource]:
