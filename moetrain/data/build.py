@@ -231,7 +231,11 @@ def _tokenizer_folder(config: DataConfig, folder: Path) -> Path | None:
         return user_path(config.tokenizer.path)
     if holds_tokenizer(folder):
         return folder
-    return next((source / TOKENIZER for source in prepared_folders(config).values()), None)
+    for source in prepared_folders(config).values():
+        if not holds_tokenizer(source / TOKENIZER):
+            raise DataError(f"{source / TOKENIZER} is missing: copy the prepared folder again, as a whole")
+        return source / TOKENIZER
+    return None
 
 
 def _check_size(tokenizer: Tokenizer, config: DataConfig, *, source: Path, num_rows: int | None) -> None:

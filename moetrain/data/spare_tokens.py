@@ -31,8 +31,8 @@ def with_tokens(inner: HFTokenizer, names: Sequence[str], *, num_rows: int | Non
     if num_rows is not None and num_tokens + num_more > num_rows:
         raise ConfigError(
             f"the tokenizer lacks {len(names)} tokens of the chat template ({', '.join(names)}), it has "
-            f"{len(reserved)} reserved tokens, and model.vocab_size leaves {num_rows - num_tokens} rows: set "
-            f"model.vocab_size to {num_tokens + num_more} or more, or name another data.tokenizer.template"
+            f"{len(reserved)} reserved tokens, and model.vocab_size leaves {num_rows - num_tokens} rows: name another "
+            f"data.tokenizer.template, or, for new weights, set model.vocab_size to {num_tokens + num_more} or more"
         )
     for name, token in zip(names, reserved, strict=False):
         _log.info("special token %s takes the id %d of %s", name, token["id"], token["content"])

@@ -1,6 +1,7 @@
 """Reads the files of a tokenizer's folder: names of special tokens, the chat template, and settings."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_KEYS = {BOS: "bos_token", EOS: "eos_token", PAD: "pad_token", UNK: "unk_token"}
 """Key of `tokenizer_config.json` for each role; its value is the name of the token that has the role."""
+
+_log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,12 +63,21 @@ def names_in(path: Path, content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def jinja_in(folder: Path) -> str:
-    """Return the Jinja chat template beside a tokenizer, or "" when there is none."""
+    """Return the Jinja chat template beside a tokenizer, or "" when there is none.
+
+    Of several templates with names it is the one named default, as in transformers, or the only one.
+    """
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
     config = folder / TOKENIZER_CONFIG_FILE
     jinja = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(jinja, list):  # of {"name": ..., "template": ...}
+        named = {item.get("name"): item.get("template") for item in jinja if isinstance(item, dict)}
+        jinja = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+        if len(named) > 1:
+            used = "default" if jinja else "none of them"
+            _log.warning("%s has chat templates named %s: %s is used", config, ", ".join(map(str, named)), used)
     return jinja if isinstance(jinja, str) else ""
 
 

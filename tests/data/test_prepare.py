@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,7 +146,30 @@ def test_a_finished_folder_is_kept_and_one_of_other_input_is_refused(tokenizer: 
     write(path, TEXTS[1:])
     with pytest.raises(DataError, match=r"out/web was prepared with another content of .*a.jsonl"):
         prepared(path, tmp_path / "out", tokenizer=tokenizer)
-    assert content(tmp_path / "out") == before
+    both = tmp_path / "both"
+    both.mkdir()
+    first_file = write(both / "a.jsonl", TEXTS[:50])
+    prepared(both, tmp_path / "two", tokenizer=tokenizer)
+    write(both / "b.jsonl", TEXTS[50:])
+    with pytest.raises(DataError, match=r"two/web was prepared with other files, without .*both/b.jsonl: give"):
+        prepared(both, tmp_path / "two", tokenizer=tokenizer)
+    assert first_file.is_file() and content(tmp_path / "out") == before
+
+
+def test_a_tokenizer_is_trained_on_the_same_texts_in_one_file_and_in_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "many").mkdir()
+    for number in range(300):
+        write(tmp_path / "many" / f"{number:03}.jsonl", [f"document {number} has words of its own, {number**3}"])
+    write(tmp_path / "one.jsonl", [f"document {number} has words of its own, {number**3}" for number in range(300)])
+    for name in ("many", "one.jsonl"):
+        source = {"web": SourceConfig(kind=KIND, path=str(tmp_path / name))}
+        data = DataConfig(sources=source, seq_len=64, tokenizer=TokenizerConfig(vocab_size=300))
+        prepare(data, PrepareConfig(workers=1), folder=tmp_path / f"of_{name}", tokenizer=None)
+    trained = [record.message for record in caplog.records if record.message.startswith("tokenizer of 300")]
+    assert len(trained) == 2 and all(abs(int(said.split()[-2]) - 12_000) < 1_500 for said in trained), trained
 
 
 def test_a_folder_that_is_no_prepared_source_is_refused_with_the_cure(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -212,6 +212,30 @@ def plain_tokenizer(folder: Path, *, config: object = None) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("templates", "is_kept", "said"),
+    [
+        ([{"name": "default", "template": "{{ mine }}"}], True, ""),
+        ([{"name": "chat", "template": "{{ mine }}"}], True, ""),
+        (
+            [{"name": "tool_use", "template": "{{ other }}"}, {"name": "default", "template": "{{ mine }}"}],
+            True,
+            "has chat templates named tool_use, default: default is used",
+        ),
+        ([{"name": "a", "template": "{{ x }}"}, {"name": "b", "template": "{{ y }}"}], False, "none of them is used"),
+        ([3, {"template": None}], False, ""),
+    ],
+)
+def test_of_several_chat_templates_the_default_is_kept(
+    templates: list[Any], is_kept: bool, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = plain_tokenizer(tmp_path / "a", config={"eos_token": "<|endoftext|>", "chat_template": templates})
+    Tokenizer.load(folder).save(tmp_path / "b")
+    kept = tmp_path / "b" / "chat_template.jinja"
+    assert (kept.is_file() and kept.read_text() == "{{ mine }}") == is_kept
+    assert said in caplog.text
+
+
 def test_plain_text_needs_an_end_of_a_document_and_no_token_of_the_chat_template(tmp_path: Path) -> None:
     folder = plain_tokenizer(
         tmp_path / "a",

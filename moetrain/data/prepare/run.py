@@ -135,11 +135,12 @@ def _own_tokenizer(data: DataConfig, sources: dict[str, SourceConfig], *, folder
 
 
 def _texts(source: SourceConfig, *, fraction: float, shard_bytes: int, template: ChatTemplate) -> Iterator[str]:
-    """Yield texts of a source that are not held out, in turn from units that are spread over it."""
+    """Yield texts of a source that are not held out, in turn from units that are spread over it; then from others."""
     units = units_of(source, shard_bytes=shard_bytes)
-    spread = units[:: max(1, -(-len(units) // _MAX_UNITS))]
-    readers = [_unit_texts(source, unit, fraction=fraction, template=template) for unit in spread]
-    return (text for text in chain.from_iterable(zip_longest(*readers)) if text is not None)
+    step = max(1, -(-len(units) // _MAX_UNITS))
+    for first in range(step):
+        readers = [_unit_texts(source, unit, fraction=fraction, template=template) for unit in units[first::step]]
+        yield from (text for text in chain.from_iterable(zip_longest(*readers)) if text is not None)
 
 
 def _unit_texts(source: SourceConfig, unit: Unit, *, fraction: float, template: ChatTemplate) -> Iterator[str]:

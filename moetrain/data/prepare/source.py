@@ -160,8 +160,11 @@ def _check_request(folder: Path, request: dict[str, Any]) -> None:
             earlier = {(unit["path"], unit["begin"]): unit for unit in before.get(key) or []}
             now = {(unit["path"], unit["begin"]): unit for unit in value}
             places = [place for place in {**earlier, **now} if earlier.get(place) != now.get(place)]
-            content = f"another content of {places[0][0] or 'the data set'}" if places else ""
-            what = content or "its files in another order"
+            what = "its files in another order"
+            if places:
+                named = places[0][0] or "the data set"
+                is_new = named not in {path for path, _ in earlier}
+                what = f"other files, without {named}" if is_new else f"another content of {named}"
         raise DataError(f"{folder} was prepared with {what}: {_AGAIN}")
 
 
