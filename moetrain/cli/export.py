@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from moetrain.commands.weights import ExportRun
+from moetrain.export.config import exported_quant
 from moetrain.files import write_json
 from moetrain.run.stage import stage_folder
 from moetrain.stage_files import SUMMARY
@@ -14,7 +15,7 @@ def main(run: ExportRun) -> int:
     # These imports load torch, so they wait until the input has been checked.
     from moetrain.export.write import export_model
     from moetrain.run.trained_context import trained_context
-    from moetrain.run.weights import EXPORT, check_export, quant_of_export, read_weights, tokenizer_of
+    from moetrain.run.weights import EXPORT, check_export, read_weights, tokenizer_of
 
     with stage_folder(run) as folder:
         origin = read_weights(weights)
@@ -24,7 +25,7 @@ def main(run: ExportRun) -> int:
             codes=origin.codes,
             folder=folder / EXPORT,
             model=origin.model,
-            quant=quant_of_export(origin, given=run.quant),
+            quant=exported_quant(origin.quant, given=run.quant),
             export=run.export,
             tokenizer=tokenizer_of(origin),
             step=origin.step,

@@ -31,6 +31,7 @@ from moetrain.data.store.index import TOKENIZER, check_contents, check_sizes, pr
 from moetrain.data.store.plan import check_plans
 from moetrain.data.tokenizer import Tokenizer, holds_tokenizer
 from moetrain.errors import CheckpointError, ConfigError, DataError
+from moetrain.export.config import exported_quant
 from moetrain.files import user_path
 from moetrain.hf.consumers import check_consumers
 from moetrain.rollout.making import make_task
@@ -256,7 +257,6 @@ def _checked_origin(run: StageRun, named: Mapping[str, str]) -> "Origin":
     from moetrain.run.trained_context import check_context
     from moetrain.run.weights import (
         check_is_export,
-        quant_of_export,
         read_masters,
         read_same_model,
         read_weights,
@@ -275,7 +275,7 @@ def _checked_origin(run: StageRun, named: Mapping[str, str]) -> "Origin":
         check_tokenizer(run.data.tokenizer, origin)
     if isinstance(run, ExportRun):
         run.export.check_library()
-        quant, form = quant_of_export(origin, given=run.quant), run.export.format
+        quant, form = exported_quant(origin.quant, given=run.quant), run.export.format
         check_consumers(export_reasons(origin.model, quant, format=form), run.export.wanted)
     if isinstance(run, DocumentRun):
         document_start_point(sections_of(run), origin)

@@ -11,7 +11,7 @@ from moetrain.checkpoint.shape import mismatched_fields
 from moetrain.commands.training import TrainingRun
 from moetrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.export.config import ExportConfig, ExportFormat, exported_quant
+from moetrain.export.config import ExportConfig, ExportFormat
 from moetrain.export.folder import read_record
 from moetrain.export.read import ExportTensors, export_format, is_export, quant_of_record, read_export
 from moetrain.export.tensors import folder_tensors
@@ -117,11 +117,6 @@ def check_is_export(origin: Origin, *, given: str | None) -> None:
     """Raise CheckpointError if weights are not those of an export. given: the value of init_from."""
     if not is_export(origin.path):
         raise CheckpointError(f"init_from is {given}: not an export; give the folder of an export stage")
-
-
-def quant_of_export(origin: Origin, *, given: QuantConfig) -> QuantConfig:
-    """Return how weights are exported; see `export.config.exported_quant`."""
-    return exported_quant(origin.quant, given=given)
 
 
 def generation_model(

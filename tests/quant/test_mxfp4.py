@@ -12,12 +12,13 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from moetrain.commands.verify import ExportFault
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.export.config import exported_quant
 from moetrain.export.read import read_export
 from moetrain.quant.codec_mxfp4 import decode, encode
 from moetrain.quant.config import FormatName, GridName, QuantConfig
 from moetrain.quant.fake_quant import FakeQuantizer
 from moetrain.quant.grids import Quantized, dequantize, quantize
-from moetrain.run.weights import quant_of_export, read_weights
+from moetrain.run.weights import read_weights
 from moetrain.verify.exports import verify_exports
 from moetrain.verify.table import check_rows
 from tests.verify.test_exports import shape, write_export
@@ -120,13 +121,13 @@ def test_an_export_keeps_every_promise_and_planted_faults_are_found(tmp_path: Pa
     name = next(name for name in masters if name.endswith("down_proj") and ".experts." in name)
     assert origin.quant == CONFIG
     assert torch.equal(origin.tensors[name], dequantize(quantize(masters[name], grid=GridName.mx, group_size=32)))
-    assert quant_of_export(origin, given=QuantConfig()) == quant_of_export(origin, given=CONFIG) == CONFIG
+    assert exported_quant(origin.quant, given=QuantConfig()) == exported_quant(origin.quant, given=CONFIG) == CONFIG
     for given in (QuantConfig(enabled=True), QuantConfig(group_size=64)):  # it would keep mxfp4, whatever is asked for
         with pytest.raises(
             ConfigError, match=r"quant\.\w+ is \w+, and the weights were trained with \w+: leave quant out"
         ):
-            quant_of_export(origin, given=given)
+            exported_quant(origin.quant, given=given)
     untrained = replace(origin, quant=None)
-    assert quant_of_export(untrained, given=CONFIG) == CONFIG
+    assert exported_quant(untrained.quant, given=CONFIG) == CONFIG
     with pytest.raises(ConfigError, match=r"quant\.enabled is false: give quant=int4"):
-        quant_of_export(untrained, given=QuantConfig(group_size=64))
+        exported_quant(untrained.quant, given=QuantConfig(group_size=64))
