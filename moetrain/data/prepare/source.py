@@ -162,8 +162,8 @@ def _check_request(folder: Path, request: dict[str, Any]) -> None:
             places = [place for place in {**earlier, **now} if earlier.get(place) != now.get(place)]
             what = "its files in another order"
             if places:
-                named = places[0][0] or "the data set"
-                is_new = named not in {path for path, _ in earlier}
+                path, named = places[0][0], places[0][0] or "the data set"
+                is_new = path not in {other for other, _ in earlier}
                 what = f"other files, without {named}" if is_new else f"another content of {named}"
         raise DataError(f"{folder} was prepared with {what}: {_AGAIN}")
 
