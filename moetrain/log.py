@@ -51,6 +51,7 @@ def setup_logging(*, rank: int = 0, level: int = logging.INFO) -> None:
         handler = logging.StreamHandler()
         place = "" if rank == 0 else f" [rank {rank}]"
         handler.setFormatter(logging.Formatter(f"%(asctime)s{place} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.raiseExceptions = False  # a line that cannot be written, as on a stream that a plugin closed, is lost
     own = logging.getLogger("moetrain")
     own.handlers = [handler]
     own.setLevel(level if rank == 0 else logging.WARNING)

@@ -6,12 +6,15 @@ Every random draw is a function of (seed, name, index...), never of rank or orde
 import atexit
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import platform
 import random
 import signal
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 _PR_SET_PDEATHSIG = 1
+_LEAVE_S = 30.0
+"""Longest time that the end of a process waits for threads and processes that were left behind."""
 _SEED_BITS = 63  # seeds that torch, numpy and random all accept
 
 
@@ -86,17 +91,32 @@ def resident_bytes() -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code.
+    """End this process with an exit code, after `_LEAVE_S` at the latest: a plugin may have left threads that run on.
 
     A rank runs its exit functions and ends without taking the interpreter apart: a thread that is still inside torch's
     C++ code would then end the process with SIGABRT, after all work is done.
     """
+    threading.Thread(target=_end_late, args=(code,), daemon=True).start()
     if "RANK" not in os.environ:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
+    os._exit(code)
+
+
+def _end_late(code: int) -> None:
+    """End this process after `_LEAVE_S` with what keeps it: threads that are not daemons, and child processes."""
+    time.sleep(_LEAVE_S)
+    children = multiprocessing.active_children()
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    threads = [thread.name for thread in others if not thread.daemon]
+    for child in children:
+        child.kill()
+    with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+        names = ", ".join([*threads, *(child.name for child in children)])
+        print(f"moetrain: ends although these still run: {names}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

@@ -3,8 +3,6 @@
 Decoding and environments run concurrently: a sequence whose tool is working is idle, and the others continue.
 """
 
-import logging
-import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -15,12 +13,11 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.inference.protocol import Generation
 from moetrain.rollout.config import RolloutConfig
 from moetrain.rollout.episode import Episode
+from moetrain.rollout.process_state import ProcessState
 from moetrain.rollout.reactor import Reactor, run_inline
 from moetrain.rollout.types import REPLACED, Trajectory
 from moetrain.runtime import seed_of
 from moetrain.tasks.protocol import Task, TaskFamily
-
-_log = logging.getLogger(__name__)
 
 _END_LIMIT_S = 10.0
 """Longest time that leaving a collector waits for environments to stop and close."""
@@ -133,7 +130,7 @@ class Collector:
 
     def __enter__(self) -> Self:
         """Return this collector."""
-        self._folder = _working_directory()
+        self._process = ProcessState()
         self._reactor.__enter__()
         return self
 
@@ -143,13 +140,7 @@ class Collector:
         for _, episode in self._episodes.values():
             self._run(episode, episode.close())
         self._reactor.__exit__(*error)
-        self._return_to_folder()
-
-    def _return_to_folder(self) -> None:
-        """Undo a change of the working directory by an environment: the files of the run have relative paths."""
-        if self._folder is not None and _working_directory() != self._folder:
-            os.chdir(self._folder)
-            _log.warning("an environment changed the working directory of the whole process; it was changed back")
+        self._process.restore()
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Add requests, which begin in their order as soon as there is a slot."""
@@ -161,7 +152,7 @@ class Collector:
             while self._waiting and len(self._episodes) < self._config.num_slots:
                 self._begin(self._waiting.popleft())
             ended = self._advance()
-            self._return_to_folder()
+            self._process.repair()
             for attempt, episode in ended:
                 if episode.ending in REPLACED and attempt.number < self._config.max_replacements:
                     self._waiting.appendleft(attempt.next())
@@ -208,11 +199,3 @@ class Collector:
                 episode.continue_in(self._generation)
                 self._speakers[id(episode.sequence)] = episode
         return ended
-
-
-def _working_directory() -> str | None:
-    """Return the working directory, or None if it was removed."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return None

@@ -10,6 +10,7 @@ from types import FrameType
 
 from moetrain.chat.messages import Message
 from moetrain.errors import ConfigError, described
+from moetrain.rollout.process_state import ProcessState
 from moetrain.rollout.world import EnvironmentFailure
 from moetrain.tasks.protocol import CountsCalls, Environment, Task
 
@@ -33,20 +34,30 @@ class FailedTask:
 def make_task(make: Callable[[], Task], *, limit_s: float) -> Task:
     """Return the task that `make` returns, or a `FailedTask` when it raises anything but `ConfigError`.
 
-    limit_s: seconds after which it is interrupted, in the main thread of a process; other threads have no limit.
+    limit_s: seconds after which it is interrupted, in the main thread of a process; other threads have no limit. What
+    it changes of the process is put back.
     """
+    process = ProcessState()
     try:
         with _deadline(limit_s):
             return make()
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a plugin's code may raise anything
+    except _OverdueError as error:
+        return FailedTask(f"making the task: {error}")
+    except BaseException as error:  # a plugin's code may raise anything
         return FailedTask(f"making the task: {described(error)}")
+    finally:
+        process.repair()  # environments of other tasks may be at work
+
+
+class _OverdueError(BaseException):
+    """The deadline passed. It is no `Exception`, which code that tries again would catch."""
 
 
 @contextmanager
 def _deadline(limit_s: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `limit_s`, and again each time it is caught there and as much time passed.
+    """Raise _OverdueError in the block after `limit_s`, and again each time it is caught and as much time has passed.
 
     The alarm of the process is used, which interrupts Python code in the main thread. One that was set before rings
     after the block, when its time has passed.
@@ -56,7 +67,7 @@ def _deadline(limit_s: float) -> Iterator[None]:
         return
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"no result after {limit_s:g} s")
+        raise _OverdueError(f"no result after {limit_s:g} s")
 
     handler, started = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
     left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, limit_s, limit_s)

@@ -1,9 +1,11 @@
 """Collecting trajectories: failures of environments, slow tools, deadlines, caps."""
 
 import asyncio
+import io
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moetrain.chat.messages import Message, Role
 from moetrain.data.tokenizer import Tokenizer
@@ -25,6 +28,7 @@ from moetrain.rollout.reactor import Reactor
 from moetrain.rollout.types import Ending
 from moetrain.rollout.world import EnvironmentClient
 from moetrain.tasks.protocol import Grade, InlineTask, Observation
+from tests.cli.command import ROOT
 from tests.rollout.scripted import (
     ANSWER,
     CALL,
@@ -223,7 +227,7 @@ def test_a_task_that_is_never_made_is_given_up_at_the_deadline(
         while catches and time.monotonic() < started + 0.5:  # as code that tries a connection again
             try:
                 time.sleep(60)
-            except TimeoutError:
+            except Exception:
                 continue
         time.sleep(60)
         raise AssertionError
@@ -236,7 +240,7 @@ def test_a_task_that_is_never_made_is_given_up_at_the_deadline(
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (left_s > 0)
     good, broken = play([WorldTask(make=World), task], tokenizer, max_replacements=0)
     assert good.is_scored and broken.ending is Ending.environment_failed
-    assert "making the task: TimeoutError: no result after 0.2 s" in caplog.text
+    assert "making the task: no result after 0.2 s" in caplog.text
 
 
 def test_the_deadline_of_a_task_leaves_other_threads_and_an_alarm_that_was_set_alone() -> None:
@@ -719,6 +723,66 @@ def test_the_working_directory_is_the_one_before(
     (trajectory,) = play([WorldTask(make=Moving)], tokenizer)
     assert trajectory.reward == 1.0 and os.getcwd() == before
     assert "changed the working directory" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["task", "call"])
+def test_what_a_plugin_changes_of_the_process_is_put_back(
+    where: str, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change() -> None:
+        os.chdir(tmp_path)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)  # this thread's, so that of the run only where tasks are made
+        sys.stdout = io.StringIO()
+
+    class Changing(World):
+        def call(self, name: str, arguments: str) -> Observation:
+            change()
+            return super().call(name, arguments)
+
+    def make() -> WorldTask:
+        if where == "task":
+            change()
+        return WorldTask(make=Changing if where == "call" else World)
+
+    before, stdout = os.getcwd(), sys.stdout
+    tasks = [make_task(make, limit_s=60)]
+    assert os.getcwd() == before and torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
+    sys.stdout = stdout
+    (trajectory,) = play(tasks, tokenizer)
+    assert trajectory.reward == 1.0
+    assert os.getcwd() == before and torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled()
+    assert sys.stdout is stdout
+    for said in ("changed the working directory", "changed torch's default dtype"):
+        assert said in caplog.text
+    assert ("replaced sys.stdout" in caplog.text) == (where == "call")
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, BaseException, SystemExit, MemoryError])
+def test_a_task_may_raise_anything(error: type[BaseException], tokenizer: Tokenizer) -> None:
+    def fail() -> WorldTask:
+        raise error
+
+    good, broken = play([WorldTask(make=World), make_task(fail, limit_s=60)], tokenizer, max_replacements=0)
+    assert good.is_scored and broken.ending is Ending.environment_failed
+    assert broken.grade.reason.startswith(f"making the task: {error.__name__}")
+
+
+def test_a_stream_that_a_plugin_closes_is_opened_again() -> None:
+    code = (
+        "import sys\n"
+        "from moetrain.log import setup_logging\n"
+        "from moetrain.rollout.process_state import ProcessState\n"
+        "setup_logging()\n"
+        "state = ProcessState()\n"
+        "sys.stdout.close()\nsys.stderr.close()\n"
+        "state.repair()\n"
+        "print('written')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "written\n")
+    assert "a plugin closed sys.stdout; it was opened again" in done.stderr
+    assert "a plugin closed sys.stderr; it was opened again" in done.stderr
 
 
 def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -308,9 +308,9 @@ def test_a_run_is_not_continued_with_another_ramp_or_mix(ramped: Path, tmp_path:
     folder = tmp_path / "changed"
     shutil.copytree(ramped, folder)
     shutil.rmtree(folder / CHECKPOINTS / "step_00000006")
-    with pytest.raises(CheckpointError, match=r"train.batch_ramp: .*'rows': 2.* -> \[\]"):
+    with pytest.raises(CheckpointError, match=r"train.batch_ramp: .*rows.: 2.* -> \[\]"):
         run(folder, replace(settings, train=replace(settings.train, batch_ramp=[])))
-    with pytest.raises(CheckpointError, match=r"data.mix: .*'from_step': 3.* -> \[\]"):
+    with pytest.raises(CheckpointError, match=r"data.mix: .*from_step.: 3.* -> \[\]"):
         run(folder, replace(settings, data=replace(settings.data, mix=[])))
 
 
