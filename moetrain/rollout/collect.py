@@ -96,7 +96,8 @@ class Collector:
     """Collects the trajectories of submitted requests. Between two calls of `run`, episodes keep their place.
 
     A trajectory that ended because its environment failed or because of `max_seconds` is replaced by a new attempt with
-    its own streams, at most `config.max_replacements` times. The last attempt counts, whatever its ending.
+    its own streams, at most `config.max_replacements` times. The last attempt counts, whatever its ending. An attempt
+    that the environment of another trajectory blocked begins again, and is not counted.
     """
 
     def __init__(
@@ -154,7 +155,9 @@ class Collector:
             ended = self._advance()
             self._process.repair()
             for attempt, episode in ended:
-                if episode.ending in REPLACED and attempt.number < self._config.max_replacements:
+                if episode.was_disturbed:
+                    self._waiting.appendleft(attempt)  # it begins again, and no attempt is counted
+                elif episode.ending in REPLACED and attempt.number < self._config.max_replacements:
                     self._waiting.appendleft(attempt.next())
                 else:
                     self._on_finished(attempt.request, attempt.trajectory(episode))

@@ -76,6 +76,7 @@ class Episode:
         self._has_erred = False
         self._num_calls_needed: int | None = None
         self._grade = Grade(reward=0.0, reason="unfinished")
+        self.was_disturbed = False
 
     def _sequence(self, tokens: list[int], *, stream: int) -> Sequence:
         stop_ids = frozenset({self._tokenizer.special_ids[self._tokenizer.template.syntax.end]})
@@ -336,10 +337,16 @@ class Episode:
         except EnvironmentFailure as error:
             self._fail(error)
 
-    def abandon(self, reason: str) -> Callable[[], Coroutine[Any, Any, None]]:
-        """End the trajectory from another thread than its environment's, and return what closes the environment."""
-        if not self.is_finished:
+    def abandon(self, reason: str, is_cause: bool) -> Callable[[], Coroutine[Any, Any, None]]:
+        """End the trajectory from another thread than its environment's, and return what closes the environment.
+
+        is_cause: whether its environment is the cause. If not, `was_disturbed` says that it can begin again.
+        """
+        if not self.is_finished and is_cause:
             self._fail(EnvironmentFailure(reason))
+        elif not self.is_finished:
+            self.was_disturbed = True
+            self._end(Ending.environment_failed, reason="the environment of another task blocked this one")
         return self.close
 
     def _fail(self, error: EnvironmentFailure) -> None:

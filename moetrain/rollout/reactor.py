@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 from moetrain.errors import RolloutError, described
 
@@ -23,6 +24,8 @@ _ENDED = "a task of an environment ended the event loop of all environments: do 
 _CANCELLED = "it was cancelled by an environment, such as by one that cancels all tasks of the event loop"
 _CALL = "call of an environment"
 """Name of the tasks that `call_task` starts."""
+_CALLERS: WeakKeyDictionary[asyncio.Task[Any], asyncio.Task[Any]] = WeakKeyDictionary()
+"""The tasks that started these, by `call_task`."""
 _LOOK_S = 1.0
 """Time between two looks at an event loop that is waited for."""
 
@@ -34,7 +37,8 @@ class Reactor:
     starts with the first coroutine.
 
     A coroutine that computes or waits without `await` blocks the event loop and so all others. After `stuck_s` seconds
-    the loop is abandoned: `on_stuck` is called with each unfinished object and the reason, `finished` returns these
+    the loop is abandoned: `on_stuck` is called with each unfinished object, the reason, and whether the coroutine of
+    the object is the cause (also where the cause is not known). `finished` returns these
     objects, and the next coroutine starts a new loop. If the abandoned loop continues later, it cancels its coroutines,
     runs those that `on_stuck` returned, and ends. A loop that a plugin ended is abandoned, too.
     """
@@ -44,7 +48,7 @@ class Reactor:
         *,
         end_limit_s: float,
         stuck_s: float,
-        on_stuck: Callable[[Any, str], Callable[[], Coroutine[Any, Any, None]]],
+        on_stuck: Callable[[Any, str, bool], Callable[[], Coroutine[Any, Any, None]]],
     ) -> None:
         """Create the reactor without starting its thread. end_limit_s: longest time that ending it takes."""
         self._end_limit_s = end_limit_s
@@ -85,7 +89,7 @@ class Reactor:
             self._abandon(_ENDED)
         if self._loop is None:
             self._loop = _Loop()
-        future = self._loop.start(self._loop.tracked(coroutine))
+        future = self._loop.start(self._loop.tracked(coroutine, tag=tag))
         self._pending[future] = tag
         future.add_done_callback(self._done.put)
 
@@ -113,7 +117,7 @@ class Reactor:
 
     def _leave(self, tag: object) -> None:
         """Leave a coroutine that a plugin cancelled, and close what it had."""
-        ending = self._on_stuck(tag, _CANCELLED)
+        ending = self._on_stuck(tag, _CANCELLED, True)
         if self._loop is not None and self._loop.is_alive:
             self._loop.start(contained(ending()))
 
@@ -134,9 +138,11 @@ class Reactor:
         assert self._loop is not None
         _log.warning("%s", reason)
         tags, loop = [*self._pending.values()], self._loop
+        cause = loop.running()
+        is_known = any(tag is cause for tag in tags)
         self._abandoned += tags
         self._pending, self._loop = {}, None
-        endings = [self._on_stuck(tag, reason) for tag in tags]
+        endings = [self._on_stuck(tag, reason, tag is cause or not is_known) for tag in tags]
 
         async def end(loop: _Loop) -> None:
             await loop.cancel(self._end_limit_s)
@@ -153,7 +159,7 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], Any] = {}  # with the object of each
         self._asked = 0.0
         self._answered = threading.Event()
         self._answered.set()
@@ -177,15 +183,15 @@ class _Loop:
         """Run a coroutine, and return the future of its end."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def tracked(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    async def tracked(self, coroutine: Coroutine[Any, Any, None], *, tag: object) -> None:
         """Await a coroutine so that `cancel` can cancel it. Raises RolloutError for what would end the event loop."""
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._tasks[task] = tag
         try:
             await contained(coroutine)
         finally:
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
 
     async def cancel(self, limit_s: float) -> None:
         """Cancel the tracked coroutines, and wait until they have ended. What environments do besides goes on."""
@@ -194,6 +200,13 @@ class _Loop:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=limit_s)
+
+    def running(self) -> Any:
+        """Return the object of the coroutine that runs now; None where it is none, or the task of a plugin."""
+        task = asyncio.current_task(self._loop)
+        while task is not None and task in _CALLERS:
+            task = _CALLERS[task]
+        return None if task is None else self._tasks.get(task)
 
     def seconds_blocked(self) -> float:
         """Return for how long the loop has not run; 0 at the first call and after each sign of life."""
@@ -238,7 +251,10 @@ async def contained(awaitable: Awaitable[T]) -> T:
 
 def call_task(awaitable: Awaitable[T]) -> asyncio.Task[T]:
     """Start a task for a call of an environment, or its end; the end of a `Reactor` waits for it."""
-    return asyncio.create_task(contained(awaitable), name=_CALL)
+    task = asyncio.create_task(contained(awaitable), name=_CALL)
+    if (caller := asyncio.current_task()) is not None:
+        _CALLERS[task] = caller
+    return task
 
 
 def _others() -> set[asyncio.Task[Any]]:

@@ -473,7 +473,7 @@ def test_the_end_does_not_wait_for_an_event_loop_that_a_plugin_blocks() -> None:
         released.wait(20)
         ended.set()
 
-    with Reactor(end_limit_s=0.1, stuck_s=60, on_stuck=lambda tag, reason: pytest.fail(reason)) as reactor:
+    with Reactor(end_limit_s=0.1, stuck_s=60, on_stuck=lambda tag, reason, is_cause: pytest.fail(reason)) as reactor:
         reactor.start(block(), tag="blocking")
         reactor.cancel()
     assert not ended.is_set()
@@ -806,6 +806,32 @@ def test_an_event_loop_that_a_tool_blocks_is_replaced(tokenizer: Tokenizer, capl
     assert "has blocked the event loop of all environments for 1 s: use await" in trajectories[0].grade.reason
     assert f"Blocking.call ({__file__}:" in caplog.text
     _wait_for(lambda: blocked.made[0].is_closed)  # type: ignore[attr-defined]
+
+
+def test_a_blocked_event_loop_costs_no_attempt_of_other_trajectories(tokenizer: Tokenizer) -> None:
+    released = threading.Event()
+
+    class Blocking(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            released.wait(30)
+            return super().call(name, arguments)
+
+    class Waiting(World):
+        async def call(self, name: str, arguments: str) -> Observation:  # type: ignore[override]
+            await asyncio.sleep(0.01)
+            return super().call(name, arguments)
+
+    others = [WorldTask(make=kind) for kind in (World, Waiting, World, Waiting)]
+    try:
+        trajectories = play(
+            [others[0], others[1], WorldTask(make=Blocking), *others[2:]],
+            tokenizer, num_slots=5, environment_deadline_s=1, max_replacements=1,
+        )  # fmt: skip
+    finally:
+        released.set()
+    assert [each.reward for each in trajectories] == [1.0, 1.0, 0.0, 1.0, 1.0]
+    assert [each.num_replaced for each in trajectories] == [0, 0, 1, 0, 0]
+    assert "Blocking.call" in trajectories[2].grade.reason
 
 
 def test_an_environment_that_asks_for_it_is_tried_again(tokenizer: Tokenizer) -> None:
