@@ -1,6 +1,5 @@
 """`python -m moetrain`, the same as `moetrain`."""
 
-from moetrain.cli.start import main
-from moetrain.runtime import leave
+from moetrain.cli.start import command
 
-leave(main())
+command()

@@ -1,6 +1,5 @@
 """Entry point of `python -m moetrain.cli`, the form in which torchrun and DeepSpeed's launcher start ranks."""
 
-from moetrain.cli.start import main
-from moetrain.runtime import leave
+from moetrain.cli.start import command
 
-leave(main())
+command()

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import NoReturn
 
 
 def main() -> int:
@@ -15,3 +16,11 @@ def main() -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further press does not interrupt the way out
+
+
+def command() -> NoReturn:
+    """Run the command line of this process, and end the process with its exit code."""
+    code = main()
+    from moetrain.runtime import leave
+
+    leave(code)
