@@ -110,8 +110,10 @@ def _end_late(code: int) -> None:
     """End this process after `_LEAVE_S` with what keeps it: threads that are not daemons, and child processes."""
     time.sleep(_LEAVE_S)
     children = multiprocessing.active_children()
-    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    threads = [thread.name for thread in others if not thread.daemon]
+    here = (threading.main_thread(), threading.current_thread())
+    others = [thread for thread in threading.enumerate() if thread not in here]
+    # Daemons do not keep a process, but for those of a pool, which its exit function joins.
+    threads = [thread.name for thread in others if not thread.daemon] or [thread.name for thread in others]
     for child in children:
         child.kill()
     with suppress(OSError, ValueError):  # its reader is gone, or it is closed

@@ -17,7 +17,7 @@ POOL = (
 CHILD = "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), name='forgotten').start()\n"
 
 
-@pytest.mark.parametrize("left", ["", THREAD, POOL, CHILD])
+@pytest.mark.parametrize("left", ["", THREAD, POOL, DAEMON_POOL, CHILD])
 def test_a_process_ends_with_its_exit_code_whatever_was_left_behind(left: str) -> None:
     started = time.monotonic()
     done = subprocess.run(
