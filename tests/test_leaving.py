@@ -14,6 +14,12 @@ POOL = (
     "from concurrent.futures import ThreadPoolExecutor\n"
     "pool = ThreadPoolExecutor(1, thread_name_prefix='forgotten')\npool.submit(time.sleep, 100)\n"
 )
+DAEMON_POOL = (
+    "from concurrent.futures import ThreadPoolExecutor\n"
+    "pool = ThreadPoolExecutor(1, thread_name_prefix='forgotten')\n"
+    "starter = threading.Thread(target=pool.submit, args=(time.sleep, 100), daemon=True)\n"
+    "starter.start()\nstarter.join()\n"
+)
 CHILD = "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), name='forgotten').start()\n"
 
 
