@@ -167,13 +167,10 @@ def previous_name(path: Path) -> Path:
 
 
 def _previous_names(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths with .previous, .previous.2 and so on at their end: the first with which none of them exists."""
-    for number in itertools.count(1):
-        ending = f".previous{f'.{number}' if number > 1 else ''}"
-        names = [path.with_name(path.name + ending) for path in paths]
-        if not any(os.path.lexists(name) for name in names):
-            return names
-    raise AssertionError("numbers do not end")
+    """Return new names for the paths: all end in .previous, or in .previous.2 and so on if one of those exists."""
+    endings = (".previous" if number == 1 else f".previous.{number}" for number in itertools.count(1))
+    names = ([path.with_name(path.name + ending) for path in paths] for ending in endings)
+    return next(new for new in names if not any(map(os.path.lexists, new)))
 
 
 def write_result(path: Path, content: Mapping[str, Any], *, beside: Sequence[str] = (CONFIG,)) -> Path | None:

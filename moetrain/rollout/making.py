@@ -14,6 +14,10 @@ from moetrain.rollout.process_state import ProcessState
 from moetrain.rollout.world import EnvironmentFailure
 from moetrain.tasks.protocol import CountsCalls, Environment, Task
 
+_SHORTEST_S, _LONGEST_S = 1e-3, 1e9
+"""Shortest and longest time of an alarm: the next one must not ring before it was dealt with, and the system has to be
+able to represent it."""
+
 
 class FailedTask:
     """Stands for a task that could not be made: its trajectories end because their environment failed."""
@@ -57,7 +61,7 @@ class _OverdueError(BaseException):
 
 @contextmanager
 def _deadline(limit_s: float) -> Iterator[None]:
-    """Raise _OverdueError in the block after `limit_s`, and again each time it is caught and as much time has passed.
+    """Raise _OverdueError in the block after `limit_s`, and again later if it is caught there.
 
     The alarm of the process is used, which interrupts Python code in the main thread. One that was set before rings
     after the block, when its time has passed.
@@ -69,8 +73,9 @@ def _deadline(limit_s: float) -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise _OverdueError(f"no result after {limit_s:g} s")
 
+    first_s = min(max(limit_s, _SHORTEST_S), _LONGEST_S)
     handler, started = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
-    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, limit_s, limit_s)
+    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, first_s, max(first_s, 1.0))
     try:
         yield
     finally:

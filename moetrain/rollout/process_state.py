@@ -14,6 +14,9 @@ _log = logging.getLogger(__name__)
 _STREAMS = {"stderr": 2, "stdout": 1}
 """Standard streams by name, with their file descriptors; that of log lines first."""
 
+_GUARDS: list[Any] = []
+"""What ended an inference mode that a plugin began. It begins again when its guard is freed."""
+
 
 class ProcessState:
     """The working directory, standard streams, and torch's defaults, as they are when it is made."""
@@ -48,7 +51,9 @@ class ProcessState:
             torch.set_default_dtype(self._dtype)
             _log.warning("a plugin changed torch's default dtype; it was changed back")
         if torch.is_inference_mode_enabled() and self._has_gradients:
-            torch.inference_mode(mode=False).__enter__()
+            _GUARDS.append(torch.inference_mode(mode=False))
+            _GUARDS[-1].__enter__()
+            _log.warning("a plugin left torch in inference mode; it was ended")
         if torch.is_grad_enabled() != self._has_gradients:
             torch.set_grad_enabled(self._has_gradients)
             _log.warning("a plugin changed whether torch computes gradients; it was changed back")

@@ -758,6 +758,24 @@ def test_what_a_plugin_changes_of_the_process_is_put_back(
     assert ("replaced sys.stdout" in caplog.text) == (where == "call")
 
 
+def test_an_inference_mode_that_a_task_leaves_is_ended() -> None:
+    left: list[torch.inference_mode] = []
+
+    def make() -> WorldTask:
+        left.append(torch.inference_mode())
+        left[-1].__enter__()
+        return WorldTask(make=World)
+
+    with ThreadPoolExecutor(1) as pool:  # the mode is that of a thread
+        pool.submit(make_task, make, limit_s=60).result()
+        assert left and pool.submit(torch.is_inference_mode_enabled).result() is False
+        assert pool.submit(torch.is_grad_enabled).result() is True
+
+
+def test_a_deadline_beyond_what_an_alarm_can_hold_is_possible() -> None:
+    assert isinstance(make_task(lambda: WorldTask(make=World), limit_s=9e18), WorldTask)
+
+
 @pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, BaseException, SystemExit, MemoryError])
 def test_a_task_may_raise_anything(error: type[BaseException], tokenizer: Tokenizer) -> None:
     def fail() -> WorldTask:

@@ -319,16 +319,16 @@ def test_calls_match_their_schemas_and_the_choice_of_tools(
 def test_an_answer_without_tools_has_no_calls(
     tiny: Server, tokenizer: Tokenizer, choice: dict[str, str], kind: str
 ) -> None:
-    markers = {str(tokenizer.special_ids[name]): 50.0 for name in (SECTION_BEGIN, CALL_BEGIN)}
+    markers = {tokenizer.special_ids[name] for name in (SECTION_BEGIN, CALL_BEGIN)}
     body = {
-        "messages": [USER], "n": 8, "seed": 3, "thinking": {"type": kind}, "logprobs": True,
-        "logit_bias": _biased(tokenizer) | markers,
+        "messages": [USER], "n": 8, "seed": 3, "thinking": {"type": kind},
+        "logit_bias": _biased(tokenizer) | {str(marker): 50.0 for marker in markers}, "return_token_ids": True,
     }  # fmt: skip
     status, _, found = post(tiny, "/v1/chat/completions", body | choice)
     assert status == 200
     for each in found["choices"]:
         assert "tool_calls" not in each["message"] and each["finish_reason"] in ("stop", "length")
-        assert all(entry["free_logprob"] is None for entry in each["logprobs"]["content"] if "free_logprob" in entry)
+        assert each["token_ids"] and not markers & set(each["token_ids"])
 
 
 def test_a_schema_that_cannot_be_matched_to_its_end_is_refused(tiny: Server, monkeypatch: pytest.MonkeyPatch) -> None:
